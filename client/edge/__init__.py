@@ -1,0 +1,1 @@
+"""The agent on a device: verify, patch, activate, self-test, infer."""

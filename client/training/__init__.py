@@ -1,0 +1,1 @@
+"""The Flower mod, the node's store and the torch trainer."""

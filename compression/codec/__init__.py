@@ -1,0 +1,1 @@
+"""Tensors to bytes and back: numpy only, lossless, safe on hostile bytes."""

@@ -1,0 +1,1 @@
+"""A torch module and a published model as an ONNX graph with external weights."""

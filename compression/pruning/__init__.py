@@ -1,0 +1,1 @@
+"""What to remove and when: criteria, schedules, masks."""

@@ -1,0 +1,1 @@
+"""The published model and its payloads: keyframe, delta, reuse, update."""

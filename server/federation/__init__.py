@@ -1,0 +1,1 @@
+"""The Flower grid that compresses, the publisher of versions, the byte ledger."""

@@ -1,0 +1,1 @@
+"""Signed ONNX releases: the TUF repository, its payloads, its static server."""

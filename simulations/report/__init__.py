@@ -1,0 +1,1 @@
+"""Tables, plots and the stand-alone page of a run."""

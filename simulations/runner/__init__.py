@@ -1,0 +1,1 @@
+"""Runs a scenario on Flower's simulation engine."""

@@ -1,0 +1,1 @@
+"""Scenario files: what a simulation trains, on what data, with which arms."""
