@@ -1,0 +1,245 @@
+"""Bind the weights of a published model to an exported graph. Deterministic: same in, same bytes.
+
+Two variants hold the same values bit for bit:
+
+* ``lattice``: a lattice tensor is stored as its integers (int8, int16 or int32, whichever holds
+  them) and its step, and a ``DequantizeLinear`` node computes ``float32(q) * step``, the very
+  multiplication that defines the published model. ``DequantizeLinear`` on int16 needs opset 21.
+* ``fp32``: a lattice tensor is stored dense, in its own dtype.
+
+Steps lie in ``weights.bin`` too, so ``model.onnx`` stays the same file from version to version as
+long as no tensor changes its width.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from prunecast.compression.codec import TensorSpec
+from prunecast.compression.onnx.errors import BindError
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.onnx.layout import Segment, WeightsLayout, place
+from prunecast.compression.versions import (
+    LatticeTensor,
+    PublishedModel,
+    RawTensor,
+    Tensor,
+    write_atomically,
+)
+
+import onnx
+from onnx import helper
+
+__all__ = ["BoundModel", "Variant", "bind_weights", "save_single_file"]
+
+Variant = Literal["lattice", "fp32"]
+_WEIGHTS = "weights.bin"
+_PROTOBUF_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """Files that `bind_weights` wrote.
+
+    Attributes:
+        model: path of `model.onnx`.
+        weights: path of `weights.bin`, which `model.onnx` refers to by name.
+        layout: where each tensor lies in `weights.bin`.
+        weights_sha256: hex digest of `weights.bin`.
+    """
+
+    model: Path
+    weights: Path
+    layout: WeightsLayout
+    weights_sha256: str
+
+
+def bind_weights(
+    graph: ExportedGraph,
+    model: PublishedModel,
+    directory: Path,
+    *,
+    variant: Variant = "lattice",
+) -> BoundModel:
+    """Write `model.onnx` and `weights.bin` into `directory`.
+
+    Args:
+        graph: the architecture.
+        model: the weights. Tied weights may appear under any of their names, or under several
+            with equal values. Tensors that inference does not read are ignored.
+        directory: created when missing.
+        variant: ``lattice`` or ``fp32``.
+
+    Raises:
+        BindError: the model does not fit the graph.
+        StorageError: a file cannot be written.
+    """
+    directory = Path(directory)
+    chosen = _resolve(graph, model)
+    layout = place(_rows(chosen, variant))
+    proto = _proto(graph, chosen, layout, inline=None)
+    path = directory / "model.onnx"
+    write_atomically(path, proto.SerializeToString(deterministic=True))
+    sha256 = layout.write(model, directory / _WEIGHTS)
+    return BoundModel(path, directory / _WEIGHTS, layout, sha256)
+
+
+def save_single_file(
+    graph: ExportedGraph, model: PublishedModel, path: Path, *, variant: Variant = "fp32"
+) -> int:
+    """Write one self-contained ``.onnx`` file; returns its size in bytes.
+
+    Raises:
+        BindError: the model does not fit the graph, or would exceed protobuf's 2 GiB.
+        StorageError: the file cannot be written.
+    """
+    chosen = _resolve(graph, model)
+    layout = place(_rows(chosen, variant))
+    if layout.size + len(graph.skeleton) > _PROTOBUF_LIMIT:
+        raise BindError(
+            f"{layout.size} bytes of weights do not fit into one protobuf file: use bind_weights"
+        )
+    proto = _proto(graph, chosen, layout, inline=model)
+    data = proto.SerializeToString(deterministic=True)
+    write_atomically(Path(path), data)
+    return len(data)
+
+
+def bind_arrays(graph: ExportedGraph, arrays: dict[str, Any], directory: Path) -> Path:
+    """Bind plain arrays losslessly; returns the path of `model.onnx`. For checks at export."""
+    model = PublishedModel({name: RawTensor(values) for name, values in arrays.items()})
+    return bind_weights(graph, model, directory, variant="fp32").model
+
+
+def single_file_size(graph: ExportedGraph, model: PublishedModel, variant: Variant = "fp32") -> int:
+    """Size in bytes of the self-contained ``.onnx`` file, for reports."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save_single_file(graph, model, Path(folder) / "model.onnx", variant=variant)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The tensor of the published model that fills one initialiser."""
+
+    parameter: str
+    source: str
+    tensor: Tensor
+
+
+def _resolve(graph: ExportedGraph, model: PublishedModel) -> list[_Chosen]:
+    known = {*graph.parameters, *graph.aliases, *graph.unused}
+    unknown = [name for name in model.tensors if name not in known]
+    if unknown:
+        raise BindError(
+            f"the graph has no place for {', '.join(map(repr, unknown[:5]))}: it was exported "
+            "from another architecture"
+        )
+    chosen = []
+    for parameter, spec in graph.parameters.items():
+        names = [name for name in graph.names_of(parameter) if name in model.tensors]
+        if not names:
+            raise BindError(f"the model lacks tensor {parameter!r}, which the graph needs")
+        tensor = model.tensors[names[0]]
+        found = TensorSpec(np.dtype(tensor.dtype), tensor.shape)
+        if found != spec:
+            raise BindError(
+                f"tensor {names[0]!r} is {found.dtype}{list(found.shape)}, the graph needs "
+                f"{spec.dtype}{list(spec.shape)}"
+            )
+        for other in names[1:]:
+            if not _equal(tensor, model.tensors[other]):
+                raise BindError(
+                    f"{names[0]!r} and {other!r} are one tied weight but have different values: "
+                    "untie them in the module and export again, or publish one of them"
+                )
+        chosen.append(_Chosen(parameter, names[0], tensor))
+    return chosen
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if isinstance(a, LatticeTensor) and isinstance(b, LatticeTensor):
+        return a.step == b.step and a.dtype == b.dtype and np.array_equal(a.q, b.q)
+    left, right = a.dense(), b.dense()
+    return left.dtype == right.dtype and left.tobytes() == right.tobytes()
+
+
+def _rows(
+    chosen: list[_Chosen], variant: Variant
+) -> Iterator[tuple[str, str, str, str, tuple[int, ...]]]:
+    if variant not in ("lattice", "fp32"):
+        raise BindError(f"unknown variant {variant!r}: use 'lattice' or 'fp32'")
+    for c in chosen:
+        tensor, name = c.tensor, c.parameter
+        if not tensor.dense().size if isinstance(tensor, RawTensor) else not tensor.q.size:
+            continue  # an empty tensor has no bytes; it is written into the graph
+        if isinstance(tensor, LatticeTensor) and variant == "lattice":
+            yield f"{name}::q", c.source, "q", tensor.q.dtype.name, tensor.shape
+            yield f"{name}::step", c.source, "step", "float32", ()
+        else:
+            part = "dense" if isinstance(tensor, LatticeTensor) else "raw"
+            yield name, c.source, part, np.dtype(tensor.dtype).name, tensor.shape
+
+
+def _proto(
+    graph: ExportedGraph,
+    chosen: list[_Chosen],
+    layout: WeightsLayout,
+    *,
+    inline: PublishedModel | None,
+) -> Any:
+    proto = onnx.ModelProto.FromString(graph.skeleton)
+    placed = {segment.name for segment in layout.segments}
+    nodes = []
+    for c in chosen:
+        name = c.parameter
+        if f"{name}::q" in placed and isinstance(c.tensor, LatticeTensor):
+            nodes += _dequantise(name, c.tensor)
+        elif name not in placed:
+            empty = helper.make_tensor(name, _onnx_type(c.tensor.dtype), c.tensor.shape, [])
+            proto.graph.initializer.append(empty)
+    proto.graph.initializer.extend(_initialiser(s, inline) for s in layout.segments)
+    body = list(proto.graph.node)
+    del proto.graph.node[:]
+    proto.graph.node.extend([*nodes, *body])
+    return proto
+
+
+def _dequantise(name: str, tensor: LatticeTensor) -> list[Any]:
+    single = tensor.dtype == np.float32
+    value = name if single else f"{name}::float32"
+    made = [
+        helper.make_node(
+            "DequantizeLinear", [f"{name}::q", f"{name}::step"], [value], name=f"{name}::dequantise"
+        )
+    ]
+    if not single:
+        cast = helper.make_node("Cast", [value], [name], name=f"{name}::cast")
+        cast.attribute.append(helper.make_attribute("to", _onnx_type(tensor.dtype)))
+        made.append(cast)
+    return made
+
+
+def _onnx_type(dtype: Any) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def _initialiser(segment: Segment, inline: PublishedModel | None) -> Any:
+    tensor = onnx.TensorProto()
+    tensor.name = segment.name
+    tensor.data_type = _onnx_type(segment.dtype)
+    tensor.dims.extend(segment.shape)
+    if inline is not None:
+        values = segment.values(inline)
+        tensor.raw_data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+        return tensor
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    entries = {"location": _WEIGHTS, "offset": segment.offset, "length": segment.length}
+    for key, value in entries.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, str(value)
+    return tensor

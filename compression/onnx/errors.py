@@ -1,0 +1,49 @@
+"""Errors of the ONNX component: one base, one class per cause."""
+
+__all__ = [
+    "BindError",
+    "ExportError",
+    "FoldedParameter",
+    "LayoutError",
+    "ManifestError",
+    "NumericsError",
+    "OnnxError",
+    "RuntimeFailure",
+    "SelfTestFailed",
+]
+
+
+class OnnxError(ValueError):
+    """Base of every error that `prunecast.compression.onnx` raises."""
+
+
+class ExportError(OnnxError):
+    """The module cannot be exported, or its graph cannot carry later weights."""
+
+
+class FoldedParameter(ExportError):
+    """A parameter that the module uses is not an input of the graph: new weights would not act."""
+
+
+class NumericsError(ExportError):
+    """The exported graph does not compute what the module computes."""
+
+
+class BindError(OnnxError):
+    """A published model does not fit the graph."""
+
+
+class LayoutError(OnnxError):
+    """A weights layout is malformed, or a model does not fit it."""
+
+
+class ManifestError(OnnxError):
+    """A release manifest is malformed or of a schema this version does not read."""
+
+
+class SelfTestFailed(OnnxError):
+    """A session does not reproduce the outputs recorded with the release."""
+
+
+class RuntimeFailure(OnnxError):
+    """onnxruntime refused a model or its inputs."""

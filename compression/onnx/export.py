@@ -1,0 +1,282 @@
+"""Export a torch module to an ONNX graph, once per architecture.
+
+The exporter keeps parameter names when it does not optimise, and only then: its optimiser folds
+BatchNorm statistics into convolutions and would leave initialisers that no later weights can be
+bound to. onnxruntime performs the same fusions while loading, on the weights of the day.
+
+Two checks make sure that later weights act. A parameter that the traced program reads must be an
+initialiser of the graph. And the graph is run in onnxruntime against the module twice, with the
+module's weights and with perturbed ones: a value frozen into the graph would show in the second.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from prunecast.compression.codec import TensorSpec
+from prunecast.compression.onnx.bind import bind_arrays
+from prunecast.compression.onnx.errors import ExportError, FoldedParameter, NumericsError
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.onnx.runtime import open_session
+
+from onnx import helper
+
+__all__ = ["export_graph"]
+
+_LOWEST_OPSET = 21  # DequantizeLinear on int16
+_BATCH = "batch"
+
+
+def export_graph(
+    module: torch.nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_batch: bool = True,
+    opset: int = _LOWEST_OPSET,
+    tolerance: float = 1e-4,
+) -> ExportedGraph:
+    """Trace `module` in evaluation mode and return its graph without weights.
+
+    Args:
+        module: any module that ``torch.export`` can trace; left as it was.
+        example_inputs: positional inputs. With `dynamic_batch`, dimension 0 of each is the batch.
+        input_names: names of the inputs; default ``input`` or ``input_0``, ``input_1``, ...
+        output_names: names of the outputs; default ``output`` or ``output_0``, ...
+        dynamic_batch: leave the size of dimension 0 free.
+        opset: ONNX operator set, at least 21.
+        tolerance: largest accepted difference between graph and module, relative to the larger
+            of 1 and the largest absolute output.
+
+    Raises:
+        ExportError: the module cannot be traced or uses a dtype without a published form.
+        FoldedParameter: a parameter or buffer that inference reads is frozen into the graph.
+        NumericsError: the graph and the module disagree.
+    """
+    if opset < _LOWEST_OPSET:
+        raise ExportError(f"opset {opset} cannot dequantise int16: use {_LOWEST_OPSET} or later")
+    if not example_inputs:
+        raise ExportError("export needs example inputs")
+    example = tuple(_at_least_two(x) for x in example_inputs) if dynamic_batch else example_inputs
+    inputs = list(input_names or _numbered("input", len(example)))
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            produced = module(*example)
+            count = len(produced) if isinstance(produced, tuple | list) else 1
+            outputs = list(output_names or _numbered("output", count))
+            program = _trace(module, example, inputs, outputs, dynamic_batch, opset)
+            state = module.state_dict(keep_vars=True)
+            graph = _strip(program, state)
+            worst = max(
+                _compare(graph, module, weights, example, inputs, tolerance)
+                for weights in (dict(state), _perturbed(state))
+            )
+    finally:
+        for child in training:
+            child.training = True
+    return ExportedGraph(graph.skeleton, graph.parameters, graph.aliases, graph.unused, worst)
+
+
+def _at_least_two(x: torch.Tensor) -> torch.Tensor:
+    # torch.export specialises a dimension whose example size is 0 or 1
+    if x.dim() == 0:
+        raise ExportError("an input without dimensions has no batch: pass dynamic_batch=False")
+    return torch.cat([x, x]) if x.shape[0] == 1 else x
+
+
+def _numbered(stem: str, count: int) -> list[str]:
+    return [stem] if count == 1 else [f"{stem}_{i}" for i in range(count)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _trace(
+    module: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    inputs: list[str],
+    outputs: list[str],
+    dynamic_batch: bool,
+    opset: int,
+) -> Any:
+    shapes = tuple({0: _BATCH} for _ in example) if dynamic_batch else None
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                example,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=shapes,
+                opset_version=opset,
+            )
+    except Exception as error:  # the exporter raises its own, torch.export's and plain errors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = "; if its batch size is fixed, pass dynamic_batch=False" if dynamic_batch else ""
+        raise ExportError(f"{type(module).__name__} cannot be exported: {reason}{hint}") from error
+    if program is None:
+        raise ExportError(f"{type(module).__name__} cannot be exported")
+    return program
+
+
+def _strip(program: Any, state: Mapping[str, torch.Tensor]) -> ExportedGraph:
+    """Take the weights out of the exported model, and everything that names a developer's disk."""
+    proto = program.model_proto
+    held = {initialiser.name: initialiser for initialiser in proto.graph.initializer}
+    canonical = _tied(state, held)
+    missing = [n for n in _read_tensors(program) if canonical.get(n, n) not in held]
+    if missing:
+        raise FoldedParameter(
+            f"{', '.join(map(repr, missing[:5]))}: read by the module but not an input of the "
+            "graph, so new weights would not act; compute with the tensor itself in forward(), "
+            "not with a Python number or a copy of it"
+        )
+    parameters: dict[str, TensorSpec] = {}
+    for name, initialiser in held.items():
+        if name in state:
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(initialiser.data_type))
+            if dtype.kind not in "biuf" or dtype.name == "bfloat16":
+                raise ExportError(f"parameter {name!r} is {dtype}: convert the module to float32")
+            parameters[name] = TensorSpec(dtype, tuple(initialiser.dims))
+            if f"{name}::q" in held or f"{name}::step" in held:
+                raise ExportError(f"parameter {name!r} collides with a reserved name")
+    aliases = {n: c for n, c in canonical.items() if n != c and c in parameters}
+    unused = tuple(n for n in state if n not in parameters and n not in aliases)
+    constants = [i for i in proto.graph.initializer if i.name not in parameters]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(constants)
+    _anonymise(proto)
+    return ExportedGraph(proto.SerializeToString(deterministic=True), parameters, aliases, unused)
+
+
+def _tied(state: Mapping[str, torch.Tensor], held: Mapping[str, Any]) -> dict[str, str]:
+    """Each name of the state to the one among its ties that is an initialiser, if any is."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        groups.setdefault(place if tensor.numel() else id(tensor), []).append(name)
+    canonical: dict[str, str] = {}
+    for names in groups.values():
+        leader = next((name for name in names if name in held), names[0])
+        canonical.update(dict.fromkeys(names, leader))
+    return canonical
+
+
+def _read_tensors(program: Any) -> list[str]:
+    """Parameters and buffers that the traced program reads."""
+    traced = program.exported_program
+    signature = traced.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return [
+        targets[node.name]
+        for node in traced.graph.nodes
+        if node.op == "placeholder" and node.name in targets and node.users
+    ]
+
+
+def _anonymise(proto: Any) -> None:
+    proto.producer_name, proto.producer_version, proto.doc_string = "prunecast", "", ""
+    del proto.metadata_props[:]
+    _clear(proto.graph)
+    for function in proto.functions:
+        _clear(function)
+
+
+def _clear(graph: Any) -> None:
+    for kind in ("metadata_props", "value_info"):
+        if hasattr(graph, kind):
+            del getattr(graph, kind)[:]
+    if graph.HasField("doc_string"):
+        graph.doc_string = ""
+    for kind in ("input", "output", "initializer"):
+        for item in getattr(graph, kind, ()):
+            if not isinstance(item, str):
+                del item.metadata_props[:]
+    for node in graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _clear(attribute.g)
+            for inner in attribute.graphs:
+                _clear(inner)
+
+
+def _perturbed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every floating tensor moved by a few percent, variances kept positive; ties kept."""
+    generator = torch.Generator().manual_seed(0)
+    moved: dict[int, torch.Tensor] = {}
+    changed: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            changed[name] = tensor
+            continue
+        if id(tensor) not in moved:
+            noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+            moved[id(tensor)] = (tensor * (1 + 0.1 * noise) + 0.01 * noise).detach()
+        changed[name] = moved[id(tensor)]
+    return changed
+
+
+def _compare(
+    graph: ExportedGraph,
+    module: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    example: tuple[torch.Tensor, ...],
+    inputs: list[str],
+    tolerance: float,
+) -> float:
+    produced = torch.func.functional_call(module, weights, example)
+    wanted = list(produced) if isinstance(produced, tuple | list) else [produced]
+    arrays = {n: _array(t) for n, t in weights.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(bind_arrays(graph, arrays, Path(folder)), threads=1)
+        feed = {n: _array(x) for n, x in zip(inputs, example, strict=True)}
+        got = list(session.run(feed).values())
+    if len(got) != len(wanted):
+        raise NumericsError(f"the graph has {len(got)} outputs, the module {len(wanted)}")
+    worst = 0.0
+    for want, have in zip(map(_array, wanted), got, strict=True):
+        if want.shape != have.shape:
+            raise NumericsError(f"an output has shape {have.shape}, the module gives {want.shape}")
+        if not want.size:
+            continue
+        difference = float(np.max(np.abs(want.astype(np.float64) - have.astype(np.float64))))
+        scale = max(1.0, float(np.max(np.abs(want.astype(np.float64)))))
+        if not difference <= tolerance * scale:
+            raise NumericsError(
+                f"graph and module differ by {difference:.3g} (accepted: {tolerance:.1g} of "
+                f"{scale:.3g}): a value was frozen into the graph, or an operator is imprecise"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _array(tensor: torch.Tensor) -> NDArray[np.generic]:
+    values: NDArray[np.generic] = tensor.detach().cpu().numpy()
+    return values

@@ -1,0 +1,263 @@
+"""`release.json`: what a release is and the digests of everything that belongs to it.
+
+The file is small and is itself signed by digest (it is a TUF target), so each digest in it is as
+trusted as the signature. Only numpy and the standard library: server and device share it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prunecast.compression.onnx.errors import ManifestError, OnnxError
+from prunecast.compression.onnx.runtime import Signature
+from prunecast.compression.onnx.selftest import Tolerance
+
+__all__ = [
+    "MAX_MANIFEST_BYTES",
+    "RELEASE_FILES",
+    "FileRef",
+    "PatchRef",
+    "ReleaseManifest",
+    "check_release_name",
+]
+
+MAX_MANIFEST_BYTES = 2**20
+RELEASE_FILES = ("model.onnx", "layout.json", "selftest.npz", "expected.npz")
+_SCHEMA = 1
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,2}")
+
+
+def check_release_name(name: str) -> str:
+    """Return `name` if it can name a release: it becomes part of paths and URLs.
+
+    Raises:
+        ManifestError: empty, too long, or with characters other than a-z 0-9 . _ -
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise ManifestError(
+            f"release name {str(name)[:80]!r} is not usable: at most 64 of a-z 0-9 . _ -, "
+            "beginning and ending with a letter or digit, without '..'"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file by content.
+
+    Attributes:
+        sha256: hex digest.
+        length: size in bytes.
+    """
+
+    sha256: str
+    length: int
+
+
+@dataclass(frozen=True)
+class PatchRef:
+    """A delta payload.
+
+    Attributes:
+        base_version: release it starts from.
+        base_digest: hex digest of the published model it starts from.
+        file: the payload.
+    """
+
+    base_version: int
+    base_digest: str
+    file: FileRef
+
+
+@dataclass(frozen=True)
+class ReleaseManifest:
+    """Content of `release.json`.
+
+    Attributes:
+        name: what is released; also the stream of its payloads.
+        version: counts up with every release of that name.
+        created: UTC time, ISO 8601.
+        model_digest: hex digest of the published model (the federation's version).
+        counter: the federation's number of that version.
+        variant: ``lattice`` or ``fp32``: what `weights.bin` holds.
+        inputs: signature of the inputs.
+        outputs: signature of the outputs.
+        files: the files of `RELEASE_FILES` by name.
+        weights: `weights.bin`; never travels, it is rebuilt from the model.
+        keyframe: payload that carries the published model alone.
+        patches: payloads that carry it against an earlier release.
+        tolerance: of the self-test.
+        metrics: figures measured on this very model.
+        licence: SPDX expression, or None when not stated.
+        minimum_agent: lowest agent version that can run the release, ``X.Y.Z``.
+    """
+
+    name: str
+    version: int
+    created: str
+    model_digest: str
+    counter: int
+    variant: str
+    inputs: tuple[Signature, ...]
+    outputs: tuple[Signature, ...]
+    files: Mapping[str, FileRef]
+    weights: FileRef
+    keyframe: FileRef
+    patches: tuple[PatchRef, ...]
+    tolerance: Tolerance
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    licence: str | None = None
+    minimum_agent: str = "0.1.0"
+
+    @property
+    def stream(self) -> bytes:
+        """Identifier that the payloads of this release are made for."""
+        return self.name.encode()
+
+    def patch_from(self, model_digest: str) -> PatchRef | None:
+        """The patch from a held published model, when there is one smaller than the keyframe."""
+        found = [p for p in self.patches if p.base_digest == model_digest]
+        best = min(found, key=lambda p: p.file.length, default=None)
+        return best if best and best.file.length < self.keyframe.length else None
+
+    def references(self) -> dict[str, FileRef]:
+        """Every file that travels, by a name for messages."""
+        return {
+            **self.files,
+            "keyframe": self.keyframe,
+            **{f"patch from {p.base_version}": p.file for p in self.patches},
+        }
+
+    def to_bytes(self) -> bytes:
+        """JSON with sorted keys; the same manifest gives the same bytes."""
+        document = {
+            "schema": _SCHEMA,
+            "name": self.name,
+            "version": self.version,
+            "created": self.created,
+            "model": {"digest": self.model_digest, "counter": self.counter},
+            "inputs": [[s.name, s.dtype, list(s.shape)] for s in self.inputs],
+            "outputs": [[s.name, s.dtype, list(s.shape)] for s in self.outputs],
+            "files": {name: _ref(ref) for name, ref in self.files.items()},
+            "weights": {"variant": self.variant, **_ref(self.weights)},
+            "keyframe": _ref(self.keyframe),
+            "patches": [
+                {"base_version": p.base_version, "base_digest": p.base_digest, **_ref(p.file)}
+                for p in self.patches
+            ],
+            "selftest": {
+                "atol": self.tolerance.atol,
+                "rtol": self.tolerance.rtol,
+                "argmax": self.tolerance.argmax,
+            },
+            "metrics": dict(self.metrics),
+            "licence": self.licence,
+            "minimum_agent": self.minimum_agent,
+        }
+        return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ReleaseManifest:
+        """Read what `to_bytes` wrote, checking every field.
+
+        Raises:
+            ManifestError: malformed, too large, or of a newer schema.
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ManifestError(f"release.json exceeds {MAX_MANIFEST_BYTES} bytes")
+        try:
+            document: Any = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError("release.json is not JSON") from error
+        if not isinstance(document, dict) or document.get("schema") != _SCHEMA:
+            raise ManifestError(f"release.json is not of schema {_SCHEMA}: update the agent")
+        try:
+            return _parse(document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, ManifestError):
+                raise
+            why = str(error) if isinstance(error, OnnxError) else f"field {error}"
+            raise ManifestError(f"release.json is malformed: {why}") from error
+
+
+def _ref(ref: FileRef) -> dict[str, Any]:
+    return {"sha256": ref.sha256, "length": ref.length}
+
+
+def _parse(document: Mapping[str, Any]) -> ReleaseManifest:
+    files = {str(name): _file(entry) for name, entry in document["files"].items()}
+    if set(files) != set(RELEASE_FILES):
+        raise ManifestError(f"release.json must list exactly the files {', '.join(RELEASE_FILES)}")
+    test, weights = document["selftest"], document["weights"]
+    if weights["variant"] not in ("lattice", "fp32"):
+        raise ManifestError(f"release.json has unknown weights {str(weights['variant'])[:20]!r}")
+    licence = document["licence"]
+    return ReleaseManifest(
+        name=check_release_name(document["name"]),
+        version=_integer(document["version"], low=1),
+        created=_text(document["created"], 40),
+        model_digest=_hex(document["model"]["digest"]),
+        counter=_integer(document["model"]["counter"]),
+        variant=weights["variant"],
+        inputs=tuple(_signature(row) for row in document["inputs"]),
+        outputs=tuple(_signature(row) for row in document["outputs"]),
+        files=files,
+        weights=_file(weights),
+        keyframe=_file(document["keyframe"]),
+        patches=tuple(
+            PatchRef(_integer(p["base_version"], low=1), _hex(p["base_digest"]), _file(p))
+            for p in document["patches"]
+        ),
+        tolerance=Tolerance(_number(test["atol"]), _number(test["rtol"]), bool(test["argmax"])),
+        metrics={_text(k, 100): _number(v) for k, v in document["metrics"].items()},
+        licence=None if licence is None else _text(licence, 200),
+        minimum_agent=_version(document["minimum_agent"]),
+    )
+
+
+def _file(entry: Mapping[str, Any]) -> FileRef:
+    return FileRef(_hex(entry["sha256"]), _integer(entry["length"]))
+
+
+def _hex(value: object) -> str:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ManifestError(f"release.json has {str(value)[:80]!r} in the place of a SHA-256")
+    return value
+
+
+def _integer(value: object, *, low: int = 0) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**53:
+        raise ManifestError(f"release.json has {str(value)[:80]!r} in the place of a number")
+    return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ManifestError(f"release.json has {str(value)[:80]!r} in the place of a number")
+    return float(value)
+
+
+def _text(value: object, limit: int) -> str:
+    if not isinstance(value, str) or len(value) > limit or not value.isprintable():
+        raise ManifestError(f"release.json has {str(value)[:80]!r} in the place of a text")
+    return value
+
+
+def _version(value: object) -> str:
+    text = _text(value, 30)
+    if not _VERSION.fullmatch(text):
+        raise ManifestError(f"release.json has {text!r} in the place of an agent version")
+    return text
+
+
+def _signature(row: Any) -> Signature:
+    name, dtype, shape = row
+    dims = tuple(n if isinstance(n, str) else _integer(n) for n in shape)
+    return Signature(_text(name, 200), _text(dtype, 20), dims)

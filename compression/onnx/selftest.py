@@ -1,0 +1,144 @@
+"""The self-test of a release: real inputs, recorded outputs, a stated tolerance; numpy only."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from prunecast.compression.onnx.errors import SelfTestFailed
+
+__all__ = ["Arrays", "Tolerance", "check_outputs", "decided", "pack_arrays", "unpack_arrays"]
+
+Arrays = Mapping[str, NDArray[np.generic]]
+_ROUNDING = 1e-5  # relative; float32 sums in another order stay well below
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a device's outputs may lie from the recorded ones.
+
+    A value passes when ``|actual - expected| <= atol + rtol * |expected|``. CPUs sum in different
+    orders, so exact equality across devices cannot be asked for.
+
+    Attributes:
+        atol: absolute part, in units of the output.
+        rtol: relative part.
+        argmax: whether the class (argmax over the last axis) must be equal as well; recorded as
+            true only where no class hangs on rounding, see `decided`.
+    """
+
+    atol: float
+    rtol: float = 1e-3
+    argmax: bool = True
+
+    def __post_init__(self) -> None:
+        for value in (self.atol, self.rtol):
+            if not (math.isfinite(value) and value >= 0):
+                raise SelfTestFailed(f"a tolerance must be finite and not negative, not {value}")
+
+
+def pack_arrays(arrays: Arrays) -> bytes:
+    """An ``.npz`` archive with fixed timestamps: the same arrays give the same bytes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+            info = zipfile.ZipInfo(f"{name}.npy", _EPOCH)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(info, member.getvalue(), compresslevel=9)
+    return out.getvalue()
+
+
+def unpack_arrays(data: bytes, *, max_bytes: int = 256 * 2**20) -> dict[str, NDArray[np.generic]]:
+    """Read an ``.npz`` archive without pickle and without inflating more than `max_bytes`.
+
+    Raises:
+        SelfTestFailed: no such archive, or larger than allowed.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > max_bytes:
+                raise SelfTestFailed(f"the archive inflates to more than {max_bytes} bytes")
+            arrays: dict[str, NDArray[np.generic]] = {}
+            for member in members:
+                content = io.BytesIO(archive.read(member))
+                arrays[member.filename.removesuffix(".npy")] = np.lib.format.read_array(
+                    content, allow_pickle=False
+                )
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError, NotImplementedError) as e:
+        if isinstance(e, SelfTestFailed):
+            raise
+        raise SelfTestFailed(f"not a readable .npz archive of plain arrays: {e}") from e
+    return arrays
+
+
+def check_outputs(expected: Arrays, actual: Arrays, tolerance: Tolerance) -> float:
+    """Compare outputs by name; returns the largest absolute difference.
+
+    Raises:
+        SelfTestFailed: an output is missing, has another shape, lies outside the tolerance, is
+            not finite where a finite value was recorded, or decides for another class.
+    """
+    worst = 0.0
+    for name, want in expected.items():
+        got = actual.get(name)
+        if got is None or got.shape != want.shape or got.dtype != want.dtype:
+            shape = "missing" if got is None else f"{got.dtype}{list(got.shape)}"
+            raise SelfTestFailed(
+                f"self-test: output {name!r} is {shape}, expected {want.dtype}{list(want.shape)}"
+            )
+        if want.dtype.kind != "f":
+            if not np.array_equal(want, got):
+                raise SelfTestFailed(f"self-test: output {name!r} differs from the recorded one")
+            continue
+        worst = max(worst, _check_floats(name, want, got, tolerance))
+    return worst
+
+
+def _check_floats(
+    name: str, want: NDArray[np.generic], got: NDArray[np.generic], tolerance: Tolerance
+) -> float:
+    reference, found = want.astype(np.float64), got.astype(np.float64)
+    same = (reference == found) | (np.isnan(reference) & np.isnan(found))
+    with np.errstate(invalid="ignore"):
+        distance = np.where(same, 0.0, np.abs(found - reference))
+        allowed = tolerance.atol + tolerance.rtol * np.abs(reference)
+        bad = ~(same | (distance <= allowed))
+    if bad.any():
+        far = float(np.max(np.where(np.isnan(distance), np.inf, distance)))
+        raise SelfTestFailed(
+            f"self-test: {int(bad.sum())} of {bad.size} values of output {name!r} differ by up to "
+            f"{far:.3g} (allowed: {tolerance.atol:.3g} + {tolerance.rtol:.3g} of the value)"
+        )
+    if tolerance.argmax and _has_classes(reference):
+        other = reference.argmax(axis=-1) != found.argmax(axis=-1)
+        if other.any():
+            raise SelfTestFailed(
+                f"self-test: output {name!r} decides for another class in {int(other.sum())} of "
+                f"{other.size} cases"
+            )
+    return float(distance.max()) if distance.size else 0.0
+
+
+def decided(outputs: Arrays) -> bool:
+    """Whether no class in `outputs` hangs on rounding, so that `argmax` can be asked for."""
+    for values in outputs.values():
+        if values.dtype.kind != "f" or not _has_classes(values):
+            continue
+        top = np.sort(values.astype(np.float64), axis=-1)
+        margin = top[..., -1] - top[..., -2]
+        if not np.all(margin > _ROUNDING * np.maximum(1.0, np.abs(top).max(axis=-1))):
+            return False
+    return True
+
+
+def _has_classes(values: NDArray[np.generic]) -> bool:
+    return values.ndim >= 2 and values.shape[-1] > 1 and values.size > 0
