@@ -1,1 +1,7 @@
 """The Flower mod, the node's store and the torch trainer."""
+
+from prunecast.client.training.errors import ModError, StoreError
+from prunecast.client.training.masks import current_masks
+from prunecast.client.training.mod import compression_mod
+
+__all__ = ["ModError", "StoreError", "compression_mod", "current_masks"]

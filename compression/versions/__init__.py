@@ -1,1 +1,83 @@
-"""The published model and its payloads: keyframe, delta, reuse, update."""
+"""The published model and its payloads: keyframe, delta, update, plain record.
+
+A *published model* is what server, clients and edge devices hold identically, bit for bit:
+integers on a lattice, one step per tensor, and the mask. Everything here is pure: numpy and the
+standard library, no sockets, no Flower. The byte formats are written down in ``docs/format.md``.
+"""
+
+from prunecast.compression.versions.errors import (
+    BadPayload,
+    BaseMissing,
+    DigestMismatch,
+    InvalidModel,
+    StorageError,
+    VersionsError,
+    WrongStream,
+)
+from prunecast.compression.versions.frame import short, stream_tag
+from prunecast.compression.versions.model import (
+    LatticeTensor,
+    PublishedModel,
+    RawTensor,
+    Tensor,
+    refine,
+)
+from prunecast.compression.versions.payloads import (
+    Kind,
+    PayloadInfo,
+    decode_model,
+    encode_delta,
+    encode_keyframe,
+    encode_plain,
+    encode_reuse,
+    inspect,
+    open_plain,
+)
+from prunecast.compression.versions.session import (
+    Instruction,
+    Report,
+    UpdateRule,
+)
+from prunecast.compression.versions.storage import load_model, save_model, write_atomically
+from prunecast.compression.versions.updates import (
+    QuantisedTensor,
+    Update,
+    decode_update,
+    encode_update,
+)
+
+__all__ = [
+    "BadPayload",
+    "BaseMissing",
+    "DigestMismatch",
+    "Instruction",
+    "InvalidModel",
+    "Kind",
+    "LatticeTensor",
+    "PayloadInfo",
+    "PublishedModel",
+    "QuantisedTensor",
+    "RawTensor",
+    "Report",
+    "StorageError",
+    "Tensor",
+    "Update",
+    "UpdateRule",
+    "VersionsError",
+    "WrongStream",
+    "decode_model",
+    "decode_update",
+    "encode_delta",
+    "encode_keyframe",
+    "encode_plain",
+    "encode_reuse",
+    "encode_update",
+    "inspect",
+    "load_model",
+    "open_plain",
+    "refine",
+    "save_model",
+    "short",
+    "stream_tag",
+    "write_atomically",
+]

@@ -1,0 +1,176 @@
+"""What a node keeps on disk between messages: the held model and the residual.
+
+Flower's `context.state` lives in memory, crosses process borders with every message and is lost
+when a SuperNode restarts. Blobs are files here, replaced atomically, before the reply is sent::
+
+    <root>/<run id>/<node id>/<record>.model           the version this node holds
+    <root>/<run id>/<node id>/<record>.residual        what quantisation dropped so far
+    <root>/<run id>/<node id>/<record>.pending-<id>    the residual that follows from reply <id>
+
+A residual belongs to a reply: it replaces the old one only when the server says that it accepted
+that reply. A reply that is lost on the way therefore never loses a residual.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from prunecast.client.training.errors import StoreError
+from prunecast.compression.versions import (
+    LatticeTensor,
+    PublishedModel,
+    RawTensor,
+    StorageError,
+    Tensor,
+    VersionsError,
+    write_atomically,
+)
+
+__all__ = ["NodeStore", "default_root"]
+
+_STALE_SECONDS = 30 * 24 * 3600
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, VersionsError)
+
+
+def default_root() -> Path:
+    """``$PRUNECAST_STORE``, else ``prunecast/nodes`` in the user's cache directory."""
+    if explicit := os.environ.get("PRUNECAST_STORE"):
+        return Path(explicit)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "prunecast" / "nodes"
+
+
+class NodeStore:
+    """Files of one node in one run.
+
+    Args:
+        root: directory for all runs and nodes of this machine.
+        run_id: Flower's run id.
+        node_id: Flower's node id.
+
+    Raises:
+        StoreError: the directory cannot be made.
+    """
+
+    def __init__(self, root: Path, run_id: int, node_id: int) -> None:
+        self._folder = root / str(run_id) / str(node_id)
+        if not self._folder.is_dir():
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _unwritable(root, error) from error
+            _remove_stale_runs(root, keep=str(run_id))
+
+    def _path(self, key: str, suffix: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.{suffix}"
+
+    def held(self, key: str) -> PublishedModel | None:
+        """The version held under a record key; None when there is none or its file is damaged."""
+        try:
+            with np.load(self._path(key, "model"), allow_pickle=False) as file:
+                meta = json.loads(bytes(file["meta"]))
+                tensors: dict[str, Tensor] = {}
+                for index, (name, step, pruned, dtype) in enumerate(meta["tensors"]):
+                    values = file[str(index)]
+                    if step is None:
+                        tensors[name] = RawTensor(values)
+                    else:
+                        tensors[name] = LatticeTensor(values, step, pruned, np.dtype(dtype))
+                model = PublishedModel(tensors, meta["counter"])
+                return model if model.digest.hex() == meta["digest"] else None
+        except _DAMAGED:
+            return None
+
+    def keep(self, key: str, model: PublishedModel) -> None:
+        """Hold a version under a record key.
+
+        Raises:
+            StoreError: the file cannot be written; the old version stays.
+        """
+        heads, arrays = [], {}
+        for index, (name, tensor) in enumerate(model.tensors.items()):
+            lattice = isinstance(tensor, LatticeTensor)
+            arrays[str(index)] = tensor.q if isinstance(tensor, LatticeTensor) else tensor.values
+            step = tensor.step if isinstance(tensor, LatticeTensor) else None
+            heads.append(
+                [name, step, lattice and tensor.mask() is not None, np.dtype(tensor.dtype).name]
+            )
+        meta = {"tensors": heads, "counter": model.counter, "digest": model.digest.hex()}
+        arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
+        self._write(self._path(key, "model"), arrays)
+
+    def residual(self, key: str, accepted: str) -> dict[str, NDArray[np.floating]]:
+        """What earlier quantisation dropped, by tensor name; empty at first.
+
+        Args:
+            key: record key.
+            accepted: message id of the last reply the server accepted; the residual staged with
+                that reply is committed now.
+        """
+        committed = self._path(key, "residual")
+        pending = self._pending(key, accepted)
+        if accepted and pending.exists():
+            try:
+                os.replace(pending, committed)
+            except OSError as error:
+                raise _unwritable(self._folder, error) from error
+        try:
+            with np.load(committed, allow_pickle=False) as file:
+                names = json.loads(bytes(file["meta"]))
+                return {name: file[str(index)] for index, name in enumerate(names)}
+        except _DAMAGED:
+            return {}
+
+    def stage(
+        self, key: str, message_id: str, residual: Mapping[str, NDArray[np.floating]]
+    ) -> None:
+        """Write the residual that holds if the reply to `message_id` is accepted.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        arrays: dict[str, NDArray[np.generic]] = {
+            str(index): array for index, array in enumerate(residual.values())
+        }
+        arrays["meta"] = np.frombuffer(json.dumps(list(residual)).encode(), dtype=np.uint8)
+        target = self._pending(key, message_id)
+        self._write(target, arrays)
+        for old in self._folder.glob(f"{self._path(key, 'pending').name}-*"):
+            if old != target:
+                old.unlink(missing_ok=True)
+
+    def _pending(self, key: str, message_id: str) -> Path:
+        return self._path(key, f"pending-{hashlib.sha256(message_id.encode()).hexdigest()[:16]}")
+
+    def _write(self, path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        try:
+            write_atomically(path, buffer.getvalue())
+        except StorageError as error:
+            raise _unwritable(self._folder, error) from error
+
+
+def _unwritable(folder: Path, error: Exception) -> StoreError:
+    return StoreError(
+        f"the node's store {folder} cannot be written ({error}): set PRUNECAST_STORE, or "
+        "compression_mod(store=...), to a directory this user owns"
+    )
+
+
+def _remove_stale_runs(root: Path, *, keep: str) -> None:
+    """Drop what runs of more than a month ago left behind."""
+    limit = time.time() - _STALE_SECONDS
+    for folder in root.iterdir():
+        if folder.name.isdigit() and folder.name != keep and folder.stat().st_mtime < limit:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,26 @@
+"""Payloads inside Flower records: what the grid and the mod agree on.
+
+The only place below client and server that knows Flower; `versions` stays free of it.
+"""
+
+from prunecast.compression.flower.records import (
+    CONTROL_RECORD,
+    STYPE,
+    array_record,
+    dense_arrays,
+    is_codable,
+    payload_of,
+    payload_record,
+    stream_id,
+)
+
+__all__ = [
+    "CONTROL_RECORD",
+    "STYPE",
+    "array_record",
+    "dense_arrays",
+    "is_codable",
+    "payload_of",
+    "payload_record",
+    "stream_id",
+]

@@ -1,0 +1,39 @@
+"""Errors of the version layer: one base, one class per cause."""
+
+__all__ = [
+    "BadPayload",
+    "BaseMissing",
+    "DigestMismatch",
+    "InvalidModel",
+    "StorageError",
+    "VersionsError",
+    "WrongStream",
+]
+
+
+class VersionsError(ValueError):
+    """Base of every error that `prunecast.compression.versions` raises."""
+
+
+class InvalidModel(VersionsError):
+    """A published model cannot be built or coded from these tensors."""
+
+
+class BadPayload(VersionsError):
+    """The bytes are not a payload of this format, or they are damaged."""
+
+
+class WrongStream(VersionsError):
+    """The payload belongs to another run, record or release."""
+
+
+class BaseMissing(VersionsError):
+    """The payload refers to a version that is not held; a keyframe is needed."""
+
+
+class DigestMismatch(VersionsError):
+    """The rebuilt model is not the one the payload announces."""
+
+
+class StorageError(VersionsError):
+    """A model file is missing, damaged or cannot be written."""

@@ -1,0 +1,141 @@
+"""The small control record that accompanies every message between grid and mod.
+
+Server to node: the last reply that was accepted (so that the node commits the residual that
+belongs to it) and how updates are to be quantised. Node to server: which version it holds of each
+record's stream, and which records it cannot decode because the base is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prunecast.compression.versions.errors import BadPayload
+from prunecast.compression.versions.frame import SHORT_DIGEST
+
+__all__ = ["Instruction", "Report", "UpdateRule"]
+
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How a node quantises its update.
+
+    Attributes:
+        step: quantisation step in standard deviations of the tensor's update; 0.0 sends the
+            trained arrays exactly.
+        dead_zone: fraction of a step below which a change rounds to zero, 0.5 to 1.
+        error_feedback: keep what quantisation dropped and add it to the next update
+            (Karimireddy et al. 2019, "Error Feedback Fixes SignSGD", algorithm 1).
+    """
+
+    step: float
+    dead_zone: float = 0.5
+    error_feedback: bool = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.step) and self.step >= 0):
+            raise BadPayload(f"update step {self.step!r} is not a non-negative number")
+        if not 0.5 <= self.dead_zone <= 1:
+            raise BadPayload(f"dead zone {self.dead_zone!r} is outside 0.5..1")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """Server to node.
+
+    Attributes:
+        rule: how to quantise updates.
+        accepted: message id of the node's last reply the server accepted; "" for none.
+    """
+
+    rule: UpdateRule
+    accepted: str = ""
+
+    def to_bytes(self) -> bytes:
+        """Compact JSON."""
+        rule = [self.rule.step, self.rule.dead_zone, int(self.rule.error_feedback)]
+        return _dump({"r": rule, "a": self.accepted})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Instruction:
+        """Parse and check.
+
+        Raises:
+            BadPayload: not an instruction.
+        """
+        value = _load(data)
+        match value:
+            case {
+                "r": [int() | float() as step, int() | float() as zone, 0 | 1 as ef],
+                "a": str() as a,
+            }:
+                return cls(UpdateRule(float(step), float(zone), bool(ef)), a)
+        raise BadPayload("control record from the server is not understood: versions differ?")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Node to server.
+
+    Attributes:
+        held: record key to short digest of the version the node holds after this message.
+        missing: record keys whose payload could not be decoded because the base is missing.
+        encode_ms: milliseconds the node spent encoding its reply, 0 to 10**6; carried with a
+            fixed width, so that timing never changes the number of bytes.
+    """
+
+    held: Mapping[str, bytes] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    encode_ms: float = 0.0
+
+    def to_bytes(self) -> bytes:
+        """Compact JSON."""
+        micros = f"{min(round(self.encode_ms * 1e3), 999_999_999):09d}"
+        held = {key: digest.hex() for key, digest in self.held.items()}
+        return _dump({"h": held, "m": list(self.missing), "t": micros})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Report:
+        """Parse and check.
+
+        Raises:
+            BadPayload: not a report.
+        """
+        value = _load(data)
+        match value:
+            case {"h": dict() as held, "m": list() as missing, "t": str() as micros} if (
+                all(isinstance(k, str) for k in missing)
+                and len(micros) == 9
+                and micros.isascii()
+                and micros.isdigit()
+            ):
+                digests = {str(k): _digest(v) for k, v in held.items()}
+                return cls(digests, tuple(missing), int(micros) / 1e3)
+        raise BadPayload("control record from the node is not understood: versions differ?")
+
+
+def _digest(value: object) -> bytes:
+    try:
+        raw = bytes.fromhex(value) if isinstance(value, str) else b""
+    except ValueError:
+        raw = b""
+    if len(raw) != SHORT_DIGEST:
+        raise BadPayload("control record names a version by something that is no digest")
+    return raw
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _load(data: bytes) -> object:
+    if len(data) > _MAX_BYTES:
+        raise BadPayload(f"control record of {len(data)} bytes is above {_MAX_BYTES}")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadPayload(f"control record is not JSON: {error}") from error

@@ -1,0 +1,71 @@
+"""Model files: written whole or not at all, verified when read."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from prunecast.compression.codec import Limits
+from prunecast.compression.versions.errors import StorageError, VersionsError
+from prunecast.compression.versions.model import PublishedModel
+from prunecast.compression.versions.payloads import decode_model, encode_keyframe
+
+__all__ = ["load_model", "save_model", "write_atomically"]
+
+_STREAM = b"prunecast model file"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: temporary file beside it, fsync, rename, fsync of the folder.
+
+    A crash at any moment leaves either the old file or the new one, never a mixture.
+
+    Raises:
+        StorageError: the file system refuses; the old file is untouched.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def save_model(model: PublishedModel, path: Path) -> None:
+    """Write a published model to `path` as a keyframe payload, atomically.
+
+    Raises:
+        StorageError: the file system refuses.
+    """
+    write_atomically(Path(path), encode_keyframe(model, stream=_STREAM))
+
+
+def load_model(path: Path, *, limits: Limits | None = None) -> PublishedModel:
+    """Read a file that `save_model` wrote; its digest is verified.
+
+    Raises:
+        StorageError: the file is missing, damaged, or no model file.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        return decode_model(data, stream=_STREAM, limits=limits or Limits())
+    except VersionsError as error:
+        raise StorageError(f"{path} is not a usable model file: {error}") from error

@@ -1,0 +1,15 @@
+"""Errors of the federation server."""
+
+__all__ = ["FederationError", "NonFiniteModel", "PolicyError"]
+
+
+class FederationError(RuntimeError):
+    """Base of every error that `prunecast.server.federation` raises."""
+
+
+class PolicyError(FederationError):
+    """A policy knob has an unknown name or a value outside its range."""
+
+
+class NonFiniteModel(FederationError):
+    """The global model holds NaN or infinity and cannot be published."""

@@ -1,0 +1,273 @@
+"""`CompressedGrid`: any Flower strategy, a fraction of the bytes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from logging import WARNING
+from pathlib import Path
+
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app.message.message import make_message
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore import log
+from flwr.supercore.run import Run
+from prunecast.compression.versions import PublishedModel, VersionsError
+from prunecast.server.federation.inbound import decode_reply, refuse, report_of
+from prunecast.server.federation.ledger import Entry, Ledger, serialised_bytes
+from prunecast.server.federation.outbound import Batch, Prepared
+from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.streams import Streams
+
+__all__ = ["CompressedGrid"]
+
+_NO_MOD = (
+    "answered through Prunecast's mod, so it cannot have read the published model: add "
+    "compression_mod() to ClientApp(mods=[...]) on the clients"
+)
+
+
+class CompressedGrid(Grid):
+    """A Flower grid that prunes, quantises and codes every array record in both directions.
+
+    It wraps the grid Flower hands to the ServerApp; strategies and custom loops use it unchanged::
+
+        strategy.start(grid=CompressedGrid(grid, "balanced"), initial_arrays=arrays)
+
+    The clients need ``ClientApp(mods=[compression_mod()])``.
+
+    Args:
+        grid: the grid to wrap.
+        policy: a `Policy`, or the name of a preset: "lossless", "balanced" or "small".
+        ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file, or None to
+            keep entries in memory only.
+        verify_replies: decode every reply once on arrival. A damaged reply then becomes an error
+            of its own instead of stopping the aggregation it takes part in; costs one decoding.
+        poll_interval: seconds between looking for replies in `send_and_receive`.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        policy: Policy | str = "balanced",
+        *,
+        ledger: Ledger | Path | None = None,
+        verify_replies: bool = True,
+        poll_interval: float = 0.2,
+    ) -> None:
+        self._grid = grid
+        self.policy = Policy.preset(policy) if isinstance(policy, str) else policy
+        self.ledger = Ledger(ledger) if ledger is None or isinstance(ledger, Path) else ledger
+        self._verify = verify_replies
+        self._poll_interval = poll_interval
+        self._streams = Streams(self.policy)
+        self._sent: dict[str, Prepared] = {}
+        self._retries: dict[str, str] = {}  # message id of a retry -> id the caller knows
+
+    # -- what a grid is asked for -------------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """See `flwr.serverapp.Grid.set_run`."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run this grid operates in."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """See `flwr.serverapp.Grid.create_message`."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the connected nodes."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The connected nodes."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Encode and send messages; returns their ids as the wrapped grid does.
+
+        Raises:
+            NonFiniteModel: an array to be published holds NaN or infinity; nothing was sent.
+        """
+        self.ledger.flush()
+        batch = Batch(self._streams, messages)
+        prepared = [batch.prepare(message) for message in batch.messages]
+        return self._push(prepared)
+
+    def _push(self, prepared: list[Prepared]) -> list[str]:
+        # a list: the HTTP grid goes over the messages twice
+        ids = list(self._grid.push_messages([p.message for p in prepared]))
+        pushed = set(ids)
+        for item in prepared:
+            message_id = item.message.metadata.message_id
+            if message_id not in pushed:
+                continue
+            self._sent[message_id] = item
+            self.ledger.add(
+                Entry(
+                    round=item.round,
+                    node=item.message.metadata.dst_node_id,
+                    direction="down",
+                    kind="+".join(item.kinds) or "none",
+                    message_type=item.message.metadata.message_type,
+                    payload_bytes=serialised_bytes(item.message),
+                    dense_bytes=item.dense_bytes,
+                    encode_ms=item.encode_ms,
+                )
+            )
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Fetch and decode the replies that have arrived.
+
+        A node that misses the base of a payload is sent a keyframe at once; its reply appears
+        under the original message's id in a later call.
+        """
+        wanted = list(message_ids)
+        known = set(wanted)
+        retries = [retry for retry, origin in self._retries.items() if origin in known]
+        replies = self._grid.pull_messages([*wanted, *retries])
+        received = (self._receive(reply) for reply in replies)
+        return [reply for reply in received if reply is not None]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages and wait for the replies, `timeout` seconds at most (None: for ever)."""
+        waiting = {message_id for message_id in self.push_messages(messages) if message_id}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            arrived = list(self.pull_messages(waiting))
+            replies.extend(arrived)
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            if waiting and not arrived:
+                time.sleep(self._poll_interval)
+        self._forget(waiting)
+        return replies
+
+    # -- replies ------------------------------------------------------------------------------
+
+    def _receive(self, reply: Message) -> Message | None:
+        message_id = reply.metadata.reply_to_message_id
+        sent = self._sent.pop(message_id, None)
+        if sent is None:
+            return reply
+        origin = self._retries.pop(message_id, message_id)
+        size = serialised_bytes(reply)
+        entry = Entry(
+            round=sent.round,
+            # an error reply made for a dead node names no useful source: the instruction does
+            node=sent.original.metadata.dst_node_id,
+            direction="up",
+            kind="error",
+            message_type=sent.original.metadata.message_type,
+            payload_bytes=size,
+            dense_bytes=size,
+        )
+        self.ledger.add(entry)
+        if reply.has_error():
+            result: Message | None = reply
+            if sent.coded and not self._streams.node(entry.node).speaks:
+                log(WARNING, "Node %s answered with an error and has never %s", entry.node, _NO_MOD)
+        else:
+            try:
+                result = self._understand(reply, sent, entry, retried=origin != message_id)
+            except VersionsError as error:
+                entry.kind = "error"
+                result = refuse(reply, f"reply of node {entry.node} was refused: {error}")
+        if result is None:
+            self._retry(sent, origin)
+            return None
+        result.metadata.__dict__["_reply_to_message_id"] = origin
+        return result
+
+    def _understand(
+        self, reply: Message, sent: Prepared, entry: Entry, *, retried: bool
+    ) -> Message | None:
+        """The reply as the strategy sees it; None when the node needs a keyframe first."""
+        node = self._streams.node(entry.node)
+        report = report_of(reply)
+        if report is None:
+            if sent.coded:
+                return refuse(reply, f"node {entry.node} has not {_NO_MOD}")
+            entry.kind = "none"
+            return reply
+        node.speaks = True
+        node.held = dict(report.held)
+        entry.encode_ms = report.encode_ms
+        if report.missing:
+            entry.kind = "base-missing"
+            if retried:
+                return refuse(
+                    reply,
+                    f"node {entry.node} cannot keep the base of {report.missing[0]!r}: check that "
+                    "its store directory is writable and belongs to it alone",
+                )
+            return None
+        content, has_update = decode_reply(reply, sent, entry, verify=self._verify)
+        if has_update:
+            node.accepted = reply.metadata.reply_to_message_id
+        return make_message(reply.metadata, content)
+
+    def _retry(self, sent: Prepared, origin: str) -> None:
+        """Send the same message again, with keyframes for what the node does not hold."""
+        metadata = copy.deepcopy(sent.original.metadata)
+        metadata.__dict__["_message_id"] = ""
+        again = make_message(metadata, sent.original.content)
+        prepared = sent.batch.prepare(again)
+        self._push([prepared])
+        self._retries[prepared.message.metadata.message_id] = origin
+
+    def _forget(self, message_ids: Iterable[str]) -> None:
+        """Release what is kept for messages whose replies nobody will ask for any more."""
+        gone = set(message_ids)
+        gone |= {retry for retry, origin in self._retries.items() if origin in gone}
+        for message_id in gone:
+            self._sent.pop(message_id, None)
+            self._retries.pop(message_id, None)
+
+    # -- the published model ------------------------------------------------------------------
+
+    def published(self, arrays: ArrayRecord, *, key: str = "arrays") -> PublishedModel:
+        """The version that nodes get when `arrays` is sent under `key`, published if need be.
+
+        Args:
+            arrays: master weights as the strategy holds them.
+            key: key of the record in the strategy's messages.
+
+        Raises:
+            NonFiniteModel: an array holds NaN or infinity.
+        """
+        stream = self._streams.stream(self.run.run_id, key)
+        return stream.version_of(arrays, arrays.object_id).model
+
+    def evaluate_published(
+        self,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None],
+        *,
+        key: str = "arrays",
+    ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+        """Wrap a strategy's `evaluate_fn` so that it measures the published model.
+
+        Flower hands `evaluate_fn` the master weights, which no client and no device ever runs.
+        """
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            dense = self.published(arrays, key=key).arrays()
+            return evaluate_fn(server_round, ArrayRecord({k: Array(v) for k, v in dense.items()}))
+
+        return evaluate

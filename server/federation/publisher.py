@@ -1,0 +1,163 @@
+"""From master weights to published versions, and to the payload each node needs."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from flwr.app import ArrayRecord
+from numpy.typing import NDArray
+from prunecast.compression.codec import quantise
+from prunecast.compression.flower import payload_record
+from prunecast.compression.pruning import magnitude_masks
+from prunecast.compression.versions import (
+    InvalidModel,
+    Kind,
+    LatticeTensor,
+    PublishedModel,
+    RawTensor,
+    Tensor,
+    encode_delta,
+    encode_keyframe,
+    encode_reuse,
+    short,
+)
+from prunecast.server.federation.errors import NonFiniteModel
+from prunecast.server.federation.policy import Policy
+
+__all__ = ["EncodedPayload", "Publisher", "Version"]
+
+_SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
+_VECTOR_STEP = 0.25  # biases and norms are few and sensitive: a finer lattice for them
+
+
+@dataclass(frozen=True)
+class EncodedPayload:
+    """One payload, shared by every node that needs it."""
+
+    kind: Kind
+    data: bytes
+    encode_ms: float
+
+    @cached_property
+    def record(self) -> ArrayRecord:
+        """The record that carries it; one object, so Flower uploads it once for all nodes."""
+        return payload_record(self.data)
+
+
+@dataclass
+class Version:
+    """A published model together with the master weights it was published from."""
+
+    model: PublishedModel
+    master: Mapping[str, NDArray[np.generic]]
+    payloads: dict[bytes | None, EncodedPayload] = field(default_factory=dict)
+
+
+class Publisher:
+    """Publishes the versions of one stream (one record of one run).
+
+    ``q = round(master / step) * mask``: the master keeps what rounding dropped, so the next
+    version repairs it. Steps follow each tensor's spread in powers of two, which keeps old and
+    new lattices nested.
+    """
+
+    def __init__(self, policy: Policy, stream: bytes, *, pruned: bool = True) -> None:
+        self.policy, self.stream = policy, stream
+        self._schedule = policy.schedule if pruned else None
+        self._steps: dict[str, float] = {}
+        self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
+        self._counter = 0
+
+    def publish(self, master: Mapping[str, NDArray[np.generic]]) -> Version:
+        """Make the next version.
+
+        Args:
+            master: name to array, any shapes; float arrays must be finite unless lossless.
+
+        Raises:
+            NonFiniteModel: a tensor to be put on the lattice holds NaN or infinity.
+        """
+        self._counter += 1
+        sparsity = self._schedule(self._counter) if self._schedule else 0.0
+        lattice = {
+            name: array
+            for name, array in master.items()
+            if not self.policy.is_lossless(name, array.dtype, array.size)
+        }
+        for name, array in lattice.items():
+            if not np.isfinite(array).all():
+                raise NonFiniteModel(
+                    f"tensor {name!r} of the global model holds NaN or infinity: the training "
+                    "diverged; nothing was sent"
+                )
+        prunable = {n: a for n, a in lattice.items() if self.policy.is_prunable(n, a.shape)}
+        masks: dict[str, NDArray[np.bool_]] = {}
+        if sparsity > 0 and prunable:
+            masks = magnitude_masks(prunable, sparsity, scope=self.policy.pruning_scope)
+        tensors: dict[str, Tensor] = {}
+        for name, array in master.items():
+            if name not in lattice:
+                tensors[name] = RawTensor(array)
+                continue
+            step = self._step(name, array)
+            q = quantise(array, step, name=name)
+            if name in masks:
+                q *= masks[name]
+            tensors[name] = LatticeTensor(q, step, name in masks, array.dtype)
+        model = PublishedModel(tensors, self._counter)
+        known = self._history.pop(short(model.digest), None)
+        self._history[short(model.digest)] = known or model
+        while len(self._history) > self.policy.history:
+            self._history.popitem(last=False)
+        return Version(model, master)
+
+    def _step(self, name: str, array: NDArray[np.generic]) -> float:
+        spread = max(float(np.std(array, dtype=np.float64)), _SMALLEST_SPREAD)
+        ideal = self.policy.down_step * spread * (1.0 if array.ndim > 1 else _VECTOR_STEP)
+        step = self._steps.get(name)
+        if step is None:
+            step = float(np.float32(ideal))
+        while ideal >= 2 * step:
+            step *= 2
+        while ideal <= step / 4:
+            step /= 2
+        self._steps[name] = step
+        return step
+
+    def payload(self, version: Version, held: bytes | None) -> EncodedPayload:
+        """What a node must receive to hold `version`.
+
+        Args:
+            version: the version to deliver.
+            held: short digest of the version the node says it holds; None for none.
+
+        Returns:
+            A reuse, a delta from whichever version is held, or a keyframe where neither is
+            possible. Encoded once and shared.
+        """
+        base = self._history.get(held) if held is not None else None
+        key = held if base is not None or held == short(version.model.digest) else None
+        if key not in version.payloads:
+            version.payloads[key] = self._encode(version, base, key)
+        return version.payloads[key]
+
+    def _encode(
+        self, version: Version, base: PublishedModel | None, held: bytes | None
+    ) -> EncodedPayload:
+        started = time.perf_counter()
+        kind, data = Kind.KEYFRAME, b""
+        if held == short(version.model.digest):
+            kind, data = Kind.REUSE, encode_reuse(version.model, stream=self.stream)
+        elif base is not None:
+            try:
+                kind, data = Kind.DELTA, encode_delta(base, version.model, stream=self.stream)
+            except InvalidModel:
+                kind = Kind.KEYFRAME  # the record's tensors changed: deltas are impossible
+        if kind is Kind.KEYFRAME:
+            data = encode_keyframe(version.model, stream=self.stream)
+        return EncodedPayload(kind, data, (time.perf_counter() - started) * 1e3)
