@@ -1,0 +1,204 @@
+"""Adaptive binary range coder: headers, side information and small payloads.
+
+Binary decisions with one adaptive probability per context, a 40-bit range and carry propagation
+(Martin, "Range encoding", 1979; the binary form is the one of LZMA). Adaptation starts fast and
+slows down with the number of decisions seen, so that a context is learnt within a few symbols.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .errors import MalformedPayload
+
+__all__ = ["UINT_CONTEXTS", "AdaptiveDecoder", "AdaptiveEncoder"]
+
+_TOP: Final = 1 << 40
+_RENORM: Final = 1 << 32
+_LOW: Final = _TOP - 1
+_HALF: Final = 1 << 15
+_FLOOR: Final = 16  # the least probability, of 65536
+_CEIL: Final = 65536 - _FLOOR
+_SLOWEST: Final = 160
+# Step of the estimator after n decisions: 1 / (n + 1.6), in 1/65536.
+_RATE: Final = tuple(655360 // (10 * n + 16) for n in range(_SLOWEST + 1))
+
+_UNARY: Final = 24
+_TOPS: Final = 16
+UINT_CONTEXTS: Final = _UNARY + 3 * _TOPS
+"""Contexts that one integer model takes."""
+_MAX_EXPONENT: Final = 64
+
+
+class _Models:
+    """Probabilities that a decision is 1 (of 65536) and how often each was used."""
+
+    def __init__(self) -> None:
+        self.p: list[int] = []
+        self.n: list[int] = []
+
+    def contexts(self, count: int) -> int:
+        """Reserve ``count`` contexts and return the index of the first."""
+        first = len(self.p)
+        self.p.extend([_HALF] * count)
+        self.n.extend([0] * count)
+        return first
+
+
+class AdaptiveEncoder(_Models):
+    """Writes decisions and integers into a growing byte string."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._out = bytearray()
+        self._low = 0
+        self._range = _TOP - 1
+
+    def _shift(self) -> None:
+        while self._range < _RENORM:
+            if self._low >= _TOP:
+                self._carry()
+            self._out.append(self._low >> 32)
+            self._low = (self._low << 8) & _LOW
+            self._range <<= 8
+
+    def _carry(self) -> None:
+        self._low &= _LOW
+        i = len(self._out) - 1
+        while self._out[i] == 255:
+            self._out[i] = 0
+            i -= 1
+        self._out[i] += 1
+
+    def bit(self, i: int, value: int) -> None:
+        """Code one decision under context ``i``."""
+        p = self.p[i]
+        n = self.n[i]
+        bound = (self._range >> 16) * p
+        if value:
+            self._range = bound
+            self.p[i] = p + ((_CEIL - p) * _RATE[n] >> 16)
+        else:
+            self._low += bound
+            self._range -= bound
+            self.p[i] = p - ((p - _FLOOR) * _RATE[n] >> 16)
+        if n < _SLOWEST:
+            self.n[i] = n + 1
+        if self._range < _RENORM:
+            self._shift()
+
+    def bits(self, value: int, count: int) -> None:
+        """Code the ``count`` low bits of ``value`` as they are, high ones first."""
+        while count:
+            k = min(count, 16)
+            count -= k
+            self._range >>= k
+            self._low += self._range * (value >> count & (1 << k) - 1)
+            if self._range < _RENORM:
+                self._shift()
+
+    def uint(self, first: int, value: int) -> None:
+        """Code an integer >= 0 with the model whose contexts start at ``first``."""
+        v = value + 1
+        k = v.bit_length() - 1
+        for i in range(k):
+            self.bit(first + (i if i < _UNARY else _UNARY - 1), 1)
+        if k < _MAX_EXPONENT:
+            self.bit(first + (k if k < _UNARY else _UNARY - 1), 0)
+        if k:
+            j = first + _UNARY + 3 * (k if k < _TOPS else _TOPS - 1)
+            top = v >> k - 1 & 1
+            self.bit(j, top)
+            if k > 1:
+                self.bit(j + 1 + top, v >> k - 2 & 1)
+                if k > 2:
+                    self.bits(v, k - 2)
+
+    def sint(self, first: int, value: int) -> None:
+        """Code a signed integer (0, -1, 1, -2, ... as 0, 1, 2, 3, ...)."""
+        self.uint(first, 2 * value if value >= 0 else -2 * value - 1)
+
+    def finish(self) -> bytes:
+        """End the string; the shortest tail that decodes, as missing bytes read as zero."""
+        for zeros in range(40, -1, -8):
+            value = (self._low + (1 << zeros) - 1) >> zeros << zeros
+            if value < self._low + self._range:
+                break
+        self._low = value
+        if self._low >= _TOP:
+            self._carry()
+        return bytes(self._out) + self._low.to_bytes(5, "big").rstrip(b"\0")
+
+
+class AdaptiveDecoder(_Models):
+    """Reads what :class:`AdaptiveEncoder` wrote; any bytes decode to something."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self._data = data + bytes(5)
+        self._pos = 5
+        self._code = int.from_bytes(self._data[:5], "big")
+        self._range = _TOP - 1
+
+    def _shift(self) -> None:
+        while self._range < _RENORM:
+            if self._pos >= len(self._data):
+                raise MalformedPayload("the adaptive section ends too early")
+            self._code = (self._code << 8 | self._data[self._pos]) & _LOW
+            self._pos += 1
+            self._range <<= 8
+
+    def bit(self, i: int) -> int:
+        """Decode one decision under context ``i``."""
+        p = self.p[i]
+        n = self.n[i]
+        bound = (self._range >> 16) * p
+        if n < _SLOWEST:
+            self.n[i] = n + 1
+        if self._code < bound:
+            self._range = bound
+            self.p[i] = p + ((_CEIL - p) * _RATE[n] >> 16)
+            if bound < _RENORM:
+                self._shift()
+            return 1
+        self._code -= bound
+        self._range -= bound
+        self.p[i] = p - ((p - _FLOOR) * _RATE[n] >> 16)
+        if self._range < _RENORM:
+            self._shift()
+        return 0
+
+    def bits(self, count: int) -> int:
+        """Decode ``count`` plain bits."""
+        value = 0
+        while count:
+            k = min(count, 16)
+            count -= k
+            self._range >>= k
+            part = min(self._code // self._range, (1 << k) - 1)
+            self._code -= part * self._range
+            value = value << k | part
+            if self._range < _RENORM:
+                self._shift()
+        return value
+
+    def uint(self, first: int) -> int:
+        """Decode an integer in [0, 2**65)."""
+        k = 0
+        bit = self.bit
+        while k < _MAX_EXPONENT and bit(first + (k if k < _UNARY else _UNARY - 1)):
+            k += 1
+        if not k:
+            return 0
+        j = first + _UNARY + 3 * (k if k < _TOPS else _TOPS - 1)
+        v = 2 | bit(j)
+        if k > 1:
+            v = v << 1 | bit(j + 1 + (v & 1))
+            if k > 2:
+                v = v << (k - 2) | self.bits(k - 2)
+        return v - 1
+
+    def sint(self, first: int) -> int:
+        """Decode a signed integer."""
+        z = self.uint(first)
+        return -(z + 1 >> 1) if z & 1 else z >> 1

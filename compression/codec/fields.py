@@ -1,0 +1,255 @@
+"""Tensors as *fields*: flat integer arrays, the only thing that the coder knows.
+
+An integer tensor is one field, a float tensor with a previous value is one field (the difference
+of monotone integer images), any other float tensor is one field for each byte of its element.
+Field values are integers modulo ``2**width``, read as signed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .context import Context, TensorSpec
+from .errors import MalformedPayload, MaskViolation, TensorMismatch
+from .tokens import signed, zigzag
+
+__all__ = ["PREVIOUS_CLASSES", "Field", "assemble", "fields_of", "from_z", "split_tensor", "to_z"]
+
+PREVIOUS_CLASSES = 16
+
+
+@dataclass(frozen=True)
+class Field:
+    """One flat integer array of the payload, without its values."""
+
+    name: str
+    spec: TensorSpec
+    plane: int | None
+    """Byte of the element (0: lowest) for planes, else None."""
+    mask: NDArray[np.bool_] | None
+    previous: NDArray[Any] | None
+
+    @property
+    def width(self) -> int:
+        """Bits of one value: 8, 16, 32 or 64."""
+        return 8 if self.plane is not None else 8 * self.spec.dtype.itemsize
+
+    @property
+    def bits(self) -> int:
+        """Width of the integers it is handled in: 32 or 64."""
+        return 64 if self.width == 64 else 32
+
+    @property
+    def rows(self) -> int:
+        """First dimension (1 for scalars and vectors)."""
+        return self.spec.shape[0] if len(self.spec.shape) > 1 else 1
+
+    @property
+    def columns(self) -> int:
+        """Product of the other dimensions."""
+        return math.prod(self.spec.shape[1:] if len(self.spec.shape) > 1 else self.spec.shape)
+
+    @cached_property
+    def size(self) -> int:
+        """Number of coded positions: those under the mask, or all."""
+        return self.spec.size if self.mask is None else int(np.count_nonzero(self.mask))
+
+    @cached_property
+    def selected(self) -> NDArray[np.int64] | None:
+        """Flat indices under the mask; None without a mask."""
+        return None if self.mask is None else np.flatnonzero(self.mask)
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether integers of a previous tensor give classes and signs."""
+        return self.previous is not None and self.spec.dtype.kind != "f"
+
+    def previous_values(self) -> NDArray[Any]:
+        """Previous integers at the coded positions, as signed of the field's width."""
+        assert self.previous is not None
+        flat = self.previous.reshape(-1)
+        if self.mask is not None:
+            flat = flat[self.selected]
+        return flat.view(f"i{flat.dtype.itemsize}")
+
+    def previous_classes(self) -> NDArray[np.uint8]:
+        """min(|p|, 15) at every coded position."""
+        p = self.previous_values()
+        if p.dtype.itemsize == 1:
+            p = p.astype(np.int16)
+        top = PREVIOUS_CLASSES - 1
+        clipped = np.clip(p, -top, top)
+        return np.abs(clipped).astype(np.uint8)
+
+
+def fields_of(specs: Mapping[str, TensorSpec], context: Context) -> dict[str, list[Field]]:
+    """Return every tensor's fields; TensorMismatch where the context does not fit."""
+    result: dict[str, list[Field]] = {}
+    for name, spec in specs.items():
+        mask = context.mask.get(name) if context.mask is not None else None
+        previous = context.previous.get(name) if context.previous is not None else None
+        if mask is not None:
+            mask = np.asarray(mask)
+            if mask.shape != spec.shape:
+                raise TensorMismatch(
+                    f"tensor {name!r} has shape {spec.shape}, its mask {mask.shape}"
+                )
+        if previous is not None:
+            previous = np.ascontiguousarray(previous)
+            previous = previous.reshape(np.shape(context.previous[name]))  # type: ignore[index]
+            if previous.shape != spec.shape:
+                raise TensorMismatch(
+                    f"tensor {name!r} has shape {spec.shape}, its previous value {previous.shape}"
+                )
+            if (previous.dtype.kind == "f") != (spec.dtype.kind == "f") or (
+                spec.dtype.kind == "f" and previous.dtype != spec.dtype
+            ):
+                raise TensorMismatch(
+                    f"tensor {name!r} has dtype {spec.dtype}, its previous value {previous.dtype}; "
+                    "give integers for integers, and the same dtype for floats"
+                )
+        planes: Sequence[int | None] = [None]
+        if spec.dtype.kind == "f" and previous is None:
+            planes = range(spec.dtype.itemsize)
+        result[name] = [Field(name, spec, plane, mask, previous) for plane in planes]
+    return result
+
+
+def _unsigned(flat: NDArray[Any]) -> NDArray[Any]:
+    return flat.view(f"u{flat.dtype.itemsize}")
+
+
+def _monotone(bits: NDArray[Any]) -> NDArray[Any]:
+    """Bit patterns to unsigned integers in the order of the floats."""
+    width = 8 * bits.dtype.itemsize
+    sign = bits >> (width - 1)
+    flip = np.where(sign == 1, ~bits.dtype.type(0), bits.dtype.type(1 << (width - 1)))
+    return np.asarray(bits ^ flip.astype(bits.dtype))
+
+
+def _unmonotone(image: NDArray[Any]) -> NDArray[Any]:
+    width = 8 * image.dtype.itemsize
+    high = image >> (width - 1)
+    flip = np.where(high == 1, image.dtype.type(1 << (width - 1)), ~image.dtype.type(0))
+    return np.asarray(image ^ flip.astype(image.dtype))
+
+
+def _wrap(values: NDArray[Any], field: Field) -> NDArray[Any]:
+    """Unsigned integers of the field's width, read as signed in its handling width."""
+    return values.view(f"i{field.width // 8}").astype(np.int32 if field.bits == 32 else np.int64)
+
+
+def _aligned(v: NDArray[Any], field: Field, *, inverse: bool) -> NDArray[Any]:
+    """sign(p) * v, with the value that cancels p moved to -1 and those between down by one.
+
+    Zeros stay zeros, so only the non-zeros are touched.
+    """
+    at = np.flatnonzero(v)
+    if not len(at):
+        return v
+    p = field.previous_values()[at].astype(v.dtype)
+    x = v[at]
+    magnitude = np.abs(p)
+    # |p| beyond the width cannot be cancelled (abs of the most negative integer is negative).
+    moves = magnitude > 0
+    if field.width < field.bits:
+        moves &= magnitude <= 1 << (field.width - 1)
+    if inverse:
+        moves &= (x < 0) & (x >= -magnitude)
+        x = np.where(moves, np.where(x == -1, -magnitude, x + 1), x)
+        x = np.where(p < 0, -x, x)
+    else:
+        x = np.where(p < 0, -x, x)
+        if field.width < field.bits:
+            x = x.astype(f"i{field.width // 8}").astype(v.dtype)
+        moves &= (x < 0) & (x >= -magnitude)
+        x = np.where(moves, np.where(x == -magnitude, -1, x - 1), x)
+    v = v.copy()
+    v[at] = x
+    return v
+
+
+def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArray[Any]]:
+    """Yield each field's values as signed integers of its handling width (centre 0)."""
+    first = fields[0]
+    flat = _unsigned(np.ascontiguousarray(array).reshape(-1))
+    if first.mask is not None:
+        if flat[~first.mask.reshape(-1)].any():
+            raise MaskViolation(
+                f"tensor {first.name!r} is non-zero where its mask is False; multiply it by the "
+                "mask, or leave the mask out of the context"
+            )
+        flat = flat[first.selected]
+    if first.spec.dtype.kind != "f":
+        v = _wrap(flat, first)
+        yield _aligned(v, first, inverse=False) if first.conditioned else v
+        return
+    if first.previous is not None:
+        p = _unsigned(first.previous.reshape(-1))
+        if first.mask is not None:
+            p = p[first.selected]
+        yield _wrap(_monotone(flat) - _monotone(p), first)
+        return
+    # Rotating the sign to the bottom puts the exponent's upper bits into one byte.
+    top = first.spec.dtype.itemsize * 8 - 1
+    rotated = (flat << 1) | (flat >> top)
+    for field in fields:
+        assert field.plane is not None
+        yield _wrap((rotated >> (8 * field.plane)).astype(np.uint8), field)
+
+
+def assemble(parts: Sequence[NDArray[Any]], fields: Sequence[Field]) -> NDArray[Any]:
+    """Inverse of :func:`split_tensor`."""
+    first = fields[0]
+    spec = first.spec
+    unsigned = np.dtype(f"u{spec.dtype.itemsize}")
+    if spec.dtype.kind != "f":
+        v = parts[0]
+        if first.conditioned:
+            v = _aligned(v, first, inverse=True)
+        flat = v.astype(unsigned)
+        if spec.dtype.kind == "b" and (flat > 1).any():
+            raise MalformedPayload(f"tensor {first.name!r} is bool but holds other values")
+    elif first.previous is not None:
+        p = _unsigned(first.previous.reshape(-1))
+        if first.mask is not None:
+            p = p[first.selected]
+        flat = _unmonotone(_monotone(p) + parts[0].astype(unsigned))
+    else:
+        flat = np.zeros(first.size, unsigned)
+        for field, v in zip(fields, parts, strict=True):
+            assert field.plane is not None
+            flat |= v.astype(np.uint8).astype(unsigned) << (8 * field.plane)
+        flat = (flat >> 1) | (flat << (8 * spec.dtype.itemsize - 1))
+    if first.mask is not None:
+        whole = np.zeros(spec.size, unsigned)
+        whole[first.selected] = flat
+        flat = whole
+    return flat.view(spec.dtype).reshape(spec.shape)
+
+
+def to_z(v: NDArray[Any], centre: int, field: Field) -> NDArray[Any]:
+    """Zigzag of ``v - centre`` modulo ``2**width``."""
+    if centre:
+        shift = v.dtype.type(centre)
+        v = (v - shift).astype(f"i{field.width // 8}").astype(v.dtype)
+    return zigzag(v)
+
+
+def from_z(z: NDArray[Any], centre: int, field: Field) -> NDArray[Any]:
+    """Inverse of :func:`to_z`; MalformedPayload where a value exceeds the field's width."""
+    if field.width < 8 * z.dtype.itemsize:
+        if len(z) and int(z.max()) >> field.width:
+            raise MalformedPayload(f"tensor {field.name!r}: a value exceeds {field.width} bits")
+        z = z.astype(np.uint32, copy=False)
+    v = signed(z)
+    if centre:
+        v = (v + v.dtype.type(centre)).astype(f"i{field.width // 8}").astype(v.dtype)
+    return v

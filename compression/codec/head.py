@@ -1,0 +1,304 @@
+"""The payload's head: everything but the symbols, coded with the adaptive coder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
+from .classes import ACTIVITIES, CODED, CONSTANT, MAX_LEVEL, STORED, FieldCode
+from .context import DTYPE_CODES, Limits, TensorSpec
+from .errors import LimitExceeded, MalformedPayload
+from .fields import PREVIOUS_CLASSES, Field
+from .levels import LevelModel
+from .tables import TableModel
+from .tokens import TokenScheme
+
+__all__ = ["Body", "Segment", "read_body", "read_specs", "write_body", "write_specs"]
+
+_MAX_SETS = 256
+_MAX_CLUSTERS = 256
+
+
+@dataclass
+class Segment:
+    """Directory entry of one separately decodable segment."""
+
+    fields: list[int]
+    lanes: int = 0
+    words: int = 0
+    raw_bytes: int = 0
+    counts: list[int] = field(default_factory=list)
+    """Non-zeros of each sparse cluster."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the segment in the payload."""
+        return 4 * self.lanes + 2 * self.words + max(0, self.raw_bytes - 2 * self.lanes)
+
+
+@dataclass
+class Body:
+    """What the head says about fields, clusters, tables and segments."""
+
+    codes: list[FieldCode]
+    maps: list[NDArray[np.uint8]] = field(default_factory=list)
+    """Per table set: cluster of [previous class, activity]."""
+    sparse: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    scheme: TokenScheme = field(default_factory=lambda: TokenScheme(5, 1))
+    serial: bool = True
+    precision: int = 12
+    tables: list[list[int]] = field(default_factory=list)
+    """Quarter-octave logarithms: one table a cluster, then one (values) a sparse cluster."""
+    segments: list[Segment] = field(default_factory=list)
+
+
+# --- names, dtypes, shapes -------------------------------------------------------------------
+
+
+def write_specs(coder: AdaptiveEncoder, specs: Mapping[str, TensorSpec]) -> None:
+    """Write the layout (payloads without one in the context)."""
+    u = [coder.contexts(UINT_CONTEXTS) for _ in range(4)]
+    letters = coder.contexts(256)
+    coder.uint(u[0], len(specs))
+    for name, spec in specs.items():
+        raw = name.encode("utf-8", "surrogatepass")
+        coder.uint(u[1], len(raw))
+        for byte in raw:
+            node = 1
+            for shift in range(7, -1, -1):
+                bit = byte >> shift & 1
+                coder.bit(letters + node, bit)
+                node = 2 * node + bit
+        coder.uint(u[2], DTYPE_CODES.index(spec.dtype.name) * 33 + len(spec.shape))
+        for d in spec.shape:
+            coder.uint(u[3], d)
+
+
+def read_specs(coder: AdaptiveDecoder, limits: Limits) -> dict[str, TensorSpec]:
+    """Read the layout, checking every quantity against ``limits``."""
+    u = [coder.contexts(UINT_CONTEXTS) for _ in range(4)]
+    letters = coder.contexts(256)
+    count = coder.uint(u[0])
+    _limit("tensors", count, limits.tensors)
+    specs: dict[str, TensorSpec] = {}
+    for _ in range(count):
+        length = coder.uint(u[1])
+        _limit("name_bytes", length, limits.name_bytes)
+        raw = bytearray()
+        for _ in range(length):
+            node = 1
+            while node < 256:
+                node = 2 * node + coder.bit(letters + node)
+            raw.append(node - 256)
+        try:
+            name = raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise MalformedPayload("a tensor's name is not UTF-8") from error
+        if name in specs:
+            raise MalformedPayload(f"tensor {name!r} appears twice")
+        code, ndim = divmod(coder.uint(u[2]), 33)
+        if code >= len(DTYPE_CODES):
+            raise MalformedPayload(f"tensor {name!r} has the unknown dtype code {code}")
+        _limit("dimensions", ndim, limits.dimensions)
+        shape = tuple(coder.uint(u[3]) for _ in range(ndim))
+        if any(d >= 1 << 62 for d in shape):
+            raise MalformedPayload(f"tensor {name!r} has a dimension beyond 2**62")
+        specs[name] = TensorSpec(np.dtype(DTYPE_CODES[code]), shape)
+    return specs
+
+
+def _limit(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise LimitExceeded(
+            f"the payload states {name} = {value}, above Limits.{name} = {most}; raise that limit "
+            "if you trust the sender"
+        )
+
+
+# --- fields, clusters, tables, segments --------------------------------------------------------
+
+
+class _Models:
+    def __init__(self, coder: AdaptiveEncoder | AdaptiveDecoder) -> None:
+        def uint() -> int:
+            return coder.contexts(UINT_CONTEXTS)
+
+        self.mode, self.centre, self.set, self.base = uint(), uint(), uint(), uint()
+        self.flag = coder.contexts(8)
+        self.present = coder.contexts(PREVIOUS_CLASSES)
+        self.range, self.cluster = uint(), uint()
+        self.general, self.lanes, self.words, self.raw, self.count = (
+            uint(), uint(), uint(), uint(), uint(),
+        )  # fmt: skip
+        self.level = LevelModel(coder)
+        self.dense_table, self.gap_table = TableModel(coder), TableModel(coder)
+        self.value_table = TableModel(coder)
+
+
+def write_body(coder: AdaptiveEncoder, body: Body, fields: list[Field]) -> None:
+    """Write the body's head."""
+    m = _Models(coder)
+    coder.bit(m.flag, body.serial)
+    for f, code in zip(fields, body.codes, strict=True):
+        if not f.size:
+            continue
+        coder.uint(m.mode, code.mode)
+        if code.mode == STORED:
+            continue
+        coder.sint(m.centre, code.centre)
+        if code.mode == CONSTANT:
+            continue
+        coder.uint(m.set, code.table_set)
+        coder.bit(m.flag + 1, code.rows is not None)
+        coder.bit(m.flag + 2, code.columns is not None)
+        coder.sint(m.base, code.base)
+        for levels in (code.rows, code.columns):
+            if levels is not None:
+                m.level.write(coder, levels)
+        if not body.serial:
+            coder.bit(m.flag + 3, code.starts_segment)
+    known = 0
+    for table in body.maps:
+        known = _write_map(coder, m, table, known)
+    coder.uint(m.general, body.scheme.direct * 4 + body.scheme.mantissa)
+    for s in body.sparse:
+        coder.bit(m.flag + 4, int(s))
+    if body.serial:
+        return
+    coder.uint(m.general, body.precision)
+    kinds = [m.gap_table if s else m.dense_table for s in body.sparse]
+    kinds += [m.value_table] * int(body.sparse.sum())
+    for kind, logs in zip(kinds, body.tables, strict=True):
+        coder.bit(m.flag + 5, bool(logs))
+        if logs:
+            kind.write(coder, logs)
+    for segment in body.segments:
+        coder.uint(m.lanes, segment.lanes - 1)
+        coder.uint(m.words, segment.words)
+        coder.uint(m.raw, segment.raw_bytes)
+        for k in segment.counts:
+            coder.uint(m.count, k)
+
+
+def read_body(
+    coder: AdaptiveDecoder, fields: list[Field], limits: Limits, payload_bytes: int
+) -> Body:
+    """Read the body's head; every quantity is checked before anything depends on it."""
+    m = _Models(coder)
+    serial = bool(coder.bit(m.flag))
+    body = Body([], serial=serial)
+    sets, levels_left = 0, limits.levels
+    for i, f in enumerate(fields):
+        code = FieldCode(CONSTANT)
+        body.codes.append(code)
+        if not f.size:
+            continue
+        code.mode = coder.uint(m.mode)
+        if code.mode not in (CONSTANT, CODED, STORED):
+            raise MalformedPayload(f"tensor {f.name!r} has the unknown mode {code.mode}")
+        if code.mode == STORED:
+            continue
+        code.centre = coder.sint(m.centre)
+        if not -(1 << f.width - 1) <= code.centre < 1 << f.width - 1:
+            raise MalformedPayload(f"tensor {f.name!r}: its centre exceeds {f.width} bits")
+        if code.mode == CONSTANT:
+            continue
+        code.table_set = coder.uint(m.set)
+        if code.table_set > sets or sets >= _MAX_SETS:
+            raise MalformedPayload(f"tensor {f.name!r} names table set {code.table_set}")
+        sets = max(sets, code.table_set + 1)
+        has_rows, has_columns = coder.bit(m.flag + 1), coder.bit(m.flag + 2)
+        code.base = coder.sint(m.base)
+        if not -2 * ACTIVITIES <= code.base < ACTIVITIES:
+            raise MalformedPayload(f"tensor {f.name!r} has the base activity {code.base}")
+        levels_left -= f.rows * has_rows + f.columns * has_columns
+        if levels_left < 0:
+            _limit("levels", limits.levels - levels_left, limits.levels)
+        if has_rows:
+            code.rows = m.level.read(coder, f.rows, MAX_LEVEL)
+        if has_columns:
+            code.columns = m.level.read(coder, f.columns, MAX_LEVEL)
+        if not serial:
+            code.starts_segment = bool(coder.bit(m.flag + 3))
+            if code.starts_segment or not body.segments:
+                _limit("segments", len(body.segments) + 1, limits.segments)
+                body.segments.append(Segment([]))
+            body.segments[-1].fields.append(i)
+    known = 0
+    for _ in range(sets):
+        table, known = _read_map(coder, m, known)
+        body.maps.append(table)
+    direct, mantissa = divmod(coder.uint(m.general), 4)
+    if direct > 7 or mantissa > min(direct, 3):
+        raise MalformedPayload(f"the token scheme ({direct}, {mantissa}) does not exist")
+    body.scheme = TokenScheme(direct, mantissa)
+    body.sparse = np.array([coder.bit(m.flag + 4) for _ in range(known)], np.bool_)
+    if serial:
+        return body
+    body.precision = coder.uint(m.general)
+    if not 9 <= body.precision <= 15:
+        raise MalformedPayload(f"the precision {body.precision} is outside [9, 15]")
+    kinds = [m.gap_table if s else m.dense_table for s in body.sparse]
+    kinds += [m.value_table] * int(body.sparse.sum())
+    body.tables = [kind.read(coder) if coder.bit(m.flag + 5) else [] for kind in kinds]
+    for segment in body.segments:
+        segment.lanes = coder.uint(m.lanes) + 1
+        _limit("lanes", segment.lanes, limits.lanes)
+        segment.words, segment.raw_bytes = coder.uint(m.words), coder.uint(m.raw)
+        if segment.nbytes > payload_bytes:
+            raise MalformedPayload("a segment is longer than the payload")
+        size = sum(fields[i].size for i in segment.fields)
+        for _ in range(int(body.sparse.sum())):
+            k = coder.uint(m.count)
+            if k > size:
+                raise MalformedPayload("a segment has more non-zeros than positions")
+            segment.counts.append(k)
+    return body
+
+
+def _write_map(coder: AdaptiveEncoder, m: _Models, table: NDArray[np.uint8], known: int) -> int:
+    for row, present in enumerate(table):
+        used = np.flatnonzero(present != 255)
+        coder.bit(m.present + row, bool(len(used)))
+        if not len(used):
+            continue
+        first, last = int(used[0]), int(used[-1])
+        coder.uint(m.range, first)
+        coder.uint(m.range, last - first)
+        previous = -1
+        for a in range(first, last + 1):
+            cluster = int(present[a]) if present[a] != 255 else max(previous, 0)
+            # 0: as the one before, 1: the next new one, else an older one by number.
+            if cluster == previous:
+                coder.uint(m.cluster, 0)
+            elif cluster == known:
+                coder.uint(m.cluster, 1)
+                known += 1
+            else:
+                coder.uint(m.cluster, cluster + 2)
+            previous = cluster
+    return known
+
+
+def _read_map(coder: AdaptiveDecoder, m: _Models, known: int) -> tuple[NDArray[np.uint8], int]:
+    table = np.zeros((PREVIOUS_CLASSES, ACTIVITIES), np.uint8)
+    for row in range(PREVIOUS_CLASSES):
+        if not coder.bit(m.present + row):
+            continue
+        first = coder.uint(m.range)
+        last = first + coder.uint(m.range)
+        if last >= ACTIVITIES:
+            raise MalformedPayload("a cluster map leaves the range of activities")
+        previous = -1
+        for a in range(first, last + 1):
+            step = coder.uint(m.cluster)
+            cluster = previous if step == 0 else known if step == 1 else step - 2
+            known += step == 1
+            if not 0 <= cluster < known or known > _MAX_CLUSTERS - 1:
+                raise MalformedPayload(f"a cluster map names cluster {cluster} of {known}")
+            table[row, a] = previous = cluster
+    return table, known

@@ -1,0 +1,122 @@
+"""The outermost layer: magic, version, flags, total length, context tag, checksum."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+from .context import Context, Limits
+from .errors import (
+    ChecksumMismatch,
+    ContextMismatch,
+    LimitExceeded,
+    MalformedPayload,
+    NotAPayload,
+    TruncatedPayload,
+    UnsupportedVersion,
+)
+
+__all__ = ["MAGIC", "Envelope", "seal", "unseal"]
+
+MAGIC = b"PCC"
+MAJOR, MINOR = 1, 0
+_KNOWN_FLAGS = 0b111
+_NAMES = ("layout", "mask", "previous")
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What lies inside: the adaptive section, then the sections whose lengths it holds."""
+
+    head: bytes
+    rest: bytes
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 63, 7):
+        if at >= len(data):
+            raise TruncatedPayload("the payload ends inside a length; fetch it again")
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            if byte == 0 and shift:
+                raise MalformedPayload("a length is not written in its shortest form")
+            return value, at
+    raise MalformedPayload("a length takes more than nine bytes")
+
+
+def seal(context: Context, head: bytes, rest: bytes) -> bytes:
+    """Return the finished payload."""
+    flags = context.flags
+    start = MAGIC + bytes([MAJOR, MINOR, flags])
+    body = (context.digest[:4] if flags else b"") + _varint(len(head)) + head + rest
+    fixed = len(start) + len(body) + 4
+    total = fixed + 1
+    while total != fixed + len(_varint(total)):
+        total = fixed + len(_varint(total))
+    payload = start + _varint(total) + body
+    return payload + zlib.crc32(payload).to_bytes(4, "little")
+
+
+def unseal(payload: bytes, context: Context, limits: Limits) -> Envelope:
+    """Check everything that the outer layer states and return what it holds."""
+    if len(payload) > limits.payload_bytes:
+        raise LimitExceeded(
+            f"the payload has {len(payload)} bytes, above Limits.payload_bytes = "
+            f"{limits.payload_bytes}"
+        )
+    if payload[: len(MAGIC)] != MAGIC[: len(payload)] or not payload:
+        raise NotAPayload(
+            f"the bytes start with {payload[:3]!r}, not {MAGIC!r}: not a payload of this codec"
+        )
+    if len(payload) < 7:
+        raise TruncatedPayload(f"the payload ends after {len(payload)} bytes; fetch it again")
+    major, minor, flags = payload[3:6]
+    if major != MAJOR:
+        raise UnsupportedVersion(
+            f"the payload has format {major}.{minor}, this release reads {MAJOR}.x; "
+            "use the same release of prunecast on both sides"
+        )
+    if flags & ~_KNOWN_FLAGS:
+        raise UnsupportedVersion(
+            f"the payload has unknown flags {flags & ~_KNOWN_FLAGS:#04x}; update prunecast"
+        )
+    total, at = _read_varint(payload, 6)
+    if total != len(payload):
+        raise TruncatedPayload(
+            f"the payload states {total} bytes but has {len(payload)}; fetch it again"
+        )
+    end = len(payload) - 4
+    if end < at:
+        raise MalformedPayload("the payload is too short for its checksum")
+    if zlib.crc32(payload[:end]) != int.from_bytes(payload[end:], "little"):
+        raise ChecksumMismatch("the payload's checksum does not match; fetch it again")
+    if flags != context.flags:
+        wants = [n for i, n in enumerate(_NAMES) if flags >> i & 1] or ["nothing"]
+        has = [n for i, n in enumerate(_NAMES) if context.flags >> i & 1] or ["nothing"]
+        raise ContextMismatch(
+            f"the payload was coded with {' + '.join(wants)} as context, "
+            f"but {' + '.join(has)} was given"
+        )
+    if flags:
+        if payload[at : at + 4] != context.digest[:4]:
+            raise ContextMismatch(
+                "the payload was coded against another context; give the layout, mask and "
+                "previous values that its sender used"
+            )
+        at += 4
+    length, at = _read_varint(payload[:end], at)
+    if length > end - at:
+        raise MalformedPayload("the head is longer than the payload")
+    return Envelope(payload[at : at + length], payload[at + length : end])

@@ -1,0 +1,146 @@
+"""Whatever goes in comes out, bit for bit, with every kind of context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from prunecast.compression.codec import Context, TensorSpec, decode, encode, open_payload
+
+INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
+FLOATS = ["float16", "float32", "float64"]
+SHAPES = [(), (0,), (0, 5), (3, 0, 2), (1,), (7,), (1, 300), (300, 1), (40, 3, 3, 3), (90, 110)]
+
+
+def assert_same(expected: Any, actual: np.ndarray) -> None:
+    expected = np.asarray(expected)
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.tobytes() == expected.tobytes()
+
+
+def round_trip(tensors: dict[str, Any], context: Context | None = None) -> bytes:
+    payload = encode(tensors, context=context)
+    decoded = decode(payload, context=context)
+    assert list(decoded) == list(tensors)
+    for name, value in tensors.items():
+        assert_same(value, decoded[name])
+    opened = open_payload(payload, context=context)
+    for name in reversed(list(tensors)):
+        assert_same(tensors[name], opened[name])
+    return payload
+
+
+def draw(dtype: str, shape: tuple[int, ...], density: float, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    if dtype == "bool":
+        return np.asarray(rng.random(shape) < density)
+    info = np.iinfo(dtype)
+    values = rng.integers(info.min, info.max, shape, dtype=dtype, endpoint=True)
+    return np.asarray(np.where(rng.random(shape) < density, values, 0), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("density", [1.0, 0.03])
+def test_integers(dtype: str, shape: tuple[int, ...], density: float) -> None:
+    values = draw(dtype, shape, density, 1)
+    round_trip({"a": values})
+    mask = draw("bool", shape, 0.3, 2)
+    masked = np.asarray(values & mask if dtype == "bool" else values * mask, dtype)
+    layout = {"a": TensorSpec(masked.dtype, masked.shape)}
+    round_trip({"a": masked}, Context(layout=layout, mask={"a": mask}))
+    for previous in (draw("int8", shape, 0.2, 3), draw("int64", shape, 1.0, 4), values):
+        if previous.dtype == bool:
+            previous = previous.view(np.uint8)
+        round_trip({"a": values}, Context(previous={"a": previous}))
+        round_trip({"a": masked}, Context(mask={"a": mask}, previous={"a": previous}))
+
+
+@pytest.mark.parametrize("dtype", [d for d in INTEGERS if d != "bool"])
+@pytest.mark.parametrize("end", ["min", "max"])
+def test_constant_extremes(dtype: str, end: str) -> None:
+    value = getattr(np.iinfo(dtype), end)
+    round_trip({"a": np.full((20, 30), value, dtype), "b": np.array(value, dtype)})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_floats(dtype: str, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(5)
+    size = int(np.prod(shape))
+    smooth = np.asarray(rng.normal(size=shape) * 0.05).astype(dtype)
+    noise = np.frombuffer(rng.bytes(size * np.dtype(dtype).itemsize), dtype).reshape(shape)
+    near = np.asarray(smooth * np.asarray(1 + 1e-3 * rng.normal(size=shape))).astype(dtype)
+    for values in (smooth, noise, near):
+        round_trip({"a": values})
+        round_trip({"a": values}, Context(previous={"a": smooth}))
+        round_trip({"a": values}, Context(previous={"a": noise}))
+
+
+def test_float_specials_survive() -> None:
+    bits = np.array(
+        [0x7FC00001, 0xFFC12345, 0x7F800001, 0x80000000, 0, 1, 0x807FFFFF, 0x7F800000, 0xFF800000],
+        np.uint32,
+    )
+    values = bits.view(np.float32)
+    round_trip({"a": values})
+    round_trip({"a": values}, Context(previous={"a": values[::-1].copy()}))
+
+
+def test_many_tensors_in_one_payload() -> None:
+    rng = np.random.default_rng(6)
+    tensors: dict[str, Any] = {}
+    for i in range(40):
+        scale = 10.0 ** rng.uniform(-1, 2)
+        tensors[f"layer{i}.weight"] = (rng.normal(size=(60, 70)) * scale).astype(np.int32)
+        tensors[f"layer{i}.bias"] = (rng.normal(size=60) * scale).astype(np.int16)
+        tensors[f"layer{i}.count"] = np.array(i, np.int64)
+        tensors[f"layer{i}.mean"] = rng.normal(size=60).astype(np.float32)
+    tensors["zeros"] = np.zeros((100, 100), np.int32)
+    tensors["wide"] = rng.integers(-(2**60), 2**60, (50, 50))
+    round_trip(tensors)
+
+
+def test_values_that_cancel_previous_are_nearly_free() -> None:
+    rng = np.random.default_rng(7)
+    previous = rng.integers(-40, 41, (200, 200)).astype(np.int32)
+    pruned = rng.random(previous.shape) < 0.5
+    delta = np.where(pruned, -previous, 0).astype(np.int32)
+    layout = {"a": TensorSpec(delta.dtype, delta.shape)}
+    payload = round_trip({"a": delta}, Context(layout=layout, previous={"a": previous}))
+    assert len(payload) * 8 < 1.03 * delta.size
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_integers_with_any_context(data: st.DataObject) -> None:
+    shape = data.draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9))
+    dtype = data.draw(st.sampled_from(INTEGERS))
+    values = data.draw(hnp.arrays(dtype, shape))
+    kwargs: dict[str, Any] = {}
+    if data.draw(st.booleans()):
+        mask = np.asarray(data.draw(hnp.arrays(bool, shape)))
+        values = np.asarray(values & mask if dtype == "bool" else values * mask, dtype)
+        kwargs["mask"] = {"name": mask}
+    if data.draw(st.booleans()):
+        kind = data.draw(st.sampled_from(INTEGERS[:-1]))
+        kwargs["previous"] = {"name": np.asarray(data.draw(hnp.arrays(kind, shape)))}
+    if data.draw(st.booleans()):
+        kwargs["layout"] = {"name": TensorSpec(values.dtype, values.shape)}
+    round_trip({"name": values}, Context(**kwargs))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_floats(data: st.DataObject) -> None:
+    shape = data.draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9))
+    dtype = data.draw(st.sampled_from(FLOATS))
+    values = np.asarray(data.draw(hnp.arrays(dtype, shape)))
+    previous = np.asarray(data.draw(hnp.arrays(dtype, shape)))
+    round_trip({"x": values})
+    round_trip({"x": values}, Context(previous={"x": previous}))
