@@ -1,0 +1,67 @@
+# `make demo` and `make test` need Python >= 3.11, make and a package index, nothing else.
+# What they install goes into .venv; a second run installs nothing.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
+PACKAGES := compression server client simulations cli
+
+# The first interpreter that is new enough and can make virtual environments.
+# Choose another one with `make PYTHON=/path/to/python demo`.
+PYTHON = $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,\
+	$(shell $(python) -c 'import sys, ensurepip; sys.version_info < (3, 11) or print("$(python)")' 2>/dev/null)))
+
+# Flower's own settings: no usage reports, no dependency resolution at every run.
+export FLWR_TELEMETRY_ENABLED ?= 0
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
+
+.PHONY: help demo test test-fast test-engine lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo         install what the demo needs and run it"
+	@echo "make test         install everything and run the whole test suite"
+	@echo "make test-fast    the tests that start no engine"
+	@echo "make test-engine  the tests that start Flower, servers and agents"
+	@echo "make lint         ruff and mypy"
+	@echo "make format       rewrite the sources in ruff's format"
+	@echo "make clean        remove .venv, caches and runs"
+
+demo: $(VENV)/.installed-sim
+	$(BIN)/prunecast demo $(DEMO_ARGS)
+
+test: test-fast test-engine
+
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not engine"
+
+test-engine: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m engine
+
+# mypy follows import names to folders; this link is the folder named prunecast.
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .typecheck && ln -sfn .. .typecheck/prunecast
+	MYPYPATH=.typecheck $(BIN)/mypy $(PACKAGES:%=-p prunecast.%)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist runs *.egg-info
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Prunecast needs Python 3.11 or newer with the venv module:" \
+		"install it (Debian: apt-get install python3-venv) or name one: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-sim: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[sim]'
+	@touch $@
+
+# [dev] holds [sim], so the demo finds everything there.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.installed-sim $@
