@@ -38,6 +38,7 @@ from prunecast.compression.versions import (
     encode_update,
     inspect,
     open_plain,
+    reply_tag,
     short,
 )
 
@@ -101,10 +102,21 @@ class _Exchange:
             if key == CONTROL_RECORD:
                 continue
             payload = payload_of(record)
-            self.content[key] = record if payload is None else self._decode(key, payload)
+            if key in instruction.reuse:
+                self.content[key] = self._reuse(key, instruction.reuse[key])
+            else:
+                self.content[key] = record if payload is None else self._decode(key, payload)
 
     def _stream(self, key: str) -> bytes:
         return stream_id(self._metadata.run_id, key)
+
+    def _reuse(self, key: str, digest: bytes) -> ArrayRecord:
+        held = self._store.held(key)
+        if held is None or short(held.digest) != digest:
+            self.missing.append(key)
+            return ArrayRecord()
+        self._models[key] = held
+        return array_record(held.arrays())
 
     def _decode(self, key: str, payload: bytes) -> ArrayRecord:
         if inspect(payload).kind is Kind.PLAIN:
@@ -153,7 +165,7 @@ class _Exchange:
         change = compress_update(base, arrays, residual, self._instruction.rule)
         payload = encode_update(base, change.changes, stream=self._stream(base_key))
         if change.residual:
-            self._store.stage(base_key, self._metadata.message_id, change.residual)
+            self._store.stage(base_key, reply_tag(self._metadata.message_id), change.residual)
         return payload
 
     def _base_for(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> str | None:

@@ -114,12 +114,12 @@ class NodeStore:
 
         Args:
             key: record key.
-            accepted: message id of the last reply the server accepted; the residual staged with
-                that reply is committed now.
+            accepted: tag of the last reply the server accepted; the residual staged with that
+                reply is committed now.
         """
         committed = self._path(key, "residual")
         pending = self._pending(key, accepted)
-        if accepted and pending.exists():
+        if accepted.isalnum() and pending.exists():
             try:
                 os.replace(pending, committed)
             except OSError as error:
@@ -131,10 +131,8 @@ class NodeStore:
         except _DAMAGED:
             return {}
 
-    def stage(
-        self, key: str, message_id: str, residual: Mapping[str, NDArray[np.floating]]
-    ) -> None:
-        """Write the residual that holds if the reply to `message_id` is accepted.
+    def stage(self, key: str, tag: str, residual: Mapping[str, NDArray[np.floating]]) -> None:
+        """Write the residual that holds if the reply with this tag is accepted.
 
         Raises:
             StoreError: the file cannot be written.
@@ -143,14 +141,14 @@ class NodeStore:
             str(index): array for index, array in enumerate(residual.values())
         }
         arrays["meta"] = np.frombuffer(json.dumps(list(residual)).encode(), dtype=np.uint8)
-        target = self._pending(key, message_id)
+        target = self._pending(key, tag)
         self._write(target, arrays)
         for old in self._folder.glob(f"{self._path(key, 'pending').name}-*"):
             if old != target:
                 old.unlink(missing_ok=True)
 
-    def _pending(self, key: str, message_id: str) -> Path:
-        return self._path(key, f"pending-{hashlib.sha256(message_id.encode()).hexdigest()[:16]}")
+    def _pending(self, key: str, tag: str) -> Path:
+        return self._path(key, f"pending-{tag}")
 
     def _write(self, path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         buffer = io.BytesIO()

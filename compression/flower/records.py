@@ -23,7 +23,7 @@ __all__ = [
 
 NUMPY = "numpy.ndarray"
 """Flower's serialisation type for NumPy arrays."""
-STYPE = "prunecast/1 (to read this, add prunecast's compression_mod() to ClientApp(mods=[...]))"
+STYPE = "prunecast/1 (ClientApp needs compression_mod())"
 """Serialisation type of a payload; a client without the mod shows it in Flower's own error."""
 CONTROL_RECORD = "prunecast"
 """Key of the config record that carries an `Instruction` or a `Report`."""

@@ -29,15 +29,10 @@ from prunecast.compression.versions.payloads import (
     encode_delta,
     encode_keyframe,
     encode_plain,
-    encode_reuse,
     inspect,
     open_plain,
 )
-from prunecast.compression.versions.session import (
-    Instruction,
-    Report,
-    UpdateRule,
-)
+from prunecast.compression.versions.session import Instruction, Report, UpdateRule, reply_tag
 from prunecast.compression.versions.storage import load_model, save_model, write_atomically
 from prunecast.compression.versions.updates import (
     QuantisedTensor,
@@ -70,12 +65,12 @@ __all__ = [
     "encode_delta",
     "encode_keyframe",
     "encode_plain",
-    "encode_reuse",
     "encode_update",
     "inspect",
     "load_model",
     "open_plain",
     "refine",
+    "reply_tag",
     "save_model",
     "short",
     "stream_tag",

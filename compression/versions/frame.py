@@ -13,7 +13,7 @@ All integers are little-endian::
     layout    4  length of the layout section, in bytes
     crc       4  CRC-32 of everything before this field and of the layout section
     layout       zlib stream, see `prunecast.compression.versions.layout`
-    body         one codec payload, or nothing (reuse)
+    body         one codec payload
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ class Kind(IntEnum):
 
     KEYFRAME = 1
     DELTA = 2
-    REUSE = 3
-    UPDATE = 4
-    PLAIN = 5
+    UPDATE = 3
+    PLAIN = 4
 
 
 @dataclass(frozen=True)

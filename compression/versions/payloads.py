@@ -49,7 +49,6 @@ __all__ = [
     "encode_delta",
     "encode_keyframe",
     "encode_plain",
-    "encode_reuse",
     "inspect",
     "open_plain",
 ]
@@ -62,7 +61,7 @@ class PayloadInfo:
     """What a payload says of itself.
 
     Attributes:
-        kind: keyframe, delta, reuse, update or plain.
+        kind: keyframe, delta, update or plain.
         stream: 8-byte tag of the stream it belongs to.
         counter: number of the version it makes (update: was trained from).
         digest: 16-byte short digest of that version; zeros for a plain record.
@@ -155,11 +154,6 @@ def encode_delta(held: PublishedModel, model: PublishedModel, *, stream: bytes =
     )
 
 
-def encode_reuse(model: PublishedModel, *, stream: bytes = b"") -> bytes:
-    """A payload that says: the version you hold is the current one."""
-    return frame.pack(Kind.REUSE, stream, model.counter, model.digest, base=model.digest)
-
-
 def _prediction(held: Tensor, head: TensorHead) -> NDArray[np.generic] | None:
     """What the held tensor says about the new one: integers on its lattice, or raw values."""
     if isinstance(held, RawTensor):
@@ -177,11 +171,11 @@ def decode_model(
     stream: bytes = b"",
     limits: Limits | None = None,
 ) -> PublishedModel:
-    """Rebuild a version from a keyframe, delta or reuse payload and verify its digest.
+    """Rebuild a version from a keyframe or delta payload and verify its digest.
 
     Args:
         payload: the bytes.
-        held: the version this side holds, if any; needed for delta and reuse.
+        held: the version this side holds, if any; needed for a delta.
         stream: identifier the payload must have been made for.
         limits: bounds on what a payload may make this side allocate.
 
@@ -193,22 +187,19 @@ def decode_model(
     """
     parsed = frame.unpack(payload, stream=stream)
     limits = limits or Limits()
-    if parsed.kind in (Kind.DELTA, Kind.REUSE):
+    if parsed.kind is Kind.DELTA:
         if held is None or short(held.digest) != parsed.base:
             have = f"version {held.counter}" if held is not None else "none"
             raise BaseMissing(
-                f"{parsed.kind.name.lower()} to version {parsed.counter} needs a version that is "
+                f"delta to version {parsed.counter} needs a version that is "
                 f"not held (held: {have}): ask for a keyframe"
             )
-        if parsed.kind is Kind.REUSE:
-            if parsed.layout or parsed.body or parsed.digest != parsed.base:
-                raise BadPayload("a reuse payload carries data or names two versions")
-            return PublishedModel(held.tensors, parsed.counter)
         old = {name: head_of(tensor) for name, tensor in held.tensors.items()}
         heads = unpack_changes(parsed.layout, old)
         predictions = {n: _prediction(held.tensors[n], head) for n, head in heads.items()}
     elif parsed.kind is Kind.KEYFRAME:
         heads = unpack_heads(parsed.layout)
+        _check_size(heads, parsed.size, limits)
         predictions = {}
     else:
         raise BadPayload(f"a {parsed.kind.name.lower()} payload does not contain a model")
@@ -226,7 +217,9 @@ def decode_model(
         if head.step is None:
             tensors[name] = RawTensor(value)
         else:
-            tensors[name] = LatticeTensor(value, head.step, head.pruned, head.spec.dtype)
+            tensors[name] = LatticeTensor(
+                np.asarray(value, dtype=_Q), head.step, head.pruned, head.spec.dtype
+            )
     model = PublishedModel(tensors, parsed.counter)
     if short(model.digest) != parsed.digest:
         raise DigestMismatch(
@@ -234,6 +227,18 @@ def decode_model(
             f"{parsed.digest.hex()[:16]}; the result was discarded"
         )
     return model
+
+
+def _check_size(heads: Mapping[str, TensorHead], payload_size: int, limits: Limits) -> None:
+    """Bound what a keyframe may make this side allocate: its layout came from outside."""
+    elements = sum(head.spec.size for head in heads.values())
+    size = sum(head.spec.nbytes for head in heads.values())
+    allowed = min(limits.decoded_bytes, max(limits.free_bytes, limits.expansion * payload_size))
+    if len(heads) > limits.tensors or elements > limits.elements or size > allowed:
+        raise BadPayload(
+            f"keyframe of {payload_size} bytes declares {len(heads)} tensors with {elements} "
+            f"elements, {size} bytes, above the limits; raise them if you trust its source"
+        )
 
 
 def encode_plain(arrays: Mapping[str, NDArray[np.generic]], *, stream: bytes = b"") -> bytes:

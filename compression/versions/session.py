@@ -7,6 +7,7 @@ record's stream, and which records it cannot decode because the base is missing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.frame import SHORT_DIGEST
 
-__all__ = ["Instruction", "Report", "UpdateRule"]
+__all__ = ["Instruction", "Report", "UpdateRule", "reply_tag"]
 
 _MAX_BYTES = 1 << 20
 
@@ -49,16 +50,19 @@ class Instruction:
 
     Attributes:
         rule: how to quantise updates.
-        accepted: message id of the node's last reply the server accepted; "" for none.
+        accepted: `reply_tag` of the node's last reply the server accepted; "" for none.
+        reuse: record key to short digest of the version to use, where the node holds it already.
     """
 
     rule: UpdateRule
     accepted: str = ""
+    reuse: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Compact JSON."""
         rule = [self.rule.step, self.rule.dead_zone, int(self.rule.error_feedback)]
-        return _dump({"r": rule, "a": self.accepted})
+        reuse = {key: digest.hex() for key, digest in self.reuse.items()}
+        return _dump({"r": rule, "a": self.accepted, "u": reuse})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Instruction:
@@ -70,10 +74,12 @@ class Instruction:
         value = _load(data)
         match value:
             case {
-                "r": [int() | float() as step, int() | float() as zone, 0 | 1 as ef],
-                "a": str() as a,
+                "r": [int() | float() as step, int() | float() as zone, 0 | 1 as feedback],
+                "a": str() as accepted,
+                "u": dict() as reuse,
             }:
-                return cls(UpdateRule(float(step), float(zone), bool(ef)), a)
+                rule = UpdateRule(float(step), float(zone), bool(feedback))
+                return cls(rule, accepted, {str(k): _digest(v) for k, v in reuse.items()})
         raise BadPayload("control record from the server is not understood: versions differ?")
 
 
@@ -116,6 +122,11 @@ class Report:
                 digests = {str(k): _digest(v) for k, v in held.items()}
                 return cls(digests, tuple(missing), int(micros) / 1e3)
         raise BadPayload("control record from the node is not understood: versions differ?")
+
+
+def reply_tag(message_id: str) -> str:
+    """Short name of the reply to a message, the same on both sides; 16 characters."""
+    return hashlib.sha256(message_id.encode()).hexdigest()[:16]
 
 
 def _digest(value: object) -> bytes:

@@ -67,7 +67,8 @@ def encode_update(
     unknown = [name for name in changes if name not in base.tensors]
     if unknown:
         raise InvalidModel(f"update of {unknown[0]!r}, which version {base.counter} does not have")
-    heads, values = [], {}
+    heads: list[UpdateHead] = []
+    values: dict[str, NDArray[np.generic]] = {}
     for name, tensor in base.tensors.items():
         change = changes.get(name)
         if change is None:

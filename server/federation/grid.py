@@ -14,7 +14,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore import log
 from flwr.supercore.run import Run
-from prunecast.compression.versions import PublishedModel, VersionsError
+from prunecast.compression.versions import PublishedModel, VersionsError, reply_tag
 from prunecast.server.federation.inbound import decode_reply, refuse, report_of
 from prunecast.server.federation.ledger import Entry, Ledger, serialised_bytes
 from prunecast.server.federation.outbound import Batch, Prepared
@@ -220,7 +220,7 @@ class CompressedGrid(Grid):
             return None
         content, has_update = decode_reply(reply, sent, entry, verify=self._verify)
         if has_update:
-            node.accepted = reply.metadata.reply_to_message_id
+            node.accepted = reply_tag(reply.metadata.reply_to_message_id)
         return make_message(reply.metadata, content)
 
     def _retry(self, sent: Prepared, origin: str) -> None:

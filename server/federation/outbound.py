@@ -16,10 +16,10 @@ from prunecast.compression.flower import (
     payload_record,
     stream_id,
 )
-from prunecast.compression.versions import Instruction, encode_plain
+from prunecast.compression.versions import Instruction, encode_plain, short
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.ledger import object_bytes
-from prunecast.server.federation.publisher import EncodedPayload, Version
+from prunecast.server.federation.publisher import Version
 from prunecast.server.federation.streams import Streams
 
 __all__ = ["Batch", "Prepared"]
@@ -34,6 +34,7 @@ class Prepared:
         message: what goes to the node; shares the metadata of `original`.
         original: the message as the strategy built it.
         versions: record key to the version sent under it.
+        reuse: record key to short digest, where the node holds the version already.
         dense: record key to the serialised bytes of the dense record.
         kinds: what each array record became.
         dense_bytes: serialised bytes of `original`.
@@ -45,6 +46,7 @@ class Prepared:
     message: Message
     original: Message
     versions: dict[str, Version] = field(default_factory=dict)
+    reuse: dict[str, bytes] = field(default_factory=dict)
     dense: dict[str, int] = field(default_factory=dict)
     kinds: list[str] = field(default_factory=list)
     dense_bytes: int = 0
@@ -116,7 +118,7 @@ class Batch:
                 ):
                     prepared.round = stated
         rule = self._streams.policy.update_rule
-        instruction = Instruction(rule, node.accepted)
+        instruction = Instruction(rule, node.accepted, prepared.reuse)
         content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
         prepared.message = make_message(original.metadata, content)
         if not prepared.round and prepared.versions:
@@ -141,8 +143,13 @@ class Batch:
         started = time.perf_counter()
         version = stream.version_of(record, self._content_id(record))
         held = self._streams.node(metadata.dst_node_id).held.get(key)
-        payload: EncodedPayload = stream.publisher.payload(version, held)
-        prepared.encode_ms += (time.perf_counter() - started) * 1e3
         prepared.versions[key] = version
+        if held == short(version.model.digest):
+            prepared.reuse[key] = held
+            prepared.kinds.append("reuse")
+            # an empty record holds the place: two objects less than a payload on every message
+            return ArrayRecord()
+        payload = stream.publisher.payload(version, held)
+        prepared.encode_ms += (time.perf_counter() - started) * 1e3
         prepared.kinds.append(payload.kind.name.lower())
         return payload.record

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -23,7 +24,6 @@ from prunecast.compression.versions import (
     Tensor,
     encode_delta,
     encode_keyframe,
-    encode_reuse,
     short,
 )
 from prunecast.server.federation.errors import NonFiniteModel
@@ -54,7 +54,7 @@ class Version:
     """A published model together with the master weights it was published from."""
 
     model: PublishedModel
-    master: Mapping[str, NDArray[np.generic]]
+    master: Mapping[str, NDArray[Any]]
     payloads: dict[bytes | None, EncodedPayload] = field(default_factory=dict)
 
 
@@ -73,7 +73,7 @@ class Publisher:
         self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
         self._counter = 0
 
-    def publish(self, master: Mapping[str, NDArray[np.generic]]) -> Version:
+    def publish(self, master: Mapping[str, NDArray[Any]]) -> Version:
         """Make the next version.
 
         Args:
@@ -116,7 +116,7 @@ class Publisher:
             self._history.popitem(last=False)
         return Version(model, master)
 
-    def _step(self, name: str, array: NDArray[np.generic]) -> float:
+    def _step(self, name: str, array: NDArray[Any]) -> float:
         spread = max(float(np.std(array, dtype=np.float64)), _SMALLEST_SPREAD)
         ideal = self.policy.down_step * spread * (1.0 if array.ndim > 1 else _VECTOR_STEP)
         step = self._steps.get(name)
@@ -130,34 +130,30 @@ class Publisher:
         return step
 
     def payload(self, version: Version, held: bytes | None) -> EncodedPayload:
-        """What a node must receive to hold `version`.
+        """What a node that does not hold `version` must receive.
 
         Args:
             version: the version to deliver.
             held: short digest of the version the node says it holds; None for none.
 
         Returns:
-            A reuse, a delta from whichever version is held, or a keyframe where neither is
-            possible. Encoded once and shared.
+            A delta from whichever version is held, or a keyframe where that is not possible.
+            Encoded once and shared.
         """
         base = self._history.get(held) if held is not None else None
-        key = held if base is not None or held == short(version.model.digest) else None
+        key = held if base is not None else None
         if key not in version.payloads:
-            version.payloads[key] = self._encode(version, base, key)
+            version.payloads[key] = self._encode(version, base)
         return version.payloads[key]
 
-    def _encode(
-        self, version: Version, base: PublishedModel | None, held: bytes | None
-    ) -> EncodedPayload:
+    def _encode(self, version: Version, base: PublishedModel | None) -> EncodedPayload:
         started = time.perf_counter()
         kind, data = Kind.KEYFRAME, b""
-        if held == short(version.model.digest):
-            kind, data = Kind.REUSE, encode_reuse(version.model, stream=self.stream)
-        elif base is not None:
+        if base is not None:
             try:
                 kind, data = Kind.DELTA, encode_delta(base, version.model, stream=self.stream)
             except InvalidModel:
-                kind = Kind.KEYFRAME  # the record's tensors changed: deltas are impossible
-        if kind is Kind.KEYFRAME:
+                base = None  # the record's tensors changed: a delta is impossible
+        if base is None:
             data = encode_keyframe(version.model, stream=self.stream)
         return EncodedPayload(kind, data, (time.perf_counter() - started) * 1e3)

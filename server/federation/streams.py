@@ -21,7 +21,7 @@ class NodeState:
 
     Attributes:
         held: record key to short digest of the version the node last reported to hold.
-        accepted: message id of its last reply with an update that was accepted.
+        accepted: tag of its last reply with an update that was accepted.
         speaks: whether it ever answered through the mod.
     """
 

@@ -1,0 +1,149 @@
+"""A Flower grid that runs its ClientApps in this process: for tests, debugging, small studies.
+
+Messages cross it as bytes: every message is serialised into Flower's objects and built anew on
+the other side, so what works here works over a wire. There are no threads and no waiting; replies
+exist as soon as `push_messages` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import cast
+
+from flwr.app import Context, Message, RecordDict
+from flwr.app.error import Error
+from flwr.app.message.message import make_message
+from flwr.app.user_config import UserConfig
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = ["InProcessGrid", "over_the_wire"]
+
+
+def over_the_wire(message: Message) -> Message:
+    """Serialise a message into Flower's objects and build it anew from their bytes."""
+    objects = get_all_nested_objects(message)
+    contents = {object_id: item.deflate() for object_id, item in objects.items()}
+    built = cast(Message, inflate_object_from_contents(message.object_id, contents))
+    built.metadata.__dict__["_message_id"] = message.metadata.message_id
+    return built
+
+
+class InProcessGrid(Grid):
+    """Nodes 1..n, each with its own `Context`, served one after the other.
+
+    Args:
+        client_app: the ClientApp of every node, or a mapping of node id to ClientApp.
+        num_nodes: number of nodes; their ``partition-id`` is node id - 1.
+        run_id: id of the run; part of what payloads are bound to.
+
+    Attributes:
+        online: node ids `get_node_ids` reports; remove one to let it skip rounds.
+        on_reply: called with every reply before it is delivered; may change it, or return None
+            to lose it. For fault injection.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp | dict[int, ClientApp],
+        num_nodes: int,
+        *,
+        run_id: int = 1,
+    ) -> None:
+        nodes = range(1, num_nodes + 1)
+        self._apps = (
+            client_app if isinstance(client_app, dict) else dict.fromkeys(nodes, client_app)
+        )
+        self._run = Run.create_empty(run_id)
+        self._contexts = {
+            node: Context(
+                run_id=run_id,
+                node_id=node,
+                node_config=UserConfig({"partition-id": node - 1, "num-partitions": num_nodes}),
+                state=RecordDict(),
+                run_config=UserConfig(),
+            )
+            for node in nodes
+        }
+        self._replies: dict[str, Message] = {}
+        self._count = 0
+        self.online = set(nodes)
+        self.on_reply: Callable[[Message], Message | None] = lambda reply: reply
+        # Flower reads these when a Message is constructed outside a run
+        TaskIdentity.run_id, TaskIdentity.task_id = run_id, 1
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+    def set_run(self, run: Run) -> None:
+        """Set the run; only its id matters here."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """See `flwr.serverapp.Grid.create_message`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the nodes that are online, ascending."""
+        return sorted(self.online)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Deliver every message and run its ClientApp at once."""
+        ids = []
+        for message in messages:
+            self._count += 1
+            message_id = f"message-{self._count:012d}"
+            message.metadata.__dict__["_message_id"] = message_id
+            ids.append(message_id)
+            reply = self.on_reply(self._run_client(over_the_wire(message)))
+            if reply is not None:
+                self._replies[message_id] = reply
+        return ids
+
+    def _run_client(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        try:
+            if node not in self.online:
+                error = Error(ErrorCode.NODE_UNAVAILABLE, f"node {node} is not online")
+                reply = Message(error, reply_to=message)
+                # as Flower's SuperLink does: such a reply does not name the node
+                reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+                return reply
+            reply = self._apps[node](message, self._contexts[node])
+        except Exception as error:
+            # what Flower's own runtimes make of an exception in a ClientApp
+            reason = f"{type(error)}:<'{error}'>"
+            failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+            return Message(failure, reply_to=message)
+        reply.metadata.__dict__["_message_id"] = f"reply-to-{message.metadata.message_id}"
+        return (
+            over_the_wire(make_message(reply.metadata, reply.content))
+            if (reply.has_content())
+            else reply
+        )
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies to the given messages, each delivered once."""
+        wanted = [message_id for message_id in message_ids if message_id in self._replies]
+        return [self._replies.pop(message_id) for message_id in wanted]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Deliver and collect; a lost reply is simply absent."""
+        return self.pull_messages(list(self.push_messages(messages)))
