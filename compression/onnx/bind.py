@@ -13,7 +13,6 @@ long as no tensor changes its width.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from prunecast.compression.versions import (
 import onnx
 from onnx import helper
 
-__all__ = ["BoundModel", "Variant", "bind_weights", "save_single_file"]
+__all__ = ["BoundModel", "Variant", "bind_weights", "save_single_file", "single_file_size"]
 
 Variant = Literal["lattice", "fp32"]
 _WEIGHTS = "weights.bin"
@@ -117,9 +116,13 @@ def bind_arrays(graph: ExportedGraph, arrays: dict[str, Any], directory: Path) -
 
 
 def single_file_size(graph: ExportedGraph, model: PublishedModel, variant: Variant = "fp32") -> int:
-    """Size in bytes of the self-contained ``.onnx`` file, for reports."""
-    with tempfile.TemporaryDirectory() as folder:
-        return save_single_file(graph, model, Path(folder) / "model.onnx", variant=variant)
+    """Size in bytes of the file that `save_single_file` would write, without writing it.
+
+    Raises:
+        BindError: the model does not fit the graph.
+    """
+    chosen = _resolve(graph, model)
+    return int(_proto(graph, chosen, place(_rows(chosen, variant)), inline=model).ByteSize())
 
 
 @dataclass(frozen=True)

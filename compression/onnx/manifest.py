@@ -23,7 +23,10 @@ __all__ = [
     "FileRef",
     "PatchRef",
     "ReleaseManifest",
+    "blob_path",
     "check_release_name",
+    "manifest_path",
+    "parse_manifest_path",
 ]
 
 MAX_MANIFEST_BYTES = 2**20
@@ -31,6 +34,7 @@ RELEASE_FILES = ("model.onnx", "layout.json", "selftest.npz", "expected.npz")
 _SCHEMA = 1
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PATH = re.compile(rf"({_NAME.pattern})/([1-9][0-9]{{0,14}})/release\.json")
 _VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,2}")
 
 
@@ -46,6 +50,22 @@ def check_release_name(name: str) -> str:
             "beginning and ending with a letter or digit, without '..'"
         )
     return name
+
+
+def manifest_path(name: str, version: int) -> str:
+    """Target path of a release's `release.json` in the repository's signed metadata."""
+    return f"{check_release_name(name)}/{version}/release.json"
+
+
+def parse_manifest_path(path: str) -> tuple[str, int] | None:
+    """Name and version of a target path that `manifest_path` made; None for any other path."""
+    found = _PATH.fullmatch(path)
+    return (found[1], int(found[2])) if found and ".." not in found[1] else None
+
+
+def blob_path(sha256: str) -> str:
+    """Path of a file in the repository by its content, relative to the repository's URL."""
+    return f"blobs/{sha256}"
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,61 @@
-"""Signed ONNX releases: the TUF repository, its payloads, its static server."""
+"""Signed releases for edge devices: a TUF repository, its payloads, and the server for its files.
+
+Imported without torch; `publish` needs onnx and onnxruntime, `ReleaseServer` starlette and
+uvicorn.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from prunecast.server.releases.errors import (
+    KeyFileError,
+    ReleaseNotFound,
+    ReleasesError,
+    RepositoryCorrupt,
+    RepositoryExists,
+    ServerError,
+    VerificationFailed,
+)
+from prunecast.server.releases.keys import OFFLINE_ROLES, ONLINE_ROLES, ROLES, KeyRing
+from prunecast.server.releases.metadata import Expiry
+
+if TYPE_CHECKING:
+    from prunecast.server.releases.http import ReleaseServer
+    from prunecast.server.releases.repository import PublishedRelease, ReleaseEntry, Repository
+    from prunecast.server.releases.verify import VerifiedRelease, verify_repository
+
+__all__ = [
+    "OFFLINE_ROLES",
+    "ONLINE_ROLES",
+    "ROLES",
+    "Expiry",
+    "KeyFileError",
+    "KeyRing",
+    "PublishedRelease",
+    "ReleaseEntry",
+    "ReleaseNotFound",
+    "ReleaseServer",
+    "ReleasesError",
+    "Repository",
+    "RepositoryCorrupt",
+    "RepositoryExists",
+    "ServerError",
+    "VerificationFailed",
+    "VerifiedRelease",
+    "verify_repository",
+]
+
+_LAZY = {
+    "PublishedRelease": "repository",
+    "ReleaseEntry": "repository",
+    "ReleaseServer": "http",
+    "Repository": "repository",
+    "VerifiedRelease": "verify",
+    "verify_repository": "verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,39 @@
+"""Errors of the release repository: one base, one class per cause."""
+
+__all__ = [
+    "KeyFileError",
+    "ReleaseNotFound",
+    "ReleasesError",
+    "RepositoryCorrupt",
+    "RepositoryExists",
+    "ServerError",
+    "VerificationFailed",
+]
+
+
+class ReleasesError(ValueError):
+    """Base of every error that `prunecast.server.releases` raises."""
+
+
+class KeyFileError(ReleasesError):
+    """A private key is missing, unreadable, too widely readable, or not the one in force."""
+
+
+class RepositoryExists(ReleasesError):
+    """A repository or a key would be overwritten."""
+
+
+class RepositoryCorrupt(ReleasesError):
+    """Files of the repository are missing, damaged, or not signed by the keys in force."""
+
+
+class ReleaseNotFound(ReleasesError):
+    """No live release of that name and version."""
+
+
+class VerificationFailed(ReleasesError):
+    """A release does not hold what its signed metadata says."""
+
+
+class ServerError(ReleasesError):
+    """The distribution server cannot start."""
