@@ -58,10 +58,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-sim: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[sim]'
+	@echo 'Installing into $(VENV): about 2 GB, some minutes, once.'
+	$(PIP) install --quiet -c constraints.txt -e '.[sim]'
 	@touch $@
 
 # [dev] holds [sim], so the demo finds everything there.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	@echo 'Installing into $(VENV): about 2 GB, some minutes, once.'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.installed-sim $@
