@@ -1,25 +1,47 @@
 """From row levels, column levels and previous values to the cluster of every position.
 
 A position's *activity* is ``base + row level + column level``, in half-octaves of E|q|, clipped
-to [0, 63]. Its raw context is (table set, class of the previous value, activity); a map in the
-payload sends raw contexts to clusters, and all positions of a cluster share one model.
+to [0, 63]. Its *class* comes from the previous value, or, in the later phases of a field with
+neighbour contexts, from the sum of the two values beside it, which earlier phases hold. Its raw
+context is (table set, class, activity); a map in the payload sends raw contexts to clusters, and
+all positions of a cluster share one model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .fields import PREVIOUS_CLASSES, Field
+from .fields import Field
+from .tokens import signed
 
-__all__ = ["ACTIVITIES", "MAX_LEVEL", "FieldCode", "activity", "clusters_of", "raw_contexts"]
+__all__ = [
+    "ACTIVITIES",
+    "CODED",
+    "CONSTANT",
+    "MAX_DEPTH",
+    "MAX_LEVEL",
+    "STORED",
+    "UNIT_ACTIVITY",
+    "Classifier",
+    "FieldCode",
+    "flip_signs",
+    "may_have_neighbours",
+    "neighbour_sums",
+    "phase_size",
+    "phase_slice",
+]
 
 ACTIVITIES = 64
 MAX_LEVEL = 63
+MAX_DEPTH = 3
+UNIT_ACTIVITY = 36
+"""The activity that stands for E|q| = 1."""
 
 # What a field's mode may be.
 CONSTANT, CODED, STORED = 0, 1, 2
@@ -35,8 +57,27 @@ class FieldCode:
     base: int = 0
     rows: NDArray[np.uint8] | None = None
     columns: NDArray[np.uint8] | None = None
-    starts_segment: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    depth: int = 0
+    """Number of phases after the first (neighbour contexts)."""
+    starts_group: bool = False
+
+
+def phase_slice(depth: int, phase: int) -> slice:
+    """Positions of a phase: multiples of ``2**depth``, then odd multiples of halved strides."""
+    if not phase:
+        return slice(0, None, 1 << depth)
+    step = 1 << (depth - phase)
+    return slice(step, None, 2 * step)
+
+
+def phase_size(size: int, depth: int, phase: int) -> int:
+    """Number of positions of a phase."""
+    return len(range(size)[phase_slice(depth, phase)])
+
+
+def may_have_neighbours(f: Field) -> bool:
+    """Whether neighbour contexts are allowed: neither mask nor previous integers, 32-bit."""
+    return f.mask is None and not f.conditioned and f.bits == 32
 
 
 def _sums(f: Field, code: FieldCode) -> NDArray[np.uint8] | None:
@@ -53,33 +94,85 @@ def _sums(f: Field, code: FieldCode) -> NDArray[np.uint8] | None:
     return np.asarray(rows[row] + columns[column], np.uint8)
 
 
+@cache
+def _log_thresholds() -> NDArray[np.int64]:
+    """Smallest k with round(2 log2 k) >= j, for j = 0, 1, ...: k**4 >= 2**(2j - 1)."""
+    out = []
+    for j in range(69):
+        target = 1 << max(2 * j - 1, 0)
+        k = math.isqrt(math.isqrt(target))
+        out.append(k if k**4 >= target else k + 1)
+    return np.array(out, np.int64)
+
+
+def half_octaves(k: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """0 for 0, else 1 + round(2 log2 k), of integers in [0, 2**33]."""
+    if len(k) and int(k.max()) < 1024:
+        table = np.searchsorted(_log_thresholds(), np.arange(1024), side="right").astype(np.uint8)
+        return np.asarray(table.take(k))
+    return np.searchsorted(_log_thresholds(), k, side="right").astype(np.uint8)
+
+
+def neighbour_sums(z: NDArray[Any], depth: int, phase: int) -> NDArray[np.int64]:
+    """Sum of the signed values before and after every position of a later phase."""
+    step = 1 << (depth - phase)
+    known = signed(z[:: 2 * step]).astype(np.int64)
+    count = phase_size(len(z), depth, phase)
+    total = known[:count].copy()
+    after = known[1 : count + 1]
+    total[: len(after)] += after
+    return total
+
+
+def neighbour_classes() -> NDArray[np.int64]:
+    """Class of [half-octaves of |sum|, activity]."""
+    k = np.arange(128)[:, None]
+    relative = k - 1 - (np.arange(ACTIVITIES)[None, :] - UNIT_ACTIVITY)
+    return np.where(k == 0, 1, 2 + np.clip((relative + 4) >> 1, 0, 12))
+
+
+def flip_signs(z: NDArray[Any], sums: NDArray[np.int64], width: int) -> NDArray[Any]:
+    """Negate values (as zigzag) where the neighbours' sum is negative; its own inverse."""
+    one = z.dtype.type(1)
+    flip = (sums < 0) & (z != 0) & (z != (1 << width) - 1)
+    return np.where(flip, ((z - one) ^ one) + one, z)
+
+
 def activity(base: int, sums: NDArray[Any]) -> NDArray[np.int64]:
     """Clip ``base + sums`` to the activities."""
     return np.clip(sums.astype(np.int64) + base, 0, ACTIVITIES - 1)
 
 
-def _lookup(f: Field, code: FieldCode, table: NDArray[Any]) -> NDArray[Any]:
-    """``table[previous class, activity]`` at every coded position."""
-    sums = _sums(f, code)
-    act = activity(code.base, np.arange(2 * MAX_LEVEL + 2))
-    if not f.conditioned:
+class Classifier:
+    """Looks up ``table[class, activity]`` at the positions of one field, phase by phase."""
+
+    def __init__(self, f: Field, code: FieldCode) -> None:
+        self._field, self._code = f, code
+        self._sums = _sums(f, code)
+        self._act = activity(code.base, np.arange(2 * MAX_LEVEL + 2))
+
+    def look_up(
+        self, table: NDArray[Any], phase: int = 0, around: NDArray[np.int64] | None = None
+    ) -> NDArray[Any]:
+        """Table entries of a phase; ``around`` holds the neighbours' sums of later phases."""
+        f, act = self._field, self._act
+        part = phase_slice(self._code.depth, phase)
+        sums = None if self._sums is None else self._sums[part]
+        if around is not None:
+            logs = half_octaves(np.abs(around))
+            joint = table[neighbour_classes()[:, act], act]
+            if sums is None:
+                return np.asarray(joint[:, 0].take(logs))
+            index = logs.astype(np.uint16) << 7
+            index |= sums
+            return np.asarray(joint.reshape(-1).take(index))
+        if not f.conditioned:
+            if sums is None:
+                return np.full(phase_size(f.size, self._code.depth, phase), table[0, act[0]])
+            return np.asarray(table[0, act].take(sums))
+        classes = f.previous_classes()
         if sums is None:
-            return np.full(f.size, table[0, act[0]])
-        return np.asarray(table[0, act].take(sums))
-    classes = f.previous_classes()
-    if sums is None:
-        return np.asarray(table[:, act[0]].take(classes))
-    index = classes.astype(np.uint16) << 7
-    index |= sums
-    return np.asarray(table[:, act].reshape(-1).take(index))
-
-
-def clusters_of(f: Field, code: FieldCode, maps: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Cluster of every coded position; ``maps[set]`` is [16, 64]."""
-    return _lookup(f, code, maps[code.table_set])
-
-
-def raw_contexts(f: Field, code: FieldCode) -> NDArray[np.uint16]:
-    """``class * 64 + activity`` at every coded position."""
-    table = np.arange(PREVIOUS_CLASSES * ACTIVITIES, dtype=np.uint16)
-    return _lookup(f, code, table.reshape(PREVIOUS_CLASSES, ACTIVITIES))
+            return np.asarray(table[:, act[0]].take(classes))
+        index = classes.astype(np.uint16) << 7
+        index |= sums
+        return np.asarray(table[:, act].reshape(-1).take(index))

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .adaptive import AdaptiveEncoder
-from .classes import ACTIVITIES, CODED, STORED, FieldCode, clusters_of, raw_contexts
+from .classes import (
+    ACTIVITIES,
+    CODED,
+    STORED,
+    Classifier,
+    FieldCode,
+    flip_signs,
+    neighbour_sums,
+    phase_slice,
+)
 from .context import Context, TensorSpec, spec_of
 from .errors import TensorMismatch
 from .fields import PREVIOUS_CLASSES, Field, fields_of, split_tensor, to_z
-from .head import Body, write_body, write_specs
+from .head import Body, segments_of, write_body, write_specs
 from .lanes import SymbolStream, rans_tables, write_segment
-from .planning import build_maps, choose_scheme, plan_field
-from .serial import write_serial
-from .symbols import Placement, collect
+from .planning import build_maps, choose_scheme, plan_field, raw_table
+from .rans import RansTables
+from .serial import SerialModels, write_serial
+from .symbols import Placement, Symbols, collect
 from .tables import quantised
 from .wire import seal
 
 __all__ = ["encode"]
 
-_SERIAL_SYMBOLS = 4000
+_SERIAL_SYMBOLS = 8000
 _OWN_SEGMENT = 1 << 15
-_MAX_LANES = 4096
+_MAX_LANES = 2048
+_BYTES_A_LANE = 320
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None) -> bytes:
@@ -118,83 +130,130 @@ def _encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any])
     total = sum(fields[i].size for i in active)
     scheme = choose_scheme(largest, total)
 
+    parts = {i: _split_phases(fields[i], codes[i], zs[i]) for i in active}
     raw = PREVIOUS_CLASSES * ACTIVITIES
     histograms = [np.zeros((raw, 256), np.int64) for _ in sets]
-    nonzeros = 0
     for i in active:
-        tokens = scheme.split(zs[i])[0]
-        key = raw_contexts(fields[i], codes[i]).astype(np.int64) << 8
-        key |= tokens
-        h = np.bincount(key, minlength=raw << 8)
-        histograms[codes[i].table_set] += h.reshape(raw, 256)
-        nonzeros += int(np.count_nonzero(tokens))
+        for phase, part in enumerate(parts[i]):
+            tokens = scheme.split(part.z)[0]
+            key = part.look.look_up(raw_table(), phase, part.around).astype(np.int64) << 8
+            key |= tokens
+            h = np.bincount(key, minlength=raw << 8)
+            histograms[codes[i].table_set] += h.reshape(raw, 256)
     body = Body(codes, scheme=scheme)
     body.maps, body.sparse = build_maps(histograms, 3.0)
-    body.maps = [m for m in body.maps]
 
-    placements = {}
     for i in active:
-        clusters = clusters_of(fields[i], codes[i], body.maps)
-        placements[i] = Placement.of(clusters, body.sparse)
-    dense_symbols = sum(len(p.dense_cluster) for p in placements.values())
-    work = 2 * nonzeros + dense_symbols
-    body.serial = work <= 2 * _SERIAL_SYMBOLS
+        table = body.maps[codes[i].table_set]
+        for phase, part in enumerate(parts[i]):
+            clusters = part.look.look_up(table, phase, part.around)
+            part.placement = Placement.of(clusters, body.sparse)
+    work = sum(part.work for group in parts.values() for part in group)
+    body.serial = work <= _SERIAL_SYMBOLS
+    body.groups = _group(active, fields, codes, parts, serial=body.serial)
+    body.segments = segments_of(body.groups, codes)
     if body.serial:
         write_body(coder, body, fields)
-        if active:
-            symbols = collect([placements[i] for i in active], [zs[i] for i in active])
-            cluster = np.concatenate([placements[i].dense_cluster for i in active])
-            write_serial(coder, symbols, cluster, body.sparse)
+        models = SerialModels(coder, len(body.sparse))
+        for segment in body.segments:
+            members = [parts[i][phase] for i, phase in segment.parts]
+            write_serial(coder, models, *_symbols(members), body.sparse)
         return stored
-    return _encode_lanes(coder, body, fields, zs, active, placements) + stored
+    return _encode_lanes(coder, body, fields, parts) + stored
 
 
-def _encode_lanes(
-    coder: AdaptiveEncoder,
-    body: Body,
-    fields: list[Field],
-    zs: list[NDArray[Any]],
+@dataclass
+class _Part:
+    """One phase of one field."""
+
+    look: Classifier
+    z: NDArray[Any]
+    around: NDArray[np.int64] | None
+    placement: Placement | None = None
+
+    @property
+    def work(self) -> int:
+        """Symbols to code, about."""
+        assert self.placement is not None
+        sparse = int(np.count_nonzero(self.z)) if len(self.placement.order) else 0
+        return len(self.placement.dense_cluster) + 2 * sparse
+
+
+def _split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[_Part]:
+    look = Classifier(f, code)
+    parts = []
+    for phase in range(1 + code.depth):
+        part = z[phase_slice(code.depth, phase)]
+        around = None
+        if phase:
+            around = neighbour_sums(z, code.depth, phase)
+            part = flip_signs(part, around, f.width)
+        parts.append(_Part(look, np.ascontiguousarray(part), around))
+    return parts
+
+
+def _group(
     active: list[int],
-    placements: dict[int, Placement],
-) -> bytes:
+    fields: list[Field],
+    codes: list[FieldCode],
+    parts: dict[int, list[_Part]],
+    *,
+    serial: bool,
+) -> list[list[int]]:
+    """Fields that share segments: small neighbours together, large ones alone."""
+    if serial:
+        return [active] if active else []
     groups: list[list[int]] = []
     weight = 0
     for i in active:
-        size = int(np.count_nonzero(zs[i])) + len(placements[i].dense_cluster)
-        if (
-            not groups
-            or weight + size > _OWN_SEGMENT
-            or fields[i].bits != fields[groups[-1][0]].bits
-        ):
+        size = sum(part.work for part in parts[i])
+        new = not groups or weight + size > _OWN_SEGMENT
+        if new or fields[i].bits != fields[groups[-1][0]].bits:
             groups.append([])
             weight = 0
-            body.codes[i].starts_segment = True
+            codes[i].starts_group = True
         groups[-1].append(i)
         weight += size
+    return groups
+
+
+def _symbols(parts: list[_Part]) -> tuple[Symbols, NDArray[np.uint8]]:
+    placements = [p.placement for p in parts if p.placement is not None]
+    dense = np.concatenate([p.dense_cluster for p in placements])
+    return collect(placements, [p.z for p in parts]), dense
+
+
+def _encode_lanes(
+    coder: AdaptiveEncoder, body: Body, fields: list[Field], parts: dict[int, list[_Part]]
+) -> bytes:
     streams = []
-    for group in groups:
-        symbols = collect([placements[i] for i in group], [zs[i] for i in group])
-        cluster = np.concatenate([placements[i].dense_cluster for i in group])
-        streams.append(SymbolStream(body, symbols, cluster))
+    for segment in body.segments:
+        members = [parts[i][phase] for i, phase in segment.parts]
+        streams.append(SymbolStream(body, *_symbols(members)))
     count = len(body.sparse) + int(body.sparse.sum())
     h = np.zeros(count << 8, np.int64)
     for s in streams:
         h += np.bincount((s.tables.astype(np.int64) << 8) | s.tokens, minlength=count << 8)
-    body.tables = [quantised(row) if row.any() else [] for row in h.reshape(count, 256)]
+    histogram = h.reshape(count, 256)
+    kinds = [int(s) for s in body.sparse] + [2] * int(body.sparse.sum())
+    last: dict[int, list[int]] = {}
+    for kind, row in zip(kinds, histogram, strict=True):
+        logs = quantised(row, last.get(kind, [])) if row.any() else []
+        body.tables.append(logs)
+        if logs:
+            last[kind] = logs
+    wide = max(len(t) for t in body.tables) > 48
+    body.precision = 14 if wide else 12
     tables = rans_tables(body)
     data = []
-    for group, stream in zip(groups, streams, strict=True):
-        bits = _estimate(stream, tables)
-        lanes = int(min(_MAX_LANES, max(1, bits / 8 / 200)))
-        segment, part = write_segment(tables, stream, lanes)
-        segment.fields = group
-        body.segments.append(segment)
-        data.append(part)
+    for segment, stream in zip(body.segments, streams, strict=True):
+        lanes = int(min(_MAX_LANES, max(1, _estimate(stream, tables) / 8 / _BYTES_A_LANE)))
+        data.append(write_segment(tables, stream, lanes, segment))
     write_body(coder, body, fields)
     return b"".join(data)
 
 
-def _estimate(stream: SymbolStream, tables: Any) -> float:
+def _estimate(stream: SymbolStream, tables: RansTables) -> float:
     f = tables.frequencies
     key = stream.tables.astype(np.int64) * f.shape[1] + stream.tokens
     h = np.bincount(key, minlength=f.size)

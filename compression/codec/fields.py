@@ -245,11 +245,16 @@ def to_z(v: NDArray[Any], centre: int, field: Field) -> NDArray[Any]:
 
 def from_z(z: NDArray[Any], centre: int, field: Field) -> NDArray[Any]:
     """Inverse of :func:`to_z`; MalformedPayload where a value exceeds the field's width."""
-    if field.width < 8 * z.dtype.itemsize:
-        if len(z) and int(z.max()) >> field.width:
-            raise MalformedPayload(f"tensor {field.name!r}: a value exceeds {field.width} bits")
+    check_width(z, field)
+    if field.bits == 32:
         z = z.astype(np.uint32, copy=False)
     v = signed(z)
     if centre:
         v = (v + v.dtype.type(centre)).astype(f"i{field.width // 8}").astype(v.dtype)
     return v
+
+
+def check_width(z: NDArray[Any], field: Field) -> None:
+    """MalformedPayload where a value exceeds the field's width."""
+    if field.width < 8 * z.dtype.itemsize and len(z) and int(z.max()) >> field.width:
+        raise MalformedPayload(f"tensor {field.name!r}: a value exceeds {field.width} bits")

@@ -9,7 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
-from .classes import ACTIVITIES, CODED, CONSTANT, MAX_LEVEL, STORED, FieldCode
+from .classes import (
+    ACTIVITIES,
+    CODED,
+    CONSTANT,
+    MAX_DEPTH,
+    MAX_LEVEL,
+    STORED,
+    FieldCode,
+    may_have_neighbours,
+    phase_size,
+)
 from .context import DTYPE_CODES, Limits, TensorSpec
 from .errors import LimitExceeded, MalformedPayload
 from .fields import PREVIOUS_CLASSES, Field
@@ -17,7 +27,7 @@ from .levels import LevelModel
 from .tables import TableModel
 from .tokens import TokenScheme
 
-__all__ = ["Body", "Segment", "read_body", "read_specs", "write_body", "write_specs"]
+__all__ = ["Body", "Segment", "read_body", "read_specs", "segments_of", "write_body", "write_specs"]
 
 _MAX_SETS = 256
 _MAX_CLUSTERS = 256
@@ -27,7 +37,8 @@ _MAX_CLUSTERS = 256
 class Segment:
     """Directory entry of one separately decodable segment."""
 
-    fields: list[int]
+    parts: list[tuple[int, int]]
+    """Field and phase of each part."""
     lanes: int = 0
     words: int = 0
     raw_bytes: int = 0
@@ -53,6 +64,8 @@ class Body:
     precision: int = 12
     tables: list[list[int]] = field(default_factory=list)
     """Quarter-octave logarithms: one table a cluster, then one (values) a sparse cluster."""
+    groups: list[list[int]] = field(default_factory=list)
+    """Fields that are decoded together: one segment for each phase."""
     segments: list[Segment] = field(default_factory=list)
 
 
@@ -128,6 +141,7 @@ class _Models:
             return coder.contexts(UINT_CONTEXTS)
 
         self.mode, self.centre, self.set, self.base = uint(), uint(), uint(), uint()
+        self.depth = uint()
         self.flag = coder.contexts(8)
         self.present = coder.contexts(PREVIOUS_CLASSES)
         self.range, self.cluster = uint(), uint()
@@ -137,6 +151,15 @@ class _Models:
         self.level = LevelModel(coder)
         self.dense_table, self.gap_table = TableModel(coder), TableModel(coder)
         self.value_table = TableModel(coder)
+
+
+def segments_of(groups: list[list[int]], codes: list[FieldCode]) -> list[Segment]:
+    """Segments of all groups in order: phase 0, then each later phase that any field has."""
+    segments = []
+    for group in groups:
+        for phase in range(1 + max(codes[i].depth for i in group)):
+            segments.append(Segment([(i, phase) for i in group if codes[i].depth >= phase]))
+    return segments
 
 
 def write_body(coder: AdaptiveEncoder, body: Body, fields: list[Field]) -> None:
@@ -159,8 +182,10 @@ def write_body(coder: AdaptiveEncoder, body: Body, fields: list[Field]) -> None:
         for levels in (code.rows, code.columns):
             if levels is not None:
                 m.level.write(coder, levels)
+        if may_have_neighbours(f):
+            coder.uint(m.depth, code.depth)
         if not body.serial:
-            coder.bit(m.flag + 3, code.starts_segment)
+            coder.bit(m.flag + 3, code.starts_group)
     known = 0
     for table in body.maps:
         known = _write_map(coder, m, table, known)
@@ -222,12 +247,15 @@ def read_body(
             code.rows = m.level.read(coder, f.rows, MAX_LEVEL)
         if has_columns:
             code.columns = m.level.read(coder, f.columns, MAX_LEVEL)
-        if not serial:
-            code.starts_segment = bool(coder.bit(m.flag + 3))
-            if code.starts_segment or not body.segments:
-                _limit("segments", len(body.segments) + 1, limits.segments)
-                body.segments.append(Segment([]))
-            body.segments[-1].fields.append(i)
+        if may_have_neighbours(f):
+            code.depth = coder.uint(m.depth)
+            if code.depth > MAX_DEPTH:
+                raise MalformedPayload(f"tensor {f.name!r} has {code.depth} further phases")
+        starts = not serial and coder.bit(m.flag + 3)
+        if starts or not body.groups:
+            _limit("segments", (1 + MAX_DEPTH) * (len(body.groups) + 1), limits.segments)
+            body.groups.append([])
+        body.groups[-1].append(i)
     known = 0
     for _ in range(sets):
         table, known = _read_map(coder, m, known)
@@ -237,6 +265,7 @@ def read_body(
         raise MalformedPayload(f"the token scheme ({direct}, {mantissa}) does not exist")
     body.scheme = TokenScheme(direct, mantissa)
     body.sparse = np.array([coder.bit(m.flag + 4) for _ in range(known)], np.bool_)
+    body.segments = segments_of(body.groups, body.codes)
     if serial:
         return body
     body.precision = coder.uint(m.general)
@@ -251,7 +280,7 @@ def read_body(
         segment.words, segment.raw_bytes = coder.uint(m.words), coder.uint(m.raw)
         if segment.nbytes > payload_bytes:
             raise MalformedPayload("a segment is longer than the payload")
-        size = sum(fields[i].size for i in segment.fields)
+        size = sum(phase_size(fields[i].size, body.codes[i].depth, p) for i, p in segment.parts)
         for _ in range(int(body.sparse.sum())):
             k = coder.uint(m.count)
             if k > size:

@@ -54,8 +54,8 @@ def rans_tables(body: Body) -> RansTables:
     return RansTables(f, body.precision)
 
 
-def write_segment(tables: RansTables, stream: SymbolStream, lanes: int) -> tuple[Segment, bytes]:
-    """Code one segment; return its directory entry (fields left empty) and its bytes."""
+def write_segment(tables: RansTables, stream: SymbolStream, lanes: int, segment: Segment) -> bytes:
+    """Code one segment; complete its directory entry and return its bytes."""
     raw = pack_bits(stream.raw, stream.widths)
     initial = np.frombuffer(raw[: 2 * lanes].ljust(2 * lanes, b"\0"), "<u2").astype(np.uint16)
     alphabet = tables.frequencies.shape[1]
@@ -63,9 +63,9 @@ def write_segment(tables: RansTables, stream: SymbolStream, lanes: int) -> tuple
     keys *= np.uint32(alphabet)
     keys += stream.tokens
     states, words = rans_encode(keys, tables, lanes, initial)
-    segment = Segment([], lanes, len(words), len(raw), stream.counts)
-    data = states.astype("<u4").tobytes() + words.astype("<u2").tobytes() + raw[2 * lanes :]
-    return segment, data
+    segment.lanes, segment.words, segment.raw_bytes = lanes, len(words), len(raw)
+    segment.counts = stream.counts
+    return states.astype("<u4").tobytes() + words.astype("<u2").tobytes() + raw[2 * lanes :]
 
 
 def read_segment(

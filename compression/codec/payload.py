@@ -9,15 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adaptive import AdaptiveDecoder
-from .classes import CODED, CONSTANT, STORED, clusters_of
+from .classes import (
+    CONSTANT,
+    STORED,
+    Classifier,
+    flip_signs,
+    neighbour_sums,
+    phase_slice,
+)
 from .context import Context, Limits, TensorSpec
 from .errors import CodecError, LimitExceeded, MalformedPayload
-from .fields import Field, assemble, fields_of, from_z
+from .fields import Field, assemble, check_width, fields_of, from_z
 from .head import read_body, read_specs
 from .lanes import rans_tables, read_segment
 from .rans import RansTables
-from .serial import read_serial
-from .symbols import Placement, distribute
+from .serial import SerialModels, read_serial
+from .symbols import Placement, Symbols, distribute
 from .wire import unseal
 
 __all__ = ["Payload", "decode", "open_payload"]
@@ -49,20 +56,25 @@ class Payload(Mapping[str, NDArray[Any]]):
         self._body = read_body(coder, self._fields, limits, len(payload))
         self._rest = envelope.rest
         self._offsets: list[int] = []
-        self._segment_of: dict[int, int] = {}
+        self._group_of: dict[int, int] = {}
+        self._first_segment: list[int] = []
         self._stored_at: dict[int, int] = {}
         self._lay_out()
         self._tables: RansTables | None = None
         self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
 
     def _lay_out(self) -> None:
-        at = 0
-        for s, segment in enumerate(self._body.segments):
+        at, first = 0, 0
+        body = self._body
+        for g, group in enumerate(body.groups):
+            self._first_segment.append(first)
+            first += 1 + max(body.codes[i].depth for i in group)
+            for i in group:
+                self._group_of[i] = g
+        for segment in body.segments:
             self._offsets.append(at)
             at += segment.nbytes
-            for i in segment.fields:
-                self._segment_of[i] = s
-        for i, (f, code) in enumerate(zip(self._fields, self._body.codes, strict=True)):
+        for i, (f, code) in enumerate(zip(self._fields, body.codes, strict=True)):
             if f.size and code.mode == STORED:
                 self._stored_at[i] = at
                 at += f.size * f.width // 8
@@ -96,41 +108,56 @@ class Payload(Mapping[str, NDArray[Any]]):
             at = self._stored_at[i]
             data = self._rest[at : at + f.size * f.width // 8]
             return np.frombuffer(data, f"<i{f.width // 8}").astype(dtype)
-        segment = self._segment_of.get(i, 0)
-        if self._kept[0] != segment:
+        group = self._group_of[i]
+        if self._kept[0] != group:
             self._kept = (-1, {})
-            self._kept = (segment, self._decode_segment(segment))
+            self._kept = (group, self._decode_group(group))
         return from_z(self._kept[1][i], code.centre, f)
 
-    def _decode_segment(self, number: int) -> dict[int, NDArray[Any]]:
+    def _decode_group(self, number: int) -> dict[int, NDArray[Any]]:
         body = self._body
-        if body.serial:
-            members = [
-                i
-                for i, (f, c) in enumerate(zip(self._fields, body.codes, strict=True))
-                if f.size and c.mode == CODED
-            ]
-        else:
-            members = body.segments[number].fields
-        placements = []
-        for i in members:
-            clusters = clusters_of(self._fields[i], body.codes[i], body.maps)
-            if len(clusters) and int(clusters.max()) >= len(body.sparse):
-                raise MalformedPayload("a position belongs to no cluster")
-            placements.append(Placement.of(clusters, body.sparse))
+        members = body.groups[number]
         bits = max(self._fields[i].bits for i in members)
-        dense = np.concatenate([p.dense_cluster for p in placements])
-        if body.serial:
-            sizes = np.sum([p.counts for p in placements], axis=0)
-            symbols = read_serial(self._coder, dense, body.sparse, sizes, bits)
-        else:
-            if self._tables is None:
-                self._tables = rans_tables(body)
-            segment = body.segments[number]
-            at = self._offsets[number]
-            data = self._rest[at : at + segment.nbytes]
-            symbols = read_segment(body, self._tables, segment, data, dense, bits)
-        return dict(zip(members, distribute(placements, symbols), strict=True))
+        depths = {i: body.codes[i].depth for i in members}
+        looks = {i: Classifier(self._fields[i], body.codes[i]) for i in members}
+        whole: dict[int, NDArray[Any]] = {}
+        models = SerialModels(self._coder, len(body.sparse)) if body.serial else None
+        for phase in range(1 + max(depths.values())):
+            index = self._first_segment[number] + phase
+            segment = body.segments[index]
+            placements, around = [], {}
+            for i, _ in segment.parts:
+                if phase:
+                    around[i] = neighbour_sums(whole[i], depths[i], phase)
+                table = body.maps[body.codes[i].table_set]
+                clusters = looks[i].look_up(table, phase, around.get(i))
+                if len(clusters) and int(clusters.max()) >= len(body.sparse):
+                    raise MalformedPayload("a position belongs to no cluster")
+                placements.append(Placement.of(clusters, body.sparse))
+            dense = np.concatenate([p.dense_cluster for p in placements])
+            if models is not None:
+                sizes = np.sum([p.counts for p in placements], axis=0)
+                symbols = read_serial(self._coder, models, dense, body.sparse, sizes, bits)
+            else:
+                symbols = self._read_lanes(index, dense, bits)
+            for (i, _), z in zip(segment.parts, distribute(placements, symbols), strict=True):
+                f = self._fields[i]
+                if not depths[i]:
+                    whole[i] = z
+                    continue
+                if not phase:
+                    whole[i] = np.zeros(f.size, np.uint32)
+                check_width(z, f)
+                part = z if not phase else flip_signs(z, around[i], f.width)
+                whole[i][phase_slice(depths[i], phase)] = part
+        return whole
+
+    def _read_lanes(self, index: int, dense: NDArray[np.uint8], bits: int) -> Symbols:
+        if self._tables is None:
+            self._tables = rans_tables(self._body)
+        segment, at = self._body.segments[index], self._offsets[index]
+        data = self._rest[at : at + segment.nbytes]
+        return read_segment(self._body, self._tables, segment, data, dense, bits)
 
 
 def _check_size(

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .classes import ACTIVITIES, CODED, CONSTANT, MAX_LEVEL, FieldCode, raw_contexts
+from .classes import (
+    ACTIVITIES,
+    CODED,
+    CONSTANT,
+    MAX_LEVEL,
+    UNIT_ACTIVITY,
+    Classifier,
+    FieldCode,
+    flip_signs,
+    may_have_neighbours,
+    neighbour_sums,
+    phase_slice,
+)
+from .context import TensorSpec
 from .fields import PREVIOUS_CLASSES, Field
 from .tokens import TokenScheme
 
-__all__ = ["build_maps", "choose_scheme", "plan_field"]
+__all__ = ["build_maps", "choose_scheme", "plan_field", "raw_table"]
 
-_OFFSET = 36
 _RAW = PREVIOUS_CLASSES * ACTIVITIES
+_SAMPLE = 1 << 17
+_COARSE = TokenScheme(4, 1)
+
+
+def raw_table() -> NDArray[np.uint16]:
+    """The table whose look-up gives raw contexts: class * 64 + activity."""
+    return np.arange(_RAW, dtype=np.uint16).reshape(PREVIOUS_CLASSES, ACTIVITIES)
 
 
 def _xlogx(h: NDArray[Any]) -> NDArray[np.float64]:
@@ -30,8 +50,8 @@ def entropy_bits(h: NDArray[Any]) -> NDArray[np.float64]:
 
 def choose_scheme(largest: int, total: int) -> TokenScheme:
     """Return the finest token scheme that is worth its tables and fits 256 tokens."""
-    wanted = (7, 2) if total > 200_000 and largest > 40 else (5, 1)
-    for direct, mantissa in (wanted, (6, 1), (5, 1)):
+    wanted = [(6, 3), (6, 2)] if total > 200_000 and largest > 64 else [(5, 2)]
+    for direct, mantissa in (*wanted, (5, 1)):
         scheme = TokenScheme(direct, mantissa)
         if scheme.alphabet(largest) <= 256:
             return scheme
@@ -68,43 +88,100 @@ def _levels(means: Any, mean: float, step: int) -> tuple[NDArray[np.uint8], int]
     return ((raw - low) * step).astype(np.uint8), low * step
 
 
+def _sampled(f: Field, z: NDArray[Any]) -> tuple[Field, NDArray[Any], slice]:
+    """Every k-th row of a large field without a mask."""
+    if f.mask is not None or f.size < 2 * _SAMPLE or f.rows < 32:
+        return f, z, slice(None)
+    rows = slice(0, None, min(f.size // _SAMPLE, f.rows // 16))
+    part = np.ascontiguousarray(z.reshape(f.rows, f.columns)[rows])
+    previous = None
+    if f.previous is not None:
+        previous = f.previous.reshape(f.rows, f.columns)[rows]
+    return (
+        Field(f.name, TensorSpec(f.spec.dtype, part.shape), f.plane, None, previous),
+        (part.reshape(-1)),
+        rows,
+    )
+
+
+class _Trial:
+    """Estimates what a field costs under a code, on a sample of its rows."""
+
+    def __init__(self, f: Field, z: NDArray[Any]) -> None:
+        self.f, self.z, self._rows = _sampled(f, z)
+        self._scale = f.size / max(self.f.size, 1)
+
+    def bits(self, code: FieldCode) -> float:
+        """Estimated bits of the whole field, without its levels."""
+        rows = code.rows[self._rows] if code.rows is not None else None
+        look = Classifier(self.f, replace(code, rows=rows))
+        h = np.zeros((_RAW, 64))
+        for phase in range(1 + code.depth):
+            z = self.z[phase_slice(code.depth, phase)]
+            around = None
+            if phase:
+                around = neighbour_sums(self.z, code.depth, phase)
+                z = flip_signs(z, around, self.f.width)
+            key = look.look_up(raw_table(), phase, around).astype(np.int64) << 6
+            key |= _coarse(z)
+            h += np.bincount(key, minlength=_RAW << 6).reshape(_RAW, 64)
+        h = h[h.any(1)]
+        learning = 0.3 * float(((h > 0).sum(1) * np.log2(1 + h.sum(1) * self._scale)).sum())
+        return float(entropy_bits(h).sum()) * self._scale + learning
+
+
+def _coarse(z: NDArray[Any]) -> NDArray[np.uint8]:
+    if len(z) and int(z.max()) < 1024:
+        return _COARSE.split(np.arange(1024))[0].take(z)
+    return np.minimum(_COARSE.split(z)[0], 63)
+
+
 def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
     """Choose how a field is coded."""
     if not z.any():
         return FieldCode(CONSTANT, table_set=table_set)
     a = _magnitudes(z)
     mean = float(a.mean(dtype=np.float64))
-    base = min(_OFFSET + round(2 * float(np.log2(mean))), ACTIVITIES - 1)
-    flat = FieldCode(CODED, table_set=table_set, base=base)
-    if f.rows < 2 or f.columns < 2 or f.size < 256 or f.plane is not None:
-        return flat
-    by_row, by_column = _axis_means(f, a)
-    small = np.minimum(z, 15).astype(np.uint32)
-
-    def bits(code: FieldCode) -> float:
-        h = np.bincount((raw_contexts(f, code).astype(np.uint32) << 4) | small, minlength=16 * _RAW)
-        h = h.reshape(_RAW, 16)
-        return float(entropy_bits(h).sum()) + 12 * float((h.sum(1) > 0).sum())
-
-    best, least = flat, bits(flat)
-    step = 1 if f.size > 64 * (f.rows + f.columns) else 2
-    rows, low_r = _levels(by_row, mean, step)
-    columns, low_c = _levels(by_column, mean, step)
-    for use_r, use_c in ((1, 0), (0, 1), (1, 1)):
-        code = FieldCode(
-            CODED,
-            table_set=table_set,
-            base=max(base + low_r * use_r + low_c * use_c, -2 * ACTIVITIES),
-            rows=rows if use_r else None,
-            columns=columns if use_c else None,
-        )
-        cost = bits(code)
-        for used, levels in ((use_r, rows), (use_c, columns)):
-            if used:
-                cost += float(entropy_bits(np.bincount(levels))) + 32
-        if cost < least:
+    base = min(UNIT_ACTIVITY + round(2 * float(np.log2(mean))), ACTIVITIES - 1)
+    best = FieldCode(CODED, table_set=table_set, base=base)
+    if f.size < 64 or f.plane is not None:
+        return best
+    trial = _Trial(f, z)
+    least = trial.bits(best)
+    side = 0.0
+    if f.rows > 1 and f.columns > 1:
+        flat = best
+        by_row, by_column = _axis_means(f, a)
+        for step in (1, 2) if least > 16 * (f.rows + f.columns) else (2, 4):
+            rows, low_r = _levels(by_row, mean, step)
+            columns, low_c = _levels(by_column, mean, step)
+            cost_r, cost_c = _level_bits(rows), _level_bits(columns)
+            for r, c in ((1, 1), (1, 0), (0, 1)):
+                extra = r * cost_r + c * cost_c
+                if extra > 0.5 * least + side:
+                    continue
+                code = replace(
+                    flat,
+                    base=max(base + low_r * r + low_c * c, -2 * ACTIVITIES),
+                    rows=rows if r else None,
+                    columns=columns if c else None,
+                )
+                cost = trial.bits(code)
+                if cost + extra < least + side:
+                    best, least, side = code, cost, extra
+    if may_have_neighbours(f):
+        for depth in (1, 2):
+            code = replace(best, depth=depth)
+            cost = trial.bits(code) + 64
+            if cost >= least:
+                break
             best, least = code, cost
     return best
+
+
+def _level_bits(levels: NDArray[np.uint8]) -> float:
+    counts = np.bincount(levels)
+    return float(entropy_bits(counts)) + 4 * float((counts > 0).sum()) + 16
 
 
 def build_maps(
@@ -112,42 +189,70 @@ def build_maps(
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.bool_]]:
     """Cluster raw contexts: per set the map (255: unused), and which clusters are sparse.
 
-    ``histograms[set]`` is [16 * 64, tokens].
+    ``histograms[set]`` is [16 * 64, tokens]; ``table_cost`` is what one token of one table costs,
+    in bits.
     """
     maps: list[NDArray[np.uint8]] = []
     sparse: list[bool] = []
     for h in histograms:
-        table = np.full((PREVIOUS_CLASSES, ACTIVITIES), 255, np.uint8)
-        for row in range(PREVIOUS_CLASSES):
-            part = h[row * ACTIVITIES : (row + 1) * ACTIVITIES]
-            used = np.flatnonzero(part.sum(1)).tolist()
-            groups = [([a], part[a].astype(np.float64)) for a in used]
-            groups = _merge(groups, table_cost)
-            for members, counts in groups:
-                cluster = min(len(sparse), 254)
-                if len(sparse) < 254:
-                    sparse.append(bool(counts[0] >= 0.75 * counts.sum()))
-                for a in members:
-                    table[row, a] = cluster
-        maps.append(table)
+        table = np.full(_RAW, 255, np.uint8)
+        used = np.flatnonzero(h.any(1))
+        width = int(np.flatnonzero(h.any(0))[-1]) + 1 if len(used) else 1
+        groups = [([int(a)], h[a, :width].astype(np.float64)) for a in used]
+        groups = _merge(groups, table_cost, neighbours_only=True)
+        groups = _merge(groups, table_cost, neighbours_only=False)
+        for members, counts in sorted(groups, key=lambda g: min(g[0])):
+            cluster = min(len(sparse), 253)
+            if cluster == len(sparse):
+                sparse.append(bool(counts[0] >= 0.75 * counts.sum()))
+            table[members] = cluster
+        maps.append(table.reshape(PREVIOUS_CLASSES, ACTIVITIES))
     return maps, np.array(sparse, np.bool_)
 
 
+def _table_bits(h: NDArray[np.float64], table_cost: float) -> NDArray[np.float64]:
+    """Bits of the symbols of each row of counts, with its table."""
+    n = h.sum(-1)
+    # A token's share of a table costs about half the logarithm of its count.
+    per = table_cost * np.log2(1 + np.minimum(h, 4096)) / 6
+    return np.asarray(entropy_bits(h) + per.sum(-1) + 10 + 0 * n)
+
+
 def _merge(
-    groups: list[tuple[list[int], NDArray[np.float64]]], table_cost: float
+    groups: list[tuple[list[int], NDArray[np.float64]]], table_cost: float, *, neighbours_only: bool
 ) -> list[tuple[list[int], NDArray[np.float64]]]:
-    """Merge neighbours while a table costs more than it saves."""
+    """Merge pairs of groups while a table of its own costs more than it saves."""
+    if len(groups) < 2:
+        return groups
+    members = [g[0] for g in groups]
+    h = np.stack([g[1] for g in groups])
+    own = _table_bits(h, table_cost)
+    n = len(groups)
+    gain = np.full((n, n), -np.inf)
 
-    def cost(h: NDArray[np.float64]) -> float:
-        return float(entropy_bits(h)) + table_cost * float((h > 0).sum()) + 8
+    def refresh(i: int) -> None:
+        others = [i - 1, i + 1] if neighbours_only else list(range(n))
+        js = [j for j in others if 0 <= j < n and j != i]
+        if not js:
+            return
+        value = own[i] + own[js] - _table_bits(h[js] + h[i], table_cost)
+        gain[i, js] = value
+        gain[js, i] = value
 
-    costs = [cost(h) for _, h in groups]
-    while len(groups) > 1:
-        joint = [cost(groups[i][1] + groups[i + 1][1]) for i in range(len(groups) - 1)]
-        gains = [costs[i] + costs[i + 1] - j for i, j in enumerate(joint)]
-        i = int(np.argmax(gains))
-        if gains[i] <= 0:
+    for i in range(n):
+        refresh(i)
+    while n > 1:
+        i, j = sorted(int(v) for v in np.unravel_index(int(np.argmax(gain)), gain.shape))
+        if gain[i, j] <= 0:
             break
-        groups[i : i + 2] = [(groups[i][0] + groups[i + 1][0], groups[i][1] + groups[i + 1][1])]
-        costs[i : i + 2] = [joint[i]]
-    return groups
+        members[i] = members[i] + members.pop(j)
+        h[i] += h[j]
+        h = np.delete(h, j, 0)
+        own = np.delete(own, j)
+        own[i] = float(_table_bits(h[i], table_cost))
+        gain = np.delete(np.delete(gain, j, 0), j, 1)
+        n -= 1
+        if neighbours_only:
+            gain[i, :] = gain[:, i] = -np.inf
+        refresh(i)
+    return list(zip(members, h, strict=True))

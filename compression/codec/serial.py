@@ -11,10 +11,12 @@ from .adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
 from .errors import MalformedPayload
 from .symbols import Symbols
 
-__all__ = ["read_serial", "write_serial"]
+__all__ = ["SerialModels", "read_serial", "write_serial"]
 
 
-class _Models:
+class SerialModels:
+    """Contexts of every cluster, kept over the phases of a payload."""
+
     def __init__(self, coder: AdaptiveEncoder | AdaptiveDecoder, clusters: int) -> None:
         self.dense = [coder.contexts(UINT_CONTEXTS) for _ in range(clusters)]
         self.gap = [coder.contexts(UINT_CONTEXTS) for _ in range(clusters)]
@@ -24,12 +26,12 @@ class _Models:
 
 def write_serial(
     coder: AdaptiveEncoder,
+    m: SerialModels,
     symbols: Symbols,
     dense_cluster: NDArray[np.uint8],
     sparse: NDArray[np.bool_],
 ) -> None:
     """Write one segment's symbols."""
-    m = _Models(coder, len(sparse))
     for c, z in zip(dense_cluster.tolist(), symbols.dense.tolist(), strict=True):
         coder.uint(m.dense[c], z)
     gaps, values, at = symbols.gaps.tolist(), symbols.values.tolist(), 0
@@ -44,13 +46,13 @@ def write_serial(
 
 def read_serial(
     coder: AdaptiveDecoder,
+    m: SerialModels,
     dense_cluster: NDArray[np.uint8],
     sparse: NDArray[np.bool_],
     sizes: NDArray[np.int64],
     bits: int,
 ) -> Symbols:
     """Read what :func:`write_serial` wrote; ``sizes`` holds each cluster's positions."""
-    m = _Models(coder, len(sparse))
     dtype: Any = np.uint32 if bits == 32 else np.uint64
     uint = coder.uint
     dense = [uint(m.dense[c]) for c in dense_cluster.tolist()]
