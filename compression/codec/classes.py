@@ -9,15 +9,13 @@ all positions of a cluster share one model.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .fields import Field
+from .fields import Field, half_octaves
 from .tokens import signed
 
 __all__ = [
@@ -92,25 +90,6 @@ def _sums(f: Field, code: FieldCode) -> NDArray[np.uint8] | None:
         return np.zeros(0, np.uint8)
     row, column = np.divmod(f.selected, f.columns)
     return np.asarray(rows[row] + columns[column], np.uint8)
-
-
-@cache
-def _log_thresholds() -> NDArray[np.int64]:
-    """Smallest k with round(2 log2 k) >= j, for j = 0, 1, ...: k**4 >= 2**(2j - 1)."""
-    out = []
-    for j in range(69):
-        target = 1 << max(2 * j - 1, 0)
-        k = math.isqrt(math.isqrt(target))
-        out.append(k if k**4 >= target else k + 1)
-    return np.array(out, np.int64)
-
-
-def half_octaves(k: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """0 for 0, else 1 + round(2 log2 k), of integers in [0, 2**33]."""
-    if len(k) and int(k.max()) < 1024:
-        table = np.searchsorted(_log_thresholds(), np.arange(1024), side="right").astype(np.uint8)
-        return np.asarray(table.take(k))
-    return np.searchsorted(_log_thresholds(), k, side="right").astype(np.uint8)
 
 
 def neighbour_sums(z: NDArray[Any], depth: int, phase: int) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,25 @@ from .tokens import signed, zigzag
 __all__ = ["PREVIOUS_CLASSES", "Field", "assemble", "fields_of", "from_z", "split_tensor", "to_z"]
 
 PREVIOUS_CLASSES = 16
+
+
+@cache
+def _log_thresholds() -> NDArray[np.int64]:
+    """Smallest k with round(2 log2 k) >= j, for j = 0, 1, ...: k**4 >= 2**(2j - 1)."""
+    out = []
+    for j in range(69):
+        target = 1 << max(2 * j - 1, 0)
+        k = math.isqrt(math.isqrt(target))
+        out.append(k if k**4 >= target else k + 1)
+    return np.array(out, np.int64)
+
+
+def half_octaves(k: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """0 for 0, else 1 + round(2 log2 k), of integers in [0, 2**33]."""
+    if len(k) and int(k.max()) < 1024:
+        table = np.searchsorted(_log_thresholds(), np.arange(1024), side="right").astype(np.uint8)
+        return np.asarray(table.take(k))
+    return np.searchsorted(_log_thresholds(), k, side="right").astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -80,13 +99,19 @@ class Field:
         return flat.view(f"i{flat.dtype.itemsize}")
 
     def previous_classes(self) -> NDArray[np.uint8]:
-        """min(|p|, 15) at every coded position."""
+        """Class of |p| at every coded position: |p| up to 11, then 12, 16, 23, 32 and more."""
         p = self.previous_values()
-        if p.dtype.itemsize == 1:
-            p = p.astype(np.int16)
-        top = PREVIOUS_CLASSES - 1
-        clipped = np.clip(p, -top, top)
-        return np.abs(clipped).astype(np.uint8)
+        top = 32
+        if p.dtype.itemsize > 1:
+            p = np.clip(p, -top, top)
+        k = np.abs(p.astype(np.int16, copy=False))
+        return _class_of_magnitude().take(np.minimum(k, top))
+
+
+@cache
+def _class_of_magnitude() -> NDArray[np.uint8]:
+    bounds = [*range(1, 13), 16, 23, 32]
+    return np.searchsorted(bounds, np.arange(33), side="right").astype(np.uint8)
 
 
 def fields_of(specs: Mapping[str, TensorSpec], context: Context) -> dict[str, list[Field]]:
