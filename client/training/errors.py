@@ -1,9 +1,17 @@
 """Errors of the training client."""
 
-__all__ = ["ModError", "NonFiniteUpdate", "StoreError"]
+__all__ = ["ModError", "NonFiniteUpdate", "StoreError", "TrainerError", "TrainingError"]
 
 
-class ModError(RuntimeError):
+class TrainingError(RuntimeError):
+    """Base of every error that `prunecast.client.training` raises."""
+
+
+class TrainerError(TrainingError):
+    """Local training or evaluation cannot be done as asked."""
+
+
+class ModError(TrainingError):
     """A message cannot be understood, or a reply cannot be encoded; Flower reports it."""
 
 

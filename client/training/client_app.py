@@ -1,0 +1,210 @@
+"""The ready ClientApp: bring a model and data, name them in Flower's run config.
+
+In ``pyproject.toml`` of a Flower app::
+
+    [tool.flwr.app.components]
+    clientapp = "prunecast.client.training.client_app:app"
+
+    [tool.flwr.app.config]
+    model = "myapp.task:net"           # () -> torch.nn.Module
+    data = "myapp.task:load"           # (Context) -> (training loader, validation loader or None)
+    local-epochs = 1
+    learning-rate = 0.05
+
+Every key and default is a field of `LocalTraining`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+from prunecast.client.training.errors import TrainerError
+from prunecast.client.training.masks import current_masks
+from prunecast.client.training.mod import compression_mod
+from prunecast.client.training.trainer import Batch, evaluate, train
+from prunecast.compression.flower.references import load_callable
+from torch import nn
+
+__all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]
+
+Loader: TypeAlias = Iterable[Batch]
+ModelFactory: TypeAlias = Callable[[Context], nn.Module]
+DataFactory: TypeAlias = Callable[[Context], tuple[Loader, Loader | None]]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What a client does in a round; each field is a key of the run config, dashes for underscores.
+
+    Attributes:
+        local_epochs: passes over the client's examples.
+        learning_rate: of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        device: "auto" (CUDA where present), or a torch device.
+        mixed_precision: "auto" (on CUDA), "on" or "off".
+        seed: local training is a function of it, the round and the partition.
+    """
+
+    local_epochs: int = 1
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    device: str = "auto"
+    mixed_precision: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in ("auto", "on", "off"):
+            raise TrainerError(
+                f"mixed-precision must be 'auto', 'on' or 'off', not {self.mixed_precision!r}"
+            )
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> LocalTraining:
+        """Read the fields from Flower's run config; other keys are ignored.
+
+        Raises:
+            TrainerError: a value of the wrong type.
+        """
+        given: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            key = field.name.replace("_", "-")
+            if key not in run_config:
+                continue
+            value, wanted = run_config[key], type(field.default)
+            if wanted is float and type(value) is int:
+                value = float(value)
+            if type(value) is not wanted:
+                raise TrainerError(f"{key} = {value!r} in the run config is no {wanted.__name__}")
+            given[field.name] = value
+        return cls(**given)
+
+
+def training_seed(seed: int, server_round: int, context: Context) -> int:
+    """Seed of one client's local training in one round.
+
+    The partition names the client where there is one, since node ids differ from run to run.
+    """
+    client = int(context.node_config.get("partition-id", context.node_id))
+    words = [seed, server_round, client & 0xFFFFFFFF, client >> 32]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def build_client_app(
+    model: ModelFactory,
+    data: DataFactory,
+    settings: LocalTraining | None = None,
+    *,
+    mods: Sequence[Mod] | None = None,
+) -> ClientApp:
+    """A ClientApp that trains and evaluates `model` on `data`.
+
+    Args:
+        model: called with the context for every message; the received arrays are loaded into it.
+        data: loaders of the node whose context it is given; cache what is costly.
+        settings: of local training; None reads the run config.
+        mods: Flower mods; default ``[compression_mod()]``.
+    """
+    client = ClientApp(mods=[compression_mod()] if mods is None else list(mods))
+
+    def _settings(context: Context) -> LocalTraining:
+        return settings or LocalTraining.from_run_config(context.run_config)
+
+    @client.train()  # type: ignore[untyped-decorator, unused-ignore]
+    def _train(message: Message, context: Context) -> Message:
+        chosen = _settings(context)
+        key, module = _load(model, message, context)
+        loader, _ = data(context)
+        outcome = train(
+            module,
+            loader,
+            epochs=chosen.local_epochs,
+            lr=chosen.learning_rate,
+            momentum=chosen.momentum,
+            weight_decay=chosen.weight_decay,
+            masks=current_masks(),
+            device=None if chosen.device == "auto" else chosen.device,
+            mixed_precision={"auto": None, "on": True, "off": False}[chosen.mixed_precision],
+            seed=training_seed(chosen.seed, _round(message), context),
+        )
+        metrics = MetricRecord({"num-examples": outcome.examples, "train-loss": outcome.loss})
+        arrays = ArrayRecord({k: v.cpu() for k, v in module.state_dict().items()})
+        return Message(RecordDict({key: arrays, "metrics": metrics}), reply_to=message)
+
+    @client.evaluate()  # type: ignore[untyped-decorator, unused-ignore]
+    def _evaluate(message: Message, context: Context) -> Message:
+        chosen = _settings(context)
+        _, module = _load(model, message, context)
+        training, validation = data(context)
+        outcome = evaluate(
+            module,
+            training if validation is None else validation,
+            device=None if chosen.device == "auto" else chosen.device,
+        )
+        metrics = MetricRecord(
+            {
+                "num-examples": outcome.examples,
+                "eval-loss": outcome.loss,
+                "eval-accuracy": outcome.accuracy,
+            }
+        )
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return client
+
+
+def _load(model: ModelFactory, message: Message, context: Context) -> tuple[str, nn.Module]:
+    records = message.content.array_records
+    if len(records) != 1:
+        raise TrainerError(f"expected one array record, the message has {sorted(records)}")
+    key, arrays = next(iter(records.items()))
+    module = model(context)
+    module.load_state_dict(arrays.to_torch_state_dict())
+    return key, module
+
+
+def _round(message: Message) -> int:
+    for record in message.content.values():
+        if isinstance(record, ConfigRecord) and isinstance(
+            stated := record.get("server-round"), int
+        ):
+            return stated
+    return 0
+
+
+def _configured(context: Context, key: str) -> Callable[..., Any]:
+    reference = context.run_config.get(key)
+    if not isinstance(reference, str) or not reference:
+        raise TrainerError(f'the run config lacks {key!r}: set {key} = "package.module:function"')
+    try:
+        return load_callable(reference)
+    except ValueError as error:
+        raise TrainerError(f"{key} in the run config: {error}") from error
+
+
+def _model_from_run_config(context: Context) -> nn.Module:
+    module = _configured(context, "model")()
+    if not isinstance(module, nn.Module):
+        raise TrainerError(f"model in the run config made a {type(module).__name__}, no nn.Module")
+    return module
+
+
+def _data_from_run_config(context: Context) -> tuple[Loader, Loader | None]:
+    loaders = _configured(context, "data")(context)
+    if not (isinstance(loaders, tuple) and len(loaders) == 2):
+        raise TrainerError(
+            "data in the run config must return (training loader, validation loader or None)"
+        )
+    return loaders
+
+
+app = build_client_app(_model_from_run_config, _data_from_run_config)
+"""The ready ClientApp, configured by Flower's run config alone."""

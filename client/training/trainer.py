@@ -1,0 +1,248 @@
+"""Local training and evaluation with torch: masks held, GPU and mixed precision where present."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from prunecast.client.training.errors import TrainerError
+from torch import Tensor, nn
+
+__all__ = ["Evaluation", "TensorBatches", "Training", "best_device", "evaluate", "train"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What local training did.
+
+    Attributes:
+        loss: mean training loss per example over the last epoch.
+        examples: examples seen in one epoch.
+        steps: optimiser steps taken.
+        precision: "float32", "bfloat16" or "float16", the dtype that matrix products ran in.
+    """
+
+    loss: float
+    examples: int
+    steps: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and accuracy over a data set.
+
+    Attributes:
+        loss: mean loss per example.
+        accuracy: fraction of examples whose largest output is the label.
+        examples: number of examples.
+    """
+
+    loss: float
+    accuracy: float
+    examples: int
+
+
+class TensorBatches:
+    """Mini-batches of two tensors: a loader without worker processes, for data held in memory.
+
+    Args:
+        inputs: first dimension is the example.
+        targets: the labels, as many as inputs.
+        batch_size: examples in a batch; the last one may be smaller.
+        shuffle: reshuffle in every pass, with torch's generator, which `train` seeds.
+    """
+
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, *, batch_size: int, shuffle: bool = False
+    ) -> None:
+        if len(inputs) != len(targets):
+            raise TrainerError(f"{len(inputs)} inputs but {len(targets)} targets")
+        if batch_size < 1:
+            raise TrainerError(f"batch_size must be at least 1, not {batch_size}")
+        self._inputs, self._targets = inputs, targets
+        self._size, self._shuffle = batch_size, shuffle
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._inputs) / self._size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        count = len(self._inputs)
+        order = torch.randperm(count) if self._shuffle else torch.arange(count)
+        for chosen in order.split(self._size):
+            yield self._inputs[chosen], self._targets[chosen]
+
+
+def best_device() -> torch.device:
+    """CUDA where present, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    epochs: int,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    masks: Mapping[str, NDArray[np.bool_]] | None = None,
+    device: torch.device | str | None = None,
+    mixed_precision: bool | None = None,
+    seed: int,
+    loss_fn: Loss = nn.functional.cross_entropy,
+) -> Training:
+    """Train `model` in place with SGD.
+
+    Weights off a mask are zero before, during and after: they are set to zero once, and their
+    gradients at every step, so that neither momentum nor weight decay ever moves them.
+
+    Args:
+        model: its floating parameters stay float32; moved to `device` and left there.
+        loader: yields (inputs, targets); passed over once per epoch.
+        epochs: passes over the loader, at least 1.
+        lr: learning rate.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        masks: parameter name to boolean array, True where a weight is kept, such as
+            `current_masks()`; names of tensors that are no parameters (buffers) are ignored.
+        device: default `best_device()`.
+        mixed_precision: None uses it on CUDA only. bfloat16 where the device computes it, else
+            float16 with a gradient scaler.
+        seed: of torch's generators during the call (dropout, a shuffling loader). The global
+            state is put back afterwards.
+        loss_fn: of (outputs, targets), the mean over the batch.
+
+    Raises:
+        TrainerError: a mask does not fit, the loader is empty, or the loss is not finite.
+    """
+    if epochs < 1:
+        raise TrainerError(f"epochs must be at least 1, not {epochs}")
+    target = torch.device(device) if device is not None else best_device()
+    precision = _precision(target, mixed_precision)
+    model.to(target).train()
+    held = _held(model, masks or {}, target)
+    optimiser = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
+    scaler = torch.amp.GradScaler(target.type, enabled=precision is torch.float16)
+    steps, total, examples = 0, torch.zeros((), device=target), 0
+    devices = [target] if target.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for _ in range(epochs):
+            total.zero_()
+            examples = 0
+            for inputs, targets in loader:
+                inputs, targets = _move(inputs, target), _move(targets, target)
+                optimiser.zero_grad(set_to_none=True)
+                with _autocast(target, precision):
+                    loss = loss_fn(model(inputs), targets)
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                scaler.unscale_(optimiser)
+                for parameter, dropped in held:
+                    if parameter.grad is not None:
+                        parameter.grad.masked_fill_(dropped, 0.0)
+                scaler.step(optimiser)
+                scaler.update()
+                total += loss.detach().float() * len(targets)
+                examples += len(targets)
+                steps += 1
+    if not examples:
+        raise TrainerError("the loader is empty: this client has no training data")
+    mean = float(total) / examples
+    if not math.isfinite(mean):
+        raise TrainerError(
+            f"the training loss is {mean}: lower the learning rate ({lr}) or clip gradients"
+        )
+    return Training(mean, examples, steps, str(precision or torch.float32).removeprefix("torch."))
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    device: torch.device | str | None = None,
+    loss_fn: Loss = nn.functional.cross_entropy,
+) -> Evaluation:
+    """Mean loss and accuracy of a classifier, in float32 and evaluation mode.
+
+    Args:
+        model: moved to `device` and left there; its training mode is put back.
+        loader: yields (inputs, targets).
+        device: default `best_device()`.
+        loss_fn: of (outputs, targets), the mean over the batch.
+
+    Raises:
+        TrainerError: the loader is empty.
+    """
+    target = torch.device(device) if device is not None else best_device()
+    training = model.training
+    model.to(target).eval()
+    total, correct, examples = 0.0, 0, 0
+    try:
+        with torch.inference_mode():
+            for inputs, targets in loader:
+                inputs, targets = _move(inputs, target), _move(targets, target)
+                outputs = model(inputs)
+                total += float(loss_fn(outputs, targets)) * len(targets)
+                correct += int((outputs.argmax(1) == targets).sum())
+                examples += len(targets)
+    finally:
+        model.train(training)
+    if not examples:
+        raise TrainerError("the loader is empty: there is nothing to evaluate on")
+    return Evaluation(total / examples, correct / examples, examples)
+
+
+def _precision(device: torch.device, wanted: bool | None) -> torch.dtype | None:
+    if not (device.type == "cuda" if wanted is None else wanted):
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
+
+
+def _autocast(
+    device: torch.device, precision: torch.dtype | None
+) -> AbstractContextManager[object]:
+    return nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def _held(
+    model: nn.Module, masks: Mapping[str, NDArray[np.bool_]], device: torch.device
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each masked parameter with True where its weights are pruned; those are zero from now."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state = model.state_dict(keep_vars=True)
+    held: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for name, mask in masks.items():
+        if name not in state:
+            raise TrainerError(
+                f"there is a mask for {name!r}, which the model does not have: masks name the "
+                "tensors of state_dict()"
+            )
+        parameter = parameters.get(name)
+        if parameter is None:
+            continue
+        if tuple(mask.shape) != tuple(parameter.shape):
+            raise TrainerError(
+                f"the mask of {name!r} is {list(mask.shape)}, the parameter {list(parameter.shape)}"
+            )
+        dropped = torch.from_numpy(~np.asarray(mask, dtype=bool)).to(device)
+        with torch.no_grad():
+            parameter.masked_fill_(dropped, 0.0)
+        held[id(parameter)] = (parameter, dropped)
+    return list(held.values())

@@ -1,0 +1,152 @@
+"""`MeteringGrid`: plain Flower, with every message in a ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.run import Run
+from prunecast.server.federation.ledger import Direction, Entry, Ledger
+
+__all__ = ["MeteringGrid", "Recode"]
+
+Recode = Callable[[bytes], int]
+"""From the bytes of a message to how many bytes it has under another coding."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    node: int
+    round: int
+    message_type: str
+
+
+class MeteringGrid(Grid):
+    """A grid that changes nothing and records what everything costs.
+
+    The baseline beside `CompressedGrid`: the same ledger, the same way of counting.
+
+    Args:
+        grid: the grid to wrap.
+        ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file, or None to
+            keep entries in memory only.
+        alternatives: other codings to measure on the very same messages, by name, such as
+            ``{"zstd-3": lambda data: len(zstandard.compress(data, 3))}``. Each is given the
+            objects of one message, joined.
+        poll_interval: seconds between looking for replies in `send_and_receive`.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        ledger: Ledger | Path | None = None,
+        alternatives: Mapping[str, Recode] | None = None,
+        poll_interval: float = 0.2,
+    ) -> None:
+        self._grid = grid
+        self.ledger = Ledger(ledger) if ledger is None or isinstance(ledger, Path) else ledger
+        self._alternatives = dict(alternatives or {})
+        self._poll_interval = poll_interval
+        self._sent: dict[str, _Sent] = {}
+
+    def set_run(self, run: Run) -> None:
+        """See `flwr.serverapp.Grid.set_run`."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run this grid operates in."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """See `flwr.serverapp.Grid.create_message`."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the connected nodes."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The connected nodes."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages and record them; returns their ids as the wrapped grid does."""
+        self.ledger.flush()
+        batch = list(messages)
+        ids = list(self._grid.push_messages(batch))
+        pushed = set(ids)
+        for message in batch:
+            metadata = message.metadata
+            if metadata.message_id in pushed:
+                sent = _Sent(metadata.dst_node_id, _round(message), metadata.message_type)
+                self._sent[metadata.message_id] = sent
+                self._record(message, sent, "down")
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Fetch the replies that have arrived and record them."""
+        replies = list(self._grid.pull_messages(message_ids))
+        for reply in replies:
+            sent = self._sent.pop(reply.metadata.reply_to_message_id, None)
+            if sent is not None:
+                self._record(reply, sent, "up")
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages and wait for the replies, `timeout` seconds at most (None: for ever)."""
+        waiting = {message_id for message_id in self.push_messages(messages) if message_id}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            arrived = list(self.pull_messages(waiting))
+            replies.extend(arrived)
+            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            if waiting and not arrived:
+                time.sleep(self._poll_interval)
+        for message_id in waiting:
+            self._sent.pop(message_id, None)
+        return replies
+
+    def _record(self, message: Message, sent: _Sent, direction: Direction) -> None:
+        # as `serialised_bytes` counts, but the bytes are needed too
+        objects = [part.deflate() for part in get_all_nested_objects(message).values()]
+        size = sum(map(len, objects))
+        joined = b"".join(objects) if self._alternatives else b""
+        self.ledger.add(
+            Entry(
+                round=sent.round,
+                node=sent.node,
+                direction=direction,
+                kind="error" if message.has_error() else "dense",
+                message_type=sent.message_type,
+                payload_bytes=size,
+                dense_bytes=size,
+                alternatives={name: code(joined) for name, code in self._alternatives.items()},
+            )
+        )
+
+
+def _round(message: Message) -> int:
+    for record in message.content.values():
+        if isinstance(record, ConfigRecord) and isinstance(
+            stated := record.get("server-round"), int
+        ):
+            return stated
+    return 0

@@ -1,0 +1,60 @@
+"""Flower's strategies by name, for run configs and scenario files."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import Strategy
+from prunecast.server.federation.errors import FederationError
+
+__all__ = ["STRATEGIES", "StrategyError", "build_strategy"]
+
+STRATEGIES: Mapping[str, str] = {
+    "fedavg": "FedAvg",
+    "fedavgm": "FedAvgM",
+    "fedadagrad": "FedAdagrad",
+    "fedadam": "FedAdam",
+    "fedyogi": "FedYogi",
+    "fedmedian": "FedMedian",
+    "fedtrimmedavg": "FedTrimmedAvg",
+    "krum": "Krum",
+    "multikrum": "MultiKrum",
+    "bulyan": "Bulyan",
+}
+"""Name to class in `flwr.serverapp.strategy`: those that need nothing special of the client."""
+
+
+class StrategyError(FederationError):
+    """A strategy has an unknown name or an option it does not take."""
+
+
+def build_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
+    """Make one of Flower's strategies.
+
+    Args:
+        name: a key of `STRATEGIES`.
+        options: keyword arguments of the class; dashes may stand for underscores.
+
+    Raises:
+        StrategyError: unknown name or option, or a value the class refuses.
+    """
+    if name not in STRATEGIES:
+        raise StrategyError(f"unknown strategy {name!r}: choose one of {', '.join(STRATEGIES)}")
+    cls = getattr(flower, STRATEGIES[name])
+    given = {key.replace("-", "_"): value for key, value in (options or {}).items()}
+    known = [
+        parameter.name
+        for parameter in inspect.signature(cls).parameters.values()
+        if not parameter.name.endswith("_fn")
+    ]
+    for key in given:
+        if key not in known:
+            raise StrategyError(f"{name} has no option {key!r}: choose one of {', '.join(known)}")
+    try:
+        made: Strategy = cls(**given)
+    except (TypeError, ValueError) as error:
+        raise StrategyError(f"strategy {name!r}: {error}") from error
+    return made

@@ -1,0 +1,117 @@
+"""The process that runs Flower's simulation engine.
+
+Flower and Ray write to standard output and error from several processes and from C++; in a
+process of its own all of that ends in one log file, and the caller's global state stays as it is.
+
+Started as ``python -m prunecast.simulations.runner.engine FOLDER EVENTS``, where EVENTS is the
+number of an inherited file descriptor that receives one JSON object per line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunecast.simulations.runner.federate import Emit
+    from prunecast.simulations.runner.job import Job
+
+__all__ = ["ENVIRONMENT", "main", "simulate"]
+
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+"""What the engine's process gets on top of the caller's environment."""
+
+
+def simulate(job: Job, emit: Emit) -> None:
+    """Run all arms of a prepared job with the engine its scenario names.
+
+    Ends with the event ``outcome``, which holds what every arm gave.
+
+    Raises:
+        EngineFailed: clients failed.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    from prunecast.simulations.runner.clients import simulated_client
+    from prunecast.simulations.runner.federate import run_arms
+
+    client = simulated_client(job)
+    engine, count = job.scenario.engine, job.scenario.clients.count
+    if engine.backend == "inline":
+        from prunecast.simulations.runner.inline import InlineGrid
+
+        outcomes = run_arms(InlineGrid(client, count=count), job, emit)
+    else:
+        from flwr.app import Context
+        from flwr.serverapp import Grid, ServerApp
+        from flwr.simulation import run_simulation
+
+        server, outcomes = ServerApp(), []
+
+        @server.main()  # type: ignore[untyped-decorator, unused-ignore]
+        def serve(grid: Grid, context: Context) -> None:
+            outcomes.extend(run_arms(grid, job, emit))
+
+        cpus: float = engine.cpus
+        run_simulation(
+            server_app=server,
+            client_app=client,
+            num_supernodes=count,
+            backend_config={
+                "init_args": {
+                    "num_cpus": engine.concurrent * engine.cpus,
+                    **({"num_gpus": 1} if engine.gpus else {}),
+                },
+                "client_resources": {"num_cpus": cpus, "num_gpus": engine.gpus},
+            },
+        )
+    emit({"event": "outcome", "arms": [dataclasses.asdict(outcome) for outcome in outcomes]})
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of the process; 0 when all arms were trained."""
+    folder, descriptor = Path(arguments[0]), int(arguments[1])
+    os.environ.update(ENVIRONMENT)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as events:
+        try:
+            from prunecast.simulations.runner.job import Job
+
+            logging.getLogger("flwr").propagate = False
+            simulate(Job.open(folder), _writer(events))
+        except Exception as error:  # reported to the caller; the traceback stays in the log
+            traceback.print_exc()
+            _writer(events)({"event": "failed", "reason": f"{_innermost(error)}"})
+            return 1
+    return 0
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _writer(events: IO[str]) -> Emit:
+    def emit(event: dict[str, Any]) -> None:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    return emit
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
