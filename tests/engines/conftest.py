@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,7 +34,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     pytest.fail(f"waited {seconds:.0f} s in vain for {what}")
 
 
-def free_port() -> int:
+def unused_port() -> int:
     """A port nobody uses now; Flower's commands cannot report one they chose themselves."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -187,14 +188,34 @@ def tiny_app() -> Path:
     return HERE / "tiny"
 
 
+@contextlib.contextmanager
+def engine_in(folder: Path, **environment: str) -> Iterator[Engine]:
+    """An engine without processes yet, stopped at the end."""
+    engine = Engine(private_environment(folder, **environment), folder)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@pytest.fixture(scope="session")
+def start_engine() -> Callable[..., contextlib.AbstractContextManager[Engine]]:
+    """`engine_in`, for test modules."""
+    return engine_in
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """`unused_port`, for test modules."""
+    return unused_port
+
+
 @pytest.fixture(scope="session")
 def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The SuperLink that `flwr run` otherwise leaves running as a daemon, on a port of its own."""
     folder = tmp_path_factory.mktemp("simulation")
-    port = free_port()
-    env = private_environment(folder, FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=str(port))
-    engine = Engine(env, folder)
-    try:
+    port = unused_port()
+    with engine_in(folder, FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=str(port)) as engine:
         engine.start(
             "superlink",
             *("flower-superlink", "--insecure", "--simulation"),
@@ -202,5 +223,3 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             port=port,
         )
         yield engine
-    finally:
-        engine.stop()

@@ -1,0 +1,158 @@
+"""A SuperLink and two SuperNodes as processes: TLS, authenticated nodes, `flwr run`."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+pytestmark = pytest.mark.engine
+
+ROUNDS, NODES = 2, 2
+
+
+@pytest.fixture(scope="module")
+def deployment(
+    start_engine: Callable[..., Any], free_port: Callable[[], int], tmp_path_factory: Any
+) -> Iterator[Any]:
+    """A SuperLink that admits two registered SuperNodes."""
+    folder = tmp_path_factory.mktemp("deployment")
+    _make_certificates(folder)
+    with start_engine(folder) as engine:
+        port = free_port()
+        engine.start(
+            "superlink",
+            *("flower-superlink", "--host", "127.0.0.1", "--port", str(port)),
+            *("--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt"),
+            *("--ssl-keyfile", "server.key", "--enable-supernode-auth"),
+            port=port,
+        )
+        (folder / "flower").mkdir(exist_ok=True)
+        (folder / "flower" / "config.toml").write_text(
+            f'[superlink]\ndefault = "ours"\n\n[superlink.ours]\naddress = "127.0.0.1:{port}"\n'
+            f'root-certificates = "{folder / "ca.crt"}"\n'
+        )
+        for node in range(NODES):
+            _make_node_key(folder / f"node{node}")
+            engine.flwr("supernode", "register", f"node{node}.pub")
+            runtime = free_port()
+            engine.start(
+                f"supernode{node}",
+                *("flower-supernode", "--superlink", f"127.0.0.1:{port}"),
+                *("--root-certificates", "ca.crt"),
+                *("--auth-supernode-private-key", f"node{node}"),
+                *("--host", "127.0.0.1", "--port", str(runtime)),
+                "--node-config",
+                f'partition-id={node} num-partitions={NODES} prunecast-store="{folder}/s{node}"',
+                port=runtime,
+            )
+        yield engine
+
+
+def test_run_completes_and_ledger_agrees_with_flowers_traffic_counter(
+    deployment: Any, tiny_app: Path, tmp_path: Path
+) -> None:
+    run = deployment.run(
+        tiny_app, "--run-config", f'output="{tmp_path}" num-server-rounds={ROUNDS}'
+    )
+
+    entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert {e["kind"] for e in entries} == {"keyframe", "delta", "reuse", "update", "none"}
+    assert len({e["node"] for e in entries}) == NODES
+    losses = list(json.loads((tmp_path / "losses.json").read_text()).values())
+    assert losses == sorted(losses, reverse=True)
+
+    counted = run.details["network-traffic"]["total-bytes"]
+    ours = sum(e["payload_bytes"] for e in entries)
+    assert abs(counted - ours) < 0.03 * counted, f"Flower: {counted:,}, ledger: {ours:,}"
+
+    for node in range(NODES):
+        assert list((deployment.folder / f"s{node}").rglob("*.model")), "node kept no model"
+
+
+def _make_node_key(path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    path.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+    )
+    path.chmod(0o600)
+    path.with_suffix(".pub").write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+    )
+
+
+def _make_certificates(folder: Path) -> None:
+    """`ca.crt`, and `server.crt` with `server.key` for 127.0.0.1, valid for a day."""
+    ca_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    ca_name, server_name = (
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        for name in ("Test CA", "localhost")
+    )
+    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+
+    def usage(*, ca: bool) -> x509.KeyUsage:
+        return x509.KeyUsage(
+            digital_signature=not ca,
+            key_cert_sign=ca,
+            crl_sign=ca,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            encipher_only=False,
+            decipher_only=False,
+        )
+
+    def certificate(
+        name: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool
+    ) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(ca_name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(start)
+            .not_valid_after(start + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(usage(ca=ca), critical=True)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+            )
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()),
+                critical=False,
+            )
+        )
+
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    authority = certificate(ca_name, ca_key, ca=True).sign(ca_key, hashes.SHA256())
+    server = (
+        certificate(server_name, server_key, ca=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    (folder / "ca.crt").write_bytes(authority.public_bytes(serialization.Encoding.PEM))
+    (folder / "server.crt").write_bytes(server.public_bytes(serialization.Encoding.PEM))
+    (folder / "server.key").write_bytes(
+        server_key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
