@@ -101,10 +101,26 @@ class AdaptiveEncoder(_Models):
         """Code an integer >= 0 with the model whose contexts start at ``first``."""
         v = value + 1
         k = v.bit_length() - 1
-        for i in range(k):
-            self.bit(first + (i if i < _UNARY else _UNARY - 1), 1)
-        if k < _MAX_EXPONENT:
-            self.bit(first + (k if k < _UNARY else _UNARY - 1), 0)
+        # The exponent in unary; :meth:`bit` written out, as most of the time goes here.
+        p, n, low, span = self.p, self.n, self._low, self._range
+        for i in range(first, first + min(k + 1, _MAX_EXPONENT)):
+            c = i if i < first + _UNARY else first + _UNARY - 1
+            old, seen = p[c], n[c]
+            bound = (span >> 16) * old
+            if i < first + k:
+                span = bound
+                p[c] = old + ((_CEIL - old) * _RATE[seen] >> 16)
+            else:
+                low += bound
+                span -= bound
+                p[c] = old - ((old - _FLOOR) * _RATE[seen] >> 16)
+            if seen < _SLOWEST:
+                n[c] = seen + 1
+            if span < _RENORM:
+                self._low, self._range = low, span
+                self._shift()
+                low, span = self._low, self._range
+        self._low, self._range = low, span
         if k:
             j = first + _UNARY + 3 * (k if k < _TOPS else _TOPS - 1)
             top = v >> k - 1 & 1
@@ -184,10 +200,34 @@ class AdaptiveDecoder(_Models):
 
     def uint(self, first: int) -> int:
         """Decode an integer in [0, 2**65)."""
-        k = 0
-        bit = self.bit
-        while k < _MAX_EXPONENT and bit(first + (k if k < _UNARY else _UNARY - 1)):
+        # The exponent in unary; :meth:`bit` written out, as most of the time goes here.
+        p, n, code, span = self.p, self.n, self._code, self._range
+        k, c = 0, first
+        last = first + _UNARY - 1
+        while k < _MAX_EXPONENT:
+            old, seen = p[c], n[c]
+            bound = (span >> 16) * old
+            if seen < _SLOWEST:
+                n[c] = seen + 1
+            more = code < bound
+            if more:
+                span = bound
+                p[c] = old + ((_CEIL - old) * _RATE[seen] >> 16)
+            else:
+                code -= bound
+                span -= bound
+                p[c] = old - ((old - _FLOOR) * _RATE[seen] >> 16)
+            if span < _RENORM:
+                self._code, self._range = code, span
+                self._shift()
+                code, span = self._code, self._range
+            if not more:
+                break
             k += 1
+            if c < last:
+                c += 1
+        self._code, self._range = code, span
+        bit = self.bit
         if not k:
             return 0
         j = first + _UNARY + 3 * (k if k < _TOPS else _TOPS - 1)

@@ -34,10 +34,11 @@ from .wire import seal
 
 __all__ = ["encode"]
 
-_SERIAL_SYMBOLS = 8000
+_SERIAL_SYMBOLS = 12000
 _OWN_SEGMENT = 1 << 15
 _MAX_LANES = 2048
-_BYTES_A_LANE = 320
+_BYTES_A_LANE = 200
+_STEPS = 600
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None) -> bytes:
@@ -242,12 +243,14 @@ def _encode_lanes(
         body.tables.append(logs)
         if logs:
             last[kind] = logs
-    wide = max(len(t) for t in body.tables) > 48
+    wide = max(len(t) for t in body.tables) > 48 and count <= 24
     body.precision = 14 if wide else 12
     tables = rans_tables(body)
     data = []
     for segment, stream in zip(body.segments, streams, strict=True):
-        lanes = int(min(_MAX_LANES, max(1, _estimate(stream, tables) / 8 / _BYTES_A_LANE)))
+        nbytes = _estimate(stream, tables) / 8
+        fast = min(len(stream.tokens) / _STEPS, nbytes / 64)
+        lanes = int(min(_MAX_LANES, max(1, nbytes / _BYTES_A_LANE, fast)))
         data.append(write_segment(tables, stream, lanes, segment))
     write_body(coder, body, fields)
     return b"".join(data)

@@ -29,7 +29,9 @@ from .tokens import TokenScheme
 __all__ = ["build_maps", "choose_scheme", "plan_field", "raw_table"]
 
 _RAW = PREVIOUS_CLASSES * ACTIVITIES
-_SAMPLE = 1 << 17
+_SAMPLE = 1 << 16
+_BINS = 48
+_GROUPS = 256
 _COARSE = TokenScheme(4, 1)
 
 
@@ -152,7 +154,7 @@ def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
     if f.rows > 1 and f.columns > 1:
         flat = best
         by_row, by_column = _axis_means(f, a)
-        for step in (1, 2) if least > 16 * (f.rows + f.columns) else (2, 4):
+        for step in _steps(least, f.rows + f.columns):
             rows, low_r = _levels(by_row, mean, step)
             columns, low_c = _levels(by_column, mean, step)
             cost_r, cost_c = _level_bits(rows), _level_bits(columns)
@@ -179,6 +181,11 @@ def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
     return best
 
 
+def _steps(bits: float, levels: int) -> tuple[int, ...]:
+    """Resolutions of the levels worth trying, in half-octaves."""
+    return (1,) if bits > 64 * levels else (1, 2) if bits > 16 * levels else (2, 4)
+
+
 def _level_bits(levels: NDArray[np.uint8]) -> float:
     counts = np.bincount(levels)
     return float(entropy_bits(counts)) + 4 * float((counts > 0).sum()) + 16
@@ -197,8 +204,7 @@ def build_maps(
     for h in histograms:
         table = np.full(_RAW, 255, np.uint8)
         used = np.flatnonzero(h.any(1))
-        width = int(np.flatnonzero(h.any(0))[-1]) + 1 if len(used) else 1
-        groups = [([int(a)], h[a, :width].astype(np.float64)) for a in used]
+        groups = _gathered(h, used.tolist())
         groups = _merge(groups, table_cost, neighbours_only=True)
         groups = _merge(groups, table_cost, neighbours_only=False)
         for members, counts in sorted(groups, key=lambda g: min(g[0])):
@@ -210,12 +216,38 @@ def build_maps(
     return maps, np.array(sparse, np.bool_)
 
 
+def _gathered(
+    h: NDArray[np.int64], used: list[int]
+) -> list[tuple[list[int], NDArray[np.float64]]]:
+    """Start groups from raw contexts; rare ones join the one before in their class at once."""
+    folded = h[used, :_BINS].astype(np.float64)
+    folded[:, -1] += h[used, _BINS:].sum(1)
+    share = 2e-4
+    while len(groups := _fold(folded, used, share)) > _GROUPS and share < 1:
+        share *= 1.5
+    return groups
+
+
+def _fold(
+    folded: NDArray[np.float64], used: list[int], share: float
+) -> list[tuple[list[int], NDArray[np.float64]]]:
+    total = float(folded.sum())
+    groups: list[tuple[list[int], NDArray[np.float64]]] = []
+    for a, counts in zip(used, folded, strict=True):
+        if groups and groups[-1][0][-1] // ACTIVITIES == a // ACTIVITIES:
+            least = min(counts.sum(), groups[-1][1].sum())
+            if least < 24 or least < share * total:
+                groups[-1] = ([*groups[-1][0], a], groups[-1][1] + counts)
+                continue
+        groups.append(([a], counts))
+    return groups
+
+
 def _table_bits(h: NDArray[np.float64], table_cost: float) -> NDArray[np.float64]:
     """Bits of the symbols of each row of counts, with its table."""
-    n = h.sum(-1)
     # A token's share of a table costs about half the logarithm of its count.
     per = table_cost * np.log2(1 + np.minimum(h, 4096)) / 6
-    return np.asarray(entropy_bits(h) + per.sum(-1) + 10 + 0 * n)
+    return np.asarray(entropy_bits(h) + per.sum(-1) + 10)
 
 
 def _merge(

@@ -8,6 +8,7 @@ after Giesen, arXiv:1402.3392). A lane starts from ``2**16 + word``: 16 bits of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,14 @@ class RansTables:
     frequencies: NDArray[np.uint32]
     precision: int
 
+    @cached_property
     def cumulative(self) -> NDArray[np.uint32]:
         """Sum of the frequencies below each token."""
         c = np.zeros_like(self.frequencies)
         np.cumsum(self.frequencies[:, :-1], axis=1, out=c[:, 1:])
         return c
 
+    @cached_property
     def slots(self) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
         """Per slot of every table: its token, and frequency << 16 | (slot - cumulative)."""
         tables, alphabet = self.frequencies.shape
@@ -42,7 +45,7 @@ class RansTables:
         counts = self.frequencies.ravel()
         tokens = np.tile(np.arange(alphabet, dtype=np.uint8), tables)
         bias = np.tile(np.arange(size, dtype=np.uint32), tables)
-        bias -= np.repeat(self.cumulative().ravel(), counts)
+        bias -= np.repeat(self.cumulative.ravel(), counts)
         bias |= np.repeat(counts << _U16, counts)
         return np.repeat(tokens, counts), bias
 
@@ -55,7 +58,7 @@ def rans_encode(
     ``initial`` holds one 16-bit word for each lane, given back by :func:`rans_decode`.
     """
     freq = tables.frequencies.ravel()
-    start = tables.cumulative().ravel()
+    start = tables.cumulative.ravel()
     pb = np.uint32(tables.precision)
     # A state >= freq << (32 - precision) would overflow; compared shifted, as 2**32 has no u32.
     top = np.uint32(32 - tables.precision)
@@ -92,27 +95,33 @@ def rans_decode(
         MalformedPayload: the words run out, are left over, or the states do not end in
             [2**16, 2**17).
     """
-    token_of, step_of = tables.slots()
+    token_of, step_of = tables.slots
     pb = np.uint32(tables.precision)
     mask = np.uint32((1 << tables.precision) - 1)
     n, lanes, p, available = len(contexts), len(states), 0, len(words)
     out = np.empty(n, np.uint8)
     x = states.copy()
     wide = words.astype(np.uint32)
+    base = contexts.astype(np.uint32)
+    base <<= pb
+    i = np.empty(lanes, np.uint32)
+    step = np.empty(lanes, np.uint32)
     for s in range(0, n, lanes):
-        c = contexts[s : s + lanes]
-        m = len(c)
-        xs = x[:m]
-        i = c.astype(np.uint32)
-        i <<= pb
-        i |= xs & mask
+        if s + lanes > n:
+            m = n - s
+            xs, i, step = x[:m], i[:m], step[:m]
+        else:
+            m, xs = lanes, x
+        np.bitwise_and(xs, mask, out=i)
+        i |= base[s : s + m]
         token_of.take(i, out=out[s : s + m], mode="clip")
-        step = step_of.take(i, mode="clip")
+        step_of.take(i, out=step, mode="clip")
         xs >>= pb
-        xs *= step >> _U16
+        np.right_shift(step, _U16, out=i)
+        xs *= i
         step &= _LOW
         xs += step
-        low = np.flatnonzero(xs < _ONE)
+        low = (xs < _ONE).nonzero()[0]
         k = len(low)
         if k:
             if p + k > available:

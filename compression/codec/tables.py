@@ -39,14 +39,14 @@ def quantised(counts: NDArray[Any], last: Sequence[int]) -> list[int]:
             continue
         exact = max(1.0, _MAX_LOG + 4 * math.log2(c / top))
         guess = predicted(last, logs, i)
-        near = round(exact)
-        options = {near, min(max(guess, 1), _MAX_LOG), (near + guess) // 2}
-
-        def price(k: int, exact: float = exact, guess: int = guess, c: int = c) -> float:
-            lost = 0.0217 * c * (k - exact) ** 2
-            return lost + (2 * math.log2(1 + abs(k - guess)) + 1 if k != guess else 0.5)
-
-        logs.append(min((k for k in options if 1 <= k <= _MAX_LOG), key=price))
+        near = max(round(exact), 1)
+        best, least = near, math.inf
+        for k in (near, min(max(guess, 1), _MAX_LOG), max((near + guess) // 2, 1)):
+            price = 0.0217 * c * (k - exact) ** 2
+            price += 2 * math.log2(1 + abs(k - guess)) + 1 if k != guess else 0.5
+            if price < least:
+                best, least = k, price
+        logs.append(best)
     return logs
 
 
