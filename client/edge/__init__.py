@@ -1,1 +1,46 @@
-"""The agent on a device: verify, patch, activate, self-test, infer."""
+"""The agent on a device: verify, patch, activate, self-test, go back, serve inference.
+
+Imports numpy, onnxruntime, tuf and the standard library; never torch, onnx or flwr.
+"""
+
+from prunecast.client.edge.agent import (
+    AGENT_VERSION,
+    Agent,
+    AgentConfig,
+    UpdateResult,
+    read_status,
+)
+from prunecast.client.edge.errors import (
+    AgentBusy,
+    AgentTooOld,
+    ContentRefused,
+    EdgeError,
+    NetworkError,
+    NoModel,
+    StateError,
+    TrustError,
+)
+from prunecast.client.edge.model import EdgeModel, Inference, open_model
+from prunecast.client.edge.transport import Fetcher, HttpFetcher, Stream
+
+__all__ = [
+    "AGENT_VERSION",
+    "Agent",
+    "AgentBusy",
+    "AgentConfig",
+    "AgentTooOld",
+    "ContentRefused",
+    "EdgeError",
+    "EdgeModel",
+    "Fetcher",
+    "HttpFetcher",
+    "Inference",
+    "NetworkError",
+    "NoModel",
+    "StateError",
+    "Stream",
+    "TrustError",
+    "UpdateResult",
+    "open_model",
+    "read_status",
+]

@@ -1,0 +1,443 @@
+"""The agent on a device: notice, download, verify, activate, go back."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from prunecast.client.edge.download import download
+from prunecast.client.edge.errors import (
+    AgentTooOld,
+    ContentRefused,
+    EdgeError,
+    NetworkError,
+    StateError,
+)
+from prunecast.client.edge.model import EdgeModel
+from prunecast.client.edge.slot import (
+    LoadedRelease,
+    build_slot,
+    clear_slot,
+    held_model,
+    open_slot,
+    verify_slot,
+)
+from prunecast.client.edge.store import SlotRecord, State, StateFolder
+from prunecast.client.edge.transport import Fetcher, HttpFetcher
+from prunecast.client.edge.trust import TrustedListing
+from prunecast.compression.onnx import FileRef, OnnxError, ReleaseManifest
+from prunecast.compression.onnx.files import file_digest
+from prunecast.compression.onnx.manifest import blob_path, check_release_name
+from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
+
+__all__ = ["AGENT_VERSION", "Agent", "AgentConfig", "UpdateResult"]
+
+AGENT_VERSION = "0.1.0"
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What an agent needs to know; trust has no default.
+
+    Attributes:
+        state: folder for everything the agent keeps.
+        url: of the release repository.
+        name: of the release to follow.
+        root: the repository's root metadata, given to the device when it was provisioned.
+        threads: threads of the inference session; None leaves the choice to onnxruntime.
+        most_bytes: refuse releases whose `weights.bin` or payload is larger.
+        most_starts: how often a process may start with a release that never gets confirmed
+            before the agent goes back: the sign of a crash loop.
+        confirm_after: seconds of service after which `run` confirms a release.
+    """
+
+    state: Path
+    url: str
+    name: str
+    root: bytes
+    threads: int | None = None
+    most_bytes: int = 4 * 2**30
+    most_starts: int = 3
+    confirm_after: float = 60.0
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one check for updates did.
+
+    Attributes:
+        outcome: ``updated``; ``current``: nothing newer; ``rejected``: the newer release did not
+            pass and the old one stays.
+        version: the release that is active now; None when there is none.
+        previous: the one that was active before.
+        payload: how the weights came: ``patch``, ``keyframe``, or ``none``.
+        downloaded: bytes received by kind: ``metadata``, ``patch``, ``keyframe``, ``files``.
+        reason: why a release was rejected, or a patch replaced by the keyframe.
+        difference: largest difference in the self-test.
+        seconds: duration.
+    """
+
+    outcome: Literal["updated", "current", "rejected"]
+    version: int | None
+    previous: int | None = None
+    payload: Literal["patch", "keyframe", "none"] = "none"
+    downloaded: Mapping[str, int] = field(default_factory=dict)
+    reason: str | None = None
+    difference: float | None = None
+    seconds: float = 0.0
+
+
+class Agent:
+    """Follows one release on one device; a context manager.
+
+    Args:
+        config: see `AgentConfig`.
+        fetcher: the network; default `HttpFetcher` with its defaults.
+        on_step: called with the name of every step before it begins.
+
+    Raises:
+        AgentBusy: another agent works on the same state folder.
+        StateError: the state folder is unusable or follows another release.
+        ManifestError: the release name is not usable.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        fetcher: Fetcher | None = None,
+        on_step: Callable[[str], None] = lambda step: None,
+    ) -> None:
+        check_release_name(config.name)
+        self.config = config
+        self.model = EdgeModel()
+        self._fetcher = fetcher or HttpFetcher()
+        self._step = on_step
+        self._folder = StateFolder(config.state)
+        self._resources = ExitStack()
+        self._resources.enter_context(self._folder.locked())
+        try:
+            self._state = self._folder.read() or State(config.name)
+            if self._state.name != config.name:
+                raise StateError(
+                    f"{config.state} follows release {self._state.name!r}, not {config.name!r}: "
+                    "use another state folder"
+                )
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the state folder; the model can still be used."""
+        self._resources.close()
+
+    def update_once(self) -> UpdateResult:
+        """Check for a newer release and activate it if it passes every check.
+
+        Raises:
+            TrustError: the repository's metadata is refused.
+            ContentRefused: a file is not the one that was signed.
+            NetworkError: the repository cannot be reached; downloads resume next time.
+            AgentTooOld: the release needs a newer agent.
+            StateError: the disk refuses.
+                In all of these cases the active release stays as it was.
+        """
+        begun, counted = time.monotonic(), Counter[str]()
+        try:
+            result = self._update(counted)
+        except EdgeError as error:
+            self._record(None, counted, str(error))
+            raise
+        result = replace(result, downloaded=dict(counted), seconds=time.monotonic() - begun)
+        self._record(result, counted, result.reason if result.outcome == "rejected" else None)
+        return result
+
+    def run(
+        self,
+        interval: float,
+        *,
+        stop: threading.Event,
+        jitter: float = 0.2,
+        rng: random.Random | None = None,
+        on_result: Callable[[UpdateResult | EdgeError], None] = lambda result: None,
+    ) -> None:
+        """Check again and again until `stop` is set; problems are reported, never raised.
+
+        Args:
+            interval: seconds between checks.
+            stop: ends the loop, at once while it waits.
+            jitter: each wait is ``interval`` times a number drawn from ``1 ± jitter``, so that a
+                fleet does not ask at the same moment.
+            rng: source of the jitter; default seeded from the operating system.
+            on_result: called after every check.
+        """
+        draw = rng or random.Random()
+        active_since = time.monotonic()
+        while not stop.is_set():
+            try:
+                outcome: UpdateResult | EdgeError = self.update_once()
+            except EdgeError as error:
+                outcome = error
+            if isinstance(outcome, UpdateResult) and outcome.outcome == "updated":
+                active_since = time.monotonic()
+            on_result(outcome)
+            wake = time.monotonic() + interval * draw.uniform(1 - jitter, 1 + jitter)
+            due = active_since + self.config.confirm_after
+            if self._unconfirmed() and due < wake:
+                if stop.wait(max(0.0, due - time.monotonic())):
+                    return
+                self.confirm()
+            stop.wait(max(0.0, wake - time.monotonic()))
+
+    def confirm(self) -> None:
+        """The active release has proved itself: the agent will not go back from it by itself."""
+        confirmed = self._state.confirm()
+        if confirmed is not self._state:
+            self._write(confirmed)
+
+    def roll_back(self, reason: str) -> int | None:
+        """Go back to the previous release and never try the active one again.
+
+        Args:
+            reason: recorded in the status, for instance which health figure got worse.
+
+        Returns:
+            The version that is active now.
+
+        Raises:
+            StateError: there is no previous release, or it is not intact.
+        """
+        if self._state.active is None or self._state.previous is None:
+            raise StateError("there is no previous release to go back to")
+        loaded = self._load(self._state.previous)
+        self._step("roll back")
+        self._write(self._state.go_back(reason).confirm())
+        self.model.swap(loaded)
+        return self.model.version
+
+    def status(self) -> dict[str, Any]:
+        """What the agent runs and what its last check did; plain JSON values."""
+        return read_status(self.config.state)
+
+    def _start(self) -> None:
+        """Load the active release, or the previous one when the active one is not fit."""
+        while (active := self._state.active) is not None:
+            try:
+                if not active.confirmed and self._state.previous is not None:
+                    if active.starts >= self.config.most_starts:
+                        raise StateError(f"not confirmed after {active.starts} starts")
+                    started = replace(active, starts=active.starts + 1)
+                    self._write(replace(self._state, active=started))
+                self.model.swap(self._load(active))
+                return
+            except (EdgeError, OnnxError) as error:
+                self._step("go back")
+                self._write(self._state.go_back(f"release {active.version}: {error}"))
+
+    def _load(self, record: SlotRecord) -> LoadedRelease:
+        slot = self._folder.slot(record.slot)
+        manifest = verify_slot(slot, record.manifest)
+        return open_slot(slot, manifest, threads=self.config.threads)
+
+    def _update(self, counted: Counter[str]) -> UpdateResult:
+        self._step("refresh metadata")
+
+        def count(kind: str) -> Callable[[int], None]:
+            return lambda size: counted.update({kind: size})
+
+        folder, config = self._folder, self.config
+        listing = TrustedListing(
+            config.url, folder.metadata, config.root, self._fetcher, count("metadata")
+        )
+        held = self._state.active.version if self._state.active else 0
+        path = folder.downloads / "release.json"
+        for version in reversed(listing.versions(config.name)):
+            if version <= held:
+                break
+            self._step("download manifest")
+            manifest = listing.manifest(config.name, version, path)
+            digest = file_digest(path)
+            if digest not in self._state.rejected:
+                return self._install(manifest, digest, path, count)
+        return UpdateResult("current", self.model.version)
+
+    def _install(
+        self,
+        manifest: ReleaseManifest,
+        digest: str,
+        path: Path,
+        count: Callable[[str], Callable[[int], None]],
+    ) -> UpdateResult:
+        before = self.model.version
+        if self._state.tries.get(digest, 0) >= _TRIES:
+            return self._reject(manifest, digest, f"the self-test never ended in {_TRIES} tries")
+        self._check_fit(manifest)
+        self._step("download files")
+        files = {
+            name: self._fetch_file(name, ref, count("files"))
+            for name, ref in manifest.files.items()
+        }
+        model, payload, reason = self._obtain(manifest, count)
+        self._step("free slot")
+        slot, prepared = self._state.free_slot()
+        self._write(prepared)
+        folder = self._folder.slot(slot)
+        clear_slot(folder)
+        self._step("build slot")
+        build_slot(folder, path.read_bytes(), files, model)
+        self._step("verify slot")
+        verify_slot(folder, digest)
+        self._step("self-test")
+        self._write(self._state.tried(digest))
+        try:
+            loaded = open_slot(folder, manifest, threads=self.config.threads)
+        except OnnxError as error:
+            return self._reject(manifest, digest, str(error))
+        self._step("activate")
+        self._write(self._state.activate(SlotRecord(slot, manifest.version, digest)))
+        self._step("swap")
+        self.model.swap(loaded)
+        self._step("clean up")
+        shutil.rmtree(self._folder.downloads, ignore_errors=True)
+        return UpdateResult(
+            "updated",
+            manifest.version,
+            before,
+            payload,
+            reason=reason,
+            difference=loaded.difference,
+        )
+
+    def _reject(self, manifest: ReleaseManifest, digest: str, reason: str) -> UpdateResult:
+        self._step("reject")
+        reason = f"release {manifest.version}: {reason}"
+        self._write(self._state.reject(digest, reason))
+        shutil.rmtree(self._folder.downloads, ignore_errors=True)
+        return UpdateResult("rejected", self.model.version, reason=reason)
+
+    def _check_fit(self, manifest: ReleaseManifest) -> None:
+        if _numbers(manifest.minimum_agent) > _numbers(AGENT_VERSION):
+            raise AgentTooOld(
+                f"release {manifest.version} needs agent {manifest.minimum_agent}, this is "
+                f"{AGENT_VERSION}: update prunecast on the device"
+            )
+        sizes = (manifest.weights, manifest.keyframe, *manifest.files.values())
+        if max(ref.length for ref in sizes) > self.config.most_bytes:
+            raise ContentRefused(
+                f"release {manifest.version} is larger than the {self.config.most_bytes} bytes "
+                "this agent accepts"
+            )
+        needed = 2 * manifest.weights.length + manifest.keyframe.length
+        if shutil.disk_usage(self._folder.path).free < needed:
+            raise StateError(f"release {manifest.version} needs {needed} bytes of free disk")
+
+    def _fetch_file(self, name: str, ref: FileRef, on_bytes: Callable[[int], None]) -> Path:
+        """The file from the active slot when it is the same there, else from the network."""
+        if self._state.active:
+            held = self._folder.slot(self._state.active.slot) / name
+            if held.is_file() and file_digest(held) == ref.sha256:
+                target = self._folder.downloads / ref.sha256
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(held, target)  # its slot may be the one that is rebuilt
+                return target
+        return self._fetch(ref, on_bytes)
+
+    def _fetch(self, ref: FileRef, on_bytes: Callable[[int], None]) -> Path:
+        path = self._folder.downloads / ref.sha256
+        base = self.config.url if self.config.url.endswith("/") else f"{self.config.url}/"
+        download(self._fetcher, base + blob_path(ref.sha256), ref, path, on_bytes=on_bytes)
+        return path
+
+    def _obtain(
+        self, manifest: ReleaseManifest, count: Callable[[str], Callable[[int], None]]
+    ) -> tuple[PublishedModel, Literal["patch", "keyframe", "none"], str | None]:
+        """The published model by the cheapest way that works: held, patch, keyframe."""
+        active = self._state.active
+        held = held_model(self._folder.slot(active.slot)) if active else None
+        reason = None
+        if held is not None:
+            if held.digest.hex() == manifest.model_digest:
+                return held, "none", None
+            patch = manifest.patch_from(held.digest.hex())
+            if patch is not None:
+                try:
+                    self._step("download patch")
+                    data = self._fetch(patch.file, count("patch")).read_bytes()
+                    self._step("apply patch")
+                    model = decode_model(data, held=held, stream=manifest.stream)
+                    if model.digest.hex() == manifest.model_digest:
+                        return model, "patch", None
+                    reason = "the patch leads to another model"
+                except (VersionsError, ContentRefused, NetworkError) as error:
+                    reason = f"the patch did not apply: {error}"
+        self._step("download keyframe")
+        data = self._fetch(manifest.keyframe, count("keyframe")).read_bytes()
+        self._step("decode keyframe")
+        try:
+            model = decode_model(data, stream=manifest.stream)
+        except VersionsError as error:
+            raise ContentRefused(f"keyframe of release {manifest.version}: {error}") from error
+        if model.digest.hex() != manifest.model_digest:
+            raise ContentRefused(f"keyframe of release {manifest.version} is another model")
+        return model, "keyframe", reason
+
+    def _unconfirmed(self) -> bool:
+        return self._state.active is not None and not self._state.active.confirmed
+
+    def _write(self, state: State) -> None:
+        if state != self._state:
+            self._folder.write(state)
+            self._state = state
+
+    def _record(
+        self, result: UpdateResult | None, counted: Counter[str], error: str | None
+    ) -> None:
+        total = Counter(self._folder.read_json("status.json").get("downloaded_total", {}))
+        total.update(counted)
+        report = {
+            "last_check": datetime.now(UTC).isoformat(timespec="seconds"),
+            "last_result": asdict(result) if result else None,
+            "last_error": error,
+            "downloaded_total": dict(total),
+        }
+        self._folder.write_json("status.json", report)
+
+
+def read_status(state: Path | str) -> dict[str, Any]:
+    """Status of a state folder, without an agent: active and previous release, last check.
+
+    Raises:
+        StateError: the state is unreadable.
+    """
+    folder = StateFolder(state)
+    found = folder.read()
+    return {
+        "agent": AGENT_VERSION,
+        "name": found.name if found else None,
+        "active": asdict(found.active) if found and found.active else None,
+        "previous": asdict(found.previous) if found and found.previous else None,
+        "rejected": found.rejected if found else {},
+        **folder.read_json("status.json"),
+    }
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = [int(part) for part in version.split(".")]
+    return tuple(parts + [0] * (3 - len(parts)))

@@ -1,0 +1,134 @@
+"""Verified downloads that resume where they were interrupted."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError
+from prunecast.client.edge.transport import Fetcher
+from prunecast.compression.onnx import FileRef
+from prunecast.compression.onnx.files import file_digest, sync_folder
+from tuf.api.exceptions import DownloadError, DownloadHTTPError
+
+__all__ = ["download"]
+
+
+def download(
+    fetcher: Fetcher,
+    url: str,
+    ref: FileRef,
+    path: Path,
+    *,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    attempts: int = 4,
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Fetch `url` to `path` and check it against `ref`; a file that is there already is kept.
+
+    An interrupted download leaves ``<path>.part``, and the next attempt, in this process or a
+    later one, asks only for the rest. Never more than ``ref.length`` bytes are written.
+
+    Args:
+        fetcher: the network.
+        url: where the file is.
+        ref: its digest and length, from signed metadata.
+        path: where it goes.
+        on_bytes: called with the number of bytes of every piece received.
+        attempts: how often a broken connection is retried.
+        wait: sleeps for so many seconds between attempts.
+
+    Raises:
+        ContentRefused: longer than `ref` says, or with another digest.
+        NetworkError: not reachable; the part is kept.
+        StateError: the disk refuses.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        if path.is_file() and file_digest(path) == ref.sha256:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        resumed = _fill(fetcher, url, ref, part, on_bytes, attempts, wait)
+        if file_digest(part) != ref.sha256:
+            part.unlink()
+            if not resumed:
+                raise ContentRefused(f"{url} is not the file that was signed: digest differs")
+            # the kept part may have been damaged on disk: once more, from the beginning
+            _fill(fetcher, url, ref, part, on_bytes, attempts, wait)
+            if file_digest(part) != ref.sha256:
+                part.unlink()
+                raise ContentRefused(f"{url} is not the file that was signed: digest differs")
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StateError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _fill(
+    fetcher: Fetcher,
+    url: str,
+    ref: FileRef,
+    part: Path,
+    on_bytes: Callable[[int], None],
+    attempts: int,
+    wait: Callable[[float], None],
+) -> bool:
+    """Complete `part`; returns whether it began with bytes of an earlier attempt."""
+    held = part.stat().st_size if part.exists() else 0
+    if held > ref.length:
+        part.unlink()
+        held = 0
+    resumed = held > 0
+    for attempt in range(1, attempts + 1):
+        try:
+            _append(fetcher, url, ref, part, on_bytes)
+        except DownloadHTTPError as error:
+            if error.status_code == 416:  # the server's file ends before the kept part does
+                part.unlink(missing_ok=True)
+            elif error.status_code < 500 and error.status_code != 429:
+                raise NetworkError(f"cannot download: {error}") from error
+            problem: DownloadError = error
+        except DownloadError as error:
+            problem = error
+        else:
+            if (part.stat().st_size if part.exists() else 0) == ref.length:
+                return resumed
+            problem = DownloadError(f"{url} ended early")
+        if attempt < attempts:
+            wait(0.25 * 2**attempt)
+    raise NetworkError(f"cannot download after {attempts} attempts: {problem}") from problem
+
+
+def _append(
+    fetcher: Fetcher, url: str, ref: FileRef, part: Path, on_bytes: Callable[[int], None]
+) -> None:
+    held = part.stat().st_size if part.exists() else 0
+    if held == ref.length:
+        part.touch()
+        return
+    stream = fetcher.open(url, held)
+    with open(part, "r+b" if part.exists() else "w+b") as file:
+        file.truncate(stream.start)
+        file.seek(stream.start)
+        size = stream.start
+        try:
+            for chunk in stream.chunks:
+                on_bytes(len(chunk))
+                size += len(chunk)
+                if size > ref.length:
+                    raise ContentRefused(
+                        f"{url} is longer than the {ref.length} bytes that were signed"
+                    )
+                file.write(chunk)
+        except ContentRefused:
+            file.truncate(0)
+            raise
+        except DownloadError:
+            raise
+        except OSError as error:
+            raise DownloadError(f"connection to {url} broke: {error}") from error
+        finally:
+            file.flush()
+            os.fsync(file.fileno())

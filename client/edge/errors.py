@@ -1,0 +1,44 @@
+"""Errors of the edge agent: one base, one class per cause."""
+
+__all__ = [
+    "AgentBusy",
+    "AgentTooOld",
+    "ContentRefused",
+    "EdgeError",
+    "NetworkError",
+    "NoModel",
+    "StateError",
+    "TrustError",
+]
+
+
+class EdgeError(RuntimeError):
+    """Base of every error that `prunecast.client.edge` raises."""
+
+
+class TrustError(EdgeError):
+    """Signed metadata is forged, expired, rolled back or contradicts itself."""
+
+
+class NetworkError(EdgeError):
+    """The repository cannot be reached, or is too slow; what was downloaded is kept."""
+
+
+class ContentRefused(EdgeError):
+    """A downloaded file is not the one that the signed metadata describes."""
+
+
+class StateError(EdgeError):
+    """The state folder cannot be read or written, or is too small."""
+
+
+class AgentBusy(StateError):
+    """Another agent works on the same state folder."""
+
+
+class AgentTooOld(EdgeError):
+    """The release needs a newer agent."""
+
+
+class NoModel(EdgeError):
+    """No release is active yet."""

@@ -1,0 +1,135 @@
+"""A slot: one folder that holds one complete release."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunecast.client.edge.errors import ContentRefused, StateError
+from prunecast.compression.onnx import (
+    InferenceSession,
+    LayoutError,
+    ReleaseManifest,
+    WeightsLayout,
+    check_outputs,
+    open_session,
+    unpack_arrays,
+)
+from prunecast.compression.onnx.files import file_digest, sync_folder, write_synced
+from prunecast.compression.versions import (
+    PublishedModel,
+    VersionsError,
+    load_model,
+    save_model,
+)
+
+__all__ = ["LoadedRelease", "build_slot", "clear_slot", "held_model", "open_slot", "verify_slot"]
+
+_MANIFEST, _WEIGHTS, _MODEL = "release.json", "weights.bin", "published.model"
+
+
+@dataclass(frozen=True)
+class LoadedRelease:
+    """A release in memory: session and manifest belong together."""
+
+    manifest: ReleaseManifest
+    session: InferenceSession
+    difference: float
+
+
+def clear_slot(folder: Path) -> None:
+    """Empty a slot that nothing refers to.
+
+    Raises:
+        StateError: the file system refuses.
+    """
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+            sync_folder(folder.parent)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StateError(f"cannot clear {folder}: {error.strerror or error}") from error
+
+
+def build_slot(
+    folder: Path, manifest: bytes, files: Mapping[str, Path], model: PublishedModel
+) -> None:
+    """Write a release into a cleared slot, durably, and check what was written.
+
+    Args:
+        folder: the slot.
+        manifest: content of `release.json`.
+        files: the small files by name: where they are now.
+        model: the published model; `weights.bin` is rebuilt from it.
+
+    Raises:
+        ContentRefused: the rebuilt `weights.bin` is not the signed one.
+        StateError: the file system refuses.
+    """
+    parsed = ReleaseManifest.from_bytes(manifest)
+    try:
+        for name, source in files.items():
+            write_synced(folder / name, source.read_bytes())
+        layout = WeightsLayout.from_bytes((folder / "layout.json").read_bytes())
+        if layout.size != parsed.weights.length:
+            raise ContentRefused("layout.json and release.json disagree about weights.bin")
+        sha256 = layout.write(model, folder / _WEIGHTS)
+        if sha256 != parsed.weights.sha256:
+            raise ContentRefused("the rebuilt weights.bin is not the one that was signed")
+        save_model(model, folder / _MODEL)
+        write_synced(folder / _MANIFEST, manifest)
+        sync_folder(folder)
+        sync_folder(folder.parent)
+    except LayoutError as error:
+        raise ContentRefused(f"the release contradicts itself: {error}") from error
+    except VersionsError as error:
+        raise StateError(str(error)) from error
+    except OSError as error:
+        raise StateError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def verify_slot(folder: Path, manifest_sha256: str) -> ReleaseManifest:
+    """Check every file that inference depends on against its digest.
+
+    Raises:
+        StateError: a file is missing or damaged.
+    """
+    try:
+        if file_digest(folder / _MANIFEST) != manifest_sha256:
+            raise StateError(f"{folder / _MANIFEST} is damaged")
+        manifest = ReleaseManifest.from_bytes((folder / _MANIFEST).read_bytes())
+        for name, ref in {**manifest.files, _WEIGHTS: manifest.weights}.items():
+            if file_digest(folder / name) != ref.sha256:
+                raise StateError(f"{folder / name} is damaged")
+    except OSError as error:
+        raise StateError(f"{folder} is incomplete: {error}") from error
+    return manifest
+
+
+def open_slot(folder: Path, manifest: ReleaseManifest, *, threads: int | None) -> LoadedRelease:
+    """Load a new session and run the self-test.
+
+    Raises:
+        RuntimeFailure: onnxruntime refuses the model.
+        SelfTestFailed: it does not reproduce the recorded outputs.
+        StateError: a file cannot be read.
+    """
+    session = open_session(folder / "model.onnx", threads=threads)
+    try:
+        inputs = unpack_arrays((folder / "selftest.npz").read_bytes())
+        expected = unpack_arrays((folder / "expected.npz").read_bytes())
+    except OSError as error:
+        raise StateError(f"cannot read {folder}: {error}") from error
+    difference = check_outputs(expected, session.run(inputs), manifest.tolerance)
+    return LoadedRelease(manifest, session, difference)
+
+
+def held_model(folder: Path) -> PublishedModel | None:
+    """The published model of a slot, the base for patches; None when unreadable."""
+    try:
+        return load_model(folder / _MODEL)
+    except VersionsError:
+        return None  # not needed for inference; the next update takes the keyframe

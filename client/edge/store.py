@@ -1,0 +1,220 @@
+"""The agent's state folder.
+
+::
+
+    state.json   which slot is active: replacing this file is the moment of activation
+    slots/a, b   one complete release each; the inactive one is rebuilt by the next update
+    metadata/    verified TUF metadata
+    downloads/   files on their way, resumable
+    lock         held by the agent that may write
+
+`state.json` refers only to slots that are complete and verified, so a crash at any moment leaves
+a complete version to start from.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from prunecast.client.edge.errors import AgentBusy, StateError
+from prunecast.compression.versions import StorageError, write_atomically
+
+__all__ = ["SlotRecord", "State", "StateFolder"]
+
+_SCHEMA = 1
+_SLOTS = ("a", "b")
+_REMEMBERED = 32
+
+
+@dataclass(frozen=True)
+class SlotRecord:
+    """A slot that `state.json` refers to.
+
+    Attributes:
+        slot: ``a`` or ``b``.
+        version: of the release in it.
+        manifest: hex digest of its `release.json`.
+        confirmed: whether it has proved itself in service.
+        starts: how often a process has started with it unconfirmed.
+    """
+
+    slot: str
+    version: int
+    manifest: str
+    confirmed: bool = False
+    starts: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """Content of `state.json`; immutable, every change makes a new one.
+
+    Attributes:
+        name: of the release this folder follows.
+        active: what runs.
+        previous: what to go back to.
+        rejected: manifests that must not be tried again, with the reason.
+        tries: manifests whose self-test was begun, with how often: a release that kills the
+            process during its self-test must not do so forever.
+    """
+
+    name: str
+    active: SlotRecord | None = None
+    previous: SlotRecord | None = None
+    rejected: dict[str, str] = field(default_factory=dict)
+    tries: dict[str, int] = field(default_factory=dict)
+
+    def free_slot(self) -> tuple[str, State]:
+        """The slot to rebuild, and the state to write before touching it.
+
+        The last confirmed release is never given up: when the active one is unconfirmed and a
+        previous one exists, the previous one becomes active on disk and the unconfirmed slot is
+        rebuilt.
+        """
+        active, previous = self.active, self.previous
+        if active and previous and not active.confirmed:
+            return active.slot, replace(self, active=previous, previous=None)
+        used = active.slot if active else None
+        return next(s for s in _SLOTS if s != used), replace(self, previous=None)
+
+    def activate(self, record: SlotRecord) -> State:
+        """`record` becomes active; what ran before becomes previous."""
+        tries = {k: v for k, v in self.tries.items() if k != record.manifest}
+        return replace(self, active=record, previous=self.active, tries=tries)
+
+    def go_back(self, reason: str) -> State:
+        """The previous release becomes active; the active one is rejected."""
+        if self.active is None:
+            return self
+        failed = self.reject(self.active.manifest, reason)
+        return replace(failed, active=self.previous, previous=None)
+
+    def reject(self, manifest: str, reason: str) -> State:
+        """Never try `manifest` again."""
+        kept = list({**self.rejected, manifest: reason[:500]}.items())[-_REMEMBERED:]
+        tries = {k: v for k, v in self.tries.items() if k != manifest}
+        return replace(self, rejected=dict(kept), tries=tries)
+
+    def tried(self, manifest: str) -> State:
+        """The self-test of `manifest` is about to begin."""
+        return replace(self, tries={manifest: self.tries.get(manifest, 0) + 1})
+
+    def confirm(self) -> State:
+        """The active release has proved itself."""
+        if self.active is None or self.active.confirmed:
+            return self
+        return replace(self, active=replace(self.active, confirmed=True, starts=0))
+
+
+class StateFolder:
+    """Reads and writes the state folder.
+
+    Args:
+        path: the folder; created by the first write.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.metadata = self.path / "metadata"
+        self.downloads = self.path / "downloads"
+
+    def slot(self, slot: str) -> Path:
+        """Folder of a slot."""
+        return self.path / "slots" / slot
+
+    def read(self) -> State | None:
+        """The state; None when the folder is new.
+
+        Raises:
+            StateError: unreadable.
+        """
+        path = self.path / "state.json"
+        try:
+            document: Any = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StateError(f"{path} is unreadable ({error}): delete the state folder") from error
+        try:
+            if document["schema"] != _SCHEMA:
+                raise StateError(f"{path} is of schema {document['schema']}: update the agent")
+            return State(
+                name=str(document["name"]),
+                active=_record(document["active"]),
+                previous=_record(document["previous"]),
+                rejected={str(k): str(v) for k, v in document["rejected"].items()},
+                tries={str(k): int(v) for k, v in document["tries"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(f"{path} is malformed: delete the state folder") from error
+
+    def write(self, state: State) -> None:
+        """Replace the state atomically.
+
+        Raises:
+            StateError: the file system refuses; the old state stands.
+        """
+        document = {"schema": _SCHEMA, **asdict(state)}
+        self.write_json("state.json", document)
+
+    def write_json(self, name: str, document: object) -> None:
+        """Replace a JSON file atomically.
+
+        Raises:
+            StateError: the file system refuses.
+        """
+        data = json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
+        try:
+            write_atomically(self.path / name, data)
+        except StorageError as error:
+            raise StateError(str(error)) from error
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file that only informs; empty when missing or unreadable."""
+        try:
+            document = json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return document if isinstance(document, dict) else {}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Exclude other agents from this folder.
+
+        Raises:
+            AgentBusy: another agent holds it.
+            StateError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / "lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise StateError(f"cannot write {self.path}: {error.strerror or error}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise AgentBusy(
+                    f"another agent works in {self.path}: stop it or use another state folder"
+                ) from error
+            yield
+
+
+def _record(document: Any) -> SlotRecord | None:
+    if document is None:
+        return None
+    if document["slot"] not in _SLOTS:
+        raise ValueError(document["slot"])
+    return SlotRecord(
+        document["slot"],
+        int(document["version"]),
+        str(document["manifest"]),
+        bool(document["confirmed"]),
+        int(document["starts"]),
+    )

@@ -1,0 +1,128 @@
+"""What is released, according to signed metadata (TUF)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError, TrustError
+from prunecast.client.edge.transport import Fetcher, Stream
+from prunecast.compression.onnx import ManifestError, ReleaseManifest
+from prunecast.compression.onnx.manifest import (
+    MAX_MANIFEST_BYTES,
+    manifest_path,
+    parse_manifest_path,
+)
+from tuf.api.exceptions import DownloadError, DownloadLengthMismatchError, RepositoryError
+from tuf.api.metadata import Metadata, Targets
+from tuf.api.serialization import DeserializationError
+from tuf.ngclient import Updater, UpdaterConfig
+
+__all__ = ["TrustedListing"]
+
+
+class TrustedListing:
+    """The live releases, refreshed once; everything it returns is signed.
+
+    Args:
+        url: of the repository.
+        folder: where verified metadata is kept between runs; it is what detects a rollback.
+        root: the root metadata this device was provisioned with.
+        fetcher: the network.
+        on_bytes: called with the number of bytes received.
+
+    Raises:
+        TrustError: metadata is forged, expired, rolled back, or `root` is no root metadata.
+        NetworkError: the repository cannot be reached.
+        StateError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        folder: Path,
+        root: bytes,
+        fetcher: Fetcher,
+        on_bytes: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self._folder = folder
+        base = url if url.endswith("/") else f"{url}/"
+        with _translated():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._updater = Updater(
+                metadata_dir=str(folder),
+                metadata_base_url=f"{base}metadata/",
+                target_base_url=f"{base}targets/",
+                fetcher=_Counting(fetcher, on_bytes),
+                config=UpdaterConfig(targets_max_length=4_000_000, max_delegations=0),
+                bootstrap=root,
+            )
+            self._updater.refresh()
+
+    def versions(self, name: str) -> list[int]:
+        """Numbers of the live releases of `name`, ascending."""
+        with _translated():
+            # Updater has no listing; this file is what it has just verified
+            targets = Metadata[Targets].from_file(str(self._folder / "targets.json"))
+        found = (parse_manifest_path(path) for path in targets.signed.targets)
+        return sorted(parsed[1] for parsed in found if parsed and parsed[0] == name)
+
+    def manifest(self, name: str, version: int, path: Path) -> ReleaseManifest:
+        """Download a release's manifest to `path`.
+
+        Raises:
+            TrustError: not listed, or it describes another release.
+            ContentRefused: not the signed file.
+            NetworkError: the repository cannot be reached.
+        """
+        wanted = manifest_path(name, version)
+        with _translated():
+            target = self._updater.get_targetinfo(wanted)
+            if target is None:
+                raise TrustError(f"{wanted} is not in the signed metadata")
+            if target.length > MAX_MANIFEST_BYTES:
+                raise ContentRefused(f"{wanted} is {target.length} bytes: too large to be one")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self._updater.find_cached_target(target, str(path)) is None:
+                self._updater.download_target(target, str(path))
+            try:
+                manifest = ReleaseManifest.from_bytes(path.read_bytes())
+            except ManifestError as error:
+                raise ContentRefused(f"{wanted}: {error}") from error
+        if (manifest.name, manifest.version) != (name, version):
+            raise TrustError(
+                f"{wanted} describes release {manifest.name} {manifest.version}: an old release "
+                "was put in the place of a new one"
+            )
+        return manifest
+
+
+class _Counting(Fetcher):
+    def __init__(self, inner: Fetcher, on_bytes: Callable[[int], None]) -> None:
+        self._inner, self._on_bytes = inner, on_bytes
+
+    def open(self, url: str, offset: int = 0) -> Stream:
+        stream = self._inner.open(url, offset)
+        return Stream(stream.start, self._counted(stream.chunks))
+
+    def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            self._on_bytes(len(chunk))
+            yield chunk
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except DownloadLengthMismatchError as error:
+        raise ContentRefused(f"a file is longer than what was signed: {error}") from error
+    except (RepositoryError, DeserializationError) as error:
+        detail = str(error) or type(error).__name__
+        raise TrustError(f"the repository's metadata is refused: {detail}") from error
+    except DownloadError as error:
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise NetworkError(f"{error or type(error).__name__}{cause}") from error
+    except OSError as error:
+        raise StateError(f"the state folder refuses: {error}") from error
