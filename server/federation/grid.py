@@ -146,18 +146,25 @@ class CompressedGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send messages and wait for the replies, `timeout` seconds at most (None: for ever)."""
-        waiting = {message_id for message_id in self.push_messages(messages) if message_id}
+        """Send messages and wait for the replies, `timeout` seconds at most (None: for ever).
+
+        Replies come in the order of the messages, whichever arrived first, so that sums of
+        floats do not depend on timing.
+        """
+        sent = [message_id for message_id in self.push_messages(messages) if message_id]
+        waiting = dict.fromkeys(sent)
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         while waiting and (deadline is None or time.monotonic() < deadline):
             arrived = list(self.pull_messages(waiting))
             replies.extend(arrived)
-            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
+            for reply in arrived:
+                waiting.pop(reply.metadata.reply_to_message_id, None)
             if waiting and not arrived:
                 time.sleep(self._poll_interval)
         self._forget(waiting)
-        return replies
+        order = {message_id: position for position, message_id in enumerate(sent)}
+        return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
 
     # -- replies ------------------------------------------------------------------------------
 
@@ -210,7 +217,7 @@ class CompressedGrid(Grid):
         node.held = dict(report.held)
         entry.encode_ms = report.encode_ms
         if report.missing:
-            entry.kind = "base-missing"
+            entry.kind = "error" if retried else "base-missing"
             if retried:
                 return refuse(
                     reply,

@@ -1,0 +1,33 @@
+"""A federation on the in-process grid, wrapped by the compressed grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.clientapp import ClientApp
+from prunecast.server.federation import CompressedGrid, Policy
+from prunecast.simulations.runner.inprocess import InProcessGrid
+from support.federation import RUN_ID, make_app
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Callable[..., Any]:
+    """Build (compressed grid, wrapped grid, what clients saw)."""
+
+    def build(
+        policy: Policy | str = "balanced",
+        *,
+        nodes: int = 3,
+        app: ClientApp | dict[int, ClientApp] | None = None,
+        run_id: int = RUN_ID,
+        **options: Any,
+    ) -> tuple[CompressedGrid, InProcessGrid, list[tuple[int, str, dict[str, np.ndarray]]]]:
+        seen: list[tuple[int, str, dict[str, np.ndarray]]] = []
+        inner = InProcessGrid(app or make_app(tmp_path / "store", seen), nodes, run_id=run_id)
+        return CompressedGrid(inner, policy, poll_interval=0.01, **options), inner, seen
+
+    return build

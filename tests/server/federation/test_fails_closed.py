@@ -1,0 +1,314 @@
+"""What must not work, and what it says."""
+
+import os
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.message.message import make_message
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from prunecast.client.training import compression_mod
+from prunecast.compression.flower import payload_of, payload_record
+from prunecast.server.federation import NonFiniteModel, Policy, PolicyError
+from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record
+
+
+def send(grid, node=1, arrays=None, key="arrays"):
+    content = RecordDict({key: to_record(arrays or initial_arrays())})
+    (reply,) = grid.send_and_receive([Message(content, dst_node_id=node, message_type="train")])
+    return reply
+
+
+def refused(reply, *words):
+    assert reply.has_error()
+    for word in words:
+        assert word in reply.error.reason
+    return True
+
+
+def test_a_client_without_the_mod_that_reads_its_arrays(federation):
+    grid, _, _ = federation("small", app=make_app(None))
+    assert refused(send(grid), "compression_mod()")
+
+
+def test_a_client_without_the_mod_that_ignores_its_arrays(federation):
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        return Message(RecordDict({"arrays": to_record(initial_arrays(1))}), reply_to=message)
+
+    grid, _, _ = federation("small", app=app)
+    assert refused(send(grid), "compression_mod()", "node 1")
+
+
+def test_a_payload_of_another_run(federation, tmp_path):
+    stolen = []
+    other, other_inner, _ = federation("small", run_id=2)
+    other_inner.on_reply = lambda reply: stolen.append(reply.content["arrays"]) or reply
+    assert not send(other).has_error()
+    grid, inner, _ = federation("small", run_id=1)
+
+    def swap(reply):
+        reply.content["arrays"] = stolen[0]
+        return reply
+
+    inner.on_reply = swap
+    assert refused(send(grid), "another run", "node 1")
+
+
+def test_a_message_of_another_run_is_refused_by_the_node(federation, tmp_path):
+    app = make_app(tmp_path / "store")
+    grid, inner, _ = federation("small", app=app)
+    captured = []
+    push = inner.push_messages
+
+    def capture(messages):
+        captured.extend(messages)
+        return push(captured)
+
+    inner.push_messages = capture
+    assert not send(grid).has_error()
+    foreign = make_message(captured[0].metadata, captured[0].content)
+    foreign.metadata.__dict__["_run_id"] = 99
+    _, other, _ = federation("small", app=app, run_id=99)
+    (reply,) = other.send_and_receive([foreign])
+    assert refused(reply, "another run", "nothing changed")
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60, 200])
+def test_a_truncated_update(federation, cut):
+    grid, inner, _ = federation("small")
+
+    def truncate(reply):
+        payload = payload_of(reply.content["arrays"])
+        reply.content["arrays"] = payload_record(payload[:-cut])
+        return reply
+
+    inner.on_reply = truncate
+    assert refused(send(grid), "refused", "node 1")
+
+
+def test_a_refused_reply_does_not_stop_the_others(federation):
+    grid, inner, _ = federation("small")
+
+    def damage(reply):
+        if reply.metadata.src_node_id == 2 and "arrays" in reply.content:
+            payload = bytearray(payload_of(reply.content["arrays"]))
+            payload[len(payload) // 2] ^= 1
+            reply.content["arrays"] = payload_record(bytes(payload))
+        return reply
+
+    inner.on_reply = damage
+    result = FedAvg().start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=2)
+    assert result.arrays is not None
+    assert [e.node for e in grid.ledger.entries if e.kind == "error"] == [2, 2]
+
+
+def test_a_truncated_message_to_the_node(federation):
+    grid, inner, _ = federation("small")
+    push = inner.push_messages
+
+    def truncate(messages):
+        messages = list(messages)
+        for message in messages:
+            payload = payload_of(message.content["arrays"])
+            message.content["arrays"] = payload_record(payload[: len(payload) // 2])
+        return push(messages)
+
+    inner.push_messages = truncate
+    assert refused(send(grid), "message from the server was refused")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("policy", ["balanced", "small"])
+def test_nan_or_infinity_in_an_update(federation, tmp_path, policy, value):
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.train()
+    def train(message, context):
+        arrays = to_arrays(message.content["arrays"])
+        arrays["fc.weight"][3, 3] = value
+        return Message(RecordDict({"arrays": to_record(arrays)}), reply_to=message)
+
+    grid, _, _ = federation(policy, app=app)
+    assert refused(send(grid), "'fc.weight'", "NaN or infinity", "learning rate")
+
+
+def test_nan_in_the_global_model(federation):
+    grid, _, _ = federation("small")
+    arrays = initial_arrays()
+    arrays["fc.bias"][0] = np.nan
+    with pytest.raises(NonFiniteModel, match=r"fc\.bias"):
+        send(grid, arrays=arrays)
+    assert grid.ledger.entries == []
+
+
+def test_a_node_whose_store_cannot_be_written(federation, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    grid, _, _ = federation("small", app=make_app(blocked))
+    assert refused(send(grid), "PRUNECAST_STORE")
+
+
+def test_a_node_that_never_keeps_what_it_gets_is_refused_after_one_keyframe(federation, tmp_path):
+    grid, inner, _ = federation("balanced")
+    assert not send(grid).has_error()
+
+    def always_missing(reply):
+        report = b'{"h":{},"m":["arrays"],"t":"000000000"}'
+        return make_message(
+            reply.metadata, RecordDict({"prunecast": ConfigRecord({"report": report})})
+        )
+
+    inner.on_reply = always_missing
+    assert refused(send(grid, arrays=initial_arrays(4)), "store directory", "'arrays'")
+    assert [e.kind for e in grid.ledger.entries][-4:] == [
+        "delta", "base-missing", "keyframe", "error",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "report",
+    [b"", b"{}", b"[1]", b"\xff", b'{"h":{"arrays":"zz"},"m":[],"t":"000000000"}', b"9" * 5000],
+)
+def test_a_control_record_that_is_nonsense(federation, report):
+    grid, inner, _ = federation("small")
+
+    def forge(reply):
+        reply.content["prunecast"] = ConfigRecord({"report": report})
+        return reply
+
+    inner.on_reply = forge
+    assert refused(send(grid), "control record")
+
+
+def test_an_update_that_makes_infinity_is_refused(federation, tmp_path):
+    from prunecast.client.training.store import NodeStore
+    from prunecast.compression.versions import QuantisedTensor, encode_update
+
+    grid, inner, _ = federation("balanced")
+
+    def explode(reply):
+        base = NodeStore(tmp_path / "store", 11, 1).held("arrays")
+        change = QuantisedTensor(np.full(base["fc.bias"].shape, 2**30, np.int32), 3e38)
+        payload = encode_update(base, {"fc.bias": change}, stream=b"11/arrays")
+        reply.content["arrays"] = payload_record(payload)
+        return reply
+
+    inner.on_reply = explode
+    with np.errstate(over="ignore"):
+        assert refused(send(grid), "NaN or infinity")
+
+
+def test_an_error_reply_for_a_dead_node_passes_and_is_in_the_ledger(federation):
+    grid, inner, _ = federation("small")
+    assert not send(grid, node=2).has_error()
+    inner.online.discard(2)
+    reply = send(grid, node=2)
+    assert refused(reply, "not online")
+    assert grid.ledger.entries[-1].kind == "error"
+    assert grid.ledger.entries[-1].node == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"prunecast.preset": "tiny"}, "lossless, balanced, small"),
+        ({"prunecast.sparsty": 0.5}, "prunecast.sparsity"),
+        ({"prunecast.sparsity": "much"}, "float"),
+        ({"prunecast.sparsity": 1.5}, "sparsity"),
+        ({"prunecast.up-step": -1.0}, "up_step"),
+        ({"prunecast.error-feedback": 1}, "bool"),
+        ({"prunecast.lossless": 3}, "comma-separated"),
+        ({"prunecast.preset": "lossless", "prunecast.sparsity": 0.5}, "lattice"),
+        ({"prunecast.pruning-scope": "universe"}, "pruning_scope"),
+        ({"prunecast.history": 0}, "history"),
+    ],
+)
+def test_policies_that_cannot_be(config, words):
+    with pytest.raises(PolicyError, match=words):
+        Policy.from_run_config(config)
+
+
+def test_every_knob_can_be_set_from_the_run_config():
+    policy = Policy.from_run_config(
+        {
+            "prunecast.preset": "small",
+            "prunecast.sparsity": 0.5,
+            "prunecast.pruning-end": 40,
+            "prunecast.lossless": "*bias, head.*",
+            "prunecast.error-feedback": False,
+            "prunecast.up-step": 2,
+            "learning-rate": 0.1,
+        }
+    )
+    assert policy == Policy.preset(
+        "small",
+        sparsity=0.5,
+        pruning_end=40,
+        lossless=("*bias", "head.*"),
+        error_feedback=False,
+        up_step=2.0,
+    )
+
+
+def test_quantisation_error_is_fed_back(federation, tmp_path):
+    """A small constant push below the step arrives in the end, and only with feedback."""
+
+    def final(error_feedback):
+        store = tmp_path / str(error_feedback)
+        app = ClientApp(mods=[compression_mod(store)])
+
+        @app.train()
+        def train(message, context):
+            arrays = to_arrays(message.content["arrays"])
+            weight = arrays["w"].copy()
+            weight[0] += 1.0
+            weight[1:] += 0.05
+            return Message(
+                RecordDict(
+                    {
+                        "arrays": to_record({"w": weight}),
+                        "metrics": MetricRecord({"num-examples": 1}),
+                    }
+                ),
+                reply_to=message,
+            )
+
+        policy = Policy.preset("small", sparsity=0.0, error_feedback=error_feedback)
+        grid, _, _ = federation(policy, nodes=2, app=app)
+        start = to_record({"w": np.linspace(-1, 1, 400, dtype=np.float32)})
+        result = FedAvg(fraction_evaluate=0.0).start(grid=grid, initial_arrays=start, num_rounds=30)
+        return float(np.mean(to_arrays(result.arrays)["w"][1:] - to_arrays(start)["w"][1:]))
+
+    assert final(True) == pytest.approx(30 * 0.05, rel=0.25)
+    assert abs(final(False)) < 0.1
+
+
+def test_ledger_file_has_a_line_per_message(federation, tmp_path):
+    import json
+
+    grid, _, _ = federation("small", ledger=tmp_path / "ledger.jsonl")
+    FedAvg().start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=2)
+    grid.ledger.close()
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 2 * 2 * 3
+    assert {line["direction"] for line in lines} == {"up", "down"}
+    required = {
+        "round", "node", "direction", "kind", "message_type",
+        "payload_bytes", "dense_bytes", "encode_ms", "decode_ms",
+    }  # fmt: skip
+    assert all(required == set(line) for line in lines)
+    updates = [line for line in lines if line["kind"] == "update"]
+    assert all(line["decode_ms"] > 0 and line["encode_ms"] > 0 for line in updates)
+    # plain Flower's bytes for the same messages, to within a few bytes of envelope
+    dense = [line["dense_bytes"] for line in lines if line["message_type"] == "train"]
+    assert max(dense) - min(dense) < 400
+    assert os.stat(tmp_path / "ledger.jsonl").st_size > 0
+
+
+def test_local_step_is_a_function_of_its_seed():
+    first, second = (local_step(initial_arrays(), 3) for _ in range(2))
+    assert all(np.array_equal(first[k], second[k]) for k in first)

@@ -1,0 +1,277 @@
+"""Messages of every shape Flower allows: several records, none, personal ones, custom loops."""
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from prunecast.client.training import compression_mod, current_masks
+from prunecast.server.federation import FederationError, Policy
+from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record
+
+SMALL = Policy.preset("small", pruning_begin=0, pruning_end=1)
+
+
+def message_to(node, content, message_type="train"):
+    return Message(content, dst_node_id=node, message_type=message_type)
+
+
+def echo_app(tmp_path, change=lambda key, arrays: arrays):
+    """Replies with every record it got, changed."""
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.train()
+    def train(message, context):
+        content = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
+        for key, record in message.content.array_records.items():
+            content[key] = to_record(change(key, to_arrays(record)))
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def kinds(grid, direction):
+    return [e.kind for e in grid.ledger.entries if e.direction == direction]
+
+
+def test_control_variates_have_their_own_stream_and_are_never_pruned(federation, tmp_path):
+    app = echo_app(tmp_path, lambda _, arrays: local_step(arrays, 3))
+    grid, _, _ = federation(SMALL, app=app)
+    model, control = initial_arrays(1), initial_arrays(2)
+    for number in range(1, 4):
+        content = RecordDict({"arrays": to_record(model), "control": to_record(control)})
+        replies = list(grid.send_and_receive([message_to(n, content) for n in (1, 2, 3)]))
+        assert [list(r.content.array_records) for r in replies] == [["arrays", "control"]] * 3
+        assert grid.published(to_record(model)).sparsity() == pytest.approx(0.9, abs=0.01)
+        assert grid.published(to_record(control), key="control").sparsity() == 0
+        model = to_arrays(replies[0].content["arrays"])
+        control = to_arrays(replies[0].content["control"])
+        assert kinds(grid, "up")[-3:] == ["update+update"] * 3
+        expected = "keyframe+keyframe" if number == 1 else "delta+delta"
+        assert kinds(grid, "down")[-3:] == [expected] * 3
+
+
+def test_one_record_can_be_reused_while_the_other_changes_and_order_is_kept(federation, tmp_path):
+    orders = []
+    app = echo_app(tmp_path)
+    inner_train = app._registered_funcs["train.default"]
+
+    def spy(message, context):
+        orders.append(list(message.content.array_records))
+        return inner_train(message, context)
+
+    app._registered_funcs["train.default"] = spy
+    grid, _, _ = federation("balanced", app=app)
+    for seed in (1, 2):
+        content = RecordDict(
+            {"arrays": to_record(initial_arrays(0)), "control": to_record(initial_arrays(seed))}
+        )
+        list(grid.send_and_receive([message_to(1, content)]))
+    assert kinds(grid, "down") == ["keyframe+keyframe", "reuse+delta"]
+    assert orders == [["arrays", "control"]] * 2
+
+
+def test_personal_arrays_go_losslessly_and_come_back_exactly(federation, tmp_path):
+    grid, _, _ = federation(SMALL, app=echo_app(tmp_path))
+    personal = {node: initial_arrays(node) for node in (1, 2, 3)}
+    personal[2]["fc.bias"][0] = np.nan
+    messages = [
+        message_to(node, RecordDict({"arrays": to_record(arrays)}))
+        for node, arrays in personal.items()
+    ]
+    replies = list(grid.send_and_receive(messages))
+    assert kinds(grid, "down") == ["plain"] * 3
+    assert kinds(grid, "up") == ["plain"] * 3
+    for reply in replies:
+        arrays = to_arrays(reply.content["arrays"])
+        for name, expected in personal[reply.metadata.src_node_id].items():
+            assert arrays[name].tobytes() == expected.tobytes()
+
+
+def test_a_shared_and_a_personal_record_in_one_message(federation, tmp_path):
+    grid, _, _ = federation("balanced", app=echo_app(tmp_path))
+    shared = to_record(initial_arrays(0))
+    messages = [
+        message_to(
+            n, RecordDict({"arrays": shared, "head": to_record({"w": np.full(9, float(n))})})
+        )
+        for n in (1, 2, 3)
+    ]
+    replies = list(grid.send_and_receive(messages))
+    assert kinds(grid, "down") == ["keyframe+plain"] * 3
+    for reply in replies:
+        assert np.all(reply.content["head"]["w"].numpy() == reply.metadata.src_node_id)
+
+
+def test_clusters_that_share_a_model_among_themselves_get_versions(federation, tmp_path):
+    grid, _, _ = federation("balanced", nodes=4, app=echo_app(tmp_path))
+    first, second = to_record(initial_arrays(1)), to_record(initial_arrays(2))
+    messages = [
+        message_to(n, RecordDict({"arrays": first if n < 3 else second})) for n in (1, 2, 3, 4)
+    ]
+    list(grid.send_and_receive(messages))
+    assert kinds(grid, "down") == ["keyframe"] * 4
+
+
+def test_queries_without_arrays_pass(federation):
+    grid, _, _ = federation("small")
+    content = RecordDict({"question": ConfigRecord({"what": "size"})})
+    (reply,) = grid.send_and_receive([message_to(2, content, "query")])
+    assert reply.content["answer"]["n"] == 42
+    assert list(reply.content) == ["answer"]
+
+
+def test_queries_without_arrays_pass_even_without_the_mod(federation):
+    grid, _, _ = federation("small", app=make_app(None))
+    content = RecordDict({"question": ConfigRecord({"what": "size"})})
+    (reply,) = grid.send_and_receive([message_to(2, content, "query")])
+    assert reply.content["answer"]["n"] == 42
+
+
+def test_arrays_in_answer_to_none_come_back_exactly(federation, tmp_path):
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.query()
+    def query(message, context):
+        return Message(RecordDict({"arrays": to_record(initial_arrays(9))}), reply_to=message)
+
+    grid, _, _ = federation("small", app=app)
+    (reply,) = grid.send_and_receive([message_to(1, RecordDict(), "query")])
+    for name, expected in initial_arrays(9).items():
+        assert reply.content["arrays"][name].numpy().tobytes() == expected.tobytes()
+    assert kinds(grid, "up") == ["plain"]
+
+
+def test_a_custom_loop_with_push_and_pull(federation, tmp_path):
+    grid, _, _ = federation("balanced", app=echo_app(tmp_path, lambda _, a: local_step(a, 1)))
+    arrays = to_record(initial_arrays())
+    for _ in range(3):
+        content = RecordDict({"arrays": arrays})
+        ids = list(grid.push_messages([message_to(n, content) for n in grid.get_node_ids()]))
+        replies = list(grid.pull_messages(ids))
+        assert sorted(r.metadata.reply_to_message_id for r in replies) == sorted(ids)
+        arrays = to_record(to_arrays(replies[0].content["arrays"]))
+    assert kinds(grid, "down") == ["keyframe"] * 3 + ["delta"] * 6
+
+
+def test_a_push_pull_loop_gets_the_retried_reply_under_the_original_id(federation, tmp_path):
+    import shutil
+
+    grid, _, _ = federation("balanced", app=echo_app(tmp_path))
+    list(
+        grid.send_and_receive([message_to(1, RecordDict({"arrays": to_record(initial_arrays())}))])
+    )
+    shutil.rmtree(tmp_path / "store")
+    content = RecordDict({"arrays": to_record(initial_arrays(5))})
+    (message_id,) = grid.push_messages([message_to(1, content)])
+    assert list(grid.pull_messages([message_id])) == []
+    (reply,) = grid.pull_messages([message_id])
+    assert reply.metadata.reply_to_message_id == message_id
+    assert reply.content["arrays"]["fc.weight"].numpy().shape == (64, 40)
+
+
+def test_a_reply_under_another_key_is_still_an_update(federation, tmp_path):
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.train()
+    def train(message, context):
+        arrays = local_step(to_arrays(message.content["arrays"]), 1)
+        return Message(RecordDict({"updated": to_record(arrays)}), reply_to=message)
+
+    grid, _, _ = federation("balanced", app=app)
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    (reply,) = grid.send_and_receive([message_to(1, content)])
+    assert kinds(grid, "up") == ["update"]
+    assert list(reply.content.array_records) == ["updated"]
+
+
+@pytest.mark.parametrize("policy", ["lossless", "balanced", "small"])
+def test_integers_scalars_empty_and_half_precision_arrays(federation, tmp_path, policy):
+    arrays = {
+        "steps": np.array(7, np.int64),
+        "table": np.arange(-5, 7, dtype=np.int64),
+        "empty": np.zeros((0, 4), np.float32),
+        "scalar": np.array(2.5, np.float32),
+        "half": np.linspace(-1, 1, 64, dtype=np.float16),
+        "double": np.linspace(-1, 1, 64),
+        "flags": np.array([True, False]),
+        "bn.running_var": np.linspace(0.5, 2, 8, dtype=np.float32),
+        "bn.num_batches_tracked": np.array(0, np.int64),
+    }
+
+    def change(_, received):
+        return {
+            k: np.asarray(v + 1, v.dtype) if v.dtype.kind in "iu" else v
+            for k, v in received.items()
+        }
+
+    grid, _, _ = federation(policy, app=echo_app(tmp_path, change))
+    content = RecordDict({"arrays": to_record(arrays)})
+    (reply,) = grid.send_and_receive([message_to(1, content)])
+    assert not reply.has_error(), reply.error.reason
+    back = to_arrays(reply.content["arrays"])
+    for name, array in arrays.items():
+        assert (back[name].dtype, back[name].shape) == (array.dtype, array.shape)
+        if array.dtype.kind in "iu":
+            assert np.array_equal(back[name], array + 1)
+        else:
+            assert np.array_equal(back[name], array)
+
+
+def test_arrays_the_codec_does_not_know_travel_as_they_are(federation, tmp_path):
+    app = echo_app(tmp_path)
+    grid, _, _ = federation("small", app=app)
+    complex_arrays = to_record({"spectrum": np.array([1 + 2j, 3])})
+    (reply,) = grid.send_and_receive([message_to(1, RecordDict({"arrays": complex_arrays}))])
+    assert np.array_equal(reply.content["arrays"]["spectrum"].numpy(), [1 + 2j, 3])
+    assert kinds(grid, "down") == ["verbatim"]
+    opaque = ArrayRecord({"blob": Array("float32", (2,), "my-own-format", b"12345678")})
+    app._registered_funcs["train.default"] = lambda m, c: Message(
+        RecordDict({"arrays": m.content["arrays"]}), reply_to=m
+    )
+    (reply,) = grid.send_and_receive([message_to(1, RecordDict({"arrays": opaque}))])
+    assert reply.content["arrays"]["blob"].data == b"12345678"
+
+
+def test_a_record_under_the_control_key_is_refused(federation):
+    grid, _, _ = federation("small")
+    with pytest.raises(FederationError, match="'prunecast'"):
+        grid.push_messages([message_to(1, RecordDict({"prunecast": ConfigRecord()}))])
+
+
+def test_messages_of_the_caller_are_never_changed(federation):
+    grid, _, _ = federation("small")
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    messages = [message_to(n, content) for n in (1, 2)]
+    list(grid.send_and_receive(messages))
+    assert all(m.content is content for m in messages)
+    assert list(content) == ["arrays"]
+    assert list(content["arrays"]) == list(initial_arrays())
+
+
+def test_masks_are_at_hand_while_the_client_trains(federation, tmp_path):
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+    seen = []
+
+    @app.train()
+    def train(message, context):
+        seen.append((to_arrays(message.content["arrays"]), current_masks()))
+        return Message(RecordDict({"arrays": message.content["arrays"]}), reply_to=message)
+
+    grid, _, _ = federation(SMALL, app=app)
+    list(
+        grid.send_and_receive([message_to(1, RecordDict({"arrays": to_record(initial_arrays())}))])
+    )
+    ((arrays, masks),) = seen
+    assert masks.keys() == {"fc.weight"}
+    assert np.array_equal(masks["fc.weight"], arrays["fc.weight"] != 0)
+    assert current_masks() == {}
+
+
+def test_the_client_also_serves_a_server_that_does_not_compress(tmp_path):
+    from prunecast.simulations.runner.inprocess import InProcessGrid
+
+    inner = InProcessGrid(echo_app(tmp_path), 1)
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    (reply,) = inner.send_and_receive([message_to(1, content)])
+    assert to_arrays(reply.content["arrays"]).keys() == initial_arrays().keys()
+    assert not (tmp_path / "store").exists()

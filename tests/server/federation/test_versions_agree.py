@@ -1,0 +1,119 @@
+"""Server and clients hold the same digest, whatever happens to nodes and their stores."""
+
+import random
+import shutil
+
+import pytest
+from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import FedAvg
+from prunecast.client.training.store import NodeStore
+from prunecast.server.federation import Policy
+from support.federation import RUN_ID, initial_arrays, local_step, to_record
+
+SMALL = Policy.preset("small", pruning_begin=1, pruning_end=8, history=4)
+
+
+def held_digest(tmp_path, node):
+    held = NodeStore(tmp_path / "store", RUN_ID, node).held("arrays")
+    return None if held is None else held.digest
+
+
+def kinds_of(grid, node, direction="down"):
+    return [e.kind for e in grid.ledger.entries if e.node == node and e.direction == direction]
+
+
+def rounds(grid, inner, tmp_path, plan):
+    """One FedAvg round per entry of `plan`: the nodes that are online in it."""
+    arrays = to_record(initial_arrays())
+    strategy = FedAvg(min_train_nodes=1, min_available_nodes=1, fraction_evaluate=0.0)
+    random.seed(0)
+    for number, online in enumerate(plan, start=1):
+        if callable(online):
+            online = online()
+        inner.online = set(online)
+        sent = arrays
+        replies = grid.send_and_receive(
+            strategy.configure_train(number, arrays, ConfigRecord(), grid)
+        )
+        arrays, _ = strategy.aggregate_train(number, replies)
+        model = grid.published(sent)
+        for node in online:
+            assert held_digest(tmp_path, node) == model.digest, (number, node)
+    return arrays
+
+
+def test_a_node_that_skips_rounds_gets_one_direct_delta(federation, tmp_path):
+    grid, inner, _ = federation(SMALL)
+    rounds(grid, inner, tmp_path, [{1, 2, 3}, {1, 2}, {1, 2}, {1, 2, 3}])
+    assert kinds_of(grid, 3) == ["keyframe", "delta"]
+
+
+def test_a_node_away_for_longer_than_the_history_gets_a_keyframe(federation, tmp_path):
+    grid, inner, _ = federation(SMALL)
+    rounds(grid, inner, tmp_path, [{1, 3}, *[{1}] * 5, {1, 3}])
+    assert kinds_of(grid, 3) == ["keyframe", "keyframe"]
+
+
+def test_a_node_that_loses_its_store_gets_a_keyframe_in_the_same_round(federation, tmp_path):
+    grid, inner, seen = federation(SMALL)
+
+    def lose():
+        shutil.rmtree(tmp_path / "store" / str(RUN_ID) / "2")
+        return {1, 2, 3}
+
+    rounds(grid, inner, tmp_path, [{1, 2, 3}, {1, 2, 3}, lose, {1, 2, 3}])
+    assert kinds_of(grid, 2) == ["keyframe", "delta", "delta", "keyframe", "delta"]
+    assert kinds_of(grid, 2, "up") == ["update", "update", "base-missing", "update", "update"]
+    assert sum(1 for node, _, _ in seen if node == 2) == 4
+
+
+def test_a_damaged_store_counts_as_lost(federation, tmp_path):
+    grid, inner, _ = federation(SMALL)
+
+    def damage():
+        (file,) = (tmp_path / "store" / str(RUN_ID) / "2").glob("*.model")
+        file.write_bytes(file.read_bytes()[:200])
+        return {1, 2}
+
+    rounds(grid, inner, tmp_path, [{1, 2}, damage])
+    assert kinds_of(grid, 2) == ["keyframe", "delta", "keyframe"]
+
+
+def test_a_node_that_joins_late_starts_with_a_keyframe(federation, tmp_path):
+    grid, inner, _ = federation(SMALL)
+    rounds(grid, inner, tmp_path, [{1, 2}, {1, 2}, {1, 2, 3}, {1, 2, 3}])
+    assert kinds_of(grid, 3) == ["keyframe", "delta"]
+
+
+def test_a_lost_reply_neither_moves_the_version_nor_loses_the_residual(federation, tmp_path):
+    grid, inner, _ = federation(SMALL)
+    rounds(grid, inner, tmp_path, [{1, 2}, {1, 2}])
+    store = NodeStore(tmp_path / "store", RUN_ID, 2)
+    accepted = grid._streams.node(2).accepted
+    before = store.residual("arrays", accepted)
+    assert before
+    inner.on_reply = lambda reply: None if reply.metadata.src_node_id == 2 else reply
+    arrays = to_record(local_step(initial_arrays(), 5))
+    strategy = FedAvg(min_train_nodes=1, min_available_nodes=1, fraction_evaluate=0.0)
+    replies = list(
+        grid.send_and_receive(
+            strategy.configure_train(3, arrays, ConfigRecord(), grid), timeout=0.05
+        )
+    )
+    assert len(replies) == 1
+    after = store.residual("arrays", grid._streams.node(2).accepted)
+    assert grid._streams.node(2).accepted == accepted
+    assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
+    # the reply that did arrive moved the other node's residual on
+    inner.on_reply = lambda reply: reply
+    rounds(grid, inner, tmp_path, [{1, 2}])
+    assert grid._streams.node(2).accepted != accepted
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced", "small"])
+def test_forty_random_absences(federation, tmp_path, preset):
+    grid, inner, _ = federation(Policy.preset(preset, history=5))
+    choices = random.Random(7)
+    plan = [set(choices.sample([1, 2, 3], choices.randint(1, 3))) for _ in range(40)]
+    rounds(grid, inner, tmp_path, plan)
+    assert not [e for e in grid.ledger.entries if e.kind == "error"]
