@@ -1,12 +1,20 @@
 """The Flower grid that compresses, the publisher of versions, the byte ledger."""
 
-from prunecast.server.federation.errors import FederationError, NonFiniteModel, PolicyError
+from prunecast.server.federation.checkpoints import Checkpoint
+from prunecast.server.federation.errors import (
+    CheckpointError,
+    FederationError,
+    NonFiniteModel,
+    PolicyError,
+)
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Entry, Ledger, Totals, serialised_bytes
 from prunecast.server.federation.policy import PRESETS, Policy
 
 __all__ = [
     "PRESETS",
+    "Checkpoint",
+    "CheckpointError",
     "CompressedGrid",
     "Entry",
     "FederationError",

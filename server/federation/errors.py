@@ -1,6 +1,6 @@
 """Errors of the federation server."""
 
-__all__ = ["FederationError", "NonFiniteModel", "PolicyError"]
+__all__ = ["CheckpointError", "FederationError", "NonFiniteModel", "PolicyError"]
 
 
 class FederationError(RuntimeError):
@@ -13,3 +13,7 @@ class PolicyError(FederationError):
 
 class NonFiniteModel(FederationError):
     """The global model holds NaN or infinity and cannot be published."""
+
+
+class CheckpointError(FederationError):
+    """A checkpoint file is missing or unusable."""

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable
 from logging import WARNING
 from pathlib import Path
 
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore import log
 from flwr.supercore.run import Run
+from prunecast.compression.flower import array_record, dense_arrays
 from prunecast.compression.versions import PublishedModel, VersionsError, reply_tag
+from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.inbound import decode_reply, refuse, report_of
 from prunecast.server.federation.ledger import Entry, Ledger, serialised_bytes
 from prunecast.server.federation.outbound import Batch, Prepared
@@ -103,6 +105,7 @@ class CompressedGrid(Grid):
             NonFiniteModel: an array to be published holds NaN or infinity; nothing was sent.
         """
         self.ledger.flush()
+        self._forget(self._expired())
         batch = Batch(self._streams, messages)
         prepared = [batch.prepare(message) for message in batch.messages]
         return self._push(prepared)
@@ -214,7 +217,9 @@ class CompressedGrid(Grid):
             entry.kind = "none"
             return reply
         node.speaks = True
-        node.held = dict(report.held)
+        node.held.update(report.held)
+        for key in report.missing:
+            node.held.pop(key, None)
         entry.encode_ms = report.encode_ms
         if report.missing:
             entry.kind = "error" if retried else "base-missing"
@@ -239,6 +244,15 @@ class CompressedGrid(Grid):
         self._push([prepared])
         self._retries[prepared.message.metadata.message_id] = origin
 
+    def _expired(self) -> list[str]:
+        """Messages that outlived their time to live: Flower delivers no reply to them."""
+        now = time.time()
+        return [
+            message_id
+            for message_id, sent in self._sent.items()
+            if (meta := sent.original.metadata).created_at + meta.ttl < now
+        ]
+
     def _forget(self, message_ids: Iterable[str]) -> None:
         """Release what is kept for messages whose replies nobody will ask for any more."""
         gone = set(message_ids)
@@ -262,6 +276,26 @@ class CompressedGrid(Grid):
         stream = self._streams.stream(self.run.run_id, key)
         return stream.version_of(arrays, arrays.object_id).model
 
+    def checkpoint(self, arrays: ArrayRecord, *, key: str = "arrays") -> Checkpoint:
+        """What a later run needs to go on from `arrays`; save it with `Checkpoint.save`.
+
+        Args:
+            arrays: master weights as the strategy holds them.
+            key: key of the record in the strategy's messages.
+        """
+        counter, steps = self._streams.stream(self.run.run_id, key).publisher.position
+        return Checkpoint(dense_arrays(arrays), counter, steps, key)
+
+    def resume(self, checkpoint: Checkpoint) -> ArrayRecord:
+        """Continue a stream from a checkpoint; call before the first message.
+
+        Returns:
+            The master weights, to be given to the strategy as `initial_arrays`.
+        """
+        stream = self._streams.stream(self.run.run_id, checkpoint.key)
+        stream.publisher.resume(checkpoint.counter, checkpoint.steps)
+        return array_record(checkpoint.arrays)
+
     def evaluate_published(
         self,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None],
@@ -275,6 +309,6 @@ class CompressedGrid(Grid):
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             dense = self.published(arrays, key=key).arrays()
-            return evaluate_fn(server_round, ArrayRecord({k: Array(v) for k, v in dense.items()}))
+            return evaluate_fn(server_round, array_record(dense))
 
         return evaluate

@@ -73,6 +73,15 @@ class Publisher:
         self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
         self._counter = 0
 
+    @property
+    def position(self) -> tuple[int, dict[str, float]]:
+        """Number of the last version and the current step of every lattice tensor."""
+        return self._counter, dict(self._steps)
+
+    def resume(self, counter: int, steps: Mapping[str, float]) -> None:
+        """Go on where another publisher's `position` was."""
+        self._counter, self._steps = counter, dict(steps)
+
     def publish(self, master: Mapping[str, NDArray[Any]]) -> Version:
         """Make the next version.
 

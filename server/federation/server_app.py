@@ -118,9 +118,7 @@ def main(grid: Grid, context: Context) -> None:
 def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
     value = config.get(key, default)
     if type(value) is not type(default):
-        raise FederationError(
-            f"{key} = {value!r} in the run config is no {type(default).__name__}"
-        )
+        raise FederationError(f"{key} = {value!r} in the run config is no {type(default).__name__}")
     return value
 
 

@@ -2,9 +2,10 @@
 
 import random
 import shutil
+import time
 
 import pytest
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from prunecast.client.training.store import NodeStore
 from prunecast.server.federation import Policy
@@ -117,3 +118,27 @@ def test_forty_random_absences(federation, tmp_path, preset):
     plan = [set(choices.sample([1, 2, 3], choices.randint(1, 3))) for _ in range(40)]
     rounds(grid, inner, tmp_path, plan)
     assert not [e for e in grid.ledger.entries if e.kind == "error"]
+
+
+def test_a_message_with_one_record_does_not_make_the_server_forget_the_other(federation, tmp_path):
+    grid, _, _ = federation("balanced")
+    node = grid._streams.node(1)
+    for content in ({"arrays": 0, "control": 1}, {"arrays": 2}, {"arrays": 3, "control": 4}):
+        records = {key: to_record(initial_arrays(seed)) for key, seed in content.items()}
+        message = Message(RecordDict(records), dst_node_id=1, message_type="train")
+        list(grid.send_and_receive([message]))
+    assert set(node.held) == {"arrays", "control"}
+    assert kinds_of(grid, 1) == ["keyframe+keyframe", "delta", "delta+delta"]
+
+
+def test_messages_that_expired_are_forgotten(federation):
+    grid, inner, _ = federation("balanced")
+    inner.on_reply = lambda reply: None
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    list(grid.push_messages([Message(content, 1, "train", ttl=0.01)]))
+    assert len(grid._sent) == 1
+    deadline = time.time() + 5
+    while time.time() < deadline and grid._expired() == []:
+        time.sleep(0.01)
+    list(grid.push_messages([Message(content, 2, "train")]))
+    assert len(grid._sent) == 1

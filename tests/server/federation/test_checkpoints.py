@@ -1,0 +1,68 @@
+import random
+
+import numpy as np
+import pytest
+from flwr.serverapp.strategy import FedAvg
+from prunecast.compression.versions import StorageError
+from prunecast.server.federation import Checkpoint, CheckpointError, Policy
+from support.federation import initial_arrays, to_record
+
+SMALL = Policy.preset("small", pruning_begin=1, pruning_end=8)
+
+
+def train(grid, arrays, rounds):
+    random.seed(0)
+    strategy = FedAvg(fraction_evaluate=0.0)
+    return strategy.start(grid=grid, initial_arrays=arrays, num_rounds=rounds).arrays
+
+
+def test_a_resumed_run_goes_on_with_the_same_schedule_and_lattice(federation, tmp_path):
+    grid, _, _ = federation(SMALL)
+    arrays = train(grid, to_record(initial_arrays()), 4)
+    before = grid.published(arrays)
+    grid.checkpoint(arrays).save(tmp_path / "checkpoint.safetensors")
+
+    resumed, _, _ = federation(SMALL, run_id=77)
+    master = resumed.resume(Checkpoint.load(tmp_path / "checkpoint.safetensors"))
+    for name, array in master.items():
+        assert array.numpy().tobytes() == arrays[name].numpy().tobytes()
+    after = resumed.published(master)
+    assert after.counter == before.counter + 1
+    assert after.sparsity() == pytest.approx(SMALL.schedule(before.counter + 1), abs=0.01)
+    assert {n: t.step for n, t in after.tensors.items() if hasattr(t, "step")} == {
+        n: t.step for n, t in before.tensors.items() if hasattr(t, "step")
+    }
+    assert train(resumed, master, 2) is not None
+
+
+def test_scalars_integers_and_empty_arrays_survive(tmp_path):
+    arrays = {"n": np.array(3, np.int64), "e": np.zeros((0, 2), np.float32), "b": np.array([True])}
+    Checkpoint(arrays, 5, {}).save(tmp_path / "c.safetensors")
+    loaded = Checkpoint.load(tmp_path / "c.safetensors")
+    assert list(loaded.arrays) == list(arrays)
+    for name, array in arrays.items():
+        assert (loaded.arrays[name].dtype, loaded.arrays[name].shape) == (array.dtype, array.shape)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 64])
+def test_files_that_are_no_checkpoint_are_named(tmp_path, content):
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(CheckpointError, match=r"c\.safetensors"):
+        Checkpoint.load(path)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"c\.safetensors"):
+        Checkpoint.load(path)
+
+
+def test_a_foreign_safetensors_file_is_refused(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"w": np.zeros(3, np.float32)}, tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match=r"Checkpoint\.save"):
+        Checkpoint.load(tmp_path / "c.safetensors")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        Checkpoint({}, 0, {}).save(tmp_path / "file" / "c.safetensors")
