@@ -3,16 +3,12 @@
 Imports numpy, onnxruntime, tuf and the standard library; never torch, onnx or flwr.
 """
 
-from prunecast.client.edge.agent import (
-    AGENT_VERSION,
-    Agent,
-    AgentConfig,
-    UpdateResult,
-    read_status,
-)
+from prunecast.client.edge.agent import Agent, read_status
+from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, UpdateResult
 from prunecast.client.edge.errors import (
     AgentBusy,
     AgentTooOld,
+    ContentMissing,
     ContentRefused,
     EdgeError,
     NetworkError,
@@ -29,6 +25,7 @@ __all__ = [
     "AgentBusy",
     "AgentConfig",
     "AgentTooOld",
+    "ContentMissing",
     "ContentRefused",
     "EdgeError",
     "EdgeModel",

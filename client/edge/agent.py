@@ -7,94 +7,34 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from prunecast.client.edge.download import download
-from prunecast.client.edge.errors import (
-    AgentTooOld,
-    ContentRefused,
-    EdgeError,
-    NetworkError,
-    StateError,
-)
+from prunecast.client.edge.acquire import Acquirer
+from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, UpdateResult
+from prunecast.client.edge.errors import EdgeError, StateError
 from prunecast.client.edge.model import EdgeModel
 from prunecast.client.edge.slot import (
     LoadedRelease,
     build_slot,
     clear_slot,
-    held_model,
     open_slot,
     verify_slot,
 )
 from prunecast.client.edge.store import SlotRecord, State, StateFolder
 from prunecast.client.edge.transport import Fetcher, HttpFetcher
 from prunecast.client.edge.trust import TrustedListing
-from prunecast.compression.onnx import FileRef, OnnxError, ReleaseManifest
+from prunecast.compression.onnx import OnnxError, ReleaseManifest
 from prunecast.compression.onnx.files import file_digest
-from prunecast.compression.onnx.manifest import blob_path, check_release_name
-from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
+from prunecast.compression.onnx.manifest import check_release_name
 
-__all__ = ["AGENT_VERSION", "Agent", "AgentConfig", "UpdateResult"]
+__all__ = ["Agent", "read_status"]
 
-AGENT_VERSION = "0.1.0"
 _TRIES = 3
-
-
-@dataclass(frozen=True)
-class AgentConfig:
-    """What an agent needs to know; trust has no default.
-
-    Attributes:
-        state: folder for everything the agent keeps.
-        url: of the release repository.
-        name: of the release to follow.
-        root: the repository's root metadata, given to the device when it was provisioned.
-        threads: threads of the inference session; None leaves the choice to onnxruntime.
-        most_bytes: refuse releases whose `weights.bin` or payload is larger.
-        most_starts: how often a process may start with a release that never gets confirmed
-            before the agent goes back: the sign of a crash loop.
-        confirm_after: seconds of service after which `run` confirms a release.
-    """
-
-    state: Path
-    url: str
-    name: str
-    root: bytes
-    threads: int | None = None
-    most_bytes: int = 4 * 2**30
-    most_starts: int = 3
-    confirm_after: float = 60.0
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """What one check for updates did.
-
-    Attributes:
-        outcome: ``updated``; ``current``: nothing newer; ``rejected``: the newer release did not
-            pass and the old one stays.
-        version: the release that is active now; None when there is none.
-        previous: the one that was active before.
-        payload: how the weights came: ``patch``, ``keyframe``, or ``none``.
-        downloaded: bytes received by kind: ``metadata``, ``patch``, ``keyframe``, ``files``.
-        reason: why a release was rejected, or a patch replaced by the keyframe.
-        difference: largest difference in the self-test.
-        seconds: duration.
-    """
-
-    outcome: Literal["updated", "current", "rejected"]
-    version: int | None
-    previous: int | None = None
-    payload: Literal["patch", "keyframe", "none"] = "none"
-    downloaded: Mapping[str, int] = field(default_factory=dict)
-    reason: str | None = None
-    difference: float | None = None
-    seconds: float = 0.0
 
 
 class Agent:
@@ -104,6 +44,7 @@ class Agent:
         config: see `AgentConfig`.
         fetcher: the network; default `HttpFetcher` with its defaults.
         on_step: called with the name of every step before it begins.
+        wait: sleeps for so many seconds between attempts to download.
 
     Raises:
         AgentBusy: another agent works on the same state folder.
@@ -117,16 +58,18 @@ class Agent:
         *,
         fetcher: Fetcher | None = None,
         on_step: Callable[[str], None] = lambda step: None,
+        wait: Callable[[float], None] = time.sleep,
     ) -> None:
         check_release_name(config.name)
         self.config = config
         self.model = EdgeModel()
         self._fetcher = fetcher or HttpFetcher()
-        self._step = on_step
+        self._step, self._wait = on_step, wait
         self._folder = StateFolder(config.state)
         self._resources = ExitStack()
         self._resources.enter_context(self._folder.locked())
         try:
+            self._folder.tidy()
             self._state = self._folder.read() or State(config.name)
             if self._state.name != config.name:
                 raise StateError(
@@ -259,12 +202,13 @@ class Agent:
     def _update(self, counted: Counter[str]) -> UpdateResult:
         self._step("refresh metadata")
 
-        def count(kind: str) -> Callable[[int], None]:
-            return lambda size: counted.update({kind: size})
-
         folder, config = self._folder, self.config
         listing = TrustedListing(
-            config.url, folder.metadata, config.root, self._fetcher, count("metadata")
+            config.url,
+            folder.metadata,
+            config.root,
+            self._fetcher,
+            lambda size: counted.update(metadata=size),
         )
         held = self._state.active.version if self._state.active else 0
         path = folder.downloads / "release.json"
@@ -275,26 +219,28 @@ class Agent:
             manifest = listing.manifest(config.name, version, path)
             digest = file_digest(path)
             if digest not in self._state.rejected:
-                return self._install(manifest, digest, path, count)
+                return self._install(manifest, digest, path, counted)
         return UpdateResult("current", self.model.version)
 
     def _install(
-        self,
-        manifest: ReleaseManifest,
-        digest: str,
-        path: Path,
-        count: Callable[[str], Callable[[int], None]],
+        self, manifest: ReleaseManifest, digest: str, path: Path, counted: Counter[str]
     ) -> UpdateResult:
         before = self.model.version
         if self._state.tries.get(digest, 0) >= _TRIES:
             return self._reject(manifest, digest, f"the self-test never ended in {_TRIES} tries")
-        self._check_fit(manifest)
+        acquirer = Acquirer(
+            self.config,
+            self._folder,
+            self._state.active.slot if self._state.active else None,
+            self._fetcher,
+            step=self._step,
+            count=lambda kind, size: counted.update({kind: size}),
+            wait=self._wait,
+        )
+        acquirer.check_fit(manifest)
         self._step("download files")
-        files = {
-            name: self._fetch_file(name, ref, count("files"))
-            for name, ref in manifest.files.items()
-        }
-        model, payload, reason = self._obtain(manifest, count)
+        files = acquirer.files(manifest)
+        model, payload, reason = acquirer.model(manifest)
         self._step("free slot")
         slot, prepared = self._state.free_slot()
         self._write(prepared)
@@ -331,72 +277,6 @@ class Agent:
         self._write(self._state.reject(digest, reason))
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
         return UpdateResult("rejected", self.model.version, reason=reason)
-
-    def _check_fit(self, manifest: ReleaseManifest) -> None:
-        if _numbers(manifest.minimum_agent) > _numbers(AGENT_VERSION):
-            raise AgentTooOld(
-                f"release {manifest.version} needs agent {manifest.minimum_agent}, this is "
-                f"{AGENT_VERSION}: update prunecast on the device"
-            )
-        sizes = (manifest.weights, manifest.keyframe, *manifest.files.values())
-        if max(ref.length for ref in sizes) > self.config.most_bytes:
-            raise ContentRefused(
-                f"release {manifest.version} is larger than the {self.config.most_bytes} bytes "
-                "this agent accepts"
-            )
-        needed = 2 * manifest.weights.length + manifest.keyframe.length
-        if shutil.disk_usage(self._folder.path).free < needed:
-            raise StateError(f"release {manifest.version} needs {needed} bytes of free disk")
-
-    def _fetch_file(self, name: str, ref: FileRef, on_bytes: Callable[[int], None]) -> Path:
-        """The file from the active slot when it is the same there, else from the network."""
-        if self._state.active:
-            held = self._folder.slot(self._state.active.slot) / name
-            if held.is_file() and file_digest(held) == ref.sha256:
-                target = self._folder.downloads / ref.sha256
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(held, target)  # its slot may be the one that is rebuilt
-                return target
-        return self._fetch(ref, on_bytes)
-
-    def _fetch(self, ref: FileRef, on_bytes: Callable[[int], None]) -> Path:
-        path = self._folder.downloads / ref.sha256
-        base = self.config.url if self.config.url.endswith("/") else f"{self.config.url}/"
-        download(self._fetcher, base + blob_path(ref.sha256), ref, path, on_bytes=on_bytes)
-        return path
-
-    def _obtain(
-        self, manifest: ReleaseManifest, count: Callable[[str], Callable[[int], None]]
-    ) -> tuple[PublishedModel, Literal["patch", "keyframe", "none"], str | None]:
-        """The published model by the cheapest way that works: held, patch, keyframe."""
-        active = self._state.active
-        held = held_model(self._folder.slot(active.slot)) if active else None
-        reason = None
-        if held is not None:
-            if held.digest.hex() == manifest.model_digest:
-                return held, "none", None
-            patch = manifest.patch_from(held.digest.hex())
-            if patch is not None:
-                try:
-                    self._step("download patch")
-                    data = self._fetch(patch.file, count("patch")).read_bytes()
-                    self._step("apply patch")
-                    model = decode_model(data, held=held, stream=manifest.stream)
-                    if model.digest.hex() == manifest.model_digest:
-                        return model, "patch", None
-                    reason = "the patch leads to another model"
-                except (VersionsError, ContentRefused, NetworkError) as error:
-                    reason = f"the patch did not apply: {error}"
-        self._step("download keyframe")
-        data = self._fetch(manifest.keyframe, count("keyframe")).read_bytes()
-        self._step("decode keyframe")
-        try:
-            model = decode_model(data, stream=manifest.stream)
-        except VersionsError as error:
-            raise ContentRefused(f"keyframe of release {manifest.version}: {error}") from error
-        if model.digest.hex() != manifest.model_digest:
-            raise ContentRefused(f"keyframe of release {manifest.version} is another model")
-        return model, "keyframe", reason
 
     def _unconfirmed(self) -> bool:
         return self._state.active is not None and not self._state.active.confirmed
@@ -436,8 +316,3 @@ def read_status(state: Path | str) -> dict[str, Any]:
         "rejected": found.rejected if found else {},
         **folder.read_json("status.json"),
     }
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = [int(part) for part in version.split(".")]
-    return tuple(parts + [0] * (3 - len(parts)))

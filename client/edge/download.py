@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError
+from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError, StateError
 from prunecast.client.edge.transport import Fetcher
 from prunecast.compression.onnx import FileRef
 from prunecast.compression.onnx.files import file_digest, sync_folder
@@ -41,7 +41,8 @@ def download(
         wait: sleeps for so many seconds between attempts.
 
     Raises:
-        ContentRefused: longer than `ref` says, or with another digest.
+        ContentRefused: longer or shorter than `ref` says, or with another digest.
+        ContentMissing: the server does not have it.
         NetworkError: not reachable; the part is kept.
         StateError: the disk refuses.
     """
@@ -88,14 +89,16 @@ def _fill(
             if error.status_code == 416:  # the server's file ends before the kept part does
                 part.unlink(missing_ok=True)
             elif error.status_code < 500 and error.status_code != 429:
-                raise NetworkError(f"cannot download: {error}") from error
+                raise ContentMissing(f"cannot download: {error}") from error
             problem: DownloadError = error
         except DownloadError as error:
             problem = error
         else:
             if (part.stat().st_size if part.exists() else 0) == ref.length:
                 return resumed
-            problem = DownloadError(f"{url} ended early")
+            if attempt == attempts:  # every time, and without any error: the file is too short
+                raise ContentRefused(f"{url} ended early: {ref.length} bytes were signed")
+            problem = DownloadError("ended early")
         if attempt < attempts:
             wait(0.25 * 2**attempt)
     raise NetworkError(f"cannot download after {attempts} attempts: {problem}") from problem

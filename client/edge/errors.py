@@ -3,6 +3,7 @@
 __all__ = [
     "AgentBusy",
     "AgentTooOld",
+    "ContentMissing",
     "ContentRefused",
     "EdgeError",
     "NetworkError",
@@ -26,6 +27,10 @@ class NetworkError(EdgeError):
 
 class ContentRefused(EdgeError):
     """A downloaded file is not the one that the signed metadata describes."""
+
+
+class ContentMissing(NetworkError):
+    """The server does not have a file that the signed metadata describes."""
 
 
 class StateError(EdgeError):

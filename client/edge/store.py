@@ -183,6 +183,11 @@ class StateFolder:
             return {}
         return document if isinstance(document, dict) else {}
 
+    def tidy(self) -> None:
+        """Remove temporary files that a crash left behind; only with the lock held."""
+        for path in (*self.path.glob(".state.json.*"), *self.path.glob(".status.json.*")):
+            path.unlink(missing_ok=True)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Exclude other agents from this folder.

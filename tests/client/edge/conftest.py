@@ -158,7 +158,7 @@ def start(config: AgentConfig, network: Network) -> Iterator[Callable[..., Agent
     def start(**options: object) -> Agent:
         for agent in agents:
             agent.close()
-        agents.append(Agent(config, fetcher=network, **options))  # type: ignore[arg-type]
+        agents.append(Agent(config, fetcher=network, wait=lambda _: None, **options))  # type: ignore[arg-type]
         return agents[-1]
 
     yield start
