@@ -1,0 +1,134 @@
+"""What the README says is so: its code runs, its diff is the diff, its tables are the defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import MetricRecord
+from flwr.serverapp.strategy import FedAvg
+from prunecast.client.training.masks import holding
+from prunecast.server.federation import PRESETS, Policy
+from prunecast.simulations.runner.inprocess import InProcessGrid
+from support.federation import initial_arrays, make_app, to_record
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every `prunecast` command of the console blocks."""
+    lines = "\n".join(blocks("console")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("prunecast ")]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All Python blocks, run one after the other in an app's place."""
+    folder = tmp_path_factory.mktemp("readme")
+    scope: dict[str, Any] = {
+        "grid": InProcessGrid(make_app(folder / "store"), 2, run_id=5),
+        "strategy": FedAvg(),
+        "arrays": to_record(initial_arrays()),
+        "evaluate_fn": lambda server_round, arrays: MetricRecord({"arrays": len(arrays)}),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for number, block in enumerate(blocks("python")):
+            exec(compile(block, f"README.md, Python block {number}", "exec"), scope)
+    scope["folder"] = folder
+    return scope
+
+
+def test_python_blocks_run(names: dict[str, Any]) -> None:
+    assert names["model"].sparsity() > 0
+    assert (names["folder"] / "digits.model").is_file()
+    assert {entry["direction"] for entry in names["entries"]} == {"up", "down"}
+
+
+def test_mask_block_holds_pruned_weights_at_zero(names: dict[str, Any]) -> None:
+    model = torch.nn.Linear(3, 2)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    with holding({"weight": mask.numpy()}):
+        names["hold_masks"](model)
+    assert torch.equal(model.weight != 0, mask)
+
+
+def test_diff_is_the_difference_of_the_examples() -> None:
+    plain, compressed = (ROOT / "examples" / f"quickstart-{n}" for n in ("plain", "prunecast"))
+    expected: list[str] = []
+    for name in ("client_app.py", "server_app.py", "task.py", "__init__.py"):
+        old, new = (folder / "quickstart" / name for folder in (plain, compressed))
+        difference = difflib.unified_diff(
+            old.read_text().splitlines(),
+            new.read_text().splitlines(),
+            *(str(path.relative_to(ROOT / "examples")) for path in (old, new)),
+            lineterm="",
+            n=0,
+        )
+        expected += [line for line in difference if not line.startswith("@@")]
+    (shown,) = blocks("diff")
+    assert shown.splitlines() == [line for line in expected if line.strip("+-")]
+
+
+def test_knob_table_is_complete_and_states_the_defaults() -> None:
+    rows = re.findall(r"^\| `prunecast\.([a-z-]+)` \| (.+?) \|", README, flags=re.MULTILINE)
+    stated = {key.replace("-", "_"): value for key, value in rows}
+    fields = {field.name: field.default for field in dataclasses.fields(Policy)}
+    assert stated.keys() == fields.keys()
+    for name, default in fields.items():
+        value = tomllib.loads("value = " + stated[name].replace("\\*", "*"))["value"]
+        key = "prunecast." + name.replace("_", "-")
+        policy = Policy.from_run_config({key: value}, preset="balanced")
+        assert getattr(policy, name) == default, name
+
+
+def test_preset_table_is_complete() -> None:
+    table = README.split("| preset |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `([a-z]+)` \|", table, flags=re.MULTILINE)) == set(PRESETS)
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_exist_with_these_options(command: list[str]) -> None:
+    words = [word for word in command[1:] if re.fullmatch("[a-z-]+", word)]
+    words = words[: next((i for i, w in enumerate(words) if w.startswith("-")), len(words))]
+    shown = ""
+    for depth in (2, 1, 0):
+        result = subprocess.run(
+            [sys.executable, "-m", "prunecast.cli", *words[:depth], "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={"COLUMNS": "200", "NO_COLOR": "1", "PATH": ""},
+        )
+        if result.returncode == 0:
+            shown = result.stdout
+            break
+    for option in (word.split("=")[0] for word in command if word.startswith("--")):
+        assert option in shown, f"{option} is not an option of {' '.join(words)}:\n{shown}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_readme_has_no_gaps() -> None:
+    assert "goes here" not in README
+    assert "go here" not in README
