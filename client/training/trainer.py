@@ -77,7 +77,8 @@ class TensorBatches:
     def __iter__(self) -> Iterator[Batch]:
         count = len(self._inputs)
         order = torch.randperm(count) if self._shuffle else torch.arange(count)
-        for chosen in order.split(self._size):
+        for first in range(0, count, self._size):
+            chosen = order[first : first + self._size]
             yield self._inputs[chosen], self._targets[chosen]
 
 

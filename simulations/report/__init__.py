@@ -1,1 +1,24 @@
 """Tables, plots and the stand-alone page of a run."""
+
+from prunecast.simulations.report.figure import accuracy_figure
+from prunecast.simulations.report.page import FIGURE, PAGE, render_page, write_report
+from prunecast.simulations.report.text import (
+    arm_rows,
+    bytes_text,
+    percent,
+    ratio_text,
+    release_rows,
+)
+
+__all__ = [
+    "FIGURE",
+    "PAGE",
+    "accuracy_figure",
+    "arm_rows",
+    "bytes_text",
+    "percent",
+    "ratio_text",
+    "release_rows",
+    "render_page",
+    "write_report",
+]

@@ -1,1 +1,43 @@
-"""Runs a scenario on Flower's simulation engine."""
+"""Runs a scenario on Flower's simulation engine, and delivers what it trained to a device."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from prunecast.simulations.runner.errors import (
+    DeviceMismatch,
+    EngineFailed,
+    ResultError,
+    SimulationError,
+)
+
+if TYPE_CHECKING:
+    from prunecast.simulations.runner.inline import InlineGrid
+    from prunecast.simulations.runner.result import read_ledger, read_result
+    from prunecast.simulations.runner.run import new_run_folder, run_scenario
+
+__all__ = [
+    "DeviceMismatch",
+    "EngineFailed",
+    "InlineGrid",
+    "ResultError",
+    "SimulationError",
+    "new_run_folder",
+    "read_ledger",
+    "read_result",
+    "run_scenario",
+]
+
+_LAZY = {
+    "InlineGrid": "inline",
+    "new_run_folder": "run",
+    "read_ledger": "result",
+    "read_result": "result",
+    "run_scenario": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # the device's process lives in this package and must not import torch or flwr
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

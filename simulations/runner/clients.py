@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from prunecast.client.training.client_app import LocalTraining, Loader, build_client_app
+from prunecast.client.training.client_app import Loader, LocalTraining, build_client_app
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TensorBatches
 from prunecast.compression.flower.references import load_callable

@@ -139,16 +139,12 @@ def _run_arm(
     scenario, started = job.scenario, time.monotonic()
     shutil.rmtree(job.store, ignore_errors=True)  # nothing is carried over from another arm
     random.seed(scenario.seed)  # Flower samples nodes with it
-    module, arrays = initial_arrays(
-        load_callable(scenario.model.factory), seed=scenario.seed
-    )
+    module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
     outcome, measure = ArmOutcome(name), _Measure(job, module)
     ledger = Ledger(job.ledger(name))
     wrapped: CompressedGrid | MeteringGrid
     if arm.kind == "prunecast":
-        wrapped = CompressedGrid(
-            grid, policy_of(arm), ledger=ledger, poll_interval=_POLL_SECONDS
-        )
+        wrapped = CompressedGrid(grid, policy_of(arm), ledger=ledger, poll_interval=_POLL_SECONDS)
     else:
         recodings = scenario.recodings_of(name)
         wrapped = MeteringGrid(

@@ -8,7 +8,7 @@ import math
 import re
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,7 +155,7 @@ def _value(hint: Any, given: Any, key: str) -> Any:
     return _table(given, key)
 
 
-def _choice(key: str, value: object, allowed: Iterable[str]) -> None:
+def _choice(key: str, value: object, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ScenarioError(key, f"is {value!r}", f"choose one of {', '.join(sorted(allowed))}")
 

@@ -1,0 +1,94 @@
+"""The command `prunecast`."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from importlib.metadata import version as distribution_version
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+from prunecast.cli.console import explain, is_usage
+from typer.core import TyperGroup
+
+__all__ = ["app", "run"]
+
+
+class _Group(TyperGroup):
+    """Turns exceptions into one line that names the remedy, and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand: 0 done, 1 failed, 2 wrongly called."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if isinstance(error, typer.Exit | typer.Abort) or _is_click(error) or _debugging(ctx):
+                raise
+            typer.echo(f"error: {explain(error, ctx.invoked_subcommand)}", err=True)
+            raise typer.Exit(2 if is_usage(error) else 1) from error
+
+
+def _is_click(error: Exception) -> bool:
+    return hasattr(error, "exit_code") and hasattr(error, "show")
+
+
+def _debugging(ctx: Any) -> bool:
+    return bool(ctx.params.get("debug")) or os.environ.get("PRUNECAST_DEBUG") == "1"
+
+
+app = typer.Typer(
+    name="prunecast",
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Federated learning and edge delivery that are cheap in bytes.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prunecast {distribution_version('prunecast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks (or set PRUNECAST_DEBUG=1).")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Federated learning and edge delivery that are cheap in bytes."""
+
+
+def _command(module: str) -> None:
+    app.command()(getattr(import_module(f"prunecast.cli.{module}"), module))
+
+
+def _group(module: str) -> None:
+    app.add_typer(import_module(f"prunecast.cli.{module}").app, name=module)
+
+
+# these modules import nothing beyond the base installation until a command runs
+_command("demo")
+_command("simulate")
+_command("report")
+for _module, _attach in (("release", _group), ("serve", _command), ("edge", _group)):
+    if find_spec(f"prunecast.cli.{_module}"):
+        _attach(_module)
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,114 @@
+"""`prunecast simulate`: run a scenario file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from prunecast.cli.console import make_console
+
+if TYPE_CHECKING:
+    from prunecast.simulations.scenarios import Scenario
+
+__all__ = ["load", "run_and_show", "show", "simulate"]
+
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Seed instead of the scenario's: partition, weights, all.")
+]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Rounds instead of the scenario's.")]
+Output = Annotated[
+    Path | None, typer.Option(help="Folder that gets a folder for this run (default: runs).")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON; progress goes to standard error.")
+]
+
+
+def simulate(
+    scenario: Annotated[
+        str, typer.Argument(help="A TOML file, or the name of a packaged scenario: demo.")
+    ],
+    seed: Seed = None,
+    rounds: Rounds = None,
+    output: Output = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check the scenario and print it in full.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a scenario: every arm on Flower's simulation engine, then the figures.
+
+    A scenario names data, partition, clients, model, training, strategy and the arms to compare;
+    docs/scenarios.md explains every key. The run's folder gets result.json, a ledger with one
+    line per message, a picture and a page.
+    """
+    chosen = load(scenario, seed, rounds, output)
+    if check:
+        from prunecast.simulations.runner.federate import check_scenario
+
+        check_scenario(chosen)
+        typer.echo(json.dumps(chosen.to_mapping(), indent=None if as_json else 2))
+        return
+    run_and_show(chosen, as_json=as_json)
+
+
+def load(source: str, seed: int | None, rounds: int | None, output: Path | None) -> Scenario:
+    """A scenario with what the command line replaces."""
+    from prunecast.simulations.scenarios import load_scenario
+
+    loaded = load_scenario(source)
+    changes: dict[str, Any] = {"seed": seed, "rounds": rounds}
+    changes["output"] = str(output) if output else None
+    return dataclasses.replace(loaded, **{k: v for k, v in changes.items() if v is not None})
+
+
+def run_and_show(scenario: Scenario, *, as_json: bool) -> None:
+    """Run a scenario, write its report, print tables or JSON."""
+    from prunecast.cli.progress import RunProgress
+    from prunecast.simulations.report import write_report
+    from prunecast.simulations.runner import new_run_folder, run_scenario
+
+    folder = new_run_folder(scenario.output, scenario.name)
+    with RunProgress(make_console(stderr=as_json)) as progress:
+        result = run_scenario(scenario, folder, on_event=progress)
+        progress({"event": "step", "text": "drawing the report"})
+        write_report(folder, result)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), **result}))
+    else:
+        show(folder, result)
+
+
+def show(folder: Path, result: dict[str, Any]) -> None:
+    """Print the tables of a run."""
+    from prunecast.simulations.report import PAGE, arm_rows, percent, release_rows
+    from rich.table import Table
+
+    console = make_console()
+    scenario = result["scenario"]
+    seconds = f"{result['seconds']:.0f} s"
+    title = f"{scenario['name']}: {scenario['rounds']} rounds, seed {scenario['seed']}, {seconds}"
+    for heading, (header, rows) in (
+        (title, arm_rows(result)),
+        ("To the edge", release_rows(result)),
+    ):
+        if not rows:
+            continue
+        table = Table(title=heading, title_justify="left", title_style="bold")
+        for number, name in enumerate(header):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print()
+        console.print(table)
+    release = result["release"]
+    if release:
+        console.print(
+            f"The device (onnxruntime; no torch, no Flower) classified "
+            f"{release['identical_images']} of {release['images']} images exactly as the server: "
+            f"accuracy {percent(release['device_accuracy'])} on both."
+        )
+    console.print(f"\n{folder}  (open {folder / PAGE})", soft_wrap=True)

@@ -1,0 +1,201 @@
+"""From the federation to the device: release, serve, patch, run, compare every image."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from prunecast.compression.flower.references import load_callable
+from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.versions import PublishedModel, load_model
+from prunecast.server.releases import KeyRing, PublishedRelease, ReleaseServer, Repository
+from prunecast.simulations.runner.errors import DeviceMismatch, SimulationError
+from prunecast.simulations.runner.job import Job, held_out
+
+__all__ = ["deliver"]
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A model as the federation left it, and what the server measured with it."""
+
+    model: PublishedModel
+    predictions: NDArray[np.int64]
+    accuracy: float
+
+
+def deliver(job: Job, on_step: Callable[[str], None] = lambda step: None) -> dict[str, Any]:
+    """Release the last two published models and let a device fetch them.
+
+    The device downloads the first as a keyframe and goes on to the second by a patch; the
+    repository, its keys and the device's state stay in the run's folder.
+
+    Args:
+        job: a finished run whose scenario has a release.
+        on_step: told what happens.
+
+    Returns:
+        The ``release`` part of ``result.json``.
+
+    Raises:
+        DeviceMismatch: an image is classified otherwise than on the server, or the device
+            process imported a training framework.
+        SimulationError: fewer than two models were published, or the device failed.
+    """
+    spec, arm = job.scenario.release, job.scenario.released_arm()
+    if spec is None or arm is None:
+        raise SimulationError("the scenario has no [release]: add one")
+    inputs, labels = held_out(job)
+    versions = [_published(job.work / f"{arm}-{place}") for place in (1, 2)]
+    if versions[0].model.digest == versions[1].model.digest:
+        raise SimulationError("the last round changed nothing: train for more rounds")
+    on_step("exporting the network to ONNX")
+    graph = _graph(job.scenario.model.factory, inputs[:2])
+    keys = KeyRing.create(job.folder / "keys")
+    repository = Repository.create(job.folder / "repository", keys)
+    root = job.folder / "root.json"
+    root.write_bytes(repository.trusted_root())
+
+    def publish(version: _Published) -> PublishedRelease:
+        return repository.publish(
+            spec.name,
+            version.model,
+            graph,
+            selftest_inputs=inputs[: spec.selftest_images],
+            metrics={"accuracy": version.accuracy},
+        )
+
+    on_step("signing release 1")
+    first = publish(versions[0])
+    reports = []
+    with ReleaseServer(repository.path) as server, _device(job, server.url, spec.name) as ask:
+        on_step("the device downloads release 1")
+        reports.append(ask())
+        on_step("signing release 2")
+        second = publish(versions[1])
+        on_step("the device patches itself to release 2")
+        reports.append(ask())
+    for number, (version, report) in enumerate(zip(versions, reports, strict=True), start=1):
+        _compare(job, number, version, report)
+    last = versions[1]
+    return {
+        "name": spec.name,
+        "arm": arm,
+        "onnx_bytes": second.onnx_bytes,
+        "weights_bytes": second.weights_bytes,
+        "keyframe_bytes": second.keyframe_bytes,
+        "patch_bytes": reports[1]["downloaded"]["patch"],
+        "first_keyframe_bytes": first.keyframe_bytes,
+        "published_accuracy": last.accuracy,
+        "device_accuracy": float(np.mean(_predictions(job, 2) == labels)),
+        "images": len(labels),
+        "identical_images": int(np.sum(_predictions(job, 2) == last.predictions)),
+        "downloads": [
+            {
+                "version": report["version"],
+                "payload": report["payload"],
+                "bytes": report["downloaded"],
+                "seconds": round(report["seconds"], 3),
+            }
+            for report in reports
+        ],
+        "selftest_difference": reports[1]["difference"],
+        "foreign_modules": reports[1]["imported"],
+    }
+
+
+def _published(path: Path) -> _Published:
+    if not path.with_suffix(".model").is_file():
+        raise SimulationError("two published models are needed: train for at least one round")
+    with np.load(path.with_suffix(".npz")) as file:
+        predictions, accuracy = file["predictions"], float(file["accuracy"])
+    return _Published(load_model(path.with_suffix(".model")), predictions, accuracy)
+
+
+def _graph(factory: str, examples: NDArray[np.float32]) -> ExportedGraph:
+    import torch
+    from prunecast.compression.onnx import export_graph
+
+    return export_graph(load_callable(factory)(), (torch.from_numpy(examples),))
+
+
+def _predictions(job: Job, version: int) -> NDArray[np.int64]:
+    with np.load(job.work / f"device-{version}.npz") as file:
+        found: NDArray[np.int64] = file["predictions"]
+    return found
+
+
+def _compare(job: Job, number: int, version: _Published, report: dict[str, Any]) -> None:
+    if report["version"] != number or report["outcome"] != "updated":
+        raise SimulationError(f"the device did not take release {number}: {report['reason']}")
+    if number > 1 and report["payload"] != "patch":
+        raise SimulationError(f"release {number} came without a patch: {report['reason']}")
+    if report["imported"]:
+        raise DeviceMismatch(f"the device process imported {', '.join(report['imported'])}")
+    found = _predictions(job, number)
+    different = np.flatnonzero(found != version.predictions)
+    if len(different):
+        raise DeviceMismatch(
+            f"release {number}: {len(different)} of {len(found)} images are classified otherwise "
+            f"than on the server, first image {different[0]}: the device does not run what the "
+            "federation measured"
+        )
+
+
+@contextmanager
+def _device(job: Job, url: str, name: str) -> Iterator[Callable[[], dict[str, Any]]]:
+    settings = job.work / "device.json"
+    document = {
+        "state": str(job.folder / "device"),
+        "url": url,
+        "name": name,
+        "root": str(job.folder / "root.json"),
+        "inputs": str(job.work / "held-out.npz"),
+        "output": str(job.work),
+    }
+    settings.write_text(json.dumps(document), encoding="utf-8")
+    log = job.folder / "device.log"
+    paths = os.pathsep.join(part for part in sys.path if part)
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prunecast.simulations.runner.device", str(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    requests, answers = process.stdin, process.stdout
+
+    def ask() -> dict[str, Any]:
+        try:
+            requests.write("update\n")
+            requests.flush()
+        except BrokenPipeError:
+            pass  # the missing answer tells
+        line = answers.readline()
+        if not line:
+            raise SimulationError(f"the edge agent's process ended: see {log}")
+        report: dict[str, Any] = json.loads(line)
+        return report
+
+    try:
+        yield ask
+        requests.close()
+        process.wait(timeout=30)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        answers.close()
