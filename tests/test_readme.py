@@ -16,6 +16,7 @@ import pytest
 import torch
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAvg
+
 from prunecast.client.training.masks import holding
 from prunecast.server.federation import PRESETS, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid

@@ -4,8 +4,8 @@ import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from prunecast.server.federation import CompressedGrid, Policy
 
+from prunecast.server.federation import CompressedGrid, Policy
 from quickstart.task import Net
 
 app = ServerApp()

@@ -3,8 +3,8 @@
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from prunecast.client.training import compression_mod
 
+from prunecast.client.training import compression_mod
 from tiny.task import step, target
 
 app = ClientApp(mods=[compression_mod()])

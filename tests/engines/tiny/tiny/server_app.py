@@ -7,8 +7,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
-from prunecast.server.federation import CompressedGrid, Policy
 
+from prunecast.server.federation import CompressedGrid, Policy
 from tiny.task import initial
 
 app = ServerApp()
