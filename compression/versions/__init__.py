@@ -32,6 +32,7 @@ from prunecast.compression.versions.payloads import (
     inspect,
     open_plain,
 )
+from prunecast.compression.versions.seeded import Seed, draw_like
 from prunecast.compression.versions.session import Instruction, Report, UpdateRule, reply_tag
 from prunecast.compression.versions.storage import load_model, save_model, write_atomically
 from prunecast.compression.versions.updates import (
@@ -54,6 +55,7 @@ __all__ = [
     "QuantisedTensor",
     "RawTensor",
     "Report",
+    "Seed",
     "StorageError",
     "Tensor",
     "Update",
@@ -62,6 +64,7 @@ __all__ = [
     "WrongStream",
     "decode_model",
     "decode_update",
+    "draw_like",
     "encode_delta",
     "encode_keyframe",
     "encode_plain",

@@ -13,7 +13,7 @@ All integers are little-endian::
     layout    4  length of the layout section, in bytes
     crc       4  CRC-32 of everything before this field and of the layout section
     layout       zlib stream, see `prunecast.compression.versions.layout`
-    body         one codec payload
+    body         one codec payload; before it, in a seeded keyframe, the seed section
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Kind(IntEnum):
     DELTA = 2
     UPDATE = 3
     PLAIN = 4
+    SEEDED = 5
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.versions.errors import BadPayload, InvalidModel
 from prunecast.compression.versions.model import LatticeTensor, Tensor

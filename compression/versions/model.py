@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.compression.codec import TensorSpec, dequantise
 from prunecast.compression.versions.errors import InvalidModel
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.compression.codec import (
     CodecError,
     Context,
@@ -41,6 +43,7 @@ from prunecast.compression.versions.model import (
     Tensor,
     refine,
 )
+from prunecast.compression.versions.seeded import Seed, draw, pack_seed, unpack_seed
 
 __all__ = [
     "Kind",
@@ -61,7 +64,7 @@ class PayloadInfo:
     """What a payload says of itself.
 
     Attributes:
-        kind: keyframe, delta, update or plain.
+        kind: keyframe, delta, update, plain or seeded keyframe.
         stream: 8-byte tag of the stream it belongs to.
         counter: number of the version it makes (update: was trained from).
         digest: 16-byte short digest of that version; zeros for a plain record.
@@ -104,21 +107,30 @@ def _coded_layout(heads: Mapping[str, TensorHead]) -> dict[str, TensorSpec]:
     }
 
 
-def encode_keyframe(model: PublishedModel, *, stream: bytes = b"") -> bytes:
+def encode_keyframe(
+    model: PublishedModel, *, stream: bytes = b"", seed: Seed | None = None
+) -> bytes:
     """Code a version alone.
 
     Args:
         model: the version.
         stream: identifier of the run and record, or of the release, it belongs to.
+        seed: what the model's lattice tensors were drawn from (see `draw_like`); only the seed
+            then travels instead of them.
     """
     heads = {name: head_of(tensor) for name, tensor in model.tensors.items()}
-    values = {
+    values: dict[str, NDArray[Any]] = {
         name: tensor.q.astype(_Q) if isinstance(tensor, LatticeTensor) else tensor.values
         for name, tensor in model.tensors.items()
+        if seed is None or name not in seed.draws
     }
-    body = encode(values, context=Context(layout=_coded_layout(heads)))
+    kind, section = Kind.KEYFRAME, b""
+    if seed is not None:
+        kind, section = Kind.SEEDED, pack_seed(seed)
+        heads = {name: head for name, head in heads.items() if name not in seed.draws}
+    body = section + encode(values, context=Context(layout=_coded_layout(heads)))
     layout = pack_heads(model.tensors)
-    return frame.pack(Kind.KEYFRAME, stream, model.counter, model.digest, layout=layout, body=body)
+    return frame.pack(kind, stream, model.counter, model.digest, layout=layout, body=body)
 
 
 def encode_delta(held: PublishedModel, model: PublishedModel, *, stream: bytes = b"") -> bytes:
@@ -171,7 +183,7 @@ def decode_model(
     stream: bytes = b"",
     limits: Limits | None = None,
 ) -> PublishedModel:
-    """Rebuild a version from a keyframe or delta payload and verify its digest.
+    """Rebuild a version from a keyframe (plain or seeded) or delta payload and verify its digest.
 
     Args:
         payload: the bytes.
@@ -188,38 +200,23 @@ def decode_model(
     parsed = frame.unpack(payload, stream=stream)
     limits = limits or Limits()
     if parsed.kind is Kind.DELTA:
-        if held is None or short(held.digest) != parsed.base:
-            have = f"version {held.counter}" if held is not None else "none"
-            raise BaseMissing(
-                f"delta to version {parsed.counter} needs a version that is "
-                f"not held (held: {have}): ask for a keyframe"
-            )
-        old = {name: head_of(tensor) for name, tensor in held.tensors.items()}
-        heads = unpack_changes(parsed.layout, old)
-        predictions = {n: _prediction(held.tensors[n], head) for n, head in heads.items()}
-    elif parsed.kind is Kind.KEYFRAME:
+        heads, values = _decode_delta(parsed, held, limits)
+    elif parsed.kind in (Kind.KEYFRAME, Kind.SEEDED):
         heads = unpack_heads(parsed.layout)
         _check_size(heads, parsed.size, limits)
-        predictions = {}
+        if parsed.kind is Kind.SEEDED:
+            values = _decode_seeded(parsed, heads, limits)
+        else:
+            values = _decode_body(parsed.body, Context(layout=_coded_layout(heads)), limits)
     else:
         raise BadPayload(f"a {parsed.kind.name.lower()} payload does not contain a model")
-    known = {name: p for name, p in predictions.items() if p is not None}
-    context = Context(layout=_coded_layout(heads), previous=known or None)
-    try:
-        values = decode(parsed.body, context=context, limits=limits)
-    except CodecError as error:
-        raise BadPayload(
-            f"{parsed.kind.name.lower()} payload cannot be decoded: {error}"
-        ) from error
     tensors: dict[str, Tensor] = {}
     for name, head in heads.items():
-        value = restore(values[name], known.get(name))
         if head.step is None:
-            tensors[name] = RawTensor(value)
+            tensors[name] = RawTensor(values[name])
         else:
-            tensors[name] = LatticeTensor(
-                np.asarray(value, dtype=_Q), head.step, head.pruned, head.spec.dtype
-            )
+            q = np.asarray(values[name], dtype=_Q)
+            tensors[name] = LatticeTensor(q, head.step, head.pruned, head.spec.dtype)
     model = PublishedModel(tensors, parsed.counter)
     if short(model.digest) != parsed.digest:
         raise DigestMismatch(
@@ -227,6 +224,44 @@ def decode_model(
             f"{parsed.digest.hex()[:16]}; the result was discarded"
         )
     return model
+
+
+def _decode_body(body: bytes, context: Context, limits: Limits) -> dict[str, NDArray[Any]]:
+    try:
+        return decode(body, context=context, limits=limits)
+    except CodecError as error:
+        raise BadPayload(f"payload cannot be decoded: {error}") from error
+
+
+def _decode_delta(
+    parsed: frame.Frame, held: PublishedModel | None, limits: Limits
+) -> tuple[dict[str, TensorHead], dict[str, NDArray[Any]]]:
+    if held is None or short(held.digest) != parsed.base:
+        have = f"version {held.counter}" if held is not None else "none"
+        raise BaseMissing(
+            f"delta to version {parsed.counter} needs a version that is not held (held: {have}): "
+            "ask for a keyframe"
+        )
+    old = {name: head_of(tensor) for name, tensor in held.tensors.items()}
+    heads = unpack_changes(parsed.layout, old)
+    predictions = {n: _prediction(held.tensors[n], head) for n, head in heads.items()}
+    known = {name: p for name, p in predictions.items() if p is not None}
+    context = Context(layout=_coded_layout(heads), previous=known or None)
+    values = _decode_body(parsed.body, context, limits)
+    return heads, {name: restore(value, known.get(name)) for name, value in values.items()}
+
+
+def _decode_seeded(
+    parsed: frame.Frame, heads: Mapping[str, TensorHead], limits: Limits
+) -> dict[str, NDArray[Any]]:
+    names = [name for name, head in heads.items() if head.step is not None]
+    section = 8 + 8 * len(names)
+    seed = unpack_seed(parsed.body[:section], names)
+    raw = {name: head for name, head in heads.items() if head.step is None}
+    values = _decode_body(parsed.body[section:], Context(layout=_coded_layout(raw)), limits)
+    for name, item in seed.draws.items():
+        values[name] = draw(heads[name].spec.shape, item, seed.seed, name)
+    return values
 
 
 def _check_size(heads: Mapping[str, TensorHead], payload_size: int, limits: Limits) -> None:

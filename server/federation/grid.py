@@ -14,6 +14,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore import log
 from flwr.supercore.run import Run
+
 from prunecast.compression.flower import array_record, dense_arrays
 from prunecast.compression.versions import PublishedModel, VersionsError, reply_tag
 from prunecast.server.federation.checkpoints import Checkpoint
@@ -275,6 +276,24 @@ class CompressedGrid(Grid):
         """
         stream = self._streams.stream(self.run.run_id, key)
         return stream.version_of(arrays, arrays.object_id).model
+
+    def draw_initial(self, like: ArrayRecord, seed: int, *, key: str = "arrays") -> ArrayRecord:
+        """Draw a from-scratch model from a seed, so that its first keyframe is a few bytes.
+
+        Args:
+            like: a freshly initialised model; layout, means and spreads are taken from it, its
+                values are not.
+            seed: 0 to 2**64 - 1; the same seed draws the same model on every machine.
+            key: key of the record in the strategy's messages.
+
+        Returns:
+            The arrays to give to the strategy as `initial_arrays`.
+
+        Raises:
+            FederationError: the stream has published a version already.
+        """
+        stream = self._streams.stream(self.run.run_id, key)
+        return array_record(stream.publisher.draw(dense_arrays(like), seed))
 
     def checkpoint(self, arrays: ArrayRecord, *, key: str = "arrays") -> Checkpoint:
         """What a later run needs to go on from `arrays`; save it with `Checkpoint.save`.

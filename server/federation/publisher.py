@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
-from prunecast.compression.codec import quantise
+
+from prunecast.compression.codec import Limits, quantise
 from prunecast.compression.flower import payload_record
 from prunecast.compression.pruning import magnitude_masks
 from prunecast.compression.versions import (
@@ -21,12 +22,14 @@ from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,
     RawTensor,
+    Seed,
     Tensor,
+    draw_like,
     encode_delta,
     encode_keyframe,
     short,
 )
-from prunecast.server.federation.errors import NonFiniteModel
+from prunecast.server.federation.errors import FederationError, NonFiniteModel
 from prunecast.server.federation.policy import Policy
 
 __all__ = ["EncodedPayload", "Publisher", "Version"]
@@ -51,10 +54,11 @@ class EncodedPayload:
 
 @dataclass
 class Version:
-    """A published model together with the master weights it was published from."""
+    """A published model, the master weights it was published from, the seed it was drawn from."""
 
     model: PublishedModel
     master: Mapping[str, NDArray[Any]]
+    seed: Seed | None = None
     payloads: dict[bytes | None, EncodedPayload] = field(default_factory=dict)
 
 
@@ -72,6 +76,7 @@ class Publisher:
         self._steps: dict[str, float] = {}
         self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
         self._counter = 0
+        self._seeded: tuple[bytes, Seed] | None = None
 
     @property
     def position(self) -> tuple[int, dict[str, float]]:
@@ -81,6 +86,28 @@ class Publisher:
     def resume(self, counter: int, steps: Mapping[str, float]) -> None:
         """Go on where another publisher's `position` was."""
         self._counter, self._steps = counter, dict(steps)
+
+    def draw(self, like: Mapping[str, NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
+        """Draw a from-scratch model whose keyframe is its seed.
+
+        Args:
+            like: a freshly initialised model; layout, means and spreads are taken from it.
+            seed: 0 to 2**64 - 1.
+
+        Returns:
+            The master weights to begin with, which lie on the lattice exactly.
+
+        Raises:
+            FederationError: the stream has begun already.
+        """
+        if self._counter:
+            raise FederationError("a model can only be drawn before the first version is published")
+        template = self._on_lattice(like, {})
+        model, source = draw_like(template, seed)
+        if sum(spec.nbytes for spec in model.specs.values()) <= Limits().free_bytes:
+            # receivers refuse to be told by a few bytes to allocate more than that
+            self._seeded = (model.digest, source)
+        return model.arrays()
 
     def publish(self, master: Mapping[str, NDArray[Any]]) -> Version:
         """Make the next version.
@@ -108,9 +135,22 @@ class Publisher:
         masks: dict[str, NDArray[np.bool_]] = {}
         if sparsity > 0 and prunable:
             masks = magnitude_masks(prunable, sparsity, scope=self.policy.pruning_scope)
+        model = self._on_lattice(master, masks)
+        known = self._history.pop(short(model.digest), None)
+        self._history[short(model.digest)] = known or model
+        while len(self._history) > self.policy.history:
+            self._history.popitem(last=False)
+        seed = None
+        if self._seeded is not None and self._seeded[0] == model.digest:
+            seed = self._seeded[1]
+        return Version(model, master, seed)
+
+    def _on_lattice(
+        self, master: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[np.bool_]]
+    ) -> PublishedModel:
         tensors: dict[str, Tensor] = {}
         for name, array in master.items():
-            if name not in lattice:
+            if self.policy.is_lossless(name, array.dtype, array.size):
                 tensors[name] = RawTensor(array)
                 continue
             step = self._step(name, array)
@@ -118,12 +158,7 @@ class Publisher:
             if name in masks:
                 q *= masks[name]
             tensors[name] = LatticeTensor(q, step, name in masks, array.dtype)
-        model = PublishedModel(tensors, self._counter)
-        known = self._history.pop(short(model.digest), None)
-        self._history[short(model.digest)] = known or model
-        while len(self._history) > self.policy.history:
-            self._history.popitem(last=False)
-        return Version(model, master)
+        return PublishedModel(tensors, self._counter)
 
     def _step(self, name: str, array: NDArray[Any]) -> float:
         spread = max(float(np.std(array, dtype=np.float64)), _SMALLEST_SPREAD)
@@ -164,5 +199,5 @@ class Publisher:
             except InvalidModel:
                 base = None  # the record's tensors changed: a delta is impossible
         if base is None:
-            data = encode_keyframe(version.model, stream=self.stream)
+            data = encode_keyframe(version.model, stream=self.stream, seed=version.seed)
         return EncodedPayload(kind, data, (time.perf_counter() - started) * 1e3)

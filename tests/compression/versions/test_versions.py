@@ -144,9 +144,7 @@ def test_a_keyframe_that_declares_an_enormous_tensor_is_refused_before_allocatio
     model = PublishedModel({"w": RawTensor(np.zeros(3, np.float32))})
     from prunecast.compression.versions import frame, layout
 
-    heads = layout.pack_heads(model.tensors).replace(
-        struct.pack("<Q", 3), struct.pack("<Q", 2**60)
-    )
+    heads = layout.pack_heads(model.tensors).replace(struct.pack("<Q", 3), struct.pack("<Q", 2**60))
     payload = frame.pack(Kind.KEYFRAME, b"", 0, model.digest, layout=heads, body=b"x" * 40)
     with pytest.raises(BadPayload, match="limits"):
         decode_model(payload)
@@ -157,9 +155,7 @@ def test_a_model_that_is_not_the_announced_one_is_refused():
 
     model, other = model_of(1), model_of(2)
     parsed = frame.unpack(encode_keyframe(model), stream=b"")
-    forged = frame.pack(
-        Kind.KEYFRAME, b"", 1, other.digest, layout=parsed.layout, body=parsed.body
-    )
+    forged = frame.pack(Kind.KEYFRAME, b"", 1, other.digest, layout=parsed.layout, body=parsed.body)
     with pytest.raises(DigestMismatch):
         decode_model(forged)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.clientapp import ClientApp
+
 from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, make_app

@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
+
 from prunecast.compression.versions import StorageError
 from prunecast.server.federation import Checkpoint, CheckpointError, Policy
 from support.federation import initial_arrays, to_record

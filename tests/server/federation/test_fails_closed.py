@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+
 from prunecast.client.training import compression_mod
 from prunecast.compression.flower import payload_of, payload_record
 from prunecast.server.federation import NonFiniteModel, Policy, PolicyError

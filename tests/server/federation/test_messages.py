@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+
 from prunecast.client.training import compression_mod, current_masks
 from prunecast.server.federation import FederationError, Policy
 from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record

@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import (
     FedYogi,
     Krum,
 )
+
 from prunecast.server.federation import Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import initial_arrays, make_app, to_arrays, to_record

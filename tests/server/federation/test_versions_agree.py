@@ -7,6 +7,7 @@ import time
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
+
 from prunecast.client.training.store import NodeStore
 from prunecast.server.federation import Policy
 from support.federation import RUN_ID, initial_arrays, local_step, to_record
