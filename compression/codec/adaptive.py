@@ -24,8 +24,9 @@ _SLOWEST: Final = 160
 _RATE: Final = tuple(655360 // (10 * n + 16) for n in range(_SLOWEST + 1))
 
 _UNARY: Final = 24
-_TOPS: Final = 16
-UINT_CONTEXTS: Final = _UNARY + 3 * _TOPS
+_TOPS: Final = 10
+_LEADING: Final = 3
+UINT_CONTEXTS: Final = _UNARY + _TOPS * (1 << _LEADING)
 """Contexts that one integer model takes."""
 _MAX_EXPONENT: Final = 64
 
@@ -122,13 +123,14 @@ class AdaptiveEncoder(_Models):
                 low, span = self._low, self._range
         self._low, self._range = low, span
         if k:
-            j = first + _UNARY + 3 * (k if k < _TOPS else _TOPS - 1)
-            top = v >> k - 1 & 1
-            self.bit(j, top)
-            if k > 1:
-                self.bit(j + 1 + top, v >> k - 2 & 1)
-                if k > 2:
-                    self.bits(v, k - 2)
+            j = first + _UNARY + (min(k, _TOPS) - 1 << _LEADING)
+            node = 1
+            for shift in range(k - 1, max(k - _LEADING, 0) - 1, -1):
+                bit = v >> shift & 1
+                self.bit(j + node, bit)
+                node = 2 * node + bit
+            if k > _LEADING:
+                self.bits(v, k - _LEADING)
 
     def sint(self, first: int, value: int) -> None:
         """Code a signed integer (0, -1, 1, -2, ... as 0, 1, 2, 3, ...)."""
@@ -230,12 +232,12 @@ class AdaptiveDecoder(_Models):
         bit = self.bit
         if not k:
             return 0
-        j = first + _UNARY + 3 * (k if k < _TOPS else _TOPS - 1)
-        v = 2 | bit(j)
-        if k > 1:
-            v = v << 1 | bit(j + 1 + (v & 1))
-            if k > 2:
-                v = v << (k - 2) | self.bits(k - 2)
+        j = first + _UNARY + (min(k, _TOPS) - 1 << _LEADING)
+        v = 1
+        for _ in range(min(k, _LEADING)):
+            v = v << 1 | bit(j + v)
+        if k > _LEADING:
+            v = v << (k - _LEADING) | self.bits(k - _LEADING)
         return v - 1
 
     def sint(self, first: int) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import TensorMismatch, UnsupportedDtype
+from .errors import UnsupportedDtype
 
-__all__ = ["DTYPE_CODES", "Context", "Limits", "TensorSpec", "spec_of"]
+__all__ = ["DTYPE_CODES", "Context", "Limits", "TensorSpec", "check_dtype", "spec_of"]
 
 # The index is the dtype's code on the wire.
 DTYPE_CODES: tuple[str, ...] = (
@@ -46,13 +46,18 @@ class TensorSpec:
         return self.size * self.dtype.itemsize
 
 
-def spec_of(name: str, array: NDArray[Any]) -> TensorSpec:
-    """Return the spec of ``array``; UnsupportedDtype when it has no coding."""
-    if array.dtype.name not in DTYPE_CODES:
+def check_dtype(name: str, dtype: np.dtype[Any]) -> None:
+    """UnsupportedDtype when a dtype has no coding."""
+    if dtype.name not in DTYPE_CODES:
         raise UnsupportedDtype(
-            f"tensor {name!r} has dtype {array.dtype}; the codec takes bool, int8 to int64, "
+            f"tensor {name!r} has dtype {dtype}; the codec takes bool, int8 to int64, "
             "uint8 to uint64 and float16 to float64: convert it first"
         )
+
+
+def spec_of(name: str, array: NDArray[Any]) -> TensorSpec:
+    """Return the spec of ``array``; UnsupportedDtype when it has no coding."""
+    check_dtype(name, array.dtype)
     return TensorSpec(array.dtype, array.shape)
 
 
@@ -103,10 +108,8 @@ class Context:
             h.update(len(self.mask).to_bytes(8, "little"))
             for name in sorted(self.mask):
                 m = np.asarray(self.mask[name])
-                if m.dtype != np.bool_:
-                    raise TensorMismatch(f"the mask of {name!r} has dtype {m.dtype}, not bool")
                 head(name, TensorSpec(m.dtype, m.shape))
-                h.update(np.packbits(m, axis=None, bitorder="little"))
+                h.update(np.packbits(m != 0, axis=None, bitorder="little").data)
         if self.previous is not None:
             h.update(len(self.previous).to_bytes(8, "little"))
             for name in sorted(self.previous):
@@ -133,9 +136,14 @@ class Limits:
     decoded_bytes: int = 1 << 31
     """Size of all decoded tensors together, in bytes."""
     expansion: int = 4096
-    """Decoded bytes per payload byte, beyond ``free_bytes`` (no layout in the context)."""
-    free_bytes: int = 1 << 27
-    """Decoded bytes that any payload may state, whatever its length (no layout)."""
+    """Decoded bytes (at least 4 an element) per payload byte, beyond ``free_bytes``.
+
+    Not applied where the context holds the layout: then the sizes are the receiver's own.
+    """
+    free_bytes: int = 1 << 26
+    """Decoded bytes that any payload may state, whatever its length."""
+    serial_symbols: int = 1 << 20
+    """Number of symbols coded one at a time, in the head's coder."""
     levels: int = 1 << 22
     """Number of row and column levels of all tensors together."""
     segments: int = 1 << 16

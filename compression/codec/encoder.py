@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,31 +13,31 @@ from .classes import (
     ACTIVITIES,
     CODED,
     STORED,
-    Classifier,
     FieldCode,
-    flip_signs,
-    neighbour_sums,
-    phase_slice,
 )
 from .context import Context, TensorSpec, spec_of
 from .errors import TensorMismatch
 from .fields import PREVIOUS_CLASSES, Field, fields_of, split_tensor, to_z
 from .head import Body, segments_of, write_body, write_specs
 from .lanes import SymbolStream, rans_tables, write_segment
-from .planning import build_maps, choose_scheme, plan_field, raw_table
+from .parts import Part, split_phases, symbols_of
+from .planning import build_maps, choose_scheme, entropy_bits, plan_field, raw_table
 from .rans import RansTables
 from .serial import SerialModels, write_serial
-from .symbols import Placement, Symbols, collect
+from .symbols import Placement
 from .tables import quantised
 from .wire import seal
 
 __all__ = ["encode"]
 
-_SERIAL_SYMBOLS = 12000
+_SERIAL_SYMBOLS = 20_000
+_SERIAL_SYMBOLS_LARGE = 8_000
+_LARGE_MODEL = 1 << 20
 _OWN_SEGMENT = 1 << 15
 _MAX_LANES = 2048
 _BYTES_A_LANE = 200
 _STEPS = 600
+_LARGE = 12_000
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None) -> bytes:
@@ -114,7 +113,7 @@ def _encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any])
             continue
         centre = _centre(v, f)
         z = to_z(v, centre, f)
-        if f.plane is not None and f.size >= 64 and _incompressible(z):
+        if f.plane is not None and _incompressible(z):
             stored += v.astype(np.int8).tobytes()
             codes.append(FieldCode(STORED))
             zs.append(z)
@@ -122,8 +121,8 @@ def _encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any])
         code = plan_field(f, z, 0)
         code.centre = centre
         if code.mode == CODED:
-            key = None if f.plane is None else f.plane - f.spec.dtype.itemsize
-            code.table_set = sets.setdefault(key, len(sets))
+            kind = None if f.plane is None else f.plane - f.spec.dtype.itemsize
+            code.table_set = sets.setdefault(kind, len(sets))
         codes.append(code)
         zs.append(z)
     active = [i for i, c in enumerate(codes) if c.mode == CODED and fields[i].size]
@@ -131,7 +130,7 @@ def _encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any])
     total = sum(fields[i].size for i in active)
     scheme = choose_scheme(largest, total)
 
-    parts = {i: _split_phases(fields[i], codes[i], zs[i]) for i in active}
+    parts = {i: split_phases(fields[i], codes[i], zs[i]) for i in active}
     raw = PREVIOUS_CLASSES * ACTIVITIES
     histograms = [np.zeros((raw, 256), np.int64) for _ in sets]
     for i in active:
@@ -150,7 +149,8 @@ def _encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any])
             clusters = part.look.look_up(table, phase, part.around)
             part.placement = Placement.of(clusters, body.sparse)
     work = sum(part.work for group in parts.values() for part in group)
-    body.serial = work <= _SERIAL_SYMBOLS
+    most = _SERIAL_SYMBOLS if total < _LARGE_MODEL else _SERIAL_SYMBOLS_LARGE
+    body.serial = work <= most
     body.groups = _group(active, fields, codes, parts, serial=body.serial)
     body.segments = segments_of(body.groups, codes)
     if body.serial:
@@ -158,46 +158,16 @@ def _encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any])
         models = SerialModels(coder, len(body.sparse))
         for segment in body.segments:
             members = [parts[i][phase] for i, phase in segment.parts]
-            write_serial(coder, models, *_symbols(members), body.sparse)
+            write_serial(coder, models, *symbols_of(members), body.sparse)
         return stored
     return _encode_lanes(coder, body, fields, parts) + stored
-
-
-@dataclass
-class _Part:
-    """One phase of one field."""
-
-    look: Classifier
-    z: NDArray[Any]
-    around: NDArray[np.int64] | None
-    placement: Placement | None = None
-
-    @property
-    def work(self) -> int:
-        """Symbols to code, about."""
-        assert self.placement is not None
-        sparse = int(np.count_nonzero(self.z)) if len(self.placement.order) else 0
-        return len(self.placement.dense_cluster) + 2 * sparse
-
-
-def _split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[_Part]:
-    look = Classifier(f, code)
-    parts = []
-    for phase in range(1 + code.depth):
-        part = z[phase_slice(code.depth, phase)]
-        around = None
-        if phase:
-            around = neighbour_sums(z, code.depth, phase)
-            part = flip_signs(part, around, f.width)
-        parts.append(_Part(look, np.ascontiguousarray(part), around))
-    return parts
 
 
 def _group(
     active: list[int],
     fields: list[Field],
     codes: list[FieldCode],
-    parts: dict[int, list[_Part]],
+    parts: dict[int, list[Part]],
     *,
     serial: bool,
 ) -> list[list[int]]:
@@ -218,19 +188,13 @@ def _group(
     return groups
 
 
-def _symbols(parts: list[_Part]) -> tuple[Symbols, NDArray[np.uint8]]:
-    placements = [p.placement for p in parts if p.placement is not None]
-    dense = np.concatenate([p.dense_cluster for p in placements])
-    return collect(placements, [p.z for p in parts]), dense
-
-
 def _encode_lanes(
-    coder: AdaptiveEncoder, body: Body, fields: list[Field], parts: dict[int, list[_Part]]
+    coder: AdaptiveEncoder, body: Body, fields: list[Field], parts: dict[int, list[Part]]
 ) -> bytes:
     streams = []
     for segment in body.segments:
         members = [parts[i][phase] for i, phase in segment.parts]
-        streams.append(SymbolStream(body, *_symbols(members)))
+        streams.append(SymbolStream(body, *symbols_of(members)))
     count = len(body.sparse) + int(body.sparse.sum())
     h = np.zeros(count << 8, np.int64)
     for s in streams:
@@ -249,7 +213,7 @@ def _encode_lanes(
     data = []
     for segment, stream in zip(body.segments, streams, strict=True):
         nbytes = _estimate(stream, tables) / 8
-        fast = min(len(stream.tokens) / _STEPS, nbytes / 64)
+        fast = min(len(stream.tokens) / _STEPS, nbytes / 64) if nbytes > _LARGE else 0
         lanes = int(min(_MAX_LANES, max(1, nbytes / _BYTES_A_LANE, fast)))
         data.append(write_segment(tables, stream, lanes, segment))
     write_body(coder, body, fields)
@@ -265,8 +229,7 @@ def _estimate(stream: SymbolStream, tables: RansTables) -> float:
 
 
 def _incompressible(z: NDArray[Any]) -> bool:
+    """Whether bytes (as zigzag) are cheaper as they are."""
     h = np.bincount(z, minlength=256)
-    p = h[h > 0] / len(z)
-    return float(-(p * np.log2(p)).sum()) > 7.9 or (
-        len(z) < 2048 and np.count_nonzero(h) > 0.6 * min(len(z), 256)
-    )
+    used = int(np.count_nonzero(h))
+    return used > 1 and float(entropy_bits(h)) + 5 * used > 7.8 * len(z)

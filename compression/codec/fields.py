@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .context import Context, TensorSpec
+from .context import Context, TensorSpec, spec_of
 from .errors import MalformedPayload, MaskViolation, TensorMismatch
 from .tokens import signed, zigzag
 
@@ -122,13 +122,15 @@ def fields_of(specs: Mapping[str, TensorSpec], context: Context) -> dict[str, li
         previous = context.previous.get(name) if context.previous is not None else None
         if mask is not None:
             mask = np.asarray(mask)
+            if mask.dtype != np.bool_:
+                raise TensorMismatch(f"the mask of {name!r} has dtype {mask.dtype}, not bool")
             if mask.shape != spec.shape:
                 raise TensorMismatch(
                     f"tensor {name!r} has shape {spec.shape}, its mask {mask.shape}"
                 )
         if previous is not None:
-            previous = np.ascontiguousarray(previous)
-            previous = previous.reshape(np.shape(context.previous[name]))  # type: ignore[index]
+            previous = np.asarray(previous)
+            previous = previous.astype(spec_of(name, previous).dtype, order="C", copy=False)
             if previous.shape != spec.shape:
                 raise TensorMismatch(
                     f"tensor {name!r} has shape {spec.shape}, its previous value {previous.shape}"

@@ -269,8 +269,8 @@ def read_body(
     if serial:
         return body
     body.precision = coder.uint(m.general)
-    if not 9 <= body.precision <= 15:
-        raise MalformedPayload(f"the precision {body.precision} is outside [9, 15]")
+    if not 9 <= body.precision <= 14:
+        raise MalformedPayload(f"the precision {body.precision} is outside [9, 14]")
     kinds = [m.gap_table if s else m.dense_table for s in body.sparse]
     kinds += [m.value_table] * int(body.sparse.sum())
     body.tables = [kind.read(coder) if coder.bit(m.flag + 5) else [] for kind in kinds]

@@ -17,7 +17,7 @@ from .classes import (
     neighbour_sums,
     phase_slice,
 )
-from .context import Context, Limits, TensorSpec
+from .context import Context, Limits, TensorSpec, check_dtype
 from .errors import CodecError, LimitExceeded, MalformedPayload
 from .fields import Field, assemble, check_width, fields_of, from_z
 from .head import read_body, read_specs
@@ -30,6 +30,18 @@ from .wire import unseal
 __all__ = ["Payload", "decode", "open_payload"]
 
 
+# What numpy and Python raise on values that no check foresaw.
+_FOREIGN = (ArithmeticError, ValueError, LookupError, TypeError, MemoryError)
+
+
+def _wrapped(error: Exception, what: str) -> CodecError:
+    if isinstance(error, MemoryError):
+        return LimitExceeded(
+            f"{what} needs more memory than there is; lower Limits.decoded_bytes to refuse earlier"
+        )
+    return MalformedPayload(f"{what} cannot be decoded: {error}")
+
+
 class Payload(Mapping[str, NDArray[Any]]):
     """A payload whose tensors are decoded when asked for.
 
@@ -40,10 +52,13 @@ class Payload(Mapping[str, NDArray[Any]]):
     def __init__(self, payload: bytes, context: Context, limits: Limits) -> None:
         envelope = unseal(payload, context, limits)
         coder = AdaptiveDecoder(envelope.head)
+        specs: dict[str, TensorSpec]
         if context.layout is None:
             specs = read_specs(coder, limits)
         else:
             specs = dict(context.layout)
+            for name, spec in specs.items():
+                check_dtype(name, spec.dtype)
         _check_size(specs, limits, len(payload), trusted=context.layout is not None)
         self.specs: Mapping[str, TensorSpec] = specs
         self._by_tensor = fields_of(specs, context)
@@ -61,6 +76,9 @@ class Payload(Mapping[str, NDArray[Any]]):
         self._stored_at: dict[int, int] = {}
         self._lay_out()
         self._tables: RansTables | None = None
+        # Serial symbols can be read once only, as the coder's state moves on.
+        self._serial_read = False
+        self._serial_left = limits.serial_symbols
         self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
 
     def _lay_out(self) -> None:
@@ -86,10 +104,8 @@ class Payload(Mapping[str, NDArray[Any]]):
         try:
             parts = [self._values(i) for i in self._index[name]]
             return assemble(parts, fields)
-        except CodecError:
-            raise
-        except (ArithmeticError, ValueError, LookupError, TypeError) as error:
-            raise MalformedPayload(f"tensor {name!r} cannot be decoded: {error}") from error
+        except _FOREIGN as error:
+            raise _wrapped(error, f"tensor {name!r}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -111,6 +127,9 @@ class Payload(Mapping[str, NDArray[Any]]):
         group = self._group_of[i]
         if self._kept[0] != group:
             self._kept = (-1, {})
+            if self._body.serial and self._serial_read:
+                raise MalformedPayload("an earlier tensor of this payload could not be decoded")
+            self._serial_read = True
             self._kept = (group, self._decode_group(group))
         return from_z(self._kept[1][i], code.centre, f)
 
@@ -137,7 +156,10 @@ class Payload(Mapping[str, NDArray[Any]]):
             dense = np.concatenate([p.dense_cluster for p in placements])
             if models is not None:
                 sizes = np.sum([p.counts for p in placements], axis=0)
-                symbols = read_serial(self._coder, models, dense, body.sparse, sizes, bits)
+                symbols = read_serial(
+                    self._coder, models, dense, body.sparse, sizes, bits, self._serial_left
+                )
+                self._serial_left -= len(symbols.dense) + 2 * len(symbols.gaps)
             else:
                 symbols = self._read_lanes(index, dense, bits)
             for (i, _), z in zip(segment.parts, distribute(placements, symbols), strict=True):
@@ -164,7 +186,7 @@ def _check_size(
     specs: Mapping[str, TensorSpec], limits: Limits, payload_bytes: int, *, trusted: bool
 ) -> None:
     elements = sum(s.size for s in specs.values())
-    nbytes = sum(s.nbytes for s in specs.values())
+    nbytes = sum(max(s.nbytes, 4 * s.size) for s in specs.values())
     if len(specs) > limits.tensors:
         raise LimitExceeded(f"{len(specs)} tensors, above Limits.tensors = {limits.tensors}")
     if elements > limits.elements:
@@ -195,10 +217,8 @@ def open_payload(
     """
     try:
         return Payload(bytes(payload), context or Context(), limits or Limits())
-    except CodecError:
-        raise
-    except (ArithmeticError, ValueError, LookupError, TypeError) as error:
-        raise MalformedPayload(f"the payload cannot be read: {error}") from error
+    except _FOREIGN as error:
+        raise _wrapped(error, "the payload") from error
 
 
 def decode(

@@ -26,7 +26,7 @@ from .context import TensorSpec
 from .fields import PREVIOUS_CLASSES, Field
 from .tokens import TokenScheme
 
-__all__ = ["build_maps", "choose_scheme", "plan_field", "raw_table"]
+__all__ = ["build_maps", "choose_scheme", "entropy_bits", "plan_field", "raw_table"]
 
 _RAW = PREVIOUS_CLASSES * ACTIVITIES
 _SAMPLE = 1 << 16
@@ -61,7 +61,7 @@ def choose_scheme(largest: int, total: int) -> TokenScheme:
 
 
 def _magnitudes(z: NDArray[Any]) -> NDArray[np.float32]:
-    return ((z + z.dtype.type(1)) >> 1).astype(np.float32)
+    return np.asarray((z + z.dtype.type(1)) >> 1, np.float32)
 
 
 def _axis_means(f: Field, a: NDArray[np.float32]) -> tuple[Any, Any]:
@@ -128,7 +128,10 @@ class _Trial:
             key |= _coarse(z)
             h += np.bincount(key, minlength=_RAW << 6).reshape(_RAW, 64)
         h = h[h.any(1)]
-        learning = 0.3 * float(((h > 0).sum(1) * np.log2(1 + h.sum(1) * self._scale)).sum())
+        # Half a nat for each fitted probability is what a sample's own entropy leaves out.
+        fitted = (h > 0).sum(1)
+        learning = 0.3 * float((fitted * np.log2(1 + h.sum(1) * self._scale)).sum())
+        learning += 0.72 * (self._scale - 1) * float(fitted.sum())
         return float(entropy_bits(h).sum()) * self._scale + learning
 
 
@@ -216,9 +219,7 @@ def build_maps(
     return maps, np.array(sparse, np.bool_)
 
 
-def _gathered(
-    h: NDArray[np.int64], used: list[int]
-) -> list[tuple[list[int], NDArray[np.float64]]]:
+def _gathered(h: NDArray[np.int64], used: list[int]) -> list[tuple[list[int], NDArray[np.float64]]]:
     """Start groups from raw contexts; rare ones join the one before in their class at once."""
     folded = h[used, :_BINS].astype(np.float64)
     folded[:, -1] += h[used, _BINS:].sum(1)
@@ -231,15 +232,19 @@ def _gathered(
 def _fold(
     folded: NDArray[np.float64], used: list[int], share: float
 ) -> list[tuple[list[int], NDArray[np.float64]]]:
-    total = float(folded.sum())
+    # What counts is information: non-zeros, or everything where zeros are not the rule.
+    weight = folded.sum(1) - np.maximum(folded[:, 0] - folded[:, 1:].sum(1), 0)
+    total = float(weight.sum())
+    weights: list[float] = []
     groups: list[tuple[list[int], NDArray[np.float64]]] = []
-    for a, counts in zip(used, folded, strict=True):
-        if groups and groups[-1][0][-1] // ACTIVITIES == a // ACTIVITIES:
-            least = min(counts.sum(), groups[-1][1].sum())
-            if least < 24 or least < share * total:
-                groups[-1] = ([*groups[-1][0], a], groups[-1][1] + counts)
-                continue
+    for a, counts, w in zip(used, folded, weight.tolist(), strict=True):
+        beside = groups and groups[-1][0][-1] // ACTIVITIES == a // ACTIVITIES
+        if beside and min(w, weights[-1]) < max(8.0, share * total):
+            groups[-1] = ([*groups[-1][0], a], groups[-1][1] + counts)
+            weights[-1] += w
+            continue
         groups.append(([a], counts))
+        weights.append(w)
     return groups
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
-from .errors import MalformedPayload
+from .errors import LimitExceeded, MalformedPayload
 from .symbols import Symbols
 
 __all__ = ["SerialModels", "read_serial", "write_serial"]
@@ -51,8 +51,15 @@ def read_serial(
     sparse: NDArray[np.bool_],
     sizes: NDArray[np.int64],
     bits: int,
+    most: int,
 ) -> Symbols:
-    """Read what :func:`write_serial` wrote; ``sizes`` holds each cluster's positions."""
+    """Read what :func:`write_serial` wrote; ``sizes`` holds each cluster's positions.
+
+    LimitExceeded beyond ``most`` symbols (a sparse value counts as two).
+    """
+    left_over = most - len(dense_cluster)
+    if left_over < 0:
+        raise _too_many(most)
     dtype: Any = np.uint32 if bits == 32 else np.uint64
     uint = coder.uint
     dense = [uint(m.dense[c]) for c in dense_cluster.tolist()]
@@ -63,6 +70,9 @@ def read_serial(
         k = uint(m.count)
         if k > int(sizes[c]):
             raise MalformedPayload("a cluster has more non-zeros than positions")
+        left_over -= 2 * k
+        if left_over < 0:
+            raise _too_many(most)
         counts[c] = k
         gap, value = m.gap[c], m.value[c]
         left = int(sizes[c])
@@ -77,4 +87,11 @@ def read_serial(
         raise MalformedPayload(f"a value exceeds {bits} bits")
     return Symbols(
         np.array(dense, dtype), counts, np.array(gaps, np.int64), np.array(values, dtype)
+    )
+
+
+def _too_many(most: int) -> LimitExceeded:
+    return LimitExceeded(
+        f"the payload codes more than {most} symbols one at a time, above Limits.serial_symbols; "
+        "raise that limit if you trust the sender"
     )

@@ -16,15 +16,13 @@ from .errors import MalformedPayload
 
 __all__ = ["GAP_TOKENS", "TokenScheme", "signed", "zigzag"]
 
-_DIRECT_TABLE_BITS = 11
-
 
 def zigzag(v: NDArray[Any]) -> NDArray[Any]:
     """0, -1, 1, -2, ... to 0, 1, 2, 3, ...; int32 to uint32, int64 to uint64."""
     bits = 8 * v.dtype.itemsize
     z = v << 1
     z ^= v >> (bits - 1)
-    return z.view(np.uint32 if bits == 32 else np.uint64)
+    return np.asarray(z.view(np.uint32 if bits == 32 else np.uint64))
 
 
 def signed(z: NDArray[Any]) -> NDArray[Any]:
@@ -33,7 +31,7 @@ def signed(z: NDArray[Any]) -> NDArray[Any]:
     v = z & one
     np.subtract(z.dtype.type(0), v, out=v)
     v ^= z >> one
-    return v.view(np.int32 if z.dtype.itemsize == 4 else np.int64)
+    return np.asarray(v.view(np.int32 if z.dtype.itemsize == 4 else np.int64))
 
 
 def bit_length_minus_one(z: NDArray[Any]) -> NDArray[np.int64]:
