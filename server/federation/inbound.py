@@ -12,6 +12,7 @@ from flwr.app.error import Error
 from flwr.app.message.message import make_message
 from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
+
 from prunecast.compression.codec import CodecError, Payload
 from prunecast.compression.flower import CONTROL_RECORD, payload_of, stream_id
 from prunecast.compression.versions import (

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array
 from numpy.typing import NDArray
+
 from prunecast.compression.flower.records import NUMPY
 from prunecast.server.federation.ledger import Entry
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message.message import make_message
+
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     dense_arrays,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from prunecast.compression.pruning import CubicSchedule, Scope
 from prunecast.compression.versions import UpdateRule, VersionsError
 from prunecast.server.federation.errors import PolicyError

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord
+
 from prunecast.compression.flower import dense_arrays, stream_id
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publisher import Publisher, Version
