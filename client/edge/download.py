@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tuf.api.exceptions import DownloadError, DownloadHTTPError
+
 from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError, StateError
 from prunecast.client.edge.transport import Fetcher
 from prunecast.compression.onnx import FileRef
 from prunecast.compression.onnx.files import file_digest, sync_folder
-from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
 __all__ = ["download"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.client.edge.errors import EdgeError, NoModel, StateError
 from prunecast.client.edge.slot import LoadedRelease, open_slot, verify_slot
 from prunecast.client.edge.store import StateFolder

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import urllib3
-from prunecast.client.edge.errors import NetworkError
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, SlowRetrievalError
 from tuf.ngclient import FetcherInterface
+
+from prunecast.client.edge.errors import NetworkError
 
 __all__ = ["Fetcher", "HttpFetcher", "Stream"]
 

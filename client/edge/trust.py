@@ -6,6 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tuf.api.exceptions import DownloadError, DownloadLengthMismatchError, RepositoryError
+from tuf.api.metadata import Metadata, Targets
+from tuf.api.serialization import DeserializationError
+from tuf.ngclient import Updater, UpdaterConfig
+
 from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError, TrustError
 from prunecast.client.edge.transport import Fetcher, Stream
 from prunecast.compression.onnx import ManifestError, ReleaseManifest
@@ -14,10 +19,6 @@ from prunecast.compression.onnx.manifest import (
     manifest_path,
     parse_manifest_path,
 )
-from tuf.api.exceptions import DownloadError, DownloadLengthMismatchError, RepositoryError
-from tuf.api.metadata import Metadata, Targets
-from tuf.api.serialization import DeserializationError
-from tuf.ngclient import Updater, UpdaterConfig
 
 __all__ = ["TrustedListing"]
 

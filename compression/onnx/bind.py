@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+import onnx
+from onnx import helper
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import BindError
 from prunecast.compression.onnx.graph import ExportedGraph
@@ -30,9 +33,6 @@ from prunecast.compression.versions import (
     Tensor,
     write_atomically,
 )
-
-import onnx
-from onnx import helper
 
 __all__ = ["BoundModel", "Variant", "bind_weights", "save_single_file", "single_file_size"]
 

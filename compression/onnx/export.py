@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from onnx import helper
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.bind import bind_arrays
 from prunecast.compression.onnx.errors import ExportError, FoldedParameter, NumericsError
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.runtime import open_session
-
-from onnx import helper
 
 __all__ = ["export_graph"]
 

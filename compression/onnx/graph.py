@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import ExportError
 from prunecast.compression.versions import write_atomically

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.compression.onnx.errors import RuntimeFailure
 
 __all__ = ["InferenceSession", "Signature", "open_session"]

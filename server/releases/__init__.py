@@ -20,8 +20,10 @@ from prunecast.server.releases.keys import OFFLINE_ROLES, ONLINE_ROLES, ROLES, K
 from prunecast.server.releases.metadata import Expiry
 
 if TYPE_CHECKING:
+    from prunecast.server.releases.checkpoint import from_arrays, read_checkpoint
     from prunecast.server.releases.http import ReleaseServer
-    from prunecast.server.releases.repository import PublishedRelease, ReleaseEntry, Repository
+    from prunecast.server.releases.reading import ReleaseEntry, RepositoryReader
+    from prunecast.server.releases.repository import PublishedRelease, Repository
     from prunecast.server.releases.verify import VerifiedRelease, verify_repository
 
 __all__ = [
@@ -39,18 +41,24 @@ __all__ = [
     "Repository",
     "RepositoryCorrupt",
     "RepositoryExists",
+    "RepositoryReader",
     "ServerError",
     "VerificationFailed",
     "VerifiedRelease",
+    "from_arrays",
+    "read_checkpoint",
     "verify_repository",
 ]
 
 _LAZY = {
     "PublishedRelease": "repository",
-    "ReleaseEntry": "repository",
+    "ReleaseEntry": "reading",
     "ReleaseServer": "http",
     "Repository": "repository",
+    "RepositoryReader": "reading",
     "VerifiedRelease": "verify",
+    "from_arrays": "checkpoint",
+    "read_checkpoint": "checkpoint",
     "verify_repository": "verify",
 }
 

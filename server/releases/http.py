@@ -8,18 +8,21 @@ anything beside the repository can be reached.
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import uvicorn
-from prunecast.server.releases.errors import ServerError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
+
+from prunecast.server.releases.errors import ServerError
 
 __all__ = ["ReleaseServer", "application"]
 
@@ -63,6 +66,14 @@ def _timestamp(path: Path) -> Response:
         return PlainTextResponse("not found\n", 404)
     headers = {"cache-control": "no-cache"}
     return Response(data, media_type="application/json", headers=headers)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling, which ends the process by the signal once more."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
 
 class ReleaseServer:
@@ -116,7 +127,7 @@ class ReleaseServer:
             raise ServerError(f"cannot bind {host}:{port}: {error.strerror or error}") from error
         self.host, self.port = host, int(self._socket.getsockname()[1])
         self.url = f"{'https' if certificate else 'http'}://{host}:{self.port}/"
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         self._thread: threading.Thread | None = None
 
     def run(self, ready: Callable[[str], None] | None = None) -> None:
@@ -125,9 +136,22 @@ class ReleaseServer:
         Args:
             ready: called with the URL; connections are accepted from then on.
         """
-        if ready:
-            ready(self.url)  # the socket listens already: early requests wait in its backlog
-        self._server.run(sockets=[self._socket])
+        previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, self._on_signal)
+        try:
+            if ready:
+                ready(self.url)  # the socket listens: early requests wait in its backlog
+            self._server.run(sockets=[self._socket])
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._server.should_exit:  # asked twice: do not wait for slow downloads
+            self._server.force_exit = True
+        self._server.should_exit = True
 
     def stop(self) -> None:
         """Finish requests in progress and end `run`; waits for the thread if there is one."""

@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from prunecast.server.releases.errors import KeyFileError, RepositoryExists
 from securesystemslib.signer import CryptoSigner
+
+from prunecast.server.releases.errors import KeyFileError, RepositoryExists
 
 __all__ = ["OFFLINE_ROLES", "ONLINE_ROLES", "ROLES", "KeyRing"]
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from prunecast.server.releases.errors import KeyFileError, RepositoryCorrupt
-from prunecast.server.releases.keys import ROLES
 from securesystemslib.signer import CryptoSigner
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
@@ -27,6 +25,9 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization import DeserializationError
 from tuf.api.serialization.json import JSONSerializer
+
+from prunecast.server.releases.errors import KeyFileError, RepositoryCorrupt
+from prunecast.server.releases.keys import ROLES
 
 __all__ = ["Expiry", "MetadataSet", "Signers"]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +23,11 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import TargetFile
+
 from prunecast.compression.onnx import (
     ExportedGraph,
-    FileRef,
     ReleaseManifest,
     Tolerance,
     Variant,
@@ -35,45 +36,25 @@ from prunecast.compression.onnx.manifest import (
     blob_path,
     check_release_name,
     manifest_path,
-    parse_manifest_path,
 )
 from prunecast.compression.onnx.selftest import Arrays
-from prunecast.compression.versions import (
-    PublishedModel,
-    VersionsError,
-    decode_model,
-    write_atomically,
-)
+from prunecast.compression.versions import PublishedModel, write_atomically
 from prunecast.server.releases.build import ReleaseRequest, build_release
 from prunecast.server.releases.errors import (
     KeyFileError,
-    ReleaseNotFound,
     ReleasesError,
-    RepositoryCorrupt,
     RepositoryExists,
 )
 from prunecast.server.releases.garbage import collect
 from prunecast.server.releases.keys import ONLINE_ROLES, ROLES, KeyRing, write_key
 from prunecast.server.releases.metadata import Expiry, MetadataSet
-from securesystemslib.signer import CryptoSigner
-from tuf.api.metadata import TargetFile
+from prunecast.server.releases.reading import ReleaseEntry, RepositoryReader
 
-__all__ = ["PublishedRelease", "ReleaseEntry", "Repository"]
-
-_ROOT = re.compile(r"([1-9][0-9]*)\.root\.json")
+__all__ = ["PublishedRelease", "Repository"]
 
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)
-
-
-@dataclass(frozen=True)
-class ReleaseEntry:
-    """A live release as the signed metadata lists it."""
-
-    name: str
-    version: int
-    manifest: FileRef
 
 
 @dataclass(frozen=True)
@@ -103,7 +84,7 @@ class PublishedRelease:
     retired: tuple[int, ...] = ()
 
 
-class Repository:
+class Repository(RepositoryReader):
     """A release repository on disk.
 
     Args:
@@ -131,11 +112,10 @@ class Repository:
     ) -> None:
         if window < 1:
             raise ReleasesError("the window holds at least one release")
-        self.path, self.window, self.grace = Path(path), window, grace
-        self._keys, self._expiry, self._now = keys, expiry or Expiry(), now
+        super().__init__(path)
         _check_outside(keys, self.path)
-        if not (self.path / "metadata" / "timestamp.json").is_file():
-            raise RepositoryCorrupt(f"{self.path} is not a release repository: create one first")
+        self.window, self.grace = window, grace
+        self._keys, self._expiry, self._now = keys, expiry or Expiry(), now
 
     @classmethod
     def create(
@@ -163,52 +143,6 @@ class Repository:
         for name, data in files.items():
             write_atomically(path / "metadata" / name, data)
         return cls(path, keys, window=window, expiry=expiry, now=now)
-
-    def trusted_root(self) -> bytes:
-        """The newest root metadata: what a device is provisioned with."""
-        return self._read(f"{self._root_version()}.root.json")
-
-    def releases(self) -> list[ReleaseEntry]:
-        """Live releases, by name and number."""
-        return self._entries(self._load())
-
-    def show(self, name: str, version: int | None = None) -> ReleaseManifest:
-        """The manifest of a live release; the newest when no version is given.
-
-        Raises:
-            ReleaseNotFound: no such live release.
-            RepositoryCorrupt: its manifest is missing or damaged.
-        """
-        return self._manifest(self._find(self._load(), name, version))
-
-    def model(self, manifest: ReleaseManifest) -> PublishedModel:
-        """The published model of a release, from its keyframe.
-
-        Raises:
-            RepositoryCorrupt: the keyframe is missing or damaged.
-        """
-        data = self.blob(manifest.keyframe)
-        try:
-            return decode_model(data, stream=manifest.stream)
-        except VersionsError as error:
-            raise RepositoryCorrupt(
-                f"keyframe of {manifest.name} {manifest.version}: {error}"
-            ) from error
-
-    def blob(self, ref: FileRef) -> bytes:
-        """Content of a file, checked against its digest.
-
-        Raises:
-            RepositoryCorrupt: missing or damaged.
-        """
-        path = self.path / blob_path(ref.sha256)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise RepositoryCorrupt(f"cannot read {path}: {error.strerror or error}") from error
-        if hashlib.sha256(data).hexdigest() != ref.sha256:
-            raise RepositoryCorrupt(f"{path} is damaged: restore it from a copy")
-        return data
 
     def publish(
         self,
@@ -372,49 +306,9 @@ class Repository:
             fresh.replace(path)
             self._commit(files)
 
-    def expires(self) -> dict[str, datetime]:
-        """When each role's metadata expires."""
-        state = self._load()
-        roles = (state.root, state.targets, state.snapshot, state.timestamp)
-        return dict(zip(ROLES, (m.signed.expires for m in roles), strict=True))
-
     def _bases(self, live: Sequence[ReleaseEntry]) -> Iterator[tuple[int, PublishedModel]]:
         for entry in live:
             yield entry.version, self.model(self._manifest(entry))
-
-    def _entries(self, state: MetadataSet) -> list[ReleaseEntry]:
-        found = []
-        for path, target in state.paths().items():
-            parsed = parse_manifest_path(path)
-            if parsed:
-                ref = FileRef(target.hashes["sha256"], target.length)
-                found.append(ReleaseEntry(*parsed, ref))
-        return sorted(found, key=lambda e: (e.name, e.version))
-
-    def _find(self, state: MetadataSet, name: str, version: int | None) -> ReleaseEntry:
-        named = [e for e in self._entries(state) if e.name == name]
-        if not named:
-            known = ", ".join(sorted({e.name for e in self._entries(state)})) or "none"
-            raise ReleaseNotFound(f"no live release is named {name!r} (live names: {known})")
-        found = [e for e in named if version in (None, e.version)]
-        if not found:
-            numbers = ", ".join(str(e.version) for e in named)
-            raise ReleaseNotFound(f"{name} has no live release {version} (live: {numbers})")
-        return found[-1]
-
-    def _manifest(self, entry: ReleaseEntry) -> ReleaseManifest:
-        path = self._target_file(manifest_path(entry.name, entry.version), entry.manifest.sha256)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise RepositoryCorrupt(f"cannot read {path}: {error.strerror or error}") from error
-        if hashlib.sha256(data).hexdigest() != entry.manifest.sha256:
-            raise RepositoryCorrupt(f"{path} is damaged: restore it from a copy")
-        return ReleaseManifest.from_bytes(data)
-
-    def _target_file(self, path: str, sha256: str) -> Path:
-        folder, _, base = path.rpartition("/")
-        return self.path / "targets" / folder / f"{sha256}.{base}"
 
     def _write_once(self, path: Path, data: bytes) -> None:
         if not path.is_file() or path.read_bytes() != data:
@@ -423,19 +317,6 @@ class Repository:
     def _commit(self, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():  # in order: timestamp.json makes the state visible
             write_atomically(self.path / "metadata" / name, data)
-
-    def _load(self) -> MetadataSet:
-        return MetadataSet.load(self._read, self._root_version())
-
-    def _read(self, name: str) -> bytes:
-        return (self.path / "metadata" / name).read_bytes()
-
-    def _root_version(self) -> int:
-        found = (_ROOT.fullmatch(p.name) for p in (self.path / "metadata").iterdir())
-        versions = [int(m[1]) for m in found if m]
-        if not versions:
-            raise RepositoryCorrupt(f"{self.path} has no root metadata: restore it from a copy")
-        return max(versions)
 
     def _keyring(self) -> KeyRing:
         if self._keys is None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
+from tuf.ngclient import FetcherInterface, Updater
+
 from prunecast.compression.onnx import (
     OnnxError,
     ReleaseManifest,
@@ -19,9 +22,7 @@ from prunecast.compression.onnx import (
 from prunecast.compression.onnx.manifest import manifest_path
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 from prunecast.server.releases.errors import ReleasesError, VerificationFailed
-from prunecast.server.releases.repository import Repository
-from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
-from tuf.ngclient import FetcherInterface, Updater
+from prunecast.server.releases.reading import RepositoryReader
 
 __all__ = ["VerifiedRelease", "verify_repository"]
 
@@ -59,7 +60,7 @@ class _FolderFetcher(FetcherInterface):
 
 
 def verify_repository(
-    repository: Repository,
+    repository: RepositoryReader,
     trusted_root: bytes,
     *,
     on_release: Callable[[VerifiedRelease], None] | None = None,
@@ -122,7 +123,7 @@ def _refreshed(path: Path, trusted_root: bytes, folder: Path) -> Updater:
 
 
 def _check_payloads(
-    repository: Repository,
+    repository: RepositoryReader,
     manifest: ReleaseManifest,
     model: PublishedModel,
     models: dict[tuple[str, str], PublishedModel],
@@ -141,7 +142,7 @@ def _check_payloads(
     return working
 
 
-def _run(repository: Repository, manifest: ReleaseManifest, model: PublishedModel) -> float:
+def _run(repository: RepositoryReader, manifest: ReleaseManifest, model: PublishedModel) -> float:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = {file: repository.blob(ref) for file, ref in manifest.files.items()}

@@ -10,12 +10,13 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
+from tuf.api.exceptions import DownloadError, DownloadHTTPError
+
 from prunecast.client.edge import Agent, AgentConfig, Fetcher, Stream
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import ExportedGraph, ReleaseManifest
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 from prunecast.server.releases import KeyRing, Repository
-from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
 WIDTHS = (12, 64, 5)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from prunecast.client.edge import (
     Agent,
     AgentConfig,

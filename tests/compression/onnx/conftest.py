@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from prunecast.compression.onnx import ExportedGraph, export_graph
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
-from torch import nn
 
 
 class Convolutional(nn.Module):

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
+
 from prunecast.compression.onnx import (
     BindError,
     ExportedGraph,
@@ -19,7 +21,6 @@ from prunecast.compression.onnx import (
     single_file_size,
 )
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
-from torch import nn
 
 Publish = Callable[..., PublishedModel]
 
@@ -87,6 +88,7 @@ def test_dequantised_weights_equal_the_published_ones(
 def _identity(dtype: np.dtype) -> ExportedGraph:
     """A graph whose output is exactly its weight: Where(input == 0, w, input)."""
     from onnx import helper
+
     from prunecast.compression.codec import TensorSpec
 
     kind = helper.np_dtype_to_tensor_dtype(dtype)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
+from torch import nn
+
 from prunecast.compression.onnx import (
     ExportedGraph,
     ExportError,
@@ -12,7 +14,6 @@ from prunecast.compression.onnx import (
     load_graph,
     save_graph,
 )
-from torch import nn
 
 
 def test_every_tensor_that_inference_reads_is_a_parameter(conv_graph: ExportedGraph) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from prunecast.compression.onnx import LayoutError, WeightsLayout
 from prunecast.compression.onnx.layout import ALIGNMENT, place
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor

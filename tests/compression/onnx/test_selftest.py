@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from prunecast.compression.onnx import SelfTestFailed, Tolerance, check_outputs
 from prunecast.compression.onnx.selftest import decided, pack_arrays, unpack_arrays
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
+
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.releases import ReleaseServer, Repository, ServerError

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from prunecast.compression.onnx import BindError, ExportedGraph, ManifestError, RuntimeFailure
 from prunecast.compression.versions import PublishedModel, RawTensor, decode_model
 from prunecast.server.releases import (

@@ -1,0 +1,183 @@
+"""`prunecast edge`: the agent on a device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from prunecast.client.edge import AgentConfig, EdgeError, HttpFetcher, UpdateResult
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Follow signed releases on a device and run them.")
+
+State = Annotated[Path, typer.Option(help="Folder for everything the agent keeps.")]
+Url = Annotated[str, typer.Option(help="URL of the release repository.")]
+Name = Annotated[str, typer.Option(help="Name of the release to follow.")]
+Root = Annotated[
+    Path, typer.Option(help="Root metadata of the repository, provisioned with the device.")
+]
+CaFile = Annotated[Path | None, typer.Option(help="PEM file of the authorities to trust for TLS.")]
+Certificate = Annotated[
+    Path | None, typer.Option(help="PEM file with the device's TLS certificate.")
+]
+Key = Annotated[Path | None, typer.Option(help="PEM file with its private key.")]
+TokenFile = Annotated[
+    Path | None, typer.Option(help="File with a bearer token for the repository's server.")
+]
+Threads = Annotated[int | None, typer.Option(help="Threads of the inference session.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def update(
+    state: State,
+    url: Url,
+    name: Name,
+    root: Root,
+    ca_file: CaFile = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token_file: TokenFile = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check once for a newer release; download, verify, self-test and activate it."""
+    from prunecast.client.edge import Agent
+
+    config = _config(state, url, name, root, threads)
+    with Agent(config, fetcher=_fetcher(ca_file, certificate, key, token_file)) as agent:
+        result = agent.update_once()
+        agent.confirm()  # it was loaded and self-tested, which is all one command can tell
+    print(json.dumps(asdict(result)) if as_json else _line(result), flush=True)  # noqa: T201
+    if result.outcome == "rejected":
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    state: State,
+    url: Url,
+    name: Name,
+    root: Root,
+    interval: Annotated[float, typer.Option(help="Seconds between checks.", min=0.1)] = 300.0,
+    jitter: Annotated[
+        float, typer.Option(help="Share by which each wait varies.", min=0.0, max=1.0)
+    ] = 0.2,
+    ca_file: CaFile = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token_file: TokenFile = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Follow releases until interrupted; one line per check."""
+    import signal
+    import threading
+
+    from prunecast.client.edge import Agent, EdgeError
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+    def show(result: UpdateResult | EdgeError) -> None:
+        if isinstance(result, EdgeError):
+            problem = {"outcome": "failed", "error": type(result).__name__, "reason": str(result)}
+            shown = json.dumps(problem) if as_json else f"failed: {result}"
+        else:
+            shown = json.dumps(asdict(result)) if as_json else _line(result)
+        print(shown, flush=True)  # noqa: T201
+
+    config = _config(state, url, name, root, threads)
+    with Agent(config, fetcher=_fetcher(ca_file, certificate, key, token_file)) as agent:
+        agent.run(interval, stop=stop, jitter=jitter, on_result=show)
+
+
+@app.command()
+def status(state: State, as_json: AsJson = False) -> None:
+    """What runs on this device, and what the last check did."""
+    from prunecast.client.edge import read_status
+
+    found = read_status(state)
+    if as_json:
+        print(json.dumps(found))  # noqa: T201
+        return
+    active, previous = found["active"], found["previous"]
+    lines = [
+        f"release  {found['name']} {active['version']}" if active else "release  none",
+        f"previous {previous['version']}" if previous else "previous none",
+        f"checked  {found.get('last_check', 'never')}",
+    ]
+    if found.get("last_error"):
+        lines.append(f"problem  {found['last_error']}")
+    print("\n".join(lines))  # noqa: T201
+
+
+@app.command()
+def infer(
+    state: State,
+    inputs: Annotated[Path, typer.Option(help=".npz with one array per input of the model.")],
+    outputs: Annotated[Path, typer.Option(help=".npz to write, one array per output.")],
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the active release on arrays in a file; needs no network."""
+    import time
+
+    from prunecast.client.edge import open_model
+    from prunecast.compression.onnx import pack_arrays, unpack_arrays
+    from prunecast.compression.versions import write_atomically
+
+    arrays = unpack_arrays(inputs.read_bytes(), max_bytes=2**34)
+    model = open_model(state, threads=threads)
+    begun = time.perf_counter()
+    served = model.infer(arrays)
+    seconds = time.perf_counter() - begun
+    write_atomically(outputs, pack_arrays(served.outputs))
+    report: dict[str, Any] = {
+        "version": served.version,
+        "outputs": {name: list(values.shape) for name, values in served.outputs.items()},
+        "seconds": seconds,
+    }
+    text = f"release {served.version}: {outputs} in {seconds * 1000:.1f} ms"
+    print(json.dumps(report) if as_json else text)  # noqa: T201
+
+
+def _config(state: Path, url: str, name: str, root: Path, threads: int | None) -> AgentConfig:
+    from prunecast.client.edge import AgentConfig
+
+    if not url.startswith(("http://", "https://")):
+        raise typer.BadParameter("must begin with http:// or https://", param_hint="--url")
+    return AgentConfig(state, url, name, root.read_bytes(), threads=threads)
+
+
+def _fetcher(
+    ca_file: Path | None, certificate: Path | None, key: Path | None, token_file: Path | None
+) -> HttpFetcher:
+    from prunecast.client.edge import HttpFetcher
+
+    if (certificate is None) != (key is None):
+        raise typer.BadParameter("--certificate and --key belong together")
+    headers = {}
+    if token_file:
+        headers["authorization"] = f"Bearer {token_file.read_text().strip()}"
+    return HttpFetcher(
+        ca_file=ca_file,
+        client_certificate=(certificate, key) if certificate and key else None,
+        headers=headers,
+    )
+
+
+def _line(result: UpdateResult) -> str:
+    if result.outcome == "rejected":
+        return f"rejected: {result.reason}; release {result.version or 'none'} stays"
+    if result.outcome == "current":
+        return f"release {result.version or 'none'} is current"
+    received = ", ".join(f"{kind} {size:,}" for kind, size in sorted(result.downloaded.items()))
+    return f"release {result.version} is active, came as {result.payload} (bytes: {received})"

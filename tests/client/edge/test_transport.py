@@ -1,0 +1,217 @@
+"""The HTTP fetcher against servers that misbehave, on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from tuf.api.exceptions import DownloadError, DownloadHTTPError, SlowRetrievalError
+
+from prunecast.client.edge import ContentMissing, ContentRefused, HttpFetcher, NetworkError
+from prunecast.client.edge.download import download
+from prunecast.compression.onnx import FileRef
+
+pytestmark = pytest.mark.engine
+
+Answer = Callable[[socket.socket, str], None]
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[str]:
+    """A server that answers each connection with `answer(connection, request)`."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    closing = threading.Event()
+
+    def loop() -> None:
+        while not closing.is_set():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                request = b""
+                while b"\r\n\r\n" not in request:
+                    request += connection.recv(4096)
+                with suppress(OSError):  # the client may hang up
+                    answer(connection, request.decode().lower())
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/file"
+    finally:
+        closing.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(timeout=5)
+
+
+def _head(status: str, length: int, extra: str = "") -> bytes:
+    return f"HTTP/1.1 {status}\r\ncontent-length: {length}\r\n{extra}\r\n".encode()
+
+
+DATA = bytes(range(256)) * 40
+REF = FileRef(hashlib.sha256(DATA).hexdigest(), len(DATA))
+
+
+def test_a_trickling_server_is_left() -> None:
+    def trickle(connection: socket.socket, request: str) -> None:
+        connection.sendall(_head("200 OK", 10**6))
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+    with serving(trickle) as url:
+        fetcher = HttpFetcher(patience=0.3, least_rate=10_000, read_timeout=5)
+        with pytest.raises(SlowRetrievalError, match="bytes per second"):
+            list(fetcher.open(url).chunks)
+
+
+def test_a_silent_server_is_left() -> None:
+    def silence(connection: socket.socket, request: str) -> None:
+        connection.sendall(_head("200 OK", 100) + b"x")
+        connection.recv(1)  # until the client gives up
+
+    with serving(silence) as url:
+        fetcher = HttpFetcher(read_timeout=0.3)
+        with pytest.raises(SlowRetrievalError, match="stopped"):
+            list(fetcher.open(url).chunks)
+
+
+def test_a_broken_connection_resumes_at_the_byte_it_reached(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def breaking(connection: socket.socket, request: str) -> None:
+        wanted = [line for line in request.splitlines() if line.startswith("range:")]
+        asked.append(wanted[0] if wanted else "")
+        start = int(wanted[0].partition("=")[2].rstrip("-")) if wanted else 0
+        length = len(DATA) - start
+        where = f"content-range: bytes {start}-{len(DATA) - 1}/{len(DATA)}\r\n"
+        status = "206 Partial Content" if wanted else "200 OK"
+        connection.sendall(_head(status, length, where if wanted else ""))
+        connection.sendall(DATA[start : start + 4000])
+
+    received: list[int] = []
+    with serving(breaking) as url:
+        download(
+            HttpFetcher(),
+            url,
+            REF,
+            tmp_path / "file",
+            on_bytes=received.append,
+            wait=lambda _: None,
+        )
+    assert (tmp_path / "file").read_bytes() == DATA
+    assert asked == ["", "range: bytes=4000-", "range: bytes=8000-"]
+    assert sum(received) == len(DATA)
+    assert not (tmp_path / "file.part").exists()
+
+
+def test_a_server_that_ignores_ranges_is_read_from_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(DATA[:3000])
+
+    def whole(connection: socket.socket, request: str) -> None:
+        connection.sendall(_head("200 OK", len(DATA)) + DATA)
+
+    with serving(whole) as url:
+        download(HttpFetcher(), url, REF, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+def test_a_part_longer_than_the_file_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(DATA + b"more")
+
+    def whole(connection: socket.socket, request: str) -> None:
+        assert "range:" not in request
+        connection.sendall(_head("200 OK", len(DATA)) + DATA)
+
+    with serving(whole) as url:
+        download(HttpFetcher(), url, REF, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+def test_endless_content_is_cut_at_the_signed_length(tmp_path: Path) -> None:
+    def endless(connection: socket.socket, request: str) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            connection.sendall(b"x" * 65536)
+
+    with serving(endless) as url, pytest.raises(ContentRefused, match="longer than the 10240"):
+        download(HttpFetcher(), url, REF, tmp_path / "file")
+    assert (tmp_path / "file.part").stat().st_size == 0
+
+
+@pytest.mark.parametrize(("status", "kind"), [("404 Not Found", ContentMissing)])
+def test_a_missing_file_is_not_asked_for_again(
+    tmp_path: Path, status: str, kind: type[Exception]
+) -> None:
+    asked: list[str] = []
+
+    def missing(connection: socket.socket, request: str) -> None:
+        asked.append(request)
+        connection.sendall(_head(status, 0))
+
+    with serving(missing) as url, pytest.raises(kind):
+        download(HttpFetcher(), url, REF, tmp_path / "file", wait=lambda _: None)
+    assert len(asked) == 1
+
+
+def test_an_overloaded_server_is_asked_again(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def busy(connection: socket.socket, request: str) -> None:
+        asked.append(request)
+        if len(asked) < 3:
+            connection.sendall(_head("503 Service Unavailable", 0))
+        else:
+            connection.sendall(_head("200 OK", len(DATA)) + DATA)
+
+    with serving(busy) as url:
+        download(HttpFetcher(), url, REF, tmp_path / "file", wait=lambda _: None)
+    assert len(asked) == 3
+
+
+def test_another_range_than_asked_for_is_refused() -> None:
+    def shifted(connection: socket.socket, request: str) -> None:
+        extra = "content-range: bytes 0-9/20\r\n"
+        connection.sendall(_head("206 Partial Content", 10, extra) + b"x" * 10)
+
+    with serving(shifted) as url, pytest.raises(DownloadError, match="another range"):
+        HttpFetcher().open(url, 10)
+
+
+def test_no_server_and_http_errors() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(DownloadError, match="no answer"):
+        HttpFetcher().open(f"http://127.0.0.1:{port}/file")
+    with (
+        serving(lambda c, r: c.sendall(_head("403 Forbidden", 0))) as url,
+        pytest.raises(DownloadHTTPError) as caught,
+    ):
+        HttpFetcher().open(url)
+    assert caught.value.status_code == 403
+
+
+def test_headers_are_sent_and_no_compression_is_asked_for() -> None:
+    seen: list[str] = []
+
+    def answer(connection: socket.socket, request: str) -> None:
+        seen.append(request)
+        connection.sendall(_head("200 OK", 0))
+
+    with serving(answer) as url:
+        list(HttpFetcher(headers={"authorization": "Bearer t"}).open(url).chunks)
+    assert "authorization: bearer t" in seen[0]
+    assert "accept-encoding: identity" in seen[0]
+
+
+def test_an_unusable_tls_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match="TLS file"):
+        HttpFetcher(ca_file=tmp_path / "absent.pem")
