@@ -28,7 +28,7 @@ from .symbols import Placement
 from .tables import quantised
 from .wire import seal
 
-__all__ = ["encode"]
+__all__ = ["encode", "encode_body"]
 
 _SERIAL_SYMBOLS = 20_000
 _SERIAL_SYMBOLS_LARGE = 8_000
@@ -64,15 +64,11 @@ def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = Non
     _check_layout(specs, context)
     by_tensor = fields_of(specs, context)
     fields = [f for group in by_tensor.values() for f in group]
-    values = [
-        v
-        for name, group in by_tensor.items()
-        for v in (split_tensor(arrays[name], group) if group[0].size else [None] * len(group))
-    ]
+    values = [v for name, group in by_tensor.items() for v in split_tensor(arrays[name], group)]
     coder = AdaptiveEncoder()
     if context.layout is None:
         write_specs(coder, specs)
-    rest = _encode_body(coder, fields, values)
+    rest = encode_body(coder, fields, values)
     return seal(context, coder.finish(), rest)
 
 
@@ -101,7 +97,8 @@ def _centre(v: NDArray[Any], f: Field) -> int:
     return first if first and (v == v[0]).all() else 0
 
 
-def _encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any]) -> bytes:
+def encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any]) -> bytes:
+    """Write the body's head into ``coder``; return the sections that follow it."""
     codes: list[FieldCode] = []
     zs: list[NDArray[Any]] = []
     sets: dict[int | None, int] = {}
@@ -132,14 +129,17 @@ def _encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any])
 
     parts = {i: split_phases(fields[i], codes[i], zs[i]) for i in active}
     raw = PREVIOUS_CLASSES * ACTIVITIES
-    histograms = [np.zeros((raw, 256), np.int64) for _ in sets]
+    keys: list[list[NDArray[Any]]] = [[] for _ in sets]
     for i in active:
+        mine = keys[codes[i].table_set]
         for phase, part in enumerate(parts[i]):
-            tokens = scheme.split(part.z)[0]
-            key = part.look.look_up(raw_table(), phase, part.around).astype(np.int64) << 8
-            key |= tokens
-            h = np.bincount(key, minlength=raw << 8)
-            histograms[codes[i].table_set] += h.reshape(raw, 256)
+            key = part.look.look_up(raw_table(), phase, part.around).astype(np.uint32) << 8
+            key |= scheme.split(part.z)[0]
+            mine.append(key)
+    histograms = [
+        np.bincount(np.concatenate(k), minlength=raw << 8).reshape(raw, 256) for k in keys
+    ]
+    del keys
     body = Body(codes, scheme=scheme)
     body.maps, body.sparse = build_maps(histograms, 3.0)
 

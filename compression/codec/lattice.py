@@ -48,7 +48,7 @@ def quantise(
         raise QuantiseError(f"the dead zone for {label} is {dead_zone!r}; it must lie in (0, 1]")
     if array.size == 0:
         return np.zeros(array.shape, np.int32)
-    wide = np.abs(array, dtype=np.float64)
+    wide = np.asarray(np.abs(array, dtype=np.float64))
     top = float(wide.max())
     if not math.isfinite(top):
         raise NonFiniteError(
@@ -87,6 +87,8 @@ def dequantise(q: NDArray[Any], step: float, dtype: DTypeLike = np.float32) -> N
         raise QuantiseError(f"dequantise takes integers, not {array.dtype}")
     if not (math.isfinite(step) and step > 0):
         raise QuantiseError(f"the step is {step!r}; it must be finite and above zero")
-    dense = np.asarray(array.astype(np.float32) * np.float32(step), np.float32)
-    dense += np.float32(0.0)  # turns -0.0 (an underflow of a negative product) into +0.0
-    return dense.astype(dtype, copy=False)
+    with np.errstate(over="ignore", under="ignore"):
+        dense = np.asarray(array.astype(np.float32) * np.float32(step), np.float32)
+        dense = dense.astype(dtype, copy=False)
+    # Adding zero turns -0.0 (a negative product that underflowed) into +0.0.
+    return np.asarray(dense + dense.dtype.type(0))

@@ -34,6 +34,7 @@ class Part:
 
 
 def split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[Part]:
+    """Split a field's values by phase, signs aligned with the neighbours' sums."""
     look = Classifier(f, code)
     parts = []
     for phase in range(1 + code.depth):
@@ -47,6 +48,7 @@ def split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[Part]:
 
 
 def symbols_of(parts: Sequence[Part]) -> tuple[Symbols, NDArray[np.uint8]]:
+    """Return the symbols of a segment and the clusters of its dense ones."""
     placements = [p.placement for p in parts if p.placement is not None]
     dense = np.concatenate([p.dense_cluster for p in placements])
     return collect(placements, [p.z for p in parts]), dense

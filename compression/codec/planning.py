@@ -61,7 +61,8 @@ def choose_scheme(largest: int, total: int) -> TokenScheme:
 
 
 def _magnitudes(z: NDArray[Any]) -> NDArray[np.float32]:
-    return np.asarray((z + z.dtype.type(1)) >> 1, np.float32)
+    one = z.dtype.type(1)
+    return np.asarray((z >> one) + (z & one), np.float32)
 
 
 def _axis_means(f: Field, a: NDArray[np.float32]) -> tuple[Any, Any]:

@@ -1,0 +1,204 @@
+"""Write the golden and the must-fail vectors: python tests/compression/codec/make_vectors.py.
+
+No test runs this. Run it by hand after a deliberate change of the format, and review the diff.
+Each golden vector is NAME.bin (the payload) and NAME.npz (tensors, and the context where there
+is one); each must-fail vector is ERROR--CAUSE.bin, where ERROR is the class that must be raised.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunecast.compression.codec import Context, TensorSpec, encode
+from prunecast.compression.codec.adaptive import UINT_CONTEXTS, AdaptiveEncoder
+from prunecast.compression.codec.encoder import encode_body
+from prunecast.compression.codec.fields import fields_of
+from prunecast.compression.codec.head import write_specs
+from prunecast.compression.codec.wire import seal
+
+FOLDER = Path(__file__).parent / "vectors"
+
+
+def golden() -> dict[str, tuple[dict[str, Any], Context]]:
+    """Tensors and context of every golden vector."""
+    rng = np.random.default_rng(20240607)
+    activity = np.exp(rng.normal(size=(160, 1))) * np.exp(rng.normal(size=(1, 240)))
+    dense = np.rint(rng.laplace(size=(160, 240)) * activity * 4).astype(np.int32)
+    smooth = np.cumsum(rng.normal(size=(120, 300)), axis=1)
+    smooth = np.rint(np.where(np.abs(smooth) > 18, smooth - 18 * np.sign(smooth), 0))
+    held = np.rint(rng.laplace(size=(100, 120)) * 6).astype(np.int32)
+    held[np.abs(held) < 8] = 0
+    delta = np.where(rng.random(held.shape) < 0.1, rng.integers(-1, 2, held.shape), 0)
+    delta = np.where(rng.random(held.shape) < 0.02, -held, delta).astype(np.int32)
+    mask = held != 0
+    update = (rng.integers(-2, 3, held.shape) * (rng.random(held.shape) < 0.15) * mask).astype("i4")
+    layout = {"w": TensorSpec(np.dtype(np.int32), held.shape)}
+    widths = {
+        str(d): rng.integers(np.iinfo(d).min, np.iinfo(d).max, (5, 4), dtype=d, endpoint=True)
+        for d in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
+    }
+    floats = {
+        "f2": (rng.normal(size=30) * 0.1).astype("f2"),
+        "f4": (rng.normal(size=(20, 40)) * 0.1).astype("f4"),
+        "f8": np.array([0.0, -0.0, np.inf, -np.inf, 5e-324, 1 / 3]),
+        "bits": np.array([0x7FC00001, 0xFFC12345, 0x80000001], "u4").view("f4"),
+    }
+    near = {"f4": np.nextafter(floats["f4"], np.float32(1))}
+    return {
+        "empty": ({}, Context()),
+        "shapes": (
+            {"scalar": np.array(-7, "i8"), "none": np.zeros((3, 0, 2), "i4"), "é": np.ones(5, "?")},
+            Context(),
+        ),
+        "widths": (widths, Context()),
+        "floats": (floats, Context()),
+        "floats_previous": (near, Context(previous={"f4": floats["f4"]})),
+        "dense_lanes": ({"w": dense, "b": dense[0]}, Context()),
+        "neighbours": ({"w": smooth.astype(np.int16)}, Context()),
+        "delta": ({"w": delta}, Context(layout=layout, previous={"w": held})),
+        "update": ({"w": update}, Context(layout=layout, mask={"w": mask})),
+        "update_previous": (
+            {"w": update},
+            Context(layout=layout, mask={"w": mask}, previous={"w": held}),
+        ),
+    }
+
+
+def _reseal(payload: bytes) -> bytes:
+    return payload[:-4] + zlib.crc32(payload[:-4]).to_bytes(4, "little")
+
+
+def _head(write: Callable[[AdaptiveEncoder], None], rest: bytes = b"") -> bytes:
+    coder = AdaptiveEncoder()
+    write(coder)
+    return seal(Context(), coder.finish(), rest)
+
+
+def _specs(*specs: tuple[bytes, int, tuple[int, ...]], count: int | None = None) -> bytes:
+    """A head that stops after the layout: (name, dtype code, shape)."""
+
+    def write(coder: AdaptiveEncoder) -> None:
+        u = [coder.contexts(UINT_CONTEXTS) for _ in range(4)]
+        letters = coder.contexts(256)
+        coder.uint(u[0], len(specs) if count is None else count)
+        for name, code, shape in specs:
+            coder.uint(u[1], len(name))
+            for byte in name:
+                node = 1
+                for shift in range(7, -1, -1):
+                    coder.bit(letters + node, byte >> shift & 1)
+                    node = 2 * node + (byte >> shift & 1)
+            coder.uint(u[2], code * 33 + len(shape))
+            for d in shape:
+                coder.uint(u[3], d)
+
+    return _head(write)
+
+
+def _body(write: Callable[[AdaptiveEncoder, Callable[[], int]], None], dtype: str = "i4") -> bytes:
+    """A head with one vector of ten elements, whose body ``write`` writes."""
+
+    def whole(coder: AdaptiveEncoder) -> None:
+        write_specs(coder, {"w": TensorSpec(np.dtype(dtype), (10,))})
+        write(coder, lambda: coder.contexts(UINT_CONTEXTS))
+
+    return _head(whole)
+
+
+def must_fail() -> dict[str, bytes]:
+    """Payloads that a decoder must refuse, by error and cause."""
+    good = encode({"w": np.arange(10, dtype="i4")})
+    layout = {"w": TensorSpec(np.dtype("i4"), (10,))}
+    bound = encode({"w": np.arange(10, dtype="i4")}, context=Context(layout=layout))
+    rng = np.random.default_rng(3)
+    wide = encode({"w": rng.integers(-8, 8, (200, 200)).astype("i4")})
+    swapped = bytearray(wide)
+    swapped[-20] ^= 1
+
+    def mode(coder: AdaptiveEncoder, uint: Callable[[], int]) -> None:
+        first = uint()
+        rest = [uint() for _ in range(4)]
+        flag = coder.contexts(8)
+        coder.bit(flag, 1)
+        coder.uint(first, 9)
+        del rest
+
+    def centre(coder: AdaptiveEncoder, uint: Callable[[], int]) -> None:
+        first, second = uint(), uint()
+        for _ in range(3):
+            uint()
+        flag = coder.contexts(8)
+        coder.bit(flag, 1)
+        coder.uint(first, 0)
+        coder.sint(second, 1 << 31)
+
+    def table_set(coder: AdaptiveEncoder, uint: Callable[[], int]) -> None:
+        u = [uint() for _ in range(5)]
+        flag = coder.contexts(8)
+        coder.bit(flag, 1)
+        coder.uint(u[0], 1)
+        coder.sint(u[1], 0)
+        coder.uint(u[2], 1)
+
+    return {
+        "NotAPayload--magic": _reseal(b"PCX" + good[3:]),
+        "NotAPayload--nothing": b"",
+        "UnsupportedVersion--major": _reseal(good[:3] + b"\x02" + good[4:]),
+        "UnsupportedVersion--flag": _reseal(good[:5] + b"\x08" + good[6:]),
+        "TruncatedPayload--half": good[: len(good) // 2],
+        "TruncatedPayload--start": good[:5],
+        "TruncatedPayload--longer": good + b"\0",
+        "ChecksumMismatch--bit": good[:9] + bytes([good[9] ^ 1]) + good[10:],
+        "ContextMismatch--missing": bound,
+        "MalformedPayload--length_not_shortest": _reseal(
+            good[:6] + bytes([len(good) + 1 | 128, 0]) + good[7:]
+        ),
+        "MalformedPayload--head_too_long": _reseal(good[:7] + b"\x7f" + good[8:]),
+        "MalformedPayload--section_left_over": _head(lambda c: write_specs(c, {}), rest=b"more"),
+        "LimitExceeded--elements": _specs((b"w", 3, (1 << 30, 1 << 30))),
+        "LimitExceeded--expansion": _specs((b"w", 3, (1 << 27,))),
+        "LimitExceeded--tensors": _specs(count=1 << 17),
+        "LimitExceeded--name": _specs((b"w" * 1025, 3, ())),
+        "MalformedPayload--name_twice": _specs((b"w", 3, ()), (b"w", 3, ())),
+        "MalformedPayload--name_not_utf8": _specs((b"\xff", 3, ())),
+        "MalformedPayload--dtype": _specs((b"w", 12, ())),
+        "MalformedPayload--mode": _body(mode),
+        "MalformedPayload--centre": _body(centre),
+        "MalformedPayload--table_set": _body(table_set),
+        "MalformedPayload--states": _reseal(bytes(swapped)),
+        "MalformedPayload--adaptive_section_ends": seal(Context(), b"\x01\x02", b""),
+        "MalformedPayload--bool": _not_bool(),
+    }
+
+
+def _not_bool() -> bytes:
+    """A bool tensor that holds 2 and 3."""
+    specs = {"w": TensorSpec(np.dtype("?"), (10,))}
+    coder = AdaptiveEncoder()
+    write_specs(coder, specs)
+    values = [np.array([0, 1, 2, 3, 1, 0, 1, 0, 1, 1], np.int32)]
+    rest = encode_body(coder, fields_of(specs, Context())["w"], values)
+    return seal(Context(), coder.finish(), rest)
+
+
+def main() -> None:
+    """Write all vectors."""
+    (FOLDER / "must_fail").mkdir(parents=True, exist_ok=True)
+    for name, (tensors, context) in golden().items():
+        (FOLDER / f"{name}.bin").write_bytes(encode(tensors, context=context))
+        arrays = {f"tensor:{k}": np.asarray(v) for k, v in tensors.items()}
+        arrays |= {f"mask:{k}": v for k, v in (context.mask or {}).items()}
+        arrays |= {f"previous:{k}": v for k, v in (context.previous or {}).items()}
+        arrays["layout"] = np.array(context.layout is not None)
+        np.savez_compressed(FOLDER / f"{name}.npz", **arrays)  # type: ignore[arg-type]
+    for name, payload in must_fail().items():
+        (FOLDER / "must_fail" / f"{name}.bin").write_bytes(payload)
+
+
+if __name__ == "__main__":
+    main()
