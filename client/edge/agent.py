@@ -29,7 +29,6 @@ from prunecast.client.edge.store import SlotRecord, State, StateFolder
 from prunecast.client.edge.transport import Fetcher, HttpFetcher
 from prunecast.client.edge.trust import TrustedListing
 from prunecast.compression.onnx import OnnxError, ReleaseManifest
-from prunecast.compression.onnx.files import file_digest
 from prunecast.compression.onnx.manifest import check_release_name
 
 __all__ = ["Agent", "read_status"]
@@ -215,10 +214,10 @@ class Agent:
         for version in reversed(listing.versions(config.name)):
             if version <= held:
                 break
-            self._step("download manifest")
-            manifest = listing.manifest(config.name, version, path)
-            digest = file_digest(path)
+            digest = listing.digest(config.name, version)
             if digest not in self._state.rejected:
+                self._step("download manifest")
+                manifest = listing.manifest(config.name, version, path)
                 return self._install(manifest, digest, path, counted)
         return UpdateResult("current", self.model.version)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuf.api.exceptions import DownloadError, DownloadLengthMismatchError, RepositoryError
-from tuf.api.metadata import Metadata, Targets
+from tuf.api.metadata import Metadata, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 
@@ -69,6 +69,14 @@ class TrustedListing:
         found = (parse_manifest_path(path) for path in targets.signed.targets)
         return sorted(parsed[1] for parsed in found if parsed and parsed[0] == name)
 
+    def digest(self, name: str, version: int) -> str:
+        """SHA-256 (hex) of a listed release's manifest, known without downloading it.
+
+        Raises:
+            TrustError: not listed, or signed without this digest.
+        """
+        return str(self._target(name, version).hashes["sha256"])
+
     def manifest(self, name: str, version: int, path: Path) -> ReleaseManifest:
         """Download a release's manifest to `path`.
 
@@ -77,13 +85,10 @@ class TrustedListing:
             ContentRefused: not the signed file.
             NetworkError: the repository cannot be reached.
         """
-        wanted = manifest_path(name, version)
+        wanted, target = manifest_path(name, version), self._target(name, version)
+        if target.length > MAX_MANIFEST_BYTES:
+            raise ContentRefused(f"{wanted} is {target.length} bytes: too large to be one")
         with _translated():
-            target = self._updater.get_targetinfo(wanted)
-            if target is None:
-                raise TrustError(f"{wanted} is not in the signed metadata")
-            if target.length > MAX_MANIFEST_BYTES:
-                raise ContentRefused(f"{wanted} is {target.length} bytes: too large to be one")
             path.parent.mkdir(parents=True, exist_ok=True)
             if self._updater.find_cached_target(target, str(path)) is None:
                 self._updater.download_target(target, str(path))
@@ -97,6 +102,14 @@ class TrustedListing:
                 "was put in the place of a new one"
             )
         return manifest
+
+    def _target(self, name: str, version: int) -> TargetFile:
+        path = manifest_path(name, version)
+        with _translated():
+            target = self._updater.get_targetinfo(path)
+        if target is None or "sha256" not in target.hashes:
+            raise TrustError(f"{path} is not in the signed metadata with a SHA-256")
+        return target
 
 
 class _Counting(Fetcher):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -101,6 +102,23 @@ def test_weights_on_the_device_are_the_published_ones(
             part, lambda t: t.dense()
         )(held)
         assert np.array_equal(found, want)
+
+
+@pytest.mark.parametrize("variant", ["lattice", "fp32"])
+def test_both_variants_compute_the_same_on_the_device(
+    start: Start,
+    repository: Repository,
+    graph: ExportedGraph,
+    model: Callable[[int], PublishedModel],
+    images: np.ndarray,
+    variant: Literal["lattice", "fp32"],
+) -> None:
+    repository.publish("toy", model(1), graph, selftest_inputs=images, variant=variant)
+    agent = start()
+    assert agent.update_once().outcome == "updated"
+    got = agent.model.run({"input": images})["output"]
+    assert np.abs(got - _outputs(1, model, images)).max() < 1e-5
+    assert agent.model.manifest.variant == variant
 
 
 def test_a_deliberate_downgrade_costs_almost_nothing_and_is_followed(
