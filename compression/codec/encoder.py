@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,18 +10,17 @@ from numpy.typing import NDArray
 
 from .adaptive import AdaptiveEncoder
 from .classes import (
-    ACTIVITIES,
     CODED,
     STORED,
     FieldCode,
 )
 from .context import Context, TensorSpec, spec_of
 from .errors import TensorMismatch
-from .fields import PREVIOUS_CLASSES, Field, fields_of, split_tensor, to_z
+from .fields import Field, fields_of, split_tensor, to_z
 from .head import Body, segments_of, write_body, write_specs
 from .lanes import SymbolStream, rans_tables, write_segment
-from .parts import Part, split_phases, symbols_of
-from .planning import build_maps, choose_scheme, entropy_bits, plan_field, raw_table
+from .parts import Part, histogram, split_phases, symbols_of
+from .planning import build_maps, choose_scheme, entropy_bits, plan_field
 from .rans import RansTables
 from .serial import SerialModels, write_serial
 from .symbols import Placement
@@ -97,7 +96,9 @@ def _centre(v: NDArray[Any], f: Field) -> int:
     return first if first and (v == v[0]).all() else 0
 
 
-def encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any]) -> bytes:
+def encode_body(
+    coder: AdaptiveEncoder, fields: list[Field], values: Iterable[NDArray[Any]]
+) -> bytes:
     """Write the body's head into ``coder``; return the sections that follow it."""
     codes: list[FieldCode] = []
     zs: list[NDArray[Any]] = []
@@ -113,7 +114,7 @@ def encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any]) 
         if f.plane is not None and _incompressible(z):
             stored += v.astype(np.int8).tobytes()
             codes.append(FieldCode(STORED))
-            zs.append(z)
+            zs.append(z[:0])
             continue
         code = plan_field(f, z, 0)
         code.centre = centre
@@ -123,31 +124,24 @@ def encode_body(coder: AdaptiveEncoder, fields: list[Field], values: list[Any]) 
         codes.append(code)
         zs.append(z)
     active = [i for i, c in enumerate(codes) if c.mode == CODED and fields[i].size]
-    largest = max((int(zs[i].max()) for i in active), default=0)
     total = sum(fields[i].size for i in active)
-    scheme = choose_scheme(largest, total)
+    scheme = choose_scheme([zs[i] for i in active])
 
-    parts = {i: split_phases(fields[i], codes[i], zs[i]) for i in active}
-    raw = PREVIOUS_CLASSES * ACTIVITIES
-    keys: list[list[NDArray[Any]]] = [[] for _ in sets]
+    parts = {}
     for i in active:
-        mine = keys[codes[i].table_set]
-        for phase, part in enumerate(parts[i]):
-            key = part.look.look_up(raw_table(), phase, part.around).astype(np.uint32) << 8
-            key |= scheme.split(part.z)[0]
-            mine.append(key)
-    histograms = [
-        np.bincount(np.concatenate(k), minlength=raw << 8).reshape(raw, 256) for k in keys
-    ]
-    del keys
+        parts[i] = split_phases(fields[i], codes[i], zs[i])
+        zs[i] = zs[i][:0]
+    histograms = []
+    for number in range(len(sets)):
+        mine = [p for i in active if codes[i].table_set == number for p in parts[i]]
+        histograms.append(histogram(mine, scheme))
     body = Body(codes, scheme=scheme)
     body.maps, body.sparse = build_maps(histograms, 3.0)
 
     for i in active:
-        table = body.maps[codes[i].table_set]
-        for phase, part in enumerate(parts[i]):
-            clusters = part.look.look_up(table, phase, part.around)
-            part.placement = Placement.of(clusters, body.sparse)
+        table = body.maps[codes[i].table_set].reshape(-1)
+        for part in parts[i]:
+            part.placement = Placement.of(table.take(part.raw), body.sparse)
     work = sum(part.work for group in parts.values() for part in group)
     most = _SERIAL_SYMBOLS if total < _LARGE_MODEL else _SERIAL_SYMBOLS_LARGE
     body.serial = work <= most
@@ -195,14 +189,15 @@ def _encode_lanes(
     for segment in body.segments:
         members = [parts[i][phase] for i, phase in segment.parts]
         streams.append(SymbolStream(body, *symbols_of(members)))
+        for part in members:
+            part.release()
     count = len(body.sparse) + int(body.sparse.sum())
     h = np.zeros(count << 8, np.int64)
     for s in streams:
         h += np.bincount((s.tables.astype(np.int64) << 8) | s.tokens, minlength=count << 8)
-    histogram = h.reshape(count, 256)
     kinds = [int(s) for s in body.sparse] + [2] * int(body.sparse.sum())
     last: dict[int, list[int]] = {}
-    for kind, row in zip(kinds, histogram, strict=True):
+    for kind, row in zip(kinds, h.reshape(count, 256), strict=True):
         logs = quantised(row, last.get(kind, [])) if row.any() else []
         body.tables.append(logs)
         if logs:

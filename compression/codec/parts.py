@@ -9,20 +9,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .classes import Classifier, FieldCode, flip_signs, neighbour_sums, phase_slice
-from .fields import Field
+from .classes import (
+    ACTIVITIES,
+    Classifier,
+    FieldCode,
+    flip_signs,
+    neighbour_sums,
+    phase_slice,
+)
+from .fields import PREVIOUS_CLASSES, Field
 from .symbols import Placement, Symbols, collect
+from .tokens import TokenScheme
 
-__all__ = ["Part", "split_phases", "symbols_of"]
+__all__ = ["Part", "histogram", "split_phases", "symbols_of"]
+
+
+_CHUNK = 1 << 18
+_TABLE = np.arange(PREVIOUS_CLASSES * ACTIVITIES, dtype=np.uint16)
 
 
 @dataclass
 class Part:
-    """One phase of one field."""
+    """One phase of one field: values (as zigzag) and raw contexts (class * 64 + activity)."""
 
-    look: Classifier
     z: NDArray[Any]
-    around: NDArray[np.int64] | None
+    raw: NDArray[np.uint16]
     placement: Placement | None = None
 
     @property
@@ -32,10 +43,15 @@ class Part:
         sparse = int(np.count_nonzero(self.z)) if len(self.placement.order) else 0
         return len(self.placement.dense_cluster) + 2 * sparse
 
+    def release(self) -> None:
+        """Let go of the arrays."""
+        self.z, self.raw, self.placement = self.z[:0], self.raw[:0], None
+
 
 def split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[Part]:
     """Split a field's values by phase, signs aligned with the neighbours' sums."""
     look = Classifier(f, code)
+    table = _TABLE.reshape(PREVIOUS_CLASSES, ACTIVITIES)
     parts = []
     for phase in range(1 + code.depth):
         part = z[phase_slice(code.depth, phase)]
@@ -43,8 +59,27 @@ def split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[Part]:
         if phase:
             around = neighbour_sums(z, code.depth, phase)
             part = flip_signs(part, around, f.width)
-        parts.append(Part(look, np.ascontiguousarray(part), around))
+        parts.append(Part(np.ascontiguousarray(part), look.look_up(table, phase, around)))
     return parts
+
+
+def histogram(parts: Sequence[Part], scheme: TokenScheme) -> NDArray[np.int64]:
+    """Count tokens by raw context, [16 * 64, 256]."""
+    h = np.zeros(len(_TABLE) << 8, np.int64)
+    waiting: list[NDArray[Any]] = []
+    held = 0
+    for part in parts:
+        for s in range(0, len(part.z), _CHUNK):
+            key = part.raw[s : s + _CHUNK].astype(np.int64) << 8
+            key |= scheme.split(part.z[s : s + _CHUNK])[0]
+            waiting.append(key)
+            held += len(key)
+            if held >= _CHUNK:
+                h += np.bincount(np.concatenate(waiting), minlength=len(h))
+                waiting, held = [], 0
+    if waiting:
+        h += np.bincount(np.concatenate(waiting), minlength=len(h))
+    return h.reshape(-1, 256)
 
 
 def symbols_of(parts: Sequence[Part]) -> tuple[Symbols, NDArray[np.uint8]]:

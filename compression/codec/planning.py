@@ -50,14 +50,27 @@ def entropy_bits(h: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(_xlogx(h.sum(-1)) - _xlogx(h).sum(-1))
 
 
-def choose_scheme(largest: int, total: int) -> TokenScheme:
-    """Return the finest token scheme that is worth its tables and fits 256 tokens."""
-    wanted = [(6, 3), (6, 2)] if total > 200_000 and largest > 64 else [(5, 2)]
-    for direct, mantissa in (*wanted, (5, 1)):
-        scheme = TokenScheme(direct, mantissa)
-        if scheme.alphabet(largest) <= 256:
-            return scheme
-    return TokenScheme(4, 1)
+def choose_scheme(values: Sequence[NDArray[Any]]) -> TokenScheme:
+    """Return the token scheme that is cheapest for these values, as zigzag."""
+    largest = max((int(z.max()) for z in values), default=0)
+    total = sum(len(z) for z in values)
+    schemes = [TokenScheme(d, m) for d, m in ((5, 1), (5, 2), (6, 2), (6, 3), (7, 2), (7, 3))]
+    fitting = [s for s in schemes if s.alphabet(largest) <= 256]
+    if not fitting:
+        return TokenScheme(4, 1)
+    if largest < 32:
+        return fitting[0]
+    step = max(1, total // (1 << 18))
+    sample = np.concatenate([z[::step] for z in values])
+    sample = sample[sample > 0]
+
+    def bits(scheme: TokenScheme) -> float:
+        tokens, _, _, widths = scheme.split(sample)
+        counts = np.bincount(tokens)
+        data = float(entropy_bits(counts)) + float(widths.sum(dtype=np.int64))
+        return data * step + 24 * float((counts > 0).sum())
+
+    return min(fitting, key=bits)
 
 
 def _magnitudes(z: NDArray[Any]) -> NDArray[np.float32]:

@@ -102,8 +102,8 @@ def rans_decode(
     out = np.empty(n, np.uint8)
     x = states.copy()
     wide = words.astype(np.uint32)
-    base = contexts.astype(np.uint32)
-    base <<= pb
+    chunk = 64 * lanes
+    base = np.zeros(0, np.uint32)
     i = np.empty(lanes, np.uint32)
     step = np.empty(lanes, np.uint32)
     for s in range(0, n, lanes):
@@ -112,8 +112,12 @@ def rans_decode(
             xs, i, step = x[:m], i[:m], step[:m]
         else:
             m, xs = lanes, x
+        at = s % chunk
+        if not at:
+            base = contexts[s : s + chunk].astype(np.uint32)
+            base <<= pb
         np.bitwise_and(xs, mask, out=i)
-        i |= base[s : s + m]
+        i |= base[at : at + m]
         token_of.take(i, out=out[s : s + m], mode="clip")
         step_of.take(i, out=step, mode="clip")
         xs >>= pb
