@@ -18,9 +18,11 @@ __all__ = [
     "Coding",
     "TensorHead",
     "UpdateHead",
+    "head_of",
     "pack_changes",
     "pack_heads",
     "pack_update_heads",
+    "same_kind",
     "unpack_changes",
     "unpack_heads",
     "unpack_update_heads",
@@ -30,7 +32,7 @@ _DTYPES = (
     *("float32", "float64", "float16", "bool"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 )
-_LATTICE, _PRUNED = 1, 2
+_LATTICE, _PRUNED, _OTHER = 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,10 @@ class UpdateHead:
 
 def head_of(tensor: Tensor) -> TensorHead:
     """The head of a published tensor."""
-    lattice = isinstance(tensor, LatticeTensor)
     spec = TensorSpec(np.dtype(tensor.dtype), tensor.shape)
-    return TensorHead(
-        spec,
-        tensor.step if isinstance(tensor, LatticeTensor) else None,
-        lattice and isinstance(tensor, LatticeTensor) and tensor.pruned,
-    )
+    if isinstance(tensor, LatticeTensor):
+        return TensorHead(spec, tensor.step, tensor.pruned)
+    return TensorHead(spec, None, False)
 
 
 class _Reader:
@@ -96,21 +95,35 @@ class _Reader:
             raise BadPayload("layout section has trailing bytes")
 
 
+def _pack_head(head: TensorHead) -> bytes:
+    shape = head.spec.shape
+    flags = _LATTICE * (head.step is not None) | _PRUNED * head.pruned
+    code = _DTYPES.index(head.spec.dtype.name)
+    packed = struct.pack(f"<BBB{len(shape)}Q", code, flags, len(shape), *shape)
+    return packed if head.step is None else packed + struct.pack("<f", head.step)
+
+
+def _unpack_head(reader: _Reader, name: str) -> TensorHead:
+    code, flags, ndim = reader.unpack("<BBB")
+    if code >= len(_DTYPES) or flags & ~(_LATTICE | _PRUNED) or ndim > 32:
+        raise BadPayload(f"tensor {name[:80]!r}: unknown dtype, flags or number of dimensions")
+    dtype, shape = np.dtype(_DTYPES[code]), reader.unpack(f"<{ndim}Q")
+    lattice = bool(flags & _LATTICE)
+    if (lattice and dtype.kind != "f") or (flags & _PRUNED and not lattice):
+        raise BadPayload(f"tensor {name[:80]!r}: flags {flags} do not fit dtype {dtype}")
+    return TensorHead(
+        TensorSpec(dtype, shape), reader.step() if lattice else None, bool(flags & _PRUNED)
+    )
+
+
 def pack_heads(tensors: Mapping[str, Tensor]) -> bytes:
     """Layout of a keyframe: names, dtypes, shapes, steps, pruned flags."""
     out = [struct.pack("<I", len(tensors))]
     for name, tensor in tensors.items():
-        head, encoded = head_of(tensor), name.encode()
+        encoded = name.encode()
         if len(encoded) > 0xFFFF or len(tensor.shape) > 32:
             raise InvalidModel(f"tensor {name[:80]!r}: name or number of dimensions is too long")
-        flags = _LATTICE * (head.step is not None) | _PRUNED * head.pruned
-        code = _DTYPES.index(head.spec.dtype.name)
-        out.append(struct.pack("<H", len(encoded)) + encoded)
-        out.append(
-            struct.pack(f"<BBB{len(tensor.shape)}Q", code, flags, len(tensor.shape), *tensor.shape)
-        )
-        if head.step is not None:
-            out.append(struct.pack("<f", head.step))
+        out.append(struct.pack("<H", len(encoded)) + encoded + _pack_head(head_of(tensor)))
     return b"".join(out)
 
 
@@ -128,30 +141,33 @@ def unpack_heads(layout: bytes) -> dict[str, TensorHead]:
             name = raw_name.decode()
         except UnicodeDecodeError as error:
             raise BadPayload("a tensor name is not UTF-8") from error
-        code, flags, ndim = reader.unpack("<BBB")
-        if code >= len(_DTYPES) or flags & ~(_LATTICE | _PRUNED) or ndim > 32 or name in heads:
-            raise BadPayload(f"tensor {name[:80]!r}: unknown dtype or flags, or named twice")
-        dtype, shape = np.dtype(_DTYPES[code]), reader.unpack(f"<{ndim}Q")
-        lattice = bool(flags & _LATTICE)
-        if (lattice and dtype.kind != "f") or (flags & _PRUNED and not lattice):
-            raise BadPayload(f"tensor {name[:80]!r}: flags {flags} do not fit dtype {dtype}")
-        step = reader.step() if lattice else None
-        heads[name] = TensorHead(TensorSpec(dtype, shape), step, bool(flags & _PRUNED))
+        if name in heads:
+            raise BadPayload(f"tensor {name[:80]!r} is named twice")
+        heads[name] = _unpack_head(reader, name)
     reader.end()
     return heads
 
 
+def same_kind(new: TensorHead, old: TensorHead) -> bool:
+    """Whether a tensor can be coded as a difference to the held one."""
+    return new.spec == old.spec and (new.step is None) == (old.step is None)
+
+
 def pack_changes(heads: Sequence[TensorHead], base: Sequence[TensorHead]) -> bytes:
     """Layout of a delta: what changed against the held version; empty when nothing did."""
-    flags, steps = bytearray(), b""
-    for new, old in zip(heads, base, strict=True):
-        changed = new.step != old.step
-        flags.append(_PRUNED * new.pruned | _LATTICE * changed)
-        if changed:
-            steps += struct.pack("<f", new.step)
-    if not steps and all(f == _PRUNED * b.pruned for f, b in zip(flags, base, strict=True)):
+    if all(new == old for new, old in zip(heads, base, strict=True)):
         return b""
-    return bytes(flags) + steps
+    flags, changes = bytearray(), b""
+    for new, old in zip(heads, base, strict=True):
+        if not same_kind(new, old):
+            flags.append(_OTHER)
+            changes += _pack_head(new)
+            continue
+        moved = new.step != old.step
+        flags.append(_PRUNED * new.pruned | _LATTICE * moved)
+        if moved:
+            changes += struct.pack("<f", new.step)
+    return bytes(flags) + changes
 
 
 def unpack_changes(layout: bytes, base: Mapping[str, TensorHead]) -> dict[str, TensorHead]:
@@ -166,6 +182,9 @@ def unpack_changes(layout: bytes, base: Mapping[str, TensorHead]) -> dict[str, T
     flags = reader.take(len(base))
     heads: dict[str, TensorHead] = {}
     for (name, old), flag in zip(base.items(), flags, strict=True):
+        if flag == _OTHER:
+            heads[name] = _unpack_head(reader, name)
+            continue
         if flag & ~(_LATTICE | _PRUNED) or (flag and old.step is None):
             raise BadPayload(f"tensor {name[:80]!r}: a delta cannot make this change")
         step = reader.step() if flag & _LATTICE else old.step

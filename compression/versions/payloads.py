@@ -33,6 +33,7 @@ from prunecast.compression.versions.layout import (
     head_of,
     pack_changes,
     pack_heads,
+    same_kind,
     unpack_changes,
     unpack_heads,
 )
@@ -137,13 +138,11 @@ def encode_delta(held: PublishedModel, model: PublishedModel, *, stream: bytes =
     """Code a version against one the receiver holds, however many versions lie between.
 
     Raises:
-        InvalidModel: names, shapes, dtypes or kinds of the tensors differ; send a keyframe.
+        InvalidModel: the names of the tensors or their order differ; send a keyframe.
     """
     old = {name: head_of(tensor) for name, tensor in held.tensors.items()}
     new = {name: head_of(tensor) for name, tensor in model.tensors.items()}
-    if list(old) != list(new) or any(
-        old[n].spec != new[n].spec or (old[n].step is None) != (new[n].step is None) for n in new
-    ):
+    if list(old) != list(new):
         raise InvalidModel("the two versions do not have the same tensors: send a keyframe")
     values, previous = {}, {}
     for name, tensor in model.tensors.items():
@@ -167,7 +166,12 @@ def encode_delta(held: PublishedModel, model: PublishedModel, *, stream: bytes =
 
 
 def _prediction(held: Tensor, head: TensorHead) -> NDArray[np.generic] | None:
-    """What the held tensor says about the new one: integers on its lattice, or raw values."""
+    """What the held tensor says about the new one: integers on its lattice, or raw values.
+
+    Nothing where the two are not of one kind: averaging, for one, turns integers into floats.
+    """
+    if not same_kind(head, head_of(held)):
+        return None
     if isinstance(held, RawTensor):
         return None if held.dtype.kind == "b" else held.values
     assert head.step is not None
@@ -244,6 +248,8 @@ def _decode_delta(
         )
     old = {name: head_of(tensor) for name, tensor in held.tensors.items()}
     heads = unpack_changes(parsed.layout, old)
+    replaced = {n: head for n, head in heads.items() if not same_kind(head, old[n])}
+    _check_size(replaced, parsed.size, limits)
     predictions = {n: _prediction(held.tensors[n], head) for n, head in heads.items()}
     known = {name: p for name, p in predictions.items() if p is not None}
     context = Context(layout=_coded_layout(heads), previous=known or None)
@@ -265,13 +271,13 @@ def _decode_seeded(
 
 
 def _check_size(heads: Mapping[str, TensorHead], payload_size: int, limits: Limits) -> None:
-    """Bound what a keyframe may make this side allocate: its layout came from outside."""
+    """Bound what a payload may make this side allocate: its layout came from outside."""
     elements = sum(head.spec.size for head in heads.values())
     size = sum(head.spec.nbytes for head in heads.values())
     allowed = min(limits.decoded_bytes, max(limits.free_bytes, limits.expansion * payload_size))
     if len(heads) > limits.tensors or elements > limits.elements or size > allowed:
         raise BadPayload(
-            f"keyframe of {payload_size} bytes declares {len(heads)} tensors with {elements} "
+            f"payload of {payload_size} bytes declares {len(heads)} tensors with {elements} "
             f"elements, {size} bytes, above the limits; raise them if you trust its source"
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+
 from prunecast.client.training import compression_mod
 
 RUN_ID = 11
@@ -35,7 +36,9 @@ def local_step(arrays: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray
     """Stands for training: a seeded pull towards a target, different on every node."""
     rng = np.random.default_rng(seed)
     return {
-        name: (array + 0.1 * (rng.normal(size=array.shape) * 0.1 - 0.2 * array)).astype(array.dtype)
+        name: np.asarray(
+            array + 0.1 * (rng.normal(size=array.shape) * 0.1 - 0.2 * array), array.dtype
+        )
         if array.dtype.kind == "f"
         else array
         for name, array in arrays.items()

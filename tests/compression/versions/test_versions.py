@@ -113,6 +113,22 @@ def test_delta_between_different_structures_is_refused():
         encode_delta(held, fewer)
 
 
+def test_a_delta_carries_tensors_that_changed_their_kind():
+    held = model_of(1)
+    new = PublishedModel(
+        {
+            **held.tensors,
+            "norm.num_batches_tracked": RawTensor(np.array(2.5)),
+            "half": RawTensor(np.arange(5, dtype=np.float16)),
+            "empty": LatticeTensor(np.ones((3, 2), np.int32), 0.5),
+        },
+        2,
+    )
+    payload = encode_delta(held, new, stream=STREAM)
+    assert_same(new, decode_model(payload, held=held, stream=STREAM))
+    assert_same(held, decode_model(encode_delta(new, held), held=new))
+
+
 def test_payload_of_another_stream_is_refused():
     payload = encode_keyframe(model_of(1), stream=STREAM)
     with pytest.raises(WrongStream):
