@@ -128,3 +128,32 @@ def test_a_graph_survives_its_file(tied_graph: ExportedGraph, tmp_path) -> None:
         load_graph(path)
     with pytest.raises(ExportError, match="cannot read"):
         load_graph(tmp_path / "absent")
+
+
+class _Deep(nn.Module):
+    """Residual blocks whose last BatchNorm begins at zero, and an LSTM: many layers, many names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(8, 8, 3, padding=1, bias=False), nn.BatchNorm1d(8))
+            for _ in range(12)
+        )
+        for block in self.blocks:
+            nn.init.zeros_(block[1].weight)
+        self.lstm = nn.LSTM(8, 6, batch_first=True)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + torch.relu(block(x))
+        return self.out(self.lstm(x.transpose(1, 2))[0][:, -1])
+
+
+def test_a_deep_module_exports_with_every_tensor_bound() -> None:
+    torch.manual_seed(4)
+    module = _Deep()
+    graph = export_graph(module, (torch.randn(2, 8, 5),))
+    read = {n for n in module.state_dict() if not n.endswith("num_batches_tracked")}
+    assert set(graph.parameters) == read
+    assert graph.max_difference < 1e-5
