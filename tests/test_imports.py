@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,3 +162,20 @@ def test_root_on_the_path_shadows_no_standard_module() -> None:
 def test_prunecast_is_a_namespace() -> None:
     """A real `prunecast/__init__.py` would hide the folders that the editable install maps."""
     assert not (ROOT / "prunecast").exists()
+
+
+def test_every_requirement_is_pinned() -> None:
+    """`make demo` next year installs what was tested this year."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {_normalised(line.split("==")[0]) for line in lines if "==" in line}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = {
+        _normalised(re.split(r"[^A-Za-z0-9._-]", requirement)[0])
+        for requirement in [*project["dependencies"], *(r for extra in extras for r in extra)]
+    }
+    assert wanted - {"prunecast"} <= pinned
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -130,6 +130,12 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+def test_index_names_every_document() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        assert path.name == "README.md" or f"]({path.name})" in index, f"{path.name} is not listed"
+
+
 def test_readme_has_no_gaps() -> None:
     assert "goes here" not in README
     assert "go here" not in README
