@@ -38,6 +38,7 @@ __all__ = [
 ACTIVITIES = 64
 MAX_LEVEL = 63
 MAX_DEPTH = 3
+_CHUNK = 1 << 17
 UNIT_ACTIVITY = 36
 """The activity that stands for E|q| = 1."""
 
@@ -92,10 +93,12 @@ def _sums(f: Field, code: FieldCode) -> NDArray[np.uint8] | None:
     return np.asarray(rows[row] + columns[column], np.uint8)
 
 
-def neighbour_sums(z: NDArray[Any], depth: int, phase: int) -> NDArray[np.int64]:
+def neighbour_sums(z: NDArray[Any], depth: int, phase: int) -> NDArray[Any]:
     """Sum of the signed values before and after every position of a later phase."""
     step = 1 << (depth - phase)
-    known = signed(z[:: 2 * step]).astype(np.int64)
+    known = signed(z[:: 2 * step])
+    if len(known) and int(z.max()) >= 1 << 30:  # else 32 bits hold the sums
+        known = known.astype(np.int64)
     count = phase_size(len(z), depth, phase)
     total = known[:count].copy()
     after = known[1 : count + 1]
@@ -110,7 +113,7 @@ def neighbour_classes() -> NDArray[np.int64]:
     return np.where(k == 0, 1, 2 + np.clip((relative + 4) >> 1, 0, 12))
 
 
-def flip_signs(z: NDArray[Any], sums: NDArray[np.int64], width: int) -> NDArray[Any]:
+def flip_signs(z: NDArray[Any], sums: NDArray[Any], width: int) -> NDArray[Any]:
     """Negate values (as zigzag) where the neighbours' sum is negative; its own inverse."""
     one = z.dtype.type(1)
     flip = (sums < 0) & (z != 0) & (z != (1 << width) - 1)
@@ -131,20 +134,21 @@ class Classifier:
         self._act = activity(code.base, np.arange(2 * MAX_LEVEL + 2))
 
     def look_up(
-        self, table: NDArray[Any], phase: int = 0, around: NDArray[np.int64] | None = None
+        self, table: NDArray[Any], phase: int = 0, around: NDArray[Any] | None = None
     ) -> NDArray[Any]:
         """Table entries of a phase; ``around`` holds the neighbours' sums of later phases."""
         f, act = self._field, self._act
         part = phase_slice(self._code.depth, phase)
         sums = None if self._sums is None else self._sums[part]
         if around is not None:
-            logs = half_octaves(np.abs(around))
-            joint = table[neighbour_classes()[:, act], act]
-            if sums is None:
-                return np.asarray(joint[:, 0].take(logs))
-            index = logs.astype(np.uint16) << 7
-            index |= sums
-            return np.asarray(joint.reshape(-1).take(index))
+            joint = table[neighbour_classes()[:, act], act].reshape(-1)
+            out = np.empty(len(around), table.dtype)
+            for s in range(0, len(around), _CHUNK):  # in chunks, to bound temporary arrays
+                index = half_octaves(np.abs(around[s : s + _CHUNK])).astype(np.uint16) << 7
+                if sums is not None:
+                    index |= sums[s : s + _CHUNK]
+                joint.take(index, out=out[s : s + _CHUNK], mode="clip")
+            return out
         if not f.conditioned:
             if sums is None:
                 return np.full(phase_size(f.size, self._code.depth, phase), table[0, act[0]])

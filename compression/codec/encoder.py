@@ -114,7 +114,7 @@ def encode_body(
         if f.plane is not None and _incompressible(z):
             stored += v.astype(np.int8).tobytes()
             codes.append(FieldCode(STORED))
-            zs.append(z[:0])
+            zs.append(np.zeros(0, np.uint32))
             continue
         code = plan_field(f, z, 0)
         code.centre = centre
@@ -123,6 +123,7 @@ def encode_body(
             code.table_set = sets.setdefault(kind, len(sets))
         codes.append(code)
         zs.append(z)
+        del v, z  # the arrays of the next field should not add to these
     active = [i for i, c in enumerate(codes) if c.mode == CODED and fields[i].size]
     total = sum(fields[i].size for i in active)
     scheme = choose_scheme([zs[i] for i in active])
@@ -130,7 +131,7 @@ def encode_body(
     parts = {}
     for i in active:
         parts[i] = split_phases(fields[i], codes[i], zs[i])
-        zs[i] = zs[i][:0]
+        zs[i] = np.zeros(0, zs[i].dtype)
     histograms = []
     for number in range(len(sets)):
         mine = [p for i in active if codes[i].table_set == number for p in parts[i]]

@@ -36,7 +36,7 @@ def _log_thresholds() -> NDArray[np.int64]:
     return np.array(out, np.int64)
 
 
-def half_octaves(k: NDArray[np.int64]) -> NDArray[np.uint8]:
+def half_octaves(k: NDArray[Any]) -> NDArray[np.uint8]:
     """0 for 0, else 1 + round(2 log2 k), of integers in [0, 2**33]."""
     if len(k) and int(k.max()) < 1024:
         table = np.searchsorted(_log_thresholds(), np.arange(1024), side="right").astype(np.uint8)
@@ -170,7 +170,9 @@ def _unmonotone(image: NDArray[Any]) -> NDArray[Any]:
 
 def _wrap(values: NDArray[Any], field: Field) -> NDArray[Any]:
     """Unsigned integers of the field's width, read as signed in its handling width."""
-    return values.view(f"i{field.width // 8}").astype(np.int32 if field.bits == 32 else np.int64)
+    return values.view(f"i{field.width // 8}").astype(
+        np.int32 if field.bits == 32 else np.int64, copy=False
+    )
 
 
 def _aligned(v: NDArray[Any], field: Field, *, inverse: bool) -> NDArray[Any]:
@@ -241,7 +243,7 @@ def assemble(parts: Sequence[NDArray[Any]], fields: Sequence[Field]) -> NDArray[
         v = parts[0]
         if first.conditioned:
             v = _aligned(v, first, inverse=True)
-        flat = v.astype(unsigned)
+        flat = v.view(unsigned) if v.itemsize == unsigned.itemsize else v.astype(unsigned)
         if spec.dtype.kind == "b" and (flat > 1).any():
             raise MalformedPayload(f"tensor {first.name!r} is bool but holds other values")
     elif first.previous is not None:

@@ -45,7 +45,8 @@ class Part:
 
     def release(self) -> None:
         """Let go of the arrays."""
-        self.z, self.raw, self.placement = self.z[:0], self.raw[:0], None
+        self.z, self.raw = np.zeros(0, self.z.dtype), np.zeros(0, np.uint16)
+        self.placement = None
 
 
 def split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[Part]:

@@ -30,6 +30,7 @@ from .wire import unseal
 __all__ = ["Payload", "decode", "open_payload"]
 
 
+_CHUNK = 1 << 17
 # What numpy and Python raise on values that no check foresaw.
 _FOREIGN = (ArithmeticError, ValueError, LookupError, TypeError, MemoryError)
 
@@ -130,7 +131,10 @@ class Payload(Mapping[str, NDArray[Any]]):
             if self._body.serial and self._serial_read:
                 raise MalformedPayload("an earlier tensor of this payload could not be decoded")
             self._serial_read = True
-            self._kept = (group, self._decode_group(group))
+            decoded = self._decode_group(group)
+            if len(decoded) == 1 and not self._body.serial:
+                return from_z(decoded.popitem()[1], code.centre, f)
+            self._kept = (group, decoded)
         return from_z(self._kept[1][i], code.centre, f)
 
     def _decode_group(self, number: int) -> dict[int, NDArray[Any]]:
@@ -170,8 +174,13 @@ class Payload(Mapping[str, NDArray[Any]]):
                 if not phase:
                     whole[i] = np.zeros(f.size, np.uint32)
                 check_width(z, f)
-                part = z if not phase else flip_signs(z, around[i], f.width)
-                whole[i][phase_slice(depths[i], phase)] = part
+                part = whole[i][phase_slice(depths[i], phase)]
+                for s in range(0, len(z), _CHUNK):  # in chunks, to bound temporary arrays
+                    piece = z[s : s + _CHUNK]
+                    if phase:
+                        piece = flip_signs(piece, around[i][s : s + _CHUNK], f.width)
+                    part[s : s + _CHUNK] = piece
+            del placements, dense, symbols, around, clusters
         return whole
 
     def _read_lanes(self, index: int, dense: NDArray[np.uint8], bits: int) -> Symbols:

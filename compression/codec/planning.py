@@ -30,6 +30,7 @@ __all__ = ["build_maps", "choose_scheme", "entropy_bits", "plan_field", "raw_tab
 
 _RAW = PREVIOUS_CLASSES * ACTIVITIES
 _SAMPLE = 1 << 16
+_BLOCK = 1 << 18
 _BINS = 48
 _GROUPS = 256
 _COARSE = TokenScheme(4, 1)
@@ -78,15 +79,18 @@ def _magnitudes(z: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray((z >> one) + (z & one), np.float32)
 
 
-def _axis_means(f: Field, a: NDArray[np.float32]) -> tuple[Any, Any]:
-    """Means of |q| over each row and each column (under the mask)."""
+def _axis_means(f: Field, z: NDArray[Any]) -> tuple[Any, Any]:
+    """Means of |q| over each row and each column (under the mask), never zero."""
     if f.selected is None:
-        grid = a.reshape(f.rows, f.columns)
-        floor = np.float64(0.5)
-        return (
-            np.maximum(grid.sum(1, dtype=np.float64), floor) / f.columns,
-            np.maximum(grid.sum(0, dtype=np.float64), floor) / f.rows,
-        )
+        rows, columns = np.empty(f.rows), np.zeros(f.columns)
+        block = max(1, _BLOCK // f.columns)
+        grid = z.reshape(f.rows, f.columns)
+        for s in range(0, f.rows, block):  # in blocks, to bound the temporary arrays
+            a = _magnitudes(grid[s : s + block])
+            rows[s : s + block] = a.sum(1, dtype=np.float64)
+            columns += a.sum(0, dtype=np.float64)
+        return np.maximum(rows, 0.5) / f.columns, np.maximum(columns, 0.5) / f.rows
+    a = _magnitudes(z)
     row, column = np.divmod(f.selected, f.columns)
     out = []
     for index, n in ((row, f.rows), (column, f.columns)):
@@ -94,6 +98,14 @@ def _axis_means(f: Field, a: NDArray[np.float32]) -> tuple[Any, Any]:
         count = np.bincount(index, minlength=n)
         out.append(np.where(count > 0, np.maximum(total, 0.5) / np.maximum(count, 1), np.nan))
     return out[0], out[1]
+
+
+def _mean(z: NDArray[Any]) -> float:
+    total = sum(
+        float(_magnitudes(z[s : s + _BLOCK]).sum(dtype=np.float64))
+        for s in range(0, len(z), _BLOCK)
+    )
+    return total / len(z)
 
 
 def _levels(means: Any, mean: float, step: int) -> tuple[NDArray[np.uint8], int]:
@@ -159,8 +171,7 @@ def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
     """Choose how a field is coded."""
     if not z.any():
         return FieldCode(CONSTANT, table_set=table_set)
-    a = _magnitudes(z)
-    mean = float(a.mean(dtype=np.float64))
+    mean = _mean(z)
     base = min(UNIT_ACTIVITY + round(2 * float(np.log2(mean))), ACTIVITIES - 1)
     best = FieldCode(CODED, table_set=table_set, base=base)
     if f.size < 64 or f.plane is not None:
@@ -170,7 +181,7 @@ def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
     side = 0.0
     if f.rows > 1 and f.columns > 1:
         flat = best
-        by_row, by_column = _axis_means(f, a)
+        by_row, by_column = _axis_means(f, z)
         for step in _steps(least, f.rows + f.columns):
             rows, low_r = _levels(by_row, mean, step)
             columns, low_c = _levels(by_column, mean, step)

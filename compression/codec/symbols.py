@@ -23,10 +23,10 @@ class Placement:
     """Where one field's positions go."""
 
     size: int
-    dense_at: NDArray[np.int64] | None
+    dense_at: NDArray[Any] | None
     """Positions of dense clusters in order; None: all of them."""
     dense_cluster: NDArray[np.uint8]
-    order: NDArray[np.int64]
+    order: NDArray[Any]
     """Positions of sparse clusters, by cluster, then in order."""
     counts: NDArray[np.int64]
     """Positions of each cluster, [clusters]; zero for dense ones."""
@@ -45,15 +45,15 @@ class Placement:
             order = (
                 np.arange(total)
                 if np.count_nonzero(counts) <= 1
-                else np.argsort(clusters, kind="stable")
+                else _compact(np.argsort(clusters, kind="stable"))
             )
             return cls(total, empty, np.zeros(0, np.uint8), order, counts)
         if not total:
             return cls(len(clusters), None, clusters, np.zeros(0, np.int64), counts)
         is_sparse = sparse.take(clusters)
-        dense_at = np.flatnonzero(~is_sparse)
-        at = np.flatnonzero(is_sparse)
-        order = at[np.argsort(clusters[at], kind="stable")]
+        dense_at = _compact(np.flatnonzero(~is_sparse))
+        at = _compact(np.flatnonzero(is_sparse))
+        order = _compact(at[np.argsort(clusters[at], kind="stable")])
         return cls(len(clusters), dense_at, clusters[dense_at], order, counts)
 
 
@@ -68,6 +68,12 @@ class Symbols:
     gaps: NDArray[np.int64]
     values: NDArray[Any]
     """z - 1 of the non-zeros."""
+
+
+def _compact(indices: NDArray[np.int64]) -> NDArray[Any]:
+    """The same indices in half the memory, where they fit."""
+    small = not len(indices) or int(indices.max()) < 1 << 31
+    return indices.astype(np.int32) if small else indices
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:

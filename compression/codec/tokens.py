@@ -28,9 +28,10 @@ def zigzag(v: NDArray[Any]) -> NDArray[Any]:
 def signed(z: NDArray[Any]) -> NDArray[Any]:
     """Inverse of :func:`zigzag`."""
     one = z.dtype.type(1)
-    v = z & one
-    np.subtract(z.dtype.type(0), v, out=v)
-    v ^= z >> one
+    v = z >> one
+    odd = z & one
+    np.subtract(z.dtype.type(0), odd, out=odd)
+    v ^= odd
     return np.asarray(v.view(np.int32 if z.dtype.itemsize == 4 else np.int64))
 
 
