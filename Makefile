@@ -25,7 +25,7 @@ help:
 	@echo "make test-engine  the tests that start Flower, servers and agents"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       rewrite the sources in ruff's format"
-	@echo "make clean        remove .venv, caches and runs"
+	@echo "make clean        remove .venv and caches; runs/ stays"
 
 demo: $(VENV)/.installed-sim
 	$(BIN)/prunecast demo $(DEMO_ARGS)
@@ -50,7 +50,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist runs *.egg-info
+	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Prunecast needs Python 3.11 or newer with the venv module:" \

@@ -24,13 +24,13 @@ HERE = Path(__file__).parent
 collect_ignore = ["tiny"]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float, what: str, *, every: float = 0.2) -> Any:
     """The first true value of `condition`; fails with `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():
             return value
-        time.sleep(0.2)
+        time.sleep(every)
     pytest.fail(f"waited {seconds:.0f} s in vain for {what}")
 
 
@@ -119,7 +119,8 @@ class Engine:
             run: dict[str, Any] = details["runs"][0]
             return run if run["status"].startswith("finished") else None
 
-        details = wait_for(finished, RUN_SECONDS, f"run {run_id} to finish")
+        # every look starts a Python process, which the run's own processes would have to wait for
+        details = wait_for(finished, RUN_SECONDS, f"run {run_id} to finish", every=3)
         log = self.flwr("log", run_id, "--show")
         assert details["status"] == "finished:completed", f"{details}\n{log}"
         return Run(details, log)
