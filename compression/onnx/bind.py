@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-
 import onnx
 from onnx import helper
+
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import BindError
 from prunecast.compression.onnx.graph import ExportedGraph

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
 from onnx import helper
+
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.bind import bind_arrays
 from prunecast.compression.onnx.errors import ExportError, FoldedParameter, NumericsError

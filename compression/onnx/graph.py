@@ -77,9 +77,8 @@ def load_graph(path: Path) -> ExportedGraph:
     Raises:
         ExportError: missing, damaged, or another kind of ONNX file.
     """
-    from google.protobuf.message import DecodeError
-
     import onnx
+    from google.protobuf.message import DecodeError
 
     try:
         model = onnx.ModelProto.FromString(Path(path).read_bytes())

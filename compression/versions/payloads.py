@@ -153,7 +153,7 @@ def encode_delta(held: PublishedModel, model: PublishedModel, *, stream: bytes =
         values[name] = difference(
             target.astype(_Q) if new[name].step is not None else target, known
         )
-    body = encode(values, context=Context(layout=_coded_layout(new), previous=previous))
+    body = encode(values, context=Context(layout=_coded_layout(new), previous=previous or None))
     return frame.pack(
         Kind.DELTA,
         stream,

@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterable
 from logging import WARNING
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.app.message.message import make_message
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore import log
-from flwr.supercore.run import Run
 
 from prunecast.compression.flower import array_record, dense_arrays
 from prunecast.compression.versions import PublishedModel, VersionsError, reply_tag
@@ -23,6 +21,7 @@ from prunecast.server.federation.ledger import Entry, Ledger, serialised_bytes
 from prunecast.server.federation.outbound import Batch, Prepared
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.streams import Streams
+from prunecast.server.federation.wrapper import PollingGrid
 
 __all__ = ["CompressedGrid"]
 
@@ -32,7 +31,7 @@ _NO_MOD = (
 )
 
 
-class CompressedGrid(Grid):
+class CompressedGrid(PollingGrid):
     """A Flower grid that prunes, quantises and codes every array record in both directions.
 
     It wraps the grid Flower hands to the ServerApp; strategies and custom loops use it unchanged::
@@ -60,44 +59,13 @@ class CompressedGrid(Grid):
         verify_replies: bool = True,
         poll_interval: float = 0.2,
     ) -> None:
-        self._grid = grid
+        super().__init__(grid, poll_interval=poll_interval)
         self.policy = Policy.preset(policy) if isinstance(policy, str) else policy
         self.ledger = Ledger(ledger) if ledger is None or isinstance(ledger, Path) else ledger
         self._verify = verify_replies
-        self._poll_interval = poll_interval
         self._streams = Streams(self.policy)
         self._sent: dict[str, Prepared] = {}
         self._retries: dict[str, str] = {}  # message id of a retry -> id the caller knows
-
-    # -- what a grid is asked for -------------------------------------------------------------
-
-    def set_run(self, run: Run) -> None:
-        """See `flwr.serverapp.Grid.set_run`."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run this grid operates in."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `flwr.serverapp.Grid.create_message`."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Ids of the connected nodes."""
-        return self._grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """The connected nodes."""
-        return self._grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Encode and send messages; returns their ids as the wrapped grid does.
@@ -146,29 +114,6 @@ class CompressedGrid(Grid):
         replies = self._grid.pull_messages([*wanted, *retries])
         received = (self._receive(reply) for reply in replies)
         return [reply for reply in received if reply is not None]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages and wait for the replies, `timeout` seconds at most (None: for ever).
-
-        Replies come in the order of the messages, whichever arrived first, so that sums of
-        floats do not depend on timing.
-        """
-        sent = [message_id for message_id in self.push_messages(messages) if message_id]
-        waiting = dict.fromkeys(sent)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
-        while waiting and (deadline is None or time.monotonic() < deadline):
-            arrived = list(self.pull_messages(waiting))
-            replies.extend(arrived)
-            for reply in arrived:
-                waiting.pop(reply.metadata.reply_to_message_id, None)
-            if waiting and not arrived:
-                time.sleep(self._poll_interval)
-        self._forget(waiting)
-        order = {message_id: position for position, message_id in enumerate(sent)}
-        return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
 
     # -- replies ------------------------------------------------------------------------------
 

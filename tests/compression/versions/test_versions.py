@@ -129,6 +129,12 @@ def test_a_delta_carries_tensors_that_changed_their_kind():
     assert_same(held, decode_model(encode_delta(new, held), held=new))
 
 
+def test_a_delta_in_which_nothing_can_be_predicted():
+    held = PublishedModel({"w": RawTensor(np.arange(4, dtype=np.int64))})
+    new = PublishedModel({"w": RawTensor(np.arange(4.0))}, 2)
+    assert_same(new, decode_model(encode_delta(held, new), held=held))
+
+
 def test_payload_of_another_stream_is_refused():
     payload = encode_keyframe(model_of(1), stream=STREAM)
     with pytest.raises(WrongStream):
