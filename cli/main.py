@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from importlib.metadata import version as distribution_version
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
-from prunecast.cli.console import explain, is_usage
 from typer.core import TyperGroup
+
+from prunecast.cli.console import explain, is_usage
 
 __all__ = ["app", "run"]
 
@@ -84,9 +84,9 @@ def _group(module: str) -> None:
 _command("demo")
 _command("simulate")
 _command("report")
-for _module, _attach in (("release", _group), ("serve", _command), ("edge", _group)):
-    if find_spec(f"prunecast.cli.{_module}"):
-        _attach(_module)
+_group("release")
+_command("serve")
+_group("edge")
 
 
 def run() -> None:

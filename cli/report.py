@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from prunecast.cli.simulate import AsJson
 
 __all__ = ["report"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from prunecast.cli.console import make_console
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ def run_and_show(scenario: Scenario, *, as_json: bool) -> None:
 
 def show(folder: Path, result: dict[str, Any]) -> None:
     """Print the tables of a run."""
-    from prunecast.simulations.report import PAGE, arm_rows, percent, release_rows
     from rich.table import Table
+
+    from prunecast.simulations.report import PAGE, arm_rows, percent, release_rows
 
     console = make_console()
     scenario = result["scenario"]

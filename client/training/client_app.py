@@ -25,12 +25,13 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
+from torch import nn
+
 from prunecast.client.training.errors import TrainerError
 from prunecast.client.training.masks import current_masks
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import Batch, evaluate, train
 from prunecast.compression.flower.references import load_callable
-from torch import nn
 
 __all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]
 
@@ -45,7 +46,8 @@ class LocalTraining:
 
     Attributes:
         local_epochs: passes over the client's examples.
-        learning_rate: of SGD.
+        learning_rate: of SGD, in the first round.
+        learning_rate_decay: factor from round to round.
         momentum: of SGD.
         weight_decay: of SGD.
         device: "auto" (CUDA where present), or a torch device.
@@ -55,6 +57,7 @@ class LocalTraining:
 
     local_epochs: int = 1
     learning_rate: float = 0.05
+    learning_rate_decay: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 0.0
     device: str = "auto"
@@ -120,20 +123,20 @@ def build_client_app(
 
     @client.train()  # type: ignore[untyped-decorator, unused-ignore]
     def _train(message: Message, context: Context) -> Message:
-        chosen = _settings(context)
+        chosen, server_round = _settings(context), _round(message)
         key, module = _load(model, message, context)
         loader, _ = data(context)
         outcome = train(
             module,
             loader,
             epochs=chosen.local_epochs,
-            lr=chosen.learning_rate,
+            lr=chosen.learning_rate * chosen.learning_rate_decay ** max(server_round - 1, 0),
             momentum=chosen.momentum,
             weight_decay=chosen.weight_decay,
             masks=current_masks(),
             device=None if chosen.device == "auto" else chosen.device,
             mixed_precision={"auto": None, "on": True, "off": False}[chosen.mixed_precision],
-            seed=training_seed(chosen.seed, _round(message), context),
+            seed=training_seed(chosen.seed, server_round, context),
         )
         metrics = MetricRecord({"num-examples": outcome.examples, "train-loss": outcome.loss})
         arrays = ArrayRecord({k: v.cpu() for k, v in module.state_dict().items()})

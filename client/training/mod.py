@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
+
 from prunecast.client.training.errors import ModError
 from prunecast.client.training.masks import holding
 from prunecast.client.training.store import NodeStore, default_root

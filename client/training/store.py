@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.client.training.errors import StoreError
 from prunecast.compression.versions import (
     LatticeTensor,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prunecast.client.training.errors import TrainerError
 from torch import Tensor, nn
+
+from prunecast.client.training.errors import TrainerError
 
 __all__ = ["Evaluation", "TensorBatches", "Training", "best_device", "evaluate", "train"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.client.training.errors import NonFiniteUpdate
 from prunecast.compression.codec import quantise
 from prunecast.compression.versions import (

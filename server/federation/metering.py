@@ -12,6 +12,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.run import Run
+
 from prunecast.server.federation.ledger import Direction, Entry, Ledger
 
 __all__ = ["MeteringGrid", "Recode"]

@@ -39,13 +39,14 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
+from torch import nn
+
 from prunecast.compression.flower.references import load_callable
 from prunecast.compression.versions import save_model
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.strategies import build_strategy
-from torch import nn
 
 __all__ = ["app", "initial_arrays"]
 

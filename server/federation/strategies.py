@@ -8,6 +8,7 @@ from typing import Any
 
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
+
 from prunecast.server.federation.errors import FederationError
 
 __all__ = ["STRATEGIES", "StrategyError", "build_strategy"]

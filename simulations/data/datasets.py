@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.simulations.data.errors import DataError
 from prunecast.simulations.scenarios import DataSpec
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.simulations.data.errors import DataError
 from prunecast.simulations.scenarios import PartitionSpec
 
@@ -49,10 +52,12 @@ def partition(
         )
     chosen.dataset = table
     try:
-        return [
-            np.asarray(chosen.load_partition(number)["index"], dtype=np.int64)
-            for number in range(clients)
-        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of every draw that is repeated, as asked
+            return [
+                np.asarray(chosen.load_partition(number)["index"], dtype=np.int64)
+                for number in range(clients)
+            ]
     except ValueError as error:
         raise DataError(
             f"{len(labels)} examples cannot be spread over {clients} clients with at least "

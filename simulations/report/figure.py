@@ -33,18 +33,23 @@ def accuracy_figure(result: Mapping[str, Any], *, dots_per_inch: int = 150) -> b
         axes.plot(spent[-1:], reached[-1:], "o", color=colour, markersize=6)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0), numticks=20))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("bytes sent so far, both directions, all clients")
     axes.set_ylabel("accuracy on held-out examples")
     axes.grid(visible=True, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     # no software or date inside: the same result gives the same file
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _tick(value: float) -> str:
+    number, unit = bytes_text(value).split()
+    return f"{float(number):g} {unit}"
 
 
 def _colours() -> list[str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from torch import nn
+
 from prunecast.client.training.client_app import Loader, LocalTraining, build_client_app
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TensorBatches
 from prunecast.compression.flower.references import load_callable
 from prunecast.simulations.runner.job import Job, training_tensors
 from prunecast.simulations.runner.ordered import NODE_RECORD
-from torch import nn
 
 __all__ = ["simulated_client"]
 
@@ -26,6 +27,7 @@ def simulated_client(job: Job) -> ClientApp:
     settings = LocalTraining(
         local_epochs=chosen.epochs,
         learning_rate=chosen.learning_rate,
+        learning_rate_decay=chosen.learning_rate_decay,
         momentum=chosen.momentum,
         weight_decay=chosen.weight_decay,
         device=chosen.device,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.compression.flower.references import load_callable
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel, load_model
@@ -123,6 +124,7 @@ def _published(path: Path) -> _Published:
 
 def _graph(factory: str, examples: NDArray[np.float32]) -> ExportedGraph:
     import torch
+
     from prunecast.compression.onnx import export_graph
 
     return export_graph(load_callable(factory)(), (torch.from_numpy(examples),))

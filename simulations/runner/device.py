@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+
 from prunecast.client.edge import Agent, AgentConfig
 
 __all__ = ["FOREIGN", "main"]

@@ -14,6 +14,8 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
+from torch import nn
+
 from prunecast.client.training.trainer import TensorBatches, evaluate
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.flower.references import load_callable
@@ -26,7 +28,6 @@ from prunecast.simulations.runner.errors import EngineFailed
 from prunecast.simulations.runner.job import Job, held_out
 from prunecast.simulations.runner.ordered import OrderedGrid, nodes_by_partition
 from prunecast.simulations.scenarios import ArmSpec, Scenario
-from torch import nn
 
 __all__ = ["ArmOutcome", "Emit", "check_scenario", "policy_of", "run_arms", "strategy_of"]
 
@@ -153,6 +154,8 @@ def _run_arm(
             alternatives={other: _recode(spec) for other, spec in recodings.items()},
             poll_interval=_POLL_SECONDS,
         )
+    if scenario.model.initial == "drawn":
+        arrays = _drawn(grid, wrapped, scenario, arrays)
     emit({"event": "arm", "arm": name, "rounds": scenario.rounds})
 
     def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:
@@ -189,6 +192,18 @@ def _run_arm(
         np.savez(target.with_suffix(".npz"), predictions=predictions, accuracy=accuracy)
     emit({"event": "arm-done", "arm": name, "seconds": outcome.seconds})
     return outcome
+
+
+def _drawn(
+    grid: Grid, wrapped: CompressedGrid | MeteringGrid, scenario: Scenario, like: ArrayRecord
+) -> ArrayRecord:
+    if isinstance(wrapped, MeteringGrid):
+        compressed = [arm for arm in scenario.arms.values() if arm.kind == "prunecast"]
+        if not compressed:
+            return like
+        # never used to send anything: the dense arm gets the same weights, in plain messages
+        wrapped = CompressedGrid(grid, policy_of(compressed[0]))
+    return wrapped.draw_initial(like, scenario.seed)
 
 
 def _refuse_failures(ledger: Ledger, server_round: int, arm: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
 from prunecast.simulations.data import load_dataset, partition
 from prunecast.simulations.scenarios import Scenario, scenario_from_mapping
 

@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+
 from prunecast.simulations.runner.errors import EngineFailed
 
 __all__ = ["NODE_RECORD", "OrderedGrid", "nodes_by_partition"]

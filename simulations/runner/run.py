@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,7 +74,8 @@ def run_scenario(
     on_event({"event": "step", "text": "checking the scenario"})
     from prunecast.simulations.runner.federate import check_scenario
 
-    check_scenario(scenario)
+    with _quiet_flower():
+        check_scenario(scenario)
     on_event({"event": "step", "text": "loading and partitioning the data"})
     job = prepare(scenario, folder)
     try:
@@ -107,6 +110,18 @@ def run_scenario(
     finally:
         shutil.rmtree(job.work, ignore_errors=True)
     return json.loads(json.dumps(document))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet_flower() -> Iterator[None]:
+    """Making a strategy logs warnings that belong to the engine's log."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _software() -> dict[str, str]:

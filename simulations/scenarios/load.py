@@ -179,11 +179,12 @@ def _check(s: Scenario) -> None:
     _least("partition.min_size", s.partition.min_size, 1)
     _least("clients.count", s.clients.count, 1)
     _positive("clients.fraction", s.clients.fraction)
-    if s.clients.fraction > 1:
-        raise ScenarioError("clients.fraction", f"is {s.clients.fraction}", "it is at most 1")
+    _most("clients.fraction", s.clients.fraction, 1)
     _least("training.epochs", s.training.epochs, 1)
     _least("training.batch_size", s.training.batch_size, 1)
     _positive("training.learning_rate", s.training.learning_rate)
+    _positive("training.learning_rate_decay", s.training.learning_rate_decay)
+    _most("training.learning_rate_decay", s.training.learning_rate_decay, 1)
     _least("training.momentum", s.training.momentum, 0)
     _least("training.weight_decay", s.training.weight_decay, 0)
     _choice("training.device", s.training.device, ("auto", "cpu", "cuda"))
@@ -192,11 +193,17 @@ def _check(s: Scenario) -> None:
     _least("engine.concurrent", s.engine.concurrent, 1)
     _least("engine.cpus", s.engine.cpus, 1)
     _least("engine.gpus", s.engine.gpus, 0)
+    _choice("model.initial", s.model.initial, ("factory", "drawn"))
     if ":" not in s.model.factory:
         raise ScenarioError(
             "model.factory", f"is {s.model.factory!r}", "write it as package.module:function"
         )
     _check_arms(s)
+
+
+def _most(key: str, value: float, most: float) -> None:
+    if value > most:
+        raise ScenarioError(key, f"is {value}", f"it must be at most {most}")
 
 
 def _positive(key: str, value: float) -> None:

@@ -74,9 +74,13 @@ class ModelSpec:
     Attributes:
         factory: ``package.module:function`` that returns a torch module; called without
             arguments, with torch's generator seeded.
+        initial: "factory" starts from the weights the factory makes; "drawn" draws weights of
+            the same means and spreads from the seed, so that a compressed arm's first keyframe
+            is a few bytes. Dense arms start from the weights of the first prunecast arm.
     """
 
     factory: str = "prunecast.simulations.scenarios.models:digits_cnn"
+    initial: str = "factory"
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class TrainingSpec:
     Attributes:
         epochs: passes over the client's examples.
         batch_size: examples in a mini-batch.
-        learning_rate: of SGD.
+        learning_rate: of SGD, in the first round.
+        learning_rate_decay: factor from round to round, above 0 and at most 1.
         momentum: of SGD.
         weight_decay: of SGD.
         device: "auto" (CUDA where present), "cpu" or "cuda".
@@ -96,6 +101,7 @@ class TrainingSpec:
     epochs: int = 1
     batch_size: int = 32
     learning_rate: float = 0.05
+    learning_rate_decay: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 0.0
     device: str = "auto"

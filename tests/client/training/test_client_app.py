@@ -1,0 +1,97 @@
+"""The ready ClientApp reads Flower's run config."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from torch import nn
+
+from prunecast.client.training.client_app import LocalTraining, app, training_seed
+from prunecast.client.training.errors import TrainerError
+from prunecast.client.training.trainer import TensorBatches
+from prunecast.simulations.runner import InlineGrid
+
+
+def tiny_model() -> nn.Module:
+    return nn.Linear(4, 2)
+
+
+def tiny_data(context: Context) -> tuple[TensorBatches, None]:
+    generator = torch.Generator().manual_seed(int(context.node_config["partition-id"]))
+    inputs = torch.randn(12, 4, generator=generator)
+    return TensorBatches(inputs, (inputs[:, 0] > 0).long(), batch_size=4, shuffle=True), None
+
+
+def ask(message_type: str, run_config: dict[str, object]) -> Message:
+    grid = InlineGrid(app, count=1)
+    for context in grid._contexts.values():
+        context.run_config.update(run_config)
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(tiny_model().state_dict()),
+            "config": ConfigRecord({"server-round": 2}),
+        }
+    )
+    [node] = grid.get_node_ids()
+    [reply] = grid.send_and_receive([Message(content, node, message_type)])
+    return reply
+
+
+CONFIG = {
+    "model": f"{__name__}:tiny_model",
+    "data": f"{__name__}:tiny_data",
+    "local-epochs": 2,
+    "learning-rate": 1,
+}
+
+
+def test_it_trains_and_evaluates_what_the_run_config_names():
+    trained = ask("train", CONFIG)
+    assert not trained.has_error(), trained.error.reason
+    assert trained.content["metrics"]["num-examples"] == 12
+    assert list(trained.content["arrays"]) == ["weight", "bias"]
+    evaluated = ask("evaluate", CONFIG)
+    assert set(evaluated.content["metrics"]) == {"num-examples", "eval-loss", "eval-accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": ""}, "the run config lacks 'model'"),
+        ({"model": "nope:net"}, "there is no module 'nope'"),
+        ({"data": "torch:nope"}, "has no 'nope'"),
+        ({"local-epochs": "two"}, "local-epochs = 'two' in the run config is no int"),
+        ({"mixed-precision": "maybe"}, "'auto', 'on' or 'off'"),
+    ],
+)
+def test_what_the_run_config_gets_wrong_is_named(change, message):
+    reply = ask("train", {**CONFIG, **change})
+    assert reply.has_error()
+    assert message in reply.error.reason
+
+
+def test_the_seed_depends_on_seed_round_and_partition():
+    def context(partition: int, node: int) -> Context:
+        return Context(
+            run_id=1,
+            node_id=node,
+            node_config={"partition-id": partition},
+            state=RecordDict(),
+            run_config={},
+        )
+
+    base = training_seed(1, 2, context(3, 99))
+    assert base == training_seed(1, 2, context(3, 12345))
+    assert len({base, *(training_seed(*c) for c in _others(context))}) == 4
+
+
+def _others(context):
+    return [(2, 2, context(3, 9)), (1, 3, context(3, 9)), (1, 2, context(4, 9))]
+
+
+def test_settings_read_the_run_config():
+    read = LocalTraining.from_run_config({"learning-rate": 1, "momentum": 0.5, "other": "x"})
+    assert read == LocalTraining(learning_rate=1.0, momentum=0.5)
+    with pytest.raises(TrainerError, match="seed"):
+        LocalTraining.from_run_config({"seed": True})

@@ -1,0 +1,204 @@
+"""Local training: masks hold, runs repeat, the caller's state stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from prunecast.client.training.errors import TrainerError
+from prunecast.client.training.trainer import TensorBatches, evaluate, train
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def seeded_network(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return network()
+
+
+def examples(count: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    return torch.randn(count, 12, generator=generator) + labels[:, None].float(), labels
+
+
+def batches(shuffle: bool = True) -> TensorBatches:
+    return TensorBatches(*examples(), batch_size=8, shuffle=shuffle)
+
+
+def state(model: nn.Module) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    density=st.floats(0.0, 1.0),
+    momentum=st.sampled_from([0.0, 0.9]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+)
+def test_weights_off_the_mask_stay_exactly_zero(seed, density, momentum, weight_decay):
+    rng = np.random.default_rng(seed)
+    masks = {
+        "0.weight": rng.random((16, 12)) < density,
+        "3.weight": rng.random((3, 16)) < density,
+    }
+    model = seeded_network(seed % 100)
+    train(
+        model,
+        batches(),
+        epochs=2,
+        lr=0.1,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        masks=masks,
+        device="cpu",
+        seed=1,
+    )
+    for name, mask in masks.items():
+        values = model.state_dict()[name].numpy()
+        dropped = values[~mask]
+        assert not dropped.any()
+        assert not np.signbit(dropped).any()
+    if masks["0.weight"].any():
+        assert model.state_dict()["0.weight"].numpy()[masks["0.weight"]].any()
+
+
+def test_momentum_and_gradients_off_the_mask_stay_zero(monkeypatch):
+    made: list[torch.optim.SGD] = []
+    original = torch.optim.SGD
+
+    def remember(*args, **kwargs):
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch.optim, "SGD", remember)
+    model, mask = seeded_network(), np.zeros((16, 12), bool)
+    mask[::2] = True
+    train(
+        model,
+        batches(),
+        epochs=1,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=0.01,
+        masks={"0.weight": mask},
+        device="cpu",
+        seed=1,
+    )
+    weight = model[0].weight
+    momentum = made[0].state[weight]["momentum_buffer"].numpy()
+    assert not momentum[~mask].any()
+    assert momentum[mask].any()
+    assert not weight.grad.numpy()[~mask].any()
+
+
+def test_training_is_a_function_of_its_seed():
+    outcomes = []
+    for seed in (3, 3, 4):
+        model = seeded_network()
+        result = train(model, batches(), epochs=2, lr=0.05, momentum=0.9, device="cpu", seed=seed)
+        outcomes.append((result, state(model)))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][1] != outcomes[2][1]
+
+
+def test_the_callers_random_state_is_kept():
+    before = torch.random.get_rng_state()
+    train(seeded_network(), batches(), epochs=1, lr=0.05, device="cpu", seed=3)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_training_learns_and_evaluation_measures_it():
+    model = seeded_network()
+    before = evaluate(model, batches(shuffle=False), device="cpu")
+    result = train(model, batches(), epochs=20, lr=0.05, momentum=0.9, device="cpu", seed=1)
+    after = evaluate(model, batches(shuffle=False), device="cpu")
+    assert result.examples == after.examples == 64
+    assert result.steps == 20 * 8
+    assert result.precision == "float32"
+    assert after.accuracy > max(before.accuracy, 0.7)
+    assert after.loss < before.loss
+    assert model.training
+
+
+def test_mixed_precision_on_the_cpu_keeps_float32_weights_and_masks():
+    model, mask = seeded_network(), np.zeros((16, 12), bool)
+    mask[:8] = True
+    result = train(
+        model,
+        batches(),
+        epochs=2,
+        lr=0.05,
+        masks={"0.weight": mask},
+        device="cpu",
+        mixed_precision=True,
+        seed=1,
+    )
+    assert result.precision == "bfloat16"
+    assert model[0].weight.dtype == torch.float32
+    assert not model[0].weight.detach().numpy()[~mask].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("supports_bfloat16", [True, False])
+def test_mixed_precision_on_cuda(monkeypatch, supports_bfloat16):
+    if not supports_bfloat16:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    model, mask = seeded_network(), np.zeros((16, 12), bool)
+    mask[:8] = True
+    result = train(
+        model,
+        batches(),
+        epochs=20,
+        lr=0.05,
+        momentum=0.9,
+        weight_decay=0.01,
+        masks={"0.weight": mask},
+        seed=1,
+    )
+    assert result.precision == ("bfloat16" if supports_bfloat16 else "float16")
+    assert model[0].weight.device.type == "cuda"
+    assert not model[0].weight.detach().cpu().numpy()[~mask].any()
+    assert evaluate(model, batches(shuffle=False)).accuracy > 0.6
+
+
+def test_buffers_with_a_mask_are_left_alone():
+    model = seeded_network()
+    masks = {"1.running_mean": np.zeros(16, bool)}
+    train(model, batches(), epochs=1, lr=0.05, masks=masks, device="cpu", seed=1)
+    assert model[1].running_mean.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"masks": {"nope": np.ones(3, bool)}}, "there is a mask for 'nope'"),
+        ({"masks": {"0.weight": np.ones((2, 2), bool)}}, r"mask of '0.weight' is \[2, 2\]"),
+        ({"loader": []}, "the loader is empty"),
+        ({"lr": 1e30}, "lower the learning rate"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(change, message):
+    settings = {"loader": batches(), "epochs": 3, "lr": 0.05, "device": "cpu", "seed": 1, **change}
+    with pytest.raises(TrainerError, match=message):
+        train(seeded_network(), settings.pop("loader"), **settings)
+
+
+def test_batches_check_their_arguments():
+    inputs, targets = examples(10)
+    with pytest.raises(TrainerError, match="10 inputs but 9 targets"):
+        TensorBatches(inputs, targets[:9], batch_size=2)
+    with pytest.raises(TrainerError, match="batch_size"):
+        TensorBatches(inputs, targets, batch_size=0)
+    loader = TensorBatches(inputs, targets, batch_size=4)
+    assert len(loader) == 3
+    assert [len(y) for _, y in loader] == [4, 4, 2]

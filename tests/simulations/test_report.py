@@ -1,0 +1,176 @@
+"""Tables, picture and page from a result."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from prunecast.simulations.report import (
+    accuracy_figure,
+    arm_rows,
+    bytes_text,
+    percent,
+    ratio_text,
+    release_rows,
+    render_page,
+    write_report,
+)
+
+
+def arm(kind: str, scale: int, reduction: float) -> dict[str, Any]:
+    rounds = [
+        {
+            "round": number,
+            "accuracy": 0.1 + 0.2 * number,
+            "loss": 2.0 - 0.4 * number,
+            "sparsity": 0.3 * number if kind == "prunecast" else 0.0,
+            "bytes_up": scale * number,
+            "bytes_down": 2 * scale * number,
+            "seconds": 1.0 * number,
+        }
+        for number in range(4)
+    ]
+    return {
+        "kind": kind,
+        "accuracy": 0.7,
+        "loss": 0.8,
+        "sparsity": rounds[-1]["sparsity"],
+        "bytes_up": 3 * scale,
+        "bytes_down": 6 * scale,
+        "messages": 12,
+        "encode_ms": 1.0,
+        "decode_ms": 1.0,
+        "seconds": 3.0,
+        "ledger": "ledger.jsonl",
+        "by_kind": {
+            "up": {"update": {"messages": 6, "bytes": 3 * scale}},
+            "down": {"keyframe": {"messages": 6, "bytes": 6 * scale}},
+        },
+        "rounds": rounds,
+        "reduction": reduction,
+    }
+
+
+@pytest.fixture
+def result(tiny) -> dict[str, Any]:
+    from prunecast.simulations.scenarios import scenario_from_mapping
+
+    scenario = scenario_from_mapping({**tiny, "name": "x<script>alert(1)</script>"[:1]})
+    return {
+        "schema": 1,
+        "scenario": {**scenario.to_mapping(), "description": "<script>alert(1)</script>"},
+        "started": "2026-01-01T00:00:00+00:00",
+        "seconds": 12.5,
+        "software": {"python": "3.11"},
+        "machine": {"system": "Linux", "cpus": 2},
+        "data": {"training": 180, "held_out": 60, "per_client": [50, 60, 70]},
+        "arms": {
+            "dense": arm("dense", 1_000_000, 1.0),
+            "dense-zstd": {
+                **arm("recoded", 900_000, 1.111),
+                "seconds": None,
+                "of": "dense",
+                "codec": "zstd",
+                "level": 3,
+            },
+            "prunecast": arm("prunecast", 8_000, 125.0),
+        },
+        "release": {
+            "name": "tiny",
+            "arm": "prunecast",
+            "onnx_bytes": 1_640_000,
+            "weights_bytes": 410_000,
+            "keyframe_bytes": 60_000,
+            "patch_bytes": 4_000,
+            "first_keyframe_bytes": 61_000,
+            "published_accuracy": 0.7,
+            "device_accuracy": 0.7,
+            "images": 60,
+            "identical_images": 60,
+            "downloads": [
+                {"version": 1, "payload": "keyframe", "bytes": {"keyframe": 61_000}, "seconds": 1},
+                {"version": 2, "payload": "patch", "bytes": {"patch": 4_000}, "seconds": 1},
+            ],
+            "selftest_difference": 0.0,
+            "foreign_modules": [],
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (9_996, "10.0 kB"),
+        (99_960, "100 kB"),
+        (999_960, "1.00 MB"),
+        (984_155_520, "984 MB"),
+        (3.2e12, "3.20 TB"),
+        (None, "–"),
+    ],
+)
+def test_bytes_are_read_easily(count, text):
+    assert bytes_text(count) == text
+
+
+def test_other_figures_are_read_easily():
+    assert [ratio_text(r) for r in (1, 9.996, 41.26, 168.4, None)] == [
+        "1.00×",
+        "10.00×",
+        "41.3×",
+        "168×",
+        "–",
+    ]
+    assert percent(0.9549) == "95.5 %"
+
+
+def test_tables_have_a_row_per_arm_and_per_download(result):
+    header, rows = arm_rows(result)
+    assert all(len(row) == len(header) for row in rows)
+    assert [row[0] for row in rows] == ["dense", "dense-zstd (level 3)", "prunecast"]
+    assert rows[2][1:] == ["70.0 %", "90 %", "24.0 kB", "48.0 kB", "72.0 kB", "125×"]
+    header, rows = release_rows(result)
+    assert [row[2] for row in rows] == ["1.00×", "26.9×", "27.3×", "410×", "410×"]
+    assert release_rows({**result, "release": None}) == ([], [])
+
+
+def test_the_picture_is_a_png_and_the_same_every_time(result):
+    first = accuracy_figure(result, dots_per_inch=50)
+    assert first.startswith(b"\x89PNG\r\n")
+    assert accuracy_figure(result, dots_per_inch=50) == first
+
+
+def test_the_page_stands_alone(result):
+    page = render_page(result, b"picture")
+    assert "data:image/png;base64,cGljdHVyZQ==" in page
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert "http" not in page.replace("http-equiv", "")
+    assert "prefers-color-scheme: dark" in page
+    assert "125×" in page
+    assert "keyframe" in page
+
+
+def test_text_from_the_scenario_is_escaped(result):
+    page = render_page(result, b"")
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize("missing", ["release", "dense", "prunecast"])
+def test_pages_of_other_scenarios_render(result, missing, tmp_path):
+    if missing == "release":
+        result["release"] = None
+    else:
+        for name in [n for n in result["arms"] if n.startswith(missing)]:
+            del result["arms"][name]
+            del result["scenario"]["arms"][name]
+        for entry in result["arms"].values():
+            if missing == "dense":
+                del entry["reduction"]
+    figure, page = write_report(tmp_path, result)
+    assert figure.stat().st_size > 1000
+    assert page.stat().st_size > 1000

@@ -1,0 +1,241 @@
+"""Simulations without Ray: the arms, the ledgers, the delivery, and that runs repeat."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from prunecast.compression.flower import payload_of
+from prunecast.server.federation import FederationError
+from prunecast.simulations.report import FIGURE, PAGE, write_report
+from prunecast.simulations.runner import (
+    DeviceMismatch,
+    EngineFailed,
+    InlineGrid,
+    ResultError,
+    new_run_folder,
+    read_ledger,
+    read_result,
+    run_scenario,
+)
+from prunecast.simulations.runner.clients import simulated_client
+from prunecast.simulations.runner.delivery import _compare, _Published
+from prunecast.simulations.runner.federate import run_arms
+from prunecast.simulations.runner.job import Job, prepare
+from prunecast.simulations.scenarios import scenario_from_mapping
+
+
+class Recorder(InlineGrid):
+    """Keeps every payload that passes, in both directions."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.payloads: list[bytes] = []
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        for message in messages:
+            self._note(message)
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids)
+        for reply in replies:
+            self._note(reply)
+        return replies
+
+    def _note(self, message):
+        records = message.content.array_records if message.has_content() else {}
+        for record in records.values():
+            payload = payload_of(record)
+            if payload is not None:
+                self.payloads.append(payload)
+
+
+def run_inline(mapping, folder):
+    job = prepare(scenario_from_mapping(mapping), folder)
+    grid = Recorder(simulated_client(job), count=job.scenario.clients.count)
+    outcomes = run_arms(grid, job, lambda event: None)
+    return job, grid, outcomes
+
+
+def test_two_runs_give_the_same_payloads_and_accuracy(tiny, tmp_path):
+    runs = [run_inline(tiny, tmp_path / name) for name in ("one", "two")]
+    (_, first, ours), (_, second, theirs) = runs
+    assert len(first.payloads) == 3 * 2 * 3
+    assert first.payloads == second.payloads
+    for a, b in zip(ours, theirs, strict=True):
+        assert [r["accuracy"] for r in a.rounds] == [r["accuracy"] for r in b.rounds]
+        assert [r["loss"] for r in a.rounds] == [r["loss"] for r in b.rounds]
+        assert [r["bytes_up"] for r in a.rounds] == [r["bytes_up"] for r in b.rounds]
+
+
+def test_another_seed_gives_another_run(tiny, tmp_path):
+    _, first, _ = run_inline({**tiny, "rounds": 1}, tmp_path / "one")
+    _, second, _ = run_inline({**tiny, "rounds": 1, "seed": 4}, tmp_path / "two")
+    assert first.payloads != second.payloads
+
+
+def test_arms_begin_with_the_same_weights(tiny, tmp_path):
+    _, _, outcomes = run_inline({**tiny, "rounds": 1}, tmp_path)
+    dense, compressed = outcomes
+    assert dense.rounds[0]["loss"] == compressed.rounds[0]["loss"]
+
+
+def test_a_drawn_model_has_a_tiny_keyframe(tiny, tmp_path):
+    for initial in ("factory", "drawn"):
+        mapping = {**tiny, "rounds": 1, "model": {"initial": initial}}
+        job, _, _ = run_inline(mapping, tmp_path / initial)
+        entries = read_ledger(job.ledger("prunecast"))
+        keyframe = next(e for e in entries if e.kind == "keyframe")
+        assert (keyframe.payload_bytes < 3000) == (initial == "drawn")
+
+
+def test_sampled_clients_are_the_same_in_every_run(tiny, tmp_path):
+    mapping = {**tiny, "rounds": 2, "clients": {"count": 5, "fraction": 0.4}}
+    ledgers = []
+    for name in ("one", "two"):
+        job, _, _ = run_inline(mapping, tmp_path / name)
+        ledgers.append([(e.round, e.node) for e in read_ledger(job.ledger("dense"))])
+    assert ledgers[0] == ledgers[1]
+    assert len({node for _, node in ledgers[0]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("fedadam", {"eta": 0.01}), ("fedmedian", {}), ("krum", {"num_malicious_nodes": 0})],
+)
+def test_other_strategies_run_unchanged(tiny, tmp_path, strategy, options):
+    mapping = {**tiny, "rounds": 1, "strategy": {"name": strategy, "options": options}}
+    _, _, outcomes = run_inline(mapping, tmp_path)
+    assert [len(o.rounds) for o in outcomes] == [2, 2]
+
+
+def test_a_failing_client_fails_the_run(tiny, tmp_path):
+    mapping = {**tiny, "training": {**tiny["training"], "learning_rate": 1e30}}
+    with pytest.raises(EngineFailed, match=r"arm 'dense', round 1: 3 clients answered with an err"):
+        run_inline(mapping, tmp_path)
+
+
+@pytest.mark.engine
+def test_a_run_from_data_to_device(tiny, tmp_path):
+    events = []
+    scenario = scenario_from_mapping({**tiny, "release": {"name": "tiny"}})
+    folder = new_run_folder(tmp_path, "tiny")
+    result = run_scenario(scenario, folder, on_event=events.append)
+    assert read_result(folder) == result
+    dense, recoded, ours = (result["arms"][n] for n in ("dense", "dense-zstd", "prunecast"))
+    assert dense["reduction"] == 1.0
+    assert dense["bytes_up"] > recoded["bytes_up"] > ours["bytes_up"] > 0
+    assert dense["bytes_down"] > recoded["bytes_down"] > ours["bytes_down"] > 0
+    assert recoded["accuracy"] == dense["accuracy"]
+    for arm in (dense, recoded, ours):
+        assert [row["round"] for row in arm["rounds"]] == [0, 1, 2, 3]
+        assert arm["rounds"][-1]["bytes_up"] == arm["bytes_up"]
+        kinds = [k for sums in arm["by_kind"].values() for k in sums.values()]
+        assert sum(k["bytes"] for k in kinds) == arm["bytes_up"] + arm["bytes_down"]
+    assert ours["sparsity"] == pytest.approx(0.8, abs=0.02)
+    ledger = read_ledger(folder / "ledger.jsonl")
+    assert len(ledger) == ours["messages"] == 3 * 3 * 2
+    assert sum(e.payload_bytes for e in ledger if e.direction == "up") == ours["bytes_up"]
+    assert (folder / "ledger-dense.jsonl").is_file()
+
+    release = result["release"]
+    assert release["device_accuracy"] == release["published_accuracy"] == ours["accuracy"]
+    assert release["identical_images"] == release["images"] == 60
+    assert release["patch_bytes"] < release["keyframe_bytes"] < release["onnx_bytes"]
+    assert [d["payload"] for d in release["downloads"]] == ["keyframe", "patch"]
+    assert release["foreign_modules"] == []
+
+    assert {e["event"] for e in events} == {"step", "arm", "round", "arm-done"}
+    assert not (folder / "work").exists()
+    figure, page = write_report(folder, result)
+    assert (figure.name, page.name) == (FIGURE, PAGE)
+
+
+@pytest.mark.engine
+def test_flowers_engine_gives_what_the_inline_grid_gives(tiny, tmp_path):
+    losses = {}
+    for backend in ("inline", "ray"):
+        mapping = {**tiny, "rounds": 2, "engine": {"backend": backend}}
+        folder = new_run_folder(tmp_path, backend)
+        result = run_scenario(scenario_from_mapping(mapping), folder)
+        losses[backend] = {n: [r["loss"] for r in a["rounds"]] for n, a in result["arms"].items()}
+    assert losses["ray"] == losses["inline"]
+
+
+@pytest.mark.engine
+def test_a_failing_engine_names_its_log(tiny, tmp_path):
+    mapping = {**tiny, "training": {**tiny["training"], "learning_rate": 1e30}}
+    folder = new_run_folder(tmp_path, "tiny")
+    with pytest.raises(EngineFailed, match=r"clients answered with an error \(see .*engine\.log\)"):
+        run_scenario(scenario_from_mapping(mapping), folder)
+    assert "lower the learning rate" in (folder / "engine.log").read_text()
+    assert not (folder / "work").exists()
+
+
+def test_names_are_checked_before_anything_starts(tiny, tmp_path):
+    policy = {**tiny["arms"]["prunecast"], "policy": {"up_stride": 3}}
+    cases = [
+        ({"arms": {**tiny["arms"], "prunecast": policy}}, FederationError, "unknown knob"),
+        ({"strategy": {"name": "fedsgd"}}, FederationError, "unknown strategy"),
+        ({"strategy": {"name": "fedavg", "options": {"eta": 1}}}, FederationError, "no option"),
+        ({"model": {"factory": "nope:net"}}, ValueError, "no module 'nope'"),
+    ]
+    for change, error, message in cases:
+        with pytest.raises(error, match=message):
+            run_scenario(scenario_from_mapping({**tiny, **change}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_image_that_differs_is_an_error(tiny, tmp_path):
+    job = Job(tmp_path, scenario_from_mapping(tiny), (1,))
+    job.work.mkdir()
+    predictions = np.arange(60) % 3
+    published = _Published(None, predictions, 1.0)  # type: ignore[arg-type]
+    report = {
+        "version": 2,
+        "outcome": "updated",
+        "payload": "patch",
+        "imported": [],
+        "reason": None,
+    }
+    np.savez(job.work / "device-2.npz", predictions=predictions)
+    _compare(job, 2, published, report)
+    changed = predictions.copy()
+    changed[17] = 9
+    np.savez(job.work / "device-2.npz", predictions=changed)
+    with pytest.raises(DeviceMismatch, match="1 of 60 images .* first image 17"):
+        _compare(job, 2, published, report)
+    with pytest.raises(DeviceMismatch, match="imported torch"):
+        _compare(job, 2, published, {**report, "imported": ["torch"]})
+
+
+def test_the_devices_module_imports_no_training_framework(tmp_path):
+    import subprocess
+
+    code = (
+        "import sys, prunecast.simulations.runner.device as d;"
+        "print([m for m in d.FOREIGN if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_results_of_other_schemas_are_refused(tmp_path):
+    with pytest.raises(ResultError, match="give the folder of a finished run"):
+        read_result(tmp_path)
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ResultError, match="damaged"):
+        read_result(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps({"schema": 99}))
+    with pytest.raises(ResultError, match="not of schema 1"):
+        read_result(tmp_path)
+
+
+def test_run_folders_never_collide(tmp_path):
+    folders = {new_run_folder(tmp_path, "x") for _ in range(3)}
+    assert len(folders) == 3

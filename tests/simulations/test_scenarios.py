@@ -1,0 +1,110 @@
+"""Scenario files: what is read, and how mistakes are named."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+
+from prunecast.simulations.scenarios import (
+    ScenarioError,
+    load_scenario,
+    packaged_scenarios,
+    scenario_from_mapping,
+)
+
+
+def test_packaged_scenarios_are_usable():
+    assert "demo" in packaged_scenarios()
+    for name in packaged_scenarios():
+        scenario = load_scenario(name)
+        assert scenario.name == name
+        assert scenario_from_mapping(scenario.to_mapping()) == scenario
+
+
+def test_the_demo_compares_and_releases():
+    demo = load_scenario("demo")
+    assert list(demo.arms) == ["dense", "dense-zstd", "prunecast"]
+    assert list(demo.trained_arms()) == ["dense", "prunecast"]
+    assert list(demo.recodings_of("dense")) == ["dense-zstd"]
+    assert demo.released_arm() == "prunecast"
+    assert (demo.clients.count, demo.partition.alpha, demo.data.held_out) == (10, 0.3, 1000)
+
+
+def test_paths_are_relative_to_the_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('schema = 1\n[data]\nsource = "npz"\npath = "mine.npz"\n')
+    assert load_scenario(path).data.path == str(tmp_path / "mine.npz")
+
+
+def change(mapping, key, value):
+    changed = copy.deepcopy(mapping)
+    *tables, last = key.split("/")
+    table = changed
+    for name in tables:
+        table = table.setdefault(name, {})
+    table[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named", "said"),
+    [
+        ("schema", 2, "schema", "reads schema = 1"),
+        ("round", 3, "round", "did you mean 'rounds'?"),
+        ("rounds", 0, "rounds", "at least 1"),
+        ("rounds", "ten", "rounds", "whole number"),
+        ("rounds", True, "rounds", "whole number"),
+        ("seed", -1, "seed", "at least 0"),
+        ("name", "Mine!", "name", "use a-z"),
+        ("clients", 3, "clients", r"write \[clients\]"),
+        ("clients/count", 1.5, "clients.count", "whole number"),
+        ("clients/fraction", 1.5, "clients.fraction", "at most 1"),
+        ("partition/kind", "random", "partition.kind", "dirichlet, iid"),
+        ("partition/alpha", 0, "partition.alpha", "above 0"),
+        ("partition/alpha", float("nan"), "partition.alpha", "finite"),
+        ("data/source", "cifar", "data.source", "mnist-5k, npz"),
+        ("data/path", "", "data.path", "source = 'npz'"),
+        ("model/factory", "net", "model.factory", "package.module:function"),
+        ("model/initial", "zeros", "model.initial", "drawn, factory"),
+        ("training/learning_rate", "fast", "training.learning_rate", "a number"),
+        ("training/learning_rate_decay", 1.1, "training.learning_rate_decay", "at most 1"),
+        ("training/device", "tpu", "training.device", "auto, cpu, cuda"),
+        ("engine/backend", "dask", "engine.backend", "inline, ray"),
+        ("engine/concurrent", 0, "engine.concurrent", "at least 1"),
+        ("arms/Dense", {"kind": "dense"}, "arms.Dense", "use a-z"),
+        ("arms/dense/level", 3, "arms.dense.level", "keys: kind"),
+        ("arms/dense/kind", "sparse", "arms.dense.kind", "dense, prunecast, recoded"),
+        ("arms/dense-zstd/of", "prunecast", "arms.dense-zstd.of", "choose one of dense"),
+        ("arms/dense-zstd/level", 30, "arms.dense-zstd.level", "use 1 to 22"),
+        ("arms", {"a": {"kind": "recoded"}}, "arms", "add an arm"),
+        ("release/arm", "dense", "release.arm", "choose one of prunecast"),
+        ("release/name", "A b", "release.name", "use a-z"),
+        ("release/selftest_images", 0, "release.selftest_images", "at least 1"),
+    ],
+)
+def test_every_mistake_names_its_key_and_the_remedy(tiny, key, value, named, said):
+    with pytest.raises(ScenarioError, match=said) as caught:
+        scenario_from_mapping(change(tiny, key, value))
+    assert caught.value.key == named
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ScenarioError, match=r"cannot read .*or one of: demo"):
+        load_scenario(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("rounds = ")
+    with pytest.raises(ScenarioError, match="is not TOML"):
+        load_scenario(broken)
+
+
+def test_schema_must_be_stated():
+    with pytest.raises(ScenarioError, match="schema: is missing"):
+        scenario_from_mapping({"rounds": 3})
+
+
+def test_integers_do_for_numbers(tiny):
+    scenario = scenario_from_mapping(change(tiny, "partition/alpha", 1))
+    assert scenario.partition.alpha == 1.0
+    assert dataclasses.replace(scenario, rounds=5).rounds == 5
