@@ -244,3 +244,63 @@ class AdaptiveDecoder(_Models):
         """Decode a signed integer."""
         z = self.uint(first)
         return -(z + 1 >> 1) if z & 1 else z >> 1
+
+    def levels(self, models: list[int], middle: int, most: int, count: int) -> bytes:
+        """Decode ``count`` signed steps from ``middle``, each under the model of the one before.
+
+        The same as :meth:`sint` for each, written out: thousands of levels precede a payload's
+        symbols, and calls are what they would cost.
+        """
+        out = bytearray()
+        p, n, data, rate = self.p, self.n, self._data, _RATE
+        code, span, pos, end = self._code, self._range, self._pos, len(self._data)
+        previous = middle
+        for _ in range(count):
+            v = previous - middle
+            first = models[0 if v < -3 else 7 if v > 4 else v + 3]
+            k, node, left, c = 0, 1, -1, first
+            # Exponent in unary, then as many bits: left is -1 until the exponent is known.
+            while left:
+                old, seen = p[c], n[c]
+                bound = (span >> 16) * old
+                if seen < _SLOWEST:
+                    n[c] = seen + 1
+                if code < bound:
+                    bit = 1
+                    span = bound
+                    p[c] = old + ((_CEIL - old) * rate[seen] >> 16)
+                else:
+                    bit = 0
+                    code -= bound
+                    span -= bound
+                    p[c] = old - ((old - _FLOOR) * rate[seen] >> 16)
+                while span < _RENORM:
+                    if pos >= end:
+                        raise MalformedPayload("the adaptive section ends too early")
+                    code = (code << 8 | data[pos]) & _LOW
+                    pos += 1
+                    span <<= 8
+                if left < 0:
+                    if bit:
+                        k += 1
+                        if k > _LEADING + 4:
+                            raise MalformedPayload("a level is out of range")
+                        c += 1
+                        continue
+                    left = k
+                else:
+                    node = 2 * node + bit
+                    left -= 1
+                if k - left >= _LEADING and left:
+                    self._code, self._range, self._pos = code, span, pos
+                    node = node << left | self.bits(left)
+                    code, span, pos = self._code, self._range, self._pos
+                    left = 0
+                c = first + _UNARY + (min(k, _TOPS) - 1 << _LEADING) + node
+            z = node - 1
+            previous = middle + (-(z + 1 >> 1) if z & 1 else z >> 1)
+            if not 0 <= previous <= most:
+                raise MalformedPayload("a level is out of range")
+            out.append(previous)
+        self._code, self._range, self._pos = code, span, pos
+        return bytes(out)

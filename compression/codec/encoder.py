@@ -34,9 +34,9 @@ _SERIAL_SYMBOLS_LARGE = 8_000
 _LARGE_MODEL = 1 << 20
 _OWN_SEGMENT = 1 << 15
 _MAX_LANES = 2048
-_BYTES_A_LANE = 200
-_STEPS = 600
-_LARGE = 12_000
+_BYTES_A_LANE = 140
+_STEPS = 250
+_LARGE = 20_000
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None) -> bytes:
@@ -137,7 +137,7 @@ def encode_body(
         mine = [p for i in active if codes[i].table_set == number for p in parts[i]]
         histograms.append(histogram(mine, scheme))
     body = Body(codes, scheme=scheme)
-    body.maps, body.sparse = build_maps(histograms, 3.0)
+    body.maps, body.sparse = build_maps(histograms)
 
     for i in active:
         table = body.maps[codes[i].table_set].reshape(-1)
@@ -207,9 +207,10 @@ def _encode_lanes(
     body.precision = 14 if wide else 12
     tables = rans_tables(body)
     data = []
-    for segment, stream in zip(body.segments, streams, strict=True):
-        nbytes = _estimate(stream, tables) / 8
-        fast = min(len(stream.tokens) / _STEPS, nbytes / 64) if nbytes > _LARGE else 0
+    sizes = [_estimate(stream, tables) / 8 for stream in streams]
+    for segment, stream, nbytes in zip(body.segments, streams, sizes, strict=True):
+        # Each lane costs a byte or two, and saves steps: many only where bytes abound.
+        fast = min(len(stream.tokens) / _STEPS, nbytes / 100) if sum(sizes) > _LARGE else 0
         lanes = int(min(_MAX_LANES, max(1, nbytes / _BYTES_A_LANE, fast)))
         data.append(write_segment(tables, stream, lanes, segment))
     write_body(coder, body, fields)

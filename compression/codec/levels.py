@@ -35,15 +35,8 @@ class LevelModel:
         """Read ``count`` levels in [0, most]."""
         step = coder.uint(self._step) + 1
         middle = coder.uint(self._first)
-        previous, top = middle, most // step
+        top = most // step
         if middle > top:
             raise MalformedPayload("a level is out of range")
-        out = bytearray()
-        sint, model = coder.sint, self._model
-        for _ in range(count):
-            v = sint(model[min(max(previous - middle, -3), 4) + 3]) + middle
-            if not 0 <= v <= top:
-                raise MalformedPayload("a level is out of range")
-            out.append(v)
-            previous = v
-        return np.frombuffer(bytes(out), np.uint8) * np.uint8(step)
+        out = coder.levels(self._model, middle, top, count)
+        return np.frombuffer(out, np.uint8) * np.uint8(step)

@@ -32,6 +32,7 @@ _RAW = PREVIOUS_CLASSES * ACTIVITIES
 _SAMPLE = 1 << 16
 _BLOCK = 1 << 18
 _BINS = 48
+_TABLE_BITS = 4e6
 _GROUPS = 256
 _COARSE = TokenScheme(4, 1)
 
@@ -220,15 +221,19 @@ def _level_bits(levels: NDArray[np.uint8]) -> float:
 
 
 def build_maps(
-    histograms: Sequence[NDArray[np.int64]], table_cost: float
+    histograms: Sequence[NDArray[np.int64]],
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.bool_]]:
     """Cluster raw contexts: per set the map (255: unused), and which clusters are sparse.
 
-    ``histograms[set]`` is [16 * 64, tokens]; ``table_cost`` is what one token of one table costs,
-    in bits.
+    ``histograms[set]`` is [16 * 64, tokens].
     """
+    # Bits that one token of one table is worth. More than it takes in large payloads, where a
+    # table's time counts rather than its bytes.
+    total = sum(float(entropy_bits(h.sum(0))) for h in histograms)
+    table_cost = 3 * (1 + total / _TABLE_BITS)
     maps: list[NDArray[np.uint8]] = []
     sparse: list[bool] = []
+    sizes: dict[int, float] = {}
     for h in histograms:
         table = np.full(_RAW, 255, np.uint8)
         used = np.flatnonzero(h.any(1))
@@ -240,7 +245,12 @@ def build_maps(
             if cluster == len(sparse):
                 sparse.append(bool(counts[0] >= 0.75 * counts.sum()))
             table[members] = cluster
+            sizes[cluster] = sizes.get(cluster, 0.0) + float(counts.sum())
         maps.append(table.reshape(PREVIOUS_CLASSES, ACTIVITIES))
+    # Sorting positions pays only where many are skipped.
+    skipped = sum(n for c, n in sizes.items() if sparse[c])
+    if skipped < 0.25 * sum(sizes.values()):
+        sparse = [False] * len(sparse)
     return maps, np.array(sparse, np.bool_)
 
 

@@ -18,6 +18,7 @@ from .errors import MalformedPayload
 
 __all__ = ["RansTables", "rans_decode", "rans_encode"]
 
+_CHUNK = 1 << 16
 _U16 = np.uint32(16)
 _LOW = np.uint32(0xFFFF)
 _ONE = np.uint32(1 << 16)
@@ -102,36 +103,36 @@ def rans_decode(
     out = np.empty(n, np.uint8)
     x = states.copy()
     wide = words.astype(np.uint32)
-    chunk = 64 * lanes
-    base = np.zeros(0, np.uint32)
-    i = np.empty(lanes, np.uint32)
+    # Slots are kept for a chunk of steps and turned into tokens at once.
+    chunk = max(lanes, _CHUNK // lanes * lanes)
     step = np.empty(lanes, np.uint32)
-    for s in range(0, n, lanes):
-        if s + lanes > n:
-            m = n - s
-            xs, i, step = x[:m], i[:m], step[:m]
-        else:
-            m, xs = lanes, x
-        at = s % chunk
-        if not at:
-            base = contexts[s : s + chunk].astype(np.uint32)
-            base <<= pb
-        np.bitwise_and(xs, mask, out=i)
-        i |= base[at : at + m]
-        token_of.take(i, out=out[s : s + m], mode="clip")
-        step_of.take(i, out=step, mode="clip")
-        xs >>= pb
-        np.right_shift(step, _U16, out=i)
-        xs *= i
-        step &= _LOW
-        xs += step
-        low = (xs < _ONE).nonzero()[0]
-        k = len(low)
-        if k:
-            if p + k > available:
-                raise MalformedPayload("a segment has too few words for its symbols")
-            xs[low] = (xs[low] << _U16) | wide[p : p + k]
-            p += k
+    high = np.empty(lanes, np.uint32)
+    for first in range(0, n, chunk):
+        slots = contexts[first : first + chunk].astype(np.uint32)
+        slots <<= pb
+        for s in range(0, len(slots), lanes):
+            i = slots[s : s + lanes]
+            if len(i) < lanes:
+                step, high = step[: len(i)], high[: len(i)]
+            xs = x[: len(i)]
+            i |= xs & mask
+            step_of.take(i, out=step, mode="clip")
+            xs >>= pb
+            np.right_shift(step, _U16, out=high)
+            xs *= high
+            step &= _LOW
+            xs += step
+            low = (xs < _ONE).nonzero()[0]
+            k = len(low)
+            if k:
+                if p + k > available:
+                    raise MalformedPayload("a segment has too few words for its symbols")
+                part = xs[low]
+                part <<= _U16
+                part |= wide[p : p + k]
+                xs[low] = part
+                p += k
+        token_of.take(slots, out=out[first : first + chunk], mode="clip")
     if p != available:
         raise MalformedPayload(f"a segment has {available - p} words left over")
     if (x >> _U16 != 1).any():
