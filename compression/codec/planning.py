@@ -201,7 +201,7 @@ def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
                 if cost + extra < least + side:
                     best, least, side = code, cost, extra
     if may_have_neighbours(f):
-        for depth in (1, 2):
+        for depth in (1,):
             code = replace(best, depth=depth)
             cost = trial.bits(code) + 64
             if cost >= least:

@@ -50,11 +50,11 @@ class Placement:
             return cls(total, empty, np.zeros(0, np.uint8), order, counts)
         if not total:
             return cls(len(clusters), None, clusters, np.zeros(0, np.int64), counts)
-        is_sparse = sparse.take(clusters)
-        dense_at = _compact(np.flatnonzero(~is_sparse))
-        at = _compact(np.flatnonzero(is_sparse))
-        order = _compact(at[np.argsort(clusters[at], kind="stable")])
-        return cls(len(clusters), dense_at, clusters[dense_at], order, counts)
+        # All dense positions in one last bucket of a stable sort: they stay in order there.
+        bucket = np.where(sparse, np.arange(len(sparse)), 255).astype(np.uint8)
+        order = _compact(np.argsort(bucket.take(clusters), kind="stable"))
+        dense_at = order[total:].copy()
+        return cls(len(clusters), dense_at, clusters[dense_at], order[:total].copy(), counts)
 
 
 @dataclass(frozen=True)

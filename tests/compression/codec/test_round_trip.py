@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from prunecast.compression.codec import Context, TensorSpec, decode, encode, open_payload
+from prunecast.compression.codec import Context, TensorSpec, decode, encode, encoder, open_payload
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 FLOATS = ["float16", "float32", "float64"]
@@ -145,3 +145,25 @@ def test_any_floats(data: st.DataObject) -> None:
     previous = np.asarray(data.draw(hnp.arrays(dtype, shape)))
     round_trip({"x": values})
     round_trip({"x": values}, Context(previous={"x": previous}))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32"])
+def test_every_depth_of_neighbour_contexts(
+    depth: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = encoder.plan_field
+
+    def deep(*args: Any) -> Any:
+        code = plan(*args)
+        code.depth = depth
+        return code
+
+    monkeypatch.setattr(encoder, "plan_field", deep)
+    rng = np.random.default_rng(depth)
+    info = np.iinfo(dtype)
+    for size in (1, 2, 3, 7, 8, 9, 1000, 60_001):
+        smooth = np.rint(np.cumsum(rng.normal(size=size))).astype(dtype)
+        smooth[rng.random(size) < 0.01] = info.min
+        smooth[rng.random(size) < 0.01] = info.max
+        round_trip({"a": smooth, "b": -smooth})
