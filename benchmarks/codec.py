@@ -320,7 +320,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     print(
-        f"{'case':34} {'coder':14} {'bytes':>9} {'bits/par':>9} {'vs H0':>8} {'enc':>6} {'dec':>6} MB/s  peak"
+        f"{'case':34} {'coder':14} {'bytes':>9} {'bits/par':>9} {'vs H0':>8} "
+        f"{'enc':>6} {'dec':>6} MB/s  peak"
     )
     for case in cases():
         if arguments.case and not any(part in case.name for part in arguments.case):

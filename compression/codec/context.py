@@ -61,7 +61,7 @@ def spec_of(name: str, array: NDArray[Any]) -> TensorSpec:
     return TensorSpec(array.dtype, array.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Context:
     """What sender and receiver both know, so that it need not travel.
 

@@ -47,7 +47,8 @@ class Payload(Mapping[str, NDArray[Any]]):
     """A payload whose tensors are decoded when asked for.
 
     The head is checked and read at construction; ``payload[name]`` decodes that tensor (and the
-    small ones that share its segment, which are kept until another segment is asked for).
+    small ones that share its segments, which are kept until another group is asked for). Not
+    for concurrent use by several threads.
     """
 
     def __init__(self, payload: bytes, context: Context, limits: Limits) -> None:
