@@ -67,7 +67,8 @@ class NodeStore:
         self._folder = root / str(run_id) / str(node_id)
         if not self._folder.is_dir():
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                # what a node drops from its updates says something of its data: owner only
+                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise _unwritable(root, error) from error
             _remove_stale_runs(root, keep=str(run_id))

@@ -334,6 +334,13 @@ def test_limits_reach_the_decoder(tmp_path):
         decode_model(encode_keyframe(model_of(1)), limits=Limits(elements=100))
 
 
+def test_written_files_have_the_usual_permissions(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    write_atomically(tmp_path / "file", b"x")
+    assert (tmp_path / "file").stat().st_mode == plain.stat().st_mode
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
