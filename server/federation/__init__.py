@@ -9,6 +9,7 @@ from prunecast.server.federation.errors import (
 )
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Entry, Ledger, Totals, serialised_bytes
+from prunecast.server.federation.metering import MeteringGrid
 from prunecast.server.federation.policy import PRESETS, Policy
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Entry",
     "FederationError",
     "Ledger",
+    "MeteringGrid",
     "NonFiniteModel",
     "Policy",
     "PolicyError",

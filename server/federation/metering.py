@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.run import Run
 
 from prunecast.server.federation.ledger import Direction, Entry, Ledger
+from prunecast.server.federation.wrapper import PollingGrid
 
 __all__ = ["MeteringGrid", "Recode"]
 
@@ -28,7 +26,7 @@ class _Sent:
     message_type: str
 
 
-class MeteringGrid(Grid):
+class MeteringGrid(PollingGrid):
     """A grid that changes nothing and records what everything costs.
 
     The baseline beside `CompressedGrid`: the same ledger, the same way of counting.
@@ -51,39 +49,10 @@ class MeteringGrid(Grid):
         alternatives: Mapping[str, Recode] | None = None,
         poll_interval: float = 0.2,
     ) -> None:
-        self._grid = grid
+        super().__init__(grid, poll_interval=poll_interval)
         self.ledger = Ledger(ledger) if ledger is None or isinstance(ledger, Path) else ledger
         self._alternatives = dict(alternatives or {})
-        self._poll_interval = poll_interval
         self._sent: dict[str, _Sent] = {}
-
-    def set_run(self, run: Run) -> None:
-        """See `flwr.serverapp.Grid.set_run`."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run this grid operates in."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `flwr.serverapp.Grid.create_message`."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Ids of the connected nodes."""
-        return self._grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """The connected nodes."""
-        return self._grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages and record them; returns their ids as the wrapped grid does."""
@@ -108,22 +77,9 @@ class MeteringGrid(Grid):
                 self._record(reply, sent, "up")
         return replies
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages and wait for the replies, `timeout` seconds at most (None: for ever)."""
-        waiting = {message_id for message_id in self.push_messages(messages) if message_id}
-        deadline = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
-        while waiting and (deadline is None or time.monotonic() < deadline):
-            arrived = list(self.pull_messages(waiting))
-            replies.extend(arrived)
-            waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
-            if waiting and not arrived:
-                time.sleep(self._poll_interval)
-        for message_id in waiting:
+    def _forget(self, message_ids: Iterable[str]) -> None:
+        for message_id in message_ids:
             self._sent.pop(message_id, None)
-        return replies
 
     def _record(self, message: Message, sent: _Sent, direction: Direction) -> None:
         # as `serialised_bytes` counts, but the bytes are needed too

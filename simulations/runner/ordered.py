@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from prunecast.server.federation.wrapper import GridWrapper
 from prunecast.simulations.runner.errors import EngineFailed
 
 __all__ = ["NODE_RECORD", "OrderedGrid", "nodes_by_partition"]
@@ -46,7 +46,7 @@ def nodes_by_partition(grid: Grid, count: int) -> list[int]:
     return sorted(partitions, key=partitions.__getitem__)
 
 
-class OrderedGrid(Grid):
+class OrderedGrid(GridWrapper):
     """Lists nodes by partition, and returns replies in the order of those nodes.
 
     Sums of floats depend on the order of their terms, and the sampling of nodes on the order of
@@ -58,28 +58,8 @@ class OrderedGrid(Grid):
     """
 
     def __init__(self, grid: Grid, nodes: Iterable[int]) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._rank = {node: rank for rank, node in enumerate(nodes)}
-
-    def set_run(self, run: Run) -> None:
-        """See `flwr.serverapp.Grid.set_run`."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """The run this grid operates in."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `flwr.serverapp.Grid.create_message`."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the connected nodes, in order."""
@@ -92,10 +72,6 @@ class OrderedGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, in the order of their nodes."""
         return self._grid.push_messages(self._by_node(messages))
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Fetch the replies that have arrived."""
-        return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,9 @@ def test_a_run_from_data_to_device(tiny, tmp_path):
 
     assert {e["event"] for e in events} == {"step", "arm", "round", "arm-done"}
     assert not (folder / "work").exists()
+    documented = (Path(__file__).parents[2] / "docs/result.md").read_text()
+    for key in [*result, *dense, *recoded, *release, *dense["rounds"][0]]:
+        assert f"`{key}" in documented, key
     figure, page = write_report(folder, result)
     assert (figure.name, page.name) == (FIGURE, PAGE)
 
@@ -208,7 +212,7 @@ def test_one_image_that_differs_is_an_error(tiny, tmp_path):
     changed = predictions.copy()
     changed[17] = 9
     np.savez(job.work / "device-2.npz", predictions=changed)
-    with pytest.raises(DeviceMismatch, match="1 of 60 images .* first image 17"):
+    with pytest.raises(DeviceMismatch, match=r"1 of 60 images .* first image 17"):
         _compare(job, 2, published, report)
     with pytest.raises(DeviceMismatch, match="imported torch"):
         _compare(job, 2, published, {**report, "imported": ["torch"]})

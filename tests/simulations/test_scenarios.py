@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +39,17 @@ def test_paths_are_relative_to_the_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('schema = 1\n[data]\nsource = "npz"\npath = "mine.npz"\n')
     assert load_scenario(path).data.path == str(tmp_path / "mine.npz")
+
+
+def test_the_documented_scenario_is_read():
+    text = (Path(__file__).parents[2] / "docs/scenarios.md").read_text()
+    found = re.search(r"```toml\n(.*?)```", text, re.S)
+    assert found
+    scenario = scenario_from_mapping(tomllib.loads(found.group(1)))
+    for name, table in scenario.to_mapping().items():
+        if isinstance(table, dict) and name != "arms":
+            for key in table:
+                assert re.search(rf"^(\[{name}\.)?{key}\b", found.group(1), re.M), (name, key)
 
 
 def change(mapping, key, value):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from prunecast.client.training import trainer
 from prunecast.client.training.errors import TrainerError
 from prunecast.client.training.trainer import TensorBatches, evaluate, train
 
@@ -145,6 +146,28 @@ def test_mixed_precision_on_the_cpu_keeps_float32_weights_and_masks():
     assert result.precision == "bfloat16"
     assert model[0].weight.dtype == torch.float32
     assert not model[0].weight.detach().numpy()[~mask].any()
+
+
+def test_float16_with_a_gradient_scaler_holds_the_mask(monkeypatch):
+    monkeypatch.setattr(trainer, "_precision", lambda device, wanted: torch.float16)
+    model, mask = seeded_network(), np.zeros((16, 12), bool)
+    mask[:8] = True
+    before = model[0].weight.detach().numpy().copy()
+    result = train(
+        model,
+        batches(),
+        epochs=3,
+        lr=0.05,
+        momentum=0.9,
+        weight_decay=0.01,
+        masks={"0.weight": mask},
+        device="cpu",
+        seed=1,
+    )
+    after = model[0].weight.detach().numpy()
+    assert result.precision == "float16"
+    assert not after[~mask].any()
+    assert (after[mask] != before[mask]).any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
