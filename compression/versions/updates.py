@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,11 +106,16 @@ def _held(base: PublishedModel, name: str) -> NDArray[np.generic] | None:
 
 
 def _context(base: PublishedModel, heads: Mapping[str, UpdateHead]) -> Context:
-    layout, masks, previous = {}, {}, {}
+    layout: dict[str, TensorSpec] = {}
+    masks: dict[str, NDArray[np.bool_]] = {}
+    previous: dict[str, NDArray[Any]] = {}
     for name, head in heads.items():
         tensor = base.tensors[name]
         if head.coding is Coding.QUANTISED:
             layout[name] = TensorSpec(_Q, tensor.shape)
+            # a weight's size and sign say something of its change: 4 to 17 % on real updates
+            assert isinstance(tensor, LatticeTensor)
+            previous[name] = tensor.q.astype(_Q)
             mask = tensor.mask()
             if mask is not None:
                 masks[name] = mask
