@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from logging import WARNING
 
 from flwr.app import ArrayRecord
+from flwr.supercore import log
 
 from prunecast.compression.flower import dense_arrays, stream_id
 from prunecast.server.federation.policy import Policy
@@ -69,6 +71,14 @@ class Streams:
     def stream(self, run_id: int, key: str) -> Stream:
         """The stream of a record key, begun if necessary."""
         if (run_id, key) not in self._streams:
+            if self.policy.sparsity and key not in self.policy.pruning_records:
+                log(
+                    WARNING,
+                    "Array record %r is not pruned: pruning_records names %s. Add it there if it "
+                    "holds the model.",
+                    key,
+                    ", ".join(map(repr, self.policy.pruning_records)) or "none",
+                )
             self._streams[run_id, key] = Stream(self.policy, run_id, key)
         return self._streams[run_id, key]
 

@@ -51,6 +51,18 @@ def test_control_variates_have_their_own_stream_and_are_never_pruned(federation,
         assert kinds(grid, "down")[-3:] == [expected] * 3
 
 
+def test_a_model_under_another_key_is_not_silently_left_unpruned(federation, tmp_path, caplog):
+    grid, _, _ = federation(SMALL, app=echo_app(tmp_path))
+    content = RecordDict({"model": to_record(initial_arrays())})
+    list(grid.send_and_receive([message_to(n, content) for n in (1, 2)]))
+    warnings = [r.getMessage() for r in caplog.records if "'model' is not pruned" in r.getMessage()]
+    assert len(warnings) == 1
+    named = Policy.preset("small", pruning_begin=0, pruning_end=1, pruning_records=("model",))
+    grid, _, _ = federation(named, app=echo_app(tmp_path))
+    list(grid.send_and_receive([message_to(1, content)]))
+    assert grid.published(content["model"], key="model").sparsity() == pytest.approx(0.9, abs=0.01)
+
+
 def test_one_record_can_be_reused_while_the_other_changes_and_order_is_kept(federation, tmp_path):
     orders = []
     app = echo_app(tmp_path)
