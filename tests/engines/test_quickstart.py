@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from prunecast.compression.versions import load_model
+
 pytestmark = pytest.mark.engine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -26,3 +28,17 @@ def test_quickstart_learns(simulation: Any, name: str) -> None:
     assert sent, run.log
     ours, dense = (int(number.replace(",", "")) for number in sent.groups())
     assert ours * 20 < dense, run.log
+
+
+def test_ready_apps_need_a_model_and_data_only(simulation: Any, tmp_path: Path) -> None:
+    run = simulation.run(
+        EXAMPLES / "ready-apps",
+        "--run-config",
+        f'num-server-rounds=2 output="{tmp_path / "digits.model"}" '
+        f'ledger="{tmp_path / "ledger.jsonl"}" learning-rate=0.1',
+        *("--federation-config", "client-resources-num-cpus=1"),
+    )
+    model = load_model(tmp_path / "digits.model")
+    assert model.arrays()["0.weight"].shape == (16, 1, 3, 3)
+    assert (tmp_path / "ledger.jsonl").read_text().count("keyframe") == 2
+    assert "Prunecast: " in run.log
