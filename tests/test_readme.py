@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
 from prunecast.client.training.masks import holding
-from prunecast.server.federation import PRESETS, Policy
+from prunecast.server.federation import PRESETS, CompressedGrid, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import initial_arrays, make_app, to_record
 
@@ -41,8 +42,14 @@ def commands() -> list[list[str]]:
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All Python blocks, run one after the other in an app's place."""
     folder = tmp_path_factory.mktemp("readme")
+
+    def in_process(run_id: int) -> InProcessGrid:
+        return InProcessGrid(make_app(folder / "store"), 2, run_id=run_id)
+
+    runs = itertools.count(6)
     scope: dict[str, Any] = {
-        "grid": InProcessGrid(make_app(folder / "store"), 2, run_id=5),
+        "grid": in_process(5),
+        "new_grid": lambda: CompressedGrid(in_process(next(runs)), "small"),
         "strategy": FedAvg(),
         "arrays": to_record(initial_arrays()),
         "evaluate_fn": lambda server_round, arrays: MetricRecord({"arrays": len(arrays)}),
