@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,7 +50,7 @@ def test_cubic_schedule_rises_once_and_stays():
     schedule = CubicSchedule(0.9, begin=2, end=25)
     values = [schedule(version) for version in range(40)]
     assert values[:3] == [0.0, 0.0, 0.0]
-    assert all(a <= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(values))
     assert values[25:] == [pytest.approx(0.9)] * 15
 
 
