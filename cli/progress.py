@@ -62,7 +62,7 @@ class RunProgress:
 
     def _begin_step(self, text: str) -> None:
         self._end_step()
-        self._step = self._bars.add_task(text, total=None, detail="")
+        self._step = self._bars.add_task("", total=None, detail=text)
         self._line(text)
 
     def _end_step(self) -> None:

@@ -12,9 +12,14 @@ import typer
 from prunecast.cli.console import make_console
 
 if TYPE_CHECKING:
+    from rich.console import JustifyMethod
+
     from prunecast.simulations.scenarios import Scenario
 
 __all__ = ["load", "run_and_show", "show", "simulate"]
+
+# so that the table fits 80 columns
+_SHORT = {"sparsity": "zeros", "bytes up": "up", "bytes down": "down", "reduction": "ratio"}
 
 Seed = Annotated[
     int | None, typer.Option(min=0, help="Seed instead of the scenario's: partition, weights, all.")
@@ -85,6 +90,7 @@ def run_and_show(scenario: Scenario, *, as_json: bool) -> None:
 
 def show(folder: Path, result: dict[str, Any]) -> None:
     """Print the tables of a run."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from prunecast.simulations.report import PAGE, arm_rows, percent, release_rows
@@ -99,9 +105,12 @@ def show(folder: Path, result: dict[str, Any]) -> None:
     ):
         if not rows:
             continue
-        table = Table(title=heading, title_justify="left", title_style="bold")
+        table = Table(
+            title=heading, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        )
         for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+            justify: JustifyMethod = "right" if number else "left"
+            table.add_column(_SHORT.get(name, name), justify=justify, no_wrap=True)
         for row in rows:
             table.add_row(*row)
         console.print()
