@@ -11,14 +11,14 @@ from prunecast.simulations.runner.errors import (
 )
 
 if TYPE_CHECKING:
-    from prunecast.simulations.runner.inline import InlineGrid
+    from prunecast.simulations.runner.inprocess import InProcessGrid
     from prunecast.simulations.runner.result import read_ledger, read_result
     from prunecast.simulations.runner.run import new_run_folder, run_scenario
 
 __all__ = [
     "DeviceMismatch",
     "EngineFailed",
-    "InlineGrid",
+    "InProcessGrid",
     "ResultError",
     "SimulationError",
     "new_run_folder",
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "InlineGrid": "inline",
+    "InProcessGrid": "inprocess",
     "new_run_folder": "run",
     "read_ledger": "result",
     "read_result": "result",

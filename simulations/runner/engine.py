@@ -52,9 +52,9 @@ def simulate(job: Job, emit: Emit) -> None:
     client = simulated_client(job)
     engine, count = job.scenario.engine, job.scenario.clients.count
     if engine.backend == "inline":
-        from prunecast.simulations.runner.inline import InlineGrid
+        from prunecast.simulations.runner.inprocess import InProcessGrid
 
-        outcomes = run_arms(InlineGrid(client, count=count), job, emit)
+        outcomes = run_arms(InProcessGrid(client, count), job, emit)
     else:
         from flwr.app import Context
         from flwr.serverapp import Grid, ServerApp

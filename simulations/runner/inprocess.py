@@ -131,11 +131,9 @@ class InProcessGrid(Grid):
             failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
             return Message(failure, reply_to=message)
         reply.metadata.__dict__["_message_id"] = f"reply-to-{message.metadata.message_id}"
-        return (
-            over_the_wire(make_message(reply.metadata, reply.content))
-            if (reply.has_content())
-            else reply
-        )
+        if reply.has_error():
+            return reply
+        return over_the_wire(make_message(reply.metadata, reply.content))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to the given messages, each delivered once."""

@@ -15,7 +15,7 @@ from prunecast.simulations.report import FIGURE, PAGE, write_report
 from prunecast.simulations.runner import (
     DeviceMismatch,
     EngineFailed,
-    InlineGrid,
+    InProcessGrid,
     ResultError,
     new_run_folder,
     read_ledger,
@@ -29,7 +29,7 @@ from prunecast.simulations.runner.job import Job, prepare
 from prunecast.simulations.scenarios import scenario_from_mapping
 
 
-class Recorder(InlineGrid):
+class Recorder(InProcessGrid):
     """Keeps every payload that passes, in both directions."""
 
     def __init__(self, *args, **kwargs):
@@ -58,7 +58,7 @@ class Recorder(InlineGrid):
 
 def run_inline(mapping, folder):
     job = prepare(scenario_from_mapping(mapping), folder)
-    grid = Recorder(simulated_client(job), count=job.scenario.clients.count)
+    grid = Recorder(simulated_client(job), num_nodes=job.scenario.clients.count)
     outcomes = run_arms(grid, job, lambda event: None)
     return job, grid, outcomes
 

@@ -10,7 +10,7 @@ from torch import nn
 from prunecast.client.training.client_app import LocalTraining, app, training_seed
 from prunecast.client.training.errors import TrainerError
 from prunecast.client.training.trainer import TensorBatches
-from prunecast.simulations.runner import InlineGrid
+from prunecast.simulations.runner import InProcessGrid
 
 
 def tiny_model() -> nn.Module:
@@ -24,7 +24,7 @@ def tiny_data(context: Context) -> tuple[TensorBatches, None]:
 
 
 def ask(message_type: str, run_config: dict[str, object]) -> Message:
-    grid = InlineGrid(app, count=1)
+    grid = InProcessGrid(app, 1)
     for context in grid._contexts.values():
         context.run_config.update(run_config)
     content = RecordDict(

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from prunecast.server.federation import Ledger, serialised_bytes
 from prunecast.server.federation.metering import MeteringGrid
-from prunecast.simulations.runner import InlineGrid
+from prunecast.simulations.runner import InProcessGrid
 
 app = ClientApp()
 
@@ -35,7 +35,7 @@ def messages(grid, server_round):
 def test_every_message_is_counted_both_ways(tmp_path):
     path = tmp_path / "ledger.jsonl"
     grid = MeteringGrid(
-        InlineGrid(app, count=3), ledger=path, alternatives={"half": lambda data: len(data) // 2}
+        InProcessGrid(app, 3), ledger=path, alternatives={"half": lambda data: len(data) // 2}
     )
     sent = messages(grid, 4)
     replies = list(grid.send_and_receive(sent))
@@ -55,7 +55,7 @@ def test_every_message_is_counted_both_ways(tmp_path):
 
 
 def test_a_wrapped_grid_answers_as_before():
-    inner = InlineGrid(app, count=2, run_id=9)
+    inner = InProcessGrid(app, 2, run_id=9)
     grid = MeteringGrid(inner, ledger=Ledger())
     assert list(grid.get_node_ids()) == list(inner.get_node_ids())
     assert [n.node_id for n in grid.get_nodes()] == list(inner.get_node_ids())
