@@ -80,22 +80,25 @@ class CompressedGrid(PollingGrid):
         return self._push(prepared)
 
     def _push(self, prepared: list[Prepared]) -> list[str]:
+        # before they are pushed: measuring fills caches in the messages, and an engine in this
+        # process may be reading them as soon as they are in its hands
+        sizes = [serialised_bytes(item.message) for item in prepared]
         # a list: the HTTP grid goes over the messages twice
         ids = list(self._grid.push_messages([p.message for p in prepared]))
         pushed = set(ids)
-        for item in prepared:
-            message_id = item.message.metadata.message_id
-            if message_id not in pushed:
+        for item, size in zip(prepared, sizes, strict=True):
+            metadata = item.message.metadata
+            if metadata.message_id not in pushed:
                 continue
-            self._sent[message_id] = item
+            self._sent[metadata.message_id] = item
             self.ledger.add(
                 Entry(
                     round=item.round,
-                    node=item.message.metadata.dst_node_id,
+                    node=metadata.dst_node_id,
                     direction="down",
                     kind="+".join(item.kinds) or "none",
-                    message_type=item.message.metadata.message_type,
-                    payload_bytes=serialised_bytes(item.message),
+                    message_type=metadata.message_type,
+                    payload_bytes=size,
                     dense_bytes=item.dense_bytes,
                     encode_ms=item.encode_ms,
                 )

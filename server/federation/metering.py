@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.message.message import make_message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
@@ -58,14 +59,15 @@ class MeteringGrid(PollingGrid):
         """Send messages and record them; returns their ids as the wrapped grid does."""
         self.ledger.flush()
         batch = list(messages)
+        # measuring fills caches, so it is done on copies (which share the bytes) and before the
+        # messages are pushed: an engine in this process pickles them, caches and all
+        entries = [self._entry(_copy(message), _sent(message), "down") for message in batch]
         ids = list(self._grid.push_messages(batch))
         pushed = set(ids)
-        for message in batch:
-            metadata = message.metadata
-            if metadata.message_id in pushed:
-                sent = _Sent(metadata.dst_node_id, _round(message), metadata.message_type)
-                self._sent[metadata.message_id] = sent
-                self._record(message, sent, "down")
+        for message, entry in zip(batch, entries, strict=True):
+            if message.metadata.message_id in pushed:
+                self._sent[message.metadata.message_id] = _sent(message)
+                self.ledger.add(entry)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -74,30 +76,40 @@ class MeteringGrid(PollingGrid):
         for reply in replies:
             sent = self._sent.pop(reply.metadata.reply_to_message_id, None)
             if sent is not None:
-                self._record(reply, sent, "up")
+                self.ledger.add(self._entry(reply, sent, "up"))
         return replies
 
     def _forget(self, message_ids: Iterable[str]) -> None:
         for message_id in message_ids:
             self._sent.pop(message_id, None)
 
-    def _record(self, message: Message, sent: _Sent, direction: Direction) -> None:
+    def _entry(self, message: Message, sent: _Sent, direction: Direction) -> Entry:
         # as `serialised_bytes` counts, but the bytes are needed too
         objects = [part.deflate() for part in get_all_nested_objects(message).values()]
         size = sum(map(len, objects))
         joined = b"".join(objects) if self._alternatives else b""
-        self.ledger.add(
-            Entry(
-                round=sent.round,
-                node=sent.node,
-                direction=direction,
-                kind="error" if message.has_error() else "dense",
-                message_type=sent.message_type,
-                payload_bytes=size,
-                dense_bytes=size,
-                alternatives={name: code(joined) for name, code in self._alternatives.items()},
-            )
+        return Entry(
+            round=sent.round,
+            node=sent.node,
+            direction=direction,
+            kind="error" if message.has_error() else "dense",
+            message_type=sent.message_type,
+            payload_bytes=size,
+            dense_bytes=size,
+            alternatives={name: code(joined) for name, code in self._alternatives.items()},
         )
+
+
+def _copy(message: Message) -> Message:
+    content = RecordDict()
+    for key, record in message.content.items():
+        content[key] = ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else record
+    return make_message(message.metadata, content)
+
+
+def _sent(message: Message) -> _Sent:
+    metadata = message.metadata
+    return _Sent(metadata.dst_node_id, _round(message), metadata.message_type)
 
 
 def _round(message: Message) -> int:
