@@ -178,6 +178,8 @@ def _line(result: UpdateResult) -> str:
     if result.outcome == "rejected":
         return f"rejected: {result.reason}; release {result.version or 'none'} stays"
     if result.outcome == "current":
-        return f"release {result.version or 'none'} is current"
+        if result.version is None:
+            return f"no release is active: {result.reason or 'all that are listed were rejected'}"
+        return f"release {result.version} is current"
     received = ", ".join(f"{kind} {size:,}" for kind, size in sorted(result.downloaded.items()))
     return f"release {result.version} is active, came as {result.payload} (bytes: {received})"

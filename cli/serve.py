@@ -14,7 +14,9 @@ __all__ = ["serve"]
 def serve(
     repository: Annotated[Path, typer.Argument(help="Folder of the release repository.")],
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 lets the system choose.", min=0)] = 8443,
+    port: Annotated[
+        int, typer.Option(help="Port; 0 lets the system choose.", min=0, max=65535)
+    ] = 8443,
     certificate: Annotated[
         Path | None, typer.Option(help="PEM file with the TLS certificate chain.")
     ] = None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +54,7 @@ def simulate(
     line per message, a picture and a page.
     """
     chosen = load(scenario, seed, rounds, output)
+    _import_from_here()
     if check:
         from prunecast.simulations.runner.federate import check_scenario
 
@@ -59,6 +62,14 @@ def simulate(
         typer.echo(json.dumps(chosen.to_mapping(), indent=None if as_json else 2))
         return
     run_and_show(chosen, as_json=as_json)
+
+
+def _import_from_here() -> None:
+    """Let this process and those it starts import modules of the current folder."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, inherited] if inherited else [here])
 
 
 def load(source: str, seed: int | None, rounds: int | None, output: Path | None) -> Scenario:

@@ -13,6 +13,7 @@ from prunecast.client.edge.errors import (
     EdgeError,
     NetworkError,
     NoModel,
+    NoRelease,
     StateError,
     TrustError,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Inference",
     "NetworkError",
     "NoModel",
+    "NoRelease",
     "StateError",
     "Stream",
     "TrustError",

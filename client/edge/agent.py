@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from prunecast.client.edge.acquire import Acquirer
 from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, UpdateResult
-from prunecast.client.edge.errors import EdgeError, StateError
+from prunecast.client.edge.errors import EdgeError, NoRelease, StateError
 from prunecast.client.edge.model import EdgeModel
 from prunecast.client.edge.slot import (
     LoadedRelease,
@@ -95,6 +95,7 @@ class Agent:
 
         Raises:
             TrustError: the repository's metadata is refused.
+            NoRelease: nothing is active and the repository has only releases of other names.
             ContentRefused: a file is not the one that was signed.
             NetworkError: the repository cannot be reached; downloads resume next time.
             AgentTooOld: the release needs a newer agent.
@@ -181,17 +182,32 @@ class Agent:
     def _start(self) -> None:
         """Load the active release, or the previous one when the active one is not fit."""
         while (active := self._state.active) is not None:
+            problem: str | None = None
+            proven = active.confirmed or self._state.previous is None
+            if not proven and active.starts >= self.config.most_starts:
+                self._go_back(f"release {active.version}: not confirmed after {active.starts} starts")
+                continue
+            if not proven:
+                started = replace(active, starts=active.starts + 1)
+                self._write(replace(self._state, active=started))
             try:
-                if not active.confirmed and self._state.previous is not None:
-                    if active.starts >= self.config.most_starts:
-                        raise StateError(f"not confirmed after {active.starts} starts")
-                    started = replace(active, starts=active.starts + 1)
-                    self._write(replace(self._state, active=started))
                 self.model.swap(self._load(active))
                 return
-            except (EdgeError, OnnxError) as error:
-                self._step("go back")
-                self._write(self._state.go_back(f"release {active.version}: {error}"))
+            except OnnxError as error:
+                problem = f"release {active.version}: {error}"
+                if not proven:
+                    self._go_back(problem)
+                    continue
+            except EdgeError as error:
+                problem = f"release {active.version}: {error}"
+            # a damaged disk, or too little memory: the release itself may be fetched again
+            self._step("drop slot")
+            self._write(self._state.lose_active())
+            self._record(None, Counter(), problem)
+
+    def _go_back(self, reason: str) -> None:
+        self._step("go back")
+        self._write(self._state.go_back(reason))
 
     def _load(self, record: SlotRecord) -> LoadedRelease:
         slot = self._folder.slot(record.slot)
@@ -211,7 +227,12 @@ class Agent:
         )
         held = self._state.active.version if self._state.active else 0
         path = folder.downloads / "release.json"
-        for version in reversed(listing.versions(config.name)):
+        versions = listing.versions(config.name)
+        if not versions and not held and (others := listing.names()):
+            raise NoRelease(
+                f"{config.url} lists no release named {config.name!r}; it has: {', '.join(others)}"
+            )
+        for version in reversed(versions):
             if version <= held:
                 break
             digest = listing.digest(config.name, version)
@@ -219,7 +240,8 @@ class Agent:
                 self._step("download manifest")
                 manifest = listing.manifest(config.name, version, path)
                 return self._install(manifest, digest, path, counted)
-        return UpdateResult("current", self.model.version)
+        nothing = None if versions or held else "the repository has no release yet"
+        return UpdateResult("current", self.model.version, reason=nothing)
 
     def _install(
         self, manifest: ReleaseManifest, digest: str, path: Path, counted: Counter[str]

@@ -8,6 +8,7 @@ __all__ = [
     "EdgeError",
     "NetworkError",
     "NoModel",
+    "NoRelease",
     "StateError",
     "TrustError",
 ]
@@ -47,3 +48,7 @@ class AgentTooOld(EdgeError):
 
 class NoModel(EdgeError):
     """No release is active yet."""
+
+
+class NoRelease(EdgeError):
+    """The repository lists no release of the name that this device follows."""

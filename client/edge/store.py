@@ -95,6 +95,10 @@ class State:
         failed = self.reject(self.active.manifest, reason)
         return replace(failed, active=self.previous, previous=None)
 
+    def lose_active(self) -> State:
+        """The active slot is unfit through no fault of its release, which may be fetched again."""
+        return replace(self, active=self.previous, previous=None)
+
     def reject(self, manifest: str, reason: str) -> State:
         """Never try `manifest` again."""
         kept = list({**self.rejected, manifest: reason[:500]}.items())[-_REMEMBERED:]

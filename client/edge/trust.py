@@ -63,11 +63,18 @@ class TrustedListing:
 
     def versions(self, name: str) -> list[int]:
         """Numbers of the live releases of `name`, ascending."""
+        return sorted(version for listed, version in self._listed() if listed == name)
+
+    def names(self) -> list[str]:
+        """Names that have a live release, in alphabetical order."""
+        return sorted({name for name, _ in self._listed()})
+
+    def _listed(self) -> list[tuple[str, int]]:
         with _translated():
             # Updater has no listing; this file is what it has just verified
             targets = Metadata[Targets].from_file(str(self._folder / "targets.json"))
         found = (parse_manifest_path(path) for path in targets.signed.targets)
-        return sorted(parsed[1] for parsed in found if parsed and parsed[0] == name)
+        return [parsed for parsed in found if parsed]
 
     def digest(self, name: str, version: int) -> str:
         """SHA-256 (hex) of a listed release's manifest, known without downloading it.

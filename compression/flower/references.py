@@ -23,10 +23,7 @@ def load_callable(reference: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # something that the module itself needs
-        raise ValueError(
-            f"there is no module {module_name!r} (of {reference!r}): install it, or run where it "
-            "can be imported"
-        ) from error
+        raise ValueError(f"there is no module {module_name!r} (of {reference!r})") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"module {module_name!r} has no {attribute!r}")

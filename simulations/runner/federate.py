@@ -27,7 +27,7 @@ from prunecast.server.federation.strategies import build_strategy
 from prunecast.simulations.runner.errors import EngineFailed
 from prunecast.simulations.runner.job import Job, held_out
 from prunecast.simulations.runner.ordered import OrderedGrid, nodes_by_partition
-from prunecast.simulations.scenarios import ArmSpec, Scenario
+from prunecast.simulations.scenarios import ArmSpec, Scenario, ScenarioError
 
 __all__ = ["ArmOutcome", "Emit", "check_scenario", "policy_of", "run_arms", "strategy_of"]
 
@@ -84,13 +84,20 @@ def check_scenario(scenario: Scenario) -> None:
 
     Raises:
         FederationError: a preset, knob, strategy or option is unknown or out of range.
-        ValueError: the model's factory cannot be imported.
+        ScenarioError: the model's factory cannot be imported.
     """
     for arm in scenario.arms.values():
         if arm.kind == "prunecast":
             policy_of(arm)
     strategy_of(scenario)
-    load_callable(scenario.model.factory)
+    try:
+        load_callable(scenario.model.factory)
+    except ValueError as error:
+        raise ScenarioError(
+            "model.factory",
+            str(error),
+            "name a function as package.module:function, installed or in the current folder",
+        ) from error
 
 
 def run_arms(grid: Grid, job: Job, emit: Emit) -> list[ArmOutcome]:

@@ -116,4 +116,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise ResultError(f"{path} is damaged ({error}): run the scenario again") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise ResultError(f"{path} is not of schema {SCHEMA}: render it with the version it is of")
+    missing = [key for key in ("scenario", "arms", "seconds") if key not in document]
+    if missing:
+        raise ResultError(f"{path} has no {missing[0]!r}: run the scenario again")
     return document

@@ -157,7 +157,9 @@ def _value(hint: Any, given: Any, key: str) -> Any:
 
 def _choice(key: str, value: object, allowed: Collection[str]) -> None:
     if value not in allowed:
-        raise ScenarioError(key, f"is {value!r}", f"choose one of {', '.join(sorted(allowed))}")
+        offered = ", ".join(sorted(allowed))
+        remedy = f"choose one of {offered}" if offered else "there is none to choose: add one"
+        raise ScenarioError(key, f"is {value!r}", remedy)
 
 
 def _least(key: str, value: float, least: float) -> None:

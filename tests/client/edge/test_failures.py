@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.client.edge import Agent, AgentConfig, NoModel, StateError, open_model
+from prunecast.client.edge import Agent, AgentConfig, NoModel, NoRelease, StateError, open_model
 from prunecast.compression.onnx import ReleaseManifest, Tolerance
 from prunecast.server.releases import Repository
 
@@ -130,7 +130,41 @@ def test_a_damaged_active_slot_falls_back_to_the_previous_one(
     assert open_model(config.state).version == 1
     again = start()
     assert again.model.version == 1
-    assert "damaged" in str(again.status()["rejected"])
+    assert "damaged" in again.status()["last_error"]
+    # the disk was at fault and not the release: it is fetched again
+    assert again.status()["rejected"] == {}
+    assert again.update_once().version == 2
+    assert again.model.version == 2
+
+
+@pytest.mark.parametrize("file", ["weights.bin", "model.onnx", "release.json", "selftest.npz"])
+def test_a_device_whose_only_slot_is_damaged_fetches_the_release_again(
+    start: Start, publish: Publish, config: AgentConfig, images: np.ndarray, file: str
+) -> None:
+    publish(1)
+    agent = start()
+    agent.update_once()
+    agent.confirm()
+    path = config.state / "slots" / agent.status()["active"]["slot"] / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    again = start()
+    with pytest.raises(NoModel):
+        again.model.run({"input": images})
+    assert "release 1" in again.status()["last_error"]
+    result = again.update_once()
+    assert (result.outcome, result.version) == ("updated", 1)
+    assert again.model.run({"input": images})
+    assert start().model.version == 1
+
+
+def test_a_name_the_repository_does_not_have_is_an_error(
+    start: Start, publish: Publish, repository: Repository
+) -> None:
+    publish(1, name="other")
+    with pytest.raises(NoRelease, match=r"'toy'.*other"):
+        start().update_once()
 
 
 def test_a_release_that_is_never_confirmed_is_given_up(
