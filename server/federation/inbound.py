@@ -74,7 +74,7 @@ def decode_reply(
     content, kinds, has_update = RecordDict(), [], False
     for key, record in reply.content.items():
         if key == CONTROL_RECORD and isinstance(record, ConfigRecord):
-            entry.dense_bytes -= object_bytes(record)
+            entry.dense_bytes -= object_bytes(record) + _mention(reply.content, key)
             continue
         payload = payload_of(record) if isinstance(record, ArrayRecord) else None
         if payload is None:
@@ -104,6 +104,12 @@ def decode_reply(
         content[key] = arrays
     entry.kind = "+".join(kinds) or "none"
     return content, has_update
+
+
+def _mention(content: RecordDict, key: str) -> int:
+    """Bytes by which naming one of its records lengthens a content's own object."""
+    without = RecordDict({k: record for k, record in content.items() if k != key})
+    return len(content.deflate()) - len(without.deflate())
 
 
 def _open_update(payload: bytes, key: str, sent: Prepared) -> tuple[str, Update]:

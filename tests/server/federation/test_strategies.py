@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import (
     Krum,
 )
 
-from prunecast.server.federation import Policy
+from prunecast.server.federation import MeteringGrid, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import initial_arrays, make_app, to_arrays, to_record
 
@@ -62,6 +62,17 @@ def test_strategy(federation, name, policy):
     totals = grid.ledger.totals()
     # the overhead of Flower's messages bounds the ratio for a model of 3,000 weights
     assert totals.dense_bytes > (1.1 if policy == "lossless" else 4) * totals.payload_bytes
+
+
+@pytest.mark.parametrize("policy", ["lossless", "small"])
+def test_the_ledger_says_exactly_what_plain_flower_would_have_sent(federation, policy):
+    plain = MeteringGrid(InProcessGrid(make_app(None), 3))
+    run(plain, FedAvg(), rounds=2)
+    grid, _, _ = federation(policy)
+    run(grid, FedAvg(), rounds=2)
+    theirs, ours = plain.ledger.totals(), grid.ledger.totals()
+    assert ours.dense_bytes_up == theirs.bytes_up
+    assert ours.dense_bytes_down == theirs.bytes_down
 
 
 def test_evaluation_after_training_costs_nothing_in_the_next_round(federation):
