@@ -145,3 +145,23 @@ def test_simulate_and_report_from_the_command_line(run, tmp_path):
     assert again.exit_code == 0
     assert "prunecast" in again.stdout
     assert document["folder"] in again.stdout
+
+
+def test_simulate_imports_a_model_of_the_current_folder(tmp_path, monkeypatch):
+    scenario = tmp_path / "own.toml"
+    text = (
+        'schema = 1\nname = "own"\nrounds = 1\n[model]\nfactory = "ournet:make"\n'
+        '[arms.dense]\nkind = "dense"\n'
+    )
+    scenario.write_text(text)
+    (tmp_path / "ournet.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Linear(2, 2)\n"
+    )
+    command = [sys.executable, "-m", "prunecast.cli", "simulate", "--check", "own.toml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    scenario.write_text(text.replace("ournet:make", "nobody:make"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (1, 2)
+    assert "model.factory" in done.stderr
+    assert "Traceback" not in done.stderr
