@@ -185,7 +185,8 @@ class Agent:
             problem: str | None = None
             proven = active.confirmed or self._state.previous is None
             if not proven and active.starts >= self.config.most_starts:
-                self._go_back(f"release {active.version}: not confirmed after {active.starts} starts")
+                starts = f"not confirmed after {active.starts} starts"
+                self._go_back(f"release {active.version}: {starts}")
                 continue
             if not proven:
                 started = replace(active, starts=active.starts + 1)
