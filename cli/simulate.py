@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,11 +64,9 @@ def simulate(
 
 
 def _import_from_here() -> None:
-    """Let this process and those it starts import modules of the current folder."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    inherited = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([here, inherited] if inherited else [here])
+    """Find modules of the current folder, as `python -m` does; the engine inherits the path."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
 
 
 def load(source: str, seed: int | None, rounds: int | None, output: Path | None) -> Scenario:
