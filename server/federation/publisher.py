@@ -118,8 +118,6 @@ class Publisher:
         Raises:
             NonFiniteModel: a tensor to be put on the lattice holds NaN or infinity.
         """
-        self._counter += 1
-        sparsity = self._schedule(self._counter) if self._schedule else 0.0
         lattice = {
             name: array
             for name, array in master.items()
@@ -131,6 +129,8 @@ class Publisher:
                     f"tensor {name!r} of the global model holds NaN or infinity: the training "
                     "diverged; nothing was sent"
                 )
+        self._counter += 1
+        sparsity = self._schedule(self._counter) if self._schedule else 0.0
         prunable = {n: a for n, a in lattice.items() if self.policy.is_prunable(n, a.shape)}
         masks: dict[str, NDArray[np.bool_]] = {}
         if sparsity > 0 and prunable:

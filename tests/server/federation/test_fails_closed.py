@@ -144,6 +144,8 @@ def test_nan_in_the_global_model(federation):
     with pytest.raises(NonFiniteModel, match=r"fc\.bias"):
         send(grid, arrays=arrays)
     assert grid.ledger.entries == []
+    # what was refused is no version: numbering and pruning schedule stand where they stood
+    assert grid.published(to_record(initial_arrays())).counter == 1
 
 
 def test_a_node_whose_store_cannot_be_written(federation, tmp_path):
