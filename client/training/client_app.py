@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from torch import nn
@@ -31,6 +31,7 @@ from prunecast.client.training.errors import TrainerError
 from prunecast.client.training.masks import current_masks
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import Batch, evaluate, train
+from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.references import load_callable
 
 __all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]
@@ -123,7 +124,7 @@ def build_client_app(
 
     @client.train()  # type: ignore[untyped-decorator, unused-ignore]
     def _train(message: Message, context: Context) -> Message:
-        chosen, server_round = _settings(context), _round(message)
+        chosen, server_round = _settings(context), stated_round(message.content)
         key, module = _load(model, message, context)
         loader, _ = data(context)
         outcome = train(
@@ -172,15 +173,6 @@ def _load(model: ModelFactory, message: Message, context: Context) -> tuple[str,
     module = model(context)
     module.load_state_dict(arrays.to_torch_state_dict())
     return key, module
-
-
-def _round(message: Message) -> int:
-    for record in message.content.values():
-        if isinstance(record, ConfigRecord) and isinstance(
-            stated := record.get("server-round"), int
-        ):
-            return stated
-    return 0
 
 
 def _configured(context: Context, key: str) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from prunecast.compression.flower.records import (
     is_codable,
     payload_of,
     payload_record,
+    stated_round,
     stream_id,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "is_codable",
     "payload_of",
     "payload_record",
+    "stated_round",
     "stream_id",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "is_codable",
     "payload_of",
     "payload_record",
+    "stated_round",
     "stream_id",
 ]
 
@@ -83,3 +84,13 @@ def payload_of(record: object) -> bytes | None:
     if not isinstance(record, ArrayRecord) or list(record) != [_ARRAY_NAME]:
         return None
     return record[_ARRAY_NAME].data if record[_ARRAY_NAME].stype == STYPE else None
+
+
+def stated_round(content: RecordDict) -> int:
+    """Flower's ``server-round`` where a config record states it, else 0."""
+    for record in content.values():
+        if isinstance(record, ConfigRecord) and isinstance(
+            stated := record.get("server-round"), int
+        ):
+            return stated
+    return 0

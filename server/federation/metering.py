@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
+from prunecast.compression.flower import stated_round
 from prunecast.server.federation.ledger import Direction, Entry, Ledger
 from prunecast.server.federation.wrapper import PollingGrid
 
@@ -109,13 +110,4 @@ def _copy(message: Message) -> Message:
 
 def _sent(message: Message) -> _Sent:
     metadata = message.metadata
-    return _Sent(metadata.dst_node_id, _round(message), metadata.message_type)
-
-
-def _round(message: Message) -> int:
-    for record in message.content.values():
-        if isinstance(record, ConfigRecord) and isinstance(
-            stated := record.get("server-round"), int
-        ):
-            return stated
-    return 0
+    return _Sent(metadata.dst_node_id, stated_round(message.content), metadata.message_type)

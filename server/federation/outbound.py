@@ -15,6 +15,7 @@ from prunecast.compression.flower import (
     dense_arrays,
     is_codable,
     payload_record,
+    stated_round,
     stream_id,
 )
 from prunecast.compression.versions import Instruction, encode_plain, short
@@ -108,16 +109,12 @@ class Batch:
             )
         node = self._streams.node(original.metadata.dst_node_id)
         content = RecordDict()
-        prepared = Prepared(self, original, original)
+        prepared = Prepared(self, original, original, round=stated_round(original.content))
         for key, record in original.content.items():
             if isinstance(record, ArrayRecord):
                 content[key] = self._payload(prepared, key, record)
             else:
                 content[key] = record
-                if isinstance(record, ConfigRecord) and isinstance(
-                    stated := record.get("server-round"), int
-                ):
-                    prepared.round = stated
         rule = self._streams.policy.update_rule
         instruction = Instruction(rule, node.accepted, prepared.reuse)
         content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
