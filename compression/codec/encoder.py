@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adaptive import AdaptiveEncoder
-from .classes import (
+from .container.head import Body, segments_of, write_body, write_specs
+from .container.wire import seal
+from .context import Context, TensorSpec, spec_of
+from .entropy.adaptive import AdaptiveEncoder
+from .entropy.lanes import SymbolStream, rans_tables, write_segment
+from .entropy.rans import RansTables
+from .entropy.serial import SerialModels, write_serial
+from .entropy.symbols import Placement
+from .entropy.tables import quantised
+from .errors import TensorMismatch
+from .modelling.classes import (
     CODED,
     STORED,
     FieldCode,
 )
-from .context import Context, TensorSpec, spec_of
-from .errors import TensorMismatch
-from .fields import Field, fields_of, split_tensor, to_z
-from .head import Body, segments_of, write_body, write_specs
-from .lanes import SymbolStream, rans_tables, write_segment
-from .parts import Part, histogram, split_phases, symbols_of
-from .planning import build_maps, choose_scheme, entropy_bits, plan_field
-from .rans import RansTables
-from .serial import SerialModels, write_serial
-from .symbols import Placement
-from .tables import quantised
-from .wire import seal
+from .modelling.fields import Field, fields_of, split_tensor, to_z
+from .modelling.parts import Part, histogram, split_phases, symbols_of
+from .modelling.planning import build_maps, choose_scheme, entropy_bits, plan_field
 
 __all__ = ["encode", "encode_body"]
 

@@ -44,7 +44,7 @@ class ContextMismatch(CodecError):
 
 
 class LimitExceeded(CodecError):
-    """The payload states a quantity above the receiver's :class:`~.context.Limits`."""
+    """The payload states a quantity above the receiver's :class:`~prunecast.compression.codec.Limits`."""
 
 
 class MalformedPayload(CodecError):

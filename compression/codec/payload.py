@@ -8,8 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adaptive import AdaptiveDecoder
-from .classes import (
+from .container.head import read_body, read_specs
+from .container.wire import unseal
+from .context import Context, Limits, TensorSpec, check_dtype
+from .entropy.adaptive import AdaptiveDecoder
+from .entropy.lanes import rans_tables, read_segment
+from .entropy.rans import RansTables
+from .entropy.serial import SerialModels, read_serial
+from .entropy.symbols import Placement, Symbols, distribute
+from .errors import CodecError, LimitExceeded, MalformedPayload
+from .modelling.classes import (
     CONSTANT,
     STORED,
     Classifier,
@@ -17,15 +25,7 @@ from .classes import (
     neighbour_sums,
     phase_slice,
 )
-from .context import Context, Limits, TensorSpec, check_dtype
-from .errors import CodecError, LimitExceeded, MalformedPayload
-from .fields import Field, assemble, check_width, fields_of, from_z
-from .head import read_body, read_specs
-from .lanes import rans_tables, read_segment
-from .rans import RansTables
-from .serial import SerialModels, read_serial
-from .symbols import Placement, Symbols, distribute
-from .wire import unseal
+from .modelling.fields import Field, assemble, check_width, fields_of, from_z
 
 __all__ = ["Payload", "decode", "open_payload"]
 

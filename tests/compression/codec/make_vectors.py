@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from prunecast.compression.codec import Context, TensorSpec, encode
-from prunecast.compression.codec.adaptive import UINT_CONTEXTS, AdaptiveEncoder
+from prunecast.compression.codec.container.head import write_specs
+from prunecast.compression.codec.container.wire import seal
 from prunecast.compression.codec.encoder import encode_body
-from prunecast.compression.codec.fields import fields_of
-from prunecast.compression.codec.head import write_specs
-from prunecast.compression.codec.wire import seal
+from prunecast.compression.codec.entropy.adaptive import UINT_CONTEXTS, AdaptiveEncoder
+from prunecast.compression.codec.modelling.fields import fields_of
 
 FOLDER = Path(__file__).parent / "vectors"
 

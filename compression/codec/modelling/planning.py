@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..context import TensorSpec
+from ..entropy.tokens import TokenScheme
 from .classes import (
     ACTIVITIES,
     CODED,
@@ -22,9 +24,7 @@ from .classes import (
     neighbour_sums,
     phase_slice,
 )
-from .context import TensorSpec
 from .fields import PREVIOUS_CLASSES, Field
-from .tokens import TokenScheme
 
 __all__ = ["build_maps", "choose_scheme", "entropy_bits", "plan_field", "raw_table"]
 

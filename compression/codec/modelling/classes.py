@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..entropy.tokens import signed
 from .fields import Field, half_octaves
-from .tokens import signed
 
 __all__ = [
     "ACTIVITIES",

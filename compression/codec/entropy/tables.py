@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import MalformedPayload
 from .adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
-from .errors import MalformedPayload
 
 __all__ = ["TableModel", "frequencies", "quantised"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MalformedPayload
-from .head import Body, Segment
+from ..container.head import Body, Segment
+from ..errors import MalformedPayload
 from .rans import RansTables, rans_decode, rans_encode
 from .rawbits import pack_bits, unpack_bits
 from .symbols import Symbols

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .context import Context, TensorSpec, spec_of
-from .errors import MalformedPayload, MaskViolation, TensorMismatch
-from .tokens import signed, zigzag
+from ..context import Context, TensorSpec, spec_of
+from ..entropy.tokens import signed, zigzag
+from ..errors import MalformedPayload, MaskViolation, TensorMismatch
 
 __all__ = ["PREVIOUS_CLASSES", "Field", "assemble", "fields_of", "from_z", "split_tensor", "to_z"]
 

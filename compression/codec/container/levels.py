@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
-from .errors import MalformedPayload
+from ..entropy.adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
+from ..errors import MalformedPayload
 
 __all__ = ["LevelModel"]
 

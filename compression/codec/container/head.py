@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
-from .classes import (
+from ..context import DTYPE_CODES, Limits, TensorSpec
+from ..entropy.adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
+from ..entropy.tables import TableModel
+from ..entropy.tokens import TokenScheme
+from ..errors import LimitExceeded, MalformedPayload
+from ..modelling.classes import (
     ACTIVITIES,
     CODED,
     CONSTANT,
@@ -20,12 +24,8 @@ from .classes import (
     may_have_neighbours,
     phase_size,
 )
-from .context import DTYPE_CODES, Limits, TensorSpec
-from .errors import LimitExceeded, MalformedPayload
-from .fields import PREVIOUS_CLASSES, Field
+from ..modelling.fields import PREVIOUS_CLASSES, Field
 from .levels import LevelModel
-from .tables import TableModel
-from .tokens import TokenScheme
 
 __all__ = ["Body", "Segment", "read_body", "read_specs", "segments_of", "write_body", "write_specs"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MalformedPayload
+from ..errors import MalformedPayload
 
 __all__ = ["pack_bits", "unpack_bits"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MalformedPayload
+from ..errors import MalformedPayload
 
 __all__ = ["Placement", "Symbols", "collect", "distribute"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from .context import Context, Limits
-from .errors import (
+from ..context import Context, Limits
+from ..errors import (
     ChecksumMismatch,
     ContextMismatch,
     LimitExceeded,

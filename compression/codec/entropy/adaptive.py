@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from .errors import MalformedPayload
+from ..errors import MalformedPayload
 
 __all__ = ["UINT_CONTEXTS", "AdaptiveDecoder", "AdaptiveEncoder"]
 

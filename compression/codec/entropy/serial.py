@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import LimitExceeded, MalformedPayload
 from .adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
-from .errors import LimitExceeded, MalformedPayload
 from .symbols import Symbols
 
 __all__ = ["SerialModels", "read_serial", "write_serial"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MalformedPayload
+from ..errors import MalformedPayload
 
 __all__ = ["RansTables", "rans_decode", "rans_encode"]
 

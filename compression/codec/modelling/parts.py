@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..entropy.symbols import Placement, Symbols, collect
+from ..entropy.tokens import TokenScheme
 from .classes import (
     ACTIVITIES,
     Classifier,
@@ -18,8 +20,6 @@ from .classes import (
     phase_slice,
 )
 from .fields import PREVIOUS_CLASSES, Field
-from .symbols import Placement, Symbols, collect
-from .tokens import TokenScheme
 
 __all__ = ["Part", "histogram", "split_phases", "symbols_of"]
 

@@ -1,0 +1,1 @@
+"""The payload around the symbols: envelope, head, row and column levels."""

@@ -1,0 +1,1 @@
+"""Entropy coding: adaptive range coder, lane-interleaved rANS, tokens, gaps, tables."""

@@ -1,0 +1,1 @@
+"""What predicts a value: fields, activities, classes, and the plan the encoder makes."""
