@@ -2,14 +2,12 @@
 
 A fresh model is noise: coding it costs about five bits a weight, and nobody needs those very
 bits. Drawn by an integer generator from a shared seed, the first keyframe is a few bytes. The
-generator is SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number
-generators", figure 16) on a counter: integers only, so every machine draws the same model, which
-the digest in the frame verifies.
+generator (`CounterStream`) computes with integers only, so every machine draws the same model,
+which the digest in the frame verifies.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.compression.codec import CounterStream
 from prunecast.compression.versions.errors import BadPayload, InvalidModel
 from prunecast.compression.versions.model import LatticeTensor, PublishedModel, Tensor
 
 __all__ = ["Draw", "Seed", "draw", "draw_like"]
 
-_BLOCK = 1 << 20  # numbers drawn at a time, so that memory stays bounded
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -57,24 +55,17 @@ class Seed:
 def draw(shape: tuple[int, ...], item: Draw, seed: int, name: str) -> NDArray[np.int32]:
     """Integers of one tensor; the same on every machine.
 
-    Number ``i`` is the high 32 bits of the 64-bit output of SplitMix64 at counter ``i``, times
-    the number of values, shifted right by 32 (Lemire 2019, without rejection). The generator of a
-    tensor starts at SHA-256 of seed and name, so tensors are independent and can be drawn alone.
+    Number ``i`` is the high 32 bits of word ``i`` of the tensor's stream, times the number of
+    values, shifted right by 32 (Lemire 2019, without rejection). The stream is that of seed and
+    name, so tensors are independent and can be drawn alone.
     """
-    start = hashlib.sha256(struct.pack("<Q", seed) + name.encode()).digest()[:8]
-    origin = int.from_bytes(start, "little")
+    stream = CounterStream.of(struct.pack("<Q", seed) + name.encode())
     size = int(np.prod(shape, dtype=np.int64))
     out = np.empty(size, np.int32)
     count = np.uint64(2 * item.bound + 1)
-    for begin in range(0, size, _BLOCK):
-        end = min(begin + _BLOCK, size)
-        index = np.arange(begin + 1, end + 1, dtype=np.uint64)
-        z = index * np.uint64(0x9E3779B97F4A7C15) + np.uint64(origin)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-        scaled = ((z >> np.uint64(32)) * count) >> np.uint64(32)
-        out[begin:end] = scaled.astype(np.int64) - item.bound + item.centre
+    for begin, words in stream.blocks(size):
+        scaled = ((words >> np.uint64(32)) * count) >> np.uint64(32)
+        out[begin : begin + len(words)] = scaled.astype(np.int64) - item.bound + item.centre
     return out.reshape(shape)
 
 
