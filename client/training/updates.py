@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.client.training.errors import NonFiniteUpdate
-from prunecast.compression.codec import quantise
+from prunecast.compression.codec import quantise, spread
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,
@@ -88,8 +88,7 @@ def _quantise(
     if mask is not None:
         change *= mask
     weights = change.size if mask is None else int(np.count_nonzero(mask))
-    energy = float(np.sum(np.square(change, dtype=np.float64)))
-    step = float(np.float32(rule.step * np.sqrt(energy / max(weights, 1))))
+    step = float(np.float32(rule.step * spread(change, "rms", count=weights)))
     target = change
     if rule.error_feedback and residual is not None and residual.shape == change.shape:
         target = change + (residual if mask is None else residual * mask).astype(working)

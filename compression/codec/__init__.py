@@ -20,14 +20,25 @@ from .errors import (
     UnsupportedDtype,
     UnsupportedVersion,
 )
-from .lattice import dequantise, quantise
+from .generator import CounterStream
 from .payload import Payload, decode, open_payload
+from .quantisation import (
+    RelativeTo,
+    dequantise,
+    quantise,
+    quantise_stochastically,
+    relative_error,
+    spread,
+    step_for_bits,
+    step_for_error,
+)
 
 __all__ = [
     "ChecksumMismatch",
     "CodecError",
     "Context",
     "ContextMismatch",
+    "CounterStream",
     "LimitExceeded",
     "Limits",
     "MalformedPayload",
@@ -36,6 +47,7 @@ __all__ = [
     "NotAPayload",
     "Payload",
     "QuantiseError",
+    "RelativeTo",
     "TensorMismatch",
     "TensorSpec",
     "TruncatedPayload",
@@ -46,4 +58,9 @@ __all__ = [
     "encode",
     "open_payload",
     "quantise",
+    "quantise_stochastically",
+    "relative_error",
+    "spread",
+    "step_for_bits",
+    "step_for_error",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits, quantise
+from prunecast.compression.codec import Limits, quantise, spread
 from prunecast.compression.flower import payload_record
 from prunecast.compression.pruning import magnitude_masks
 from prunecast.compression.versions import (
@@ -161,8 +161,8 @@ class Publisher:
         return PublishedModel(tensors, self._counter)
 
     def _step(self, name: str, array: NDArray[Any]) -> float:
-        spread = max(float(np.std(array, dtype=np.float64)), _SMALLEST_SPREAD)
-        ideal = self.policy.down_step * spread * (1.0 if array.ndim > 1 else _VECTOR_STEP)
+        unit = max(spread(array, "std"), _SMALLEST_SPREAD)
+        ideal = self.policy.down_step * unit * (1.0 if array.ndim > 1 else _VECTOR_STEP)
         step = self._steps.get(name)
         if step is None:
             step = float(np.float32(ideal))

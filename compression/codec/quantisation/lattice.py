@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .errors import NonFiniteError, QuantiseError
+from ..errors import NonFiniteError, QuantiseError
 
-__all__ = ["dequantise", "quantise"]
+__all__ = ["dequantise", "largest_magnitude", "quantise", "steps_of"]
 
 
 def quantise(
@@ -36,33 +36,63 @@ def quantise(
     >>> quantise(np.array([-0.26, 0.24, 0.9], np.float32), 0.5).tolist()
     [-1, 0, 2]
     """
-    label = f"tensor {name!r}" if name else "the tensor"
-    array = np.asarray(values)
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise QuantiseError(
-            f"{label} has dtype {array.dtype}; quantise takes float16, float32 or float64"
-        )
-    if not (math.isfinite(step) and step > 0):
-        raise QuantiseError(f"the step for {label} is {step!r}; it must be finite and above zero")
     if not 0 < dead_zone <= 1:
-        raise QuantiseError(f"the dead zone for {label} is {dead_zone!r}; it must lie in (0, 1]")
-    if array.size == 0:
-        return np.zeros(array.shape, np.int32)
-    wide = np.asarray(np.abs(array, dtype=np.float64))
-    top = float(wide.max())
-    if not math.isfinite(top):
-        raise NonFiniteError(
-            f"{label} holds NaN or an infinity; check the training step that produced it "
-            "(learning rate, loss scaling) before quantising"
-        )
-    if top / step + 1 - dead_zone >= 2.0**31:
-        raise QuantiseError(
-            f"{label} reaches {top:g}, beyond the int32 range at step {step:g}; use a larger step"
-        )
-    wide /= step
+        raise QuantiseError(f"the dead zone for {label(name)} is {dead_zone!r}, outside (0, 1]")
+    array = np.asarray(values)
+    wide = steps_of(array, step, margin=1 - dead_zone, name=name)
     wide += 1 - dead_zone
     result = np.floor(wide, out=wide).astype(np.int32)
     return np.asarray(np.where(array < 0, -result, result), np.int32)
+
+
+def label(name: str) -> str:
+    """What an error message calls a tensor."""
+    return f"tensor {name!r}" if name else "the tensor"
+
+
+def largest_magnitude(array: NDArray[Any], name: str = "") -> float:
+    """Largest absolute value of a floating-point array, 0.0 where it is empty.
+
+    Raises:
+        NonFiniteError: it holds NaN or an infinity.
+        QuantiseError: it is not float16, float32 or float64.
+    """
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise QuantiseError(
+            f"{label(name)} has dtype {array.dtype}; quantise takes float16, float32 or float64"
+        )
+    if not array.size:
+        return 0.0
+    top = max(float(array.max()), -float(array.min()))
+    if not math.isfinite(top):
+        raise NonFiniteError(
+            f"{label(name)} holds NaN or an infinity; check the training step that produced it "
+            "(learning rate, loss scaling) before quantising"
+        )
+    return top
+
+
+def steps_of(
+    array: NDArray[Any], step: float, *, margin: float, name: str = ""
+) -> NDArray[np.float64]:
+    """Return ``|x| / step`` of every element, checked: with ``margin`` added it fits int32.
+
+    Raises:
+        NonFiniteError, QuantiseError: as :func:`quantise`.
+    """
+    top = largest_magnitude(array, name)
+    if not (math.isfinite(step) and step > 0):
+        raise QuantiseError(
+            f"the step for {label(name)} is {step!r}; it must be finite and above zero"
+        )
+    if top / step + margin >= 2.0**31:
+        raise QuantiseError(
+            f"{label(name)} reaches {top:g}, beyond the int32 range at step {step:g}; "
+            "use a larger step"
+        )
+    wide = np.asarray(np.abs(array, dtype=np.float64))
+    wide /= step
+    return wide
 
 
 def dequantise(q: NDArray[Any], step: float, dtype: DTypeLike = np.float32) -> NDArray[Any]:
