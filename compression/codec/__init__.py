@@ -3,7 +3,9 @@
 The wire format is specified in ``docs/format.md``.
 """
 
+from .container.wire import Outline, outline_payload, payload_length
 from .context import Context, Limits, TensorSpec
+from .costs import PayloadCosts, TensorCost, measure_costs
 from .encoder import encode
 from .errors import (
     ChecksumMismatch,
@@ -45,9 +47,12 @@ __all__ = [
     "MaskViolation",
     "NonFiniteError",
     "NotAPayload",
+    "Outline",
     "Payload",
+    "PayloadCosts",
     "QuantiseError",
     "RelativeTo",
+    "TensorCost",
     "TensorMismatch",
     "TensorSpec",
     "TruncatedPayload",
@@ -56,7 +61,10 @@ __all__ = [
     "decode",
     "dequantise",
     "encode",
+    "measure_costs",
     "open_payload",
+    "outline_payload",
+    "payload_length",
     "quantise",
     "quantise_stochastically",
     "relative_error",

@@ -27,7 +27,16 @@ from ..modelling.classes import (
 from ..modelling.fields import PREVIOUS_CLASSES, Field
 from .levels import LevelModel
 
-__all__ = ["Body", "Segment", "read_body", "read_specs", "segments_of", "write_body", "write_specs"]
+__all__ = [
+    "Body",
+    "HeadModels",
+    "Segment",
+    "read_body",
+    "read_specs",
+    "segments_of",
+    "write_body",
+    "write_specs",
+]
 
 _MAX_SETS = 256
 _MAX_CLUSTERS = 256
@@ -135,7 +144,9 @@ def _limit(name: str, value: int, most: int) -> None:
 # --- fields, clusters, tables, segments --------------------------------------------------------
 
 
-class _Models:
+class HeadModels:
+    """Contexts of everything in the body's head, by what they code."""
+
     def __init__(self, coder: AdaptiveEncoder | AdaptiveDecoder) -> None:
         def uint() -> int:
             return coder.contexts(UINT_CONTEXTS)
@@ -164,7 +175,7 @@ def segments_of(groups: list[list[int]], codes: list[FieldCode]) -> list[Segment
 
 def write_body(coder: AdaptiveEncoder, body: Body, fields: list[Field]) -> None:
     """Write the body's head."""
-    m = _Models(coder)
+    m = HeadModels(coder)
     coder.bit(m.flag, body.serial)
     for f, code in zip(fields, body.codes, strict=True):
         if not f.size:
@@ -213,7 +224,7 @@ def read_body(
     coder: AdaptiveDecoder, fields: list[Field], limits: Limits, payload_bytes: int
 ) -> Body:
     """Read the body's head; every quantity is checked before anything depends on it."""
-    m = _Models(coder)
+    m = HeadModels(coder)
     serial = bool(coder.bit(m.flag))
     body = Body([], serial=serial)
     sets, levels_left = 0, limits.levels
@@ -289,7 +300,7 @@ def read_body(
     return body
 
 
-def _write_map(coder: AdaptiveEncoder, m: _Models, table: NDArray[np.uint8], known: int) -> int:
+def _write_map(coder: AdaptiveEncoder, m: HeadModels, table: NDArray[np.uint8], known: int) -> int:
     for row, present in enumerate(table):
         used = np.flatnonzero(present != 255)
         coder.bit(m.present + row, bool(len(used)))
@@ -313,7 +324,7 @@ def _write_map(coder: AdaptiveEncoder, m: _Models, table: NDArray[np.uint8], kno
     return known
 
 
-def _read_map(coder: AdaptiveDecoder, m: _Models, known: int) -> tuple[NDArray[np.uint8], int]:
+def _read_map(coder: AdaptiveDecoder, m: HeadModels, known: int) -> tuple[NDArray[np.uint8], int]:
     table = np.zeros((PREVIOUS_CLASSES, ACTIVITIES), np.uint8)
     for row in range(PREVIOUS_CLASSES):
         if not coder.bit(m.present + row):

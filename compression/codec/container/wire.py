@@ -16,12 +16,46 @@ from ..errors import (
     UnsupportedVersion,
 )
 
-__all__ = ["MAGIC", "Envelope", "seal", "unseal"]
+__all__ = [
+    "CONTEXT_PARTS",
+    "MAGIC",
+    "Envelope",
+    "Outline",
+    "outline_payload",
+    "payload_length",
+    "seal",
+    "unseal",
+]
 
 MAGIC = b"PCC"
 MAJOR, MINOR = 1, 0
 _KNOWN_FLAGS = 0b111
-_NAMES = ("layout", "mask", "previous")
+CONTEXT_PARTS = ("layout", "mask", "previous")
+"""What each flag, from bit 0 on, says that the context holds."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What the outer layer states of itself, whatever the context.
+
+    Attributes:
+        version: major and minor.
+        flags: bit 0: layout, bit 1: mask, bit 2: previous.
+        nbytes: total length, which is that of the payload.
+        context_tag: first bytes of the context's digest; empty without a context.
+        head_at: where the head's length lies.
+    """
+
+    version: tuple[int, int]
+    flags: int
+    nbytes: int
+    context_tag: bytes
+    head_at: int
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Parts of the context without which it cannot be decoded."""
+        return tuple(name for i, name in enumerate(CONTEXT_PARTS) if self.flags >> i & 1)
 
 
 @dataclass(frozen=True)
@@ -69,13 +103,17 @@ def seal(context: Context, head: bytes, rest: bytes) -> bytes:
     return payload + zlib.crc32(payload).to_bytes(4, "little")
 
 
-def unseal(payload: bytes, context: Context, limits: Limits) -> Envelope:
-    """Check everything that the outer layer states and return what it holds."""
-    if len(payload) > limits.payload_bytes:
-        raise LimitExceeded(
-            f"the payload has {len(payload)} bytes, above Limits.payload_bytes = "
-            f"{limits.payload_bytes}"
-        )
+def payload_length(start: bytes) -> int:
+    """Return the total length that a payload's first bytes (16 suffice) state.
+
+    Raises:
+        NotAPayload, TruncatedPayload, MalformedPayload: there is no such length.
+    """
+    return _preamble(start)[0]
+
+
+def _preamble(payload: bytes) -> tuple[int, int]:
+    """Total length, and where it ends."""
     if payload[: len(MAGIC)] != MAGIC[: len(payload)] or not payload:
         raise NotAPayload(
             f"the bytes start with {payload[:3]!r}, not {MAGIC!r}: not a payload of this codec"
@@ -92,7 +130,23 @@ def unseal(payload: bytes, context: Context, limits: Limits) -> Envelope:
         raise UnsupportedVersion(
             f"the payload has unknown flags {flags & ~_KNOWN_FLAGS:#04x}; update prunecast"
         )
-    total, at = _read_varint(payload, 6)
+    return _read_varint(payload, 6)
+
+
+def outline_payload(payload: bytes, limits: Limits | None = None) -> Outline:
+    """Check what needs no context, checksum included, and return what the payload says of itself.
+
+    Raises:
+        NotAPayload, UnsupportedVersion, TruncatedPayload, ChecksumMismatch, LimitExceeded,
+        MalformedPayload: it is not a payload that this release could decode.
+    """
+    limits = limits or Limits()
+    if len(payload) > limits.payload_bytes:
+        raise LimitExceeded(
+            f"the payload has {len(payload)} bytes, above Limits.payload_bytes = "
+            f"{limits.payload_bytes}"
+        )
+    total, at = _preamble(payload)
     if total != len(payload):
         raise TruncatedPayload(
             f"the payload states {total} bytes but has {len(payload)}; fetch it again"
@@ -102,21 +156,27 @@ def unseal(payload: bytes, context: Context, limits: Limits) -> Envelope:
         raise MalformedPayload("the payload is too short for its checksum")
     if zlib.crc32(payload[:end]) != int.from_bytes(payload[end:], "little"):
         raise ChecksumMismatch("the payload's checksum does not match; fetch it again")
-    if flags != context.flags:
-        wants = [n for i, n in enumerate(_NAMES) if flags >> i & 1] or ["nothing"]
-        has = [n for i, n in enumerate(_NAMES) if context.flags >> i & 1] or ["nothing"]
+    major, minor, flags = payload[3:6]
+    tag = payload[at : min(at + 4, end)] if flags else b""
+    return Outline((major, minor), flags, total, tag, at + len(tag))
+
+
+def unseal(payload: bytes, context: Context, limits: Limits) -> Envelope:
+    """Check everything that the outer layer states and return what it holds."""
+    stated = outline_payload(payload, limits)
+    if stated.flags != context.flags:
+        has = [n for i, n in enumerate(CONTEXT_PARTS) if context.flags >> i & 1] or ["nothing"]
         raise ContextMismatch(
-            f"the payload was coded with {' + '.join(wants)} as context, "
+            f"the payload was coded with {' + '.join(stated.needs) or 'nothing'} as context, "
             f"but {' + '.join(has)} was given"
         )
-    if flags:
-        if payload[at : at + 4] != context.digest[:4]:
-            raise ContextMismatch(
-                "the payload was coded against another context; give the layout, mask and "
-                "previous values that its sender used"
-            )
-        at += 4
-    length, at = _read_varint(payload[:end], at)
+    if stated.flags and stated.context_tag != context.digest[:4]:
+        raise ContextMismatch(
+            "the payload was coded against another context; give the layout, mask and "
+            "previous values that its sender used"
+        )
+    end = len(payload) - 4
+    length, at = _read_varint(payload[:end], stated.head_at)
     if length > end - at:
         raise MalformedPayload("the head is longer than the payload")
     return Envelope(payload[at : at + length], payload[at + length : end])
