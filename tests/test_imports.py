@@ -18,7 +18,7 @@ TOP_FOLDERS = ("compression", "server", "client", "simulations", "cli")
 # What each component may import besides itself: everything in the layers before its own.
 LAYERS = (
     {"compression.codec"},
-    {"compression.versions"},
+    {"compression.versions", "compression.schemes"},
     {"compression.pruning", "compression.onnx", "compression.flower"},
     {"client.training", "client.edge", "server.federation", "server.releases"},
     {"simulations"},
@@ -26,7 +26,7 @@ LAYERS = (
 )
 LAYER = {component: depth for depth, layer in enumerate(LAYERS) for component in layer}
 
-PURE = ("compression.codec", "compression.versions")
+PURE = ("compression.codec", "compression.schemes", "compression.versions")
 NEVER_ON_A_DEVICE = {"torch", "flwr", "ray", "onnx", "onnxscript", "mlxtend", "matplotlib"}
 
 
@@ -98,7 +98,8 @@ def test_edge_agent_names_no_training_library() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["compression.codec", "compression.versions", "client.edge", "cli"]
+    "package",
+    ["compression.codec", "compression.schemes", "compression.versions", "client.edge", "cli"],
 )
 def test_imports_where_training_libraries_are_not_installed(package: str) -> None:
     """Every module of a package, in an interpreter that refuses to import them."""

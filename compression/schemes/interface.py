@@ -1,0 +1,245 @@
+"""The one interface of all schemes, and what they share: checks, error feedback, container.
+
+A scheme turns tensors into integers and scales (`_quantise`), and those into bytes (`_write`);
+the way back is `_read` and `_restore`. What a sender remembers goes in and comes out as a `State`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.compression.codec import Limits
+
+from .arithmetic import added
+from .container import CODINGS, Envelope, Reader, seal, unseal
+from .draws import Draws
+from .errors import (
+    BadConfig,
+    LimitExceeded,
+    MalformedPayload,
+    SchemeError,
+    StateError,
+    WrongScheme,
+)
+from .layout import Arrays, Layout, checked
+from .state import State
+
+__all__ = ["Option", "Quantised", "Scheme"]
+
+Option = int | float | str | bool
+"""Value of a scheme's option: what TOML and JSON can hold."""
+
+# What numpy and Python raise on values that no check foresaw.
+_FOREIGN = (ArithmeticError, ValueError, LookupError, TypeError)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """What travels: an array per tensor, and the scales that its integers are multiples of.
+
+    Attributes:
+        values: by tensor; integers, or floats where the scheme sends floats.
+        scales: float32, one per tensor, group, bucket or channel as the scheme has it.
+        parameters: whole numbers that travel too, as the scheme has them.
+    """
+
+    values: Mapping[str, NDArray[Any]]
+    scales: NDArray[np.float32]
+    parameters: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """A compression scheme; its fields are its options.
+
+    Attributes:
+        coding: "paper" writes the integers as the paper does, "prunecast" writes the same
+            integers with `prunecast.compression.codec`.
+    """
+
+    name: ClassVar[str]
+    """What `scheme` calls it."""
+    number: ClassVar[int]
+    """What the container calls it."""
+
+    coding: str = dataclasses.field(default="paper", kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the types of all options, then what the scheme says of their values."""
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            kind = type(option.default)
+            if kind is float and type(value) is int:
+                object.__setattr__(self, option.name, float(value))
+            elif type(value) is not kind or (
+                kind is float and not math.isfinite(cast(float, value))
+            ):
+                raise self._bad(option.name, f"a {kind.__name__}")
+        if self.coding not in CODINGS:
+            raise self._bad("coding", " or ".join(map(repr, CODINGS)))
+        self._check()
+
+    def config(self) -> dict[str, Option]:
+        """All options; ``scheme(s.name, **s.config())`` is an equal scheme."""
+        return {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+
+    @classmethod
+    def options(cls) -> dict[str, Option]:
+        """Names and defaults of the options."""
+        return {option.name: cast(Option, option.default) for option in dataclasses.fields(cls)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Option]) -> Self:
+        """A scheme with these options, the others at their defaults.
+
+        Raises:
+            BadConfig: an option does not exist, or is out of range.
+        """
+        known = cls.options()
+        for option in config:
+            if option not in known:
+                raise BadConfig(
+                    f"scheme {cls.name!r} has no option {option!r}; it has {', '.join(known)}"
+                )
+        return cls(**config)  # type: ignore[arg-type]
+
+    def init(self, layout: Layout) -> State:
+        """State of a sender that has sent nothing yet.
+
+        Args:
+            layout: names and shapes of the tensors, see `layout_of`.
+        """
+        shapes = {name: tuple(int(d) for d in shape) for name, shape in layout.items()}
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        return State(shapes, 0, dict.fromkeys(self._buffers(), zeros))
+
+    def encode(
+        self, tensors: Mapping[str, NDArray[Any]], state: State, *, key: int
+    ) -> tuple[bytes, State]:
+        """One payload, and the state to give next time; `state` itself does not change.
+
+        Args:
+            tensors: float16 to float64 arrays of the state's names and shapes; coded as float32.
+            state: what the last `encode` returned, or `init`.
+            key: 0 to 2**64 - 1, decides everything that is random. Same tensors, state and key,
+                same bytes. Schemes without randomness do not use it.
+
+        Raises:
+            LayoutMismatch: the tensors are not those of the state.
+            UnsupportedTensor: a tensor is not of floating point.
+            NonFiniteError: a tensor holds NaN or an infinity.
+            OutOfRange: a value does not fit the scheme's number format.
+            StateError: another scheme, or other options, made the state.
+            BadConfig: the key is out of range.
+        """
+        draws = Draws(key)
+        if set(state.buffers) != set(self._buffers()):
+            raise StateError(f"the state was not made by this {self.name!r} scheme; use its init()")
+        wanted = self._accumulate(checked(tensors, state.layout), state)
+        values = wanted.get("residual", wanted["input"])
+        quantised = self._quantise(values, state, draws)
+        body = self._write(quantised, state.layout)
+        buffers: dict[str, Arrays] = {}
+        if self._buffers():
+            sent = self._restore(quantised, state.layout)
+            buffers = self._remember(wanted, sent)
+        return (
+            seal(self.number, self.coding, state.layout, body),
+            State(state.layout, state.step + 1, buffers),
+        )
+
+    def decode(self, payload: bytes, *, limits: Limits | None = None) -> Arrays:
+        """The tensors of a payload of this scheme, whatever its sender's options.
+
+        Raises:
+            WrongScheme: another scheme made it.
+            SchemeError: a subclass for each other way in which the bytes may be wrong.
+        """
+        limits = limits or Limits()
+        envelope = unseal(bytes(payload), limits)
+        if envelope.scheme != self.number:
+            raise WrongScheme(
+                f"the payload is of scheme number {envelope.scheme}, {self.name!r} has "
+                f"{self.number}; use decode_payload() where any scheme will do"
+            )
+        return self.open(envelope, limits)
+
+    @classmethod
+    def open(cls, envelope: Envelope, limits: Limits) -> Arrays:
+        """The tensors of a payload of this scheme whose container was checked.
+
+        Raises:
+            SchemeError: a subclass for each way in which the bytes may be wrong.
+        """
+        return cls._restore(cls.parse(envelope, limits), envelope.layout)
+
+    @classmethod
+    def parse(cls, envelope: Envelope, limits: Limits) -> Quantised:
+        """What travelled: the integers and scales, before they are multiplied.
+
+        Raises:
+            SchemeError: a subclass for each way in which the bytes may be wrong.
+        """
+        reader = Reader(envelope.body)
+        try:
+            quantised = cls._read(reader, envelope.layout, envelope.coding, limits)
+            reader.end()
+        except SchemeError:
+            raise
+        except MemoryError as error:
+            raise LimitExceeded(
+                "the payload needs more memory than there is; lower Limits.decoded_bytes"
+            ) from error
+        except _FOREIGN as error:
+            raise MalformedPayload(f"the payload cannot be decoded: {error}") from error
+        return quantised
+
+    # --- what a scheme says ------------------------------------------------------------------
+
+    def _check(self) -> None:  # noqa: B027 - some schemes have no such options
+        """BadConfig when an option is out of range."""
+
+    def _buffers(self) -> tuple[str, ...]:
+        """Names of the state's buffers; "residual" alone is plain error feedback."""
+        return ()
+
+    def _accumulate(self, tensors: Arrays, state: State) -> dict[str, Arrays]:
+        """The buffers with the new tensors added, or these alone under "input"."""
+        if "residual" not in state.buffers:
+            return {"input": tensors}
+        return {"residual": added(tensors, state.buffers["residual"]), "input": tensors}
+
+    def _remember(self, wanted: Mapping[str, Arrays], sent: Arrays) -> dict[str, Arrays]:
+        """The buffers of the next state, of what was to be sent and what was."""
+        left = {name: array - sent[name] for name, array in wanted["residual"].items()}
+        return {"residual": left}
+
+    @abstractmethod
+    def _quantise(self, tensors: Arrays, state: State, draws: Draws) -> Quantised:
+        """What travels of these tensors."""
+
+    @abstractmethod
+    def _write(self, quantised: Quantised, layout: Layout) -> bytes:
+        """The body of the payload."""
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, reader: Reader, layout: Layout, coding: str, limits: Limits) -> Quantised:
+        """Inverse of `_write`; reads to the body's end."""
+
+    @classmethod
+    @abstractmethod
+    def _restore(cls, quantised: Quantised, layout: Layout) -> Arrays:
+        """The float32 tensors that the receiver gets."""
+
+    def _bad(self, option: str, expected: str) -> BadConfig:
+        value = getattr(self, option)
+        return BadConfig(f"option {option!r} of scheme {self.name!r} is {value!r}, not {expected}")

@@ -1,0 +1,92 @@
+"""Schemes by name, and payloads of whichever scheme."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prunecast.compression.codec import Limits
+
+from .container import unseal
+from .errors import UnknownScheme, UnsupportedVersion
+from .half import Fp16
+from .integers import Int4, Int8
+from .interface import Option, Scheme
+from .layout import Arrays
+from .qsgd import Qsgd
+from .signsgd import SignSgd
+from .stc import Stc
+from .topk import TopK
+
+__all__ = ["SCHEMES", "PayloadInfo", "decode_payload", "inspect", "scheme"]
+
+SCHEMES: dict[str, type[Scheme]] = {
+    kind.name: kind for kind in (TopK, Stc, Qsgd, SignSgd, Int8, Int4, Fp16)
+}
+_BY_NUMBER = {kind.number: kind for kind in SCHEMES.values()}
+
+
+def scheme(name: str, /, **config: Option) -> Scheme:
+    """The scheme of this name with these options.
+
+    Raises:
+        UnknownScheme: there is none.
+        BadConfig: an option does not exist, or is out of range.
+
+    >>> scheme("stc", density=0.02).config()["density"]
+    0.02
+    """
+    if name not in SCHEMES:
+        raise UnknownScheme(f"there is no scheme {name!r}; choose one of {', '.join(SCHEMES)}")
+    return SCHEMES[name].from_config(config)
+
+
+@dataclass(frozen=True)
+class PayloadInfo:
+    """What a payload says of itself.
+
+    Attributes:
+        scheme: name of the scheme.
+        coding: "paper" or "prunecast".
+        layout: names and shapes.
+        head_bytes: bytes of the container: header, names and shapes, checksum.
+        body_bytes: bytes of the scheme: scales and integers.
+    """
+
+    scheme: str
+    coding: str
+    layout: dict[str, tuple[int, ...]]
+    head_bytes: int
+    body_bytes: int
+
+
+def inspect(payload: bytes, *, limits: Limits | None = None) -> PayloadInfo:
+    """What the container of a payload states; the tensors are not decoded.
+
+    Raises:
+        SchemeError: a subclass for each way in which the bytes may be wrong.
+    """
+    envelope = unseal(bytes(payload), limits or Limits())
+    return PayloadInfo(
+        _kind(envelope.scheme).name,
+        envelope.coding,
+        envelope.layout,
+        envelope.head_bytes,
+        len(envelope.body),
+    )
+
+
+def decode_payload(payload: bytes, *, limits: Limits | None = None) -> Arrays:
+    """The tensors of a payload of any scheme.
+
+    Raises:
+        SchemeError: a subclass for each way in which the bytes may be wrong.
+    """
+    limits = limits or Limits()
+    envelope = unseal(bytes(payload), limits)
+    return _kind(envelope.scheme).open(envelope, limits)
+
+
+def _kind(number: int) -> type[Scheme]:
+    if number not in _BY_NUMBER:
+        raise UnsupportedVersion(f"the payload is of unknown scheme {number}; update prunecast")
+    return _BY_NUMBER[number]
