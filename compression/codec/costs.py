@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .container.metering import Cell, HeadMeter, measured_body, measured_specs
+from .container.metering import Cell, HeadMeter, measured_body, measured_specs, side_bits
 from .container.wire import unseal
 from .context import Context, Limits, TensorSpec
 from .modelling.classes import STORED
@@ -54,7 +54,7 @@ class PayloadCosts:
             lengths, context tag, checksum. In the head: ``layout`` (names, dtypes, shapes),
             ``coding`` (how each field is coded), ``levels`` of rows and columns, ``clusters``,
             ``tables``, ``directory`` of the segments, ``symbols`` of a small payload. After the
-            head: ``segments`` and ``stored``.
+            head: ``levels`` and ``tables`` of a large payload, ``segments`` and ``stored``.
         tensors: name to its bytes.
     """
 
@@ -90,7 +90,7 @@ def measure_costs(
     by_tensor = fields_of(tensors.specs, context)
     fields = [f for group in by_tensor.values() for f in group]
     owner = [number for number, group in enumerate(by_tensor.values()) for _ in group]
-    body, coded = measured_body(meter, fields, limits, len(payload))
+    body, coded = measured_body(meter, fields, limits, envelope.rest)
     shares = Shares(body, by_tensor, tensors)
 
     bits: dict[Cell, float] = defaultdict(float, named)
@@ -105,6 +105,9 @@ def measure_costs(
         for tensor, share in shares.of_serial().items():
             bits["symbols", tensor] += left * share
     cells = _head_bytes(len(envelope.head), bits)
+    if body.static:
+        for (section, part), nbytes in apportioned(body.side_bytes, side_bits(body)).items():
+            cells[section, None if part is None else owner[part]] += nbytes
     cells["envelope", None] = len(payload) - len(envelope.head) - len(envelope.rest)
     if not body.serial:
         for index, segment in enumerate(body.segments):

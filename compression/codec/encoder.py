@@ -15,11 +15,12 @@ from .entropy.adaptive import AdaptiveEncoder
 from .entropy.lanes import SymbolStream, rans_tables, write_segment
 from .entropy.rans import RansTables
 from .entropy.serial import SerialModels, write_serial
-from .entropy.symbols import Placement
 from .entropy.tables import quantised
 from .errors import TensorMismatch
 from .modelling.classes import (
+    ALONE,
     CODED,
+    NEW_SHARED,
     STORED,
     FieldCode,
 )
@@ -29,14 +30,14 @@ from .modelling.planning import build_maps, choose_scheme, entropy_bits, plan_fi
 
 __all__ = ["encode", "encode_body"]
 
-_SERIAL_SYMBOLS = 20_000
-_SERIAL_SYMBOLS_LARGE = 8_000
-_LARGE_MODEL = 1 << 20
-_OWN_SEGMENT = 1 << 17
+_SERIAL_SYMBOLS = 4_000
+_ALONE = 1 << 17
+_SHARED_MOST = 1 << 18
 _MAX_LANES = 2048
 _BYTES_A_LANE = 140
 _STEPS = 250
 _LARGE = 20_000
+_STATIC = 1000
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None) -> bytes:
@@ -63,7 +64,7 @@ def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = Non
     _check_layout(specs, context)
     by_tensor = fields_of(specs, context)
     fields = [f for group in by_tensor.values() for f in group]
-    values = [v for name, group in by_tensor.items() for v in split_tensor(arrays[name], group)]
+    values = (v for name, group in by_tensor.items() for v in split_tensor(arrays[name], group))
     coder = AdaptiveEncoder()
     if context.layout is None:
         write_specs(coder, specs)
@@ -111,6 +112,8 @@ def encode_body(
             continue
         centre = _centre(v, f)
         z = to_z(v, centre, f)
+        if f.plane is not None:  # four of these take the place of one float
+            z = z.astype(np.uint8)
         if f.plane is not None and _incompressible(z):
             stored += v.astype(np.int8).tobytes()
             codes.append(FieldCode(STORED))
@@ -125,7 +128,6 @@ def encode_body(
         zs.append(z)
         del v, z  # the arrays of the next field should not add to these
     active = [i for i, c in enumerate(codes) if c.mode == CODED and fields[i].size]
-    total = sum(fields[i].size for i in active)
     scheme = choose_scheme([zs[i] for i in active])
 
     parts = {}
@@ -142,19 +144,19 @@ def encode_body(
     for i in active:
         table = body.maps[codes[i].table_set].reshape(-1)
         for part in parts[i]:
-            part.placement = Placement.of(table.take(part.raw), body.sparse)
+            part.place(table, body.sparse)
     work = sum(part.work for group in parts.values() for part in group)
-    most = _SERIAL_SYMBOLS if total < _LARGE_MODEL else _SERIAL_SYMBOLS_LARGE
-    body.serial = work <= most
+    body.serial = work <= _SERIAL_SYMBOLS
     body.groups = _group(active, fields, codes, parts, serial=body.serial)
     body.segments = segments_of(body.groups, codes)
     if body.serial:
-        write_body(coder, body, fields)
+        body.static = _side_symbols(body) >= _STATIC
+        side = write_body(coder, body, fields)
         models = SerialModels(coder, len(body.sparse))
         for segment in body.segments:
             members = [parts[i][phase] for i, phase in segment.parts]
             write_serial(coder, models, *symbols_of(members), body.sparse)
-        return stored
+        return side + stored
     return _encode_lanes(coder, body, fields, parts) + stored
 
 
@@ -166,19 +168,24 @@ def _group(
     *,
     serial: bool,
 ) -> list[list[int]]:
-    """Fields that share segments: small neighbours together, large ones alone."""
+    """Fields that share segments: small ones together, large ones alone."""
     if serial:
         return [active] if active else []
     groups: list[list[int]] = []
+    shared: list[int] = []
     weight = 0
     for i in active:
         size = sum(part.work for part in parts[i])
-        new = not groups or weight + size > _OWN_SEGMENT
-        if new or fields[i].bits != fields[groups[-1][0]].bits:
-            groups.append([])
-            weight = 0
-            codes[i].starts_group = True
-        groups[-1].append(i)
+        if size > _ALONE:
+            codes[i].grouping = ALONE
+            groups.append([i])
+            continue
+        if shared and weight + size > _SHARED_MOST:
+            codes[i].grouping = NEW_SHARED
+            shared, weight = [], 0
+        if not shared:
+            groups.append(shared)
+        shared.append(i)
         weight += size
     return groups
 
@@ -209,12 +216,25 @@ def _encode_lanes(
     data = []
     sizes = [_estimate(stream, tables) / 8 for stream in streams]
     for segment, stream, nbytes in zip(body.segments, streams, sizes, strict=True):
-        # Each lane costs a byte or two, and saves steps: many only where bytes abound.
-        fast = min(len(stream.tokens) / _STEPS, nbytes / 100) if sum(sizes) > _LARGE else 0
-        lanes = int(min(_MAX_LANES, max(1, nbytes / _BYTES_A_LANE, fast)))
+        lanes = _lanes(stream, nbytes, fast=sum(sizes) > _LARGE)
         data.append(write_segment(tables, stream, lanes, segment))
-    write_body(coder, body, fields)
-    return b"".join(data)
+    body.static = _side_symbols(body) >= _STATIC
+    return write_body(coder, body, fields) + b"".join(data)
+
+
+def _lanes(stream: SymbolStream, nbytes: float, *, fast: bool) -> int:
+    """Number of lanes: each saves steps, and costs about two bytes unless it starts raw bits."""
+    lanes = max(1, nbytes / _BYTES_A_LANE)
+    if fast:
+        steps = len(stream.tokens) / _STEPS
+        lanes = max(lanes, min(steps, max(nbytes / 90, min(len(stream.raw) / 2, nbytes / 40))))
+    return int(min(_MAX_LANES, lanes))
+
+
+def _side_symbols(body: Body) -> int:
+    """Number of levels and table entries."""
+    levels = sum(len(x) for c in body.codes for x in (c.rows, c.columns) if x is not None)
+    return levels + sum(map(len, body.tables))
 
 
 def _estimate(stream: SymbolStream, tables: RansTables) -> float:
@@ -222,7 +242,7 @@ def _estimate(stream: SymbolStream, tables: RansTables) -> float:
     key = stream.tables.astype(np.int64) * f.shape[1] + stream.tokens
     h = np.bincount(key, minlength=f.size)
     cost = tables.precision - np.log2(np.maximum(f.ravel(), 1))
-    return float((h * cost).sum()) + float(stream.widths.sum(dtype=np.int64))
+    return float((h * cost).sum()) + 8 * len(stream.raw)
 
 
 def _incompressible(z: NDArray[Any]) -> bool:

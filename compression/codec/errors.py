@@ -44,7 +44,7 @@ class ContextMismatch(CodecError):
 
 
 class LimitExceeded(CodecError):
-    """The payload states a quantity above the receiver's :class:`~prunecast.compression.codec.Limits`."""
+    """The payload states a quantity above the receiver's :class:`~..context.Limits`."""
 
 
 class MalformedPayload(CodecError):

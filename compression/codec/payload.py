@@ -70,8 +70,8 @@ class Payload(Mapping[str, NDArray[Any]]):
             self._index[name] = list(range(len(self._fields), len(self._fields) + len(group)))
             self._fields += group
         self._coder = coder
-        self._body = read_body(coder, self._fields, limits, len(payload))
         self._rest = envelope.rest
+        self._body = read_body(coder, self._fields, limits, self._rest)
         self._offsets: list[int] = []
         self._group_of: dict[int, int] = {}
         self._first_segment: list[int] = []
@@ -84,8 +84,8 @@ class Payload(Mapping[str, NDArray[Any]]):
         self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
 
     def _lay_out(self) -> None:
-        at, first = 0, 0
         body = self._body
+        at, first = body.side_bytes, 0
         for g, group in enumerate(body.groups):
             self._first_segment.append(first)
             first += 1 + max(body.codes[i].depth for i in group)
@@ -104,8 +104,7 @@ class Payload(Mapping[str, NDArray[Any]]):
     def __getitem__(self, name: str) -> NDArray[Any]:
         fields = self._by_tensor[name]
         try:
-            parts = [self._values(i) for i in self._index[name]]
-            return assemble(parts, fields)
+            return assemble((self._values(i) for i in self._index[name]), fields)
         except _FOREIGN as error:
             raise _wrapped(error, f"tensor {name!r}") from error
 
@@ -128,14 +127,13 @@ class Payload(Mapping[str, NDArray[Any]]):
             return np.frombuffer(data, f"<i{f.width // 8}").astype(dtype)
         group = self._group_of[i]
         if self._kept[0] != group:
-            self._kept = (-1, {})
             if self._body.serial and self._serial_read:
                 raise MalformedPayload("an earlier tensor of this payload could not be decoded")
             self._serial_read = True
-            decoded = self._decode_group(group)
-            if len(decoded) == 1 and not self._body.serial:
-                return from_z(decoded.popitem()[1], code.centre, f)
-            self._kept = (group, decoded)
+            if len(self._body.groups[group]) == 1 and not self._body.serial:
+                return from_z(self._decode_group(group)[i], code.centre, f)
+            self._kept = (-1, {})
+            self._kept = (group, self._decode_group(group))
         return from_z(self._kept[1][i], code.centre, f)
 
     def _decode_group(self, number: int) -> dict[int, NDArray[Any]]:
@@ -158,14 +156,18 @@ class Payload(Mapping[str, NDArray[Any]]):
                 if len(clusters) and int(clusters.max()) >= len(body.sparse):
                     raise MalformedPayload("a position belongs to no cluster")
                 placements.append(Placement.of(clusters, body.sparse))
-            dense = np.concatenate([p.dense_cluster for p in placements])
+            parts = [p.dense_cluster for p in placements]
+            dense = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            del clusters, parts
+            sizes = np.sum([p.counts for p in placements], axis=0)
             if models is not None:
-                sizes = np.sum([p.counts for p in placements], axis=0)
                 symbols = read_serial(
                     self._coder, models, dense, body.sparse, sizes, bits, self._serial_left
                 )
                 self._serial_left -= len(symbols.dense) + 2 * len(symbols.gaps)
             else:
+                if (sizes[body.sparse] < segment.counts).any():
+                    raise MalformedPayload("a cluster has more non-zeros than positions")
                 symbols = self._read_lanes(index, dense, bits)
             for (i, _), z in zip(segment.parts, distribute(placements, symbols), strict=True):
                 f = self._fields[i]
@@ -181,7 +183,7 @@ class Payload(Mapping[str, NDArray[Any]]):
                     if phase:
                         piece = flip_signs(piece, around[i][s : s + _CHUNK], f.width)
                     part[s : s + _CHUNK] = piece
-            del placements, dense, symbols, around, clusters
+            del placements, dense, symbols, around
         return whole
 
     def _read_lanes(self, index: int, dense: NDArray[np.uint8], bits: int) -> Symbols:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from .container.head import Body
 from .entropy.lanes import rans_tables
-from .entropy.symbols import Placement
 from .modelling.classes import CODED
 from .modelling.fields import Field, split_tensor, to_z
 from .modelling.parts import Part, split_phases, symbols_of
@@ -90,7 +89,7 @@ class Shares:
                 parts[i] = split_phases(f, code, to_z(v, code.centre, f))
                 table = self._body.maps[code.table_set].reshape(-1)
                 for part in parts[i]:
-                    part.placement = Placement.of(table.take(part.raw), self._body.sparse)
+                    part.place(table, self._body.sparse)
         return parts
 
 
@@ -107,13 +106,10 @@ def _symbols(body: Body, part: Part) -> tuple[NDArray[Any], NDArray[Any], float]
     """Tables and tokens of a part's dense symbols and sparse values, and their raw bits."""
     symbols, dense = symbols_of([part])
     values = np.repeat(len(body.sparse) + np.cumsum(body.sparse) - 1, symbols.counts)
-    raw = 0.0
-    tokens = []
-    for z in (symbols.dense, symbols.values):
-        split = body.scheme.split(z)
-        tokens.append(split[0])
-        raw += float(split[3].sum(dtype=np.int64))
-    return np.concatenate([dense, values]).astype(np.int64), np.concatenate(tokens), raw
+    tokens = np.concatenate([body.scheme.tokens(z) for z in (symbols.dense, symbols.values)])
+    counts = np.bincount(tokens, minlength=256)
+    raw = float((counts * np.where(counts > 0, body.scheme.widths(), 0)).sum())
+    return np.concatenate([dense, values]).astype(np.int64), tokens, raw
 
 
 def _table_costs(body: Body, parts: Sequence[Part]) -> NDArray[np.float64]:

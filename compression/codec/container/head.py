@@ -10,22 +10,26 @@ from numpy.typing import NDArray
 
 from ..context import DTYPE_CODES, Limits, TensorSpec
 from ..entropy.adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
+from ..entropy.states import FEWEST_PACKED
 from ..entropy.tables import TableModel
 from ..entropy.tokens import TokenScheme
 from ..errors import LimitExceeded, MalformedPayload
 from ..modelling.classes import (
     ACTIVITIES,
+    ALONE,
     CODED,
     CONSTANT,
     MAX_DEPTH,
-    MAX_LEVEL,
+    NEW_SHARED,
+    SHARED,
     STORED,
     FieldCode,
     may_have_neighbours,
     phase_size,
 )
 from ..modelling.fields import PREVIOUS_CLASSES, Field
-from .levels import LevelModel
+from .levels import LevelModel, LevelRun
+from .side import SideModel, SideWriter, open_side
 
 __all__ = [
     "Body",
@@ -49,6 +53,7 @@ class Segment:
     parts: list[tuple[int, int]]
     """Field and phase of each part."""
     lanes: int = 0
+    state_bytes: int = 0
     words: int = 0
     raw_bytes: int = 0
     counts: list[int] = field(default_factory=list)
@@ -57,7 +62,7 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Bytes of the segment in the payload."""
-        return 4 * self.lanes + 2 * self.words + max(0, self.raw_bytes - 2 * self.lanes)
+        return self.state_bytes + 2 * self.words + max(0, self.raw_bytes - 2 * self.lanes)
 
 
 @dataclass
@@ -70,6 +75,10 @@ class Body:
     sparse: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     scheme: TokenScheme = field(default_factory=lambda: TokenScheme(5, 1))
     serial: bool = True
+    static: bool = False
+    """Whether levels and tables are coded by the static coder, after the head."""
+    side_bytes: int = 0
+    """Bytes of those."""
     precision: int = 12
     tables: list[list[int]] = field(default_factory=list)
     """Quarter-octave logarithms: one table a cluster, then one (values) a sparse cluster."""
@@ -152,7 +161,7 @@ class HeadModels:
             return coder.contexts(UINT_CONTEXTS)
 
         self.mode, self.centre, self.set, self.base = uint(), uint(), uint(), uint()
-        self.depth = uint()
+        self.depth, self.group = uint(), uint()
         self.flag = coder.contexts(8)
         self.present = coder.contexts(PREVIOUS_CLASSES)
         self.range, self.cluster = uint(), uint()
@@ -162,6 +171,13 @@ class HeadModels:
         self.level = LevelModel(coder)
         self.dense_table, self.gap_table = TableModel(coder), TableModel(coder)
         self.value_table = TableModel(coder)
+        self.state = uint()
+        self.side = SideModel(coder)
+
+    def kinds(self, sparse: NDArray[np.bool_]) -> list[TableModel]:
+        """Model of every table: one for each cluster, then values of each sparse cluster."""
+        kinds = [self.gap_table if s else self.dense_table for s in sparse]
+        return kinds + [self.value_table] * int(sparse.sum())
 
 
 def segments_of(groups: list[list[int]], codes: list[FieldCode]) -> list[Segment]:
@@ -173,10 +189,12 @@ def segments_of(groups: list[list[int]], codes: list[FieldCode]) -> list[Segment
     return segments
 
 
-def write_body(coder: AdaptiveEncoder, body: Body, fields: list[Field]) -> None:
-    """Write the body's head."""
+def write_body(coder: AdaptiveEncoder, body: Body, fields: list[Field]) -> bytes:
+    """Write the body's head; return the bytes that follow the head (static side information)."""
     m = HeadModels(coder)
     coder.bit(m.flag, body.serial)
+    coder.bit(m.flag + 6, body.static)
+    side = SideWriter()
     for f, code in zip(fields, body.codes, strict=True):
         if not f.size:
             continue
@@ -192,11 +210,15 @@ def write_body(coder: AdaptiveEncoder, body: Body, fields: list[Field]) -> None:
         coder.sint(m.base, code.base)
         for levels in (code.rows, code.columns):
             if levels is not None:
-                m.level.write(coder, levels)
+                values = m.level.start(coder, levels)
+                if body.static:
+                    side.add_levels(values)
+                else:
+                    m.level.write(coder, values)
         if may_have_neighbours(f):
             coder.uint(m.depth, code.depth)
         if not body.serial:
-            coder.bit(m.flag + 3, code.starts_group)
+            coder.uint(m.group, code.grouping)
     known = 0
     for table in body.maps:
         known = _write_map(coder, m, table, known)
@@ -204,29 +226,38 @@ def write_body(coder: AdaptiveEncoder, body: Body, fields: list[Field]) -> None:
     for s in body.sparse:
         coder.bit(m.flag + 4, int(s))
     if body.serial:
-        return
+        return side.finish(coder, m.side) if body.static else b""
     coder.uint(m.general, body.precision)
-    kinds = [m.gap_table if s else m.dense_table for s in body.sparse]
-    kinds += [m.value_table] * int(body.sparse.sum())
-    for kind, logs in zip(kinds, body.tables, strict=True):
+    for kind, logs in zip(m.kinds(body.sparse), body.tables, strict=True):
         coder.bit(m.flag + 5, bool(logs))
-        if logs:
+        if not logs:
+            continue
+        if body.static:
+            kind.write_size(coder, logs)
+            side.add_table(kind, logs)
+        else:
             kind.write(coder, logs)
     for segment in body.segments:
         coder.uint(m.lanes, segment.lanes - 1)
+        if segment.lanes >= FEWEST_PACKED:
+            coder.uint(m.state, 4 * segment.lanes - segment.state_bytes)
         coder.uint(m.words, segment.words)
         coder.uint(m.raw, segment.raw_bytes)
         for k in segment.counts:
             coder.uint(m.count, k)
+    return side.finish(coder, m.side) if body.static else b""
 
 
-def read_body(
-    coder: AdaptiveDecoder, fields: list[Field], limits: Limits, payload_bytes: int
-) -> Body:
-    """Read the body's head; every quantity is checked before anything depends on it."""
+def read_body(coder: AdaptiveDecoder, fields: list[Field], limits: Limits, rest: bytes) -> Body:
+    """Read the body's head; every quantity is checked before anything depends on it.
+
+    ``rest`` is what follows the head: static side information, segments, stored fields.
+    """
     m = HeadModels(coder)
     serial = bool(coder.bit(m.flag))
-    body = Body([], serial=serial)
+    body = Body([], serial=serial, static=bool(coder.bit(m.flag + 6)))
+    runs: list[tuple[FieldCode, bool, LevelRun]] = []
+    shared: list[int] | None = None
     sets, levels_left = 0, limits.levels
     for i, f in enumerate(fields):
         code = FieldCode(CONSTANT)
@@ -254,19 +285,28 @@ def read_body(
         levels_left -= f.rows * has_rows + f.columns * has_columns
         if levels_left < 0:
             _limit("levels", limits.levels - levels_left, limits.levels)
-        if has_rows:
-            code.rows = m.level.read(coder, f.rows, MAX_LEVEL)
-        if has_columns:
-            code.columns = m.level.read(coder, f.columns, MAX_LEVEL)
+        for present, columns in ((has_rows, False), (has_columns, True)):
+            if not present:
+                continue
+            run = m.level.read_start(coder, f.columns if columns else f.rows)
+            if body.static:
+                runs.append((code, columns, run))
+            else:
+                code.set_levels(m.level.read(coder, run), columns=columns)
         if may_have_neighbours(f):
             code.depth = coder.uint(m.depth)
             if code.depth > MAX_DEPTH:
                 raise MalformedPayload(f"tensor {f.name!r} has {code.depth} further phases")
-        starts = not serial and coder.bit(m.flag + 3)
-        if starts or not body.groups:
+        code.grouping = SHARED if serial else coder.uint(m.group)
+        if code.grouping > NEW_SHARED:
+            raise MalformedPayload(f"tensor {f.name!r} has the unknown grouping {code.grouping}")
+        if code.grouping != SHARED or shared is None:
             _limit("segments", (1 + MAX_DEPTH) * (len(body.groups) + 1), limits.segments)
-            body.groups.append([])
-        body.groups[-1].append(i)
+            body.groups.append([i])
+            if code.grouping != ALONE:
+                shared = body.groups[-1]
+        else:
+            shared.append(i)
     known = 0
     for _ in range(sets):
         table, known = _read_map(coder, m, known)
@@ -278,18 +318,29 @@ def read_body(
     body.sparse = np.array([coder.bit(m.flag + 4) for _ in range(known)], np.bool_)
     body.segments = segments_of(body.groups, body.codes)
     if serial:
+        if body.static:
+            _read_side(coder, m, body, runs, [], rest)
         return body
     body.precision = coder.uint(m.general)
     if not 9 <= body.precision <= 14:
         raise MalformedPayload(f"the precision {body.precision} is outside [9, 14]")
-    kinds = [m.gap_table if s else m.dense_table for s in body.sparse]
-    kinds += [m.value_table] * int(body.sparse.sum())
-    body.tables = [kind.read(coder) if coder.bit(m.flag + 5) else [] for kind in kinds]
+    sizes = []
+    for kind in m.kinds(body.sparse):
+        present = coder.bit(m.flag + 5)
+        if body.static:
+            sizes.append(kind.read_size(coder) if present else 0)
+        else:
+            body.tables.append(kind.read(coder) if present else [])
     for segment in body.segments:
         segment.lanes = coder.uint(m.lanes) + 1
         _limit("lanes", segment.lanes, limits.lanes)
+        segment.state_bytes = 4 * segment.lanes
+        if segment.lanes >= FEWEST_PACKED:
+            segment.state_bytes -= coder.uint(m.state)
+            if segment.state_bytes < 0:
+                raise MalformedPayload("a segment has fewer than no bytes of states")
         segment.words, segment.raw_bytes = coder.uint(m.words), coder.uint(m.raw)
-        if segment.nbytes > payload_bytes:
+        if segment.nbytes > len(rest):
             raise MalformedPayload("a segment is longer than the payload")
         size = sum(phase_size(fields[i].size, body.codes[i].depth, p) for i, p in segment.parts)
         for _ in range(int(body.sparse.sum())):
@@ -297,7 +348,29 @@ def read_body(
             if k > size:
                 raise MalformedPayload("a segment has more non-zeros than positions")
             segment.counts.append(k)
+    if body.static:
+        _read_side(coder, m, body, runs, sizes, rest)
     return body
+
+
+def _read_side(
+    coder: AdaptiveDecoder,
+    m: HeadModels,
+    body: Body,
+    runs: list[tuple[FieldCode, bool, LevelRun]],
+    sizes: list[int],
+    rest: bytes,
+) -> None:
+    """Read levels and tables that were left for the static coder."""
+    side, body.side_bytes = open_side(coder, m.side, rest)
+    for code, columns, run in runs:
+        levels = side.levels(run.middle, run.top, run.count)
+        code.set_levels(run.scaled(levels), columns=columns)
+    for kind, size in zip(m.kinds(body.sparse) if sizes else (), sizes, strict=True):
+        if size:
+            kind.last = side.table(size, kind.last)
+        body.tables.append(kind.last if size else [])
+    side.close()
 
 
 def _write_map(coder: AdaptiveEncoder, m: HeadModels, table: NDArray[np.uint8], known: int) -> int:

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ..entropy.adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
+from ..entropy.static import LEVEL_CONTEXTS, level_contexts
 from ..errors import MalformedPayload
+from ..modelling.classes import MAX_LEVEL
 
-__all__ = ["LevelModel"]
+__all__ = ["LevelModel", "LevelRun", "centred"]
+
+
+@dataclass(frozen=True)
+class LevelRun:
+    """Levels of one axis before they are read: multiples of ``step``, up to ``step * top``."""
+
+    count: int
+    step: int
+    middle: int
+    top: int
+
+    def scaled(self, levels: bytes) -> NDArray[np.uint8]:
+        """Levels from what the coders return, in units of ``step``."""
+        return np.frombuffer(levels, np.uint8) * np.uint8(self.step)
+
+
+def centred(levels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], int, int]:
+    """Levels as steps from the middle one; their greatest common step; the middle one in steps."""
+    step = max(1, int(np.gcd.reduce(levels.astype(np.int64))))
+    small = levels.astype(np.int64) // step
+    middle = int(np.median(small))
+    return small - middle, step, middle
 
 
 class LevelModel:
@@ -17,26 +43,28 @@ class LevelModel:
     def __init__(self, coder: AdaptiveEncoder | AdaptiveDecoder) -> None:
         self._step = coder.contexts(UINT_CONTEXTS)
         self._first = coder.contexts(UINT_CONTEXTS)
-        self._model = [coder.contexts(UINT_CONTEXTS) for _ in range(8)]
+        self._model = [coder.contexts(UINT_CONTEXTS) for _ in range(LEVEL_CONTEXTS)]
 
-    def write(self, coder: AdaptiveEncoder, levels: NDArray[np.uint8]) -> None:
-        """Write levels, which are multiples of their greatest common step."""
-        step = max(1, int(np.gcd.reduce(levels.astype(np.int64))))
+    def start(self, coder: AdaptiveEncoder, levels: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Write what goes before some levels; return them as steps from the middle one."""
+        values, step, middle = centred(levels)
         coder.uint(self._step, step - 1)
-        small = (levels // step).tolist()
-        middle = int(np.median(small))
         coder.uint(self._first, middle)
-        previous = middle
-        for v in small:
-            coder.sint(self._model[min(max(previous - middle, -3), 4) + 3], v - middle)
-            previous = v
+        return values
 
-    def read(self, coder: AdaptiveDecoder, count: int, most: int) -> NDArray[np.uint8]:
-        """Read ``count`` levels in [0, most]."""
+    def write(self, coder: AdaptiveEncoder, values: NDArray[np.int64]) -> None:
+        """Write levels as :meth:`start` returned them, with the adaptive coder."""
+        for context, v in zip(level_contexts(values).tolist(), values.tolist(), strict=True):
+            coder.sint(self._model[context], v)
+
+    def read_start(self, coder: AdaptiveDecoder, count: int) -> LevelRun:
+        """Read what goes before ``count`` levels."""
         step = coder.uint(self._step) + 1
-        middle = coder.uint(self._first)
-        top = most // step
-        if middle > top:
+        run = LevelRun(count, step, coder.uint(self._first), MAX_LEVEL // step)
+        if run.middle > run.top:
             raise MalformedPayload("a level is out of range")
-        out = coder.levels(self._model, middle, top, count)
-        return np.frombuffer(out, np.uint8) * np.uint8(step)
+        return run
+
+    def read(self, coder: AdaptiveDecoder, run: LevelRun) -> NDArray[np.uint8]:
+        """Read levels that :meth:`write` wrote."""
+        return run.scaled(coder.levels(self._model, run.middle, run.top, run.count))

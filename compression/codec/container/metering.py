@@ -11,15 +11,17 @@ from ..context import Limits, TensorSpec
 from ..entropy.adaptive import AdaptiveDecoder, AdaptiveEncoder
 from ..modelling.fields import Field
 from .head import Body, HeadModels, read_body, read_specs
+from .levels import centred
+from .side import SideWriter
 
-__all__ = ["Cell", "HeadMeter", "measured_body", "measured_specs"]
+__all__ = ["Cell", "HeadMeter", "measured_body", "measured_specs", "side_bits"]
 
 Cell = tuple[str, int | None]
 """Section, and the tensor, field or segment it belongs to (None: to all)."""
 
 # Decisions by the attribute of `HeadModels` that codes them.
-_OF_A_FIELD = {"mode", "centre", "set", "base", "depth"}
-_OF_A_SEGMENT = {"lanes", "words", "raw", "count"}
+_OF_A_FIELD = {"mode", "centre", "set", "base", "depth", "group"}
+_OF_A_SEGMENT = {"lanes", "state", "words", "raw", "count"}
 _OF_CLUSTERS = {"present", "range", "cluster", "general"}
 # The contexts of `HeadModels.flag` have meanings of their own (docs/format.md, section 4).
 _FLAGS = ("coding", "coding", "coding", "coding", "clusters", "tables", "tables", "tables")
@@ -85,7 +87,7 @@ def measured_specs(
 
 
 def measured_body(
-    meter: HeadMeter, fields: Sequence[Field], limits: Limits, payload_bytes: int
+    meter: HeadMeter, fields: Sequence[Field], limits: Limits, rest: bytes
 ) -> tuple[Body, dict[Cell, float]]:
     """Read the body's head; return it with the bits of its sections.
 
@@ -93,7 +95,7 @@ def measured_body(
     ``tables`` as a whole.
     """
     first, done = len(meter.p), len(meter.notes)
-    body = read_body(meter, list(fields), limits, payload_bytes)
+    body = read_body(meter, list(fields), limits, rest)
     owners = _owners(first)
     sized = iter([i for i, f in enumerate(fields) if f.size])
     bits: dict[Cell, float] = defaultdict(float)
@@ -117,6 +119,26 @@ def measured_body(
         else:
             bits["clusters" if name in _OF_CLUSTERS else "tables", None] += cost
     return body, bits
+
+
+def side_bits(body: Body) -> dict[Cell, float]:
+    """Ideal bits of static side information: ``levels`` by field, ``tables`` as a whole."""
+    writer = SideWriter()
+    cells: list[Cell] = []
+    for number, code in enumerate(body.codes):
+        for levels in (code.rows, code.columns):
+            if levels is not None:
+                writer.add_levels(centred(levels)[0])
+                cells.append(("levels", number))
+    models = HeadModels(AdaptiveEncoder())
+    for kind, logs in zip(models.kinds(body.sparse), body.tables, strict=not body.serial):
+        if logs:
+            writer.add_table(kind, logs)
+            cells.append(("tables", None))
+    bits: dict[Cell, float] = defaultdict(float)
+    for cell, cost in zip(cells, writer.bits(), strict=True):
+        bits[cell] += cost
+    return bits
 
 
 def _owners(first: int) -> dict[int, str]:

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 MAGIC = b"PCC"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 2, 0
 _KNOWN_FLAGS = 0b111
 CONTEXT_PARTS = ("layout", "mask", "previous")
 """What each flag, from bit 0 on, says that the context holds."""

@@ -20,7 +20,6 @@ __all__ = ["RansTables", "rans_decode", "rans_encode"]
 
 _CHUNK = 1 << 16
 _U16 = np.uint32(16)
-_LOW = np.uint32(0xFFFF)
 _ONE = np.uint32(1 << 16)
 
 
@@ -39,16 +38,18 @@ class RansTables:
         return c
 
     @cached_property
-    def slots(self) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-        """Per slot of every table: its token, and frequency << 16 | (slot - cumulative)."""
+    def slots(self) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
+        """Per slot of every table: its token; its frequency and slot - cumulative, as a pair."""
         tables, alphabet = self.frequencies.shape
         size = 1 << self.precision
         counts = self.frequencies.ravel()
         tokens = np.tile(np.arange(alphabet, dtype=np.uint8), tables)
-        bias = np.tile(np.arange(size, dtype=np.uint32), tables)
-        bias -= np.repeat(self.cumulative.ravel(), counts)
-        bias |= np.repeat(counts << _U16, counts)
-        return np.repeat(tokens, counts), bias
+        steps = np.empty((tables * size, 2), np.uint32)
+        steps[:, 0] = np.repeat(counts, counts)
+        steps[:, 1] = np.tile(np.arange(size, dtype=np.uint32), tables)
+        steps[:, 1] -= np.repeat(self.cumulative.ravel(), counts)
+        # One look-up of 64 bits is cheaper than two of 32.
+        return np.repeat(tokens, counts), steps.view(np.uint64).ravel()
 
 
 def rans_encode(
@@ -60,28 +61,40 @@ def rans_encode(
     """
     freq = tables.frequencies.ravel()
     start = tables.cumulative.ravel()
-    pb = np.uint32(tables.precision)
-    # A state >= freq << (32 - precision) would overflow; compared shifted, as 2**32 has no u32.
+    size = np.uint32(1 << tables.precision)
+    # A state beyond (freq << (32 - precision)) - 1 would overflow; 2**32 - 1 stands for never.
     top = np.uint32(32 - tables.precision)
     x = initial.astype(np.uint32) | _ONE
     n = len(keys)
     words: list[NDArray[np.uint16]] = []
-    for s in range((max(n, 1) - 1) // lanes * lanes, -1, -lanes):
-        k = keys[s : s + lanes]
-        m = len(k)
-        if not m:
-            break
-        f = freq.take(k)
-        xs = x[:m]
-        out = (xs >> top) >= f
-        words.append(xs[out].astype(np.uint16))
-        xs >>= np.multiply(out, _U16, dtype=np.uint32)
-        d = xs // f
-        xs -= d * f
-        xs += d << pb
-        xs += start.take(k)
-    joined = np.concatenate(words[::-1]) if words else np.zeros(0, np.uint16)
-    return x, joined
+    over, quotient = np.empty(lanes, np.bool_), np.empty(lanes, np.uint32)
+    chunk = max(lanes, _CHUNK // lanes * lanes)
+    for first in range((max(n, 1) - 1) // chunk * chunk, -1, -chunk):
+        k = keys[first : first + chunk]
+        f, c = freq.take(k), start.take(k)
+        most = f << top
+        most -= np.uint32(1)
+        rest = size - f
+        out, p = np.empty(len(k), np.uint16), len(k)
+        for s in range((max(len(k), 1) - 1) // lanes * lanes, -1, -lanes):
+            fs = f[s : s + lanes]
+            m = len(fs)
+            xs, d = x[:m], quotient[:m]
+            at = np.greater(xs, most[s : s + lanes], out=over[:m]).nonzero()[0]
+            j = len(at)
+            if j:
+                part = xs[at]
+                out[p - j : p] = part
+                p -= j
+                part >>= _U16
+                xs[at] = part
+            # x becomes (x // f << precision) + x % f + c.
+            np.floor_divide(xs, fs, out=d)
+            d *= rest[s : s + lanes]
+            xs += d
+            xs += c[s : s + lanes]
+        words.append(out[p:])
+    return x, np.concatenate(words[::-1])
 
 
 def rans_decode(
@@ -97,38 +110,42 @@ def rans_decode(
             [2**16, 2**17).
     """
     token_of, step_of = tables.slots
-    pb = np.uint32(tables.precision)
-    mask = np.uint32((1 << tables.precision) - 1)
     n, lanes, p, available = len(contexts), len(states), 0, len(words)
     out = np.empty(n, np.uint8)
     x = states.copy()
     wide = words.astype(np.uint32)
     # Slots are kept for a chunk of steps and turned into tokens at once.
     chunk = max(lanes, _CHUNK // lanes * lanes)
-    step = np.empty(lanes, np.uint32)
-    high = np.empty(lanes, np.uint32)
+    # Arrays for constants and results: with so few elements, what a call costs is its overhead.
+    pb = np.full(lanes, tables.precision, np.uint32)
+    mask = np.full(lanes, (1 << tables.precision) - 1, np.uint32)
+    one, half = np.full(lanes, 1 << 16, np.uint32), np.full(lanes, 16, np.uint32)
+    is_low, slot = np.empty(lanes, np.bool_), np.empty(lanes, np.uint32)
+    step = np.empty(lanes, np.uint64)
+    f, bias = step.view(np.uint32)[0::2], step.view(np.uint32)[1::2]
+    xs = x
     for first in range(0, n, chunk):
         slots = contexts[first : first + chunk].astype(np.uint32)
-        slots <<= pb
+        slots <<= np.uint32(tables.precision)
         for s in range(0, len(slots), lanes):
             i = slots[s : s + lanes]
-            if len(i) < lanes:
-                step, high = step[: len(i)], high[: len(i)]
-            xs = x[: len(i)]
-            i |= xs & mask
-            step_of.take(i, out=step, mode="clip")
-            xs >>= pb
-            np.right_shift(step, _U16, out=high)
-            xs *= high
-            step &= _LOW
-            xs += step
-            low = (xs < _ONE).nonzero()[0]
+            m = len(i)
+            if m < lanes:
+                xs, pb, mask, one = x[:m], pb[:m], mask[:m], one[:m]
+                is_low, slot, step, f, bias = is_low[:m], slot[:m], step[:m], f[:m], bias[:m]
+            np.bitwise_and(xs, mask, slot)
+            np.bitwise_or(i, slot, i)
+            step_of.take(i, None, step, "clip")
+            np.right_shift(xs, pb, xs)
+            np.multiply(xs, f, xs)
+            np.add(xs, bias, xs)
+            low = np.less(xs, one, is_low).nonzero()[0]
             k = len(low)
             if k:
                 if p + k > available:
                     raise MalformedPayload("a segment has too few words for its symbols")
                 part = xs[low]
-                part <<= _U16
+                part <<= half[:k]
                 part |= wide[p : p + k]
                 xs[low] = part
                 p += k

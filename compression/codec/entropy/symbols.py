@@ -17,6 +17,8 @@ from ..errors import MalformedPayload
 
 __all__ = ["Placement", "Symbols", "collect", "distribute"]
 
+_CHUNK = 1 << 17
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -34,27 +36,21 @@ class Placement:
     @classmethod
     def of(cls, clusters: NDArray[np.uint8], sparse: NDArray[np.bool_]) -> Placement:
         """Place positions by their clusters; ``sparse[cluster]`` says which are sparse."""
+        none = np.zeros(0, np.int64)
         if not sparse.any():
-            none = np.zeros(0, np.int64)
             return cls(len(clusters), None, clusters, none, np.zeros(len(sparse), np.int64))
-        counts = np.bincount(clusters, minlength=len(sparse))
-        counts[~sparse] = 0
-        total = int(counts.sum())
-        if total == len(clusters):
-            empty = np.zeros(0, np.int64)
-            order = (
-                np.arange(total)
-                if np.count_nonzero(counts) <= 1
-                else _compact(np.argsort(clusters, kind="stable"))
-            )
-            return cls(total, empty, np.zeros(0, np.uint8), order, counts)
+        # All dense positions go to one last bucket: they stay in order there.
+        last = int(sparse.sum())
+        bucket = np.full(len(sparse), last, np.uint8)
+        bucket[sparse] = np.arange(last)
+        order, sizes = _sorted_positions(bucket.take(clusters), last + 1)
+        counts = np.zeros(len(sparse), np.int64)
+        counts[sparse] = sizes[:last]
+        total = len(clusters) - int(sizes[last])
         if not total:
-            return cls(len(clusters), None, clusters, np.zeros(0, np.int64), counts)
-        # All dense positions in one last bucket of a stable sort: they stay in order there.
-        bucket = np.where(sparse, np.arange(len(sparse)), 255).astype(np.uint8)
-        order = _compact(np.argsort(bucket.take(clusters), kind="stable"))
-        dense_at = order[total:].copy()
-        return cls(len(clusters), dense_at, clusters[dense_at], order[:total].copy(), counts)
+            return cls(len(clusters), None, clusters, none, counts)
+        dense_at = order[total:]
+        return cls(len(clusters), dense_at, clusters.take(dense_at), order[:total], counts)
 
 
 @dataclass(frozen=True)
@@ -70,57 +66,97 @@ class Symbols:
     """z - 1 of the non-zeros."""
 
 
-def _compact(indices: NDArray[np.int64]) -> NDArray[Any]:
-    """The same indices in half the memory, where they fit."""
-    small = not len(indices) or int(indices.max()) < 1 << 31
-    return indices.astype(np.int32) if small else indices
+def _sorted_positions(
+    buckets: NDArray[np.uint8], count: int
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Positions by bucket, in order within each; and the buckets' sizes.
+
+    A stable sort, in chunks to bound the temporary arrays.
+    """
+    n = len(buckets)
+    order: NDArray[Any] = np.empty(n, np.int32 if n < 1 << 31 else np.int64)
+    starts = range(0, n, _CHUNK)
+    sizes = [np.bincount(buckets[s : s + _CHUNK], minlength=count) for s in starts]
+    total = np.zeros(count, np.int64)
+    for parts in sizes:
+        total += parts
+    at = (np.cumsum(total) - total).tolist()
+    for s, parts in zip(starts, sizes, strict=True):
+        chunk = np.argsort(buckets[s : s + _CHUNK], kind="stable")
+        chunk += s
+        done = 0
+        for b in np.flatnonzero(parts).tolist():
+            k = int(parts[b])
+            order[at[b] : at[b] + k] = chunk[done : done + k]
+            at[b] += k
+            done += k
+    return order, total
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.cumsum(counts) - counts
 
 
+def _non_zeros(
+    v: NDArray[Any], order: NDArray[Any], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.int64]]:
+    """Where in ``order`` the non-zeros are, their values, and their number in each cluster."""
+    at, values = [], []
+    for s in range(0, len(order), _CHUNK):  # in chunks, to bound temporary arrays
+        part = v.take(order[s : s + _CHUNK])
+        index = np.flatnonzero(part)
+        values.append(part[index])
+        at.append(index + s)
+    where = np.concatenate(at) if at else np.zeros(0, np.int64)
+    ends = np.searchsorted(where, np.cumsum(counts))
+    return where, np.concatenate(values) if values else v[:0], np.diff(ends, prepend=0)
+
+
 def collect(placements: Sequence[Placement], z: Sequence[NDArray[Any]]) -> Symbols:
     """Symbols of a segment from its fields' values."""
     dense = [v if p.dense_at is None else v[p.dense_at] for p, v in zip(placements, z, strict=True)]
-    before = np.zeros(len(placements[0].counts), np.int64)
+    clusters = np.arange(len(placements[0].counts))
+    before = np.zeros(len(clusters), np.int64)
     ranks, owners, values = [], [], []
     for p, v in zip(placements, z, strict=True):
-        ordered = v[p.order]
-        at = np.flatnonzero(ordered)
-        owner = np.searchsorted(np.cumsum(p.counts), at, side="right")
-        ranks.append(at + (before - _starts(p.counts))[owner])
-        owners.append(owner)
-        values.append(ordered[at])
+        rank, value, used = _non_zeros(v, p.order, p.counts)
+        rank += np.repeat(before - _starts(p.counts), used)
+        ranks.append(rank)
+        owners.append(used)
+        values.append(value)
         before = before + p.counts
-    rank, owner, value = (np.concatenate(x) for x in (ranks, owners, values))
-    if len(placements) > 1:
-        by = np.argsort(owner, kind="stable")
-        rank, owner, value = rank[by], owner[by], value[by]
-    counts = np.bincount(owner, minlength=len(before))
-    gaps = np.diff(rank, prepend=-1) - 1
+    counts = np.sum(owners, axis=0)
+    if len(placements) == 1:
+        gaps, value = ranks[0], values[0]
+    else:
+        by = np.argsort(np.concatenate([np.repeat(clusters, k) for k in owners]), kind="stable")
+        gaps, value = np.concatenate(ranks)[by], np.concatenate(values)[by]
     first = _starts(counts)[counts > 0]
-    gaps[first] = rank[first]
+    begin = gaps[first]
+    gaps[1:] -= gaps[:-1].copy() + 1
+    gaps[first] = begin
     value -= value.dtype.type(1)
-    return Symbols(np.concatenate(dense), counts, gaps, value)
+    return Symbols(dense[0] if len(dense) == 1 else np.concatenate(dense), counts, gaps, value)
 
 
 def distribute(placements: Sequence[Placement], symbols: Symbols) -> list[NDArray[Any]]:
     """Inverse of :func:`collect`; MalformedPayload where gaps leave their cluster."""
     total = np.sum([p.counts for p in placements], axis=0)
-    owner = np.repeat(np.arange(len(total)), symbols.counts)
+    used = np.flatnonzero(symbols.counts)
     # Ranks within a cluster: running sum of gap + 1, restarted where a cluster starts.
-    steps = np.cumsum(symbols.gaps + 1)
+    rank = symbols.gaps + 1
+    np.cumsum(rank, out=rank)
     first = _starts(symbols.counts)
-    offset = np.concatenate([[0], steps])[first]
-    rank = steps - offset[owner] - 1
-    if len(rank) and (
-        (rank >= total[owner]).any() or (rank < 0).any() or (np.diff(steps) <= 0).any()
-    ):
+    offset = np.zeros(len(total), np.int64)
+    offset[used] = rank[first[used]] - symbols.gaps[first[used]]
+    last = rank[(first + symbols.counts - 1)[used]] - offset[used]
+    if (last >= total[used]).any():
         raise MalformedPayload("a gap leads past the end of its cluster")
-    value = symbols.values + symbols.values.dtype.type(1)
+    value = symbols.values
+    value += value.dtype.type(1)
     result, taken = [], 0
     before = np.zeros(len(total), np.int64)
+    owner = np.repeat(np.arange(len(total)), symbols.counts) if len(placements) > 1 else None
     for p in placements:
         n = len(p.dense_cluster)
         part = symbols.dense[taken : taken + n]
@@ -131,9 +167,13 @@ def distribute(placements: Sequence[Placement], symbols: Symbols) -> list[NDArra
             out = np.zeros(p.size, symbols.dense.dtype)
             out[p.dense_at] = part
         if len(p.order) and len(rank):
-            local = rank - before[owner]
-            mine = (local >= 0) & (local < p.counts[owner])
-            out[p.order[local[mine] + _starts(p.counts)[owner[mine]]]] = value[mine]
+            if owner is None:
+                rank += np.repeat(_starts(p.counts) - offset, symbols.counts)
+                out[p.order.take(rank)] = value
+            else:
+                local = rank - (offset + before)[owner]
+                mine = (local >= 0) & (local < p.counts[owner])
+                out[p.order[local[mine] + _starts(p.counts)[owner[mine]]]] = value[mine]
         before = before + p.counts
         result.append(out)
     return result

@@ -13,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MalformedPayload
+from .rawbits import BitReader, BitWriter
 
-__all__ = ["GAP_TOKENS", "TokenScheme", "signed", "zigzag"]
+__all__ = ["GAP_TOKENS", "TokenScheme", "bit_length_minus_one", "signed", "zigzag"]
+
+_CHUNK = 1 << 17
 
 
 def zigzag(v: NDArray[Any]) -> NDArray[Any]:
@@ -59,25 +62,36 @@ class TokenScheme:
         top = largest >> (nb - self.mantissa) & (1 << self.mantissa) - 1
         return (1 << self.direct) + (nb - self.direct << self.mantissa) + top + 1
 
-    def split(
+    def tokens(self, z: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return the tokens alone."""
+        return self._split(z)[0]
+
+    def split(self, z: NDArray[Any], raw: BitWriter) -> NDArray[np.uint8]:
+        """Return tokens and append their raw bits."""
+        if len(z) <= _CHUNK:
+            tokens, low, widths = self._split(z)
+            raw.write(low, widths)
+            return tokens
+        out = np.empty(len(z), np.uint8)
+        for s in range(0, len(z), _CHUNK):  # in chunks, to bound temporary arrays
+            out[s : s + _CHUNK] = self.split(z[s : s + _CHUNK], raw)
+        return out
+
+    def _split(
         self, z: NDArray[Any]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint8]]:
-        """Return tokens, and of those with raw bits: positions, the bits, their number."""
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64]]:
+        """Tokens; and of those with raw bits: the bits and their number."""
         limit = 1 << self.direct
         tokens = z.astype(np.uint8)
         at = np.flatnonzero(z >= limit)
-        if not len(at):
-            return tokens, at, np.zeros(0, np.uint64), np.zeros(0, np.uint8)
         big = z[at].astype(np.uint64)
+        if not len(at):
+            return tokens, big, big
         nb = bit_length_minus_one(big)
-        raw = (nb - self.mantissa).astype(np.uint64)
-        top = (big >> raw).astype(np.int64) & ((1 << self.mantissa) - 1)
+        width = (nb - self.mantissa).astype(np.uint64)
+        top = (big >> width).astype(np.int64) & ((1 << self.mantissa) - 1)
         tokens[at] = limit + ((nb - self.direct) << self.mantissa) + top
-        keep = raw > 0
-        if not keep.all():
-            at, big, raw = at[keep], big[keep], raw[keep]
-        low = big & ((np.uint64(1) << raw) - np.uint64(1))
-        return tokens, at, low, raw.astype(np.uint8)
+        return tokens, big & ((np.uint64(1) << width) - np.uint64(1)), width
 
     def widths(self) -> NDArray[np.uint8]:
         """Raw bits of each of the 256 tokens (255: no such token)."""
@@ -85,20 +99,23 @@ class TokenScheme:
         w = np.where(t < 0, 0, (t >> self.mantissa) + self.direct - self.mantissa)
         return np.where(w + self.mantissa > 63, 255, w).astype(np.uint8)
 
-    def join(
-        self, tokens: NDArray[np.uint8], at: NDArray[np.int64], raw: NDArray[np.uint64], bits: int
-    ) -> NDArray[Any]:
-        """Inverse of :meth:`split`; ``at`` lists every token >= 2**direct, ``bits`` is 32 or 64."""
-        dtype = np.uint32 if bits == 32 else np.uint64
-        z = tokens.astype(dtype)
-        if len(at):
-            t = tokens[at].astype(np.uint64) - np.uint64(1 << self.direct)
-            m = np.uint64(self.mantissa)
-            exponent = (t >> m) + np.uint64(self.direct)
-            if int(exponent.max()) >= bits:
+    def join(self, tokens: NDArray[np.uint8], raw: BitReader, bits: int) -> NDArray[Any]:
+        """Inverse of :meth:`split`; ``bits`` (32 or 64) is the width of the result."""
+        z = tokens.astype(np.uint32 if bits == 32 else np.uint64)
+        limit, m = 1 << self.direct, np.uint64(self.mantissa)
+        widths = self.widths()
+        for s in range(0, len(z), _CHUNK):  # in chunks, to bound temporary arrays
+            part = tokens[s : s + _CHUNK]
+            at = np.flatnonzero(part >= limit)
+            if not len(at):
+                continue
+            big = part[at]
+            width = widths[big]
+            if int(width.max()) + self.mantissa >= bits:
                 raise MalformedPayload(f"a token stands for a value of more than {bits} bits")
-            lead = (np.uint64(1) << m) | (t & np.uint64((1 << self.mantissa) - 1))
-            z[at] = ((lead << (exponent - m)) | raw).astype(dtype)
+            lead = (np.uint64(1) << m) | ((big - limit) & ((1 << self.mantissa) - 1))
+            value = (lead << width.astype(np.uint64)) | raw.read(width)
+            z[s : s + _CHUNK][at] = value
         return z
 
 

@@ -20,10 +20,13 @@ from .fields import Field, half_octaves
 
 __all__ = [
     "ACTIVITIES",
+    "ALONE",
     "CODED",
     "CONSTANT",
     "MAX_DEPTH",
     "MAX_LEVEL",
+    "NEW_SHARED",
+    "SHARED",
     "STORED",
     "UNIT_ACTIVITY",
     "Classifier",
@@ -44,6 +47,8 @@ UNIT_ACTIVITY = 36
 
 # What a field's mode may be.
 CONSTANT, CODED, STORED = 0, 1, 2
+# Whom a field is decoded together with: the last shared group, nobody, a new shared group.
+SHARED, ALONE, NEW_SHARED = 0, 1, 2
 
 
 @dataclass
@@ -58,7 +63,14 @@ class FieldCode:
     columns: NDArray[np.uint8] | None = None
     depth: int = 0
     """Number of phases after the first (neighbour contexts)."""
-    starts_group: bool = False
+    grouping: int = SHARED
+
+    def set_levels(self, levels: NDArray[np.uint8], *, columns: bool) -> None:
+        """Set the levels of one axis."""
+        if columns:
+            self.columns = levels
+        else:
+            self.rows = levels
 
 
 def phase_slice(depth: int, phase: int) -> slice:

@@ -234,13 +234,13 @@ def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArr
         yield _wrap((rotated >> (8 * field.plane)).astype(np.uint8), field)
 
 
-def assemble(parts: Sequence[NDArray[Any]], fields: Sequence[Field]) -> NDArray[Any]:
-    """Inverse of :func:`split_tensor`."""
+def assemble(parts: Iterator[NDArray[Any]], fields: Sequence[Field]) -> NDArray[Any]:
+    """Inverse of :func:`split_tensor`; takes one part at a time."""
     first = fields[0]
     spec = first.spec
     unsigned = np.dtype(f"u{spec.dtype.itemsize}")
     if spec.dtype.kind != "f":
-        v = parts[0]
+        v = next(parts)
         if first.conditioned:
             v = _aligned(v, first, inverse=True)
         flat = v.view(unsigned) if v.itemsize == unsigned.itemsize else v.astype(unsigned)
@@ -250,12 +250,12 @@ def assemble(parts: Sequence[NDArray[Any]], fields: Sequence[Field]) -> NDArray[
         p = _unsigned(first.previous.reshape(-1))
         if first.mask is not None:
             p = p[first.selected]
-        flat = _unmonotone(_monotone(p) + parts[0].astype(unsigned))
+        flat = _unmonotone(_monotone(p) + next(parts).astype(unsigned))
     else:
         flat = np.zeros(first.size, unsigned)
-        for field, v in zip(fields, parts, strict=True):
+        for field in fields:
             assert field.plane is not None
-            flat |= v.astype(np.uint8).astype(unsigned) << (8 * field.plane)
+            flat |= next(parts).astype(np.uint8).astype(unsigned) << (8 * field.plane)
         flat = (flat >> 1) | (flat << (8 * spec.dtype.itemsize - 1))
     if first.mask is not None:
         whole = np.zeros(spec.size, unsigned)

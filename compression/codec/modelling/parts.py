@@ -36,6 +36,11 @@ class Part:
     raw: NDArray[np.uint16]
     placement: Placement | None = None
 
+    def place(self, table: NDArray[np.uint8], sparse: NDArray[np.bool_]) -> None:
+        """Look up clusters and let go of the raw contexts."""
+        self.placement = Placement.of(table.take(self.raw), sparse)
+        self.raw = np.zeros(0, np.uint16)
+
     @property
     def work(self) -> int:
         """Symbols to code, about."""
@@ -45,7 +50,7 @@ class Part:
 
     def release(self) -> None:
         """Let go of the arrays."""
-        self.z, self.raw = np.zeros(0, self.z.dtype), np.zeros(0, np.uint16)
+        self.z = np.zeros(0, self.z.dtype)
         self.placement = None
 
 
@@ -72,7 +77,7 @@ def histogram(parts: Sequence[Part], scheme: TokenScheme) -> NDArray[np.int64]:
     for part in parts:
         for s in range(0, len(part.z), _CHUNK):
             key = part.raw[s : s + _CHUNK].astype(np.int64) << 8
-            key |= scheme.split(part.z[s : s + _CHUNK])[0]
+            key |= scheme.tokens(part.z[s : s + _CHUNK])
             waiting.append(key)
             held += len(key)
             if held >= _CHUNK:
@@ -86,5 +91,6 @@ def histogram(parts: Sequence[Part], scheme: TokenScheme) -> NDArray[np.int64]:
 def symbols_of(parts: Sequence[Part]) -> tuple[Symbols, NDArray[np.uint8]]:
     """Return the symbols of a segment and the clusters of its dense ones."""
     placements = [p.placement for p in parts if p.placement is not None]
-    dense = np.concatenate([p.dense_cluster for p in placements])
+    clusters = [p.dense_cluster for p in placements]
+    dense = clusters[0] if len(clusters) == 1 else np.concatenate(clusters)
     return collect(placements, [p.z for p in parts]), dense

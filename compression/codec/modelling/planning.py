@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,20 +27,19 @@ from .classes import (
 )
 from .fields import PREVIOUS_CLASSES, Field
 
-__all__ = ["build_maps", "choose_scheme", "entropy_bits", "plan_field", "raw_table"]
+__all__ = ["build_maps", "choose_scheme", "entropy_bits", "plan_field"]
 
 _RAW = PREVIOUS_CLASSES * ACTIVITIES
 _SAMPLE = 1 << 16
+_LEAST_SAMPLE = 1 << 14
 _BLOCK = 1 << 18
 _BINS = 48
 _TABLE_BITS = 4e6
 _GROUPS = 256
+_REFINEMENTS = 2
 _COARSE = TokenScheme(4, 1)
-
-
-def raw_table() -> NDArray[np.uint16]:
-    """The table whose look-up gives raw contexts: class * 64 + activity."""
-    return np.arange(_RAW, dtype=np.uint16).reshape(PREVIOUS_CLASSES, ACTIVITIES)
+# Raw contexts with room for a coarse token below them.
+_TRIAL_KEYS = np.arange(_RAW, dtype=np.int64).reshape(PREVIOUS_CLASSES, ACTIVITIES) << 6
 
 
 def _xlogx(h: NDArray[Any]) -> NDArray[np.float64]:
@@ -67,9 +67,9 @@ def choose_scheme(values: Sequence[NDArray[Any]]) -> TokenScheme:
     sample = sample[sample > 0]
 
     def bits(scheme: TokenScheme) -> float:
-        tokens, _, _, widths = scheme.split(sample)
-        counts = np.bincount(tokens)
-        data = float(entropy_bits(counts)) + float(widths.sum(dtype=np.int64))
+        counts = np.bincount(scheme.tokens(sample), minlength=256)
+        widths = np.where(counts > 0, scheme.widths(), 0)
+        data = float(entropy_bits(counts)) + float((counts * widths).sum())
         return data * step + 24 * float((counts > 0).sum())
 
     return min(fitting, key=bits)
@@ -109,19 +109,35 @@ def _mean(z: NDArray[Any]) -> float:
     return total / len(z)
 
 
-def _levels(means: Any, mean: float, step: int) -> tuple[NDArray[np.uint8], int]:
-    """Levels from 0 on, multiples of ``step``, and the activity of level 0 against the mean."""
-    raw = np.round(np.log2(np.where(np.isnan(means), mean, means) / mean) * 2 / step)
-    raw = np.clip(raw, raw.max() - MAX_LEVEL // step, None).astype(np.int64)
-    low = int(raw.min())
-    return ((raw - low) * step).astype(np.uint8), low * step
+def _levels(
+    means: NDArray[np.float64], mean: float, step: int, entries: int
+) -> tuple[NDArray[np.uint8], int]:
+    """Levels from 0 on, multiples of ``step``, and the activity of level 0 against the mean.
+
+    Each is the cheapest of what its entries cost under it, as geometric with that mean, and what
+    it costs itself, given how frequent it is: noisy means do not pay for being followed.
+    """
+    means = np.where(np.isnan(means), mean, means)
+    exact = np.log2(means / mean) * 2 / step
+    high = math.ceil(float(exact.max()))
+    low = max(math.floor(float(exact.min())), high - MAX_LEVEL // step)
+    assumed = mean * np.exp2(np.arange(low, high + 1) * step / 2)
+    cost = np.log2(1 + assumed) + means[:, None] * np.log2(1 + 1 / assumed)
+    cost *= entries
+    chosen = cost.argmin(1)
+    for _ in range(_REFINEMENTS):
+        counts = np.bincount(chosen, minlength=len(assumed)) + 0.25
+        chosen = (cost - np.log2(counts / counts.sum())).argmin(1)
+    least = int(chosen.min())
+    return ((chosen - least) * step).astype(np.uint8), (low + least) * step
 
 
 def _sampled(f: Field, z: NDArray[Any]) -> tuple[Field, NDArray[Any], slice]:
     """Every k-th row of a large field without a mask."""
-    if f.mask is not None or f.size < 2 * _SAMPLE or f.rows < 32:
+    wanted = min(_SAMPLE, max(_LEAST_SAMPLE, f.size // 4))
+    if f.mask is not None or f.size < 2 * wanted or f.rows < 32:
         return f, z, slice(None)
-    rows = slice(0, None, min(f.size // _SAMPLE, f.rows // 16))
+    rows = slice(0, None, min(f.size // wanted, f.rows // 16))
     part = np.ascontiguousarray(z.reshape(f.rows, f.columns)[rows])
     previous = None
     if f.previous is not None:
@@ -139,21 +155,25 @@ class _Trial:
     def __init__(self, f: Field, z: NDArray[Any]) -> None:
         self.f, self.z, self._rows = _sampled(f, z)
         self._scale = f.size / max(self.f.size, 1)
+        self._tokens = _coarse(self.z)
 
     def bits(self, code: FieldCode) -> float:
         """Estimated bits of the whole field, without its levels."""
         rows = code.rows[self._rows] if code.rows is not None else None
         look = Classifier(self.f, replace(code, rows=rows))
-        h = np.zeros((_RAW, 64))
+        # Class 0 alone, unless neighbours or previous values give others.
+        classes = PREVIOUS_CLASSES if code.depth or self.f.conditioned else 1
+        counts = np.zeros(classes * ACTIVITIES << 6, np.int64)
         for phase in range(1 + code.depth):
-            z = self.z[phase_slice(code.depth, phase)]
-            around = None
+            tokens, around = self._tokens[phase_slice(code.depth, phase)], None
             if phase:
                 around = neighbour_sums(self.z, code.depth, phase)
-                z = flip_signs(z, around, self.f.width)
-            key = look.look_up(raw_table(), phase, around).astype(np.int64) << 6
-            key |= _coarse(z)
-            h += np.bincount(key, minlength=_RAW << 6).reshape(_RAW, 64)
+                z = self.z[phase_slice(code.depth, phase)]
+                tokens = _coarse(flip_signs(z, around, self.f.width))
+            key = look.look_up(_TRIAL_KEYS, phase, around)
+            key |= tokens
+            counts += np.bincount(key, minlength=len(counts))
+        h = counts.reshape(-1, 64)
         h = h[h.any(1)]
         # Half a nat for each fitted probability is what a sample's own entropy leaves out.
         fitted = (h > 0).sum(1)
@@ -164,8 +184,8 @@ class _Trial:
 
 def _coarse(z: NDArray[Any]) -> NDArray[np.uint8]:
     if len(z) and int(z.max()) < 1024:
-        return _COARSE.split(np.arange(1024))[0].take(z)
-    return np.minimum(_COARSE.split(z)[0], 63)
+        return _COARSE.tokens(np.arange(1024)).take(z)
+    return np.minimum(_COARSE.tokens(z), 63)
 
 
 def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
@@ -184,8 +204,8 @@ def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
         flat = best
         by_row, by_column = _axis_means(f, z)
         for step in _steps(least, f.rows + f.columns):
-            rows, low_r = _levels(by_row, mean, step)
-            columns, low_c = _levels(by_column, mean, step)
+            rows, low_r = _levels(by_row, mean, step, f.size // f.rows)
+            columns, low_c = _levels(by_column, mean, step, f.size // f.columns)
             cost_r, cost_c = _level_bits(rows), _level_bits(columns)
             for r, c in ((1, 1), (1, 0), (0, 1)):
                 extra = r * cost_r + c * cost_c
@@ -212,7 +232,7 @@ def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
 
 def _steps(bits: float, levels: int) -> tuple[int, ...]:
     """Resolutions of the levels worth trying, in half-octaves."""
-    return (1,) if bits > 64 * levels else (1, 2) if bits > 16 * levels else (2, 4)
+    return (1,) if bits > 300 * levels else (1, 2) if bits > 150 * levels else (2, 4)
 
 
 def _level_bits(levels: NDArray[np.uint8]) -> float:
@@ -302,17 +322,19 @@ def _merge(
     n = len(groups)
     gain = np.full((n, n), -np.inf)
 
-    def refresh(i: int) -> None:
-        others = [i - 1, i + 1] if neighbours_only else list(range(n))
-        js = [j for j in others if 0 <= j < n and j != i]
-        if not js:
-            return
+    def refresh(i: int, others: NDArray[np.int64]) -> None:
+        js = others[(others >= 0) & (others < n) & (others != i)]
         value = own[i] + own[js] - _table_bits(h[js] + h[i], table_cost)
         gain[i, js] = value
         gain[js, i] = value
 
-    for i in range(n):
-        refresh(i)
+    if neighbours_only:
+        value = own[:-1] + own[1:] - _table_bits(h[:-1] + h[1:], table_cost)
+        gain[np.arange(n - 1), np.arange(1, n)] = value
+        gain[np.arange(1, n), np.arange(n - 1)] = value
+    else:
+        for i in range(n - 1):
+            refresh(i, np.arange(i + 1, n))
     while n > 1:
         i, j = sorted(int(v) for v in np.unravel_index(int(np.argmax(gain)), gain.shape))
         if gain[i, j] <= 0:
@@ -326,5 +348,5 @@ def _merge(
         n -= 1
         if neighbours_only:
             gain[i, :] = gain[:, i] = -np.inf
-        refresh(i)
+        refresh(i, np.array([i - 1, i + 1]) if neighbours_only else np.arange(n))
     return list(zip(members, h, strict=True))

@@ -120,35 +120,31 @@ def must_fail() -> dict[str, bytes]:
     swapped = bytearray(wide)
     swapped[-20] ^= 1
 
+    def start(coder: AdaptiveEncoder, uint: Callable[[], int]) -> list[int]:
+        models = [uint() for _ in range(6)]
+        flags = coder.contexts(8)
+        coder.bit(flags, 1)  # serial
+        coder.bit(flags + 6, 0)  # not static
+        return models
+
     def mode(coder: AdaptiveEncoder, uint: Callable[[], int]) -> None:
-        first = uint()
-        rest = [uint() for _ in range(4)]
-        flag = coder.contexts(8)
-        coder.bit(flag, 1)
-        coder.uint(first, 9)
-        del rest
+        coder.uint(start(coder, uint)[0], 9)
 
     def centre(coder: AdaptiveEncoder, uint: Callable[[], int]) -> None:
-        first, second = uint(), uint()
-        for _ in range(3):
-            uint()
-        flag = coder.contexts(8)
-        coder.bit(flag, 1)
-        coder.uint(first, 0)
-        coder.sint(second, 1 << 31)
+        models = start(coder, uint)
+        coder.uint(models[0], 0)
+        coder.sint(models[1], 1 << 31)
 
     def table_set(coder: AdaptiveEncoder, uint: Callable[[], int]) -> None:
-        u = [uint() for _ in range(5)]
-        flag = coder.contexts(8)
-        coder.bit(flag, 1)
-        coder.uint(u[0], 1)
-        coder.sint(u[1], 0)
-        coder.uint(u[2], 1)
+        models = start(coder, uint)
+        coder.uint(models[0], 1)
+        coder.sint(models[1], 0)
+        coder.uint(models[2], 1)
 
     return {
         "NotAPayload--magic": _reseal(b"PCX" + good[3:]),
         "NotAPayload--nothing": b"",
-        "UnsupportedVersion--major": _reseal(good[:3] + b"\x02" + good[4:]),
+        "UnsupportedVersion--major": _reseal(good[:3] + b"\x01" + good[4:]),
         "UnsupportedVersion--flag": _reseal(good[:5] + b"\x08" + good[6:]),
         "TruncatedPayload--half": good[: len(good) // 2],
         "TruncatedPayload--start": good[:5],

@@ -59,7 +59,7 @@ def cases() -> dict[str, tuple[Tensors, Context]]:
         "lanes": (dense, Context()),
         "sparse": (pruned, Context()),
         "sparse lanes": (
-            {k: np.concatenate([q] * 8) for k, q in pruned.items() if q.ndim == 2},
+            {k: np.concatenate([q] * 32) for k, q in pruned.items() if q.ndim == 2},
             Context(),
         ),
         "layout": (dense, Context(layout=layout)),
@@ -212,7 +212,7 @@ def test_what_the_envelope_says_needs_no_context() -> None:
     said = outline_payload(payload)
     assert said.needs == ("layout", "previous")
     assert said.nbytes == len(payload) == payload_length(payload[:16])
-    assert said.version == (1, 0)
+    assert said.version == (2, 0)
     assert said.context_tag == CASES["delta"][1].digest[:4]
     assert outline_payload(PAYLOADS["lanes"]).needs == ()
     with pytest.raises(ContextMismatch, match=r"layout \+ previous"):
