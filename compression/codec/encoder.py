@@ -34,7 +34,7 @@ _SERIAL_SYMBOLS = 4_000
 _ALONE = 1 << 17
 _SHARED_MOST = 1 << 18
 _MAX_LANES = 2048
-_BYTES_A_LANE = 140
+_BYTES_A_LANE = 110
 _STEPS = 250
 _LARGE = 20_000
 _STATIC = 1000
@@ -227,7 +227,7 @@ def _lanes(stream: SymbolStream, nbytes: float, *, fast: bool) -> int:
     lanes = max(1, nbytes / _BYTES_A_LANE)
     if fast:
         steps = len(stream.tokens) / _STEPS
-        lanes = max(lanes, min(steps, max(nbytes / 90, min(len(stream.raw) / 2, nbytes / 40))))
+        lanes = max(lanes, min(steps, max(nbytes / 75, min(len(stream.raw) / 2, nbytes / 40))))
     return int(min(_MAX_LANES, lanes))
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..context import DTYPE_CODES, Limits, TensorSpec
 from ..entropy.adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
 from ..entropy.states import FEWEST_PACKED
+from ..entropy.streams import LaneStream
 from ..entropy.tables import TableModel
 from ..entropy.tokens import TokenScheme
 from ..errors import LimitExceeded, MalformedPayload
@@ -52,17 +53,23 @@ class Segment:
 
     parts: list[tuple[int, int]]
     """Field and phase of each part."""
-    lanes: int = 0
-    state_bytes: int = 0
-    words: int = 0
+    stream: LaneStream = field(default_factory=LaneStream)
     raw_bytes: int = 0
     counts: list[int] = field(default_factory=list)
     """Non-zeros of each sparse cluster."""
+    tail_symbols: int = 0
+    """Number of last symbols in a stream of their own, which the first words carry."""
+    tail: LaneStream = field(default_factory=LaneStream)
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes that start in the lanes' first words: the tail, or else the raw bits."""
+        return self.tail.nbytes(self.raw_bytes) if self.tail_symbols else self.raw_bytes
 
     @property
     def nbytes(self) -> int:
         """Bytes of the segment in the payload."""
-        return self.state_bytes + 2 * self.words + max(0, self.raw_bytes - 2 * self.lanes)
+        return self.stream.nbytes(self.rest_bytes)
 
 
 @dataclass
@@ -171,7 +178,7 @@ class HeadModels:
         self.level = LevelModel(coder)
         self.dense_table, self.gap_table = TableModel(coder), TableModel(coder)
         self.value_table = TableModel(coder)
-        self.state = uint()
+        self.state, self.tail = uint(), uint()
         self.side = SideModel(coder)
 
     def kinds(self, sparse: NDArray[np.bool_]) -> list[TableModel]:
@@ -238,13 +245,13 @@ def write_body(coder: AdaptiveEncoder, body: Body, fields: list[Field]) -> bytes
         else:
             kind.write(coder, logs)
     for segment in body.segments:
-        coder.uint(m.lanes, segment.lanes - 1)
-        if segment.lanes >= FEWEST_PACKED:
-            coder.uint(m.state, 4 * segment.lanes - segment.state_bytes)
-        coder.uint(m.words, segment.words)
+        _write_stream(coder, m, segment.stream)
         coder.uint(m.raw, segment.raw_bytes)
         for k in segment.counts:
             coder.uint(m.count, k)
+        coder.uint(m.tail, segment.tail_symbols)
+        if segment.tail_symbols:
+            _write_stream(coder, m, segment.tail)
     return side.finish(coder, m.side) if body.static else b""
 
 
@@ -332,25 +339,38 @@ def read_body(coder: AdaptiveDecoder, fields: list[Field], limits: Limits, rest:
         else:
             body.tables.append(kind.read(coder) if present else [])
     for segment in body.segments:
-        segment.lanes = coder.uint(m.lanes) + 1
-        _limit("lanes", segment.lanes, limits.lanes)
-        segment.state_bytes = 4 * segment.lanes
-        if segment.lanes >= FEWEST_PACKED:
-            segment.state_bytes -= coder.uint(m.state)
-            if segment.state_bytes < 0:
-                raise MalformedPayload("a segment has fewer than no bytes of states")
-        segment.words, segment.raw_bytes = coder.uint(m.words), coder.uint(m.raw)
-        if segment.nbytes > len(rest):
-            raise MalformedPayload("a segment is longer than the payload")
+        segment.stream = _read_stream(coder, m, limits)
+        segment.raw_bytes = coder.uint(m.raw)
         size = sum(phase_size(fields[i].size, body.codes[i].depth, p) for i, p in segment.parts)
         for _ in range(int(body.sparse.sum())):
             k = coder.uint(m.count)
             if k > size:
                 raise MalformedPayload("a segment has more non-zeros than positions")
             segment.counts.append(k)
+        segment.tail_symbols = coder.uint(m.tail)
+        if segment.tail_symbols:
+            segment.tail = _read_stream(coder, m, limits)
+        if segment.nbytes > len(rest):
+            raise MalformedPayload("a segment is longer than the payload")
     if body.static:
         _read_side(coder, m, body, runs, sizes, rest)
     return body
+
+
+def _write_stream(coder: AdaptiveEncoder, m: HeadModels, stream: LaneStream) -> None:
+    coder.uint(m.lanes, stream.lanes - 1)
+    if stream.lanes >= FEWEST_PACKED:
+        coder.uint(m.state, 4 * stream.lanes - stream.state_bytes)
+    coder.uint(m.words, stream.words)
+
+
+def _read_stream(coder: AdaptiveDecoder, m: HeadModels, limits: Limits) -> LaneStream:
+    lanes = coder.uint(m.lanes) + 1
+    _limit("lanes", lanes, limits.lanes)
+    state_bytes = 4 * lanes - (coder.uint(m.state) if lanes >= FEWEST_PACKED else 0)
+    if state_bytes < 0:
+        raise MalformedPayload("a stream has fewer than no bytes of states")
+    return LaneStream(lanes, state_bytes, coder.uint(m.words))
 
 
 def _read_side(

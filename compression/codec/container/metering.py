@@ -21,7 +21,7 @@ Cell = tuple[str, int | None]
 
 # Decisions by the attribute of `HeadModels` that codes them.
 _OF_A_FIELD = {"mode", "centre", "set", "base", "depth", "group"}
-_OF_A_SEGMENT = {"lanes", "state", "words", "raw", "count"}
+_OF_A_SEGMENT = {"lanes", "state", "words", "raw", "count", "tail"}
 _OF_CLUSTERS = {"present", "range", "cluster", "general"}
 # The contexts of `HeadModels.flag` have meanings of their own (docs/format.md, section 4).
 _FLAGS = ("coding", "coding", "coding", "coding", "clusters", "tables", "tables", "tables")
@@ -99,14 +99,17 @@ def measured_body(
     owners = _owners(first)
     sized = iter([i for i, f in enumerate(fields) if f.size])
     bits: dict[Cell, float] = defaultdict(float)
-    field, segment = -1, -1
+    field, segment, in_tail = -1, -1, False
     for context, cost in meter.notes[done:]:
         owner = max(c for c in owners if c <= context)
         name = owners[owner]
         if name == "mode":
             field = next(sized)
         elif name == "lanes":
-            segment += 1
+            segment += not in_tail
+            in_tail = False
+        elif name == "tail":
+            in_tail = body.segments[segment].tail_symbols > 0
         if name == "flag":
             section = _FLAGS[context - owner]
             bits[section, field if section == "coding" and context > owner else None] += cost

@@ -7,14 +7,18 @@ from numpy.typing import NDArray
 
 from ..container.head import Body, Segment
 from ..errors import MalformedPayload
-from .rans import RansTables, rans_decode, rans_encode
+from .rans import RansTables
 from .rawbits import BitReader, BitWriter
-from .states import pack_states, unpack_states
+from .streams import read_stream, write_stream
 from .symbols import Symbols
 from .tables import frequencies
 from .tokens import GAP_TOKENS
 
 __all__ = ["SymbolStream", "rans_tables", "read_segment", "write_segment"]
+
+# Lanes of a segment for each lane of its tail; bytes of first words that make a tail worth it.
+_TAIL = 12
+_LEAST_SPARE = 64
 
 
 class SymbolStream:
@@ -55,18 +59,27 @@ def rans_tables(body: Body) -> RansTables:
 
 def write_segment(tables: RansTables, stream: SymbolStream, lanes: int, segment: Segment) -> bytes:
     """Code one segment; complete its directory entry and return its bytes."""
-    raw = stream.raw
-    initial = np.frombuffer(raw[: 2 * lanes].ljust(2 * lanes, b"\0"), "<u2").astype(np.uint16)
-    alphabet = tables.frequencies.shape[1]
     keys = stream.tables.astype(np.uint32)
-    keys *= np.uint32(alphabet)
+    keys *= np.uint32(tables.frequencies.shape[1])
     keys += stream.tokens
-    states, words = rans_encode(keys, tables, lanes, initial)
-    packed = pack_states(states)
-    segment.lanes, segment.state_bytes = lanes, len(packed)
-    segment.words, segment.raw_bytes = len(words), len(raw)
-    segment.counts = stream.counts
-    return packed + words.astype("<u2").tobytes() + raw[2 * lanes :]
+    segment.counts, segment.raw_bytes = stream.counts, len(stream.raw)
+    rest, few = stream.raw, max(1, lanes // _TAIL)
+    segment.tail_symbols = _tail_symbols(keys, tables, 2 * lanes - len(rest) - 3 * few)
+    if segment.tail_symbols:
+        cut = len(keys) - segment.tail_symbols
+        segment.tail, rest = write_stream(keys[cut:], tables, few, rest)
+        keys = keys[:cut]
+    segment.stream, data = write_stream(keys, tables, lanes, rest)
+    return data
+
+
+def _tail_symbols(keys: NDArray[np.uint32], tables: RansTables, spare: int) -> int:
+    """Number of last symbols that take about ``spare`` bytes; 0 where that is not worth it."""
+    if spare < _LEAST_SPARE:
+        return 0
+    last = keys[-min(len(keys) // 2, 16 * spare) :][::-1]
+    cost = tables.precision - np.log2(np.maximum(tables.frequencies.ravel(), 1))
+    return int(np.searchsorted(np.cumsum(cost.take(last)), 8 * spare))
 
 
 def read_segment(
@@ -81,15 +94,15 @@ def read_segment(
     counts = np.zeros(len(body.sparse), np.int64)
     counts[body.sparse] = segment.counts
     contexts = table_of_symbols(body.sparse, dense_cluster, counts)
-    at = segment.state_bytes
-    states = unpack_states(data[:at], segment.lanes)
-    words = np.frombuffer(data[at : at + 2 * segment.words], "<u2").astype(np.uint16)
-    tokens, initial = rans_decode(contexts, tables, states, words)
-    del contexts, words
-    first = initial.astype("<u2").tobytes()
-    if any(first[segment.raw_bytes :]):
-        raise MalformedPayload("padding of the lanes' first words is not zero")
-    raw = first[: segment.raw_bytes] + data[at + 2 * segment.words :]
+    cut = len(contexts) - segment.tail_symbols
+    if cut < 0:
+        raise MalformedPayload("a segment's tail has more symbols than the segment")
+    tokens, raw = read_stream(contexts[:cut], tables, segment.stream, data, segment.rest_bytes)
+    if segment.tail_symbols:
+        tail = contexts[cut:]
+        last, raw = read_stream(tail, tables, segment.tail, raw, segment.raw_bytes)
+        tokens = np.concatenate([tokens, last])
+    del contexts
 
     n, k = len(dense_cluster), int(counts.sum())
     reader = BitReader(raw)

@@ -263,7 +263,7 @@ def build_maps(
         for members, counts in sorted(groups, key=lambda g: min(g[0])):
             cluster = min(len(sparse), 253)
             if cluster == len(sparse):
-                sparse.append(bool(counts[0] >= 0.75 * counts.sum()))
+                sparse.append(bool(counts[0] >= 0.85 * counts.sum()))
             table[members] = cluster
             sizes[cluster] = sizes.get(cluster, 0.0) + float(counts.sum())
         maps.append(table.reshape(PREVIOUS_CLASSES, ACTIVITIES))
