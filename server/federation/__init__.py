@@ -11,6 +11,7 @@ from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Entry, Ledger, Totals, serialised_bytes
 from prunecast.server.federation.metering import MeteringGrid
 from prunecast.server.federation.policy import PRESETS, Policy
+from prunecast.server.federation.scheme_grid import SchemeGrid
 
 __all__ = [
     "PRESETS",
@@ -24,6 +25,7 @@ __all__ = [
     "NonFiniteModel",
     "Policy",
     "PolicyError",
+    "SchemeGrid",
     "Totals",
     "serialised_bytes",
 ]

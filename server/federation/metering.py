@@ -15,7 +15,7 @@ from prunecast.compression.flower import stated_round
 from prunecast.server.federation.ledger import Direction, Entry, Ledger
 from prunecast.server.federation.wrapper import PollingGrid
 
-__all__ = ["MeteringGrid", "Recode"]
+__all__ = ["MeteringGrid", "Recode", "uncached"]
 
 Recode = Callable[[bytes], int]
 """From the bytes of a message to how many bytes it has under another coding."""
@@ -62,7 +62,7 @@ class MeteringGrid(PollingGrid):
         batch = list(messages)
         # measuring fills caches, so it is done on copies (which share the bytes) and before the
         # messages are pushed: an engine in this process pickles them, caches and all
-        entries = [self._entry(_copy(message), _sent(message), "down") for message in batch]
+        entries = [self._entry(uncached(message), _sent(message), "down") for message in batch]
         ids = list(self._grid.push_messages(batch))
         pushed = set(ids)
         for message, entry in zip(batch, entries, strict=True):
@@ -101,7 +101,10 @@ class MeteringGrid(PollingGrid):
         )
 
 
-def _copy(message: Message) -> Message:
+def uncached(message: Message) -> Message:
+    """The same message without the caches that measuring it fills; shares the arrays' bytes."""
+    if message.has_error():
+        return message
     content = RecordDict()
     for key, record in message.content.items():
         content[key] = ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else record

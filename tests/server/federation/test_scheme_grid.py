@@ -1,0 +1,359 @@
+"""Updates by the schemes of the literature: dense down, coded up, and nothing that fails open."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg, FedMedian
+
+from prunecast.client.training import compression_mod, scheme_mod
+from prunecast.compression.flower.schemes import (
+    SCHEME_RECORD,
+    SchemeInstruction,
+    SchemeReport,
+    coded_record,
+    open_coded,
+)
+from prunecast.compression.schemes import SCHEMES, Stc, decode_payload, layout_of, scheme
+from prunecast.compression.versions import BadPayload
+from prunecast.server.federation import CompressedGrid, MeteringGrid, SchemeGrid
+from prunecast.simulations.runner import InProcessGrid
+from support.federation import RUN_ID, initial_arrays, local_step, make_app, to_arrays, to_record
+
+
+def arrays_with_counter():
+    return {**initial_arrays(), "bn.num_batches_tracked": np.array(7, np.int64)}
+
+
+def client(store, *, seed=None):
+    """Trains by `local_step`; every round otherwise, unless a seed is given."""
+    app = ClientApp(mods=[compression_mod(store), scheme_mod(store)] if store else [])
+
+    @app.train()
+    def train(message, context):
+        assert store is None or SCHEME_RECORD not in message.content
+        config = message.content.get("config", ConfigRecord())
+        chosen = (
+            int(config.get("server-round", 0)) + 100 * context.node_id if seed is None else seed
+        )
+        trained = local_step(to_arrays(message.content["arrays"]), chosen)
+        if "bn.num_batches_tracked" in trained:
+            trained["bn.num_batches_tracked"] = np.asarray(trained["bn.num_batches_tracked"] + 3)
+        content = {"arrays": to_record(trained), "metrics": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(content), reply_to=message)
+
+    return app
+
+
+def messages(grid, arrays, server_round=1):
+    record = to_record(arrays)
+    config = ConfigRecord({"server-round": server_round})
+    return [
+        Message(RecordDict({"arrays": record, "config": config}), node, "train")
+        for node in grid.get_node_ids()
+    ]
+
+
+def exchange(grid, arrays, server_round=1):
+    return list(grid.send_and_receive(messages(grid, arrays, server_round)))
+
+
+@pytest.mark.parametrize("coding", ["paper", "prunecast"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_strategies_see_sent_plus_update(tmp_path, name, coding):
+    payloads = []
+    inner = InProcessGrid(client(tmp_path), 2, run_id=RUN_ID)
+
+    def note(reply):
+        payloads.append(open_coded(reply.content["arrays"])[0])
+        return reply
+
+    inner.on_reply = note
+    grid = SchemeGrid(inner, scheme(name, coding=coding), seed=5, poll_interval=0.01)
+    sent = arrays_with_counter()
+    replies = exchange(grid, sent)
+    assert len(replies) == len(payloads) == 2
+    for reply, payload in zip(replies, payloads, strict=True):
+        assert set(reply.content) == {"arrays", "metrics"}
+        got, update = to_arrays(reply.content["arrays"]), decode_payload(payload)
+        assert list(got) == list(sent)
+        assert got["bn.num_batches_tracked"] == 10
+        for key, change in update.items():
+            assert got[key].dtype == sent[key].dtype
+            assert np.array_equal(got[key], sent[key] + change)
+        # it is what the scheme makes of trained - received
+        trained = local_step(initial_arrays(), 1 + 100 * reply.metadata.src_node_id)
+        change = {k: trained[k] - sent[k] for k in update}
+        one = scheme(name, coding="paper")
+        for key in range(1 if name not in ("qsgd", "signsgd") else 0):
+            expected = one.decode(one.encode(change, one.init(layout_of(change)), key=key)[0])
+            assert all(np.array_equal(expected[k], update[k]) for k in update)
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedMedian])
+def test_any_strategy_and_nearly_the_dense_result(tmp_path, strategy):
+    """int8 is close to exact: three rounds end near plain Flower's."""
+    ends = []
+    for wrap in (MeteringGrid, lambda g: SchemeGrid(g, scheme("int8"), poll_interval=0.01)):
+        grid = wrap(InProcessGrid(client(tmp_path / "store"), 3, run_id=RUN_ID))
+        chosen = strategy(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+        result = chosen.start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=3)
+        ends.append(to_arrays(result.arrays))
+    for key, dense in ends[0].items():
+        assert not np.array_equal(dense, initial_arrays()[key]) or not dense.any()
+        np.testing.assert_allclose(ends[1][key], dense, atol=2e-3)
+
+
+def test_ledger_counts_what_plain_flower_would_have_sent(tmp_path):
+    dense = MeteringGrid(InProcessGrid(client(tmp_path / "a"), 2, run_id=RUN_ID))
+    exchange(dense, arrays_with_counter(), 4)
+    grid = SchemeGrid(
+        InProcessGrid(client(tmp_path / "b"), 2, run_id=RUN_ID),
+        Stc(density=0.05),
+        ledger=tmp_path / "ledger.jsonl",
+        poll_interval=0.01,
+    )
+    exchange(grid, arrays_with_counter(), 4)
+    plain, ours = dense.ledger.entries, grid.ledger.entries
+    assert [e.dense_bytes for e in ours] == [e.dense_bytes for e in plain]
+    assert [e.kind for e in ours] == ["dense", "dense", "stc", "stc"]
+    assert {e.round for e in ours} == {4}
+    for entry in ours[:2]:  # what the instruction costs
+        assert 0 < entry.payload_bytes - entry.dense_bytes < 600
+    for entry in ours[2:]:
+        assert entry.payload_bytes < 0.25 * entry.dense_bytes
+        assert entry.encode_ms > 0
+        assert entry.decode_ms > 0
+
+
+def test_same_seed_same_payloads_and_every_message_another_key(tmp_path):
+    runs = []
+    for place, seed in (("a", 1), ("b", 1), ("c", 2)):
+        payloads = []
+        inner = InProcessGrid(client(tmp_path / place, seed=9), 2, run_id=RUN_ID)
+
+        def note(reply, payloads=payloads):
+            payloads.append(open_coded(reply.content["arrays"])[0])
+            return reply
+
+        inner.on_reply = note
+        grid = SchemeGrid(inner, scheme("qsgd"), seed=seed, poll_interval=0.01)
+        for _ in range(2):
+            exchange(grid, initial_arrays())
+        runs.append(payloads)
+    assert runs[0] == runs[1] != runs[2]
+    # both nodes, both rounds, have the very same update: only the key differs
+    assert len(set(runs[0])) == 4
+
+
+def test_what_a_scheme_keeps_belongs_to_accepted_replies(tmp_path):
+    """A reply that is lost loses nothing: the next update goes on from the state before it."""
+    stc = Stc(density=0.02)
+    wanted = received = None
+    inner = InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)
+    grid = SchemeGrid(inner, stc, poll_interval=0.01)
+    state = None
+    sent = initial_arrays()
+    for server_round in range(1, 7):
+        lost = server_round in (3, 4)
+        inner.on_reply = (lambda reply: None) if lost else (lambda reply: reply)
+        replies = list(grid.pull_messages(grid.push_messages(messages(grid, sent, server_round))))
+        trained = local_step(sent, server_round + 100)
+        change = {k: trained[k] - sent[k] for k in sent}
+        state = state or stc.init(layout_of(change))
+        if lost:
+            assert not replies
+            continue
+        payload, state = stc.encode(change, state, key=0)
+        got = to_arrays(replies[0].content["arrays"])
+        for key, update in stc.decode(payload).items():
+            assert np.array_equal(got[key], sent[key] + update)
+        flat = np.concatenate([c.ravel().astype(float) for c in change.values()])
+        came = np.concatenate([(got[k] - sent[k]).ravel().astype(float) for k in sent])
+        wanted = flat if wanted is None else wanted + flat
+        received = came if received is None else received + came
+    held = np.concatenate([a.ravel() for a in state.buffers["residual"].values()])
+    np.testing.assert_allclose(received + held, wanted, atol=1e-4)
+
+
+def test_a_state_of_another_scheme_or_shape_starts_afresh(tmp_path):
+    inner = InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)
+    for one in (Stc(), scheme("topk", momentum=0.9), scheme("topk")):
+        for arrays in (initial_arrays(), {"w": np.ones((4, 4), np.float32)}):
+            (reply,) = exchange(SchemeGrid(inner, one, poll_interval=0.01), arrays)
+            assert not reply.has_error()
+
+
+# --- what must not work ------------------------------------------------------------------------
+
+
+def refusal(reply, *words):
+    assert reply.has_error()
+    for word in words:
+        assert word in reply.error.reason, reply.error.reason
+    return True
+
+
+def test_a_client_without_the_mod_is_refused():
+    for app in (client(None), make_app(None)):
+        grid = SchemeGrid(InProcessGrid(app, 1, run_id=RUN_ID), Stc(), poll_interval=0.01)
+        (reply,) = exchange(grid, initial_arrays())
+        assert refusal(reply, "scheme_mod()", "node 1")
+        assert grid.ledger.entries[-1].kind == "error"
+
+
+def test_a_client_with_the_other_mod_alone_is_refused(tmp_path):
+    grid = SchemeGrid(InProcessGrid(make_app(tmp_path), 1, run_id=RUN_ID), Stc())
+    (reply,) = exchange(grid, initial_arrays())
+    assert refusal(reply, "scheme_mod()")
+
+
+def test_a_server_without_schemes_is_served_plainly(tmp_path):
+    for grid in (
+        MeteringGrid(InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)),
+        CompressedGrid(InProcessGrid(client(tmp_path), 1, run_id=RUN_ID), "lossless"),
+    ):
+        (reply,) = exchange(grid, initial_arrays())
+        got = to_arrays(reply.content["arrays"])
+        expected = local_step(initial_arrays(), 101)
+        for key, array in expected.items():
+            np.testing.assert_allclose(got[key], array, atol=1e-2)
+
+
+def test_a_coded_reply_cannot_be_read_without_the_grid(tmp_path):
+    """A strategy that gets one past the grid stops, and does not average bytes."""
+    inner = InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)
+    instruction = SchemeInstruction("stc").to_bytes()
+    content = RecordDict(
+        {
+            "arrays": to_record(initial_arrays()),
+            SCHEME_RECORD: ConfigRecord({"instruction": instruction}),
+        }
+    )
+    (reply,) = inner.send_and_receive([Message(content, 1, "train")])
+    assert not reply.has_error()
+    with pytest.raises(TypeError, match="Unsupported"):
+        next(iter(reply.content["arrays"].values())).numpy()
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        SchemeInstruction("zip").to_bytes(),
+        SchemeInstruction("stc", {"density": 9}).to_bytes(),
+        SchemeInstruction("stc", {"speed": 9}).to_bytes(),
+        b"{}",
+        b"nothing",
+    ],
+)
+def test_a_node_refuses_an_instruction_it_does_not_understand(tmp_path, instruction):
+    inner = InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)
+    content = RecordDict(
+        {
+            "arrays": to_record(initial_arrays()),
+            SCHEME_RECORD: ConfigRecord({"instruction": instruction}),
+        }
+    )
+    (reply,) = inner.send_and_receive([Message(content, 1, "train")])
+    assert refusal(reply, "scheme was refused")
+
+
+def test_training_that_diverges_is_an_error_of_the_node(tmp_path):
+    app = ClientApp(mods=[scheme_mod(tmp_path)])
+
+    @app.train()
+    def train(message, context):
+        arrays = to_arrays(message.content["arrays"])
+        arrays["fc.bias"][3] = np.nan
+        return Message(RecordDict({"arrays": to_record(arrays)}), reply_to=message)
+
+    grid = SchemeGrid(InProcessGrid(app, 1, run_id=RUN_ID), Stc(), poll_interval=0.01)
+    (reply,) = exchange(grid, initial_arrays())
+    assert refusal(reply, "NonFiniteUpdate", "fc.bias")
+
+
+def stc_payload(arrays, name="stc"):
+    one = scheme(name)
+    floats = {k: a for k, a in arrays.items() if a.dtype.kind == "f"}
+    return one.encode(floats, one.init(layout_of(floats)), key=0)[0]
+
+
+def damaged(payload):
+    return payload[:-9] + bytes([payload[-9] ^ 1]) + payload[-8:]
+
+
+SHORT = {"w": np.ones(3, np.float32)}
+HUGE = {k: np.full_like(a, 3e38) for k, a in initial_arrays().items()}
+TAMPERED = {
+    "damaged": (lambda a: coded_record(damaged(stc_payload(a)), {}), {}, "checksum"),
+    "of other arrays": (lambda a: coded_record(stc_payload(SHORT), {}), {}, "not of the arrays"),
+    "of another scheme": (lambda a: coded_record(stc_payload(a, "int8"), {}), {}, "scheme"),
+    "with arrays nobody sent": (
+        lambda a: coded_record(stc_payload(a), {"x": Array(np.ones(1))}),
+        {},
+        "other arrays",
+    ),
+    "dense": (lambda a: to_record(a), {}, "without the scheme"),
+    "says another scheme": (
+        lambda a: coded_record(stc_payload(a), {}),
+        {"report": SchemeReport("int8").to_bytes()},
+        "coded by 'int8'",
+    ),
+    "says nothing": (lambda a: coded_record(stc_payload(a), {}), {"report": b"[]"}, "understood"),
+    "beyond float32": (lambda a: coded_record(stc_payload(HUGE), {}), {}, "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_replies_that_are_refused(tmp_path, case):
+    make, control, says = TAMPERED[case]
+    inner = InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)
+
+    def tamper(reply):
+        reply.content["arrays"] = make(initial_arrays())
+        if control:
+            reply.content[SCHEME_RECORD] = ConfigRecord(control)
+        return reply
+
+    inner.on_reply = tamper
+    grid = SchemeGrid(inner, Stc(density=1.0), poll_interval=0.01)
+    start = HUGE if case == "beyond float32" else initial_arrays()
+    (reply,) = exchange(grid, start)
+    assert refusal(reply, says)
+    assert grid.ledger.entries[-1].kind == "error"
+    # and the node is not told that it was accepted
+    inner.on_reply = lambda reply: reply
+    seen = []
+    push = inner.push_messages
+    inner.push_messages = lambda m: push(seen.append(x) or x for x in m)
+    exchange(grid, initial_arrays())
+    told = SchemeInstruction.from_bytes(seen[0].content[SCHEME_RECORD]["instruction"])
+    assert told.accepted == ""
+
+
+def test_messages_without_floats_pass_as_they_are(tmp_path):
+    app = make_app(None)
+    grid = SchemeGrid(InProcessGrid(app, 1, run_id=RUN_ID), Stc(), poll_interval=0.01)
+    (reply,) = grid.send_and_receive([Message(RecordDict(), 1, "query")])
+    assert reply.content["answer"]["n"] == 42
+
+
+def test_records_of_the_wire():
+    instruction = SchemeInstruction("stc", {"density": 0.5, "scope": "tensor"}, 2**64 - 1, "ab")
+    assert SchemeInstruction.from_bytes(instruction.to_bytes()) == instruction
+    report = SchemeReport("stc", 1.25)
+    assert SchemeReport.from_bytes(report.to_bytes()) == report
+    assert len(SchemeReport("stc", 0.0).to_bytes()) == len(SchemeReport("stc", 1e9).to_bytes())
+    for data in (b"", b"[", b"{}", b'{"s":1,"t":"000000000"}', b'{"s":"stc","t":"1"}', None, 3):
+        for kind in (SchemeInstruction, SchemeReport):
+            with pytest.raises(BadPayload):
+                kind.from_bytes(data)
+    exact = {"n": Array(np.arange(3))}
+    payload, others = open_coded(coded_record(b"abc", exact))
+    assert payload == b"abc"
+    assert others["n"].numpy().tolist() == [0, 1, 2]
+    assert open_coded(ArrayRecord()) is None
+    assert open_coded(to_record(initial_arrays())) is None
+    assert open_coded(to_record({"prunecast": np.ones(3)})) is None
