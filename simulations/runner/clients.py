@@ -12,6 +12,7 @@ from torch import nn
 
 from prunecast.client.training.client_app import Loader, LocalTraining, build_client_app
 from prunecast.client.training.mod import compression_mod
+from prunecast.client.training.scheme_mod import scheme_mod
 from prunecast.client.training.trainer import TensorBatches
 from prunecast.compression.flower.references import load_callable
 from prunecast.simulations.runner.job import Job, training_tensors
@@ -38,7 +39,7 @@ def simulated_client(job: Job) -> ClientApp:
         partial(_model, scenario.model.factory, scenario.engine.cpus),
         partial(_data, str(job.work), chosen.batch_size),
         settings,
-        mods=[compression_mod(job.store)],
+        mods=[compression_mod(job.store), scheme_mod(job.store)],
     )
     client.query()(_identify)
     return client

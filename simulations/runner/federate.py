@@ -19,11 +19,13 @@ from torch import nn
 from prunecast.client.training.trainer import TensorBatches, evaluate
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.flower.references import load_callable
+from prunecast.compression.schemes import scheme
 from prunecast.compression.versions import PublishedModel, save_model
-from prunecast.server.federation import CompressedGrid, Ledger, Policy
+from prunecast.server.federation import CompressedGrid, Ledger, Policy, SchemeGrid
 from prunecast.server.federation.metering import MeteringGrid, Recode
 from prunecast.server.federation.server_app import initial_arrays
 from prunecast.server.federation.strategies import build_strategy
+from prunecast.server.federation.wrapper import PollingGrid
 from prunecast.simulations.runner.errors import EngineFailed
 from prunecast.simulations.runner.job import Job, held_out
 from prunecast.simulations.runner.ordered import OrderedGrid, nodes_by_partition
@@ -150,9 +152,17 @@ def _run_arm(
     module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
     outcome, measure = ArmOutcome(name), _Measure(job, module)
     ledger = Ledger(job.ledger(name))
-    wrapped: CompressedGrid | MeteringGrid
+    wrapped: CompressedGrid | MeteringGrid | SchemeGrid
     if arm.kind == "prunecast":
         wrapped = CompressedGrid(grid, policy_of(arm), ledger=ledger, poll_interval=_POLL_SECONDS)
+    elif arm.kind == "scheme":
+        wrapped = SchemeGrid(
+            grid,
+            scheme(arm.scheme, **arm.options),
+            seed=scenario.seed,
+            ledger=ledger,
+            poll_interval=_POLL_SECONDS,
+        )
     else:
         recodings = scenario.recodings_of(name)
         wrapped = MeteringGrid(
@@ -201,14 +211,12 @@ def _run_arm(
     return outcome
 
 
-def _drawn(
-    grid: Grid, wrapped: CompressedGrid | MeteringGrid, scenario: Scenario, like: ArrayRecord
-) -> ArrayRecord:
-    if isinstance(wrapped, MeteringGrid):
+def _drawn(grid: Grid, wrapped: PollingGrid, scenario: Scenario, like: ArrayRecord) -> ArrayRecord:
+    if not isinstance(wrapped, CompressedGrid):
         compressed = [arm for arm in scenario.arms.values() if arm.kind == "prunecast"]
         if not compressed:
             return like
-        # never used to send anything: the dense arm gets the same weights, in plain messages
+        # never used to send anything: this arm gets the same weights, in plain messages
         wrapped = CompressedGrid(grid, policy_of(compressed[0]))
     return wrapped.draw_initial(like, scenario.seed)
 

@@ -66,6 +66,8 @@ def build_arms(job: Job, outcomes: Iterable[Mapping[str, Any]]) -> dict[str, dic
             "by_kind": _by_kind(entries, size),
             "rounds": rounds,
         }
+        if spec.kind == "scheme":
+            arms[name].update(scheme=spec.scheme, options=dict(spec.options))
         if spec.kind == "recoded":
             arms[name].update(of=spec.of, codec=spec.codec, level=spec.level)
     baseline = next((n for n, a in arms.items() if a["kind"] == "dense"), None)

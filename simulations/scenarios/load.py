@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prunecast.compression.schemes import SCHEMES, BadConfig, scheme
 from prunecast.simulations.scenarios.errors import ScenarioError
 from prunecast.simulations.scenarios.schema import (
     SCHEMA,
@@ -28,6 +29,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ARM_KEYS = {
     "dense": {"kind"},
     "prunecast": {"kind", "preset", "policy"},
+    "scheme": {"kind", "scheme", "options"},
     "recoded": {"kind", "of", "codec", "level"},
 }
 
@@ -215,8 +217,17 @@ def _positive(key: str, value: float) -> None:
 
 def _check_arms(s: Scenario) -> None:
     if not s.trained_arms():
-        raise ScenarioError("arms", "nothing is trained", "add an arm of kind dense or prunecast")
+        raise ScenarioError(
+            "arms", "nothing is trained", "add an arm of kind dense, scheme or prunecast"
+        )
     for name, arm in s.arms.items():
+        if arm.kind == "scheme":
+            _choice(f"arms.{name}.scheme", arm.scheme, SCHEMES)
+            try:
+                scheme(arm.scheme, **arm.options)
+            except BadConfig as error:
+                remedy = f"options: {', '.join(SCHEMES[arm.scheme].options())}"
+                raise ScenarioError(f"arms.{name}.options", str(error), remedy) from error
         if arm.kind == "recoded":
             dense = [n for n, a in s.arms.items() if a.kind == "dense"]
             _choice(f"arms.{name}.of", arm.of, dense)

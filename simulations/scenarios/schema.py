@@ -144,10 +144,13 @@ class ArmSpec:
     """``[arms.<name>]``: one way of doing the same training.
 
     Attributes:
-        kind: "dense" (plain Flower), "prunecast", or "recoded" (the messages of a dense arm,
-            each also coded with a general-purpose compressor; nothing is trained again).
+        kind: "dense" (plain Flower), "prunecast", "scheme" (plain Flower whose updates travel by
+            a scheme of the literature), or "recoded" (the messages of a dense arm, each also
+            coded with a general-purpose compressor; nothing is trained again).
         preset: of the policy (prunecast).
         policy: ``[arms.<name>.policy]``, knobs that replace those of the preset (prunecast).
+        scheme: name of one of `prunecast.compression.schemes` (scheme).
+        options: ``[arms.<name>.options]``, of that scheme (scheme).
         of: the dense arm whose messages are coded (recoded).
         codec: "zstd" (recoded).
         level: of the codec (recoded).
@@ -156,6 +159,8 @@ class ArmSpec:
     kind: str = "prunecast"
     preset: str = "balanced"
     policy: Mapping[str, Any] = field(default_factory=dict)
+    scheme: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
     of: str = "dense"
     codec: str = "zstd"
     level: int = 3
@@ -229,6 +234,7 @@ class Scenario:
         used = {
             "dense": (),
             "prunecast": ("preset", "policy"),
+            "scheme": ("scheme", "options"),
             "recoded": ("of", "codec", "level"),
         }
         for arm in mapping["arms"].values():

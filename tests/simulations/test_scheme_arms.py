@@ -1,0 +1,121 @@
+"""Arms whose updates travel by a scheme of the literature, beside dense and prunecast arms."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunecast.compression.schemes import SCHEMES
+from prunecast.simulations.runner import read_ledger
+from prunecast.simulations.runner.clients import simulated_client
+from prunecast.simulations.runner.federate import run_arms
+from prunecast.simulations.runner.inprocess import InProcessGrid
+from prunecast.simulations.runner.job import Job, prepare
+from prunecast.simulations.runner.result import build_arms
+from prunecast.simulations.scenarios import ScenarioError, scenario_from_mapping
+
+
+def with_arms(tiny: dict[str, Any], **arms: dict[str, Any]) -> dict[str, Any]:
+    mapping = copy.deepcopy(tiny)
+    mapping["arms"] = arms
+    return mapping
+
+
+def run_inline(mapping: dict[str, Any], folder: Path) -> tuple[Job, dict[str, Any]]:
+    job = prepare(scenario_from_mapping(mapping), folder)
+    grid = InProcessGrid(simulated_client(job), num_nodes=job.scenario.clients.count)
+    outcomes = run_arms(grid, job, lambda event: None)
+    return job, build_arms(job, [vars(outcome) for outcome in outcomes])
+
+
+def test_every_scheme_trains_as_an_arm(tiny: dict[str, Any], tmp_path: Path) -> None:
+    arms: dict[str, dict[str, Any]] = {"dense": {"kind": "dense"}}
+    for name in SCHEMES:
+        arms[name] = {"kind": "scheme", "scheme": name}
+    arms["signsgd"]["options"] = {"step": 0}
+    arms["topk"]["options"] = {"density": 0.1}
+    arms["stc"]["options"] = {"density": 0.1}
+    job, results = run_inline(with_arms({**tiny, "rounds": 2}, **arms), tmp_path)
+    dense = results["dense"]
+    for name in SCHEMES:
+        arm = results[name]
+        assert (arm["kind"], arm["scheme"]) == ("scheme", name)
+        assert set(arm["by_kind"]["down"]) == {"dense"}
+        assert set(arm["by_kind"]["up"]) == {name}
+        # the same model down, with an instruction; the update alone is small
+        assert 0 < arm["bytes_down"] - dense["bytes_down"] < 600 * 6
+        assert arm["bytes_up"] < {"fp16": 0.55, "int8": 0.3}.get(name, 0.2) * dense["bytes_up"]
+        assert arm["rounds"][0]["loss"] == dense["rounds"][0]["loss"]
+        assert arm["encode_ms"] > 0
+        assert arm["decode_ms"] > 0
+        entries = read_ledger(job.ledger(name))
+        assert sum(e.dense_bytes for e in entries) == dense["bytes_up"] + dense["bytes_down"]
+    # fp16 and int8 hardly change what is learnt
+    for name in ("fp16", "int8"):
+        assert results[name]["loss"] == pytest.approx(dense["loss"], rel=0.02)
+
+
+def test_two_runs_agree_and_error_feedback_is_kept(tiny: dict[str, Any], tmp_path: Path) -> None:
+    options = {"density": 0.05}
+    arms = {
+        "stc": {"kind": "scheme", "scheme": "stc", "options": options},
+        "forgets": {
+            "kind": "scheme",
+            "scheme": "stc",
+            "options": {**options, "error_feedback": False},
+        },
+        "qsgd": {"kind": "scheme", "scheme": "qsgd", "options": {"coding": "prunecast"}},
+    }
+    runs = [run_inline(with_arms(tiny, **arms), tmp_path / place)[1] for place in ("a", "b")]
+    losses = [{n: [r["loss"] for r in arm["rounds"]] for n, arm in run.items()} for run in runs]
+    assert losses[0] == losses[1]
+    # the first updates are the same, what was kept tells from then on
+    kept, lost = losses[0]["stc"], losses[0]["forgets"]
+    assert kept[:2] == lost[:2]
+    assert kept[2:] != lost[2:]
+
+
+def test_scheme_arms_mix_with_drawn_models_and_recodings(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    mapping = {**tiny, "rounds": 1}
+    mapping["arms"] = {**tiny["arms"], "stc": {"kind": "scheme", "scheme": "stc"}}
+    _, results = run_inline(mapping, tmp_path)
+    assert list(results) == ["dense", "dense-zstd", "prunecast", "stc"]
+    first = {arm["rounds"][0]["loss"] for arm in results.values()}
+    assert len(first) == 1
+    assert results["stc"]["reduction"] > 1
+
+
+def test_mappings_come_back_the_same(tiny: dict[str, Any]) -> None:
+    arm = {"kind": "scheme", "scheme": "topk", "options": {"momentum": 0.9}}
+    scenario = scenario_from_mapping(with_arms(tiny, ours=arm))
+    assert scenario.to_mapping()["arms"] == {"ours": arm}
+    assert scenario_from_mapping(scenario.to_mapping()) == scenario
+
+
+@pytest.mark.parametrize(
+    ("arm", "key", "says"),
+    [
+        ({"scheme": "zip"}, "arms.ours.scheme", "choose one of fp16"),
+        ({}, "arms.ours.scheme", "choose one of"),
+        ({"scheme": "stc", "options": {"density": 7}}, "arms.ours.options", "density"),
+        ({"scheme": "stc", "options": {"speed": 7}}, "arms.ours.options", "no option 'speed'"),
+        ({"scheme": "stc", "preset": "small"}, "arms.ours.preset", "means nothing"),
+        ({"scheme": 3}, "arms.ours.scheme", "string"),
+        ({"scheme": "stc", "options": 3}, "arms.ours.options", "table"),
+    ],
+)
+def test_mistakes_are_named(tiny: dict[str, Any], arm: dict[str, Any], key: str, says: str) -> None:
+    with pytest.raises(ScenarioError) as caught:
+        scenario_from_mapping(with_arms(tiny, ours={"kind": "scheme", **arm}))
+    assert key in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_a_dense_arm_takes_no_scheme(tiny: dict[str, Any]) -> None:
+    with pytest.raises(ScenarioError, match=r"arms\.ours\.scheme"):
+        scenario_from_mapping(with_arms(tiny, ours={"kind": "dense", "scheme": "stc"}))
