@@ -38,6 +38,7 @@ _BYTES_A_LANE = 110
 _STEPS = 250
 _LARGE = 20_000
 _STATIC = 1000
+_ONE_SIGN = 64
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None) -> bytes:
@@ -89,12 +90,18 @@ def _check_layout(specs: Mapping[str, TensorSpec], context: Context) -> None:
 
 
 def _centre(v: NDArray[Any], f: Field) -> int:
-    """A value to subtract: the only one, or the most frequent byte of a plane."""
+    """A value to subtract: the only one, or the most frequent byte, or the median of one sign."""
     if f.plane is not None:
         counts = np.bincount(v + 128, minlength=256)
         return int(counts.argmax()) - 128
-    first = int(v[0])
-    return first if first and (v == v[0]).all() else 0
+    least, most = int(v.min()), int(v.max())
+    if least == most:
+        return least
+    # Zigzag would leave every other integer unused.
+    if not f.conditioned and (least >= 0 or most <= 0) and most - least >= _ONE_SIGN:
+        sample = np.sort(v[:: max(1, len(v) >> 12)])
+        return int(sample[len(sample) // 2])
+    return 0
 
 
 def encode_body(

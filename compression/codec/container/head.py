@@ -360,16 +360,16 @@ def read_body(coder: AdaptiveDecoder, fields: list[Field], limits: Limits, rest:
 def _write_stream(coder: AdaptiveEncoder, m: HeadModels, stream: LaneStream) -> None:
     coder.uint(m.lanes, stream.lanes - 1)
     if stream.lanes >= FEWEST_PACKED:
-        coder.uint(m.state, 4 * stream.lanes - stream.state_bytes)
+        coder.sint(m.state, 4 * stream.lanes - stream.state_bytes)
     coder.uint(m.words, stream.words)
 
 
 def _read_stream(coder: AdaptiveDecoder, m: HeadModels, limits: Limits) -> LaneStream:
     lanes = coder.uint(m.lanes) + 1
     _limit("lanes", lanes, limits.lanes)
-    state_bytes = 4 * lanes - (coder.uint(m.state) if lanes >= FEWEST_PACKED else 0)
-    if state_bytes < 0:
-        raise MalformedPayload("a stream has fewer than no bytes of states")
+    state_bytes = 4 * lanes - (coder.sint(m.state) if lanes >= FEWEST_PACKED else 0)
+    if not 0 <= state_bytes <= 5 * lanes:
+        raise MalformedPayload(f"a stream states {state_bytes} bytes for {lanes} states")
     return LaneStream(lanes, state_bytes, coder.uint(m.words))
 
 

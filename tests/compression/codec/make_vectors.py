@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from prunecast.compression.codec import Context, TensorSpec, encode
+from prunecast.compression.codec import Context, Limits, TensorSpec, encode
 from prunecast.compression.codec.container.head import write_specs
-from prunecast.compression.codec.container.wire import seal
+from prunecast.compression.codec.container.wire import seal, unseal
 from prunecast.compression.codec.encoder import encode_body
 from prunecast.compression.codec.entropy.adaptive import UINT_CONTEXTS, AdaptiveEncoder
 from prunecast.compression.codec.modelling.fields import fields_of
@@ -48,6 +48,17 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
         "f8": np.array([0.0, -0.0, np.inf, -np.inf, 5e-324, 1 / 3]),
         "bits": np.array([0x7FC00001, 0xFFC12345, 0x80000001], "u4").view("f4"),
     }
+    # Above 2**17 symbols a tensor is alone, and levels and tables are static.
+    scale = np.exp(rng.normal(size=(700, 1))) * np.exp(rng.normal(size=(1, 500)))
+    groups = {
+        "first": dense[:40, :90],
+        "alone": np.rint(rng.laplace(size=(700, 500)) * scale * 0.35).astype(np.int32),
+        "last": dense[40:80, :90].astype(np.int64) << 40,
+        "signs": rng.integers(0, 2, (300, 500)).astype(bool),
+        "new": rng.integers(0, 3, (300, 400)).astype(np.int8),
+        "newer": rng.integers(0, 3, (300, 400)).astype(np.int8),
+        "newest": rng.integers(0, 3, (300, 400)).astype(np.int8),
+    }
     near = {"f4": np.nextafter(floats["f4"], np.float32(1))}
     return {
         "empty": ({}, Context()),
@@ -59,6 +70,7 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
         "floats": (floats, Context()),
         "floats_previous": (near, Context(previous={"f4": floats["f4"]})),
         "dense_lanes": ({"w": dense, "b": dense[0]}, Context()),
+        "groups": (groups, Context()),
         "neighbours": ({"w": smooth.astype(np.int16)}, Context()),
         "delta": ({"w": delta}, Context(layout=layout, previous={"w": held})),
         "update": ({"w": update}, Context(layout=layout, mask={"w": mask})),
@@ -118,7 +130,7 @@ def must_fail() -> dict[str, bytes]:
     rng = np.random.default_rng(3)
     wide = encode({"w": rng.integers(-8, 8, (200, 200)).astype("i4")})
     swapped = bytearray(wide)
-    swapped[-20] ^= 1
+    swapped[-4 - len(unseal(wide, Context(), Limits()).rest) + 40] ^= 1
 
     def start(coder: AdaptiveEncoder, uint: Callable[[], int]) -> list[int]:
         models = [uint() for _ in range(6)]

@@ -107,6 +107,16 @@ def test_many_tensors_in_one_payload() -> None:
     round_trip(tensors)
 
 
+@pytest.mark.parametrize("values", [2, 3, 16, 200, 256])
+def test_incompressible_values_cost_little_more_than_themselves(values: int) -> None:
+    # All final states lie in the top octave where every symbol takes a whole number of bits.
+    rng = np.random.default_rng(values)
+    drawn = rng.integers(0, values, (300, 1000))
+    for array in (drawn.astype(np.uint8), drawn.astype(bool) if values == 2 else drawn):
+        payload = round_trip({"a": array, "b": array[:3, :5]})
+        assert len(payload) * 8 < 1.01 * np.log2(values) * drawn.size + 2000
+
+
 def test_values_that_cancel_previous_are_nearly_free() -> None:
     rng = np.random.default_rng(7)
     previous = rng.integers(-40, 41, (200, 200)).astype(np.int32)
