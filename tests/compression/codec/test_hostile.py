@@ -211,7 +211,7 @@ def test_encode_refuses_what_contradicts_the_context() -> None:
 
 def test_tensors_are_decoded_one_at_a_time() -> None:
     rng = np.random.default_rng(2)
-    tensors = {f"t{i}": rng.integers(-8, 8, (300, 500)).astype("i4") for i in range(6)}
+    tensors = {f"t{i}": rng.integers(-8, 9, (300, 500)).astype("i4") for i in range(6)}
     payload = bytearray(encode(tensors))
     # Damage the last segment: the tensors before it must still come out.
     payload[-40] ^= 255
