@@ -19,7 +19,7 @@ TOP_FOLDERS = ("compression", "server", "client", "simulations", "cli")
 LAYERS = (
     {"compression.codec"},
     {"compression.versions", "compression.schemes"},
-    {"compression.pruning", "compression.onnx", "compression.flower"},
+    {"compression.pruning", "compression.files", "compression.onnx", "compression.flower"},
     {"client.training", "client.edge", "server.federation", "server.releases"},
     {"simulations"},
     {"cli"},
@@ -99,7 +99,10 @@ def test_edge_agent_names_no_training_library() -> None:
 
 @pytest.mark.parametrize(
     "package",
-    ["compression.codec", "compression.schemes", "compression.versions", "client.edge", "cli"],
+    [
+        *("compression.codec", "compression.schemes", "compression.versions"),
+        *("compression.files", "client.edge", "cli"),
+    ],
 )
 def test_imports_where_training_libraries_are_not_installed(package: str) -> None:
     """Every module of a package, in an interpreter that refuses to import them."""

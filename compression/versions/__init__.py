@@ -34,7 +34,12 @@ from prunecast.compression.versions.payloads import (
 )
 from prunecast.compression.versions.seeded import Seed, draw_like
 from prunecast.compression.versions.session import Instruction, Report, UpdateRule, reply_tag
-from prunecast.compression.versions.storage import load_model, save_model, write_atomically
+from prunecast.compression.versions.storage import (
+    load_model,
+    replacing,
+    save_model,
+    write_atomically,
+)
 from prunecast.compression.versions.updates import (
     QuantisedTensor,
     Update,
@@ -73,6 +78,7 @@ __all__ = [
     "load_model",
     "open_plain",
     "refine",
+    "replacing",
     "reply_tag",
     "save_model",
     "short",

@@ -32,7 +32,7 @@ def step_for_bits(
     dead_zone: float = 0.5,
     relative_to: RelativeTo = None,
     tolerance: float = 0.02,
-    measure: Callable[[dict[str, NDArray[np.int32]]], int] | None = None,
+    measure: Callable[[dict[str, NDArray[np.int32]], dict[str, float]], int] | None = None,
     parameters: int | None = None,
 ) -> dict[str, float]:
     """Return the steps at which ``len(encode(quantised)) * 8`` meets a number of bits.
@@ -47,8 +47,8 @@ def step_for_bits(
         dead_zone: as for :func:`quantise`.
         relative_to: what the steps are proportional to; None gives all tensors the same step.
         tolerance: relative deviation allowed to both sides, above 0 and below 1.
-        measure: bytes that the quantised tensors take, instead of the payload's length; for
-            those who send more than this payload.
+        measure: bytes that quantised tensors with their steps take, instead of the payload's
+            length; for those who send more than this payload.
         parameters: what to divide by, instead of the number of values.
 
     Returns:
@@ -74,16 +74,14 @@ def step_for_bits(
     if not lattice.size or count < 1:
         raise QuantiseError("there is no parameter: nothing to quantise")
 
-    def length(quantised: dict[str, NDArray[np.int32]]) -> int:
-        return len(encode(quantised, context=context)) if measure is None else measure(quantised)
-
     def bits(x: float) -> float:
         steps = lattice.steps(-x)
         q = {
             name: quantise(array, steps[name], dead_zone=dead_zone, name=name)
             for name, array in lattice.tensors.items()
         }
-        return length(q) * 8 / count
+        nbytes = measure(q, steps) if measure else len(encode(q, context=context))
+        return nbytes * 8 / count
 
     low, high = bits_per_parameter * (1 - tolerance), bits_per_parameter * (1 + tolerance)
     if not lattice.reach:

@@ -116,7 +116,7 @@ def test_what_else_is_sent_can_be_measured() -> None:
     tensors = {"w": values("gauss")}
     size = tensors["w"].size
     steps = step_for_bits(
-        tensors, 2.0, measure=lambda q: 5000 + len(encode(q)), parameters=2 * size
+        tensors, 2.0, measure=lambda q, steps: 5000 + len(encode(q)), parameters=2 * size
     )
     total = 5000 + rate(tensors, steps) * size / 8
     assert abs(total * 8 / (2 * size) / 2.0 - 1) <= 0.02

@@ -1,0 +1,194 @@
+"""One part of a compressed file: a codec payload that says how its tensors were coded.
+
+The layout is specified in ``docs/files.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.compression.codec import (
+    CodecError,
+    Limits,
+    Payload,
+    TensorSpec,
+    encode,
+    open_payload,
+)
+from prunecast.compression.files.codings import BITS, HELD, LATTICE, PLAIN, Coded, restore
+from prunecast.compression.files.errors import UnreadableFile, UnsupportedTensor
+from prunecast.compression.files.tensors import FileSpec, FileTensor
+
+__all__ = ["ESCAPED", "MOST_NAME", "Part", "held_name", "open_part", "pack_part"]
+
+MOST_NAME = 1 << 16
+"""Bytes of the longest name."""
+RESERVED = "prunecast:"
+ESCAPED = "prunecast:="
+_PART, _CODINGS, _STEPS, _METADATA = (
+    RESERVED + key for key in ("part", "codings", "steps", "metadata")
+)
+_MOST_METADATA = 1 << 24  # bytes
+_MOST_DIMS = 32  # of the codec's format
+
+
+def held_name(name: str) -> str:
+    """Name under which a payload holds a tensor."""
+    return ESCAPED + name if name.startswith(RESERVED) else name
+
+
+def pack_part(
+    tensors: Mapping[str, Coded],
+    *,
+    number: int = 0,
+    count: int = 1,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """Return one part.
+
+    Args:
+        tensors: name to coded tensor.
+        number: of this part, from 0.
+        count: number of parts.
+        metadata: texts for the whole file; in the first part.
+
+    Raises:
+        CodecError: a tensor cannot be coded.
+        UnsupportedTensor: a name, the dimensions or the metadata exceed what a reader accepts.
+    """
+    for name, coded in tensors.items():
+        if len(name.encode("utf-8", "surrogatepass")) > MOST_NAME or coded.values.ndim > _MOST_DIMS:
+            raise UnsupportedTensor(
+                f"tensor {name[:80]!r} has a name of more than {MOST_NAME} bytes or more than "
+                f"{_MOST_DIMS} dimensions"
+            )
+    arrays = {held_name(name): coded.values for name, coded in tensors.items()}
+    if any(coded.coding for coded in tensors.values()):
+        arrays[_CODINGS] = np.array([coded.coding for coded in tensors.values()], np.uint8)
+    steps = [coded.step for coded in tensors.values() if coded.coding in LATTICE]
+    if steps:
+        arrays[_STEPS] = np.array(steps, np.float32)
+    if count > 1:
+        arrays[_PART] = np.array([number, count])
+    if metadata:
+        text = json.dumps(dict(metadata), ensure_ascii=False, separators=(",", ":"))
+        encoded = text.encode("utf-8", "surrogatepass")
+        if len(encoded) > _MOST_METADATA:
+            raise UnsupportedTensor(f"the file's metadata exceed {_MOST_METADATA} bytes")
+        arrays[_METADATA] = np.frombuffer(encoded, np.uint8)
+    return encode(arrays)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part whose tensors are decoded when asked for.
+
+    Attributes:
+        specs: name to dtype and shape, as restored.
+        codings: name to number of its coding.
+        steps: name to lattice step, of the quantised ones.
+        number: of this part, from 0.
+        count: number of parts of the file.
+        metadata: texts for the whole file.
+    """
+
+    payload: Payload
+    specs: dict[str, FileSpec]
+    codings: dict[str, int]
+    steps: dict[str, float]
+    number: int = 0
+    count: int = 1
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def load(self, name: str) -> FileTensor:
+        """Decode one tensor.
+
+        Raises:
+            UnreadableFile: its bytes are damaged.
+        """
+        try:
+            values = self.payload[held_name(name)]
+        except CodecError as error:
+            raise UnreadableFile(f"tensor {name!r} cannot be decoded: {error}") from error
+        return restore(Coded(values, self.codings[name], self.steps.get(name, 0.0)))
+
+
+def open_part(payload: bytes, limits: Limits | None = None) -> Part:
+    """Open a part; every note is checked against the tensors.
+
+    Raises:
+        CodecError: not a payload of the codec, damaged, or above the limits.
+        UnreadableFile: its notes contradict its tensors, or are from a newer release.
+    """
+    opened = open_payload(payload, limits=limits)
+    stored: dict[str, str] = {}
+    notes = {_PART, _CODINGS, _STEPS, _METADATA} & set(opened.specs)
+    for held in opened.specs:
+        if held in notes:
+            continue
+        if held.startswith(RESERVED) and not held.startswith(ESCAPED):
+            raise UnreadableFile(f"the note {held!r} is not known to this release: update it")
+        name = held.removeprefix(ESCAPED)
+        if name in stored:
+            raise UnreadableFile(f"tensor {name!r} appears twice")
+        stored[name] = held
+    codes = [PLAIN] * len(stored)
+    if _CODINGS in notes:
+        codes = _note(opened, _CODINGS, "uint8", len(stored)).tolist()
+    codings = dict(zip(stored, codes, strict=True))
+    quantised = [name for name, code in codings.items() if code in LATTICE]
+    steps: dict[str, float] = {}
+    if quantised or _STEPS in notes:
+        steps = dict(
+            zip(quantised, _note(opened, _STEPS, "float32", len(quantised)).tolist(), strict=True)
+        )
+    specs = {
+        name: _restored_spec(name, opened.specs[held], codings[name], steps.get(name))
+        for name, held in stored.items()
+    }
+    number, count = 0, 1
+    if _PART in notes:
+        number, count = _note(opened, _PART, "int64", 2).tolist()
+    metadata = _metadata(opened) if _METADATA in notes else {}
+    return Part(opened, specs, codings, steps, number, count, metadata)
+
+
+def _note(opened: Payload, name: str, dtype: str, size: int) -> NDArray[Any]:
+    if name not in opened.specs or opened.specs[name] != TensorSpec(np.dtype(dtype), (size,)):
+        raise UnreadableFile(f"the note {name!r} is missing, or not {size} values of {dtype}")
+    return opened[name]
+
+
+def _restored_spec(name: str, held: TensorSpec, coding: int, step: float | None) -> FileSpec:
+    dtype, expected = held.dtype.name, held.dtype.name
+    if coding in LATTICE:
+        dtype, expected = LATTICE[coding], "int32"
+        if step is None or not (math.isfinite(step) and step > 0):
+            raise UnreadableFile(f"tensor {name!r} has the lattice step {step}")
+    elif coding in BITS:
+        dtype, expected = BITS[coding], HELD[BITS[coding]]
+    elif coding != PLAIN:
+        raise UnreadableFile(f"tensor {name!r} has coding {coding}, unknown here: update prunecast")
+    if held.dtype.name != expected:
+        raise UnreadableFile(f"tensor {name!r} is held as {held.dtype}, not as {expected}")
+    return FileSpec(dtype, held.shape)
+
+
+def _metadata(opened: Payload) -> dict[str, str]:
+    spec = opened.specs[_METADATA]
+    if spec.dtype != np.uint8 or len(spec.shape) != 1 or spec.size > _MOST_METADATA:
+        raise UnreadableFile(f"the note {_METADATA!r} is no text")
+    try:
+        document = json.loads(opened[_METADATA].tobytes().decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFile(f"the note {_METADATA!r} is no JSON: {error}") from error
+    if not isinstance(document, dict) or not all(isinstance(v, str) for v in document.values()):
+        raise UnreadableFile(f"the note {_METADATA!r} is not an object of strings")
+    return document

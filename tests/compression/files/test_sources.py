@@ -1,0 +1,442 @@
+"""Reading and writing checkpoints: every dtype, and nothing that a hostile file could want."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from prunecast.compression.files import (
+    FilesError,
+    FileTensor,
+    UnknownFormat,
+    UnreadableFile,
+    UnsafePath,
+    UnsupportedTensor,
+    open_tensors,
+    write_tensors,
+)
+from support.checkpoints import FLOAT8, assert_same, every_kind
+
+FOREIGN = ("bfloat16", *FLOAT8)
+
+
+# --- .safetensors ----------------------------------------------------------------------------
+
+
+def test_safetensors_round_trip(checkpoint: Path, kinds: dict[str, FileTensor]) -> None:
+    source = open_tensors(checkpoint)
+    assert set(source) == set(kinds)
+    assert source.metadata == {"format": "pt", "ключ": "значение"}
+    assert source.nbytes == sum(t.spec.nbytes for t in kinds.values())
+    for name, tensor in kinds.items():
+        assert source.specs[name] == tensor.spec
+        assert_same(source[name], tensor)
+
+
+def test_safetensors_of_the_library_itself(tmp_path: Path) -> None:
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.arange(4, dtype=ml_dtypes.bfloat16),
+        "c": np.array([1.5, -2], ml_dtypes.float8_e4m3fn),
+    }
+    safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")
+    source = open_tensors(tmp_path / "x.safetensors")
+    for name, array in arrays.items():
+        assert source[name].dtype == array.dtype.name
+        assert source[name].values.tobytes() == array.tobytes()
+    assert np.array_equal(source["b"].real(), [0, 1, 2, 3])
+
+
+def test_written_safetensors_are_read_by_the_library(checkpoint: Path) -> None:
+    with safetensors.safe_open(checkpoint, "np") as opened:
+        assert np.array_equal(opened.get_tensor("int16"), every_kind()["int16"].values)
+        assert opened.get_slice("bfloat16").get_dtype() == "BF16"
+
+
+def safetensors_file(header: Any, body: bytes = b"") -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + body
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x08",
+        safetensors_file(b"not json"),
+        safetensors_file({"a": ENTRY}, bytes(7)),
+        safetensors_file({"a": ENTRY}, bytes(9)),
+        safetensors_file({"a": {**ENTRY, "shape": [3]}}, bytes(8)),
+        safetensors_file({"a": {**ENTRY, "shape": [1 << 62]}}, bytes(8)),
+        safetensors_file({"a": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),
+        safetensors_file({"a": {**ENTRY, "dtype": "PICKLE"}}, bytes(8)),
+        (1 << 60).to_bytes(8, "little") + bytes(100),
+    ],
+    ids=str,
+)
+def test_damaged_safetensors_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UnreadableFile, match=r"bad\.safetensors"):
+        open_tensors(path)
+
+
+def test_a_dtype_that_cannot_be_coded_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "complex.safetensors"
+    path.write_bytes(safetensors_file({"z": {**ENTRY, "dtype": "C64", "shape": [1]}}, bytes(8)))
+    with pytest.raises(UnsupportedTensor, match="'z' is C64"):
+        open_tensors(path)
+
+
+def test_a_file_that_shrinks_meanwhile_is_noticed(checkpoint: Path) -> None:
+    source = open_tensors(checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:300])
+    with pytest.raises(UnreadableFile, match="became shorter"):
+        dict(source)
+
+
+# --- .npz ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_of_numpy(tmp_path: Path, save: Callable[..., None]) -> None:
+    arrays = {n: t.values for n, t in every_kind().items() if t.dtype not in FOREIGN}
+    arrays["fortran"] = np.asfortranarray(np.arange(12.0).reshape(3, 4))
+    arrays["big"] = np.arange(5, dtype=">i4")
+    save(tmp_path / "x.npz", **arrays)
+    source = open_tensors(tmp_path / "x.npz")
+    assert list(source) == list(arrays)
+    for name, array in arrays.items():
+        found = source[name].values
+        assert found.dtype == array.dtype.newbyteorder("=")
+        assert found.shape == array.shape == source.specs[name].shape
+        assert np.array_equal(found, array, equal_nan=array.dtype.kind == "f")
+
+
+def test_written_npz_are_read_by_numpy(tmp_path: Path, kinds: dict[str, FileTensor]) -> None:
+    native = {n: t for n, t in kinds.items() if t.dtype not in FOREIGN}
+    write_tensors(tmp_path / "x.npz", native)
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as archive:
+        assert archive.files == list(native)
+        for name, tensor in native.items():
+            assert_same(FileTensor(archive[name], archive[name].dtype.name), tensor)
+    again = tmp_path / "y.npz"
+    write_tensors(again, native)
+    assert again.read_bytes() == (tmp_path / "x.npz").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", FOREIGN)
+def test_npz_cannot_hold_small_floats(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(UnsupportedTensor, match=rf"'x' is {dtype}.*safetensors"):
+        write_tensors(tmp_path / "x.npz", {"x": every_kind()[dtype]})
+    assert list(tmp_path.iterdir()) == []
+
+
+def npy(header: str, body: bytes = b"") -> bytes:
+    raw = header.encode().ljust(118) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(raw).to_bytes(2, "little") + raw + body
+
+
+def npz(**members: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name.replace("__", "."), data)
+    return out.getvalue()
+
+
+GOOD = "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PK",
+        npz(readme__txt=b"hello"),
+        npz(a__npy=b"hello"),
+        npz(a__npy=npy(GOOD, bytes(7))),
+        npz(a__npy=npy(GOOD, bytes(9))),
+        npz(a__npy=npy(GOOD.replace("(2,)", f"({1 << 60},)"), bytes(8))),
+        npz(a__npy=npy(GOOD.replace("(2,)", "(-2,)"), bytes(8))),
+        npz(a__npy=npy(GOOD.replace("(2,)", "__import__('os')"), bytes(8))),
+        npz(a__npy=npy(GOOD.replace("<f4", "|O"), bytes(8))),
+        npz(a__npy=npy(GOOD, bytes(8)))[:-30],
+        npz(a__npy=npy(GOOD, bytes(8))).replace(b"<f4", b"<f8"),
+    ],
+    ids=str,
+)
+def test_damaged_npz_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "bad.npz"
+    path.write_bytes(data)
+    with pytest.raises(UnreadableFile, match=r"bad\.npz"):
+        open_tensors(path)
+
+
+def test_pickles_are_never_loaded(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (pytest.fail, ("a pickle was loaded",))
+
+    path = tmp_path / "bomb.npz"
+    np.savez(path, a=np.array([Bomb()], dtype=object))
+    with pytest.raises(UnreadableFile, match="pickle"):
+        open_tensors(path)
+
+
+@pytest.mark.parametrize("array", [np.array(["text"]), np.array([1j]), np.zeros(2, "f4,i4")])
+def test_npz_dtypes_that_cannot_be_coded_are_named(tmp_path: Path, array: np.ndarray) -> None:
+    np.savez(tmp_path / "x.npz", odd=array)
+    with pytest.raises(UnsupportedTensor, match="'odd' has dtype"):
+        open_tensors(tmp_path / "x.npz")
+
+
+# --- .onnx -----------------------------------------------------------------------------------
+
+ONNX_TYPES = {
+    "float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int8": TensorProto.INT8,
+    "uint16": TensorProto.UINT16, "int16": TensorProto.INT16, "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64, "bool": TensorProto.BOOL, "float16": TensorProto.FLOAT16,
+    "float64": TensorProto.DOUBLE, "uint32": TensorProto.UINT32, "uint64": TensorProto.UINT64,
+    "bfloat16": TensorProto.BFLOAT16, "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
+    "float8_e4m3fnuz": TensorProto.FLOAT8E4M3FNUZ, "float8_e5m2": TensorProto.FLOAT8E5M2,
+    "float8_e5m2fnuz": TensorProto.FLOAT8E5M2FNUZ, "float8_e8m0fnu": TensorProto.FLOAT8E8M0,
+}  # fmt: skip
+
+
+def raw_proto(name: str, tensor: FileTensor) -> Any:
+    proto = TensorProto(name=name, data_type=ONNX_TYPES[tensor.dtype])
+    proto.dims.extend(tensor.values.shape)
+    proto.raw_data = tensor.values.tobytes()
+    return proto
+
+
+def save_model(path: Path, protos: list[Any]) -> None:
+    graph = helper.make_graph([], "g", [], [], initializer=protos)
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+
+
+def test_onnx_raw_data(tmp_path: Path, kinds: dict[str, FileTensor]) -> None:
+    save_model(tmp_path / "m.onnx", [raw_proto(n, t) for n, t in kinds.items()])
+    source = open_tensors(tmp_path / "m.onnx")
+    assert list(source) == list(kinds)
+    for name, tensor in kinds.items():
+        assert_same(source[name], tensor)
+
+
+def test_onnx_typed_data(tmp_path: Path, kinds: dict[str, FileTensor]) -> None:
+    """Values in float_data, int32_data and so on, as other tools write them."""
+    some = {n: t for n, t in kinds.items() if n != "bfloat16"}
+    some["bfloat16"] = FileTensor(np.array([0x3F80, 0xC000, 0x7F80], np.uint16), "bfloat16")
+    protos = []
+    for name, tensor in some.items():
+        values = tensor.values
+        if tensor.dtype in FOREIGN:
+            values = values.view(getattr(ml_dtypes, tensor.dtype))
+        proto = TensorProto(name=name, data_type=ONNX_TYPES[tensor.dtype])
+        proto.dims.extend(values.shape)
+        field = helper.tensor_dtype_to_field(proto.data_type)
+        bits = values.reshape(-1)
+        if tensor.dtype in (*FOREIGN, "float16"):
+            bits = tensor.values.reshape(-1).view(f"u{values.itemsize}")
+        getattr(proto, field).extend(bits.tolist())
+        protos.append(proto)
+    save_model(tmp_path / "m.onnx", protos)
+    source = open_tensors(tmp_path / "m.onnx")
+    for name, tensor in some.items():
+        assert_same(source[name], tensor)
+
+
+def external(name: str, tensor: FileTensor, **entries: str) -> Any:
+    proto = raw_proto(name, tensor)
+    proto.ClearField("raw_data")
+    proto.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        entry = proto.external_data.add()
+        entry.key, entry.value = key, value
+    return proto
+
+
+def test_onnx_external_data(tmp_path: Path, kinds: dict[str, FileTensor]) -> None:
+    model = onnx.load_model_from_string(
+        helper.make_model(
+            helper.make_graph(
+                [],
+                "g",
+                [],
+                [],
+                initializer=[
+                    numpy_helper.from_array(t.values, n)
+                    for n, t in kinds.items()
+                    if t.dtype not in FOREIGN
+                ],
+            )
+        ).SerializeToString()
+    )
+    onnx.save_model(
+        model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0
+    )
+    assert (tmp_path / "w.bin").stat().st_size > 8000
+    source = open_tensors(tmp_path / "m.onnx")
+    for name, tensor in kinds.items():
+        if tensor.dtype not in FOREIGN:
+            assert_same(source[name], tensor)
+
+
+WEIGHT = FileTensor(np.arange(4, dtype=np.float32), "float32")
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "../secret.bin", "/etc/passwd", "sub/../../secret.bin", "..\\secret.bin", "C:\\secret.bin",
+        "\\\\host\\secret.bin", "link.bin", "linked/secret.bin", "", "a\0b",
+    ],
+)  # fmt: skip
+def test_external_data_outside_the_folder_are_refused(tmp_path: Path, location: str) -> None:
+    (tmp_path / "secret.bin").write_bytes(bytes(16))
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (folder / "linked").symlink_to(tmp_path)
+    save_model(folder / "m.onnx", [external("w", WEIGHT, location=location)])
+    with pytest.raises(UnsafePath, match="folder"):
+        open_tensors(folder / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"location": "missing.bin"},
+        {"location": "."},
+        {"location": "w.bin", "offset": "-4"},
+        {"location": "w.bin", "offset": "8"},
+        {"location": "w.bin", "offset": "four"},
+        {"location": "w.bin", "length": "12"},
+        {"location": "w.bin", "offset": str(1 << 70)},
+    ],
+    ids=str,
+)
+def test_external_data_that_do_not_fit_are_refused(tmp_path: Path, entries: dict[str, str]) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(20))
+    save_model(tmp_path / "m.onnx", [external("w", WEIGHT, **entries)])
+    with pytest.raises(UnreadableFile):
+        open_tensors(tmp_path / "m.onnx")
+
+
+def test_external_data_below_the_folder_are_read(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "w.bin").write_bytes(bytes(3) + WEIGHT.values.tobytes() + b"rest")
+    proto = external("w", WEIGHT, location="sub/w.bin", offset="3", length="16")
+    save_model(tmp_path / "m.onnx", [proto])
+    assert_same(open_tensors(tmp_path / "m.onnx")["w"], WEIGHT)
+
+
+def test_onnx_that_cannot_be_read_in_full_says_so(tmp_path: Path) -> None:
+    inner = helper.make_graph([], "then", [], [], initializer=[raw_proto("i", WEIGHT)])
+    node = helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    graph = helper.make_graph([node], "g", [], [], initializer=[raw_proto("w", WEIGHT)])
+    values, places = raw_proto("s", WEIGHT), TensorProto(data_type=TensorProto.INT64, dims=[4])
+    graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [9]))
+    (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    source = open_tensors(tmp_path / "m.onnx")
+    assert list(source) == ["w"]
+    assert source.remarks == [
+        "2 initialisers of inner graphs are not among the tensors",
+        "1 sparse initialisers are not among the tensors",
+    ]
+
+
+def test_damaged_onnx_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    short = raw_proto("w", WEIGHT)
+    short.raw_data = short.raw_data[:-1]
+    negative = TensorProto(name="w", data_type=1, dims=[-1])
+    for protos in ([short], [negative], [raw_proto("w", WEIGHT)] * 2):
+        save_model(path, protos)
+        with pytest.raises(UnreadableFile, match=r"bad\.onnx"):
+            open_tensors(path)
+    for data in (b"", b"\xff" * 40, b"hello world, this is no model"):
+        path.write_bytes(data)
+        with pytest.raises(UnreadableFile, match=r"bad\.onnx"):
+            open_tensors(path)
+    typed = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1 << 40], float_data=[1.0])
+    save_model(path, [typed])
+    with pytest.raises(UnreadableFile, match="'w' is damaged"):
+        open_tensors(path)["w"]
+    save_model(path, [helper.make_tensor("t", TensorProto.STRING, [1], [b"x"])])
+    with pytest.raises(UnsupportedTensor, match="'t' is STRING"):
+        open_tensors(path)
+
+
+# --- all ---------------------------------------------------------------------------------------
+
+
+def test_suffix_decides_and_others_are_named(tmp_path: Path, checkpoint: Path) -> None:
+    upper = checkpoint.rename(tmp_path / "MODEL.SAFETENSORS")
+    assert len(open_tensors(upper)) > 10
+    with pytest.raises(UnknownFormat, match=r"'\.pt' is none of \.safetensors, \.npz, \.onnx"):
+        open_tensors(tmp_path / "model.pt")
+    with pytest.raises(UnknownFormat, match=r"\.onnx"):
+        write_tensors(tmp_path / "model.onnx", {})
+    for name in ("x.safetensors", "x.npz", "x.onnx"):
+        with pytest.raises(UnreadableFile, match="no such file"):
+            open_tensors(tmp_path / name)
+
+
+@cache
+def originals() -> dict[str, bytes]:
+    """A small file of every format."""
+    kinds = {n: t for n, t in every_kind().items() if n not in FOREIGN and t.values.size < 100}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tensors(folder / "s.safetensors", kinds)
+        write_tensors(folder / "s.npz", kinds)
+        save_model(folder / "s.onnx", [raw_proto(n, t) for n, t in kinds.items()])
+        return {p.suffix: p.read_bytes() for p in folder.iterdir()}
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_whatever_the_bytes_only_own_errors_leave(data: st.DataObject, tmp_path: Path) -> None:
+    suffix = data.draw(st.sampled_from(sorted(originals())))
+    mutated = bytearray(originals()[suffix])
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(mutated) - 1) | st.integers(0, 400))
+        mutated[at] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del mutated[data.draw(st.integers(0, len(mutated))) :]
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(mutated)
+    try:
+        source = open_tensors(path)
+    except FilesError:
+        return
+    for name in source:
+        try:
+            tensor = source[name]
+        except FilesError:
+            continue
+        assert tensor.spec == source.specs[name]
