@@ -6,7 +6,14 @@ from rich.console import Console
 
 __all__ = ["explain", "is_usage", "make_console"]
 
-_EXTRAS = {"edge": "edge", "release": "server", "serve": "server"}
+_EXTRAS = {
+    "edge": "edge",
+    "release": "server",
+    "serve": "server",
+    "compress": "files",
+    "decompress": "files",
+    "inspect": "files",
+}
 _USAGE = {"ScenarioError", "PolicyError", "StrategyError"}
 
 

@@ -87,6 +87,9 @@ _command("report")
 _group("release")
 _command("serve")
 _group("edge")
+_command("compress")
+_command("decompress")
+_command("inspect")
 
 
 def run() -> None:

@@ -13,7 +13,10 @@ from prunecast.cli.console import explain, is_usage
 from prunecast.cli.main import app
 from prunecast.simulations.scenarios import ScenarioError
 
-COMMANDS = ["demo", "simulate", "report", "release", "serve", "edge"]
+COMMANDS = [
+    *("demo", "simulate", "report", "release", "serve", "edge"),
+    *("compress", "decompress", "inspect"),
+]
 
 
 @pytest.fixture

@@ -1,0 +1,214 @@
+"""`prunecast inspect`: what the tensors of a file are like, and what they cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunecast.cli.compress import AsJson
+from prunecast.cli.console import make_console
+from prunecast.cli.tables import (
+    Column,
+    bits_text,
+    count_text,
+    file_progress,
+    print_table,
+    say,
+    shape_text,
+    short_dtype,
+)
+
+if TYPE_CHECKING:
+    from prunecast.compression.codec import Outline
+    from prunecast.compression.files import Inspection, TensorFile
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(help="A .safetensors, .npz or .onnx file, or a compressed .pcc.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show every tensor of a checkpoint, and what it costs when it is coded losslessly.
+
+    Of a compressed file, show where its bytes are: by section of the format and by tensor.
+    """
+    from prunecast.compression.files import (
+        describe_payloads,
+        inspect_archive,
+        inspect_tensors,
+        open_archive,
+        open_tensors,
+    )
+
+    outlines: list[Outline] = []
+    source: TensorFile
+    if file.suffix.lower() in (".safetensors", ".npz", ".onnx"):
+        source = open_tensors(file)
+        with file_progress(make_console(stderr=True)) as progress:
+            found = inspect_tensors(source, on_progress=progress)
+    else:
+        outlines = describe_payloads(file)
+        if any(o.needs for o in outlines):
+            _show_outlines(file, outlines, as_json)
+            return
+        source = archive = open_archive(file)
+        with file_progress(make_console(stderr=True)) as progress:
+            found = inspect_archive(archive, on_progress=progress)
+    if as_json:
+        typer.echo(json.dumps(_document(source, found, outlines)))
+    elif outlines:
+        _show_archive(source, found, outlines)
+    else:
+        _show_tensors(source, found)
+
+
+def _document(source: TensorFile, found: Inspection, outlines: list[Outline]) -> dict[str, Any]:
+    return {
+        "file": str(source.path),
+        "kind": source.kind,
+        "payloads": [_outline(o) for o in outlines],
+        "raw_bytes": source.nbytes,
+        "zlib_bytes": found.zlib,
+        "coded_bytes": found.nbytes,
+        "common_bytes": found.common,
+        "elements": source.size,
+        "sections": found.sections,
+        "metadata": source.metadata,
+        "remarks": source.remarks,
+        "tensors": [
+            {
+                "name": name,
+                "dtype": t.spec.dtype,
+                "shape": list(t.spec.shape),
+                "raw_bytes": t.spec.nbytes,
+                "zeros": t.zeros,
+                "entropy_bits": t.entropy,
+                "step": t.step,
+                "coded_bytes": t.nbytes,
+                "bits_per_element": 8 * t.nbytes / t.spec.size if t.spec.size else None,
+                "shared": t.shared,
+                "sections": dict(t.sections),
+            }
+            for name, t in found.tensors.items()
+        ],
+    }
+
+
+def _outline(outline: Outline) -> dict[str, Any]:
+    return {
+        "version": ".".join(map(str, outline.version)),
+        "needs": list(outline.needs),
+        "context_tag": outline.context_tag.hex(),
+        "bytes": outline.nbytes,
+    }
+
+
+def _show_outlines(file: Path, outlines: list[Outline], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"file": str(file), "payloads": [_outline(o) for o in outlines]}))
+        return
+    console = make_console()
+    for o in outlines:
+        say(
+            console,
+            f"{file}: a payload of {o.nbytes:,} bytes, format {'.'.join(map(str, o.version))}, "
+            f"coded against {' and '.join(o.needs) or 'nothing'}"
+            + (f" with the tag {o.context_tag.hex()}." if o.needs else "."),
+        )
+    say(
+        console,
+        "Its tensors can be read only with that context, which sender and receiver hold: "
+        "prunecast.compression.codec.measure_costs(payload, context=...).",
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.1f} %"
+
+
+def _show_tensors(source: TensorFile, found: Inspection) -> None:
+    from prunecast.simulations.report.text import bytes_text, ratio_text
+
+    console = make_console()
+    columns = [
+        Column("tensor"), Column("shape"), Column("dtype"), Column("zeros"), Column("H0"),
+        Column("raw", wide_only=True), Column("coded"), Column("bits"), Column("share"),
+    ]  # fmt: skip
+    rows = [
+        [
+            name, shape_text(t.spec.shape), short_dtype(t.spec.dtype),
+            f"{100 * (t.zeros or 0):.1f} %", f"{t.entropy or 0:.2f}", bytes_text(t.spec.nbytes),
+            bytes_text(t.nbytes), bits_text(t.nbytes, t.spec.size), _share(t.nbytes, found.nbytes),
+        ]
+        for name, t in found.tensors.items()
+    ]  # fmt: skip
+    rows.append(
+        ["in common", "", "", "", "", "", bytes_text(found.common), "",
+         _share(found.common, found.nbytes)]
+    )  # fmt: skip
+    total = [
+        count_text(len(found.tensors), "tensor"), f"{source.size:,}", "", "", "",
+        bytes_text(source.nbytes), bytes_text(found.nbytes),
+        bits_text(found.nbytes, source.size), "",
+    ]  # fmt: skip
+    print_table(console, columns, rows, total=total)
+    for label, size in (
+        ("plain", source.nbytes),
+        ("zlib -6", found.zlib or 0),
+        ("coded", found.nbytes),
+    ):
+        ratio = ratio_text(source.nbytes / size) if size else "–"
+        console.print(f"{label:8} {size:>15,} bytes {ratio:>7}")
+    console.print()
+    say(
+        console,
+        "H0: zeroth-order entropy in bits per element, of the values of integers and of the "
+        "bytes of floats. bits: per element. Coded losslessly; "
+        "prunecast compress --error 0.01 would quantise.",
+    )
+    for remark in source.remarks:
+        say(console, f"Note: {remark}.")
+
+
+def _show_archive(source: TensorFile, found: Inspection, outlines: list[Outline]) -> None:
+    from prunecast.simulations.report.text import bytes_text, ratio_text
+
+    console = make_console()
+    version = ".".join(map(str, outlines[0].version))
+    say(
+        console,
+        f"{source.path}: format {version}, {count_text(found.parts, 'part')}, no context needed; "
+        f"{found.nbytes:,} bytes for {source.nbytes:,} "
+        f"({ratio_text(source.nbytes / found.nbytes)}), "
+        f"{bits_text(found.nbytes, source.size)} bits per element",
+    )
+    console.print()
+    sections = [[n, f"{b:,}", _share(b, found.nbytes)] for n, b in found.sections.items() if b]
+    print_table(console, [Column("section"), Column("bytes"), Column("share")], sections)
+    columns = [
+        Column("tensor"), Column("shape"), Column("dtype"), Column("step"), Column("coded"),
+        Column("bits"), Column("share"),
+    ]  # fmt: skip
+    rows = []
+    for name, t in found.tensors.items():
+        rows.append(
+            [
+                name, shape_text(t.spec.shape), short_dtype(t.spec.dtype),
+                "exact" if t.step is None else f"{t.step:.3g}",
+                ("~" if t.shared else "") + bytes_text(t.nbytes),
+                bits_text(t.nbytes, t.spec.size), _share(t.nbytes, found.nbytes),
+            ]
+        )  # fmt: skip
+    rows.append(
+        ["in common", "", "", "", bytes_text(found.common), "",
+         _share(found.common, found.nbytes)]
+    )  # fmt: skip
+    print_table(console, columns, rows)
+    if any(t.shared for t in found.tensors.values()):
+        console.print("~: its share of a segment that several tensors have in common.")

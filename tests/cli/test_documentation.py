@@ -1,0 +1,54 @@
+"""docs/compress.md: its commands and its code run, on a network of our own."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from prunecast.cli.main import app
+from prunecast.compression.files import FileTensor, write_tensors
+
+TEXT = (Path(__file__).parents[2] / "docs" / "compress.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> str:
+    found = re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+    return "".join(found)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    weight = np.random.default_rng(0).laplace(size=(60, 50)).astype(np.float32)
+    tensors = {"classifier.weight": FileTensor(weight, "float32")}
+    write_tensors(tmp_path / "model.npz", tensors)
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_commands_run_in_order(folder: Path) -> None:
+    commands = [shlex.split(line) for line in blocks("console").splitlines()]
+    assert len(commands) >= 5
+    for _, *arguments in commands:
+        if arguments[0] != "inspect":
+            arguments.append("--force")
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, f"{arguments}\n{result.output}"
+
+
+def test_options_named_in_the_text_exist() -> None:
+    shown = CliRunner().invoke(app, ["compress", "--help"], env={"COLUMNS": "200"}).output
+    for option in set(re.findall(r"`(--[a-z-]+)", TEXT)):
+        assert option in shown or option == "--output", option
+
+
+def test_code_runs(folder: Path) -> None:
+    scope: dict[str, object] = {}
+    exec(compile(blocks("python"), "docs/compress.md", "exec"), scope)
+    assert isinstance(scope["weight"], np.ndarray)
+    assert scope["weight"].shape == (60, 50)
