@@ -1,40 +1,5 @@
 """A small classifier and an empty repository."""
 
-from __future__ import annotations
+from support.releases import graph, images, keys, model, repository
 
-from collections.abc import Callable
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-from prunecast.compression.onnx import ExportedGraph
-from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import KeyRing, Repository
-from support.classifier import classifier, classifier_graph, classifier_inputs
-
-
-@pytest.fixture(scope="session")
-def graph() -> ExportedGraph:
-    return classifier_graph()
-
-
-@pytest.fixture(scope="session")
-def model() -> Callable[[int], PublishedModel]:
-    """A function: number -> that version of the model."""
-    return classifier
-
-
-@pytest.fixture(scope="session")
-def images() -> np.ndarray:
-    return classifier_inputs()
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> KeyRing:
-    return KeyRing.create(tmp_path / "keys")
-
-
-@pytest.fixture
-def repository(tmp_path: Path, keys: KeyRing) -> Repository:
-    return Repository.create(tmp_path / "repository", keys)
+__all__ = ["graph", "images", "keys", "model", "repository"]
