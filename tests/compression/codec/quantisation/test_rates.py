@@ -75,7 +75,7 @@ def test_within_two_per_cent(kind: str, bits: float, encodings: list[int]) -> No
     tensors = {"w": values(kind)}
     steps = step_for_bits(tensors, bits)
     assert len(encodings) <= 7
-    assert abs(rate(tensors, steps) / bits - 1) <= 0.02
+    assert abs(rate(tensors, steps) / bits - 1) <= 0.02 + 1e-9
     assert steps["w"] == float(np.float32(steps["w"]))
 
 
@@ -89,7 +89,7 @@ def test_within_two_per_cent(kind: str, bits: float, encodings: list[int]) -> No
 def test_any_rate(kind: str, bits: float, seed: int, dead_zone: float) -> None:
     tensors = {"w": values(kind, seed, (150, 160)), "b": values(kind, seed + 1, (1, 40))}
     steps = step_for_bits(tensors, bits, dead_zone=dead_zone)
-    assert abs(rate(tensors, steps, dead_zone) / bits - 1) <= 0.02
+    assert abs(rate(tensors, steps, dead_zone) / bits - 1) <= 0.02 + 1e-9
 
 
 def test_steps_in_proportion() -> None:
@@ -98,7 +98,7 @@ def test_steps_in_proportion() -> None:
     steps = step_for_bits(tensors, 1.5, relative_to="std")
     ratio = tensors["w"].std(dtype=np.float64) / tensors["v"].std(dtype=np.float64)
     assert steps["w"] / steps["v"] == pytest.approx(ratio, rel=1e-6)
-    assert abs(rate(tensors, steps) / 1.5 - 1) <= 0.02
+    assert abs(rate(tensors, steps) / 1.5 - 1) <= 0.02 + 1e-9
 
 
 def test_with_a_context() -> None:
@@ -108,7 +108,7 @@ def test_with_a_context() -> None:
     layout = {"w": TensorSpec(np.dtype(np.int32), x.shape)}
     context = Context(layout=layout, mask={"w": mask})
     steps = step_for_bits(tensors, 0.3, context=context)
-    assert abs(rate(tensors, steps, context=context) / 0.3 - 1) <= 0.02
+    assert abs(rate(tensors, steps, context=context) / 0.3 - 1) <= 0.02 + 1e-9
     assert rate(tensors, steps) > 0.5  # without the mask the same integers cost more
 
 
@@ -119,7 +119,7 @@ def test_what_else_is_sent_can_be_measured() -> None:
         tensors, 2.0, measure=lambda q, steps: 5000 + len(encode(q)), parameters=2 * size
     )
     total = 5000 + rate(tensors, steps) * size / 8
-    assert abs(total * 8 / (2 * size) / 2.0 - 1) <= 0.02
+    assert abs(total * 8 / (2 * size) / 2.0 - 1) <= 0.02 + 1e-9
 
 
 def test_a_head_larger_than_the_target_is_named() -> None:
@@ -168,4 +168,4 @@ def test_small_tensors_meet_the_rate_or_say_why_not(x: np.ndarray, bits: float) 
         steps = step_for_bits({"w": x}, bits)
     except QuantiseError as error:
         message = str(error)
-    assert "bits" in message if message else abs(rate({"w": x}, steps) / bits - 1) <= 0.02
+    assert "bits" in message if message else abs(rate({"w": x}, steps) / bits - 1) <= 0.02 + 1e-9
