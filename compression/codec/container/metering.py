@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -100,8 +101,9 @@ def measured_body(
     sized = iter([i for i, f in enumerate(fields) if f.size])
     bits: dict[Cell, float] = defaultdict(float)
     field, segment, in_tail = -1, -1, False
+    starts = sorted(owners)
     for context, cost in meter.notes[done:]:
-        owner = max(c for c in owners if c <= context)
+        owner = starts[bisect_right(starts, context) - 1]
         name = owners[owner]
         if name == "mode":
             field = next(sized)
