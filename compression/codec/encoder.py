@@ -39,6 +39,7 @@ _STEPS = 250
 _LARGE = 20_000
 _STATIC = 1000
 _ONE_SIGN = 64
+_FINE = 1 << 18
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None) -> bytes:
@@ -208,8 +209,8 @@ def _encode_lanes(
             part.release()
     count = len(body.sparse) + int(body.sparse.sum())
     h = np.zeros(count << 8, np.int64)
-    for s in streams:
-        h += np.bincount((s.tables.astype(np.int64) << 8) | s.tokens, minlength=count << 8)
+    for stream in streams:
+        h += stream.histogram(count << 8)
     kinds = [int(s) for s in body.sparse] + [2] * int(body.sparse.sum())
     last: dict[int, list[int]] = {}
     for kind, row in zip(kinds, h.reshape(count, 256), strict=True):
@@ -217,8 +218,10 @@ def _encode_lanes(
         body.tables.append(logs)
         if logs:
             last[kind] = logs
+    # Look-up tables take nine bytes a slot: many slots only where symbols abound.
     wide = max(len(t) for t in body.tables) > 48 and count <= 24
-    body.precision = 14 if wide else 12
+    size = sum(len(stream.tokens) for stream in streams)
+    body.precision = 14 if wide and size > _FINE else 12
     tables = rans_tables(body)
     data = []
     sizes = [_estimate(stream, tables) / 8 for stream in streams]
@@ -245,11 +248,9 @@ def _side_symbols(body: Body) -> int:
 
 
 def _estimate(stream: SymbolStream, tables: RansTables) -> float:
-    f = tables.frequencies
-    key = stream.tables.astype(np.int64) * f.shape[1] + stream.tokens
-    h = np.bincount(key, minlength=f.size)
-    cost = tables.precision - np.log2(np.maximum(f.ravel(), 1))
-    return float((h * cost).sum()) + 8 * len(stream.raw)
+    cost = tables.precision - np.log2(np.maximum(tables.frequencies, 1))
+    counts = stream.histogram(cost.shape[0] << 8).reshape(-1, 256)[:, : cost.shape[1]]
+    return float((counts * cost).sum()) + 8 * len(stream.raw)
 
 
 def _incompressible(z: NDArray[Any]) -> bool:

@@ -19,6 +19,7 @@ __all__ = ["SymbolStream", "rans_tables", "read_segment", "write_segment"]
 # Lanes of a segment for each lane of its tail; bytes of first words that make a tail worth it.
 _TAIL = 12
 _LEAST_SPARE = 64
+_CHUNK = 1 << 16
 
 
 class SymbolStream:
@@ -34,6 +35,15 @@ class SymbolStream:
         self.raw = raw.finish()
         self.tables = table_of_symbols(body.sparse, dense_cluster, symbols.counts)
         self.counts = symbols.counts[body.sparse].tolist()
+
+    def histogram(self, length: int) -> NDArray[np.int64]:
+        """Counts of ``table * 256 + token``."""
+        h = np.zeros(length, np.int64)
+        for s in range(0, len(self.tokens), _CHUNK):  # in chunks, to bound temporary arrays
+            key = self.tables[s : s + _CHUNK].astype(np.int64) << 8
+            key |= self.tokens[s : s + _CHUNK]
+            h += np.bincount(key, minlength=length)
+        return h
 
 
 def table_of_symbols(

@@ -17,7 +17,7 @@ from ..errors import MalformedPayload
 
 __all__ = ["Placement", "Symbols", "collect", "distribute"]
 
-_CHUNK = 1 << 17
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Placement:
         last = int(sparse.sum())
         bucket = np.full(len(sparse), last, np.uint8)
         bucket[sparse] = np.arange(last)
-        order, sizes = _sorted_positions(bucket.take(clusters), last + 1)
+        order, sizes = _sorted_positions(clusters, bucket, last + 1)
         counts = np.zeros(len(sparse), np.int64)
         counts[sparse] = sizes[:last]
         total = len(clusters) - int(sizes[last])
@@ -67,22 +67,24 @@ class Symbols:
 
 
 def _sorted_positions(
-    buckets: NDArray[np.uint8], count: int
+    clusters: NDArray[np.uint8], bucket: NDArray[np.uint8], count: int
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Positions by bucket, in order within each; and the buckets' sizes.
+    """Positions by the bucket of their cluster, in order within each; and the buckets' sizes.
 
     A stable sort, in chunks to bound the temporary arrays.
     """
-    n = len(buckets)
+    n = len(clusters)
     order: NDArray[Any] = np.empty(n, np.int32 if n < 1 << 31 else np.int64)
     starts = range(0, n, _CHUNK)
-    sizes = [np.bincount(buckets[s : s + _CHUNK], minlength=count) for s in starts]
+    sizes = []
     total = np.zeros(count, np.int64)
-    for parts in sizes:
-        total += parts
+    for s in starts:
+        by_cluster = np.bincount(clusters[s : s + _CHUNK], minlength=len(bucket))
+        sizes.append(np.bincount(bucket, by_cluster, count).astype(np.int64))
+        total += sizes[-1]
     at = (np.cumsum(total) - total).tolist()
     for s, parts in zip(starts, sizes, strict=True):
-        chunk = np.argsort(buckets[s : s + _CHUNK], kind="stable")
+        chunk = np.argsort(bucket.take(clusters[s : s + _CHUNK]), kind="stable")
         chunk += s
         done = 0
         for b in np.flatnonzero(parts).tolist():

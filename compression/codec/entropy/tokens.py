@@ -17,7 +17,7 @@ from .rawbits import BitReader, BitWriter
 
 __all__ = ["GAP_TOKENS", "TokenScheme", "bit_length_minus_one", "signed", "zigzag"]
 
-_CHUNK = 1 << 17
+_CHUNK = 1 << 16
 
 
 def zigzag(v: NDArray[Any]) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..entropy.tokens import signed
 from .fields import Field, half_octaves
+from .lookup import CHUNK, look_up
 
 __all__ = [
     "ACTIVITIES",
@@ -41,7 +42,6 @@ __all__ = [
 ACTIVITIES = 64
 MAX_LEVEL = 63
 MAX_DEPTH = 3
-_CHUNK = 1 << 17
 UNIT_ACTIVITY = 36
 """The activity that stands for E|q| = 1."""
 
@@ -155,19 +155,19 @@ class Classifier:
         if around is not None:
             joint = table[neighbour_classes()[:, act], act].reshape(-1)
             out = np.empty(len(around), table.dtype)
-            for s in range(0, len(around), _CHUNK):  # in chunks, to bound temporary arrays
-                index = half_octaves(np.abs(around[s : s + _CHUNK])).astype(np.uint16) << 7
+            for s in range(0, len(around), CHUNK):  # in chunks, to bound temporary arrays
+                index = half_octaves(np.abs(around[s : s + CHUNK])).astype(np.uint16) << 7
                 if sums is not None:
-                    index |= sums[s : s + _CHUNK]
-                joint.take(index, out=out[s : s + _CHUNK], mode="clip")
+                    index |= sums[s : s + CHUNK]
+                joint.take(index, out=out[s : s + CHUNK], mode="clip")
             return out
         if not f.conditioned:
             if sums is None:
                 return np.full(phase_size(f.size, self._code.depth, phase), table[0, act[0]])
-            return np.asarray(table[0, act].take(sums))
+            return look_up(table[0, act], sums)
         classes = f.previous_classes()
         if sums is None:
-            return np.asarray(table[:, act[0]].take(classes))
+            return look_up(table[:, act[0]], classes)
         index = classes.astype(np.uint16) << 7
         index |= sums
-        return np.asarray(table[:, act].reshape(-1).take(index))
+        return look_up(table[:, act].reshape(-1), index)

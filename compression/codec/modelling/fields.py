@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..context import Context, TensorSpec, spec_of
 from ..entropy.tokens import signed, zigzag
 from ..errors import MalformedPayload, MaskViolation, TensorMismatch
+from .lookup import CHUNK
 
 __all__ = ["PREVIOUS_CLASSES", "Field", "assemble", "fields_of", "from_z", "split_tensor", "to_z"]
 
@@ -100,12 +101,16 @@ class Field:
 
     def previous_classes(self) -> NDArray[np.uint8]:
         """Class of |p| at every coded position: |p| up to 11, then 12, 16, 23, 32 and more."""
-        p = self.previous_values()
+        values = self.previous_values()
         top = 32
-        if p.dtype.itemsize > 1:
-            p = np.clip(p, -top, top)
-        k = np.abs(p.astype(np.int16, copy=False))
-        return _class_of_magnitude().take(np.minimum(k, top))
+        out = np.empty(len(values), np.uint8)
+        for s in range(0, len(values), CHUNK):  # in chunks, to bound temporary arrays
+            p = values[s : s + CHUNK]
+            if p.dtype.itemsize > 1:
+                p = np.clip(p, -top, top)
+            k = np.abs(p.astype(np.int16, copy=False))
+            _class_of_magnitude().take(np.minimum(k, top), out=out[s : s + CHUNK], mode="clip")
+        return out
 
 
 @cache
@@ -224,7 +229,11 @@ def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArr
         p = _unsigned(first.previous.reshape(-1))
         if first.mask is not None:
             p = p[first.selected]
-        yield _wrap(_monotone(flat) - _monotone(p), first)
+        change = np.empty_like(flat)
+        for s in range(0, len(flat), CHUNK):  # in chunks, to bound temporary arrays
+            part = slice(s, s + CHUNK)
+            np.subtract(_monotone(flat[part]), _monotone(p[part]), out=change[part])
+        yield _wrap(change, first)
         return
     # Rotating the sign to the bottom puts the exponent's upper bits into one byte.
     top = first.spec.dtype.itemsize * 8 - 1
@@ -250,7 +259,10 @@ def assemble(parts: Iterator[NDArray[Any]], fields: Sequence[Field]) -> NDArray[
         p = _unsigned(first.previous.reshape(-1))
         if first.mask is not None:
             p = p[first.selected]
-        flat = _unmonotone(_monotone(p) + next(parts).astype(unsigned))
+        flat = next(parts).astype(unsigned)
+        for s in range(0, len(flat), CHUNK):  # in chunks, to bound temporary arrays
+            part = slice(s, s + CHUNK)
+            flat[part] = _unmonotone(_monotone(p[part]) + flat[part])
     else:
         flat = np.zeros(first.size, unsigned)
         for field in fields:

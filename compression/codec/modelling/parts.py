@@ -20,11 +20,11 @@ from .classes import (
     phase_slice,
 )
 from .fields import PREVIOUS_CLASSES, Field
+from .lookup import CHUNK, look_up
 
 __all__ = ["Part", "histogram", "split_phases", "symbols_of"]
 
 
-_CHUNK = 1 << 18
 _TABLE = np.arange(PREVIOUS_CLASSES * ACTIVITIES, dtype=np.uint16)
 
 
@@ -38,7 +38,7 @@ class Part:
 
     def place(self, table: NDArray[np.uint8], sparse: NDArray[np.bool_]) -> None:
         """Look up clusters and let go of the raw contexts."""
-        self.placement = Placement.of(table.take(self.raw), sparse)
+        self.placement = Placement.of(look_up(table, self.raw), sparse)
         self.raw = np.zeros(0, np.uint16)
 
     @property
@@ -70,22 +70,24 @@ def split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[Part]:
 
 
 def histogram(parts: Sequence[Part], scheme: TokenScheme) -> NDArray[np.int64]:
-    """Count tokens by raw context, [16 * 64, 256]."""
-    h = np.zeros(len(_TABLE) << 8, np.int64)
+    """Count tokens by raw context, [16 * 64, tokens]."""
+    largest = max(int(part.z.max(initial=0)) for part in parts)
+    shift = (scheme.alphabet(largest) - 1).bit_length()
+    h = np.zeros(len(_TABLE) << shift, np.int64)
     waiting: list[NDArray[Any]] = []
     held = 0
     for part in parts:
-        for s in range(0, len(part.z), _CHUNK):
-            key = part.raw[s : s + _CHUNK].astype(np.int64) << 8
-            key |= scheme.tokens(part.z[s : s + _CHUNK])
+        for s in range(0, len(part.z), CHUNK):
+            key = part.raw[s : s + CHUNK].astype(np.int64) << shift
+            key |= scheme.tokens(part.z[s : s + CHUNK])
             waiting.append(key)
             held += len(key)
-            if held >= _CHUNK:
+            if held >= CHUNK:
                 h += np.bincount(np.concatenate(waiting), minlength=len(h))
                 waiting, held = [], 0
     if waiting:
         h += np.bincount(np.concatenate(waiting), minlength=len(h))
-    return h.reshape(-1, 256)
+    return h.reshape(len(_TABLE), -1)
 
 
 def symbols_of(parts: Sequence[Part]) -> tuple[Symbols, NDArray[np.uint8]]:
