@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, PayloadKind
 from prunecast.client.edge.download import download
+from prunecast.client.edge.durable import folder_bytes, keep_only, make_folder
 from prunecast.client.edge.errors import (
     AgentTooOld,
     ContentMissing,
@@ -17,6 +18,7 @@ from prunecast.client.edge.errors import (
 from prunecast.client.edge.slot import held_model
 from prunecast.client.edge.store import StateFolder
 from prunecast.client.edge.transport import Fetcher
+from prunecast.compression.codec import Limits
 from prunecast.compression.onnx import FileRef, PatchRef, ReleaseManifest
 from prunecast.compression.onnx.files import file_digest
 from prunecast.compression.onnx.manifest import blob_path
@@ -25,6 +27,7 @@ from prunecast.compression.versions import PublishedModel, VersionsError, decode
 __all__ = ["Acquirer", "Count"]
 
 Count = Callable[[str, int], None]
+_SPARE = 2**20
 
 
 class Acquirer:
@@ -74,9 +77,41 @@ class Acquirer:
                 f"release {manifest.version} is larger than the {self._config.most_bytes} bytes "
                 "this agent accepts"
             )
-        needed = 2 * manifest.weights.length + manifest.keyframe.length
-        if shutil.disk_usage(self._folder.path).free < needed:
-            raise StateError(f"release {manifest.version} needs {needed} bytes of free disk")
+        self._check_disk(manifest)
+
+    def _check_disk(self, manifest: ReleaseManifest) -> None:
+        """Before the first byte: a slot with the model, and the files it is made from."""
+        small = sum(ref.length for ref in manifest.files.values())
+        slot = manifest.weights.length + manifest.keyframe.length + small
+        needed = slot + manifest.keyframe.length + small + _SPARE
+        there = self._spare_slot_bytes() + folder_bytes(self._folder.downloads)
+        free = shutil.disk_usage(self._folder.path).free
+        if free + there < needed:
+            raise StateError(
+                f"release {manifest.version} needs {needed - there:,} bytes of disk at "
+                f"{self._folder.path}, {free:,} are free: make room; the next check tries again"
+            )
+
+    def _spare_slot_bytes(self) -> int:
+        """What is freed before the new slot is written."""
+        slots = self._folder.path / "slots"
+        held = folder_bytes(self._held) if self._held else 0
+        return folder_bytes(slots) - held
+
+    def drop_others(self, manifest: ReleaseManifest) -> None:
+        """Remove downloads that belong to other releases: nobody will finish them.
+
+        Raises:
+            StateError: the disk refuses.
+        """
+        names = {"release.json"}
+        for ref in manifest.references().values():
+            names |= {ref.sha256, f"{ref.sha256}.part"}
+        try:
+            keep_only(self._folder.downloads, names)
+        except OSError as error:
+            problem = error.strerror or error
+            raise StateError(f"cannot tidy {self._folder.downloads}: {problem}") from error
 
     def files(self, manifest: ReleaseManifest) -> dict[str, Path]:
         """The small files by name: where they are now.
@@ -110,7 +145,7 @@ class Acquirer:
         data = self._fetch("keyframe", manifest.keyframe)
         self._step("decode keyframe")
         try:
-            model = decode_model(data, stream=manifest.stream)
+            model = decode_model(data, stream=manifest.stream, limits=_limits(manifest))
         except VersionsError as error:
             raise ContentRefused(f"keyframe of release {manifest.version}: {error}") from error
         _check_digest(model, manifest, "the keyframe")
@@ -122,7 +157,7 @@ class Acquirer:
         self._step("download patch")
         data = self._fetch("patch", patch.file)
         self._step("apply patch")
-        model = decode_model(data, held=held, stream=manifest.stream)
+        model = decode_model(data, held=held, stream=manifest.stream, limits=_limits(manifest))
         _check_digest(model, manifest, "the patch")
         return model
 
@@ -131,7 +166,7 @@ class Acquirer:
         held = self._held / name if self._held else None
         try:
             if held and held.is_file() and file_digest(held) == ref.sha256:
-                target.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(target.parent)
                 shutil.copyfile(held, target)  # its slot may be the one that is rebuilt
                 return target
         except OSError as error:
@@ -157,6 +192,16 @@ class Acquirer:
             wait=self._wait,
         )
         return path
+
+
+def _limits(manifest: ReleaseManifest) -> Limits:
+    """What a payload of this release may make the device allocate.
+
+    The model fills `weights.bin`, so its size is known and signed. Integers are decoded as int32
+    and stored in a byte or more; inference may leave out as many tensors as it reads.
+    """
+    elements = 2 * manifest.weights.length + _SPARE
+    return Limits(elements=elements, decoded_bytes=4 * elements)
 
 
 def _check_digest(model: PublishedModel, manifest: ReleaseManifest, what: str) -> None:

@@ -259,6 +259,7 @@ class Agent:
             count=lambda kind, size: counted.update({kind: size}),
             wait=self._wait,
         )
+        acquirer.drop_others(manifest)
         acquirer.check_fit(manifest)
         self._step("download files")
         files = acquirer.files(manifest)
@@ -311,7 +312,8 @@ class Agent:
     def _record(
         self, result: UpdateResult | None, counted: Counter[str], error: str | None
     ) -> None:
-        total = Counter(self._folder.read_json("status.json").get("downloaded_total", {}))
+        earlier = self._folder.read_json("status.json").get("downloaded_total")
+        total = Counter(earlier if isinstance(earlier, dict) else {})
         total.update(counted)
         report = {
             "last_check": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -326,9 +328,13 @@ def read_status(state: Path | str) -> dict[str, Any]:
     """Status of a state folder, without an agent: active and previous release, last check.
 
     Raises:
-        StateError: the state is unreadable.
+        StateError: there is no such folder, or its state is unreadable.
     """
     folder = StateFolder(state)
+    if not folder.path.is_dir():
+        raise StateError(
+            f"{folder.path} does not exist: name the folder given to prunecast edge update or run"
+        )
     found = folder.read()
     return {
         "agent": AGENT_VERSION,

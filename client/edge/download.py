@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
+from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError, StateError
 from prunecast.client.edge.transport import Fetcher
 from prunecast.compression.onnx import FileRef
@@ -51,7 +52,7 @@ def download(
     try:
         if path.is_file() and file_digest(path) == ref.sha256:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         resumed = _fill(fetcher, url, ref, part, on_bytes, attempts, wait)
         if file_digest(part) != ref.sha256:
             part.unlink()
@@ -78,37 +79,50 @@ def _fill(
     wait: Callable[[float], None],
 ) -> bool:
     """Complete `part`; returns whether it began with bytes of an earlier attempt."""
-    held = part.stat().st_size if part.exists() else 0
-    if held > ref.length:
+    if part.is_symlink() or (part.exists() and part.stat().st_size > ref.length):
         part.unlink()
-        held = 0
-    resumed = held > 0
+    resumed = _size(part) > 0
+    whole = not resumed  # whether every byte of the part came in this call
     for attempt in range(1, attempts + 1):
         try:
             _append(fetcher, url, ref, part, on_bytes)
         except DownloadHTTPError as error:
-            if error.status_code == 416:  # the server's file ends before the kept part does
+            if error.status_code == 416:  # the server's file ends where the part does, or before
+                if whole:
+                    raise _short(url, _size(part), ref) from error
                 part.unlink(missing_ok=True)
+                whole = True
             elif error.status_code < 500 and error.status_code != 429:
                 raise ContentMissing(f"cannot download: {error}") from error
             problem: DownloadError = error
         except DownloadError as error:
             problem = error
         else:
-            if (part.stat().st_size if part.exists() else 0) == ref.length:
+            if _size(part) == ref.length:
                 return resumed
             if attempt == attempts:  # every time, and without any error: the file is too short
-                raise ContentRefused(f"{url} ended early: {ref.length} bytes were signed")
+                raise _short(url, _size(part), ref)
             problem = DownloadError("ended early")
         if attempt < attempts:
             wait(0.25 * 2**attempt)
     raise NetworkError(f"cannot download after {attempts} attempts: {problem}") from problem
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _short(url: str, size: int, ref: FileRef) -> ContentRefused:
+    return ContentRefused(
+        f"{url} ended early: the server has {size} of the {ref.length} bytes that were signed; "
+        "its copy is truncated: copy the repository there again"
+    )
+
+
 def _append(
     fetcher: Fetcher, url: str, ref: FileRef, part: Path, on_bytes: Callable[[int], None]
 ) -> None:
-    held = part.stat().st_size if part.exists() else 0
+    held = _size(part)
     if held == ref.length:
         part.touch()
         return

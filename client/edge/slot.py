@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentRefused, StateError
+from prunecast.client.edge.externals import check_externals
 from prunecast.compression.onnx import (
     InferenceSession,
     LayoutError,
@@ -18,6 +21,7 @@ from prunecast.compression.onnx import (
     unpack_arrays,
 )
 from prunecast.compression.onnx.files import file_digest, sync_folder, write_synced
+from prunecast.compression.onnx.manifest import RELEASE_FILES
 from prunecast.compression.versions import (
     PublishedModel,
     VersionsError,
@@ -46,10 +50,13 @@ def clear_slot(folder: Path) -> None:
         StateError: the file system refuses.
     """
     try:
-        if folder.exists():
+        make_folder(folder.parent)
+        if folder.is_symlink():
+            folder.unlink()  # what it leads to is none of the agent's business
+        elif folder.exists():
             shutil.rmtree(folder)
-            sync_folder(folder.parent)
-        folder.mkdir(parents=True)
+        sync_folder(folder.parent)
+        folder.mkdir()
     except OSError as error:
         raise StateError(f"cannot clear {folder}: {error.strerror or error}") from error
 
@@ -95,9 +102,12 @@ def verify_slot(folder: Path, manifest_sha256: str) -> ReleaseManifest:
     """Check every file that inference depends on against its digest.
 
     Raises:
-        StateError: a file is missing or damaged.
+        StateError: a file is missing, damaged, or a link that leads out of the slot.
     """
     try:
+        for path in (folder, *(folder / name for name in (_MANIFEST, _WEIGHTS, *RELEASE_FILES))):
+            if stat.S_ISLNK(path.lstat().st_mode):
+                raise StateError(f"{path} is a link: a slot holds its own files")
         if file_digest(folder / _MANIFEST) != manifest_sha256:
             raise StateError(f"{folder / _MANIFEST} is damaged")
         manifest = ReleaseManifest.from_bytes((folder / _MANIFEST).read_bytes())
@@ -113,10 +123,15 @@ def open_slot(folder: Path, manifest: ReleaseManifest, *, threads: int | None) -
     """Load a new session and run the self-test.
 
     Raises:
-        RuntimeFailure: onnxruntime refuses the model.
+        RuntimeFailure: onnxruntime refuses the model, or it reads other files than its own.
         SelfTestFailed: it does not reproduce the recorded outputs.
         StateError: a file cannot be read.
     """
+    try:
+        graph = (folder / "model.onnx").read_bytes()
+    except OSError as error:
+        raise StateError(f"cannot read {folder}: {error}") from error
+    check_externals(graph, file=_WEIGHTS, size=manifest.weights.length)
     session = open_session(folder / "model.onnx", threads=threads)
     try:
         inputs = unpack_arrays((folder / "selftest.npz").read_bytes())

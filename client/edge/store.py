@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import AgentBusy, StateError
 from prunecast.compression.versions import StorageError, write_atomically
 
@@ -188,9 +189,22 @@ class StateFolder:
         return document if isinstance(document, dict) else {}
 
     def tidy(self) -> None:
-        """Remove temporary files that a crash left behind; only with the lock held."""
-        for path in (*self.path.glob(".state.json.*"), *self.path.glob(".status.json.*")):
-            path.unlink(missing_ok=True)
+        """Remove temporary files that a crash left behind; only with the lock held.
+
+        Raises:
+            StateError: the file system refuses.
+        """
+        history = self.metadata / "root_history"
+        left = [
+            *(p for folder in (self.path, history) for p in folder.glob(".*.json.*")),
+            # tuf itself names its temporary files tmp*
+            *(p for name in (".*.json.*", "tmp*") for p in self.metadata.glob(name)),
+        ]
+        try:
+            for path in left:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StateError(f"cannot tidy {self.path}: {error.strerror or error}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -201,7 +215,7 @@ class StateFolder:
             StateError: the folder cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             file = open(self.path / "lock", "w")  # noqa: SIM115
         except OSError as error:
             raise StateError(f"cannot write {self.path}: {error.strerror or error}") from error

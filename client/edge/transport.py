@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import abc
+import http.client
+import io
+import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import urllib3
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, SlowRetrievalError
 from tuf.ngclient import FetcherInterface
 
 from prunecast.client.edge.errors import NetworkError
+from prunecast.client.edge.pace import Pace, TooSlow
 
 __all__ = ["Fetcher", "HttpFetcher", "Stream"]
 
 _CHUNK = 64 * 1024  # bytes
+_POOLS: dict[str, type[urllib3.HTTPConnectionPool]] = {
+    "http": urllib3.HTTPConnectionPool,
+    "https": urllib3.HTTPSConnectionPool,
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +70,10 @@ class HttpFetcher(Fetcher):
         headers: sent with every request, for instance an authorization.
         connect_timeout: seconds.
         read_timeout: seconds without any byte.
-        least_rate: bytes per second that a transfer must average once `patience` is over; a
-            server that trickles is as useless as one that is silent.
-        patience: seconds.
+        least_rate: bytes per second that an answer, headers included, must average once
+            `patience` is over; a server that trickles is as useless as one that is silent. An
+            answer of n bytes takes at most ``patience + n / least_rate`` seconds.
+        patience: seconds; only time spent waiting for the server counts.
         clock: monotonic seconds, for tests.
 
     Raises:
@@ -82,7 +92,6 @@ class HttpFetcher(Fetcher):
         patience: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._least_rate, self._patience, self._clock = least_rate, patience, clock
         try:
             context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
             if client_certificate:
@@ -96,6 +105,12 @@ class HttpFetcher(Fetcher):
             retries=urllib3.Retry(connect=2, read=0, redirect=3, other=0, backoff_factor=0.2),
             ssl_context=context,
         )
+        connections = _paced(lambda: Pace(least_rate, patience, read_timeout, clock))
+        pools = zip(_POOLS.items(), connections, strict=True)
+        self._pool.pool_classes_by_scheme = {
+            scheme: type(f"_{pool.__name__}", (pool,), {"ConnectionCls": connection})
+            for (scheme, pool), connection in pools
+        }
 
     def open(self, url: str, offset: int = 0) -> Stream:
         """See `Fetcher.open`."""
@@ -103,8 +118,7 @@ class HttpFetcher(Fetcher):
         try:
             response = self._pool.request("GET", url, headers=headers, preload_content=False)
         except urllib3.exceptions.HTTPError as error:
-            reason = getattr(error, "reason", None) or error
-            raise DownloadError(f"no answer from {url}: {reason}") from error
+            raise _problem(f"no answer from {url}", error) from error
         if response.status >= 400:
             response.close()
             raise DownloadHTTPError(f"{url} answered {response.status}", response.status)
@@ -117,23 +131,12 @@ class HttpFetcher(Fetcher):
         return Stream(start, self._chunks(url, response))
 
     def _chunks(self, url: str, response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-        begun, received = self._clock(), 0
         try:
-            # read1 returns what has arrived; read would wait for a full chunk and let a server
-            # that trickles hold the agent for hours
+            # read1 returns what has arrived, read would wait for a full chunk
             while chunk := response.read1(_CHUNK):
-                received += len(chunk)
-                taken = self._clock() - begun
-                if taken > self._patience and received < taken * self._least_rate:
-                    raise SlowRetrievalError(
-                        f"{url} sends {received / taken:.0f} bytes per second, "
-                        f"least is {self._least_rate:.0f}"
-                    )
                 yield chunk
-        except urllib3.exceptions.TimeoutError as error:
-            raise SlowRetrievalError(f"{url} stopped sending") from error
         except urllib3.exceptions.HTTPError as error:
-            raise DownloadError(f"connection to {url} broke: {error}") from error
+            raise _problem(f"connection to {url} broke", error) from error
         finally:
             response.close()
 
@@ -142,3 +145,66 @@ def _range_start(value: str) -> int:
     unit, _, rest = value.partition(" ")
     first = rest.partition("-")[0]
     return int(first) if unit == "bytes" and first.isdigit() else -1
+
+
+class _PacedFile(io.RawIOBase):
+    """What a server sends, one receive at a time, under a `Pace`."""
+
+    def __init__(self, raw: io.RawIOBase, pace: Pace) -> None:
+        self._raw, self._pace = raw, pace
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        return self._pace.receive(lambda: self._raw.readinto(buffer))
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _paced(make: Callable[[], Pace]) -> list[type[urllib3.connection.HTTPConnection]]:
+    """urllib3's connections for HTTP and HTTPS, whose answers keep a pace from the first byte.
+
+    It is measured below http.client, because a server can trickle everywhere: in the status line,
+    in headers, between chunks, in the body.
+    """
+
+    class Response(http.client.HTTPResponse):
+        def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+            super().__init__(sock, *args, **options)
+            self.fp.close()
+            raw = cast(io.RawIOBase, sock.makefile("rb", buffering=0))
+            self.fp = io.BufferedReader(_PacedFile(raw, make()))
+
+    bases = (urllib3.connection.HTTPConnection, urllib3.connection.HTTPSConnection)
+    return [type(f"_{b.__name__}", (b,), {"response_class": Response}) for b in bases]
+
+
+def _problem(what: str, error: urllib3.exceptions.HTTPError) -> DownloadError:
+    """The cause in a few words, out of the layers that urllib3 wraps around it."""
+    chain: list[BaseException] = [error]
+    while (inner := _inner(chain[-1])) is not None and inner not in chain:
+        chain.append(inner)
+    for cause in reversed(chain):
+        if isinstance(cause, TooSlow):
+            return SlowRetrievalError(f"{what}: {cause}")
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            detail = cause.verify_message
+            return DownloadError(f"{what}: its TLS certificate is refused ({detail})")
+        if isinstance(cause, socket.gaierror):
+            return DownloadError(f"{what}: its name cannot be resolved, see --url and the network")
+    if any(isinstance(cause, urllib3.exceptions.TimeoutError) for cause in chain):
+        return SlowRetrievalError(f"{what}: the server stopped sending, or never began")
+    last = chain[-1]
+    detail = last.strerror if isinstance(last, OSError) and last.strerror else str(last)
+    return DownloadError(f"{what}: {' '.join(detail.split())[:160]}")
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    reason = getattr(error, "reason", None)
+    if isinstance(reason, BaseException):
+        return reason
+    given = next((a for a in reversed(error.args) if isinstance(a, BaseException)), None)
+    return given or error.__cause__ or error.__context__

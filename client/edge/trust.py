@@ -6,11 +6,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tuf.api.exceptions import DownloadError, DownloadLengthMismatchError, RepositoryError
-from tuf.api.metadata import Metadata, TargetFile, Targets
+from tuf.api.exceptions import (
+    BadVersionNumberError,
+    DownloadError,
+    DownloadLengthMismatchError,
+    ExpiredMetadataError,
+    RepositoryError,
+    UnsignedMetadataError,
+)
+from tuf.api.metadata import Metadata, Root, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 
+from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError, TrustError
 from prunecast.client.edge.transport import Fetcher, Stream
 from prunecast.compression.onnx import ManifestError, ReleaseManifest
@@ -19,8 +27,23 @@ from prunecast.compression.onnx.manifest import (
     manifest_path,
     parse_manifest_path,
 )
+from prunecast.compression.versions import StorageError, write_atomically
 
 __all__ = ["TrustedListing"]
+
+_REMEDIES: dict[type[RepositoryError], str] = {
+    UnsignedMetadataError: (
+        "it is not signed by the keys this device trusts; if the repository is the right one, "
+        "give the device its root file again"
+    ),
+    ExpiredMetadataError: (
+        "renew it with prunecast release renew, or set this device's clock if that is wrong"
+    ),
+    BadVersionNumberError: (
+        "it is older than what this device has seen: a copy is stale, or somebody replays it; if "
+        "the repository was restored from a backup, publish again"
+    ),
+}
 
 
 class TrustedListing:
@@ -49,9 +72,10 @@ class TrustedListing:
     ) -> None:
         self._folder = folder
         base = url if url.endswith("/") else f"{url}/"
+        _check_root(root)
         with _translated():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._updater = Updater(
+            make_folder(folder)
+            self._updater = _DurableUpdater(
                 metadata_dir=str(folder),
                 metadata_base_url=f"{base}metadata/",
                 target_base_url=f"{base}targets/",
@@ -96,7 +120,7 @@ class TrustedListing:
         if target.length > MAX_MANIFEST_BYTES:
             raise ContentRefused(f"{wanted} is {target.length} bytes: too large to be one")
         with _translated():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             if self._updater.find_cached_target(target, str(path)) is None:
                 self._updater.download_target(target, str(path))
             try:
@@ -117,6 +141,33 @@ class TrustedListing:
         if target is None or "sha256" not in target.hashes:
             raise TrustError(f"{path} is not in the signed metadata with a SHA-256")
         return target
+
+
+class _DurableUpdater(Updater):
+    """Writes metadata so that it survives a power cut.
+
+    tuf replaces files without fsync: after a power cut a file may be empty. It is then fetched
+    again, but what it proved against a rollback is gone.
+    """
+
+    def _persist_file(self, filename: str, data: bytes) -> None:
+        path = Path(filename)
+        if path.is_file() and path.read_bytes() == data:
+            return  # the root is handed over at every check
+        make_folder(path.parent)
+        write_atomically(path, data)
+
+
+def _check_root(root: bytes) -> None:
+    try:
+        usable = isinstance(Metadata.from_bytes(root).signed, Root)
+    except (RepositoryError, ValueError):
+        usable = False
+    if not usable:
+        raise TrustError(
+            "the root file of this device is no root metadata: give it the repository's "
+            "metadata/1.root.json, over a channel you trust"
+        )
 
 
 class _Counting(Fetcher):
@@ -140,10 +191,12 @@ def _translated() -> Iterator[None]:
     except DownloadLengthMismatchError as error:
         raise ContentRefused(f"a file is longer than what was signed: {error}") from error
     except (RepositoryError, DeserializationError) as error:
-        detail = str(error) or type(error).__name__
-        raise TrustError(f"the repository's metadata is refused: {detail}") from error
+        detail = (str(error) or type(error).__name__).rstrip(".")
+        remedy = next((f": {r}" for kind, r in _REMEDIES.items() if isinstance(error, kind)), "")
+        raise TrustError(f"the repository's metadata is refused: {detail}{remedy}") from error
     except DownloadError as error:
-        cause = f": {error.__cause__}" if error.__cause__ else ""
-        raise NetworkError(f"{error or type(error).__name__}{cause}") from error
+        raise NetworkError(str(error) or type(error).__name__) from error
+    except StorageError as error:
+        raise StateError(f"the state folder refuses: {error}") from error
     except OSError as error:
         raise StateError(f"the state folder refuses: {error}") from error

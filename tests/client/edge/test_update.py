@@ -273,7 +273,8 @@ def test_inference_in_another_process_needs_only_the_state_folder(
 
 
 def test_status_is_plain_json(start: Start, publish: Publish, config: AgentConfig) -> None:
-    assert read_status(config.state)["active"] is None
+    with pytest.raises(StateError, match="does not exist"):
+        read_status(config.state)
     publish(1)
     agent = start()
     agent.update_once()
