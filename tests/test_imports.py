@@ -20,7 +20,7 @@ LAYERS = (
     {"compression.codec"},
     {"compression.versions", "compression.schemes"},
     {"compression.pruning", "compression.files", "compression.onnx", "compression.flower"},
-    {"client.training", "client.edge", "server.federation", "server.releases"},
+    {"client.training", "client.edge", "server.federation", "server.releases", "server.fleet"},
     {"simulations"},
     {"cli"},
 )

@@ -1,0 +1,168 @@
+"""What can happen to a fleet. Every event carries its time and who caused it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prunecast.server.fleet.model import Outcome, Policy, Release
+
+__all__ = [
+    "Abort",
+    "AddDevice",
+    "AddGroup",
+    "Event",
+    "MoveDevice",
+    "Pause",
+    "PinDevice",
+    "PinGroup",
+    "Poll",
+    "Promote",
+    "Report",
+    "Resume",
+    "RevokeDevice",
+    "StartRollout",
+    "Tick",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events.
+
+    Attributes:
+        at: seconds since the epoch.
+        actor: for the audit log.
+    """
+
+    at: float
+    actor: str = "fleet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddGroup(Event):
+    """A group that follows a release name; `stable` is what its devices shall run already."""
+
+    group: str
+    release: str
+    stable: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddDevice(Event):
+    """A device joins; in an active rollout it waits for the last stage."""
+
+    device: str
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveDevice(Event):
+    """A device goes to another group, as one that leaves and a late joiner there."""
+
+    device: str
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevokeDevice(Event):
+    """A device takes part no more."""
+
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PinDevice(Event):
+    """A device stays on a version; None undoes it."""
+
+    device: str
+    version: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PinGroup(Event):
+    """All devices of a group stay on a version; None undoes it."""
+
+    group: str
+    version: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartRollout(Event):
+    """A release starts on its way.
+
+    Attributes:
+        rollout: a name that no other rollout ever had: it decides which devices come first.
+        release: what.
+        groups: where to.
+        stages: rising percentages, the last one 100.
+        policy: when it goes on.
+    """
+
+    rollout: str
+    release: Release
+    groups: tuple[str, ...]
+    stages: tuple[float, ...] = (5.0, 25.0, 100.0)
+    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promote(Event):
+    """The next stage begins at once; after the last one the release is stable."""
+
+    rollout: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause(Event):
+    """Nobody new is told."""
+
+    rollout: str
+    reason: str = "by an operator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume(Event):
+    """The stage goes on with a new observation window; failures so far are accepted."""
+
+    rollout: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abort(Event):
+    """The rollout ends; devices that were told are told the previous release."""
+
+    rollout: str
+    reason: str = "by an operator"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poll(Event):
+    """A device asks what to run and says what it runs."""
+
+    device: str
+    running: int | None = None
+    agent: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Event):
+    """A device says what became of a directive.
+
+    Attributes:
+        device: which.
+        serial: of the directive that is answered.
+        version: that it named.
+        outcome: what became of it.
+        detail: the agent's own words.
+    """
+
+    device: str
+    serial: int
+    version: int
+    outcome: Outcome
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick(Event):
+    """Time has passed; deadlines are looked at."""

@@ -1,0 +1,281 @@
+"""The state machine of a fleet: a state and an event in, a decision out.
+
+::
+
+    start ──▶ running ──(stage settled or timed out)──▶ running, next stage ──▶ completed
+                │  ▲                                                        (last stage)
+     errors,    │  │ resume, promote
+     silence,   ▼  │
+     operator  paused ──abort──▶ aborted ◀──abort, or errors with roll_back_on_error── running
+
+Nothing here reads a clock, draws a number or touches a file: equal arguments give equal results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import assert_never
+
+from prunecast.server.fleet.assignment import assign, check_stages
+from prunecast.server.fleet.directing import poll, report
+from prunecast.server.fleet.errors import AlreadyExists, NotPossible, ReleaseUnknown, RolloutOverlap
+from prunecast.server.fleet.events import (
+    Abort,
+    AddDevice,
+    AddGroup,
+    MoveDevice,
+    Pause,
+    PinDevice,
+    PinGroup,
+    Poll,
+    Promote,
+    Report,
+    Resume,
+    RevokeDevice,
+    StartRollout,
+    Tick,
+)
+from prunecast.server.fleet.membership import join, leave, takes_part
+from prunecast.server.fleet.model import (
+    Device,
+    Fleet,
+    Group,
+    Part,
+    Release,
+    Rollout,
+    Status,
+    check_name,
+)
+from prunecast.server.fleet.progress import advance, evaluate, expire
+from prunecast.server.fleet.step import Decision, Step
+
+__all__ = ["AnyEvent", "apply"]
+
+AnyEvent = (
+    AddGroup
+    | AddDevice
+    | MoveDevice
+    | RevokeDevice
+    | PinDevice
+    | PinGroup
+    | StartRollout
+    | Promote
+    | Pause
+    | Resume
+    | Abort
+    | Poll
+    | Report
+    | Tick
+)
+
+
+def apply(fleet: Fleet, event: AnyEvent) -> Decision:
+    """Decide what an event leads to.
+
+    Deadlines that have passed by `event.at` are honoured first. Whether or not the event brought
+    something new, rollouts whose time has come go on or pause.
+
+    Args:
+        fleet: the state, or the part of it that the event concerns: its device, group and
+            rollout, and the overdue devices of that rollout; for `StartRollout` all devices of
+            the groups.
+        event: what happened.
+
+    Raises:
+        FleetError: an operator asked for what cannot be; the state stays as it was.
+    """
+    step = Step(fleet, event)
+    expire(step)
+    if isinstance(event, Poll | Report | Tick):
+        # a poll must not be told a release whose rollout is due to pause
+        evaluate(step)
+    match event:
+        case Poll():
+            directive = poll(step, event)
+            return step.decision(directive)
+        case Report():
+            accepted = report(step, event)
+            evaluate(step)
+            return step.decision(accepted=accepted)
+        case Tick():
+            return step.decision()
+        case StartRollout():
+            _start(step, event)
+        case Promote() | Pause() | Resume() | Abort():
+            _steer(step, event)
+        case AddGroup() | AddDevice() | MoveDevice() | RevokeDevice():
+            _enrol(step, event)
+        case PinDevice() | PinGroup():
+            _pin(step, event)
+        case _:
+            assert_never(event)
+    return step.decision()
+
+
+def _start(step: Step, event: StartRollout) -> None:
+    fleet, release = step.fleet, event.release
+    check_name(event.rollout, "rollout")
+    stages = check_stages(event.stages)
+    if event.rollout in fleet.rollouts:
+        raise AlreadyExists(f"there was a rollout {event.rollout} already: choose another name")
+    names = tuple(sorted(set(event.groups)))
+    if not names:
+        raise NotPossible("a rollout needs at least one group: name it with --group")
+    groups = [fleet.group(name) for name in names]
+    for group in groups:
+        _check_startable(fleet, group, release)
+    made = Rollout(event.rollout, release, names, stages, event.policy, (), step.at)
+    members = {
+        name: device
+        for name, device in fleet.devices.items()
+        if device.group in names and takes_part(device, made)
+    }
+    stage_of = assign(made.id, members, stages)
+    cohorts = tuple(list(stage_of.values()).count(stage) for stage in range(len(stages)))
+    step.put(replace(made, cohorts=cohorts, expected=cohorts[0]))
+    for group in groups:
+        step.put(replace(group, stable=fleet.stable(group), rollout=made.id))
+    for name, device in members.items():
+        step.put(replace(device, part=Part(made.id, stage_of[name])))
+    shares = ", ".join(f"{s:g} %" for s in stages)
+    step.log("rollout started", made.id, f"{release} to {', '.join(names)}: {shares}")
+
+
+def _check_startable(fleet: Fleet, group: Group, release: Release) -> None:
+    if release.name != group.release:
+        raise ReleaseUnknown(
+            f"group {group.id} follows {group.release!r}, not {release.name!r}: "
+            "choose a release of that name or another group"
+        )
+    _check_live(fleet, release)
+    if (current := fleet.current(group)) is not None:
+        raise RolloutOverlap(
+            f"rollout {current.id} ({current.release}) is {current.status} in group {group.id}: "
+            f"wait for it, or end it with `prunecast fleet abort {current.id}`"
+        )
+    if group.pin is not None:
+        raise NotPossible(
+            f"group {group.id} is pinned to {group.release} {group.pin}: "
+            f"unpin it first with `prunecast fleet unpin --group {group.id}`"
+        )
+    if fleet.stable(group) == release.version:
+        raise NotPossible(f"{release} is in force in group {group.id} already: nothing to roll out")
+
+
+def _steer(step: Step, event: Promote | Pause | Resume | Abort) -> None:
+    rollout = step.fleet.rollout(event.rollout)
+    if not rollout.status.active:
+        raise NotPossible(
+            f"rollout {rollout.id} is {rollout.status}, which is final: start another one"
+        )
+    match event:
+        case Promote():
+            advance(step, rollout, "by an operator")
+        case Pause():
+            if rollout.status is Status.PAUSED:
+                raise NotPossible(f"rollout {rollout.id} is paused already: {rollout.reason}")
+            step.end(rollout, Status.PAUSED, event.reason)
+            step.log("rollout paused", rollout.id, event.reason)
+        case Resume():
+            if rollout.status is Status.RUNNING:
+                raise NotPossible(f"rollout {rollout.id} is running already")
+            step.begin_window(rollout, stage=rollout.stage)
+            step.log("rollout resumed", rollout.id, f"was paused: {rollout.reason}")
+        case Abort():
+            step.end(rollout, Status.ABORTED, event.reason)
+            step.log("rollout aborted", rollout.id, event.reason)
+
+
+def _enrol(step: Step, event: AddGroup | AddDevice | MoveDevice | RevokeDevice) -> None:
+    fleet = step.fleet
+    match event:
+        case AddGroup():
+            check_name(event.group, "group")
+            if event.group in fleet.groups:
+                raise AlreadyExists(f"there is a group {event.group} already: choose another name")
+            if event.stable is not None:
+                _check_live(fleet, Release(event.release, event.stable))
+            elif all(known.name != event.release for known in fleet.releases):
+                known = ", ".join(sorted({r.name for r in fleet.releases})) or "none"
+                raise ReleaseUnknown(
+                    f"the repository has no live release named {event.release!r} (it has: {known}):"
+                    " publish one first"
+                )
+            step.put(Group(event.group, event.release, event.stable))
+            step.log("group added", event.group, f"follows {event.release}")
+        case AddDevice():
+            check_name(event.device, "device")
+            if event.device in fleet.devices:
+                raise AlreadyExists(
+                    f"there is, or was, a device {event.device} already: choose another name"
+                )
+            fleet.group(event.group)
+            device = Device(event.device, event.group)
+            step.put(device)
+            join(step, device)
+            step.log("device added", event.device, f"to group {event.group}")
+        case MoveDevice():
+            device = _living(fleet, event.device)
+            new, old = fleet.group(event.group), fleet.group(device.group)
+            if new.release != old.release:
+                raise NotPossible(
+                    f"{device.id} follows {old.release!r} and group {new.id} {new.release!r}: "
+                    "add the device there under another name"
+                )
+            moved = replace(leave(step, device), group=new.id)
+            step.put(moved)
+            join(step, moved)
+            step.log("device moved", device.id, f"from {old.id} to {new.id}")
+        case RevokeDevice():
+            device = _living(fleet, event.device)
+            step.put(replace(leave(step, device), revoked=True))
+            step.log("device revoked", device.id)
+
+
+def _pin(step: Step, event: PinDevice | PinGroup) -> None:
+    fleet, version = step.fleet, event.version
+    if isinstance(event, PinDevice):
+        device = _living(fleet, event.device)
+        if version is None and device.pin is None:
+            raise NotPossible(f"device {device.id} is not pinned")
+        if version is not None:
+            _check_live(fleet, Release(fleet.group(device.group).release, version))
+            step.put(replace(leave(step, device), pin=version))
+        else:
+            unpinned = replace(device, pin=None)
+            step.put(unpinned)
+            join(step, unpinned)
+        subject = device.id
+    else:
+        group = fleet.group(event.group)
+        if version is None and group.pin is None:
+            raise NotPossible(f"group {group.id} is not pinned")
+        if version is not None:
+            _check_live(fleet, Release(group.release, version))
+            if (current := fleet.current(group)) is not None:
+                raise RolloutOverlap(
+                    f"rollout {current.id} is {current.status} in group {group.id}: "
+                    f"end it with `prunecast fleet abort {current.id}`, or pin single devices"
+                )
+        step.put(replace(group, pin=version))
+        subject = group.id
+    what = "device" if isinstance(event, PinDevice) else "group"
+    action = f"{what} unpinned" if version is None else f"{what} pinned"
+    step.log(action, subject, "" if version is None else f"to version {version}")
+
+
+def _living(fleet: Fleet, name: str) -> Device:
+    device = fleet.device(name)
+    if device.revoked:
+        raise NotPossible(f"device {name} is revoked, which is final: add it under another name")
+    return device
+
+
+def _check_live(fleet: Fleet, release: Release) -> None:
+    if release not in fleet.releases:
+        live = sorted(r.version for r in fleet.releases if r.name == release.name)
+        shown = ", ".join(map(str, live)) or "none"
+        raise ReleaseUnknown(
+            f"the repository has no live release {release} (live: {shown}): publish it first, or "
+            "choose one with `prunecast release list`"
+        )

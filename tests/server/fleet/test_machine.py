@@ -1,0 +1,425 @@
+"""The state machine, case by case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from prunecast.server.fleet import (
+    AlreadyExists,
+    Decision,
+    Fleet,
+    NotFound,
+    NotPossible,
+    Outcome,
+    Policy,
+    Progress,
+    Release,
+    ReleaseUnknown,
+    RolloutOverlap,
+    Status,
+    Unusable,
+    apply,
+)
+from prunecast.server.fleet.events import (
+    Abort,
+    AddDevice,
+    AddGroup,
+    MoveDevice,
+    Pause,
+    PinDevice,
+    PinGroup,
+    Poll,
+    Promote,
+    Report,
+    Resume,
+    RevokeDevice,
+    StartRollout,
+    Tick,
+)
+from prunecast.server.fleet.machine import AnyEvent
+
+RELEASES = frozenset(Release(name, v) for name in ("digits", "faces") for v in range(1, 6))
+POLICY = Policy(
+    max_error_rate=0.2, max_silent_rate=0.5, min_reports=2, report_deadline=100, timeout=1000
+)
+
+
+class Play:
+    """A fleet, and what happened to it."""
+
+    def __init__(self, devices: int = 20, policy: Policy = POLICY) -> None:
+        self.fleet, self.policy, self.at = Fleet(RELEASES), policy, 0.0
+        self.log: list[str] = []
+        self.do(AddGroup(at=0, group="lab", release="digits", stable=1))
+        for i in range(devices):
+            self.do(AddDevice(at=0, device=f"d{i}", group="lab"))
+
+    def do(self, event: AnyEvent) -> Decision:
+        decision = apply(self.fleet, event)
+        self.fleet = decision.fleet
+        self.log += [f"{a.action} {a.subject}: {a.detail}" for a in decision.audit]
+        return decision
+
+    def start(self, version: int = 2, stages=(10.0, 50.0, 100.0), **policy) -> None:
+        self.do(
+            StartRollout(
+                at=self.at,
+                rollout=f"r{version}",
+                release=Release("digits", version),
+                groups=("lab",),
+                stages=stages,
+                policy=replace(self.policy, **policy),
+            )
+        )
+
+    def poll(self, device: str, running: int | None = 1):
+        (directive,) = self.do(Poll(at=self.at, device=device, running=running)).directives
+        return directive
+
+    def report(self, device: str, outcome: Outcome = Outcome.SUCCEEDED) -> bool:
+        told = self.fleet.devices[device].told
+        assert told.version is not None
+        event = Report(
+            at=self.at,
+            device=device,
+            serial=told.serial,
+            version=told.version,
+            outcome=outcome,
+        )
+        return self.do(event).accepted
+
+    def tick(self, at: float) -> None:
+        self.at = at
+        self.do(Tick(at=at))
+
+    def told(self, version: int = 2) -> list[str]:
+        """Poll everybody; who shall run the version."""
+        release = Release("digits", version)
+        names = [n for n, d in self.fleet.devices.items() if not d.revoked]
+        return [n for n in names if self.poll(n).release == release]
+
+    @property
+    def rollout(self):
+        return self.fleet.rollouts["r2"]
+
+
+def test_stages_reach_their_share_and_the_release_becomes_stable() -> None:
+    play = Play()
+    play.start()
+    reached = []
+    for _ in range(3):
+        told = play.told()
+        reached.append(len(told))
+        for name in told:
+            if play.fleet.devices[name].told.outcome is None:
+                play.report(name)
+    assert reached == [2, 10, 20]
+    assert play.rollout.status is Status.COMPLETED
+    assert play.fleet.stable(play.fleet.group("lab")) == 2
+    serials = [d.told.serial for d in play.fleet.devices.values()]
+    assert max(serials) == 2  # stable 1, then 2; completion tells nobody anything new
+    assert play.told() == list(play.fleet.devices)
+
+
+def test_errors_pause_and_nobody_new_is_told() -> None:
+    play = Play()
+    play.start()
+    canaries = play.told()
+    play.report(canaries[0], Outcome.SELFTEST_FAILED)
+    assert play.rollout.status is Status.PAUSED
+    assert play.rollout.reason == "error rate: 0 succeeded, 1 failed, 0 silent of 2"
+    play.report(canaries[1])
+    assert play.told() == [canaries[1]]
+    assert play.poll(canaries[0], running=1).release == Release("digits", 1)
+    assert any(line.startswith("rollout paused r2: error rate") for line in play.log)
+
+
+def test_errors_can_roll_back_by_themselves() -> None:
+    play = Play()
+    play.start(roll_back_on_error=True)
+    canaries = play.told()
+    play.report(canaries[0])
+    play.report(canaries[1], Outcome.CRASH_LOOP)
+    assert play.rollout.status is Status.ABORTED
+    directive = play.poll(canaries[0], running=2)
+    assert (directive.release, directive.downgrade) == (Release("digits", 1), True)
+    assert play.told() == []
+
+
+def test_a_late_failure_of_a_canary_counts_in_the_stage_under_way() -> None:
+    play = Play()
+    play.start(max_error_rate=0.0)
+    canaries = play.told()
+    for name in canaries:
+        play.report(name)
+    assert play.rollout.stage == 1
+    assert play.report(canaries[0], Outcome.ROLLED_BACK)
+    assert play.rollout.status is Status.PAUSED
+
+
+def test_silence_pauses_and_late_reports_correct_the_count() -> None:
+    play = Play()
+    play.start()
+    canaries = play.told()
+    play.tick(99)
+    assert play.rollout.tally.silent == 0
+    play.tick(100)
+    assert play.rollout.status is Status.PAUSED
+    assert play.rollout.reason.startswith("silence: 0 succeeded, 0 failed, 2 silent")
+    assert play.report(canaries[0])
+    assert (play.rollout.tally.silent, play.rollout.tally.succeeded) == (1, 1)
+
+
+def test_some_silence_does_not_hang() -> None:
+    play = Play()
+    play.start(stages=(50.0, 100.0))
+    told = play.told()
+    for name in told[:8]:
+        play.report(name)
+    assert play.rollout.stage == 0
+    play.tick(100)
+    assert play.rollout.stage == 1
+    assert len(play.told()) == 20
+
+
+def test_devices_that_are_offline_do_not_hang() -> None:
+    play = Play()
+    play.start(stages=(50.0, 100.0))
+    canaries = [n for n, d in play.fleet.devices.items() if d.part and d.part.stage == 0]
+    for name in canaries[:2]:
+        play.poll(name)
+        play.report(name)
+    play.tick(999)
+    assert play.rollout.stage == 0
+    play.tick(1000)
+    assert play.rollout.stage == 1
+    play.tick(2000)
+    assert play.rollout.status is Status.PAUSED
+    assert play.rollout.reason.startswith("too few reports, 2 are needed: 0 succeeded")
+
+
+def test_a_manual_rollout_waits_for_the_operator() -> None:
+    play = Play()
+    play.start(automatic=False)
+    for name in play.told():
+        play.report(name)
+    play.tick(5000)
+    assert (play.rollout.stage, play.rollout.status) == (0, Status.RUNNING)
+    play.do(Promote(at=play.at, rollout="r2", actor="ada"))
+    assert play.rollout.stage == 1
+    assert len(play.told()) == 10
+
+
+def test_a_stage_soaks() -> None:
+    play = Play()
+    play.start(soak=500)
+    for name in play.told():
+        play.report(name)
+    play.tick(499)
+    assert play.rollout.stage == 0
+    play.tick(500)
+    assert play.rollout.stage == 1
+
+
+def test_pause_resume_promote_abort() -> None:
+    play = Play()
+    play.start()
+    first = play.told()
+    play.do(Pause(at=1, rollout="r2", reason="lunch"))
+    assert play.told() == first
+    with pytest.raises(NotPossible, match="paused already: lunch"):
+        play.do(Pause(at=1, rollout="r2"))
+    play.do(Promote(at=2, rollout="r2"))
+    assert (play.rollout.status, play.rollout.stage) == (Status.RUNNING, 1)
+    with pytest.raises(NotPossible, match="running already"):
+        play.do(Resume(at=2, rollout="r2"))
+    assert len(play.told()) == 10
+    play.do(Abort(at=3, rollout="r2"))
+    assert play.told() == []
+    assert len(play.told(1)) == 20
+    for event in (Promote(at=4, rollout="r2"), Resume(at=4, rollout="r2")):
+        with pytest.raises(NotPossible, match="aborted, which is final"):
+            play.do(event)
+
+
+def test_resuming_accepts_the_failures_so_far() -> None:
+    play = Play(devices=40)
+    play.start()
+    canaries = play.told()
+    play.report(canaries[0], Outcome.SELFTEST_FAILED)
+    assert play.rollout.status is Status.PAUSED
+    play.do(Resume(at=1, rollout="r2"))
+    for name in canaries[1:]:
+        play.report(name)
+    assert play.rollout.stage == 1
+
+
+def test_a_device_is_not_told_again_what_failed_on_it() -> None:
+    play = Play()
+    play.start(max_error_rate=1.0)
+    bad = play.told()[0]
+    play.report(bad, Outcome.SELFTEST_FAILED)
+    play.do(Promote(at=1, rollout="r2"))
+    play.do(Promote(at=1, rollout="r2"))
+    play.do(Promote(at=1, rollout="r2"))
+    assert play.rollout.status is Status.COMPLETED
+    assert play.poll(bad).release is None
+    assert len(play.told()) == 19
+
+
+def test_reports_that_answer_nothing_change_nothing() -> None:
+    play = Play()
+    play.start()
+    canary = play.told()[0]
+    told = play.fleet.devices[canary].told
+    before = play.fleet
+    foreign = [
+        Report(at=1, device="ghost", serial=1, version=2, outcome=Outcome.CRASH_LOOP),
+        Report(at=1, device=canary, serial=told.serial + 1, version=2, outcome=Outcome.CRASH_LOOP),
+        Report(at=1, device=canary, serial=told.serial - 1, version=1, outcome=Outcome.CRASH_LOOP),
+        Report(at=1, device=canary, serial=told.serial, version=3, outcome=Outcome.CRASH_LOOP),
+    ]
+    for event in foreign:
+        decision = play.do(event)
+        assert not decision.accepted
+        assert decision.fleet == before
+    assert play.report(canary)
+    assert not play.report(canary)
+    assert play.report(canary, Outcome.CRASH_LOOP)
+    assert not play.report(canary)
+    assert not play.report(canary, Outcome.CRASH_LOOP)
+
+
+def test_pins_come_first() -> None:
+    play = Play()
+    play.do(PinDevice(at=0, device="d3", version=4))
+    play.start(stages=(100.0,))
+    assert len(play.told()) == 19
+    assert play.poll("d3").release == Release("digits", 4)
+    play.do(PinDevice(at=0, device="d3", version=None))
+    assert play.poll("d3").release == Release("digits", 2)
+    with pytest.raises(NotPossible, match="not pinned"):
+        play.do(PinDevice(at=0, device="d3", version=None))
+    with pytest.raises(RolloutOverlap, match="pin single devices"):
+        play.do(PinGroup(at=0, group="lab", version=1))
+    with pytest.raises(ReleaseUnknown, match=r"no live release digits 9 \(live: 1, 2, 3, 4, 5\)"):
+        play.do(PinDevice(at=0, device="d3", version=9))
+
+
+def test_a_pinned_group_takes_no_rollout() -> None:
+    play = Play()
+    play.do(PinGroup(at=0, group="lab", version=5))
+    assert len(play.told(5)) == 20
+    with pytest.raises(NotPossible, match="fleet unpin --group lab"):
+        play.start()
+    play.do(PinGroup(at=0, group="lab", version=None))
+    downgraded = play.poll("d0", running=5)
+    assert (downgraded.release, downgraded.downgrade) == (Release("digits", 1), True)
+
+
+def test_late_joiners_wait_for_the_last_stage() -> None:
+    play = Play()
+    play.start()
+    play.do(AddDevice(at=0, device="late", group="lab"))
+    assert play.poll("late", running=None).release == Release("digits", 1)
+    play.do(Promote(at=0, rollout="r2"))
+    assert play.poll("late").release == Release("digits", 1)
+    play.do(Promote(at=0, rollout="r2"))
+    assert play.poll("late").release == Release("digits", 2)
+    assert play.rollout.expected == 21
+    play.do(AddDevice(at=0, device="later", group="lab"))
+    assert play.rollout.expected == 22
+    play.do(RevokeDevice(at=0, device="later"))
+    assert play.rollout.expected == 21
+    with pytest.raises(NotPossible, match="revoked, which is final"):
+        play.do(PinDevice(at=0, device="later", version=1))
+    with pytest.raises(NotPossible, match="revoked"):
+        play.poll("later")
+
+
+def test_moving_leaves_one_rollout_for_another() -> None:
+    play = Play()
+    play.do(AddGroup(at=0, group="field", release="digits", stable=3))
+    play.do(AddGroup(at=0, group="doors", release="faces"))
+    play.start()
+    canary = play.told()[0]
+    play.do(MoveDevice(at=0, device=canary, group="field"))
+    assert play.rollout.expected == 1
+    assert play.poll(canary, running=2).release == Release("digits", 3)
+    assert not play.fleet.devices[canary].part
+    with pytest.raises(NotPossible, match="under another name"):
+        play.do(MoveDevice(at=0, device=canary, group="doors"))
+
+
+def test_two_rollouts_on_overlapping_groups_are_refused() -> None:
+    play = Play()
+    play.do(AddGroup(at=0, group="field", release="digits", stable=1))
+    play.start()
+    overlapping = StartRollout(
+        at=0, rollout="r3", release=Release("digits", 3), groups=("field", "lab")
+    )
+    with pytest.raises(RolloutOverlap, match=r"r2 \(digits 2\) is running in group lab: .*abort"):
+        play.do(overlapping)
+    play.do(replace(overlapping, groups=("field",)))
+    play.do(Abort(at=0, rollout="r3"))
+    play.do(Abort(at=0, rollout="r2"))
+    play.do(replace(overlapping, rollout="r4"))
+
+
+def test_what_cannot_start() -> None:
+    play = Play()
+    with pytest.raises(ReleaseUnknown, match="no live release digits 7"):
+        play.start(7)
+    with pytest.raises(NotPossible, match="digits 1 is in force in group lab already"):
+        play.start(1)
+    event = StartRollout(at=0, rollout="r", release=Release("faces", 1), groups=("lab",))
+    with pytest.raises(ReleaseUnknown, match="group lab follows 'digits', not 'faces'"):
+        play.do(event)
+    with pytest.raises(NotFound, match="no group named 'attic'"):
+        play.do(replace(event, groups=("attic",)))
+    with pytest.raises(NotPossible, match="at least one group"):
+        play.do(replace(event, groups=()))
+    for stages in ((), (5.0,), (50.0, 5.0, 100.0), (0.0, 100.0), (5.0, 100.0, 120.0)):
+        with pytest.raises(Unusable, match="must rise and end at 100"):
+            play.start(stages=stages)
+    play.start()
+    play.do(Abort(at=0, rollout="r2"))
+    with pytest.raises(AlreadyExists, match="choose another name"):
+        play.start()
+    for wrong in ({"max_error_rate": 2}, {"min_reports": 0}, {"soak": 9999}):
+        with pytest.raises(Unusable):
+            replace(POLICY, **wrong)
+
+
+def test_a_release_that_was_retired_is_told_to_nobody() -> None:
+    play = Play()
+    play.start(stages=(100.0,))
+    play.fleet = replace(play.fleet, releases=play.fleet.releases - {Release("digits", 2)})
+    assert play.told() == []
+    play.fleet = replace(play.fleet, releases=frozenset())
+    assert play.poll("d0").release is None
+
+
+def test_the_first_release_has_nothing_to_go_back_to() -> None:
+    play = Play(devices=0)
+    play.do(AddGroup(at=0, group="new", release="digits"))
+    play.do(AddDevice(at=0, device="n", group="new"))
+    play.do(StartRollout(at=0, rollout="r", release=Release("digits", 1), groups=("new",)))
+    assert play.poll("n", running=None).release == Release("digits", 1)
+    play.do(Abort(at=0, rollout="r"))
+    assert play.poll("n", running=1).release is None
+
+
+def test_a_report_counts_for_a_rollout_of_what_a_device_had_before() -> None:
+    play = Play(devices=1)
+    play.do(PinDevice(at=0, device="d0", version=2))
+    play.poll("d0")
+    play.report("d0")
+    play.do(PinDevice(at=0, device="d0", version=None))
+    play.start(stages=(100.0,))
+    play.poll("d0", running=2)
+    assert play.fleet.devices["d0"].part.progress is Progress.TOLD
+    assert play.report("d0")
+    assert play.rollout.status is Status.COMPLETED
