@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import make_console
+from prunecast.cli.release_create import create
+from prunecast.cli.release_options import AsJson, Folder, Keys, Name, show_result
 
 if TYPE_CHECKING:
-    import torch
-
-    from prunecast.compression.onnx import ExportedGraph
     from prunecast.server.releases import Repository, RepositoryReader
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Publish signed releases of a model for edge devices.")
-
-Folder = Annotated[Path, typer.Argument(help="Folder of the release repository.")]
-Keys = Annotated[
-    list[Path],
-    typer.Option(
-        "--keys", help="Folder with private keys; give it twice if offline keys lie apart."
-    ),
-]
-Name = Annotated[str, typer.Argument(help="Name of the release.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -52,7 +39,7 @@ def init(repository: Folder, keys: Keys, as_json: AsJson = False) -> None:
         "keys": paths,
         "expires": {role: when.isoformat() for role, when in made.expires().items()},
     }
-    _show(
+    show_result(
         result,
         as_json,
         lambda: (
@@ -62,75 +49,7 @@ def init(repository: Folder, keys: Keys, as_json: AsJson = False) -> None:
     )
 
 
-@app.command()
-def create(
-    repository: Folder,
-    name: Name,
-    keys: Keys,
-    model: Annotated[
-        Path,
-        typer.Option(help="Saved published model, or a .safetensors or .npz checkpoint."),
-    ],
-    selftest: Annotated[
-        Path, typer.Option(help=".npz with a few real inputs, one array per input of the model.")
-    ],
-    module: Annotated[
-        str | None,
-        typer.Option(help="Torch module as package.module:factory; exported to a graph."),
-    ] = None,
-    graph: Annotated[Path | None, typer.Option(help="Exported graph, instead of --module.")] = None,
-    save_graph_to: Annotated[
-        Path | None, typer.Option("--save-graph", help="Keep the exported graph for next time.")
-    ] = None,
-    bits: Annotated[
-        int | None,
-        typer.Option(help="Put a dense checkpoint on a lattice of so many bits.", min=2, max=16),
-    ] = None,
-    variant: Annotated[str, typer.Option(help="Weights on the device: lattice or fp32.")] = (
-        "lattice"
-    ),
-    metric: Annotated[
-        list[str] | None, typer.Option(help="name=value, measured on this very model.")
-    ] = None,
-    licence: Annotated[str | None, typer.Option(help="SPDX expression of the weights.")] = None,
-    window: Annotated[int, typer.Option(help="How many releases stay live.", min=1)] = 16,
-    as_json: AsJson = False,
-) -> None:
-    """Publish a model as the next release: keyframe, patches from live releases, self-test."""
-    from prunecast.compression.onnx import save_graph, unpack_arrays
-    from prunecast.server.releases import KeyRing, Repository, read_checkpoint
-
-    if (module is None) == (graph is None):
-        raise typer.BadParameter("give either --module or --graph")
-    if variant not in ("lattice", "fp32"):
-        raise typer.BadParameter("must be lattice or fp32", param_hint="--variant")
-    metrics = dict(map(_metric, metric or []))
-    weights = read_checkpoint(model, bits=bits)
-    inputs = unpack_arrays(selftest.read_bytes())
-    exported = _graph(module, graph, inputs)
-    if save_graph_to:
-        save_graph(exported, save_graph_to)
-    target = Repository(repository, KeyRing(*keys), window=window)
-    made = target.publish(
-        name,
-        weights,
-        exported,
-        selftest_inputs=inputs,
-        metrics=metrics,
-        variant=variant,  # type: ignore[arg-type]
-        licence=licence,
-    )
-    result = {
-        "name": made.name,
-        "version": made.version,
-        "onnx_bytes": made.onnx_bytes,
-        "weights_bytes": made.weights_bytes,
-        "keyframe_bytes": made.keyframe_bytes,
-        "patch_bytes": {str(base): size for base, size in made.patch_bytes.items()},
-        "file_bytes": dict(made.file_bytes),
-        "retired": list(made.retired),
-    }
-    _show(result, as_json, lambda: _created(result))
+app.command()(create)
 
 
 @app.command(name="list")
@@ -152,7 +71,7 @@ def list_(repository: Folder, as_json: AsJson = False) -> None:
         for m in manifests
     ]
     expires = {role: when.isoformat() for role, when in target.expires().items()}
-    _show({"releases": rows, "expires": expires}, as_json, lambda: _table(rows, expires))
+    show_result({"releases": rows, "expires": expires}, as_json, lambda: _table(rows, expires))
 
 
 @app.command()
@@ -162,9 +81,17 @@ def show(
     version: Annotated[
         int | None, typer.Argument(help="Number of the release; default the newest.")
     ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the release as a single .onnx file, too.")
+    ] = None,
 ) -> None:
     """Print the manifest of a release, as JSON."""
-    manifest = _reader(repository).show(name, version)
+    reader = _reader(repository)
+    manifest = reader.show(name, version)
+    if export is not None:
+        from prunecast.server.releases import export_release
+
+        export_release(reader, manifest, export)
     print(json.dumps(json.loads(manifest.to_bytes()), indent=2))  # noqa: T201
 
 
@@ -180,7 +107,7 @@ def verify(
     from prunecast.server.releases import verify_repository
 
     verified = verify_repository(_reader(repository), root.read_bytes())
-    _show(
+    show_result(
         {"verified": [asdict(v) for v in verified]},
         as_json,
         lambda: (
@@ -223,7 +150,7 @@ def renew(
 
     renewed = _writer(repository, keys).renew(role or ONLINE_ROLES)
     result = {name: when.isoformat() for name, when in renewed.items()}
-    _show(
+    show_result(
         result,
         as_json,
         lambda: "\n".join(f"{name} is valid until {when}" for name, when in result.items()),
@@ -251,67 +178,6 @@ def _writer(repository: Path, keys: list[Path]) -> Repository:
     from prunecast.server.releases import KeyRing, Repository
 
     return Repository(repository, KeyRing(*keys))
-
-
-def _metric(text: str) -> tuple[str, float]:
-    name, sep, value = text.partition("=")
-    try:
-        if sep and name:
-            return name, float(value)
-    except ValueError:
-        pass
-    raise typer.BadParameter(f"{text!r} is not name=value", param_hint="--metric")
-
-
-def _graph(module: str | None, graph: Path | None, inputs: dict[str, Any]) -> ExportedGraph:
-    from prunecast.compression.onnx import load_graph
-
-    if graph is not None:
-        return load_graph(graph)
-    import torch
-
-    from prunecast.compression.onnx import export_graph
-
-    examples = tuple(torch.from_numpy(values.copy()) for values in inputs.values())
-    with make_console(stderr=True).status(f"exporting {module}"):
-        return export_graph(_module(str(module)), examples, input_names=list(inputs))
-
-
-def _module(path: str) -> torch.nn.Module:
-    import sys
-    from importlib import import_module
-
-    import torch
-
-    package, _, factory = path.partition(":")
-    if not package or not factory:
-        raise typer.BadParameter(f"{path!r} is not package.module:factory", param_hint="--module")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module in the current folder, as `python -m` finds it
-    try:
-        made = getattr(import_module(package), factory)()
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(str(error), param_hint="--module") from error
-    if not isinstance(made, torch.nn.Module):
-        raise typer.BadParameter(f"{path} made no torch module", param_hint="--module")
-    return made
-
-
-def _show(result: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
-    if as_json:
-        print(json.dumps(result))  # noqa: T201
-    else:
-        make_console().print(text())
-
-
-def _created(result: dict[str, Any]) -> str:
-    lines = [f"{result['name']} {result['version']} is live"]
-    if result["onnx_bytes"]:
-        lines.append(f"one fp32 .onnx file   {result['onnx_bytes']:>12,} bytes")
-    lines.append(f"keyframe              {result['keyframe_bytes']:>12,} bytes")
-    for base, size in result["patch_bytes"].items():
-        lines.append(f"patch from {base:<10} {size:>13,} bytes")
-    return "\n".join(lines)
 
 
 def _table(rows: list[dict[str, Any]], expires: dict[str, str]) -> str:

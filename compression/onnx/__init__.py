@@ -1,7 +1,7 @@
 """A torch module and a published model as an ONNX graph with external weights.
 
 The parts a device needs (`layout`, `manifest`, `selftest`, `runtime`) import neither torch nor
-onnx; `export_graph`, `bind_weights` and `save_single_file` import them when first asked for.
+onnx; `export_graph`, `lift_model`, `bind_weights` and the like import them when first asked for.
 """
 
 from importlib import import_module
@@ -11,12 +11,14 @@ from prunecast.compression.onnx.errors import (
     BindError,
     ExportError,
     FoldedParameter,
+    ForeignModel,
     LayoutError,
     ManifestError,
     NumericsError,
     OnnxError,
     RuntimeFailure,
     SelfTestFailed,
+    UnsafeExternalData,
 )
 from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
 from prunecast.compression.onnx.layout import Segment, WeightsLayout
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
         single_file_size,
     )
     from prunecast.compression.onnx.export import export_graph
+    from prunecast.compression.onnx.lattice import snap
+    from prunecast.compression.onnx.lift import LiftedModel, lift_model
+    from prunecast.compression.onnx.single import export_single
 
 __all__ = [
     "BindError",
@@ -46,8 +51,10 @@ __all__ = [
     "ExportedGraph",
     "FileRef",
     "FoldedParameter",
+    "ForeignModel",
     "InferenceSession",
     "LayoutError",
+    "LiftedModel",
     "ManifestError",
     "NumericsError",
     "OnnxError",
@@ -58,27 +65,35 @@ __all__ = [
     "SelfTestFailed",
     "Signature",
     "Tolerance",
+    "UnsafeExternalData",
     "Variant",
     "WeightsLayout",
     "bind_weights",
     "check_outputs",
     "export_graph",
+    "export_single",
+    "lift_model",
     "load_graph",
     "open_session",
     "pack_arrays",
     "save_graph",
     "save_single_file",
     "single_file_size",
+    "snap",
     "unpack_arrays",
 ]
 
 _LAZY = {
     "BoundModel": "bind",
+    "LiftedModel": "lift",
     "Variant": "bind",
     "bind_weights": "bind",
     "export_graph": "export",
+    "export_single": "single",
+    "lift_model": "lift",
     "save_single_file": "bind",
     "single_file_size": "bind",
+    "snap": "lattice",
 }
 
 

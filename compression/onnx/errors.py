@@ -4,12 +4,14 @@ __all__ = [
     "BindError",
     "ExportError",
     "FoldedParameter",
+    "ForeignModel",
     "LayoutError",
     "ManifestError",
     "NumericsError",
     "OnnxError",
     "RuntimeFailure",
     "SelfTestFailed",
+    "UnsafeExternalData",
 ]
 
 
@@ -47,3 +49,11 @@ class SelfTestFailed(OnnxError):
 
 class RuntimeFailure(OnnxError):
     """onnxruntime refused a model or its inputs."""
+
+
+class ForeignModel(OnnxError):
+    """An ``.onnx`` file from elsewhere is damaged, or cannot become a release."""
+
+
+class UnsafeExternalData(ForeignModel):
+    """A model refers to weights outside its own folder."""

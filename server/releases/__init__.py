@@ -21,6 +21,7 @@ from prunecast.server.releases.metadata import Expiry
 
 if TYPE_CHECKING:
     from prunecast.server.releases.checkpoint import from_arrays, read_checkpoint
+    from prunecast.server.releases.foreign import ForeignRelease, export_release, from_onnx
     from prunecast.server.releases.http import ReleaseServer
     from prunecast.server.releases.reading import ReleaseEntry, RepositoryReader
     from prunecast.server.releases.repository import PublishedRelease, Repository
@@ -31,6 +32,7 @@ __all__ = [
     "ONLINE_ROLES",
     "ROLES",
     "Expiry",
+    "ForeignRelease",
     "KeyFileError",
     "KeyRing",
     "PublishedRelease",
@@ -45,19 +47,24 @@ __all__ = [
     "ServerError",
     "VerificationFailed",
     "VerifiedRelease",
+    "export_release",
     "from_arrays",
+    "from_onnx",
     "read_checkpoint",
     "verify_repository",
 ]
 
 _LAZY = {
+    "ForeignRelease": "foreign",
     "PublishedRelease": "repository",
     "ReleaseEntry": "reading",
     "ReleaseServer": "http",
     "Repository": "repository",
     "RepositoryReader": "reading",
     "VerifiedRelease": "verify",
+    "export_release": "foreign",
     "from_arrays": "checkpoint",
+    "from_onnx": "foreign",
     "read_checkpoint": "checkpoint",
     "verify_repository": "verify",
 }

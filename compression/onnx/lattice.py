@@ -1,0 +1,109 @@
+"""Put a model's kernels on a lattice of few bits, so that versions differ by small integers.
+
+Three ways to choose a tensor's step, for integers within ``2**(bits - 1) - 1``:
+
+* ``held``: the step of the version that devices hold, times a power of two where the weights have
+  outgrown it. Equal steps are what makes a patch small: the same weight keeps the same integer.
+  Without such a version, ``range`` with a tenth of head room for the versions to come.
+* ``range``: the largest weight takes the largest integer.
+* ``error``: the step of least squared error among those that clip no more than half the range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.compression.onnx.errors import ForeignModel
+from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
+
+__all__ = ["STEPS", "Steps", "snap"]
+
+Steps = Literal["held", "range", "error"]
+STEPS: tuple[Steps, ...] = get_args(Steps)
+_HEAD_ROOM = 0.9
+_SAMPLE = 1 << 16  # elements that the search for the least error looks at
+
+
+def snap(
+    arrays: Mapping[str, NDArray[Any]],
+    kernels: Collection[str],
+    *,
+    bits: int | None,
+    steps: Steps = "held",
+    held: PublishedModel | None = None,
+    counter: int = 0,
+) -> PublishedModel:
+    """A published model of dense arrays.
+
+    Args:
+        arrays: floating, integer or bool tensors by name.
+        kernels: those that go on the lattice; the others stay exact.
+        bits: 2 to 16; None keeps everything exact.
+        steps: how a step is chosen, see above.
+        held: the version that devices hold, for ``held``.
+        counter: number of the version.
+
+    Raises:
+        ForeignModel: `bits` out of range, or a kernel that is not finite.
+
+    >>> w = np.array([[0.5, -1.27], [0.0, 1.0]], np.float32)
+    >>> snap({"w": w}, {"w"}, bits=8, steps="range")["w"].q
+    array([[  50, -127],
+           [   0,  100]], dtype=int8)
+    """
+    if bits is not None and not 2 <= bits <= 16:
+        raise ForeignModel(f"bits must be from 2 to 16, not {bits}")
+    if steps not in STEPS:
+        raise ForeignModel(f"steps are chosen by {', '.join(STEPS)}, not {steps!r}")
+    tensors: dict[str, Tensor] = {}
+    for name, values in arrays.items():
+        if bits is None or name not in kernels or not values.size:
+            tensors[name] = RawTensor(values)
+            continue
+        wide = values.astype(np.float64)
+        if not np.isfinite(wide).all():
+            raise ForeignModel(f"tensor {name!r} holds a value that is not finite")
+        before = held.tensors.get(name) if held is not None else None
+        top = 2 ** (bits - 1) - 1
+        step = _step(wide, top, steps, before)
+        q = np.clip(np.rint(wide / step), -top, top).astype(np.int32)
+        tensors[name] = LatticeTensor(q, step, dtype=values.dtype)
+    return PublishedModel(tensors, counter)
+
+
+def _step(values: NDArray[np.float64], top: int, steps: Steps, before: Tensor | None) -> float:
+    largest = float(np.abs(values).max())
+    if largest == 0.0:
+        return before.step if isinstance(before, LatticeTensor) else 1.0
+    if steps == "held" and isinstance(before, LatticeTensor) and before.shape == values.shape:
+        # within (half the range, the range]: no bit is wasted and nothing is clipped
+        shift = math.ceil(math.log2(largest / ((top + 0.5) * before.step)))
+        if shift < 0 and largest > 0.4 * top * before.step:
+            shift = 0  # do not go back and forth around a power of two
+        return _single(before.step * 2.0**shift)
+    full = largest / top
+    if steps == "held":
+        return _single(full / _HEAD_ROOM)
+    return _single(full if steps == "range" else full * _least_error(values.ravel(), full, top))
+
+
+def _single(step: float) -> float:
+    """The nearest float32 at which no step is zero."""
+    return max(float(np.float32(step)), float(np.finfo(np.float32).tiny))
+
+
+def _least_error(values: NDArray[np.float64], full: float, top: int) -> float:
+    sample = values[:: max(1, values.size // _SAMPLE)]
+    factors = np.linspace(0.5, 1.0, 26)
+
+    def error(factor: float) -> float:
+        step = full * factor
+        q = np.clip(np.rint(sample / step), -top, top)
+        return float(np.square(q * step - sample).sum())
+
+    return float(min(factors[::-1], key=error))

@@ -1,0 +1,224 @@
+"""Small models as other tools leave them: weights in every place where ONNX allows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+FLOAT = TensorProto.FLOAT
+
+
+def weight(*shape: int, seed: int = 0) -> np.ndarray:
+    """Normal values."""
+    return (np.random.default_rng([seed, *shape]).standard_normal(shape) / 4).astype(np.float32)
+
+
+def tensor(values: np.ndarray, name: str) -> onnx.TensorProto:
+    """An initialiser."""
+    return numpy_helper.from_array(np.asarray(values), name)
+
+
+def constant(values: np.ndarray, name: str) -> onnx.NodeProto:
+    """A ``Constant`` node."""
+    return helper.make_node("Constant", [], [name], value=tensor(values, ""), name=f"make_{name}")
+
+
+def value(name: str, *shape: int | str, kind: int = FLOAT) -> onnx.ValueInfoProto:
+    """An input or output."""
+    return helper.make_tensor_value_info(name, kind, list(shape))
+
+
+def model(
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    initialisers: list[onnx.TensorProto],
+    *,
+    opset: int = 17,
+    functions: tuple[onnx.FunctionProto, ...] = (),
+) -> onnx.ModelProto:
+    """A model of IR version 8."""
+    graph = helper.make_graph(nodes, "g", inputs, outputs, initialisers)
+    opsets = [helper.make_opsetid("", opset)]
+    opsets += [helper.make_opsetid(f.domain, 1) for f in functions]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions)
+
+
+def plain(opset: int = 17) -> onnx.ModelProto:
+    """Two layers; the first kernel is used twice, the reshape's target is a small integer."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Add", ["a", "b"], ["c"]),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("MatMul", ["d", "w"], ["e"]),
+        helper.make_node("Reshape", ["e", "target"], ["f"]),
+        helper.make_node("MatMul", ["f", "head"], ["y"]),
+    ]
+    held = [
+        tensor(weight(24, 24), "w"),
+        tensor(weight(24), "b"),
+        tensor(np.array([-1, 24]), "target"),
+        tensor(weight(24, 5), "head"),
+    ]
+    return model(nodes, [value("x", "batch", 24)], [value("y", "batch", 5)], held, opset=opset)
+
+
+def constants() -> onnx.ModelProto:
+    """Every weight in a ``Constant`` node; a scalar and a clip's bounds among them."""
+    nodes = [
+        constant(weight(24, 16), "w"),
+        constant(weight(16), "b"),
+        constant(np.float32(0.5), "half"),
+        constant(np.float32(-1), "low"),
+        constant(np.float32(1), "high"),
+        helper.make_node("Constant", [], ["gain"], value_floats=[1.0, 2.0, 3.0, 4.0] * 4),
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Add", ["a", "b"], ["c"]),
+        helper.make_node("Mul", ["c", "half"], ["d"]),
+        helper.make_node("Clip", ["d", "low", "high"], ["e"]),
+        helper.make_node("Mul", ["e", "gain"], ["y"]),
+    ]
+    return model(nodes, [value("x", "n", 24)], [value("y", "n", 16)], [])
+
+
+def branches() -> onnx.ModelProto:
+    """An ``If`` whose branches both call their kernel ``w``; one gives a constant out directly."""
+    then = helper.make_graph(
+        [constant(weight(16, 16, seed=1), "w"), helper.make_node("MatMul", ["h", "w"], ["t"])],
+        "then",
+        [],
+        [
+            value("t", "n", 16),
+        ],
+    )
+    other = helper.make_graph(
+        [helper.make_node("MatMul", ["h", "w"], ["t2"])],
+        "other",
+        [],
+        [value("t2", "n", 16)],
+        [tensor(weight(16, 16, seed=2), "w")],
+    )
+    given = helper.make_graph([constant(weight(300, seed=3), "o1")], "g1", [], [value("o1", 300)])
+    taken = helper.make_graph([constant(weight(300, seed=4), "o2")], "g2", [], [value("o2", 300)])
+    nodes = [
+        helper.make_node("MatMul", ["x", "outer"], ["h"]),
+        helper.make_node("ReduceSum", ["x"], ["total"], keepdims=0),
+        helper.make_node("Greater", ["total", "zero"], ["positive"]),
+        helper.make_node("If", ["positive"], ["y"], "choose", then_branch=then, else_branch=other),
+        helper.make_node("If", ["positive"], ["z"], then_branch=given, else_branch=taken),
+    ]
+    held = [tensor(weight(24, 16), "outer"), tensor(np.float32(0), "zero")]
+    ends = [value("y", "n", 16), value("z", 300)]
+    return model(nodes, [value("x", "n", 24)], ends, held)
+
+
+def loop() -> onnx.ModelProto:
+    """Three turns of a ``Loop`` with a kernel inside, and an ``If`` inside that."""
+    inner = [
+        helper.make_graph(
+            [constant(weight(16, 16, seed=s), "k"), helper.make_node("MatMul", ["s", "k"], [out])],
+            out,
+            [],
+            [value(out, "n", 16)],
+        )
+        for s, out in ((5, "p"), (6, "q"))
+    ]
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["state", "w"], ["s"]),
+            helper.make_node("Mod", ["i", "two"], ["odd_number"]),
+            helper.make_node("Cast", ["odd_number"], ["odd"], to=TensorProto.BOOL),
+            helper.make_node("If", ["odd"], ["u"], then_branch=inner[0], else_branch=inner[1]),
+            helper.make_node("Tanh", ["u"], ["next"]),
+            helper.make_node("Identity", ["going"], ["go_on"]),
+        ],
+        "body",
+        [
+            value("i", kind=TensorProto.INT64),
+            value("going", kind=TensorProto.BOOL),
+            value("state", "n", 16),
+        ],
+        [value("go_on", kind=TensorProto.BOOL), value("next", "n", 16)],
+        [tensor(weight(16, 16, seed=7), "w"), tensor(np.array(2), "two")],
+    )
+    nodes = [helper.make_node("Loop", ["turns", "always", "x"], ["y"], "turn", body=body)]
+    held = [tensor(np.array(3), "turns"), tensor(np.array(True), "always")]
+    return model(nodes, [value("x", "n", 16)], [value("y", "n", 16)], held)
+
+
+def scan() -> onnx.ModelProto:
+    """A ``Scan`` over the rows of a sequence, with a kernel inside."""
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["row", "w"], ["a"]),
+            helper.make_node("Add", ["a", "state"], ["b"]),
+            helper.make_node("Tanh", ["b"], ["next"]),
+            helper.make_node("Identity", ["next"], ["out"]),
+        ],
+        "body",
+        [value("state", 16), value("row", 16)],
+        [value("next", 16), value("out", 16)],
+        [tensor(weight(16, 16, seed=8), "w")],
+    )
+    nodes = [helper.make_node("Scan", ["start", "x"], ["end", "y"], body=body, num_scan_inputs=1)]
+    ends = [value("end", 16), value("y", "rows", 16)]
+    return model(nodes, [value("x", "rows", 16)], ends, [tensor(weight(16), "start")])
+
+
+def function() -> onnx.ModelProto:
+    """A function that is called twice and holds its kernel as a constant."""
+    opsets = [helper.make_opsetid("", 17)]
+    made = helper.make_function(
+        "own",
+        "Layer",
+        ["x"],
+        ["y"],
+        [constant(weight(16, 16, seed=9), "w"), helper.make_node("MatMul", ["x", "w"], ["y"])],
+        opsets,
+    )
+    nodes = [
+        helper.make_node("Layer", ["x"], ["h"], domain="own"),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Layer", ["r"], ["y"], domain="own"),
+    ]
+    ends = [value("x", "n", 16)], [value("y", "n", 16)]
+    return model(nodes, *ends, [], functions=(made,))
+
+
+def sparse() -> onnx.ModelProto:
+    """A kernel as a sparse initialiser."""
+    dense = weight(24, 16) * (np.random.default_rng(1).random((24, 16)) < 0.2)
+    places = np.flatnonzero(dense)
+    made = model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [value("x", "n", 24)],
+        [value("y", "n", 16)],
+        [],
+    )
+    values = tensor(dense.ravel()[places], "w")
+    made.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, tensor(places, ""), [24, 16])
+    )
+    return made
+
+
+KINDS: dict[str, Callable[[], onnx.ModelProto]] = {
+    f.__name__: f for f in (plain, constants, branches, loop, scan, function, sparse)
+}
+
+
+def save(proto: onnx.ModelProto, path: Path, *, external: bool = False) -> Path:
+    """Write a model, with its large tensors beside it if `external`."""
+    if external:
+        (path.parent / "data").mkdir(exist_ok=True)
+        onnx.save(
+            proto, path, save_as_external_data=True, location="data/w.bin", size_threshold=100,
+            convert_attribute=False,
+        )  # fmt: skip
+    else:
+        onnx.save(proto, path)
+    return path
