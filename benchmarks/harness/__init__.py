@@ -1,0 +1,1 @@
+"""Cases, coders, measuring and reporting behind ``benchmarks/codec.py``."""

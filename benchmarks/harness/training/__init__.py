@@ -1,0 +1,1 @@
+"""Small models of our own, trained for their tensors. Needs torch and mlxtend."""
