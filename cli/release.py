@@ -122,6 +122,37 @@ def verify(
 
 
 @app.command()
+def doctor(
+    repository: Folder,
+    keys: Annotated[
+        list[Path] | None,
+        typer.Option("--keys", help="Folder with private keys, to examine them too."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is wrong with a repository and what to do; nothing is changed.
+
+    Looks at metadata, keys, the files of every live release, permissions and leftovers. The exit
+    code is 1 if something must be done.
+    """
+    from dataclasses import asdict
+
+    from prunecast.server.releases import KeyRing, examine
+
+    findings = examine(repository, KeyRing(*keys) if keys else None)
+    problems = sum(f.severity == "problem" for f in findings)
+    lines = [f"{f.severity}: {f.subject}: {f.what}\n  {f.remedy}" for f in findings]
+    lines.append(f"{problems} problems" if problems else "nothing needs to be done")
+    show_result(
+        {"problems": problems, "findings": [asdict(f) for f in findings]},
+        as_json,
+        lambda: "\n".join(lines),
+    )
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def retire(
     repository: Folder,
     name: Name,

@@ -21,6 +21,8 @@ from prunecast.server.releases.metadata import Expiry
 
 if TYPE_CHECKING:
     from prunecast.server.releases.checkpoint import from_arrays, read_checkpoint
+    from prunecast.server.releases.doctor import examine
+    from prunecast.server.releases.findings import Finding
     from prunecast.server.releases.foreign import ForeignRelease, export_release, from_onnx
     from prunecast.server.releases.http import ReleaseServer
     from prunecast.server.releases.reading import ReleaseEntry, RepositoryReader
@@ -32,6 +34,7 @@ __all__ = [
     "ONLINE_ROLES",
     "ROLES",
     "Expiry",
+    "Finding",
     "ForeignRelease",
     "KeyFileError",
     "KeyRing",
@@ -47,6 +50,7 @@ __all__ = [
     "ServerError",
     "VerificationFailed",
     "VerifiedRelease",
+    "examine",
     "export_release",
     "from_arrays",
     "from_onnx",
@@ -55,6 +59,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Finding": "findings",
     "ForeignRelease": "foreign",
     "PublishedRelease": "repository",
     "ReleaseEntry": "reading",
@@ -62,6 +67,7 @@ _LAZY = {
     "Repository": "repository",
     "RepositoryReader": "reading",
     "VerifiedRelease": "verify",
+    "examine": "doctor",
     "export_release": "foreign",
     "from_arrays": "checkpoint",
     "from_onnx": "foreign",
