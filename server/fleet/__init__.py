@@ -1,7 +1,11 @@
 """A fleet of edge devices under control: groups, staged rollouts, pins, roll-back.
 
-`apply` decides without file, socket, clock or generator.
+`apply` decides without file, socket, clock or generator; `FleetService` keeps the state in a
+database and is what a wire service calls. Imported without SQLAlchemy; `FleetService` needs it.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from prunecast.server.fleet.assignment import assign, cohort_size, rank
 from prunecast.server.fleet.errors import (
@@ -36,6 +40,9 @@ from prunecast.server.fleet.model import (
 )
 from prunecast.server.fleet.step import Decision
 
+if TYPE_CHECKING:
+    from prunecast.server.fleet.service import DeviceState, FleetService
+
 __all__ = [
     "AlreadyExists",
     "AuditEntry",
@@ -43,9 +50,11 @@ __all__ = [
     "DatabaseMissing",
     "Decision",
     "Device",
+    "DeviceState",
     "Directive",
     "Fleet",
     "FleetError",
+    "FleetService",
     "Group",
     "NotFound",
     "NotPossible",
@@ -68,3 +77,11 @@ __all__ = [
     "cohort_size",
     "rank",
 ]
+
+_LAZY = {"DeviceState": "service", "FleetService": "service"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,173 @@
+"""The connection: SQLite or PostgreSQL, the schema's version, and what a transaction means.
+
+SQLite: every transaction begins with ``BEGIN IMMEDIATE``, so one writer at a time. PostgreSQL:
+READ COMMITTED with row locks, always in the order groups, rollouts, devices (`loading`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event, inspect, select
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from prunecast.server.fleet.errors import (
+    AlreadyExists,
+    DatabaseError,
+    DatabaseMissing,
+    SchemaMismatch,
+    Unusable,
+)
+from prunecast.server.fleet.tables import SCHEMA, Base, MetaRow
+
+__all__ = ["Database"]
+
+_WAIT = 30.0
+"""Seconds that a SQLite transaction waits for another one."""
+
+
+class Database:
+    """A fleet's database.
+
+    Args:
+        url: as SQLAlchemy reads it: ``sqlite:///fleet.db``, ``postgresql://user@host/name``.
+
+    Raises:
+        Unusable: the URL is none, or of another database.
+        DatabaseMissing: the database holds no fleet.
+        SchemaMismatch: it was made by another version.
+        DatabaseError: it cannot be reached.
+    """
+
+    def __init__(self, url: str) -> None:
+        parsed = _parse(url)
+        self.shown = parsed.render_as_string(hide_password=True)
+        _check_file(parsed, self.shown)
+        self._engine = _engine(parsed)
+        try:
+            self._check_schema()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def create(cls, url: str, settings: dict[str, str]) -> Database:
+        """Make the tables.
+
+        Raises:
+            AlreadyExists: the database holds a fleet.
+            DatabaseError: it cannot be reached, or refuses.
+        """
+        parsed = _parse(url)
+        shown = parsed.render_as_string(hide_password=True)
+        engine = _engine(parsed)
+        try:
+            with _translated(shown):
+                if inspect(engine).has_table(MetaRow.__tablename__):
+                    raise AlreadyExists(f"{shown} holds a fleet already: use it, or another one")
+                Base.metadata.create_all(engine)
+                with Session(engine) as session, session.begin():
+                    rows = {"schema": str(SCHEMA), **settings}
+                    session.add_all(MetaRow(key=k, value=v) for k, v in rows.items())
+        finally:
+            engine.dispose()
+        return cls(url)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """A transaction: committed at the end, rolled back by an exception.
+
+        Raises:
+            DatabaseError: the database refuses.
+        """
+        with (
+            _translated(self.shown),
+            Session(self._engine, expire_on_commit=False) as session,
+            session.begin(),
+        ):
+            yield session
+
+    def settings(self) -> dict[str, str]:
+        """What `create` was given."""
+        with self.transaction() as session:
+            return {row.key: row.value for row in session.scalars(select(MetaRow))}
+
+    def _check_schema(self) -> None:
+        with _translated(self.shown):
+            found = inspect(self._engine).has_table(MetaRow.__tablename__)
+        held = self.settings().get("schema") if found else None
+        if held is None:
+            raise DatabaseMissing(_missing(self.shown))
+        if held != str(SCHEMA):
+            raise SchemaMismatch(
+                f"{self.shown} has fleet schema {held}, this version needs {SCHEMA}: install the "
+                "version of prunecast that made it, or start a new fleet with another database"
+            )
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise Unusable(
+            f"{url!r} is no database URL: give sqlite:///fleet.db or postgresql://user@host/name"
+        ) from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise Unusable(f"{parsed.drivername} is not supported: use sqlite or postgresql")
+    return parsed
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() == "postgresql":
+        try:
+            return create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED")
+        except NoSuchModuleError as error:
+            raise Unusable(f"{url.drivername} is not supported: use postgresql://") from error
+        except ModuleNotFoundError as error:
+            raise DatabaseError(
+                "the driver for PostgreSQL is not installed: pip install 'prunecast[postgres]'"
+            ) from error
+    engine = create_engine(url, connect_args={"timeout": _WAIT})
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, record: object) -> None:
+        connection.isolation_level = None  # the driver must not begin transactions by itself
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _check_file(url: URL, shown: str) -> None:
+    """SQLite would make an empty file where there is none."""
+    if url.get_backend_name() == "sqlite" and not Path(url.database or ":memory:").is_file():
+        raise DatabaseMissing(_missing(shown))
+
+
+def _missing(shown: str) -> str:
+    return f"{shown} holds no fleet: make one with `prunecast fleet init`"
+
+
+@contextmanager
+def _translated(shown: str) -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        words = " ".join(str(cause).split())[:300]
+        raise DatabaseError(f"{shown}: {words}") from error

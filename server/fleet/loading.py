@@ -1,0 +1,160 @@
+"""The part of a fleet that an event concerns: locked, loaded, and written back.
+
+Locks are taken in the order groups, rollouts, devices, each by name, so no two transactions wait
+for each other. Groups are locked for sharing unless the event changes them; an active rollout is
+locked for writing, which makes all decisions about it one after the other, in whichever process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, Select, or_, select
+from sqlalchemy.orm import Session
+
+from prunecast.server.fleet.mapping import (
+    device_columns,
+    group_columns,
+    rollout_columns,
+    to_device,
+    to_group,
+    to_rollout,
+)
+from prunecast.server.fleet.model import AuditEntry, Fleet, Progress, Release, Status
+from prunecast.server.fleet.tables import AuditRow, DeviceRow, GroupRow, RolloutRow
+
+__all__ = ["Slice", "write_audit"]
+
+_Row = TypeVar("_Row", GroupRow, RolloutRow, DeviceRow)
+_ACTIVE = (Status.RUNNING.value, Status.PAUSED.value)
+
+
+@dataclass
+class Slice:
+    """Rows that are loaded and locked, and the state that they make.
+
+    Attributes:
+        groups: rows by name.
+        rollouts: rows by name.
+        devices: rows by name.
+    """
+
+    groups: dict[str, GroupRow] = field(default_factory=dict)
+    rollouts: dict[str, RolloutRow] = field(default_factory=dict)
+    devices: dict[str, DeviceRow] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        session: Session,
+        at: float,
+        *,
+        groups: Collection[str],
+        devices: Collection[str] = (),
+        change_groups: bool = False,
+        everybody: bool = False,
+    ) -> Slice:
+        """Lock and load.
+
+        Args:
+            session: in a transaction.
+            at: time, which decides who is overdue.
+            groups: names of the groups.
+            devices: names of the devices.
+            change_groups: whether the event changes the groups themselves.
+            everybody: whether all devices of the groups are needed.
+        """
+        made = cls()
+        wanted = select(GroupRow).where(GroupRow.id.in_(groups))
+        made.groups = _locked(session, wanted, GroupRow, share=not change_groups)
+        names = sorted({g.rollout for g in made.groups.values() if g.rollout})
+        for name in names:
+            rollout = session.get(RolloutRow, name, populate_existing=True)
+            if rollout is not None and rollout.status in _ACTIVE:
+                found = select(RolloutRow).where(RolloutRow.id == name)
+                made.rollouts.update(_locked(session, found, RolloutRow))
+            elif rollout is not None:
+                made.rollouts[name] = rollout
+        conditions: list[ColumnElement[bool]] = [DeviceRow.id.in_(devices)]
+        conditions += [
+            (DeviceRow.part_rollout == r.id)
+            & (DeviceRow.part_progress == Progress.TOLD.value)
+            & (DeviceRow.part_told_at <= at - float(r.policy["report_deadline"]))
+            for r in made.rollouts.values()
+            if r.status in _ACTIVE
+        ]
+        if everybody:
+            conditions.append(DeviceRow.group.in_(groups))
+        made.devices = _locked(session, select(DeviceRow).where(or_(*conditions)), DeviceRow)
+        made._load_foreign_groups(session)
+        return made
+
+    def fleet(self, releases: Iterable[Release]) -> Fleet:
+        """The state."""
+        return Fleet(
+            frozenset(releases),
+            {name: to_group(row) for name, row in self.groups.items()},
+            {name: to_device(row) for name, row in self.devices.items()},
+            {name: to_rollout(row) for name, row in self.rollouts.items()},
+        )
+
+    def write(self, session: Session, before: Fleet, after: Fleet) -> None:
+        """Write what differs between two states."""
+        for name, rollout in after.rollouts.items():
+            if rollout is not before.rollouts.get(name):
+                columns = rollout_columns(rollout)
+                if name in self.rollouts:
+                    _assign(self.rollouts[name], columns)
+                else:
+                    session.add(RolloutRow(**columns, started=rollout.since))
+        session.flush()  # groups refer to rollouts, devices to groups
+        for name, group in after.groups.items():
+            if group is not before.groups.get(name):
+                if name in self.groups:
+                    _assign(self.groups[name], group_columns(group))
+                else:
+                    session.add(GroupRow(**group_columns(group)))
+        session.flush()
+        for name, device in after.devices.items():
+            if device is not before.devices.get(name):
+                if name in self.devices:
+                    _assign(self.devices[name], device_columns(device))
+                else:
+                    session.add(DeviceRow(**device_columns(device)))
+        session.flush()
+
+    def _load_foreign_groups(self, session: Session) -> None:
+        """Groups of overdue devices elsewhere in the same rollout; read only."""
+        missing = {d.group for d in self.devices.values()} - set(self.groups)
+        for row in session.scalars(select(GroupRow).where(GroupRow.id.in_(missing))):
+            self.groups[row.id] = row
+
+
+def write_audit(session: Session, entries: Sequence[AuditEntry]) -> None:
+    """Add to the audit log."""
+    for entry in entries:
+        session.add(
+            AuditRow(
+                at=entry.at,
+                actor=entry.actor[:80],
+                action=entry.action,
+                subject=entry.subject,
+                detail=entry.detail,
+            )
+        )
+
+
+def _locked(
+    session: Session, wanted: Select[Any], row: type[_Row], *, share: bool = False
+) -> dict[str, _Row]:
+    locked = wanted.order_by(row.id).with_for_update(read=share)
+    found: Iterable[_Row] = session.scalars(locked.execution_options(populate_existing=True))
+    return {item.id: item for item in found}
+
+
+def _assign(row: GroupRow | RolloutRow | DeviceRow, columns: dict[str, object]) -> None:
+    for key, value in columns.items():
+        if getattr(row, key) != value:
+            setattr(row, key, value)
