@@ -22,12 +22,14 @@ class Network(Fetcher):
         folder: what is served.
         replaced: content by path that takes the place of the real one; None answers 404.
         cut: by path, after how many bytes the connection breaks, once.
+        endless: paths whose content goes on for ever.
         asked: every request: path and offset.
     """
 
     folder: Path
     replaced: dict[str, bytes | None] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
+    endless: set[str] = field(default_factory=set)
     asked: list[tuple[str, int]] = field(default_factory=list)
     down: bool = False
 
@@ -43,6 +45,10 @@ class Network(Fetcher):
         return Stream(offset, self._chunks(path, data[offset:]))
 
     def _chunks(self, path: str, data: bytes) -> Iterator[bytes]:
+        if path in self.endless:
+            yield data
+            while True:
+                yield bytes(1 << 16)
         limit = self.cut.pop(path, None)
         yield from (data[i : i + 64] for i in range(0, len(data[:limit]), 64))
         if limit is not None:

@@ -114,9 +114,23 @@ def test_flipped_bit(
     _keeps_release_1(agent, images)
 
 
-@pytest.mark.parametrize("what", ["expected.npz", "manifest", "timestamp"])
+@pytest.mark.parametrize("what", ["expected.npz", "manifest"])
 def test_oversized_target(
     agent: Agent, publish: Publish, network, images: np.ndarray, what: str, config: AgentConfig
+) -> None:
+    _serve_oversized(agent, publish, network, what, config)
+    _keeps_release_1(agent, images)
+
+
+def test_oversized_timestamp(
+    agent: Agent, publish: Publish, network, images: np.ndarray, config: AgentConfig
+) -> None:
+    _serve_oversized(agent, publish, network, "timestamp", config)
+    _keeps_release_1(agent, images)
+
+
+def _serve_oversized(
+    agent: Agent, publish: Publish, network, what: str, config: AgentConfig
 ) -> None:
     manifest = publish(2)
     path = {
@@ -130,7 +144,6 @@ def test_oversized_target(
         agent.update_once()
     written = sum(p.stat().st_size for p in config.state.rglob("*") if p.is_file())
     assert written < 200_000
-    _keeps_release_1(agent, images)
 
 
 def test_foreign_keys(
@@ -416,9 +429,41 @@ def test_a_root_that_is_no_root_is_refused_at_provisioning(
     config: AgentConfig, network, publish: Publish
 ) -> None:
     publish(1)
-    for root in (b"", b"{}", (network.folder / "metadata" / "timestamp.json").read_bytes()):
+    timestamp = (network.folder / "metadata" / "timestamp.json").read_bytes()
+    for root in (b"", b"{}", b"-----BEGIN", b"\xff\xfe", b"[1]", b'{"signed": 1}', timestamp):
         with (
             Agent(replace(config, root=root), fetcher=network) as agent,
-            pytest.raises(TrustError),
+            pytest.raises(TrustError, match=r"no root metadata: give it .*1\.root\.json"),
         ):
             agent.update_once()
+
+
+def test_the_root_of_another_repository_is_named(
+    config: AgentConfig, network, publish: Publish, tmp_path: Path
+) -> None:
+    publish(1)
+    other = Repository.create(tmp_path / "other", KeyRing.create(tmp_path / "other-keys"))
+    config = replace(config, root=other.trusted_root())
+    with (
+        Agent(config, fetcher=network) as agent,
+        pytest.raises(TrustError, match=r"keys this device trusts.*root file"),
+    ):
+        agent.update_once()
+
+
+@pytest.mark.parametrize(
+    ("attack", "remedy"), [("rollback", "stale"), ("expired", "prunecast release renew")]
+)
+def test_a_refusal_names_the_remedy(
+    agent: Agent, publish: Publish, network, keys: KeyRing, attack: str, remedy: str
+) -> None:
+    if attack == "rollback":
+        old = _state_of(network.folder)
+        publish(2)
+        agent.update_once()
+        network.replaced |= old
+    else:
+        past = datetime.now(UTC) - timedelta(days=30)
+        Repository(network.folder, keys, now=lambda: past).renew()
+    with pytest.raises(TrustError, match=remedy):
+        agent.update_once()

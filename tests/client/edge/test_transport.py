@@ -30,6 +30,7 @@ from prunecast.client.edge import (
     NetworkError,
 )
 from prunecast.client.edge.download import download
+from prunecast.client.edge.pace import Pace, TooSlow
 from prunecast.compression.onnx import FileRef, ReleaseManifest
 from prunecast.server.releases import ReleaseServer, Repository
 
@@ -76,17 +77,85 @@ DATA = bytes(range(256)) * 40
 REF = FileRef(hashlib.sha256(DATA).hexdigest(), len(DATA))
 
 
-def test_a_trickling_server_is_left() -> None:
+@pytest.mark.parametrize(
+    ("begin", "drop"),
+    [
+        (b"", b"H"),
+        (b"HTTP/1.1 200 OK\r\n", b"x-a: b\r\n"),
+        (_head("200 OK", 10**6), b"x"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"0"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;", b"x"),
+    ],
+    ids=["status line", "headers", "body", "chunk size", "chunk extension"],
+)
+def test_slow_retrieval(begin: bytes, drop: bytes) -> None:
+    """A server that dribbles is left, wherever in its answer it does so."""
+
     def trickle(connection: socket.socket, request: str) -> None:
-        connection.sendall(_head("200 OK", 10**6))
+        connection.sendall(begin)
         while True:
-            connection.sendall(b"x")
-            time.sleep(0.02)
+            connection.sendall(drop)
+            time.sleep(0.01)
 
     with serving(trickle) as url:
         fetcher = HttpFetcher(patience=0.3, least_rate=10_000, read_timeout=5)
-        with pytest.raises(SlowRetrievalError, match="bytes per second"):
+        with pytest.raises(SlowRetrievalError, match="bytes per second came, least is 10000"):
             list(fetcher.open(url).chunks)
+
+
+def test_the_rate_counts_only_while_waiting_for_the_server() -> None:
+    """A receiver that is slow itself, or is told to be, does not blame the server."""
+    now = [0.0]
+    pace = Pace(1000.0, 5.0, 30.0, lambda: now[0])
+    for _ in range(100):
+        assert pace.receive(lambda: 10) == 10
+        now[0] += 60.0  # between two receives
+
+    def slow() -> int:
+        now[0] += 6.1
+        return 10
+
+    with pytest.raises(TooSlow, match="166 bytes per second"):
+        pace.receive(slow)
+
+
+def test_slow_retrieval_leaves_the_running_release(
+    publish: Callable[[int], ReleaseManifest], repository: Repository, config: AgentConfig
+) -> None:
+    publish(1)
+    with (
+        ReleaseServer(repository.path) as server,
+        Agent(replace(config, url=server.url)) as agent,
+    ):
+        assert agent.update_once().version == 1
+
+    def trickle(connection: socket.socket, request: str) -> None:
+        while True:
+            connection.sendall(b"H")
+            time.sleep(0.01)
+
+    with serving(trickle) as url:
+        fetcher = HttpFetcher(patience=0.2, least_rate=10_000)
+        with Agent(replace(config, url=url), fetcher=fetcher) as agent:
+            with pytest.raises(NetworkError, match="least is"):
+                agent.update_once()
+            assert agent.model.version == 1
+
+
+@pytest.mark.parametrize("kept", [0, 2000, 4000, 7000])
+def test_a_file_that_is_truncated_on_the_server_is_named(tmp_path: Path, kept: int) -> None:
+    """Whatever part is kept: what is wrong and what to do, not an HTTP status."""
+    folder = tmp_path / "repository"
+    (folder / "metadata").mkdir(parents=True)
+    (folder / "metadata" / "timestamp.json").write_text("{}")
+    (folder / "blobs").mkdir()
+    (folder / "blobs" / REF.sha256).write_bytes(DATA[:4000])
+    if kept:
+        (tmp_path / "file.part").write_bytes(DATA[:kept])
+    with ReleaseServer(folder) as server:
+        url = f"{server.url}blobs/{REF.sha256}"
+        with pytest.raises(ContentRefused, match=r"has 4000 of the 10240 bytes.*truncated: copy"):
+            download(HttpFetcher(), url, REF, tmp_path / "file", wait=lambda _: None)
 
 
 def test_a_silent_server_is_left() -> None:

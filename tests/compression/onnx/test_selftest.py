@@ -37,6 +37,19 @@ def test_archives_with_objects_or_bombs_are_refused() -> None:
         archive.writestr("x.npy", b"\x93NUMPY broken")
     with pytest.raises(SelfTestFailed):
         unpack_arrays(out.getvalue())
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)}
+    )
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("x.npy", header.getvalue())
+    with pytest.raises(SelfTestFailed, match="declares"):
+        unpack_arrays(out.getvalue())
+    damaged = bytearray(pack_arrays({"x": np.arange(500)}))
+    damaged[80] ^= 0xFF
+    with pytest.raises(SelfTestFailed):
+        unpack_arrays(bytes(damaged))
 
 
 def test_values_within_the_tolerance_pass_and_the_distance_is_reported() -> None:
