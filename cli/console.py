@@ -8,6 +8,7 @@ __all__ = ["explain", "is_usage", "make_console"]
 
 _EXTRAS = {
     "edge": "edge",
+    "fleet": "server",
     "release": "server",
     "serve": "server",
     "compress": "files",

@@ -251,6 +251,10 @@ class FleetService:
                 return
         raise DatabaseError(_BUSY)
 
+    def settings(self) -> dict[str, str]:
+        """What was stored with the tables: the schema's version, the repository's folder."""
+        return self._database.settings()
+
     def groups(self) -> list[tuple[Group, int | None]]:
         """All groups by name, each with the version in force."""
         with self._database.transaction() as session:

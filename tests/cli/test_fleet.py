@@ -1,0 +1,165 @@
+"""`prunecast fleet`, command by command, on a real repository and SQLite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from prunecast.cli.main import app
+from prunecast.server.fleet import DeviceState, FleetService, Outcome, Release
+from prunecast.server.releases import KeyRing, Repository
+from support.classifier import classifier, classifier_graph, classifier_inputs
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with releases 1 and 2."""
+    folder = tmp_path_factory.mktemp("releases")
+    made = Repository.create(folder / "repository", KeyRing.create(folder / "keys"))
+    for version in (1, 2):
+        made.publish(
+            "digits",
+            classifier(version),
+            classifier_graph(),
+            selftest_inputs=classifier_inputs(),
+        )
+    return made.path
+
+
+class Fleet:
+    """Runs `prunecast fleet` on a database."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __call__(self, *arguments: object, code: int = 0) -> str:
+        command = ["fleet", *map(str, arguments), "--database", self.url]
+        result = CliRunner().invoke(app, command, prog_name="prunecast")
+        assert result.exit_code == code, result.output
+        return result.output
+
+    def json(self, *arguments: object):
+        return json.loads(self(*arguments, "--json"))
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Fleet:
+    return Fleet(f"sqlite:///{tmp_path / 'fleet.db'}")
+
+
+@pytest.fixture
+def fleet(empty: Fleet, repository: Path) -> Fleet:
+    empty("init", "--repository", repository)
+    empty("group", "add", "lab", "--release", "digits", "--stable", 1)
+    return empty
+
+
+def test_a_rollout_from_enrolment_to_the_stable_release(fleet: Fleet) -> None:
+    tokens = [fleet("device", "add", f"cam-{i}", "--group", "lab").strip() for i in range(4)]
+    assert len(set(tokens)) == 4
+    options = ("--group", "lab", "--stages", "25,100", "--name", "r", "--deadline", "10m")
+    assert fleet("rollout", "start", "digits", 2, *options) == "started r: 1 of 4 devices first\n"
+    releases = [Release("digits", 1), Release("digits", 2)]
+    with FleetService(fleet.url, lambda: releases) as service:
+        for now in (1.0, 2.0):
+            for token in tokens:
+                directive = service.poll(token, DeviceState(1, "0.1.0"), now)
+                if directive.release == releases[1]:
+                    service.report(
+                        token,
+                        serial=directive.serial,
+                        version=2,
+                        outcome=Outcome.SUCCEEDED,
+                        now=now,
+                    )
+    assert [row["told"] for row in fleet.json("device", "list")] == [2, 2, 2, 2]
+    (rollout,) = fleet.json("rollout", "list")
+    assert (rollout["status"], rollout["succeeded"]) == ("completed", 3)
+    (group,) = fleet.json("group", "list")
+    assert group == {
+        "group": "lab",
+        "release": "digits",
+        "stable": 2,
+        "pin": None,
+        "last rollout": "r",
+        "devices": 4,
+    }
+    shown = fleet.json("rollout", "show", "r")
+    assert sorted(d["stage"] for d in shown["devices"]) == [1, 2, 2, 2]
+    actions = [entry["action"] for entry in fleet.json("audit", "--subject", "r")]
+    assert actions == ["rollout started", "rollout promoted", "rollout completed"]
+    for command in (("device", "list"), ("rollout", "list"), ("rollout", "show", "r"), ("audit",)):
+        assert "cam-" in fleet(*command) or "digits" in fleet(*command)
+
+
+def test_an_operator_steers(fleet: Fleet) -> None:
+    for i in range(10):
+        fleet("device", "add", f"d{i}", "--group", "lab")
+    started = fleet.json("rollout", "start", "digits", 2, "--group", "lab", "--manual")
+    name = started["rollout"]
+    assert name.startswith("digits-2-")
+    assert fleet("pause", name, "--reason", "holidays") == f"{name} (digits 2) is paused at 5 %\n"
+    assert fleet.json("rollout", "show", name)["reason"] == "holidays"
+    assert fleet("resume", name) == f"{name} (digits 2) is running at 5 %\n"
+    assert fleet("promote", name) == f"{name} (digits 2) is running at 25 %\n"
+    again = fleet("rollout", "start", "digits", 2, "--group", "lab", code=1)
+    assert again == (
+        f"error: rollout {name} (digits 2) is running in group lab: wait for it, or end it with "
+        f"`prunecast fleet abort {name}`\n"
+    )
+    assert fleet("abort", name) == f"{name} (digits 2) is aborted at 25 %\n"
+    assert "aborted, which is final" in fleet("promote", name, code=1)
+
+
+def test_pins_moves_revocation_and_tokens(fleet: Fleet) -> None:
+    token = fleet.json("device", "add", "cam", "--group", "lab")["token"]
+    assert fleet("pin", 2, "--device", "cam") == "cam stays on version 2\n"
+    assert fleet.json("device", "list", "--group", "lab")[0]["pin"] == 2
+    assert fleet("unpin", "--device", "cam") == "cam follows rollouts again\n"
+    assert "device cam is not pinned" in fleet("unpin", "--device", "cam", code=1)
+    assert fleet("pin", 1, "--group", "lab") == "lab stays on version 1\n"
+    assert "unpin --group lab" in fleet("rollout", "start", "digits", 2, "--group", "lab", code=1)
+    fleet("pin", 1, code=2)
+    fleet("pin", 1, "--device", "cam", "--group", "lab", code=2)
+    fleet("group", "add", "field", "--release", "digits")
+    assert fleet("device", "move", "cam", "--group", "field") == "cam is in group field\n"
+    assert fleet("device", "token", "cam").strip() != token
+    assert "revoked cam" in fleet("device", "revoke", "cam")
+    assert fleet.json("device", "list")[0]["answer"] == "revoked"
+    assert "is revoked, which is final" in fleet("device", "revoke", "cam", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("device", "add", "a b", "--group", "lab"), "device name 'a b' is not usable"),
+        (("device", "add", "a", "--group", "attic"), "no group named 'attic': list them with"),
+        (("group", "add", "lab", "--release", "digits"), "there is a group lab already"),
+        (("group", "add", "x", "--release", "cats"), "no live release named 'cats' (it has: d"),
+        (("rollout", "start", "digits", "9", "--group", "lab"), "(live: 1, 2): publish it first"),
+        (("rollout", "start", "digits", "2", "--group", "lab", "--stages", "9"), "end at 100"),
+        (("rollout", "show", "r7"), "no rollout named 'r7'"),
+        (("pin", "1", "--device", "ghost"), "no device named 'ghost'"),
+    ],
+)
+def test_errors_say_what_to_do(fleet: Fleet, arguments: tuple[str, ...], message: str) -> None:
+    output = fleet(*arguments, code=1)
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
+    assert message in output
+
+
+@pytest.mark.parametrize("wrong", [("--deadline", "soon"), ("--stages", "a,b")])
+def test_wrong_options_are_usage_errors(fleet: Fleet, wrong: tuple[str, str]) -> None:
+    fleet("rollout", "start", "digits", 2, "--group", "lab", *wrong, code=2)
+
+
+def test_a_fleet_is_made_once(empty: Fleet, repository: Path, tmp_path: Path) -> None:
+    assert "holds no fleet: make one with `prunecast fleet init`" in empty("device", "list", code=1)
+    assert not (tmp_path / "fleet.db").exists()
+    assert "is not a release repository" in empty("init", "--repository", tmp_path, code=1)
+    empty("init", "--repository", repository)
+    assert "holds a fleet already" in empty("init", "--repository", repository, code=1)
