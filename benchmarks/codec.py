@@ -92,10 +92,11 @@ def main() -> None:
     print(summary(report))
     if chosen.json:
         chosen.json.write_text(report.to_json(), encoding="utf-8")
-    if chosen.markdown:
-        insert(chosen.markdown, markdown(report))
     if chosen.chart:
         draw(report, chosen.chart)
+    if chosen.markdown:
+        picture = chosen.chart and os.path.relpath(chosen.chart, chosen.markdown.parent)
+        insert(chosen.markdown, markdown(report, picture))
     if chosen.compare:
         print(compare(report, chosen.compare))
 

@@ -144,14 +144,20 @@ def _case_table(report: Report) -> Iterator[str]:
     yield from _rows([*head, "best peer, % of ours"], body)
 
 
-def markdown(report: Report) -> str:
-    """All tables, with the machine and the settings, for docs/benchmarks.md."""
+def markdown(report: Report, picture: str | None = None) -> str:
+    """All tables, with the machine and the settings, for docs/benchmarks.md.
+
+    Args:
+        report: what was measured.
+        picture: address of the chart, seen from the file.
+    """
     m = report.machine
     out = [
         f"Measured {m['date']} with prunecast {m['prunecast']}, Python {m['python']}, "
         f"numpy {m['numpy']} on {m['cpu']} ({m['architecture']}), {m['cores']} cores of which one "
         "is used.",
         "",
+        *([f"![Size and speed by class and coder]({picture})", ""] if picture else []),
         "### Size",
         "",
         "Bytes against zeroth-order entropy, in percent; geometric mean over the class. H0 is that "

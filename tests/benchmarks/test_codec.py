@@ -71,6 +71,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert text.startswith("before\n<!-- measured -->\n")
     assert text.endswith("<!-- /measured -->\nafter\n")
     assert "synthetic-lenet/masked" in text
+    assert "](run.png)" in text
     assert "\nold\n" not in text
 
     again = run("--load", saved, "--compare", saved)
