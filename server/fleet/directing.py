@@ -11,6 +11,9 @@ from prunecast.server.fleet.step import Step
 
 __all__ = ["poll", "report"]
 
+_RECENT = 60.0
+"""Seconds after which it is stored anew when a device was last seen."""
+
 
 def poll(step: Step, event: Poll) -> Directive:
     """Answer a device; in a running rollout this is where it is told the new release."""
@@ -34,7 +37,9 @@ def poll(step: Step, event: Poll) -> Directive:
     else:
         told = replace(told, rollout=rollout)  # the rollout's release became the stable one, say
     older = version is not None and version < max(device.told.version or 0, device.running or 0)
-    step.put(replace(device, told=told))
+    device = replace(device, told=told)
+    if not _same(held, device):
+        step.put(device)
     release = None if version is None else Release(name, version)
     return Directive(device.id, told.serial, release, older, rollout)
 
@@ -96,6 +101,12 @@ def _target(step: Step, device: Device) -> tuple[Device, int | None, str | None]
     if stable is None or stable in device.refused or not _exists(step, group.release, stable):
         return device, None, None
     return device, stable, None
+
+
+def _same(held: Device, device: Device) -> bool:
+    """Whether nothing is worth storing: a fleet that has nothing to do writes little."""
+    recent = held.last_seen is not None and 0 <= (device.last_seen or 0) - held.last_seen < _RECENT
+    return recent and replace(device, last_seen=held.last_seen) == held
 
 
 def _exists(step: Step, name: str, version: int) -> bool:

@@ -101,7 +101,7 @@ class Slice:
         )
 
     def write(self, session: Session, before: Fleet, after: Fleet) -> None:
-        """Write what differs between two states."""
+        """Write what differs between two states: referred-to rows first."""
         for name, rollout in after.rollouts.items():
             if rollout is not before.rollouts.get(name):
                 columns = rollout_columns(rollout)
@@ -109,27 +109,28 @@ class Slice:
                     _assign(self.rollouts[name], columns)
                 else:
                     session.add(RolloutRow(**columns, started=rollout.since))
-        session.flush()  # groups refer to rollouts, devices to groups
+                    session.flush()
         for name, group in after.groups.items():
             if group is not before.groups.get(name):
                 if name in self.groups:
                     _assign(self.groups[name], group_columns(group))
                 else:
                     session.add(GroupRow(**group_columns(group)))
-        session.flush()
+                    session.flush()
         for name, device in after.devices.items():
             if device is not before.devices.get(name):
                 if name in self.devices:
                     _assign(self.devices[name], device_columns(device))
                 else:
                     session.add(DeviceRow(**device_columns(device)))
-        session.flush()
+                    session.flush()
 
     def _load_foreign_groups(self, session: Session) -> None:
         """Groups of overdue devices elsewhere in the same rollout; read only."""
         missing = {d.group for d in self.devices.values()} - set(self.groups)
-        for row in session.scalars(select(GroupRow).where(GroupRow.id.in_(missing))):
-            self.groups[row.id] = row
+        if missing:
+            for row in session.scalars(select(GroupRow).where(GroupRow.id.in_(missing))):
+                self.groups[row.id] = row
 
 
 def write_audit(session: Session, entries: Sequence[AuditEntry]) -> None:

@@ -156,7 +156,7 @@ class Device:
         revoked: it takes part no more.
         running: version that it last said it runs.
         agent: version of its software, as it says.
-        last_seen: when it last polled or reported.
+        last_seen: when it last polled or reported; of polls a minute apart or less, the first.
         refused: versions that failed on it; it is not told them again.
         told: its directive.
         part: its part in a rollout.
