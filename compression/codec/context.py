@@ -129,6 +129,8 @@ class Limits:
     """Number of tensors."""
     name_bytes: int = 1024
     """Length of one tensor's name, in bytes of UTF-8."""
+    all_name_bytes: int = 1 << 22
+    """Length of all names together."""
     dimensions: int = 32
     """Number of dimensions of one tensor."""
     elements: int = 1 << 29
@@ -150,3 +152,7 @@ class Limits:
     """Number of separately decodable segments."""
     lanes: int = 1 << 14
     """Number of interleaved coder states in one segment."""
+    steps: int = 1 << 22
+    """Number of steps in all segments together: symbols divided by lanes, rounded up."""
+    table_slots: int = 1 << 21
+    """Size of all frequency tables together: ``2**precision`` slots each."""

@@ -81,6 +81,8 @@ class Payload(Mapping[str, NDArray[Any]]):
         # Serial symbols can be read once only, as the coder's state moves on.
         self._serial_read = False
         self._serial_left = limits.serial_symbols
+        self._most_steps, self._steps = limits.steps, 0
+        self._counted: set[int] = set()
         self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
 
     def _lay_out(self) -> None:
@@ -190,6 +192,14 @@ class Payload(Mapping[str, NDArray[Any]]):
         if self._tables is None:
             self._tables = rans_tables(self._body)
         segment, at = self._body.segments[index], self._offsets[index]
+        if index not in self._counted:
+            self._counted.add(index)
+            self._steps += segment.steps(len(dense))
+        if self._steps > self._most_steps:
+            raise LimitExceeded(
+                f"the payload's segments take more than Limits.steps = {self._most_steps} steps; "
+                "raise that limit if you trust the sender"
+            )
         data = self._rest[at : at + segment.nbytes]
         return read_segment(self._body, self._tables, segment, data, dense, bits)
 

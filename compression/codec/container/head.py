@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -71,6 +72,12 @@ class Segment:
         """Bytes of the segment in the payload."""
         return self.stream.nbytes(self.rest_bytes)
 
+    def steps(self, dense: int) -> int:
+        """Steps of its coders, one after the other, with so many dense symbols."""
+        symbols, last = dense + 2 * sum(self.counts), self.tail_symbols
+        steps = -(-max(symbols - last, 0) // self.stream.lanes)
+        return steps - (-last // self.tail.lanes) if last else steps
+
 
 @dataclass
 class Body:
@@ -123,9 +130,12 @@ def read_specs(coder: AdaptiveDecoder, limits: Limits) -> dict[str, TensorSpec]:
     count = coder.uint(u[0])
     _limit("tensors", count, limits.tensors)
     specs: dict[str, TensorSpec] = {}
+    name_bytes = 0
     for _ in range(count):
         length = coder.uint(u[1])
         _limit("name_bytes", length, limits.name_bytes)
+        name_bytes += length
+        _limit("all_name_bytes", name_bytes, limits.all_name_bytes)
         raw = bytearray()
         for _ in range(length):
             node = 1
@@ -145,7 +155,10 @@ def read_specs(coder: AdaptiveDecoder, limits: Limits) -> dict[str, TensorSpec]:
         shape = tuple(coder.uint(u[3]) for _ in range(ndim))
         if any(d >= 1 << 62 for d in shape):
             raise MalformedPayload(f"tensor {name!r} has a dimension beyond 2**62")
-        specs[name] = TensorSpec(np.dtype(DTYPE_CODES[code]), shape)
+        spec = TensorSpec(np.dtype(DTYPE_CODES[code]), shape)
+        if not spec.size and math.prod(d for d in shape if d) * spec.dtype.itemsize >= 1 << 63:
+            raise MalformedPayload(f"tensor {name!r} is empty, but no array has its shape")
+        specs[name] = spec
     return specs
 
 
@@ -282,7 +295,7 @@ def read_body(coder: AdaptiveDecoder, fields: list[Field], limits: Limits, rest:
         if code.mode == CONSTANT:
             continue
         code.table_set = coder.uint(m.set)
-        if code.table_set > sets or sets >= _MAX_SETS:
+        if code.table_set > min(sets, _MAX_SETS - 1):
             raise MalformedPayload(f"tensor {f.name!r} names table set {code.table_set}")
         sets = max(sets, code.table_set + 1)
         has_rows, has_columns = coder.bit(m.flag + 1), coder.bit(m.flag + 2)
@@ -332,12 +345,15 @@ def read_body(coder: AdaptiveDecoder, fields: list[Field], limits: Limits, rest:
     if not 9 <= body.precision <= 14:
         raise MalformedPayload(f"the precision {body.precision} is outside [9, 14]")
     sizes = []
-    for kind in m.kinds(body.sparse):
+    kinds = m.kinds(body.sparse)
+    _limit("table_slots", len(kinds) << body.precision, limits.table_slots)
+    for kind in kinds:
         present = coder.bit(m.flag + 5)
         if body.static:
             sizes.append(kind.read_size(coder) if present else 0)
         else:
             body.tables.append(kind.read(coder) if present else [])
+    left = len(rest)
     for segment in body.segments:
         segment.stream = _read_stream(coder, m, limits)
         segment.raw_bytes = coder.uint(m.raw)
@@ -350,8 +366,9 @@ def read_body(coder: AdaptiveDecoder, fields: list[Field], limits: Limits, rest:
         segment.tail_symbols = coder.uint(m.tail)
         if segment.tail_symbols:
             segment.tail = _read_stream(coder, m, limits)
-        if segment.nbytes > len(rest):
-            raise MalformedPayload("a segment is longer than the payload")
+        left -= segment.nbytes
+        if left < 0:  # checked here already, as each entry of the directory takes memory
+            raise MalformedPayload("the segments are longer than the payload")
     if body.static:
         _read_side(coder, m, body, runs, sizes, rest)
     return body

@@ -60,6 +60,8 @@ class LevelModel:
     def read_start(self, coder: AdaptiveDecoder, count: int) -> LevelRun:
         """Read what goes before ``count`` levels."""
         step = coder.uint(self._step) + 1
+        if step > MAX_LEVEL + 1:
+            raise MalformedPayload(f"levels are multiples of {step}, above {MAX_LEVEL + 1}")
         run = LevelRun(count, step, coder.uint(self._first), MAX_LEVEL // step)
         if run.middle > run.top:
             raise MalformedPayload("a level is out of range")

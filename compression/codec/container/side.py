@@ -49,6 +49,8 @@ class SideWriter:
 
     def bits(self) -> list[float]:
         """Ideal code length of everything added, one number for each call."""
+        if not self._symbols:
+            return []
         contexts, symbols = np.concatenate(self._contexts), np.concatenate(self._symbols)
         counts = np.zeros((CONTEXTS, 1 + int(symbols.max())))
         np.add.at(counts, (contexts, symbols), 1)

@@ -56,7 +56,8 @@ class BitReader:
     """Splits bytes into fields, part by part."""
 
     def __init__(self, data: bytes) -> None:
-        self._words = np.frombuffer(data + bytes(-len(data) % 8 + 8), "<u8")
+        # Two words more: a field of no bits may start right behind the last one.
+        self._words = np.frombuffer(data + bytes(-len(data) % 8 + 16), "<u8")
         self._nbytes = len(data)
         self._at = 0
 

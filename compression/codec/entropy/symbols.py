@@ -156,6 +156,8 @@ def distribute(placements: Sequence[Placement], symbols: Symbols) -> list[NDArra
         raise MalformedPayload("a gap leads past the end of its cluster")
     value = symbols.values
     value += value.dtype.type(1)
+    if not value.all():  # one that wrapped
+        raise MalformedPayload(f"a value exceeds {8 * value.itemsize} bits")
     result, taken = [], 0
     before = np.zeros(len(total), np.int64)
     owner = np.repeat(np.arange(len(total)), symbols.counts) if len(placements) > 1 else None

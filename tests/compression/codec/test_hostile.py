@@ -145,6 +145,9 @@ def test_a_huge_claim_is_refused_before_allocating() -> None:
         ("levels", 10),
         ("lanes", 1),
         ("segments", 1),
+        ("all_name_bytes", 5),
+        ("table_slots", 1 << 9),
+        ("steps", 20),
     ],
 )
 def test_each_limit_is_named(limit: str, value: int) -> None:

@@ -1,0 +1,1 @@
+"""Coverage-guided fuzzing of the codec's decoder; see README.md."""
