@@ -36,6 +36,7 @@ _SHARED_MOST = 1 << 18
 _MAX_LANES = 2048
 _BYTES_A_LANE = 110
 _STEPS = 250
+_MOST_STEPS = 1 << 12
 _LARGE = 20_000
 _STATIC = 1000
 _ONE_SIGN = 64
@@ -234,7 +235,8 @@ def _encode_lanes(
 
 def _lanes(stream: SymbolStream, nbytes: float, *, fast: bool) -> int:
     """Number of lanes: each saves steps, and costs about two bytes unless it starts raw bits."""
-    lanes = max(1, nbytes / _BYTES_A_LANE)
+    # The last keeps symbols that cost next to nothing from taking a step, so microseconds, each.
+    lanes = max(1, nbytes / _BYTES_A_LANE, len(stream.tokens) / _MOST_STEPS)
     if fast:
         steps = len(stream.tokens) / _STEPS
         lanes = max(lanes, min(steps, max(nbytes / 75, min(len(stream.raw) / 2, nbytes / 40))))
