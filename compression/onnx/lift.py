@@ -10,7 +10,7 @@ under a name that says where they were. What only shapes the computation (the ta
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,17 @@ from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import ForeignModel
 from prunecast.compression.onnx.external import TensorReader, read_proto
 from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.onnx.walk import (
+    Uses,
+    check_texts,
+    initialisers,
+    inner_graphs,
+    rename,
+    subgraphs,
+    tensors,
+    uses_of,
+    value_names,
+)
 
 __all__ = ["LiftedModel", "lift_model"]
 
@@ -44,8 +55,6 @@ _KERNEL: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 # Operators that only move values: whoever reads their output reads the weight.
 _MOVING = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-
-_Uses = dict[str, list[tuple[str, int, str]]]  # name to operator, input, first output
 
 
 @dataclass(frozen=True)
@@ -77,17 +86,17 @@ def lift_model(path: Path) -> LiftedModel:
     """
     path = Path(path)
     proto, reader = read_proto(path), TensorReader(path)
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         reader.check(tensor)
-    _check_texts(proto, path)
+    check_texts(proto, path)
     notes = []
     inlined = any(_holds_weights(function, reader) for function in proto.functions)
     if inlined:
         count = len(proto.functions)
         proto = _inlined(proto, path)
         notes.append(f"{count} functions hold weights and were inlined")
-    work = _Lifting(reader, _names(proto))
-    dropped = [i.name for i in proto.graph.input if i.name in _initialisers(proto.graph)]
+    work = _Lifting(reader, value_names(proto))
+    dropped = [i.name for i in proto.graph.input if i.name in initialisers(proto.graph)]
     work.lift(proto.graph, "", inner=False)
     if inlined:
         work.share(proto.graph)
@@ -103,7 +112,7 @@ def lift_model(path: Path) -> LiftedModel:
         if proto.ir_version >= _LOWEST_IR:
             notes.append(f"{len(dropped)} inputs with a default value are constants now")
     proto.ir_version = max(proto.ir_version, _LOWEST_IR)
-    for graph in (proto.graph, *_inner_graphs(proto.graph)):
+    for graph in (proto.graph, *inner_graphs(proto.graph)):
         _tidy(graph)
     if work.foreign:
         notes.append(f"{work.foreign} tensors of a type without a coding stay in model.onnx")
@@ -127,7 +136,7 @@ class _Lifting:
 
     def lift(self, graph: Any, prefix: str, *, inner: bool) -> None:
         """Take the weights out of `graph` and of the graphs in it."""
-        uses, renamed = _uses(graph), {}
+        uses, renamed = uses_of(graph), {}
         inputs = {i.name for i in graph.input} if inner else set()
         outputs = {o.name for o in graph.output}
         seen: set[str] = set()
@@ -162,9 +171,9 @@ class _Lifting:
         _replace(graph.initializer, kept)
         _replace(graph.node, nodes)
         if inner:
-            _rename(graph, renamed)
+            rename(graph, renamed)
         for node in graph.node:
-            for where, sub in _subgraphs(node):
+            for where, sub in subgraphs(node):
                 label = node.name or next((o for o in node.output if o), node.op_type)
                 self.lift(sub, f"{prefix}{label}.{where}/", inner=True)
             for attribute in node.attribute:
@@ -183,7 +192,7 @@ class _Lifting:
                 renamed[name] = leader
                 del self.arrays[name]
                 self.kernels.discard(name)
-        _rename(graph, renamed)
+        rename(graph, renamed)
 
     def _constant(self, node: Any) -> Any:
         """The tensor of a ``Constant`` node whose value is known, else None."""
@@ -200,7 +209,7 @@ class _Lifting:
                 return numpy_helper.from_array(self.reader.dense(attribute.sparse_tensor))
         return None
 
-    def _is_weight(self, proto: Any, uses: _Uses, *, least: int, name: str = "") -> bool:
+    def _is_weight(self, proto: Any, uses: Uses, *, least: int, name: str = "") -> bool:
         size = self.reader.size(proto)
         if size < least:
             return False
@@ -212,7 +221,7 @@ class _Lifting:
             return False
         return not any(i in _SHAPING.get(op, ()) for op, i, _ in uses.get(name or proto.name, ()))
 
-    def _take(self, proto: Any, name: str, prefix: str, uses: _Uses, outputs: set[str]) -> str:
+    def _take(self, proto: Any, name: str, prefix: str, uses: Uses, outputs: set[str]) -> str:
         new = name if not prefix else self._fresh(prefix + name)
         values = self.reader.array(proto)
         self.arrays[new] = values
@@ -228,7 +237,7 @@ class _Lifting:
         return name
 
 
-def _multiplied(name: str, uses: _Uses, depth: int = 8) -> bool:
+def _multiplied(name: str, uses: Uses, depth: int = 8) -> bool:
     """Whether a value is read, and only where precision may be lost."""
     readers = uses.get(name, ())
     return bool(readers) and all(
@@ -252,99 +261,6 @@ def _densified(graph: Any, reader: TensorReader) -> list[Any]:
     return [*graph.initializer, *made]
 
 
-def _initialisers(graph: Any) -> set[str]:
-    return {i.name for i in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
-
-
-def _subgraphs(node: Any) -> Iterator[tuple[str, Any]]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.name, attribute.g
-        for i, graph in enumerate(attribute.graphs):
-            yield f"{attribute.name}{i}", graph
-
-
-def _inner_graphs(graph: Any) -> Iterator[Any]:
-    for node in graph.node:
-        for _, sub in _subgraphs(node):
-            yield sub
-            yield from _inner_graphs(sub)
-
-
-def _tensors(proto: Any) -> Iterator[Any]:
-    """Every tensor of a model, wherever it lies."""
-    bodies = [proto.graph, *proto.functions]
-    graphs = [*bodies, *(g for body in bodies for g in _inner_graphs(body))]
-    for graph in graphs:
-        yield from getattr(graph, "initializer", ())
-        for sparse in getattr(graph, "sparse_initializer", ()):
-            yield from (sparse.values, sparse.indices)
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    yield attribute.t
-                yield from attribute.tensors
-                sparse_tensors = [*attribute.sparse_tensors]
-                if attribute.HasField("sparse_tensor"):
-                    sparse_tensors.append(attribute.sparse_tensor)
-                for sparse in sparse_tensors:
-                    yield from (sparse.values, sparse.indices)
-
-
-def _defined(graph: Any) -> set[str]:
-    names = {i.name for i in graph.input} | _initialisers(graph)
-    return names | {o for node in graph.node for o in node.output}
-
-
-def _names(proto: Any) -> set[str]:
-    """Every value name in the graph and the graphs in it."""
-    names: set[str] = set()
-    for graph in (proto.graph, *_inner_graphs(proto.graph)):
-        names |= _defined(graph) | {i for node in graph.node for i in node.input}
-    return names
-
-
-def _check_texts(proto: Any, path: Path) -> None:
-    """Refuse names that are not UTF-8: protobuf hands them out as bytes."""
-    bodies = [proto.graph, *proto.functions]
-    texts: list[object] = [o.domain for o in proto.opset_import]
-    for graph in (*bodies, *(g for body in bodies for g in _inner_graphs(body))):
-        for node in graph.node:
-            texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
-            texts += [a.name for a in node.attribute] + [a.ref_attr_name for a in node.attribute]
-        for ends in (graph.input, graph.output):
-            texts += [end if isinstance(end, str | bytes) else end.name for end in ends]
-    texts += [tensor.name for tensor in _tensors(proto)]
-    if not all(isinstance(text, str) for text in texts):
-        raise ForeignModel(f"{path} holds a name that is not UTF-8: it is damaged")
-
-
-def _uses(graph: Any) -> _Uses:
-    """Who reads each name: operator and input, in the graph and in the graphs in it."""
-    uses: _Uses = {}
-    for node in graph.node:
-        output = node.output[0] if node.output else ""
-        for i, name in enumerate(node.input):
-            uses.setdefault(name, []).append((node.op_type, i, output))
-        for _, sub in _subgraphs(node):
-            own = _defined(sub)
-            for name, readers in _uses(sub).items():
-                if name not in own:
-                    uses.setdefault(name, []).extend(readers)
-    return uses
-
-
-def _rename(graph: Any, renamed: Mapping[str, str]) -> None:
-    if not renamed:
-        return
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = renamed.get(name, name)
-        for _, sub in _subgraphs(node):
-            own = _defined(sub)
-            _rename(sub, {old: new for old, new in renamed.items() if old not in own})
-
-
 def _holds_weights(function: Any, reader: TensorReader) -> bool:
     for node in function.node:
         if node.op_type == "Constant":
@@ -353,7 +269,7 @@ def _holds_weights(function: Any, reader: TensorReader) -> bool:
                     return True
                 if attribute.floats or attribute.HasField("sparse_tensor"):
                     return True
-        for _, sub in _subgraphs(node):
+        for _, sub in subgraphs(node):
             if sub.initializer or sub.sparse_initializer or _holds_weights(sub, reader):
                 return True
     return False
