@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from prunecast.client.edge import AgentConfig, EdgeError, HttpFetcher, UpdateResult
+    from prunecast.client.edge import AgentConfig, EdgeError, Fetcher, HttpFetcher, UpdateResult
 
 __all__ = ["app"]
 
@@ -31,6 +32,13 @@ TokenFile = Annotated[
     Path | None, typer.Option(help="File with a bearer token for the repository's server.")
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of the inference session.", min=1)]
+Bandwidth = Annotated[
+    float | None, typer.Option(help="Bytes per second that downloads may take.", min=1.0)
+]
+Quiet = Annotated[
+    str | None,
+    typer.Option(help="Local time without downloads of releases, such as 07:00-19:30."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -45,13 +53,18 @@ def update(
     key: Key = None,
     token_file: TokenFile = None,
     threads: Threads = None,
+    bandwidth: Bandwidth = None,
+    quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
     """Check once for a newer release; download, verify, self-test and activate it."""
+    import time
+
     from prunecast.client.edge import Agent
 
-    config = _config(state, url, name, root, threads)
-    with Agent(config, fetcher=_fetcher(ca_file, certificate, key, token_file)) as agent:
+    config = _config(state, url, name, root, threads, quiet)
+    fetcher = _limited(_fetcher(ca_file, certificate, key, token_file), bandwidth, time.sleep)
+    with Agent(config, fetcher=fetcher) as agent:
         result = agent.update_once()
         agent.confirm()  # it was loaded and self-tested, which is all one command can tell
     print(json.dumps(asdict(result)) if as_json else _line(result), flush=True)  # noqa: T201
@@ -74,13 +87,15 @@ def run(
     key: Key = None,
     token_file: TokenFile = None,
     threads: Threads = None,
+    bandwidth: Bandwidth = None,
+    quiet: Quiet = None,
     as_json: AsJson = False,
 ) -> None:
     """Follow releases until interrupted; one line per check."""
     import signal
     import threading
 
-    from prunecast.client.edge import Agent, EdgeError
+    from prunecast.client.edge import Agent, EdgeError, NetworkError
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -94,8 +109,14 @@ def run(
             shown = json.dumps(asdict(result)) if as_json else _line(result)
         print(shown, flush=True)  # noqa: T201
 
-    config = _config(state, url, name, root, threads)
-    with Agent(config, fetcher=_fetcher(ca_file, certificate, key, token_file)) as agent:
+    config = _config(state, url, name, root, threads, quiet)
+
+    def wait(seconds: float) -> None:
+        if stop.wait(seconds):
+            raise NetworkError("the agent was asked to end; what has come is kept")
+
+    fetcher = _limited(_fetcher(ca_file, certificate, key, token_file), bandwidth, wait)
+    with Agent(config, fetcher=fetcher, wait=wait) as agent:
         agent.run(interval, stop=stop, jitter=jitter, on_result=show)
 
 
@@ -149,12 +170,24 @@ def infer(
     print(json.dumps(report) if as_json else text)  # noqa: T201
 
 
-def _config(state: Path, url: str, name: str, root: Path, threads: int | None) -> AgentConfig:
-    from prunecast.client.edge import AgentConfig
+def _config(
+    state: Path, url: str, name: str, root: Path, threads: int | None, quiet: str | None
+) -> AgentConfig:
+    from prunecast.client.edge import AgentConfig, QuietHours
 
     if not url.startswith(("http://", "https://")):
         raise typer.BadParameter("must begin with http:// or https://", param_hint="--url")
-    return AgentConfig(state, url, name, root.read_bytes(), threads=threads)
+    try:
+        hours = QuietHours.parse(quiet) if quiet else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--quiet") from error
+    return AgentConfig(state, url, name, root.read_bytes(), threads=threads, quiet=hours)
+
+
+def _limited(fetcher: Fetcher, bandwidth: float | None, sleep: Callable[[float], None]) -> Fetcher:
+    from prunecast.client.edge import LimitedFetcher, TokenBucket
+
+    return LimitedFetcher(fetcher, TokenBucket(bandwidth, sleep=sleep)) if bandwidth else fetcher
 
 
 def _fetcher(
@@ -180,6 +213,7 @@ def _line(result: UpdateResult) -> str:
     if result.outcome == "current":
         if result.version is None:
             return f"no release is active: {result.reason or 'all that are listed were rejected'}"
-        return f"release {result.version} is current"
+        waits = f"; {result.reason}" if result.reason else ""
+        return f"release {result.version} is current{waits}"
     received = ", ".join(f"{kind} {size:,}" for kind, size in sorted(result.downloaded.items()))
     return f"release {result.version} is active, came as {result.payload} (bytes: {received})"

@@ -17,7 +17,9 @@ from prunecast.client.edge.errors import (
     StateError,
     TrustError,
 )
+from prunecast.client.edge.limits import LimitedFetcher, QuietHours
 from prunecast.client.edge.model import EdgeModel, Inference, open_model
+from prunecast.client.edge.pace import TokenBucket
 from prunecast.client.edge.transport import Fetcher, HttpFetcher, Stream
 
 __all__ = [
@@ -33,11 +35,14 @@ __all__ = [
     "Fetcher",
     "HttpFetcher",
     "Inference",
+    "LimitedFetcher",
     "NetworkError",
     "NoModel",
     "NoRelease",
+    "QuietHours",
     "StateError",
     "Stream",
+    "TokenBucket",
     "TrustError",
     "UpdateResult",
     "open_model",

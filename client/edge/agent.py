@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from prunecast.client.edge.acquire import Acquirer
 from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, UpdateResult
-from prunecast.client.edge.errors import EdgeError, NoRelease, StateError
+from prunecast.client.edge.errors import EdgeError, NetworkError, NoRelease, StateError
 from prunecast.client.edge.model import EdgeModel
 from prunecast.client.edge.slot import (
     LoadedRelease,
@@ -44,6 +44,7 @@ class Agent:
         fetcher: the network; default `HttpFetcher` with its defaults.
         on_step: called with the name of every step before it begins.
         wait: sleeps for so many seconds between attempts to download.
+        now: local time, for the quiet hours.
 
     Raises:
         AgentBusy: another agent works on the same state folder.
@@ -58,12 +59,13 @@ class Agent:
         fetcher: Fetcher | None = None,
         on_step: Callable[[str], None] = lambda step: None,
         wait: Callable[[float], None] = time.sleep,
+        now: Callable[[], datetime] = datetime.now,
     ) -> None:
         check_release_name(config.name)
         self.config = config
         self.model = EdgeModel()
         self._fetcher = fetcher or HttpFetcher()
-        self._step, self._wait = on_step, wait
+        self._step, self._wait, self._now = on_step, wait, now
         self._folder = StateFolder(config.state)
         self._resources = ExitStack()
         self._resources.enter_context(self._folder.locked())
@@ -238,11 +240,20 @@ class Agent:
                 break
             digest = listing.digest(config.name, version)
             if digest not in self._state.rejected:
+                if waits := self._waits(version):
+                    return UpdateResult("current", self.model.version, reason=waits)
                 self._step("download manifest")
                 manifest = listing.manifest(config.name, version, path)
                 return self._install(manifest, digest, path, counted)
         nothing = None if versions or held else "the repository has no release yet"
         return UpdateResult("current", self.model.version, reason=nothing)
+
+    def _waits(self, version: int) -> str | None:
+        """Why this release must not be downloaded now."""
+        quiet = self.config.quiet
+        if quiet is None or self._now() not in quiet:
+            return None
+        return f"release {version} waits for the end of the quiet hours at {quiet.end:%H:%M}"
 
     def _install(
         self, manifest: ReleaseManifest, digest: str, path: Path, counted: Counter[str]
@@ -250,13 +261,19 @@ class Agent:
         before = self.model.version
         if self._state.tries.get(digest, 0) >= _TRIES:
             return self._reject(manifest, digest, f"the self-test never ended in {_TRIES} tries")
+
+        def count(kind: str, size: int) -> None:
+            counted.update({kind: size})
+            if waits := self._waits(manifest.version):
+                raise NetworkError(f"{waits}; what has come is kept")
+
         acquirer = Acquirer(
             self.config,
             self._folder,
             self._state.active.slot if self._state.active else None,
             self._fetcher,
             step=self._step,
-            count=lambda kind, size: counted.update({kind: size}),
+            count=count,
             wait=self._wait,
         )
         acquirer.drop_others(manifest)

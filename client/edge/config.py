@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from prunecast.client.edge.limits import QuietHours
+
 __all__ = ["AGENT_VERSION", "AgentConfig", "PayloadKind", "UpdateResult"]
 
 AGENT_VERSION = "0.1.0"
@@ -27,6 +29,7 @@ class AgentConfig:
         most_starts: how often a process may start with a release that never gets confirmed
             before the agent goes back: the sign of a crash loop.
         confirm_after: seconds of service after which `run` confirms a release.
+        quiet: daily window in which no release is downloaded; metadata are.
     """
 
     state: Path
@@ -37,6 +40,7 @@ class AgentConfig:
     most_bytes: int = 4 * 2**30
     most_starts: int = 3
     confirm_after: float = 60.0
+    quiet: QuietHours | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class UpdateResult:
         previous: the one that was active before.
         payload: how the weights came: ``patch``, ``keyframe``, or ``none``.
         downloaded: bytes received by kind: ``metadata``, ``patch``, ``keyframe``, ``files``.
-        reason: why a release was rejected, or a patch replaced by the keyframe.
+        reason: why a release was rejected or waits, or a patch was replaced by the keyframe.
         difference: largest difference in the self-test.
         seconds: duration.
     """

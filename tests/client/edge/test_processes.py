@@ -141,6 +141,7 @@ def test_a_following_agent_picks_up_a_release_and_ends_on_request(
     agent = process(
         *("edge", "run", "--state", tmp_path / "state", "--url", server.line()["url"]),
         *("--name", "toy", "--root", root, "--interval", 0.2, "--json"),
+        *("--bandwidth", 10_000_000),
     )
     assert agent.line()["version"] == 1
     publish(2)
@@ -163,7 +164,14 @@ def test_problems_are_one_line_with_the_remedy(
     shown = _call("edge", "update", *follow, "--url", "http://127.0.0.1:9/", code=1)
     assert shown.startswith("error: no answer from")
     assert shown.count("\n") == 1
+    assert len(shown) < 120
     _call("edge", "update", *follow, "--url", "ftp://x/", code=2)
+    _call("edge", "update", *follow, "--url", "http://x/", "--quiet", "7-9", code=2)
+    (tmp_path / "root.pem").write_text("-----BEGIN")
+    wrong = ("--state", state, "--name", "toy", "--root", tmp_path / "root.pem")
+    shown = _call("edge", "update", *wrong, "--url", "http://127.0.0.1:9/", code=1)
+    assert "metadata/1.root.json" in shown
+    assert "does not exist" in _call("edge", "status", "--state", tmp_path / "absent", code=1)
     _call("edge", "update", "--state", state, code=2)  # trust has no default
     shown = _call("serve", tmp_path / "nothing", code=1)
     assert "not a release repository" in shown
