@@ -280,7 +280,7 @@ def pause(
 
 @app.command()
 def resume(rollout: RolloutName, database: Database = _DEFAULT) -> None:
-    """Go on with the stage and count anew: failures so far are accepted."""
+    """Go on with the stage and count anew: accept failures so far, wait again for the silent."""
     from prunecast.server.fleet.events import Resume
 
     _steer(database, Resume(at=time.time(), actor=_actor(), rollout=rollout), rollout)

@@ -122,7 +122,7 @@ class Pause(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Resume(Event):
-    """The stage goes on with a new observation window; failures so far are accepted."""
+    """The stage goes on with a new window: failures are accepted, silent devices awaited anew."""
 
     rollout: str
 

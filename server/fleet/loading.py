@@ -55,6 +55,7 @@ class Slice:
         devices: Collection[str] = (),
         change_groups: bool = False,
         everybody: bool = False,
+        silent: bool = False,
     ) -> Slice:
         """Lock and load.
 
@@ -65,6 +66,7 @@ class Slice:
             devices: names of the devices.
             change_groups: whether the event changes the groups themselves.
             everybody: whether all devices of the groups are needed.
+            silent: whether the silent devices of the groups' rollouts are needed.
         """
         made = cls()
         wanted = select(GroupRow).where(GroupRow.id.in_(groups))
@@ -85,6 +87,9 @@ class Slice:
             for r in made.rollouts.values()
             if r.status in _ACTIVE
         ]
+        if silent:
+            told_nothing = DeviceRow.part_progress == Progress.SILENT.value
+            conditions.append(told_nothing & DeviceRow.part_rollout.in_(names))
         if everybody:
             conditions.append(DeviceRow.group.in_(groups))
         made.devices = _locked(session, select(DeviceRow).where(or_(*conditions)), DeviceRow)

@@ -46,7 +46,7 @@ from prunecast.server.fleet.model import (
     Status,
     check_name,
 )
-from prunecast.server.fleet.progress import advance, evaluate, expire
+from prunecast.server.fleet.progress import advance, evaluate, expire, wait_again
 from prunecast.server.fleet.step import Decision, Step
 
 __all__ = ["AnyEvent", "apply"]
@@ -77,8 +77,8 @@ def apply(fleet: Fleet, event: AnyEvent) -> Decision:
 
     Args:
         fleet: the state, or the part of it that the event concerns: its device, group and
-            rollout, and the overdue devices of that rollout; for `StartRollout` all devices of
-            the groups.
+            rollout, and the overdue devices of that rollout; for `Resume` also its silent
+            devices, for `StartRollout` all devices of the groups.
         event: what happened.
 
     Raises:
@@ -179,6 +179,7 @@ def _steer(step: Step, event: Promote | Pause | Resume | Abort) -> None:
         case Resume():
             if rollout.status is Status.RUNNING:
                 raise NotPossible(f"rollout {rollout.id} is running already")
+            rollout = wait_again(step, rollout)
             step.begin_window(rollout, stage=rollout.stage)
             step.log("rollout resumed", rollout.id, f"was paused: {rollout.reason}")
         case Abort():

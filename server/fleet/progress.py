@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prunecast.server.fleet.model import Progress, Rollout, Status
 from prunecast.server.fleet.step import Step
 
-__all__ = ["advance", "evaluate", "expire"]
+__all__ = ["advance", "evaluate", "expire", "wait_again"]
 
 
 def expire(step: Step) -> None:
@@ -29,6 +31,20 @@ def evaluate(step: Step) -> None:
     """Decide every running rollout in the state by its tally and the time."""
     for name in list(step.fleet.rollouts):
         _evaluate(step, step.fleet.rollouts[name])
+
+
+def wait_again(step: Step, rollout: Rollout) -> Rollout:
+    """Give silent devices a new deadline, so that a resumed stage does not go on without them.
+
+    Looks at the devices in the state; a caller that loads part of a fleet loads all silent ones.
+    """
+    for device in list(step.fleet.devices.values()):
+        found = step.active_part(device)
+        if found and found[0].id == rollout.id and found[1].progress is Progress.SILENT:
+            part = replace(found[1], progress=Progress.TOLD, told_at=step.at)
+            step.put(replace(device, part=part))
+            rollout = replace(rollout, settled=rollout.settled - 1)
+    return rollout
 
 
 def advance(step: Step, rollout: Rollout, why: str, *, actor: str = "") -> None:

@@ -224,7 +224,7 @@ class FleetService:
         """
         token = secrets.token_urlsafe(32)
         with self._database.transaction() as session:
-            row = session.get(DeviceRow, device)
+            row = session.get(DeviceRow, device, with_for_update=True)
             if row is None or row.revoked:
                 raise NotFound(f"there is no device {device!r}, or it is revoked: enrol a new one")
             session.execute(delete(TokenRow).where(TokenRow.device == device))
@@ -306,14 +306,13 @@ class FleetService:
             with self._database.transaction() as session:
                 name = session.scalar(select(TokenRow.device).where(TokenRow.hash == _hash(token)))
                 if name is None:
-                    raise TokenRefused(
-                        "the token is unknown or revoked: enrol the device with "
-                        "`prunecast fleet device add`"
-                    )
+                    raise TokenRefused(_REFUSED)
                 event = make(name)
                 part = self._load_device(session, event.at, name)
-                if part is None or part.devices[name].revoked:
-                    continue  # moved or revoked meanwhile: look again
+                if part is None:
+                    continue  # moved meanwhile: look again
+                if part.devices[name].revoked:
+                    raise TokenRefused(_REFUSED)
                 decision = self._decide(session, part, event)
                 if isinstance(event, Report) and decision.accepted:
                     told = decision.fleet.devices[name].told
@@ -337,7 +336,8 @@ class FleetService:
                 row = session.get(RolloutRow, event.rollout)
                 if row is None:
                     raise NotFound(_NO_ROLLOUT.format(event.rollout))
-                part = Slice.load(session, event.at, groups=row.groups)
+                resumed = isinstance(event, Resume)
+                part = Slice.load(session, event.at, groups=row.groups, silent=resumed)
                 part.rollouts.setdefault(row.id, row)  # a later one may have the groups by now
                 return part
             case MoveDevice():
@@ -363,6 +363,7 @@ class FleetService:
 
 
 _BUSY = "the device was moved again and again meanwhile: try once more"
+_REFUSED = "the token is unknown or revoked: enrol the device with `prunecast fleet device add`"
 _NO_ROLLOUT = "there is no rollout named {!r}: list them with `prunecast fleet rollout list`"
 
 

@@ -256,6 +256,24 @@ def test_resuming_accepts_the_failures_so_far() -> None:
     assert play.rollout.stage == 1
 
 
+def test_resuming_waits_again_for_the_silent() -> None:
+    play = Play()
+    play.start()
+    first, second = play.told()
+    play.tick(100)
+    assert play.rollout.status is Status.PAUSED
+    play.do(Resume(at=100, rollout="r2"))
+    play.tick(150)
+    assert (play.rollout.status, play.rollout.stage) == (Status.RUNNING, 0)
+    assert (play.rollout.expected, play.rollout.settled) == (2, 0)
+    play.report(first)
+    play.tick(200)
+    assert play.rollout.reason.startswith("too few reports, 2 are needed: 1 succeeded, 0 failed, 1")
+    play.do(Resume(at=200, rollout="r2"))
+    play.report(second)
+    assert play.rollout.stage == 1
+
+
 def test_a_device_is_not_told_again_what_failed_on_it() -> None:
     play = Play()
     play.start(max_error_rate=1.0)
