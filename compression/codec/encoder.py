@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from .container.head import Body, segments_of, write_body, write_specs
 from .container.wire import seal
 from .context import Context, TensorSpec, spec_of
+from .engine import Engine
 from .entropy.adaptive import AdaptiveEncoder
-from .entropy.lanes import SymbolStream, rans_tables, write_segment
+from .entropy.lanes import rans_tables
 from .entropy.rans import RansTables
 from .entropy.serial import SerialModels, write_serial
 from .entropy.tables import quantised
@@ -24,11 +25,10 @@ from .modelling.classes import (
     STORED,
     FieldCode,
 )
-from .modelling.fields import Field, fields_of, split_tensor, to_z
-from .modelling.parts import Part, histogram, split_phases, symbols_of
+from .modelling.fields import Field, fields_of
 from .modelling.planning import build_maps, choose_scheme, entropy_bits, plan_field
 
-__all__ = ["encode", "encode_body"]
+__all__ = ["encode", "encode_body", "encode_with"]
 
 _SERIAL_SYMBOLS = 4_000
 _ALONE = 1 << 17
@@ -58,20 +58,26 @@ def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = Non
     >>> decode(encode({"w": np.array([[0, -3], [1, 0]])}))["w"].tolist()
     [[0, -3], [1, 0]]
     """
-    context = context or Context()
     arrays: dict[str, NDArray[Any]] = {}
     for name, value in tensors.items():
         array = np.asarray(value)
         arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
     specs = {name: spec_of(name, array) for name, array in arrays.items()}
+    return encode_with(Engine(), arrays, specs, context or Context())
+
+
+def encode_with(
+    engine: Engine, arrays: Mapping[str, Any], specs: Mapping[str, TensorSpec], context: Context
+) -> bytes:
+    """Return the payload of arrays that ``engine`` understands; raises as :func:`encode`."""
     _check_layout(specs, context)
     by_tensor = fields_of(specs, context)
     fields = [f for group in by_tensor.values() for f in group]
-    values = (v for name, group in by_tensor.items() for v in split_tensor(arrays[name], group))
+    values = (v for name, group in by_tensor.items() for v in engine.split(arrays[name], group))
     coder = AdaptiveEncoder()
     if context.layout is None:
         write_specs(coder, specs)
-    rest = encode_body(coder, fields, values)
+    rest = encode_body(coder, fields, values, engine)
     return seal(context, coder.finish(), rest)
 
 
@@ -91,62 +97,62 @@ def _check_layout(specs: Mapping[str, TensorSpec], context: Context) -> None:
             )
 
 
-def _centre(v: NDArray[Any], f: Field) -> int:
-    """A value to subtract: the only one, or the most frequent byte, or the median of one sign."""
-    if f.plane is not None:
-        counts = np.bincount(v + 128, minlength=256)
-        return int(counts.argmax()) - 128
-    least, most = int(v.min()), int(v.max())
+def _centre(engine: Engine, v: Any, f: Field) -> int:
+    """A value to subtract: the only one, or the median of one sign."""
+    least, most = engine.bounds(v)
     if least == most:
         return least
     # Zigzag would leave every other integer unused.
     if not f.conditioned and (least >= 0 or most <= 0) and most - least >= _ONE_SIGN:
-        sample = np.sort(v[:: max(1, len(v) >> 12)])
-        return int(sample[len(sample) // 2])
+        return engine.median(v, max(1, len(v) >> 12))
     return 0
 
 
 def encode_body(
-    coder: AdaptiveEncoder, fields: list[Field], values: Iterable[NDArray[Any]]
+    coder: AdaptiveEncoder,
+    fields: list[Field],
+    values: Iterable[Any],
+    engine: Engine | None = None,
 ) -> bytes:
     """Write the body's head into ``coder``; return the sections that follow it."""
+    engine = engine or Engine()
     codes: list[FieldCode] = []
-    zs: list[NDArray[Any]] = []
+    zs: dict[int, Any] = {}
     sets: dict[int | None, int] = {}
-    stored = b""
-    for f, v in zip(fields, values, strict=True):
+    stored, largest = b"", 0
+    for i, (f, v) in enumerate(zip(fields, values, strict=True)):
         if not f.size:
             codes.append(FieldCode(CODED))
-            zs.append(np.zeros(0, np.uint32))
             continue
-        centre = _centre(v, f)
-        z = to_z(v, centre, f)
-        if f.plane is not None:  # four of these take the place of one float
-            z = z.astype(np.uint8)
-        if f.plane is not None and _incompressible(z):
-            stored += v.astype(np.int8).tobytes()
-            codes.append(FieldCode(STORED))
-            zs.append(np.zeros(0, np.uint32))
-            continue
-        code = plan_field(f, z, 0)
+        if f.plane is None:
+            centre = _centre(engine, v, f)
+        else:
+            counts = engine.byte_counts(v)
+            if _incompressible(counts):
+                stored += engine.stored(v)
+                codes.append(FieldCode(STORED))
+                continue
+            centre = int(counts.argmax()) - 128
+        z = engine.to_z(v, centre, f)
+        seen = engine.observe(f, z)
+        code = plan_field(f, seen, 0)
         code.centre = centre
         if code.mode == CODED:
             kind = None if f.plane is None else f.plane - f.spec.dtype.itemsize
             code.table_set = sets.setdefault(kind, len(sets))
+            largest = max(largest, seen.largest)
+            zs[i] = z
         codes.append(code)
-        zs.append(z)
-        del v, z  # the arrays of the next field should not add to these
-    active = [i for i, c in enumerate(codes) if c.mode == CODED and fields[i].size]
-    scheme = choose_scheme([zs[i] for i in active])
+        del v, z, seen  # the arrays of the next field should not add to these
+    active = list(zs)
+    total = sum(fields[i].size for i in active)
+    scheme = choose_scheme(largest, total, lambda step: engine.every(list(zs.values()), step))
 
-    parts = {}
-    for i in active:
-        parts[i] = split_phases(fields[i], codes[i], zs[i])
-        zs[i] = np.zeros(0, zs[i].dtype)
+    parts = {i: engine.phases(fields[i], codes[i], zs.pop(i)) for i in active}
     histograms = []
     for number in range(len(sets)):
         mine = [p for i in active if codes[i].table_set == number for p in parts[i]]
-        histograms.append(histogram(mine, scheme))
+        histograms.append(engine.histogram(mine, scheme))
     body = Body(codes, scheme=scheme)
     body.maps, body.sparse = build_maps(histograms)
 
@@ -164,16 +170,16 @@ def encode_body(
         models = SerialModels(coder, len(body.sparse))
         for segment in body.segments:
             members = [parts[i][phase] for i, phase in segment.parts]
-            write_serial(coder, models, *symbols_of(members), body.sparse)
+            write_serial(coder, models, *engine.symbols(body, members), body.sparse)
         return side + stored
-    return _encode_lanes(coder, body, fields, parts) + stored
+    return _encode_lanes(coder, body, fields, parts, engine) + stored
 
 
 def _group(
     active: list[int],
     fields: list[Field],
     codes: list[FieldCode],
-    parts: dict[int, list[Part]],
+    parts: dict[int, list[Any]],
     *,
     serial: bool,
 ) -> list[list[int]]:
@@ -200,12 +206,16 @@ def _group(
 
 
 def _encode_lanes(
-    coder: AdaptiveEncoder, body: Body, fields: list[Field], parts: dict[int, list[Part]]
+    coder: AdaptiveEncoder,
+    body: Body,
+    fields: list[Field],
+    parts: dict[int, list[Any]],
+    engine: Engine,
 ) -> bytes:
     streams = []
     for segment in body.segments:
         members = [parts[i][phase] for i, phase in segment.parts]
-        streams.append(SymbolStream(body, *symbols_of(members)))
+        streams.append(engine.stream(body, members))
         for part in members:
             part.release()
     count = len(body.sparse) + int(body.sparse.sum())
@@ -224,16 +234,15 @@ def _encode_lanes(
     size = sum(len(stream.tokens) for stream in streams)
     body.precision = 14 if wide and size > _FINE else 12
     tables = rans_tables(body)
-    data = []
     sizes = [_estimate(stream, tables) / 8 for stream in streams]
-    for segment, stream, nbytes in zip(body.segments, streams, sizes, strict=True):
-        lanes = _lanes(stream, nbytes, fast=sum(sizes) > _LARGE)
-        data.append(write_segment(tables, stream, lanes, segment))
+    fast = sum(sizes) > _LARGE
+    lanes = [_lanes(s, nbytes, fast=fast) for s, nbytes in zip(streams, sizes, strict=True)]
+    data = engine.write(tables, streams, lanes, body.segments)
     body.static = _side_symbols(body) >= _STATIC
     return write_body(coder, body, fields) + b"".join(data)
 
 
-def _lanes(stream: SymbolStream, nbytes: float, *, fast: bool) -> int:
+def _lanes(stream: Any, nbytes: float, *, fast: bool) -> int:
     """Number of lanes: each saves steps, and costs about two bytes unless it starts raw bits."""
     # The last keeps symbols that cost next to nothing from taking a step, so microseconds, each.
     lanes = max(1, nbytes / _BYTES_A_LANE, len(stream.tokens) / _MOST_STEPS)
@@ -249,14 +258,13 @@ def _side_symbols(body: Body) -> int:
     return levels + sum(map(len, body.tables))
 
 
-def _estimate(stream: SymbolStream, tables: RansTables) -> float:
+def _estimate(stream: Any, tables: RansTables) -> float:
     cost = tables.precision - np.log2(np.maximum(tables.frequencies, 1))
     counts = stream.histogram(cost.shape[0] << 8).reshape(-1, 256)[:, : cost.shape[1]]
     return float((counts * cost).sum()) + 8 * len(stream.raw)
 
 
-def _incompressible(z: NDArray[Any]) -> bool:
-    """Whether bytes (as zigzag) are cheaper as they are."""
-    h = np.bincount(z, minlength=256)
-    used = int(np.count_nonzero(h))
-    return used > 1 and float(entropy_bits(h)) + 5 * used > 7.8 * len(z)
+def _incompressible(counts: NDArray[np.int64]) -> bool:
+    """Whether bytes are cheaper as they are, given how often each occurs."""
+    used = int(np.count_nonzero(counts))
+    return used > 1 and float(entropy_bits(counts)) + 5 * used > 7.8 * int(counts.sum())

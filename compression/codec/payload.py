@@ -27,15 +27,16 @@ from .modelling.classes import (
 )
 from .modelling.fields import Field, assemble, check_width, fields_of, from_z
 
-__all__ = ["Payload", "decode", "open_payload"]
+__all__ = ["FOREIGN", "OpenedPayload", "Payload", "decode", "open_payload", "wrapped"]
 
 
 _CHUNK = 1 << 17
 # What numpy and Python raise on values that no check foresaw.
-_FOREIGN = (ArithmeticError, ValueError, LookupError, TypeError, MemoryError)
+FOREIGN = (ArithmeticError, ValueError, LookupError, TypeError, MemoryError)
 
 
-def _wrapped(error: Exception, what: str) -> CodecError:
+def wrapped(error: Exception, what: str) -> CodecError:
+    """Return the error to raise for one of FOREIGN."""
     if isinstance(error, MemoryError):
         return LimitExceeded(
             f"{what} needs more memory than there is; lower Limits.decoded_bytes to refuse earlier"
@@ -43,13 +44,8 @@ def _wrapped(error: Exception, what: str) -> CodecError:
     return MalformedPayload(f"{what} cannot be decoded: {error}")
 
 
-class Payload(Mapping[str, NDArray[Any]]):
-    """A payload whose tensors are decoded when asked for.
-
-    The head is checked and read at construction; ``payload[name]`` decodes that tensor (and the
-    small ones that share its segments, which are kept until another group is asked for). Not
-    for concurrent use by several threads.
-    """
+class OpenedPayload:
+    """A payload whose head was checked and read: what the fields are, and where their bytes lie."""
 
     def __init__(self, payload: bytes, context: Context, limits: Limits) -> None:
         envelope = unseal(payload, context, limits)
@@ -77,13 +73,6 @@ class Payload(Mapping[str, NDArray[Any]]):
         self._first_segment: list[int] = []
         self._stored_at: dict[int, int] = {}
         self._lay_out()
-        self._tables: RansTables | None = None
-        # Serial symbols can be read once only, as the coder's state moves on.
-        self._serial_read = False
-        self._serial_left = limits.serial_symbols
-        self._most_steps, self._steps = limits.steps, 0
-        self._counted: set[int] = set()
-        self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
 
     def _lay_out(self) -> None:
         body = self._body
@@ -103,12 +92,31 @@ class Payload(Mapping[str, NDArray[Any]]):
         if at != len(self._rest):
             raise MalformedPayload(f"the sections take {at} bytes, but {len(self._rest)} follow")
 
+
+class Payload(OpenedPayload, Mapping[str, NDArray[Any]]):
+    """A payload whose tensors are decoded when asked for.
+
+    The head is checked and read at construction; ``payload[name]`` decodes that tensor (and the
+    small ones that share its segments, which are kept until another group is asked for). Not
+    for concurrent use by several threads.
+    """
+
+    def __init__(self, payload: bytes, context: Context, limits: Limits) -> None:
+        super().__init__(payload, context, limits)
+        self._tables: RansTables | None = None
+        # Serial symbols can be read once only, as the coder's state moves on.
+        self._serial_read = False
+        self._serial_left = limits.serial_symbols
+        self._most_steps, self._steps = limits.steps, 0
+        self._counted: set[int] = set()
+        self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
+
     def __getitem__(self, name: str) -> NDArray[Any]:
         fields = self._by_tensor[name]
         try:
             return assemble((self._values(i) for i in self._index[name]), fields)
-        except _FOREIGN as error:
-            raise _wrapped(error, f"tensor {name!r}") from error
+        except FOREIGN as error:
+            raise wrapped(error, f"tensor {name!r}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -239,8 +247,8 @@ def open_payload(
     """
     try:
         return Payload(bytes(payload), context or Context(), limits or Limits())
-    except _FOREIGN as error:
-        raise _wrapped(error, "the payload") from error
+    except FOREIGN as error:
+        raise wrapped(error, "the payload") from error
 
 
 def decode(

@@ -21,13 +21,24 @@ from ..entropy.tokens import signed, zigzag
 from ..errors import MalformedPayload, MaskViolation, TensorMismatch
 from .lookup import CHUNK
 
-__all__ = ["PREVIOUS_CLASSES", "Field", "assemble", "fields_of", "from_z", "split_tensor", "to_z"]
+__all__ = [
+    "PREVIOUS_CLASSES",
+    "Field",
+    "assemble",
+    "class_of_magnitude",
+    "fields_of",
+    "from_z",
+    "log_thresholds",
+    "mask_violation",
+    "split_tensor",
+    "to_z",
+]
 
 PREVIOUS_CLASSES = 16
 
 
 @cache
-def _log_thresholds() -> NDArray[np.int64]:
+def log_thresholds() -> NDArray[np.int64]:
     """Smallest k with round(2 log2 k) >= j, for j = 0, 1, ...: k**4 >= 2**(2j - 1)."""
     out = []
     for j in range(69):
@@ -40,9 +51,9 @@ def _log_thresholds() -> NDArray[np.int64]:
 def half_octaves(k: NDArray[Any]) -> NDArray[np.uint8]:
     """0 for 0, else 1 + round(2 log2 k), of integers in [0, 2**33]."""
     if len(k) and int(k.max()) < 1024:
-        table = np.searchsorted(_log_thresholds(), np.arange(1024), side="right").astype(np.uint8)
+        table = np.searchsorted(log_thresholds(), np.arange(1024), side="right").astype(np.uint8)
         return np.asarray(table.take(k))
-    return np.searchsorted(_log_thresholds(), k, side="right").astype(np.uint8)
+    return np.searchsorted(log_thresholds(), k, side="right").astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -109,12 +120,13 @@ class Field:
             if p.dtype.itemsize > 1:
                 p = np.clip(p, -top, top)
             k = np.abs(p.astype(np.int16, copy=False))
-            _class_of_magnitude().take(np.minimum(k, top), out=out[s : s + CHUNK], mode="clip")
+            class_of_magnitude().take(np.minimum(k, top), out=out[s : s + CHUNK], mode="clip")
         return out
 
 
 @cache
-def _class_of_magnitude() -> NDArray[np.uint8]:
+def class_of_magnitude() -> NDArray[np.uint8]:
+    """Class of each |p| from 0 to 32, which stands for all above."""
     bounds = [*range(1, 13), 16, 23, 32]
     return np.searchsorted(bounds, np.arange(33), side="right").astype(np.uint8)
 
@@ -216,10 +228,7 @@ def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArr
     flat = _unsigned(np.ascontiguousarray(array).reshape(-1))
     if first.mask is not None:
         if flat[~first.mask.reshape(-1)].any():
-            raise MaskViolation(
-                f"tensor {first.name!r} is non-zero where its mask is False; multiply it by the "
-                "mask, or leave the mask out of the context"
-            )
+            raise mask_violation(first.name)
         flat = flat[first.selected]
     if first.spec.dtype.kind != "f":
         v = _wrap(flat, first)
@@ -241,6 +250,14 @@ def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArr
     for field in fields:
         assert field.plane is not None
         yield _wrap((rotated >> (8 * field.plane)).astype(np.uint8), field)
+
+
+def mask_violation(name: str) -> MaskViolation:
+    """Return the error for a tensor that is non-zero off its mask."""
+    return MaskViolation(
+        f"tensor {name!r} is non-zero where its mask is False; multiply it by the mask, or leave "
+        "the mask out of the context"
+    )
 
 
 def assemble(parts: Iterator[NDArray[Any]], fields: Sequence[Field]) -> NDArray[Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..context import TensorSpec
 from ..entropy.tokens import TokenScheme
 from .classes import (
     ACTIVITIES,
@@ -18,28 +17,19 @@ from .classes import (
     CONSTANT,
     MAX_LEVEL,
     UNIT_ACTIVITY,
-    Classifier,
     FieldCode,
-    flip_signs,
     may_have_neighbours,
-    neighbour_sums,
-    phase_slice,
 )
 from .fields import PREVIOUS_CLASSES, Field
+from .observed import LIMB, Observed
 
 __all__ = ["build_maps", "choose_scheme", "entropy_bits", "plan_field"]
 
 _RAW = PREVIOUS_CLASSES * ACTIVITIES
-_SAMPLE = 1 << 16
-_LEAST_SAMPLE = 1 << 14
-_BLOCK = 1 << 18
 _BINS = 48
 _TABLE_BITS = 4e6
 _GROUPS = 256
 _REFINEMENTS = 2
-_COARSE = TokenScheme(4, 1)
-# Raw contexts with room for a coarse token below them.
-_TRIAL_KEYS = np.arange(_RAW, dtype=np.int64).reshape(PREVIOUS_CLASSES, ACTIVITIES) << 6
 
 
 def _xlogx(h: NDArray[Any]) -> NDArray[np.float64]:
@@ -52,10 +42,12 @@ def entropy_bits(h: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(_xlogx(h.sum(-1)) - _xlogx(h).sum(-1))
 
 
-def choose_scheme(values: Sequence[NDArray[Any]]) -> TokenScheme:
-    """Return the token scheme that is cheapest for these values, as zigzag."""
-    largest = max((int(z.max()) for z in values), default=0)
-    total = sum(len(z) for z in values)
+def choose_scheme(largest: int, total: int, sample: Callable[[int], NDArray[Any]]) -> TokenScheme:
+    """Return the token scheme that is cheapest for some values, as zigzag.
+
+    ``largest`` is the largest of the ``total`` values; ``sample(step)`` returns every step-th one
+    of each field.
+    """
     schemes = [TokenScheme(d, m) for d, m in ((5, 1), (5, 2), (6, 2), (6, 3), (7, 2), (7, 3))]
     fitting = [s for s in schemes if s.alphabet(largest) <= 256]
     if not fitting:
@@ -63,11 +55,11 @@ def choose_scheme(values: Sequence[NDArray[Any]]) -> TokenScheme:
     if largest < 32:
         return fitting[0]
     step = max(1, total // (1 << 18))
-    sample = np.concatenate([z[::step] for z in values])
-    sample = sample[sample > 0]
+    values = sample(step)
+    values = values[values > 0]
 
     def bits(scheme: TokenScheme) -> float:
-        counts = np.bincount(scheme.tokens(sample), minlength=256)
+        counts = np.bincount(scheme.tokens(values), minlength=256)
         widths = np.where(counts > 0, scheme.widths(), 0)
         data = float(entropy_bits(counts)) + float((counts * widths).sum())
         return data * step + 24 * float((counts > 0).sum())
@@ -75,38 +67,15 @@ def choose_scheme(values: Sequence[NDArray[Any]]) -> TokenScheme:
     return min(fitting, key=bits)
 
 
-def _magnitudes(z: NDArray[Any]) -> NDArray[np.float32]:
-    one = z.dtype.type(1)
-    return np.asarray((z >> one) + (z & one), np.float32)
-
-
-def _axis_means(f: Field, z: NDArray[Any]) -> tuple[Any, Any]:
-    """Means of |q| over each row and each column (under the mask), never zero."""
-    if f.selected is None:
-        rows, columns = np.empty(f.rows), np.zeros(f.columns)
-        block = max(1, _BLOCK // f.columns)
-        grid = z.reshape(f.rows, f.columns)
-        for s in range(0, f.rows, block):  # in blocks, to bound the temporary arrays
-            a = _magnitudes(grid[s : s + block])
-            rows[s : s + block] = a.sum(1, dtype=np.float64)
-            columns += a.sum(0, dtype=np.float64)
-        return np.maximum(rows, 0.5) / f.columns, np.maximum(columns, 0.5) / f.rows
-    a = _magnitudes(z)
-    row, column = np.divmod(f.selected, f.columns)
+def _axis_means(seen: Observed) -> list[NDArray[np.float64]]:
+    """Means of |q| over each row and each column (under the mask), never zero; NaN of none."""
     out = []
-    for index, n in ((row, f.rows), (column, f.columns)):
-        total = np.bincount(index, a, minlength=n)
-        count = np.bincount(index, minlength=n)
-        out.append(np.where(count > 0, np.maximum(total, 0.5) / np.maximum(count, 1), np.nan))
-    return out[0], out[1]
-
-
-def _mean(z: NDArray[Any]) -> float:
-    total = sum(
-        float(_magnitudes(z[s : s + _BLOCK]).sum(dtype=np.float64))
-        for s in range(0, len(z), _BLOCK)
-    )
-    return total / len(z)
+    for limbs, size in zip(seen.axis_sums(), seen.axis_sizes(), strict=True):
+        total = limbs[0]
+        for i in range(1, len(limbs)):
+            total = total + limbs[i] * float(1 << LIMB * i)
+        out.append(np.where(size > 0, np.maximum(total, 0.5) / np.maximum(size, 1), np.nan))
+    return out
 
 
 def _levels(
@@ -132,77 +101,32 @@ def _levels(
     return ((chosen - least) * step).astype(np.uint8), (low + least) * step
 
 
-def _sampled(f: Field, z: NDArray[Any]) -> tuple[Field, NDArray[Any], slice]:
-    """Every k-th row of a large field without a mask."""
-    wanted = min(_SAMPLE, max(_LEAST_SAMPLE, f.size // 4))
-    if f.mask is not None or f.size < 2 * wanted or f.rows < 32:
-        return f, z, slice(None)
-    rows = slice(0, None, min(f.size // wanted, f.rows // 16))
-    part = np.ascontiguousarray(z.reshape(f.rows, f.columns)[rows])
-    previous = None
-    if f.previous is not None:
-        previous = f.previous.reshape(f.rows, f.columns)[rows]
-    return (
-        Field(f.name, TensorSpec(f.spec.dtype, part.shape), f.plane, None, previous),
-        (part.reshape(-1)),
-        rows,
-    )
+def _trial_bits(f: Field, seen: Observed, code: FieldCode) -> float:
+    """Estimated bits of the whole field under a code, without its levels, from a sample."""
+    scale = f.size / max(seen.sampled(), 1)
+    h = seen.counts(code)
+    h = h[h.any(1)]
+    # Half a nat for each fitted probability is what a sample's own entropy leaves out.
+    fitted = (h > 0).sum(1)
+    learning = 0.3 * float((fitted * np.log2(1 + h.sum(1) * scale)).sum())
+    learning += 0.72 * (scale - 1) * float(fitted.sum())
+    return float(entropy_bits(h).sum()) * scale + learning
 
 
-class _Trial:
-    """Estimates what a field costs under a code, on a sample of its rows."""
-
-    def __init__(self, f: Field, z: NDArray[Any]) -> None:
-        self.f, self.z, self._rows = _sampled(f, z)
-        self._scale = f.size / max(self.f.size, 1)
-        self._tokens = _coarse(self.z)
-
-    def bits(self, code: FieldCode) -> float:
-        """Estimated bits of the whole field, without its levels."""
-        rows = code.rows[self._rows] if code.rows is not None else None
-        look = Classifier(self.f, replace(code, rows=rows))
-        # Class 0 alone, unless neighbours or previous values give others.
-        classes = PREVIOUS_CLASSES if code.depth or self.f.conditioned else 1
-        counts = np.zeros(classes * ACTIVITIES << 6, np.int64)
-        for phase in range(1 + code.depth):
-            tokens, around = self._tokens[phase_slice(code.depth, phase)], None
-            if phase:
-                around = neighbour_sums(self.z, code.depth, phase)
-                z = self.z[phase_slice(code.depth, phase)]
-                tokens = _coarse(flip_signs(z, around, self.f.width))
-            key = look.look_up(_TRIAL_KEYS, phase, around)
-            key |= tokens
-            counts += np.bincount(key, minlength=len(counts))
-        h = counts.reshape(-1, 64)
-        h = h[h.any(1)]
-        # Half a nat for each fitted probability is what a sample's own entropy leaves out.
-        fitted = (h > 0).sum(1)
-        learning = 0.3 * float((fitted * np.log2(1 + h.sum(1) * self._scale)).sum())
-        learning += 0.72 * (self._scale - 1) * float(fitted.sum())
-        return float(entropy_bits(h).sum()) * self._scale + learning
-
-
-def _coarse(z: NDArray[Any]) -> NDArray[np.uint8]:
-    if len(z) and int(z.max()) < 1024:
-        return _COARSE.tokens(np.arange(1024)).take(z)
-    return np.minimum(_COARSE.tokens(z), 63)
-
-
-def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
+def plan_field(f: Field, seen: Observed, table_set: int) -> FieldCode:
     """Choose how a field is coded."""
-    if not z.any():
+    if not seen.largest:
         return FieldCode(CONSTANT, table_set=table_set)
-    mean = _mean(z)
+    mean = sum(limb << LIMB * i for i, limb in enumerate(seen.sums())) / f.size
     base = min(UNIT_ACTIVITY + round(2 * float(np.log2(mean))), ACTIVITIES - 1)
     best = FieldCode(CODED, table_set=table_set, base=base)
     if f.size < 64 or f.plane is not None:
         return best
-    trial = _Trial(f, z)
-    least = trial.bits(best)
+    least = _trial_bits(f, seen, best)
     side = 0.0
     if f.rows > 1 and f.columns > 1:
         flat = best
-        by_row, by_column = _axis_means(f, z)
+        by_row, by_column = _axis_means(seen)
         for step in _steps(least, f.rows + f.columns):
             rows, low_r = _levels(by_row, mean, step, f.size // f.rows)
             columns, low_c = _levels(by_column, mean, step, f.size // f.columns)
@@ -217,13 +141,13 @@ def plan_field(f: Field, z: NDArray[Any], table_set: int) -> FieldCode:
                     rows=rows if r else None,
                     columns=columns if c else None,
                 )
-                cost = trial.bits(code)
+                cost = _trial_bits(f, seen, code)
                 if cost + extra < least + side:
                     best, least, side = code, cost, extra
     if may_have_neighbours(f):
         for depth in (1,):
             code = replace(best, depth=depth)
-            cost = trial.bits(code) + 64
+            cost = _trial_bits(f, seen, code) + 64
             if cost >= least:
                 break
             best, least = code, cost
