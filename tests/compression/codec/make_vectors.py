@@ -1,6 +1,8 @@
-"""Write the golden and the must-fail vectors: python tests/compression/codec/make_vectors.py.
+"""Write the golden and the must-fail vectors.
 
-No test runs this. Run it by hand after a deliberate change of the format, and review the diff.
+No test runs this. Run it by hand after a deliberate change of the format, and review the diff:
+PYTHONPATH=.:tests python tests/compression/codec/make_vectors.py
+
 Each golden vector is NAME.bin (the payload) and NAME.npz (tensors, and the context where there
 is one); each must-fail vector is ERROR--CAUSE.bin, where ERROR is the class that must be raised.
 """
@@ -20,6 +22,7 @@ from prunecast.compression.codec.container.wire import seal, unseal
 from prunecast.compression.codec.encoder import encode_body
 from prunecast.compression.codec.entropy.adaptive import UINT_CONTEXTS, AdaptiveEncoder
 from prunecast.compression.codec.modelling.fields import fields_of
+from support.hostile import hostile, mismatched
 
 FOLDER = Path(__file__).parent / "vectors"
 
@@ -194,17 +197,30 @@ def _not_bool() -> bytes:
     return seal(Context(), coder.finish(), rest)
 
 
+def _known(context: Context) -> dict[str, Any]:
+    """Masks and previous values of a context, as they are called in a file."""
+    arrays: dict[str, Any] = {f"mask:{k}": v for k, v in (context.mask or {}).items()}
+    return arrays | {f"previous:{k}": v for k, v in (context.previous or {}).items()}
+
+
 def main() -> None:
     """Write all vectors."""
     (FOLDER / "must_fail").mkdir(parents=True, exist_ok=True)
     for name, (tensors, context) in golden().items():
         (FOLDER / f"{name}.bin").write_bytes(encode(tensors, context=context))
         arrays = {f"tensor:{k}": np.asarray(v) for k, v in tensors.items()}
-        arrays |= {f"mask:{k}": v for k, v in (context.mask or {}).items()}
-        arrays |= {f"previous:{k}": v for k, v in (context.previous or {}).items()}
+        arrays |= _known(context)
         arrays["layout"] = np.array(context.layout is not None)
         np.savez_compressed(FOLDER / f"{name}.npz", **arrays)  # type: ignore[arg-type]
-    for name, payload in must_fail().items():
+    made = must_fail() | {name: payload for name, (payload, _) in hostile().items()}
+    for name, (payload, context) in mismatched().items():
+        made[name] = payload
+        arrays = _known(context)
+        arrays |= {
+            f"layout:{k}": np.zeros(s.shape, s.dtype) for k, s in (context.layout or {}).items()
+        }
+        np.savez_compressed(FOLDER / "must_fail" / f"{name}.npz", **arrays)  # type: ignore[arg-type]
+    for name, payload in made.items():
         (FOLDER / "must_fail" / f"{name}.bin").write_bytes(payload)
 
 
