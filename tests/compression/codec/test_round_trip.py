@@ -83,14 +83,62 @@ def test_floats(dtype: str, shape: tuple[int, ...]) -> None:
         round_trip({"a": values}, Context(previous={"a": noise}))
 
 
-def test_float_specials_survive() -> None:
-    bits = np.array(
-        [0x7FC00001, 0xFFC12345, 0x7F800001, 0x80000000, 0, 1, 0x807FFFFF, 0x7F800000, 0xFF800000],
-        np.uint32,
-    )
-    values = bits.view(np.float32)
+def specials(dtype: str) -> np.ndarray:
+    """Zeros, subnormals, extremes, infinities and NaNs of every kind, with either sign."""
+    width = 8 * np.dtype(dtype).itemsize
+    mantissa = {16: 10, 32: 23, 64: 52}[width]
+    infinity = ((1 << (width - 1 - mantissa)) - 1) << mantissa
+    quiet = infinity | 1 << (mantissa - 1)
+    positive = [0, 1, (1 << mantissa) - 1, 1 << mantissa, infinity - 1, infinity]
+    positive += [infinity + 1, quiet - 1, quiet, quiet + 1, (1 << width - 1) - 1]
+    bits = positive + [1 << (width - 1) | b for b in positive]
+    return np.array(bits, f"u{width // 8}").view(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_float_specials_survive(dtype: str) -> None:
+    values = specials(dtype)
     round_trip({"a": values})
+    round_trip({"a": np.tile(values, 500)})
     round_trip({"a": values}, Context(previous={"a": values[::-1].copy()}))
+    pairs = np.stack(np.meshgrid(values, values))
+    round_trip({"a": pairs[0]}, Context(previous={"a": pairs[1]}))
+    # Under a mask, -0.0 and NaN are no zeros either.
+    mask = np.arange(len(values)) % 3 != 0
+    kept = np.where(mask, values, values.dtype.type(0))
+    round_trip({"a": kept}, Context(mask={"a": mask}))
+    round_trip({"a": kept}, Context(mask={"a": mask}, previous={"a": values}))
+
+
+@pytest.mark.parametrize("dtype", [d for d in INTEGERS if d != "bool"])
+@pytest.mark.parametrize("kind", ["int8", "int64", "uint64"])
+def test_integer_extremes_against_extremes(dtype: str, kind: str) -> None:
+    """Every extreme of one type as the change of every extreme of another."""
+
+    def extremes(d: str) -> list[int]:
+        low, high = np.iinfo(d).min, np.iinfo(d).max
+        return [low, low + 1, -1 if low else 0, 0, 1, high - 1, high]
+
+    values, previous = np.meshgrid(np.array(extremes(dtype), dtype), np.array(extremes(kind), kind))
+    for times in (1, 150):
+        tall = np.tile(values, (times, 1))
+        round_trip({"a": tall})
+        round_trip({"a": tall}, Context(previous={"a": np.tile(previous, (times, 1))}))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS + FLOATS)
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (3, None, 0), (0, 0, None)], ids=str)
+def test_empty_tensors_of_any_size(dtype: str, dims: tuple[int | None, ...]) -> None:
+    """No element, but a dimension as large as numpy allows."""
+    most = (1 << 62) // np.dtype(dtype).itemsize // 4 - 1
+    shape = tuple(most if d is None else d for d in dims)
+    empty = np.zeros(shape, dtype)
+    assert len(round_trip({"a": empty, "b": np.ones(2, dtype)})) < 100
+    layout = {"a": TensorSpec(empty.dtype, shape)}
+    round_trip({"a": empty}, Context(layout=layout, mask={"a": np.zeros(shape, bool)}))
+    round_trip(
+        {"a": empty}, Context(previous={"a": empty.astype("i1")} if dtype in INTEGERS else None)
+    )
 
 
 def test_many_tensors_in_one_payload() -> None:
