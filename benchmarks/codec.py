@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     add("--data", type=Path, help="folder of trained models (default: in the user's cache)")
     add("--case", nargs="+", default=[], metavar="PART", help="cases whose name contains one")
     add("--coder", nargs="+", default=[], metavar="PART", help="ours and coders that match one")
-    add("--repeat", type=int, default=3, help="timed repetitions at most (default: 3)")
+    add("--repeat", type=int, default=3, help="timed repetitions (default: 3)")
     add("--json", type=Path, metavar="FILE", help="write everything measured")
     add("--load", type=Path, metavar="FILE", help="measure nothing, read an earlier --json")
     add("--compare", type=Path, metavar="FILE", help="our changes since an earlier --json")

@@ -16,6 +16,7 @@ from .memory import peak_resident, peak_traced
 __all__ = ["LossError", "Row", "measure"]
 
 _ENOUGH = 1.5  # seconds of repetitions, after which no further one is begun
+_AT_LEAST = 0.1  # seconds of repetitions, unless only one is wanted: short calls vary
 _LARGE = 4_000_000  # bytes of tensors below which the resident set says nothing
 
 T = TypeVar("T")
@@ -63,15 +64,13 @@ class Row:
 def _timed(call: Callable[[], T], repeat: int) -> tuple[T, float]:
     """Result, and the least CPU seconds after one warm-up."""
     result = call()
-    least, spent = float("inf"), 0.0
-    for _ in range(repeat):
+    least, spent, done = float("inf"), 0.0, 0
+    while (done < repeat and spent < _ENOUGH) or (repeat > 1 and spent < _AT_LEAST):
         start = time.process_time()
         call()
-        took = time.process_time() - start
-        least, spent = min(least, took), spent + took
-        if spent > _ENOUGH:
-            break
-    return result, max(least, 1e-9)
+        took = max(time.process_time() - start, 1e-6)
+        least, spent, done = min(least, took), spent + took, done + 1
+    return result, least
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -99,7 +98,8 @@ def measure(subject: Case, coder: Coder, *, repeat: int, memory: bool) -> Row | 
     Args:
         subject: the case.
         coder: the coder.
-        repeat: repetitions of encoding and of decoding after a warm-up each; fewer if slow.
+        repeat: repetitions of encoding and of decoding after a warm-up each; fewer if slow,
+            more if quick, but one if one is asked for.
         memory: whether to measure memory too.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .cases import Case, case_entropy
+from .cases import KINDS, Case, case_entropy
 from .coders import OURS
 from .measure import Row
 
@@ -127,21 +127,21 @@ class Report:
         return [n for n in self.coders if any(n in c.rows for c in self.cases)]
 
     def kinds(self) -> dict[str, list[Measured]]:
-        """Cases by class, in the order of their first appearance."""
-        out: dict[str, list[Measured]] = {}
+        """Cases by class, classes in the order of :data:`KINDS`."""
+        out: dict[str, list[Measured]] = {kind: [] for kind in KINDS}
         for case in self.cases:
             out.setdefault(case.kind, []).append(case)
-        return out
+        return {kind: cases for kind, cases in out.items() if cases}
 
-    def losses(self) -> list[tuple[Measured, str, float]]:
-        """Where a peer is smaller than ours: case, peer, by what share; the worst first."""
-        found = [
-            (case, name, 1 - row.bytes / case.rows[OURS].bytes)
-            for case in self.cases
-            for name, row in case.rows.items()
-            if row.bytes < case.rows[OURS].bytes
-        ]
-        return sorted(found, key=lambda item: -item[2])
+    def losses(self) -> list[tuple[Measured, dict[str, float]]]:
+        """Cases where a peer is smaller than ours, and by what share each; the worst first."""
+        found = []
+        for case in self.cases:
+            saved = {n: 1 - r.bytes / case.rows[OURS].bytes for n, r in case.rows.items()}
+            smaller = sorted(((s, n) for n, s in saved.items() if s > 0), reverse=True)
+            if smaller:
+                found.append((case, {n: s for s, n in smaller}))
+        return sorted(found, key=lambda item: -max(item[1].values()))
 
 
 def machine() -> dict[str, Any]:

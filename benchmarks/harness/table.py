@@ -66,6 +66,11 @@ def class_size(cases: Sequence[Measured], coder: str) -> float | None:
     return _mean(ratios) - 1 if ratios else None
 
 
+def _named(shares: dict[str, float]) -> str:
+    """Peers and by how much they are smaller."""
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+
+
 def _rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield f"|{'|'.join(['---'] + ['---:'] * (len(head) - 1))}|"
@@ -180,8 +185,10 @@ def markdown(report: Report, picture: str | None = None) -> str:
         "",
         "### Where a peer is smaller",
         "",
+        "By what share of our bytes; the worst first.",
+        "",
         *(
-            [f"- {c.name}: {n} by {100 * share:.1f} %" for c, n, share in report.losses()]
+            [f"- {case.name}: {_named(smaller)}" for case, smaller in report.losses()]
             or ["Nowhere in this run."]
         ),
         "",
@@ -228,5 +235,5 @@ def summary(report: Report) -> str:
     losses = report.losses()
     out.append("")
     out.append("a peer is smaller on:" if losses else "no peer is smaller on any case")
-    out += [f"  {c.name:30} {n:14} by {share:.1%}" for c, n, share in losses]
+    out += [f"  {case.name:30} {_named(smaller)}" for case, smaller in losses]
     return "\n".join(out)

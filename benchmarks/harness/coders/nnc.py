@@ -67,9 +67,8 @@ class _Nnc:
         coder = self.library.Encoder()
         for q, base in zip(arrays, bases, strict=True):
             coder.initCtxModels(unary, _OPTIMISE)
-            empty: Array = np.zeros(len(q), np.int32)
-            if q.ndim > 1:
-                empty = (~q.reshape(len(q), -1).any(1)).astype(np.int32)
+            used = np.any(q.reshape(len(q), -1), axis=1) if q.ndim > 1 else np.ones(len(q), bool)
+            empty = np.logical_not(used).astype(np.int32)
             temporal = known and base is not None
             rest = (_PROFILE, int(temporal), _ROW_SKIP, empty, *self._off, 0, 0)
             if temporal:
