@@ -15,7 +15,7 @@ PYTHON = $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,\
 export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
 
-.PHONY: help demo test test-fast test-engine lint format clean
+.PHONY: help demo test test-fast test-engine lint format fuzz fuzz-corpus clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-engine  the tests that start Flower, servers and agents"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       rewrite the sources in ruff's format"
+	@echo "make fuzz         RUNS=100000 hostile payloads against the decoder (fuzz/README.md)"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
 demo: $(VENV)/.installed-sim
@@ -49,8 +50,30 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Atheris and the package without extras; RUNS and FUZZ_ARGS (libFuzzer's options) may be given.
+RUNS := 100000
+FUZZ := .venv-fuzz/bin/python -m fuzz -max_len=1024 -timeout=600 -print_final_stats=1 $(FUZZ_ARGS)
+
+fuzz: .venv-fuzz/.installed
+	mkdir -p runs/fuzz/corpus
+	$(FUZZ) -runs=$(RUNS) runs/fuzz/corpus fuzz/corpus
+	@! ls runs/fuzz/findings/* 2>/dev/null || { echo "The inputs above break a promise."; exit 1; }
+
+# What the last runs found, as few inputs as reach the same coverage, replaces the corpus.
+fuzz-corpus: .venv-fuzz/.installed
+	rm -rf runs/fuzz/merged && mkdir -p runs/fuzz/merged
+	$(FUZZ) -merge=1 runs/fuzz/merged fuzz/corpus runs/fuzz/corpus
+	rm -rf fuzz/corpus && mv runs/fuzz/merged fuzz/corpus
+
+.venv-fuzz/.installed: pyproject.toml constraints.txt fuzz/requirements.txt
+	@test -n "$(PYTHON)" || { echo "Fuzzing needs Python 3.11 to 3.13 with the venv module."; exit 1; }
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip --disable-pip-version-check install --quiet \
+		-c constraints.txt -e . -r fuzz/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-fuzz .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Prunecast needs Python 3.11 or newer with the venv module:" \
