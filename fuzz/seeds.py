@@ -16,7 +16,7 @@ from prunecast.compression.codec.modelling.fields import Field
 
 from .oracle import CONTEXTS, Mode
 
-__all__ = ["main", "seeds"]
+__all__ = ["main", "refused", "seeds"]
 
 Tensors = dict[str, Any]
 
@@ -113,11 +113,17 @@ def seeds() -> list[bytes]:
     return sorted(set(out), key=lambda data: (len(data), data))
 
 
+def refused() -> list[bytes]:
+    """Inputs from the vectors that a decoder must refuse."""
+    vectors = Path(__file__).parents[1] / "tests/compression/codec/vectors/must_fail"
+    return [b"\0" + path.read_bytes() for path in sorted(vectors.glob("*.bin"))]
+
+
 def main() -> None:
-    """Write one file for each seed."""
+    """Write one file for each seed, and for each vector that must be refused."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for data in seeds():
+    for data in seeds() + refused():
         (folder / hashlib.sha1(data).hexdigest()).write_bytes(data)
 
 
