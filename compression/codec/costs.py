@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .container.head import read_copies
 from .container.metering import Cell, HeadMeter, measured_body, measured_specs, side_bits
 from .container.wire import unseal
 from .context import Context, Limits, TensorSpec
 from .modelling.classes import STORED
-from .modelling.fields import fields_of
+from .modelling.copies import all_fields
 from .payload import open_payload
 from .shares import Shares
 
@@ -87,7 +88,10 @@ def measure_costs(
     named: dict[Cell, float] = {}
     if context.layout is None:
         _, named = measured_specs(meter, limits)
-    by_tensor = fields_of(tensors.specs, context)
+    first = len(meter.notes)
+    kept = read_copies(meter, tensors.specs, context)
+    named["coding", None] = sum(cost for _, cost in meter.notes[first:])
+    by_tensor = all_fields(tensors.specs, context, kept)
     fields = [f for group in by_tensor.values() for f in group]
     owner = [number for number, group in enumerate(by_tensor.values()) for _ in group]
     body, coded = measured_body(meter, fields, limits, envelope.rest)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .container.head import Body, segments_of, write_body, write_specs
+from .container.head import Body, segments_of, write_body, write_copies, write_specs
 from .container.wire import seal
 from .context import Context, TensorSpec, spec_of
 from .engine import Engine
@@ -25,11 +25,13 @@ from .modelling.classes import (
     STORED,
     FieldCode,
 )
-from .modelling.fields import Field, fields_of
+from .modelling.copies import all_fields, may_have_copies
+from .modelling.fields import Field
 from .modelling.planning import build_maps, choose_scheme, entropy_bits, plan_field
 
 __all__ = ["encode", "encode_body", "encode_with"]
 
+# One symbol at a time takes microseconds each and saves some per cent: for what is small anyway.
 _SERIAL_SYMBOLS = 4_000
 _ALONE = 1 << 17
 _SHARED_MOST = 1 << 18
@@ -71,14 +73,30 @@ def encode_with(
 ) -> bytes:
     """Return the payload of arrays that ``engine`` understands; raises as :func:`encode`."""
     _check_layout(specs, context)
-    by_tensor = fields_of(specs, context)
+    kept: dict[str, int] = {}
+    parts: dict[str, list[Any]] = {}
+    for name, array in arrays.items():
+        copies = engine.copies(array) if may_have_copies(name, specs[name], context) else None
+        parts[name] = [array] if copies is None else list(copies)
+        if copies is not None:
+            kept[name] = len(copies[1])
+    by_tensor = all_fields(specs, context, kept)
     fields = [f for group in by_tensor.values() for f in group]
-    values = (v for name, group in by_tensor.items() for v in engine.split(arrays[name], group))
+    values = (v for name, group in by_tensor.items() for v in _split(engine, parts[name], group))
     coder = AdaptiveEncoder()
     if context.layout is None:
         write_specs(coder, specs)
+    write_copies(coder, specs, context, kept)
     rest = encode_body(coder, fields, values, engine)
     return seal(context, coder.finish(), rest)
+
+
+def _split(engine: Engine, parts: list[Any], fields: list[Field]) -> Iterator[Any]:
+    if len(parts) == 1:
+        yield from engine.split(parts[0], fields)
+        return
+    for part, field in zip(parts, fields, strict=True):
+        yield from engine.split(part, [field])
 
 
 def _check_layout(specs: Mapping[str, TensorSpec], context: Context) -> None:
@@ -161,7 +179,9 @@ def encode_body(
         for part in parts[i]:
             part.place(table, body.sparse)
     work = sum(part.work for group in parts.values() for part in group)
-    body.serial = work <= _SERIAL_SYMBOLS
+    total = sum(fields[i].size for i in active)
+    factor = 12 if total < 1 << 16 else 5 if total < 1 << 18 else 1
+    body.serial = work <= factor * _SERIAL_SYMBOLS
     body.groups = _group(active, fields, codes, parts, serial=body.serial)
     body.segments = segments_of(body.groups, codes)
     if body.serial:

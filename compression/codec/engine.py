@@ -14,6 +14,7 @@ from .entropy.rans import RansTables
 from .entropy.symbols import Symbols
 from .entropy.tokens import TokenScheme
 from .modelling.classes import FieldCode
+from .modelling.copies import find_copies
 from .modelling.fields import Field, split_tensor, to_z
 from .modelling.observed import Observed, ObservedArray
 from .modelling.parts import histogram, split_phases, symbols_of
@@ -31,6 +32,10 @@ class Engine:
     def split(self, array: Any, fields: list[Field]) -> Iterator[Any]:
         """Yield each field's values, as :func:`split_tensor`."""
         return split_tensor(array, fields)
+
+    def copies(self, array: Any) -> tuple[Any, Any] | None:
+        """Return references and the rows kept, as :func:`find_copies`."""
+        return find_copies(array)
 
     def byte_counts(self, v: Any) -> NDArray[np.int64]:
         """Count the values of a plane, [256], from -128 on."""

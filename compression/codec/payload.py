@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .container.head import read_body, read_specs
+from .container.head import read_body, read_copies, read_specs
 from .container.wire import unseal
 from .context import Context, Limits, TensorSpec, check_dtype
 from .entropy.adaptive import AdaptiveDecoder
@@ -25,7 +25,8 @@ from .modelling.classes import (
     neighbour_sums,
     phase_slice,
 )
-from .modelling.fields import Field, assemble, check_width, fields_of, from_z
+from .modelling.copies import all_fields, expand_copies
+from .modelling.fields import Field, assemble, check_width, from_z
 
 __all__ = ["FOREIGN", "OpenedPayload", "Payload", "decode", "open_payload", "wrapped"]
 
@@ -59,7 +60,8 @@ class OpenedPayload:
                 check_dtype(name, spec.dtype)
         _check_size(specs, limits, len(payload), trusted=context.layout is not None)
         self.specs: Mapping[str, TensorSpec] = specs
-        self._by_tensor = fields_of(specs, context)
+        self._copies = read_copies(coder, specs, context)
+        self._by_tensor = all_fields(specs, context, self._copies)
         self._fields: list[Field] = []
         self._index: dict[str, list[int]] = {}
         for name, group in self._by_tensor.items():
@@ -112,11 +114,23 @@ class Payload(OpenedPayload, Mapping[str, NDArray[Any]]):
         self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        fields = self._by_tensor[name]
+        if name not in self.specs:
+            raise KeyError(name)
         try:
-            return assemble((self._values(i) for i in self._index[name]), fields)
+            parts = self.parts(name)
+            if len(parts) == 1:
+                return parts[0]
+            return expand_copies(parts[0], parts[1], self.specs[name])
         except FOREIGN as error:
             raise wrapped(error, f"tensor {name!r}") from error
+
+    def parts(self, name: str) -> list[NDArray[Any]]:
+        """Return what is coded of a tensor: itself, or references to rows and the rows kept."""
+        fields, index = self._by_tensor[name], self._index[name]
+        if name not in self._copies:
+            return [assemble((self._values(i) for i in index), fields)]
+        each = zip(fields, index, strict=True)
+        return [assemble(iter([self._values(i)]), [f]) for f, i in each]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)

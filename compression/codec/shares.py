@@ -14,6 +14,7 @@ from .entropy.lanes import rans_tables
 from .modelling.classes import CODED
 from .modelling.fields import Field, split_tensor, to_z
 from .modelling.parts import Part, split_phases, symbols_of
+from .payload import Payload
 
 __all__ = ["Shares"]
 
@@ -25,7 +26,7 @@ class Shares:
         self,
         body: Body,
         by_tensor: Mapping[str, list[Field]],
-        tensors: Mapping[str, NDArray[Any]],
+        tensors: Payload,
     ) -> None:
         self._body, self._by_tensor, self._tensors = body, by_tensor, tensors
         self._owner = [number for number, own in enumerate(by_tensor.values()) for _ in own]
@@ -81,7 +82,12 @@ class Shares:
             first += len(own)
             if wanted.isdisjoint(numbers):
                 continue
-            values = split_tensor(self._tensors[name], own)
+            arrays = self._tensors.parts(name)
+            if len(arrays) == 1:
+                values = list(split_tensor(arrays[0], own))
+            else:
+                each = zip(arrays, own, strict=True)
+                values = [v for array, f in each for v in split_tensor(array, [f])]
             for i, f, v in zip(numbers, own, values, strict=True):
                 code = self._body.codes[i]
                 if i not in wanted or code.mode != CODED:

@@ -30,6 +30,7 @@ _BINS = 48
 _TABLE_BITS = 4e6
 _GROUPS = 256
 _REFINEMENTS = 2
+_DOUBT = 1.3
 
 
 def _xlogx(h: NDArray[Any]) -> NDArray[np.float64]:
@@ -142,7 +143,8 @@ def plan_field(f: Field, seen: Observed, table_set: int) -> FieldCode:
                     columns=columns if c else None,
                 )
                 cost = _trial_bits(f, seen, code)
-                if cost + extra < least + side:
+                # On a sample levels promise somewhat more than they keep.
+                if cost + _DOUBT * extra < least + _DOUBT * side:
                     best, least, side = code, cost, extra
     if may_have_neighbours(f):
         for depth in (1,):

@@ -13,14 +13,16 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
-from prunecast.compression.codec import Context, Limits, TensorSpec, encode
-from prunecast.compression.codec.container.head import write_specs
+from prunecast.compression.codec import Context, Limits, TensorSpec, encode, encoder
+from prunecast.compression.codec.container.head import write_copies, write_specs
 from prunecast.compression.codec.container.wire import seal, unseal
 from prunecast.compression.codec.encoder import encode_body
 from prunecast.compression.codec.entropy.adaptive import UINT_CONTEXTS, AdaptiveEncoder
+from prunecast.compression.codec.modelling.copies import copied_fields
 from prunecast.compression.codec.modelling.fields import fields_of
 from support.hostile import hostile, mismatched
 
@@ -62,6 +64,8 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
         "newer": rng.integers(0, 3, (300, 400)).astype(np.int8),
         "newest": rng.integers(0, 3, (300, 400)).astype(np.int8),
     }
+    table = np.zeros((300, 10), np.int16)
+    table[::3] = rng.integers(-2, 3, (12, 10))[rng.integers(0, 12, 100)]
     near = {"f4": np.nextafter(floats["f4"], np.float32(1))}
     return {
         "empty": ({}, Context()),
@@ -74,6 +78,7 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
         "floats_previous": (near, Context(previous={"f4": floats["f4"]})),
         "dense_lanes": ({"w": dense, "b": dense[0]}, Context()),
         "groups": (groups, Context()),
+        "copies": ({"table": table, "flags": table > 0}, Context()),
         "neighbours": ({"w": smooth.astype(np.int16)}, Context()),
         "delta": ({"w": delta}, Context(layout=layout, previous={"w": held})),
         "update": ({"w": update}, Context(layout=layout, mask={"w": mask})),
@@ -82,6 +87,16 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
             Context(layout=layout, mask={"w": mask}, previous={"w": held}),
         ),
     }
+
+
+def _encode(tensors: dict[str, Any], context: Context) -> bytes:
+    return encode(tensors, context=context)
+
+
+def _lanes(tensors: dict[str, Any], context: Context) -> bytes:
+    """Encode with lanes what is small enough to be coded one symbol at a time."""
+    with mock.patch.object(encoder, "_SERIAL_SYMBOLS", 0):
+        return encode(tensors, context=context)
 
 
 def _reseal(payload: bytes) -> bytes:
@@ -131,7 +146,7 @@ def must_fail() -> dict[str, bytes]:
     layout = {"w": TensorSpec(np.dtype("i4"), (10,))}
     bound = encode({"w": np.arange(10, dtype="i4")}, context=Context(layout=layout))
     rng = np.random.default_rng(3)
-    wide = encode({"w": rng.integers(-8, 8, (200, 200)).astype("i4")})
+    wide = _lanes({"w": rng.integers(-8, 9, (200, 200)).astype("i4")}, Context())
     swapped = bytearray(wide)
     swapped[-4 - len(unseal(wide, Context(), Limits()).rest) + 40] ^= 1
 
@@ -156,7 +171,22 @@ def must_fail() -> dict[str, bytes]:
         coder.sint(models[1], 0)
         coder.uint(models[2], 1)
 
+    def copies(kept: int, references: list[int]) -> bytes:
+        # 64 rows of eight columns, of which `kept` are coded, all ones.
+        specs = {"w": TensorSpec(np.dtype("i4"), (64, 8))}
+        coder = AdaptiveEncoder()
+        write_specs(coder, specs)
+        write_copies(coder, specs, Context(), {"w": kept})
+        values = [np.array(references, np.int32), np.ones(kept * 8, np.int32)]
+        rest = encode_body(coder, copied_fields("w", specs["w"], kept), values)
+        return seal(Context(), coder.finish(), rest)
+
     return {
+        "MalformedPayload--copies_keep_too_many": copies(64, [0] * 64),
+        "MalformedPayload--copies_keep_none": copies(0, [1] * 64),
+        "MalformedPayload--copy_of_no_row": copies(2, [0, 0, *[3] * 62]),
+        "MalformedPayload--copy_before_any_row": copies(2, [0, 0, *[-1] * 62]),
+        "MalformedPayload--copies_of_other_number": copies(2, [0, 0, 0, *[1] * 61]),
         "NotAPayload--magic": _reseal(b"PCX" + good[3:]),
         "NotAPayload--nothing": b"",
         "UnsupportedVersion--major": _reseal(good[:3] + b"\x01" + good[4:]),
@@ -207,7 +237,8 @@ def main() -> None:
     """Write all vectors."""
     (FOLDER / "must_fail").mkdir(parents=True, exist_ok=True)
     for name, (tensors, context) in golden().items():
-        (FOLDER / f"{name}.bin").write_bytes(encode(tensors, context=context))
+        how = _lanes if name in ("dense_lanes", "neighbours") else _encode
+        (FOLDER / f"{name}.bin").write_bytes(how(tensors, context))
         arrays = {f"tensor:{k}": np.asarray(v) for k, v in tensors.items()}
         arrays |= _known(context)
         arrays["layout"] = np.array(context.layout is not None)

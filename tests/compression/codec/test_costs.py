@@ -59,7 +59,7 @@ def cases() -> dict[str, tuple[Tensors, Context]]:
         "lanes": (dense, Context()),
         "sparse": (pruned, Context()),
         "sparse lanes": (
-            {k: np.concatenate([q] * 32) for k, q in pruned.items() if q.ndim == 2},
+            {k: np.concatenate([q] * 32, axis=1) for k, q in pruned.items() if q.ndim == 2},
             Context(),
         ),
         "layout": (dense, Context(layout=layout)),

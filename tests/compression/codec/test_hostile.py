@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 import zlib
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from prunecast.compression.codec import (
     UnsupportedDtype,
     decode,
     encode,
+    encoder,
     open_payload,
 )
 
@@ -52,7 +54,10 @@ def samples() -> list[tuple[bytes, Context]]:
         ({"w": (sparse * mask).astype("i4")}, Context(mask={"w": mask})),
         ({"tiny": np.arange(6, dtype="u1"), "wide": rng.integers(-(2**62), 2**62, 9)}, Context()),
     ]
-    return [(encode(t, context=c), c) for t, c in contexts]
+    payloads = [(encode(t, context=c), c) for t, c in contexts]
+    with mock.patch.object(encoder, "_SERIAL_SYMBOLS", 0):  # with lanes, though small
+        payloads += [(encode(t, context=c), c) for t, c in contexts]
+    return payloads
 
 
 SAMPLES = samples()

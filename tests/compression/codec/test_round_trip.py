@@ -175,6 +175,34 @@ def test_values_that_cancel_previous_are_nearly_free() -> None:
     assert len(payload) * 8 < 1.03 * delta.size
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_rows_that_repeat(data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(64, 200)), data.draw(st.integers(8, 20))
+    distinct, zeros = data.draw(st.integers(1, 30)), data.draw(st.floats(0, 0.9))
+    dtype = data.draw(st.sampled_from([d for d in INTEGERS if d != "bool"]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    info = np.iinfo(dtype)
+    pool = rng.integers(info.min, info.max, (distinct, columns), dtype=dtype, endpoint=True)
+    table = pool[rng.integers(0, distinct, rows)]
+    table[rng.random(rows) < zeros] = 0
+    payload = round_trip({"table": table, "flags": table > 0, "deep": table.reshape(rows, -1, 1)})
+    if distinct < 10 and zeros < 0.1 and info.bits > 8:
+        assert len(payload) < 0.5 * table.nbytes
+
+
+def test_rows_that_repeat_cost_a_reference() -> None:
+    rng = np.random.default_rng(8)
+    pool = rng.integers(-3, 4, (100, 64)).astype(np.int32)
+    table = np.zeros((4000, 64), np.int32)
+    table[rng.random(4000) < 0.2] = 1
+    at = np.flatnonzero(table[:, 0])
+    table[at] = pool[rng.integers(0, 100, len(at))]
+    payload = round_trip({"table": table})
+    once = len(encode({"pool": pool}))
+    assert len(payload) < 1.1 * (once + len(at) * np.log2(100) / 8 + 4000 * 0.73 / 8) + 150
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_integers_with_any_context(data: st.DataObject) -> None:
