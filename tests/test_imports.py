@@ -18,7 +18,7 @@ TOP_FOLDERS = ("compression", "server", "client", "simulations", "cli")
 # What each component may import besides itself: everything in the layers before its own.
 LAYERS = (
     {"compression.codec"},
-    {"compression.versions", "compression.schemes"},
+    {"compression.versions", "compression.schemes", "compression.accelerated"},
     {"compression.pruning", "compression.files", "compression.onnx", "compression.flower"},
     {"client.training", "client.edge", "server.federation", "server.releases", "server.fleet"},
     {"simulations"},
