@@ -20,7 +20,8 @@ from prunecast.compression.codec.entropy.rans import RansTables
 from prunecast.compression.codec.entropy.static import static_encode
 from prunecast.compression.codec.entropy.streams import LaneStream, write_stream
 from prunecast.compression.codec.entropy.tables import frequencies, predicted
-from prunecast.compression.codec.modelling.fields import Field, fields_of
+from prunecast.compression.codec.modelling.copies import all_fields, may_have_copies
+from prunecast.compression.codec.modelling.fields import Field
 
 from .writer import HeadWriter
 
@@ -44,6 +45,8 @@ class _Writer(HeadWriter):
         self.rng, self.glitch = rng, glitch
         self.side: list[tuple[int, int]] | None = None
         """Context and symbol of what goes to the static coder, if anything does."""
+        self.references: dict[int, int] = {}
+        """Identity of a field of references to rows kept: their number."""
 
     def uint(self, model: str, value: int) -> int:
         if self.rng.random() < self.glitch:
@@ -58,8 +61,13 @@ def generate(rng: random.Random, context: Context) -> bytes:
     """Return one payload for ``context``; most decode, or fail late."""
     w = _Writer(rng, rng.choice((0.0, 0.0, 0.0, 0.004, 0.02, 0.1)))
     specs = dict(context.layout) if context.layout is not None else _specs(w, context)
+    kept = _copies(w, specs, context)
+    fields: list[Field] = []
     try:
-        fields = [f for group in fields_of(specs, context).values() for f in group]
+        for name, own in all_fields(specs, context, kept).items():
+            fields += own
+            if name in kept:
+                w.references[id(own[0])] = kept[name]
     except (CodecError, ValueError):
         fields = []
     if sum(f.size for f in fields) > 1 << 13:  # the limits' business; bodies stay small
@@ -95,7 +103,20 @@ def _specs(w: _Writer, context: Context) -> dict[str, TensorSpec]:
     return specs
 
 
+def _copies(w: _Writer, specs: Mapping[str, TensorSpec], context: Context) -> dict[str, int]:
+    """Which tensors have copied rows, and how many rows of these are kept."""
+    kept: dict[str, int] = {}
+    for name, spec in specs.items():
+        if may_have_copies(name, spec, context) and w.bit("copies", w.rng.random() < 0.7):
+            number = w.uint("kept", w.rng.choice((1, 2, 9, spec.shape[0] - 1)))
+            if 0 < number < spec.shape[0]:
+                kept[name] = number
+    return kept
+
+
 def _shape(rng: random.Random) -> tuple[int, ...]:
+    if rng.random() < 0.06:  # enough rows to be copies of each other
+        return rng.choice(((64, 8), (70, 3, 3), (65, 1, 9)))
     if rng.random() < 0.04:
         shape = [rng.choice(ODD) for _ in range(rng.randrange(1, 5))]
         return tuple([*shape, 0] if rng.random() < 0.7 else shape)
@@ -116,15 +137,16 @@ def _body(w: _Writer, fields: list[Field]) -> bytes:
     rng = w.rng
     serial = w.bit("serial", rng.random() < 0.4)
     w.side = [] if w.bit("static", rng.random() < 0.3) else None
-    stored, sets = 0, 0
+    stored, sets = b"", 0
     groups: list[list[tuple[Field, int]]] = []
     shared: list[tuple[Field, int]] | None = None
     for f in fields:
         if not f.size:
             continue
-        mode = w.uint("mode", rng.choice((0, 1, 1, 1, 1, 1, 2)))
+        referring = id(f) in w.references and rng.random() < 0.8
+        mode = w.uint("mode", 2 if referring else rng.choice((0, 1, 1, 1, 1, 1, 2)))
         if mode == 2:
-            stored += f.size * f.width // 8
+            stored += _stored(w, f)
             continue
         half = 1 << (f.width - 1)
         centre = rng.choice((0, 0, 0, 1, -1, half - 1, -half, rng.randrange(-half, half)))
@@ -149,7 +171,19 @@ def _body(w: _Writer, fields: list[Field]) -> bytes:
             shared = shared if grouping == 1 else groups[-1]
         else:
             shared.append((f, depth))
-    return _symbols(w, groups, sets, serial) + rng.randbytes(min(stored, 1 << 14))
+    return _symbols(w, groups, sets, serial) + stored
+
+
+def _stored(w: _Writer, f: Field) -> bytes:
+    """Values as they are; references that mostly lead to rows that there are."""
+    rng = w.rng
+    if id(f) not in w.references:
+        return rng.randbytes(f.size * f.width // 8)
+    kept = w.references[id(f)]
+    most = kept + (rng.random() < w.glitch)
+    references = [rng.randint(1, most) if i >= kept else 0 for i in range(f.size)]
+    rng.shuffle(references)
+    return np.array(references, "<i4").tobytes()
 
 
 def _levels(w: _Writer, count: int) -> None:

@@ -141,7 +141,7 @@ def _contexts() -> tuple[Context, ...]:
         Context(previous=floats),
         Context(layout=both, mask={"w": mask, "n": mask}, previous=integers),
         Context(mask={"w": rng.random((5, 4)) < 0.5}, previous=floats),
-        Context(layout={"w": _spec("i2", 12, 15), "x": _spec("i4", 7, 8), "f": _spec("f4", 3, 7)}),
+        Context(layout={"w": _spec("i2", 12, 15), "x": _spec("i4", 64, 8), "f": _spec("f4", 3, 7)}),
     )
 
 

@@ -60,6 +60,10 @@ def _plain(rng: np.random.Generator) -> Iterator[Tensors]:
         "w": np.rint(np.cumsum(rng.normal(size=90))).astype("i4"),
         "x": np.arange(40, dtype="i1"),
     }
+    for dtype in ("i1", "i4", "u8"):
+        rows = rng.integers(0, 99, (9, 12)).astype(dtype)
+        yield {"w": rows[np.where(rng.random(70) < 0.4, 8, rng.integers(0, 9, 70))]}
+    yield {"w": rng.random((9, 12))[rng.integers(0, 9, 70)] < 0.5}
     yield {"w": rng.integers(-(2**62), 2**62, 12), "x": rng.integers(-9, 9, 30)}
 
 
