@@ -16,9 +16,10 @@ from prunecast.client.edge.errors import (
     NoRelease,
     StateError,
     TrustError,
+    VersionNotActive,
 )
 from prunecast.client.edge.limits import LimitedFetcher, QuietHours
-from prunecast.client.edge.model import EdgeModel, Inference, open_model
+from prunecast.client.edge.model import EdgeModel, Inference, Observer, Outcome, open_model
 from prunecast.client.edge.pace import TokenBucket
 from prunecast.client.edge.transport import Fetcher, HttpFetcher, Stream
 
@@ -39,12 +40,15 @@ __all__ = [
     "NetworkError",
     "NoModel",
     "NoRelease",
+    "Observer",
+    "Outcome",
     "QuietHours",
     "StateError",
     "Stream",
     "TokenBucket",
     "TrustError",
     "UpdateResult",
+    "VersionNotActive",
     "open_model",
     "read_status",
 ]

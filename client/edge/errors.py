@@ -11,6 +11,7 @@ __all__ = [
     "NoRelease",
     "StateError",
     "TrustError",
+    "VersionNotActive",
 ]
 
 
@@ -52,3 +53,7 @@ class NoModel(EdgeError):
 
 class NoRelease(EdgeError):
     """The repository lists no release of the name that this device follows."""
+
+
+class VersionNotActive(EdgeError):
+    """A release was asked for by its number, and another one is active."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.client.edge.errors import EdgeError, NoModel, StateError
+from prunecast.client.edge.errors import EdgeError, NoModel, StateError, VersionNotActive
 from prunecast.client.edge.slot import LoadedRelease, open_slot, verify_slot
 from prunecast.client.edge.store import StateFolder
-from prunecast.compression.onnx import OnnxError, ReleaseManifest
+from prunecast.compression.onnx import InputRefused, OnnxError, ReleaseManifest
 
-__all__ = ["EdgeModel", "Inference", "open_model"]
+__all__ = ["EdgeModel", "Inference", "Observer", "Outcome", "open_model"]
+
+Outcome = Literal["answered", "refused", "failed"]
 
 
 @dataclass(frozen=True)
@@ -25,29 +29,73 @@ class Inference:
     version: int
 
 
+class Observer(Protocol):
+    """Hears of every inference; must be quick and must not raise."""
+
+    def __call__(self, version: int, outcome: Outcome, seconds: float) -> None:
+        """One inference ended.
+
+        Args:
+            version: the release that was asked.
+            outcome: ``answered``; ``refused``: the input did not fit; ``failed``: the model failed.
+            seconds: how long it took.
+        """
+
+
 class EdgeModel:
     """The active release; the object stays, what it runs changes by one assignment.
 
     `run` may be called from several threads. A call that is in progress while a new release is
     activated finishes on the session it began with, so no call ever mixes two versions.
+
+    Args:
+        loaded: what to serve at first.
+        observe: hears of every inference.
     """
 
-    def __init__(self, loaded: LoadedRelease | None = None) -> None:
-        self._loaded = loaded
+    def __init__(
+        self, loaded: LoadedRelease | None = None, *, observe: Observer | None = None
+    ) -> None:
+        self._loaded, self._observe = loaded, observe
 
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         """Outputs by name for inputs by name; dtypes and shapes as in `manifest`.
 
         Raises:
             NoModel: no release is active yet.
-            RuntimeFailure: an input does not fit.
+            InputRefused: an input does not fit.
+            RuntimeFailure: the model failed.
         """
         return self.infer(inputs).outputs
 
-    def infer(self, inputs: Mapping[str, NDArray[np.generic]]) -> Inference:
-        """Like `run`, and says which release computed the outputs."""
-        loaded = self._current()
-        return Inference(loaded.session.run(inputs), loaded.manifest.version)
+    def infer(
+        self, inputs: Mapping[str, NDArray[np.generic]], *, version: int | None = None
+    ) -> Inference:
+        """Like `run`, and says which release computed the outputs.
+
+        Args:
+            inputs: arrays by name.
+            version: the release that must compute them; None takes whichever is active.
+
+        Raises:
+            VersionNotActive: another release than `version` is active.
+        """
+        loaded = self.current()
+        active = loaded.manifest.version
+        if version not in (None, active):
+            raise VersionNotActive(f"release {version} is not active: release {active} is")
+        begun = time.perf_counter()
+        outcome: Outcome = "failed"
+        try:
+            outputs = loaded.session.run(inputs)
+            outcome = "answered"
+        except InputRefused:
+            outcome = "refused"
+            raise
+        finally:
+            if self._observe is not None:
+                self._observe(active, outcome, time.perf_counter() - begun)
+        return Inference(outputs, active)
 
     @property
     def manifest(self) -> ReleaseManifest:
@@ -56,7 +104,7 @@ class EdgeModel:
         Raises:
             NoModel: no release is active yet.
         """
-        return self._current().manifest
+        return self.current().manifest
 
     @property
     def version(self) -> int | None:
@@ -68,7 +116,12 @@ class EdgeModel:
         """Serve another release from now on; called by the agent."""
         self._loaded = loaded
 
-    def _current(self) -> LoadedRelease:
+    def current(self) -> LoadedRelease:
+        """The active release: manifest and session that belong together.
+
+        Raises:
+            NoModel: no release is active yet.
+        """
         loaded = self._loaded
         if loaded is None:
             raise NoModel("no release is active yet: run an update first")

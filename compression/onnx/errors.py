@@ -5,6 +5,7 @@ __all__ = [
     "ExportError",
     "FoldedParameter",
     "ForeignModel",
+    "InputRefused",
     "LayoutError",
     "ManifestError",
     "NumericsError",
@@ -49,6 +50,10 @@ class SelfTestFailed(OnnxError):
 
 class RuntimeFailure(OnnxError):
     """onnxruntime refused a model or its inputs."""
+
+
+class InputRefused(RuntimeFailure):
+    """An input is missing, unknown, or has the wrong dtype or shape; the model did not run."""
 
 
 class ForeignModel(OnnxError):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx.errors import RuntimeFailure
+from prunecast.compression.onnx.errors import InputRefused, RuntimeFailure
 
 __all__ = ["InferenceSession", "Signature", "open_session"]
 
@@ -53,7 +53,8 @@ class InferenceSession:
         """Outputs by name.
 
         Raises:
-            RuntimeFailure: an input is missing, unknown, or has the wrong dtype or shape.
+            InputRefused: an input is missing, unknown, or has the wrong dtype or shape.
+            RuntimeFailure: onnxruntime failed.
         """
         self._check(inputs)
         try:
@@ -65,7 +66,7 @@ class InferenceSession:
     def _check(self, inputs: Mapping[str, NDArray[np.generic]]) -> None:
         wanted = {s.name: s for s in self.inputs}
         if set(inputs) != set(wanted):
-            raise RuntimeFailure(
+            raise InputRefused(
                 f"the model takes the inputs {sorted(wanted)}, not {sorted(map(str, inputs))}"
             )
         for name, array in inputs.items():
@@ -74,7 +75,7 @@ class InferenceSession:
                 isinstance(n, str) or n == m for n, m in zip(want.shape, array.shape, strict=True)
             )
             if array.dtype.name != want.dtype or not fits:
-                raise RuntimeFailure(
+                raise InputRefused(
                     f"input {name!r} must be {want.dtype}{list(want.shape)}, "
                     f"not {array.dtype.name}{list(array.shape)}"
                 )
