@@ -15,7 +15,7 @@ PYTHON = $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,\
 export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
 
-.PHONY: help demo test test-fast test-engine lint format fuzz fuzz-corpus clean
+.PHONY: help demo test test-fast test-engine lint format proto fuzz fuzz-corpus clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-engine  the tests that start Flower, servers and agents"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       rewrite the sources in ruff's format"
+	@echo "make proto        generate the code of compression/control/fleet.proto anew"
 	@echo "make fuzz         RUNS=100000 hostile payloads against the decoder (fuzz/README.md)"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
@@ -49,6 +50,9 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+proto: $(VENV)/.installed-dev
+	$(BIN)/python compression/control/generate.py
 
 # Atheris and the package without extras; RUNS and FUZZ_ARGS (libFuzzer's options) may be given.
 RUNS := 100000

@@ -19,7 +19,13 @@ TOP_FOLDERS = ("compression", "server", "client", "simulations", "cli")
 LAYERS = (
     {"compression.codec"},
     {"compression.versions", "compression.schemes", "compression.accelerated"},
-    {"compression.pruning", "compression.files", "compression.onnx", "compression.flower"},
+    {
+        "compression.pruning",
+        "compression.files",
+        "compression.onnx",
+        "compression.flower",
+        "compression.control",
+    },
     {"client.training", "client.edge", "server.federation", "server.releases", "server.fleet"},
     {"simulations"},
     {"cli"},

@@ -65,7 +65,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         f"prunecast/{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".typed", ".toml", ".html", ".css"}
+        if path.suffix in {".py", ".pyi", ".proto", ".typed", ".toml", ".html", ".css"}
     }
     assert packed == expected
 

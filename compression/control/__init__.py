@@ -1,0 +1,26 @@
+"""The messages between a fleet's control server and the agents: `fleet.proto` and its code.
+
+What both sides must agree on lies here, because client and server never import each other.
+"""
+
+from prunecast.compression.control import fleet_pb2 as messages
+from prunecast.compression.control.fleet_pb2_grpc import (
+    FleetControlServicer,
+    FleetControlStub,
+    add_FleetControlServicer_to_server,
+)
+
+__all__ = [
+    "CHUNK_BYTES",
+    "SERVICE",
+    "FleetControlServicer",
+    "FleetControlStub",
+    "add_FleetControlServicer_to_server",
+    "messages",
+]
+
+SERVICE = "prunecast.fleet.v1.FleetControl"
+"""Full name of the service, for health checks."""
+
+CHUNK_BYTES = 512 * 1024
+"""Bytes of a chunk of `Fetch`; agents accept any size up to 4 MiB."""
