@@ -64,6 +64,15 @@ def init(
     say(make_console(), f"created {database}; next: prunecast fleet group add NAME --release NAME")
 
 
+@app.command()
+def upgrade(database: Database = _DEFAULT) -> None:
+    """Bring the tables of an earlier version up to date; do so before the services start."""
+    from prunecast.server.fleet.database import Database as Opened
+
+    Opened.upgrade(database).close()
+    say(make_console(), f"{database} is up to date")
+
+
 @device_app.command(name="add")
 def add_device(
     name: DeviceName,

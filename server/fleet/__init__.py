@@ -8,6 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prunecast.server.fleet.assignment import assign, cohort_size, rank
+from prunecast.server.fleet.contact import (
+    Answer,
+    Certified,
+    Credential,
+    DeviceReport,
+    DeviceState,
+    Health,
+    Identity,
+    Receipt,
+)
 from prunecast.server.fleet.errors import (
     AlreadyExists,
     DatabaseError,
@@ -41,27 +51,34 @@ from prunecast.server.fleet.model import (
 from prunecast.server.fleet.step import Decision
 
 if TYPE_CHECKING:
-    from prunecast.server.fleet.service import DeviceState, FleetService
+    from prunecast.server.fleet.service import FleetService
 
 __all__ = [
     "AlreadyExists",
+    "Answer",
     "AuditEntry",
+    "Certified",
+    "Credential",
     "DatabaseError",
     "DatabaseMissing",
     "Decision",
     "Device",
+    "DeviceReport",
     "DeviceState",
     "Directive",
     "Fleet",
     "FleetError",
     "FleetService",
     "Group",
+    "Health",
+    "Identity",
     "NotFound",
     "NotPossible",
     "Outcome",
     "Part",
     "Policy",
     "Progress",
+    "Receipt",
     "Release",
     "ReleaseUnknown",
     "Rollout",
@@ -78,7 +95,7 @@ __all__ = [
     "rank",
 ]
 
-_LAZY = {"DeviceState": "service", "FleetService": "service"}
+_LAZY = {"FleetService": "service"}
 
 
 def __getattr__(name: str) -> Any:

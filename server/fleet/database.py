@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, inspect, select
+from sqlalchemy import Engine, Table, create_engine, event, inspect, select, update
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -23,12 +23,13 @@ from prunecast.server.fleet.errors import (
     SchemaMismatch,
     Unusable,
 )
-from prunecast.server.fleet.tables import SCHEMA, Base, MetaRow
+from prunecast.server.fleet.tables import SCHEMA, Base, HealthRow, MetaRow, ReceiptRow
 
 __all__ = ["Database"]
 
 _WAIT = 30.0
 """Seconds that a SQLite transaction waits for another one."""
+_SINCE_2 = [row.__table__ for row in (ReceiptRow, HealthRow) if isinstance(row.__table__, Table)]
 
 
 class Database:
@@ -78,6 +79,31 @@ class Database:
             engine.dispose()
         return cls(url)
 
+    @classmethod
+    def upgrade(cls, url: str) -> Database:
+        """Bring a fleet that an earlier version made up to date; a present one stays as it is.
+
+        Raises:
+            DatabaseMissing: the database holds no fleet.
+            SchemaMismatch: a later version made it.
+            DatabaseError: it cannot be reached, or refuses.
+        """
+        parsed = _parse(url)
+        shown = parsed.render_as_string(hide_password=True)
+        _check_file(parsed, shown)
+        engine = _engine(parsed)
+        schema = select(MetaRow.value).where(MetaRow.key == "schema")
+        try:
+            with _translated(shown), engine.begin() as connection:
+                found = inspect(connection).has_table(MetaRow.__tablename__)
+                if found and connection.scalar(schema.with_for_update()) == "1":
+                    Base.metadata.create_all(connection, tables=_SINCE_2)
+                    moved = update(MetaRow).where(MetaRow.key == "schema")
+                    connection.execute(moved.values(value="2"))
+        finally:
+            engine.dispose()
+        return cls(url)
+
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
@@ -108,9 +134,10 @@ class Database:
         if held is None:
             raise DatabaseMissing(_missing(self.shown))
         if held != str(SCHEMA):
+            older = held.isdigit() and int(held) < SCHEMA
+            remedy = "run `prunecast fleet upgrade`" if older else "install a later prunecast"
             raise SchemaMismatch(
-                f"{self.shown} has fleet schema {held}, this version needs {SCHEMA}: install the "
-                "version of prunecast that made it, or start a new fleet with another database"
+                f"{self.shown} has fleet schema {held}, this version needs {SCHEMA}: {remedy}"
             )
 
 

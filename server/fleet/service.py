@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from prunecast.server.fleet.contact import (
+    Answer,
+    Credential,
+    DeviceReport,
+    DeviceState,
+    Health,
+    Identity,
+    Receipt,
+)
 from prunecast.server.fleet.database import Database
-from prunecast.server.fleet.errors import DatabaseError, NotFound, TokenRefused, Unusable
+from prunecast.server.fleet.deciding import decide, load_device
+from prunecast.server.fleet.devices import BUSY, TRIES, DeviceSide, token_hash
+from prunecast.server.fleet.errors import DatabaseError, NotFound, Unusable
 from prunecast.server.fleet.events import (
     Abort,
     AddDevice,
@@ -32,7 +41,7 @@ from prunecast.server.fleet.events import (
     Tick,
 )
 from prunecast.server.fleet.loading import Slice, write_audit
-from prunecast.server.fleet.machine import AnyEvent, apply
+from prunecast.server.fleet.machine import AnyEvent
 from prunecast.server.fleet.mapping import to_device, to_group, to_rollout
 from prunecast.server.fleet.model import (
     AuditEntry,
@@ -45,42 +54,15 @@ from prunecast.server.fleet.model import (
     Rollout,
     Status,
 )
-from prunecast.server.fleet.step import Decision
 from prunecast.server.fleet.tables import (
     AuditRow,
     DeviceRow,
     GroupRow,
-    ReportRow,
     RolloutRow,
     TokenRow,
 )
 
-__all__ = ["DeviceState", "FleetService"]
-
-_TRIES = 5
-_MOST_DETAIL = 500
-
-
-@dataclass(frozen=True)
-class DeviceState:
-    """What a device says about itself when it polls.
-
-    Attributes:
-        running: version of the active release; None: none is active.
-        agent: version of its software.
-
-    Raises:
-        Unusable: out of bounds.
-    """
-
-    running: int | None = None
-    agent: str = ""
-
-    def __post_init__(self) -> None:
-        if self.running is not None and not 1 <= self.running < 10**15:
-            raise Unusable(f"running version {str(self.running)[:20]} is no release number")
-        if len(self.agent) > 64 or not self.agent.isprintable():
-            raise Unusable("the agent's version is at most 64 printable characters")
+__all__ = ["FleetService"]
 
 
 class FleetService:
@@ -98,6 +80,7 @@ class FleetService:
 
     def __init__(self, url: str, releases: Callable[[], Iterable[Release]]) -> None:
         self._database, self._releases = Database(url), releases
+        self._devices = DeviceSide(self._database, releases)
 
     @classmethod
     def create(
@@ -125,27 +108,32 @@ class FleetService:
         """Close all connections."""
         self._database.close()
 
-    def poll(self, device_token: str, state: DeviceState, now: float) -> Directive:
+    def identify(self, credential: Credential) -> Identity:
+        """Whom a credential stands for.
+
+        Raises:
+            TokenRefused: nobody, or a revoked device.
+            DatabaseError: try again later.
+        """
+        return self._devices.identify(credential)
+
+    def poll(self, credential: Credential, state: DeviceState | None, now: float) -> Directive:
         """What a device shall run.
 
         Args:
-            device_token: as `enrol` returned it.
-            state: what the device says about itself.
+            credential: a token as `enrol` returned it, or a name that a certificate proves.
+            state: what the device says about itself; None: as it said before.
             now: seconds since the epoch.
 
         Raises:
             TokenRefused: the token is unknown or was revoked.
             DatabaseError: try again later; the device keeps what it runs.
         """
-
-        def make(device: str) -> Poll:
-            return Poll(at=now, device=device, running=state.running, agent=state.agent)
-
-        return self._from_device(device_token, make).directives[0]
+        return self._devices.poll(credential, state, now)
 
     def report(
         self,
-        device_token: str,
+        credential: Credential,
         *,
         serial: int,
         version: int,
@@ -153,15 +141,7 @@ class FleetService:
         now: float,
         detail: str = "",
     ) -> bool:
-        """Take a device's answer to a directive.
-
-        Args:
-            device_token: as `enrol` returned it.
-            serial: of the directive that is answered.
-            version: that the directive named.
-            outcome: what became of it.
-            now: seconds since the epoch.
-            detail: the agent's own words; at most 500 characters are kept.
+        """Take a device's answer to a directive: `receive` with nothing else.
 
         Returns:
             Whether it changed anything. False: it was known already, or answers another directive
@@ -171,19 +151,29 @@ class FleetService:
             TokenRefused: the token is unknown or was revoked.
             DatabaseError: send it again later.
         """
-        words = "".join(c if c.isprintable() else " " for c in detail[:_MOST_DETAIL])
+        answer = Answer(serial, version, Outcome(outcome), detail)
+        return self._devices.receive(credential, DeviceReport(answer=answer), now).counted
 
-        def make(device: str) -> Report:
-            return Report(
-                at=now,
-                device=device,
-                serial=serial,
-                version=version,
-                outcome=Outcome(outcome),
-                detail=words,
-            )
+    def receive(self, credential: Credential, report: DeviceReport, now: float) -> Receipt:
+        """Take everything that a device reports at once.
 
-        return self._from_device(device_token, make).accepted
+        A report whose id was taken before changes nothing; of each device the last 256 ids are
+        remembered. Apart from that an answer counts once per serial, and once more if a success
+        turns into a failure.
+
+        Raises:
+            TokenRefused: the token is unknown or was revoked.
+            DatabaseError: send it again later.
+        """
+        return self._devices.receive(credential, report, now)
+
+    def health(self, device: str) -> tuple[Health, float] | None:
+        """What a device last said about how it is, and when that arrived; None: nothing yet.
+
+        Raises:
+            NotFound: there is no such device.
+        """
+        return self._devices.health(device)
 
     def tick(self, now: float) -> None:
         """Look at deadlines; polls and reports do so as well, for their own rollout."""
@@ -191,7 +181,7 @@ class FleetService:
             if rollout.status is Status.RUNNING:
                 with self._database.transaction() as session:
                     part = Slice.load(session, now, groups=rollout.groups)
-                    self._decide(session, part, Tick(at=now))
+                    decide(session, part, self._releases(), Tick(at=now))
 
     def enrol(self, device: str, group: str, *, now: float, actor: str) -> str:
         """Add a device; only a hash of its token is kept.
@@ -206,15 +196,15 @@ class FleetService:
         """
         token = secrets.token_urlsafe(32)
         event = AddDevice(at=now, actor=actor, device=device, group=group)
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             with self._database.transaction() as session:
-                part = self._load_device(session, now, device, group)
+                part = load_device(session, now, device, group)
                 if part is None:
                     continue
-                self._decide(session, part, event)
-                session.add(TokenRow(hash=_hash(token), device=device, created=now))
+                decide(session, part, self._releases(), event)
+                session.add(TokenRow(hash=token_hash(token), device=device, created=now))
                 return token
-        raise DatabaseError(_BUSY)
+        raise DatabaseError(BUSY)
 
     def renew_token(self, device: str, *, now: float, actor: str) -> str:
         """Replace a device's token; the old one is refused from now on.
@@ -228,7 +218,7 @@ class FleetService:
             if row is None or row.revoked:
                 raise NotFound(f"there is no device {device!r}, or it is revoked: enrol a new one")
             session.execute(delete(TokenRow).where(TokenRow.device == device))
-            session.add(TokenRow(hash=_hash(token), device=device, created=now))
+            session.add(TokenRow(hash=token_hash(token), device=device, created=now))
             write_audit(session, [AuditEntry(now, actor, "token renewed", device)])
         return token
 
@@ -240,16 +230,36 @@ class FleetService:
         """
         if isinstance(event, AddDevice | Poll | Report | Tick):
             raise Unusable(f"{type(event).__name__} is not an operator's event: use its own method")
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             with self._database.transaction() as session:
                 part = self._load(session, event)
                 if part is None:
                     continue
-                self._decide(session, part, event)
+                decide(session, part, self._releases(), event)
                 if isinstance(event, RevokeDevice):
                     session.execute(delete(TokenRow).where(TokenRow.device == event.device))
                 return
-        raise DatabaseError(_BUSY)
+        raise DatabaseError(BUSY)
+
+    def changes(self, since: int | None = None) -> tuple[int, list[AuditEntry]]:
+        """What has happened after an entry of the audit log, in this or another process.
+
+        Whatever changes a directive is in the log. PostgreSQL may show an entry only after a later
+        one, so who follows the log should also look by itself from time to time.
+
+        Args:
+            since: number of the last known entry; None: only the present last number is wanted.
+
+        Returns:
+            Number of the last entry, and the entries after `since`, at most 1000.
+        """
+        with self._database.transaction() as session:
+            if since is None:
+                return session.scalar(select(func.max(AuditRow.number))) or 0, []
+            wanted = select(AuditRow).where(AuditRow.number > since).order_by(AuditRow.number)
+            rows = list(session.scalars(wanted.limit(1000)))
+        entries = [AuditEntry(r.at, r.actor, r.action, r.subject, r.detail) for r in rows]
+        return (rows[-1].number if rows else since), entries
 
     def settings(self) -> dict[str, str]:
         """What was stored with the tables: the schema's version, the repository's folder."""
@@ -301,25 +311,6 @@ class FleetService:
             rows = list(session.scalars(wanted))
         return [AuditEntry(r.at, r.actor, r.action, r.subject, r.detail) for r in reversed(rows)]
 
-    def _from_device(self, token: str, make: Callable[[str], Poll | Report]) -> Decision:
-        for _ in range(_TRIES):
-            with self._database.transaction() as session:
-                name = session.scalar(select(TokenRow.device).where(TokenRow.hash == _hash(token)))
-                if name is None:
-                    raise TokenRefused(_REFUSED)
-                event = make(name)
-                part = self._load_device(session, event.at, name)
-                if part is None:
-                    continue  # moved meanwhile: look again
-                if part.devices[name].revoked:
-                    raise TokenRefused(_REFUSED)
-                decision = self._decide(session, part, event)
-                if isinstance(event, Report) and decision.accepted:
-                    told = decision.fleet.devices[name].told
-                    session.add(_report_row(event, told.rollout))
-                return decision
-        raise DatabaseError(_BUSY)
-
     def _load(self, session: Session, event: AnyEvent) -> Slice | None:
         """What an operator's event concerns; None if it changed while it was being locked."""
         match event:
@@ -341,43 +332,10 @@ class FleetService:
                 part.rollouts.setdefault(row.id, row)  # a later one may have the groups by now
                 return part
             case MoveDevice():
-                return self._load_device(session, event.at, event.device, event.group)
+                return load_device(session, event.at, event.device, event.group)
             case RevokeDevice() | PinDevice():
-                return self._load_device(session, event.at, event.device)
+                return load_device(session, event.at, event.device)
         raise AssertionError(event)
 
-    def _load_device(self, session: Session, at: float, name: str, *others: str) -> Slice | None:
-        group = session.scalar(select(DeviceRow.group).where(DeviceRow.id == name))
-        groups = [*others, *([group] if group is not None else [])]
-        part = Slice.load(session, at, groups=groups, devices=[name])
-        if group is not None and part.devices[name].group != group:
-            return None
-        return part
 
-    def _decide(self, session: Session, part: Slice, event: AnyEvent) -> Decision:
-        before = part.fleet(self._releases())
-        decision = apply(before, event)
-        part.write(session, before, decision.fleet)
-        write_audit(session, decision.audit)
-        return decision
-
-
-_BUSY = "the device was moved again and again meanwhile: try once more"
-_REFUSED = "the token is unknown or revoked: enrol the device with `prunecast fleet device add`"
 _NO_ROLLOUT = "there is no rollout named {!r}: list them with `prunecast fleet rollout list`"
-
-
-def _hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _report_row(event: Report, rollout: str | None) -> ReportRow:
-    return ReportRow(
-        at=event.at,
-        device=event.device,
-        serial=event.serial,
-        version=event.version,
-        rollout=rollout,
-        outcome=event.outcome.value,
-        detail=event.detail,
-    )

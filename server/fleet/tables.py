@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = [
@@ -13,13 +13,15 @@ __all__ = [
     "Base",
     "DeviceRow",
     "GroupRow",
+    "HealthRow",
     "MetaRow",
+    "ReceiptRow",
     "ReportRow",
     "RolloutRow",
     "TokenRow",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 _Name = String(64)
 
 
@@ -120,6 +122,27 @@ class ReportRow(Base):
     rollout: Mapped[str | None] = mapped_column(_Name)
     outcome: Mapped[str] = mapped_column(String(32))
     detail: Mapped[str] = mapped_column(Text)
+
+
+class ReceiptRow(Base):
+    """Identifier of a report that has arrived: a replay is recognised. Since schema 2."""
+
+    __tablename__ = "fleet_receipts"
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    device: Mapped[str] = mapped_column(ForeignKey("fleet_devices.id"))
+    report: Mapped[str] = mapped_column(String(64))
+    at: Mapped[float]
+
+    __table_args__ = (UniqueConstraint("device", "report"),)
+
+
+class HealthRow(Base):
+    """What a device last said about how it is. Since schema 2."""
+
+    __tablename__ = "fleet_health"
+    device: Mapped[str] = mapped_column(ForeignKey("fleet_devices.id"), primary_key=True)
+    at: Mapped[float]
+    document: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 class AuditRow(Base):

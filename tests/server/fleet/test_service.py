@@ -148,7 +148,7 @@ def test_schema_versions_are_compared(service: FleetService, url: str) -> None:
         FleetService.create(url, releases)
     with service._database.transaction() as session:
         session.execute(update(MetaRow).where(MetaRow.key == "schema").values(value="99"))
-    with pytest.raises(SchemaMismatch, match="has fleet schema 99, this version needs 1: install"):
+    with pytest.raises(SchemaMismatch, match="has fleet schema 99, this version needs 2: install"):
         open_service(url)
 
 
