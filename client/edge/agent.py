@@ -26,6 +26,7 @@ from prunecast.client.edge.slot import (
     verify_slot,
 )
 from prunecast.client.edge.store import SlotRecord, State, StateFolder
+from prunecast.client.edge.telemetry import Telemetry, read_telemetry
 from prunecast.client.edge.transport import Fetcher, HttpFetcher
 from prunecast.client.edge.trust import TrustedListing
 from prunecast.compression.onnx import OnnxError, ReleaseManifest
@@ -34,6 +35,7 @@ from prunecast.compression.onnx.manifest import check_release_name
 __all__ = ["Agent", "read_status"]
 
 _TRIES = 3
+_SAVE_EVERY = 900.0  # seconds between writes of telemetry: flash wears out
 
 
 class Agent:
@@ -63,12 +65,14 @@ class Agent:
     ) -> None:
         check_release_name(config.name)
         self.config = config
-        self.model = EdgeModel()
         self._fetcher = fetcher or HttpFetcher()
         self._step, self._wait, self._now = on_step, wait, now
         self._folder = StateFolder(config.state)
         self._resources = ExitStack()
         self._resources.enter_context(self._folder.locked())
+        self.telemetry = Telemetry(config.state)
+        self.model = EdgeModel(observe=self.telemetry.observe)
+        self._resources.enter_context(self.telemetry.saving(_SAVE_EVERY))
         try:
             self._folder.tidy()
             self._state = self._folder.read() or State(config.name)
@@ -174,7 +178,7 @@ class Agent:
         loaded = self._load(self._state.previous)
         self._step("roll back")
         self._write(self._state.go_back(reason).confirm())
-        self.model.swap(loaded)
+        self._serve(loaded)
         return self.model.version
 
     def status(self) -> dict[str, Any]:
@@ -194,9 +198,10 @@ class Agent:
                 started = replace(active, starts=active.starts + 1)
                 self._write(replace(self._state, active=started))
             try:
-                self.model.swap(self._load(active))
+                self._serve(self._load(active))
                 return
             except OnnxError as error:
+                self.telemetry.rejected(active.version, str(error))
                 problem = f"release {active.version}: {error}"
                 if not proven:
                     self._go_back(problem)
@@ -211,6 +216,10 @@ class Agent:
     def _go_back(self, reason: str) -> None:
         self._step("go back")
         self._write(self._state.go_back(reason))
+
+    def _serve(self, loaded: LoadedRelease) -> None:
+        self.model.swap(loaded)
+        self.telemetry.activated(loaded.manifest.version, loaded.difference)
 
     def _load(self, record: SlotRecord) -> LoadedRelease:
         slot = self._folder.slot(record.slot)
@@ -299,7 +308,7 @@ class Agent:
         self._step("activate")
         self._write(self._state.activate(SlotRecord(slot, manifest.version, digest)))
         self._step("swap")
-        self.model.swap(loaded)
+        self._serve(loaded)
         self._step("clean up")
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
         return UpdateResult(
@@ -313,6 +322,7 @@ class Agent:
 
     def _reject(self, manifest: ReleaseManifest, digest: str, reason: str) -> UpdateResult:
         self._step("reject")
+        self.telemetry.rejected(manifest.version, reason)
         reason = f"release {manifest.version}: {reason}"
         self._write(self._state.reject(digest, reason))
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
@@ -353,11 +363,13 @@ def read_status(state: Path | str) -> dict[str, Any]:
             f"{folder.path} does not exist: name the folder given to prunecast edge update or run"
         )
     found = folder.read()
+    telemetry = read_telemetry(folder.path)
     return {
         "agent": AGENT_VERSION,
         "name": found.name if found else None,
         "active": asdict(found.active) if found and found.active else None,
         "previous": asdict(found.previous) if found and found.previous else None,
         "rejected": found.rejected if found else {},
+        "telemetry": telemetry.to_json() if telemetry else None,
         **folder.read_json("status.json"),
     }
