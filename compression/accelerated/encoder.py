@@ -55,6 +55,7 @@ def encode(
 
     Raises:
         UnsupportedDtype: a tensor has another dtype, or is sparse.
+        UnsupportedShape: a tensor has more than 32 dimensions, and the context no layout.
         TensorMismatch: a tensor contradicts the context.
         MaskViolation: a tensor is non-zero where the mask is False.
 

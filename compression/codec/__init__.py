@@ -20,6 +20,7 @@ from .errors import (
     TensorMismatch,
     TruncatedPayload,
     UnsupportedDtype,
+    UnsupportedShape,
     UnsupportedVersion,
 )
 from .generator import CounterStream
@@ -57,6 +58,7 @@ __all__ = [
     "TensorSpec",
     "TruncatedPayload",
     "UnsupportedDtype",
+    "UnsupportedShape",
     "UnsupportedVersion",
     "decode",
     "dequantise",

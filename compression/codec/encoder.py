@@ -37,7 +37,7 @@ _ALONE = 1 << 17
 _SHARED_MOST = 1 << 18
 _MAX_LANES = 2048
 _BYTES_A_LANE = 110
-_STEPS = 250
+_STEPS = 350
 _MOST_STEPS = 1 << 12
 _LARGE = 20_000
 _STATIC = 1000
@@ -53,6 +53,7 @@ def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = Non
 
     Raises:
         UnsupportedDtype: a tensor has another dtype.
+        UnsupportedShape: a tensor has more than 32 dimensions, and the context no layout.
         TensorMismatch: a tensor contradicts the context.
         MaskViolation: a tensor is non-zero where the mask is False.
 
@@ -138,6 +139,7 @@ def encode_body(
     zs: dict[int, Any] = {}
     sets: dict[int | None, int] = {}
     stored, largest = b"", 0
+    everything = sum(f.size for f in fields)
     for i, (f, v) in enumerate(zip(fields, values, strict=True)):
         if not f.size:
             codes.append(FieldCode(CODED))
@@ -153,7 +155,7 @@ def encode_body(
             centre = int(counts.argmax()) - 128
         z = engine.to_z(v, centre, f)
         seen = engine.observe(f, z)
-        code = plan_field(f, seen, 0)
+        code = plan_field(f, seen, everything)
         code.centre = centre
         if code.mode == CODED:
             kind = None if f.plane is None else f.plane - f.spec.dtype.itemsize
@@ -263,12 +265,13 @@ def _encode_lanes(
 
 
 def _lanes(stream: Any, nbytes: float, *, fast: bool) -> int:
-    """Number of lanes: each saves steps, and costs about two bytes unless it starts raw bits."""
-    # The last keeps symbols that cost next to nothing from taking a step, so microseconds, each.
-    lanes = max(1, nbytes / _BYTES_A_LANE, len(stream.tokens) / _MOST_STEPS)
+    """Number of lanes: each saves steps and costs half a byte or more."""
+    steps = len(stream.tokens) / _STEPS
+    lanes = max(1, min(steps, nbytes / _BYTES_A_LANE))
     if fast:
-        steps = len(stream.tokens) / _STEPS
         lanes = max(lanes, min(steps, max(nbytes / 75, min(len(stream.raw) / 2, nbytes / 40))))
+    # Symbols that cost next to nothing should not take a step, so microseconds, each.
+    lanes = max(lanes, len(stream.tokens) / _MOST_STEPS)
     return int(min(_MAX_LANES, lanes))
 
 

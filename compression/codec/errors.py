@@ -15,6 +15,7 @@ __all__ = [
     "TensorMismatch",
     "TruncatedPayload",
     "UnsupportedDtype",
+    "UnsupportedShape",
     "UnsupportedVersion",
 ]
 
@@ -61,6 +62,10 @@ class MaskViolation(CodecError):
 
 class UnsupportedDtype(CodecError):
     """A tensor's dtype has no coding (object, complex, string, ...)."""
+
+
+class UnsupportedShape(CodecError):
+    """A tensor has more dimensions than a payload can state."""
 
 
 class QuantiseError(CodecError):

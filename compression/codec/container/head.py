@@ -15,7 +15,7 @@ from ..entropy.states import FEWEST_PACKED
 from ..entropy.streams import LaneStream
 from ..entropy.tables import TableModel
 from ..entropy.tokens import TokenScheme
-from ..errors import LimitExceeded, MalformedPayload
+from ..errors import LimitExceeded, MalformedPayload, UnsupportedShape
 from ..modelling.classes import (
     ACTIVITIES,
     ALONE,
@@ -49,6 +49,7 @@ __all__ = [
 
 _MAX_SETS = 256
 _MAX_CLUSTERS = 256
+_DIMENSIONS = 32
 
 
 @dataclass
@@ -108,7 +109,11 @@ class Body:
 
 
 def write_specs(coder: AdaptiveEncoder, specs: Mapping[str, TensorSpec]) -> None:
-    """Write the layout (payloads without one in the context)."""
+    """Write the layout (payloads without one in the context).
+
+    Raises:
+        UnsupportedShape: a tensor has more than 32 dimensions.
+    """
     u = [coder.contexts(UINT_CONTEXTS) for _ in range(4)]
     letters = coder.contexts(256)
     coder.uint(u[0], len(specs))
@@ -121,7 +126,13 @@ def write_specs(coder: AdaptiveEncoder, specs: Mapping[str, TensorSpec]) -> None
                 bit = byte >> shift & 1
                 coder.bit(letters + node, bit)
                 node = 2 * node + bit
-        coder.uint(u[2], DTYPE_CODES.index(spec.dtype.name) * 33 + len(spec.shape))
+        if len(spec.shape) > _DIMENSIONS:
+            raise UnsupportedShape(
+                f"tensor {name!r} has {len(spec.shape)} dimensions and a payload can state "
+                f"{_DIMENSIONS}: reshape it, or put the layout into the context"
+            )
+        kind = DTYPE_CODES.index(spec.dtype.name) * (_DIMENSIONS + 1) + len(spec.shape)
+        coder.uint(u[2], kind)
         for d in spec.shape:
             coder.uint(u[3], d)
 
@@ -151,7 +162,7 @@ def read_specs(coder: AdaptiveDecoder, limits: Limits) -> dict[str, TensorSpec]:
             raise MalformedPayload("a tensor's name is not UTF-8") from error
         if name in specs:
             raise MalformedPayload(f"tensor {name!r} appears twice")
-        code, ndim = divmod(coder.uint(u[2]), 33)
+        code, ndim = divmod(coder.uint(u[2]), _DIMENSIONS + 1)
         if code >= len(DTYPE_CODES):
             raise MalformedPayload(f"tensor {name!r} has the unknown dtype code {code}")
         _limit("dimensions", ndim, limits.dimensions)

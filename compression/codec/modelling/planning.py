@@ -31,6 +31,8 @@ _TABLE_BITS = 4e6
 _GROUPS = 256
 _REFINEMENTS = 2
 _DOUBT = 1.3
+_MINOR = 400
+"""Fields below this fraction of a payload are not worth the time of a trial."""
 
 
 def _xlogx(h: NDArray[Any]) -> NDArray[np.float64]:
@@ -114,14 +116,14 @@ def _trial_bits(f: Field, seen: Observed, code: FieldCode) -> float:
     return float(entropy_bits(h).sum()) * scale + learning
 
 
-def plan_field(f: Field, seen: Observed, table_set: int) -> FieldCode:
-    """Choose how a field is coded."""
+def plan_field(f: Field, seen: Observed, total: int) -> FieldCode:
+    """Choose how a field is coded; ``total``: elements of the payload."""
     if not seen.largest:
-        return FieldCode(CONSTANT, table_set=table_set)
+        return FieldCode(CONSTANT)
     mean = sum(limb << LIMB * i for i, limb in enumerate(seen.sums())) / f.size
     base = min(UNIT_ACTIVITY + round(2 * float(np.log2(mean))), ACTIVITIES - 1)
-    best = FieldCode(CODED, table_set=table_set, base=base)
-    if f.size < 64 or f.plane is not None:
+    best = FieldCode(CODED, base=base)
+    if f.size < max(64, total // _MINOR) or f.plane is not None:
         return best
     least = _trial_bits(f, seen, best)
     side = 0.0

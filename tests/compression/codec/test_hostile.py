@@ -24,6 +24,7 @@ from prunecast.compression.codec import (
     TensorSpec,
     TruncatedPayload,
     UnsupportedDtype,
+    UnsupportedShape,
     decode,
     encode,
     encoder,
@@ -215,6 +216,11 @@ def test_encode_refuses_what_contradicts_the_context() -> None:
     for value in (np.array([1j]), np.array(["x"]), np.array([None]), np.array([1], "M8[s]")):
         with pytest.raises(UnsupportedDtype, match="'w'"):
             encode({"w": value})
+    deep = {"w": np.ones((1,) * 33, np.int8)}
+    with pytest.raises(UnsupportedShape, match="'w' has 33 dimensions"):
+        encode(deep)
+    layout = Context(layout={"w": TensorSpec(deep["w"].dtype, deep["w"].shape)})
+    assert decode(encode(deep, context=layout), context=layout)["w"].shape == (1,) * 33
 
 
 def test_tensors_are_decoded_one_at_a_time() -> None:
