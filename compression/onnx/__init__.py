@@ -17,6 +17,7 @@ from prunecast.compression.onnx.errors import (
     ManifestError,
     NumericsError,
     OnnxError,
+    QuantisationError,
     RuntimeFailure,
     SelfTestFailed,
     UnsafeExternalData,
@@ -24,7 +25,12 @@ from prunecast.compression.onnx.errors import (
 from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
 from prunecast.compression.onnx.layout import Segment, WeightsLayout
 from prunecast.compression.onnx.manifest import FileRef, PatchRef, ReleaseManifest
-from prunecast.compression.onnx.runtime import InferenceSession, Signature, open_session
+from prunecast.compression.onnx.runtime import (
+    InferenceSession,
+    Signature,
+    computes_in_integers,
+    open_session,
+)
 from prunecast.compression.onnx.selftest import (
     Tolerance,
     check_outputs,
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
     from prunecast.compression.onnx.export import export_graph
     from prunecast.compression.onnx.lattice import snap
     from prunecast.compression.onnx.lift import LiftedModel, lift_model
+    from prunecast.compression.onnx.qdq import QuantisedModel, quantise
     from prunecast.compression.onnx.single import export_single
 
 __all__ = [
@@ -61,6 +68,8 @@ __all__ = [
     "NumericsError",
     "OnnxError",
     "PatchRef",
+    "QuantisationError",
+    "QuantisedModel",
     "ReleaseManifest",
     "RuntimeFailure",
     "Segment",
@@ -72,12 +81,14 @@ __all__ = [
     "WeightsLayout",
     "bind_weights",
     "check_outputs",
+    "computes_in_integers",
     "export_graph",
     "export_single",
     "lift_model",
     "load_graph",
     "open_session",
     "pack_arrays",
+    "quantise",
     "save_graph",
     "save_single_file",
     "single_file_size",
@@ -88,11 +99,13 @@ __all__ = [
 _LAZY = {
     "BoundModel": "bind",
     "LiftedModel": "lift",
+    "QuantisedModel": "qdq",
     "Variant": "bind",
     "bind_weights": "bind",
     "export_graph": "export",
     "export_single": "single",
     "lift_model": "lift",
+    "quantise": "qdq",
     "save_single_file": "bind",
     "single_file_size": "bind",
     "snap": "lattice",

@@ -80,7 +80,7 @@ def bind_weights(
     """
     directory = Path(directory)
     chosen = _resolve(graph, model)
-    layout = place(_rows(chosen, variant))
+    layout = place(_rows(graph, chosen, variant))
     proto = _proto(graph, chosen, layout, inline=None)
     path = directory / "model.onnx"
     write_atomically(path, proto.SerializeToString(deterministic=True))
@@ -98,7 +98,7 @@ def save_single_file(
         StorageError: the file cannot be written.
     """
     chosen = _resolve(graph, model)
-    layout = place(_rows(chosen, variant))
+    layout = place(_rows(graph, chosen, variant))
     if layout.size + len(graph.skeleton) > _PROTOBUF_LIMIT:
         raise BindError(
             f"{layout.size} bytes of weights do not fit into one protobuf file: use bind_weights"
@@ -122,7 +122,17 @@ def single_file_size(graph: ExportedGraph, model: PublishedModel, variant: Varia
         BindError: the model does not fit the graph.
     """
     chosen = _resolve(graph, model)
-    return int(_proto(graph, chosen, place(_rows(chosen, variant)), inline=model).ByteSize())
+    layout = place(_rows(graph, chosen, variant))
+    return int(_proto(graph, chosen, layout, inline=model).ByteSize())
+
+
+def resolve(graph: ExportedGraph, model: PublishedModel) -> list[tuple[str, str, Tensor]]:
+    """Each parameter of the graph, the name under which the model has it, and its tensor.
+
+    Raises:
+        BindError: the model does not fit the graph.
+    """
+    return [(c.parameter, c.source, c.tensor) for c in _resolve(graph, model)]
 
 
 @dataclass(frozen=True)
@@ -172,12 +182,17 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _rows(
-    chosen: list[_Chosen], variant: Variant
+    graph: ExportedGraph, chosen: list[_Chosen], variant: Variant
 ) -> Iterator[tuple[str, str, str, str, tuple[int, ...]]]:
     if variant not in ("lattice", "fp32"):
         raise BindError(f"unknown variant {variant!r}: use 'lattice' or 'fp32'")
     for c in chosen:
         tensor, name = c.tensor, c.parameter
+        if name in graph.integers:
+            if not isinstance(tensor, LatticeTensor) or tensor.q.dtype != np.int8:
+                raise BindError(f"the graph reads {c.source!r} as int8: quantise the model anew")
+            yield f"{name}::q", c.source, "q", "int8", tensor.shape
+            continue
         if not tensor.dense().size if isinstance(tensor, RawTensor) else not tensor.q.size:
             continue  # an empty tensor has no bytes; it is written into the graph
         if isinstance(tensor, LatticeTensor) and variant == "lattice":
@@ -200,6 +215,8 @@ def _proto(
     nodes = []
     for c in chosen:
         name = c.parameter
+        if name in graph.integers:
+            continue  # the graph dequantises them itself
         if f"{name}::q" in placed and isinstance(c.tensor, LatticeTensor):
             nodes += _dequantise(name, c.tensor)
         elif name not in placed:

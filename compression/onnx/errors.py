@@ -10,6 +10,7 @@ __all__ = [
     "ManifestError",
     "NumericsError",
     "OnnxError",
+    "QuantisationError",
     "RuntimeFailure",
     "SelfTestFailed",
     "UnsafeExternalData",
@@ -30,6 +31,10 @@ class FoldedParameter(ExportError):
 
 class NumericsError(ExportError):
     """The exported graph does not compute what the module computes."""
+
+
+class QuantisationError(OnnxError):
+    """A model cannot be quantised, or the samples do not fit it."""
 
 
 class BindError(OnnxError):

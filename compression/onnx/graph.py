@@ -31,6 +31,8 @@ class ExportedGraph:
         unused: tensors of the module that inference does not read (``num_batches_tracked``).
         max_difference: largest absolute difference between the graph in onnxruntime and the
             module, over the example inputs, with the module's weights and with perturbed ones.
+        integers: parameters whose lattice integers the graph reads as int8, under ``<name>::q``;
+            it computes their scale itself.
     """
 
     skeleton: bytes
@@ -38,6 +40,7 @@ class ExportedGraph:
     aliases: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     max_difference: float = 0.0
+    integers: tuple[str, ...] = ()
 
     def names_of(self, parameter: str) -> tuple[str, ...]:
         """Every name under which a published model may carry `parameter`."""
@@ -65,6 +68,7 @@ def save_graph(graph: ExportedGraph, path: Path) -> None:
                 "aliases": dict(graph.aliases),
                 "unused": list(graph.unused),
                 "max_difference": graph.max_difference,
+                "integers": list(graph.integers),
             }
         ),
     )
@@ -100,6 +104,7 @@ def load_graph(path: Path) -> ExportedGraph:
             dict(document["aliases"]),
             tuple(document["unused"]),
             float(document["max_difference"]),
+            tuple(document.get("integers", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ExportError):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from prunecast.compression.onnx.errors import ForeignModel
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 
-__all__ = ["STEPS", "Steps", "snap"]
+__all__ = ["STEPS", "Steps", "channel_steps", "snap"]
 
 Steps = Literal["held", "range", "error"]
 STEPS: tuple[Steps, ...] = get_args(Steps)
@@ -90,6 +90,50 @@ def _step(values: NDArray[np.float64], top: int, steps: Steps, before: Tensor | 
     if steps == "held":
         return _single(full / _HEAD_ROOM)
     return _single(full if steps == "range" else full * _least_error(values.ravel(), full, top))
+
+
+def channel_steps(
+    values: NDArray[Any],
+    axis: int,
+    top: int,
+    *,
+    before: Tensor | None = None,
+    lattice: float | None = None,
+) -> NDArray[np.float64]:
+    """A step for each channel, by the rule ``held``.
+
+    Args:
+        values: finite.
+        axis: the one that counts channels.
+        top: the largest integer.
+        before: steps that devices hold, shape (C,).
+        lattice: the step that all values are multiples of; new steps are this times a power of
+            two then, so that values are rounded in halves of it at most.
+
+    Returns:
+        float32 values, shape (C,).
+
+    >>> channel_steps(np.array([[0.5, 1.27], [8.0, 1.0]]), 0, 127, lattice=0.01)
+    array([0.01, 0.08])
+    """
+    flat = np.moveaxis(np.asarray(values, np.float64), axis, 0).reshape(values.shape[axis], -1)
+    if not np.isfinite(flat).all():
+        raise ForeignModel("a weight holds a value that is not finite")
+    largest = np.abs(flat).max(axis=1)
+    full = largest / top
+    if lattice is None:
+        fresh = full / _HEAD_ROOM
+    else:
+        shift = np.ceil(np.log2(np.maximum(full * top / ((top + 0.5) * lattice), 1.0)))
+        fresh = lattice * 2.0**shift
+    fresh = np.where(largest > 0, fresh, 1.0 if lattice is None else lattice)
+    if isinstance(before, RawTensor) and before.shape == fresh.shape:
+        held = before.dense().astype(np.float64)
+        with np.errstate(divide="ignore"):
+            shift = np.ceil(np.log2(largest / ((top + 0.5) * held)))
+        shift = np.where((shift < 0) & (largest > 0.4 * top * held), 0.0, shift)
+        fresh = np.where(largest > 0, held * 2.0 ** np.maximum(shift, -64), held)
+    return np.maximum(fresh.astype(np.float32), np.finfo(np.float32).tiny).astype(np.float64)
 
 
 def _single(step: float) -> float:

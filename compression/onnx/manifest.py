@@ -117,6 +117,8 @@ class ReleaseManifest:
         metrics: figures measured on this very model.
         licence: SPDX expression, or None when not stated.
         minimum_agent: lowest agent version that can run the release, ``X.Y.Z``.
+        kind: which variant of the model this is, in a word for people; agents do not read it.
+        numerics: how far it computes from the float32 reference, and on how many samples.
     """
 
     name: str
@@ -135,6 +137,8 @@ class ReleaseManifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     licence: str | None = None
     minimum_agent: str = "0.1.0"
+    kind: str = ""
+    numerics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def stream(self) -> bytes:
@@ -181,6 +185,10 @@ class ReleaseManifest:
             "licence": self.licence,
             "minimum_agent": self.minimum_agent,
         }
+        if self.kind:
+            document["kind"] = self.kind
+        if self.numerics:
+            document["numerics"] = dict(self.numerics)
         return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
@@ -239,6 +247,8 @@ def _parse(document: Mapping[str, Any]) -> ReleaseManifest:
         metrics={_text(k, 100): _number(v) for k, v in document["metrics"].items()},
         licence=None if licence is None else _text(licence, 200),
         minimum_agent=_version(document["minimum_agent"]),
+        kind=_text(document.get("kind", ""), 40),
+        numerics={_text(k, 100): _number(v) for k, v in document.get("numerics", {}).items()},
     )
 
 

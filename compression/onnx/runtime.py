@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ from numpy.typing import NDArray
 
 from prunecast.compression.onnx.errors import InputRefused, RuntimeFailure
 
-__all__ = ["InferenceSession", "Signature", "open_session"]
+__all__ = ["InferenceSession", "Signature", "computes_in_integers", "fit_inputs", "open_session"]
+
+# A node's operator (field 4 of NodeProto) as it is serialised: the device has no onnx to ask.
+_QUANTISES = b"\x22\x0eQuantizeLinear"
 
 _DTYPES = {
     "tensor(float16)": "float16",
@@ -81,12 +85,61 @@ class InferenceSession:
                 )
 
 
-def open_session(path: Path, *, threads: int | None = None) -> InferenceSession:
+def computes_in_integers(path: Path) -> bool:
+    """Whether a model file quantises activations (``QuantizeLinear``).
+
+    Raises:
+        RuntimeFailure: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            if not file.seek(0, 2):
+                return False  # nothing to map
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return data.find(_QUANTISES) >= 0
+    except OSError as error:
+        raise RuntimeFailure(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def fit_inputs(
+    given: Mapping[str, NDArray[np.generic]], wanted: Mapping[str, str]
+) -> dict[str, NDArray[np.generic]]:
+    """Inputs in the model's own dtypes, as far as that loses nothing but float precision.
+
+    Files of samples often hold float64 or int32 where a model takes float32 or int64. Floats
+    become floats and integers that fit become integers; anything else is left for the runtime to
+    refuse by name.
+
+    Args:
+        given: inputs by name.
+        wanted: numpy dtype names by name.
+
+    >>> fit_inputs({"x": np.array([0.5])}, {"x": "float32"})["x"].dtype.name
+    'float32'
+    """
+    fitted: dict[str, NDArray[np.generic]] = {}
+    for name, values in given.items():
+        array = np.asarray(values)
+        dtype = np.dtype(wanted.get(name, array.dtype))
+        if array.dtype.kind == dtype.kind == "f":
+            array = array.astype(dtype, copy=False)
+        elif array.dtype.kind in "iu" and dtype.kind in "iu" and array.size:
+            info = np.iinfo(dtype)
+            if info.min <= int(array.min()) and int(array.max()) <= info.max:
+                array = array.astype(dtype, copy=False)
+        fitted[name] = array
+    return fitted
+
+
+def open_session(
+    path: Path, *, threads: int | None = None, integers: bool | None = None
+) -> InferenceSession:
     """Load a model file (and the `weights.bin` beside it) on the CPU.
 
     Args:
         path: the ``.onnx`` file.
         threads: threads within an operator; None leaves the choice to onnxruntime.
+        integers: compute in integers what the model quantises; None: if it quantises activations.
 
     Raises:
         RuntimeFailure: onnxruntime is not installed or refuses the file.
@@ -97,9 +150,15 @@ def open_session(path: Path, *, threads: int | None = None) -> InferenceSession:
         raise RuntimeFailure("onnxruntime is missing: pip install 'prunecast[edge]'") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: they reach the caller as exceptions
-    # Without this, DequantizeLinear stays in the graph and dequantises at every inference. With
-    # it, lattice weights become float constants while loading: same values, speed of fp32.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if computes_in_integers(path) if integers is None else integers:
+        # x86 without VNNI adds pairs of products in 16 bits and saturates; with this it does not,
+        # so that such a device computes what the server recorded.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    else:
+        # Without this, DequantizeLinear stays in the graph and dequantises at every inference.
+        # With it, lattice weights become float constants while loading: same values, speed of
+        # fp32.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -152,14 +152,20 @@ def _check_floats(
     return float(distance.max()) if distance.size else 0.0
 
 
-def decided(outputs: Arrays) -> bool:
-    """Whether no class in `outputs` hangs on rounding, so that `argmax` can be asked for."""
+def decided(outputs: Arrays, margin: float = 0.0) -> bool:
+    """Whether no class in `outputs` hangs on rounding, so that `argmax` can be asked for.
+
+    Args:
+        outputs: by name.
+        margin: how far the first class must lead, at least, in units of the outputs.
+    """
     for values in outputs.values():
         if values.dtype.kind != "f" or not _has_classes(values):
             continue
         top = np.sort(values.astype(np.float64), axis=-1)
-        margin = top[..., -1] - top[..., -2]
-        if not np.all(margin > _ROUNDING * np.maximum(1.0, np.abs(top).max(axis=-1))):
+        lead = top[..., -1] - top[..., -2]
+        least = np.maximum(margin, _ROUNDING * np.maximum(1.0, np.abs(top).max(axis=-1)))
+        if not np.all(lead > least):
             return False
     return True
 

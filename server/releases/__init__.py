@@ -27,9 +27,17 @@ if TYPE_CHECKING:
     from prunecast.server.releases.http import ReleaseServer
     from prunecast.server.releases.reading import ReleaseEntry, RepositoryReader
     from prunecast.server.releases.repository import PublishedRelease, Repository
+    from prunecast.server.releases.variants import (
+        KINDS,
+        Samples,
+        VariantRelease,
+        make_variant,
+        split_samples,
+    )
     from prunecast.server.releases.verify import VerifiedRelease, verify_repository
 
 __all__ = [
+    "KINDS",
     "OFFLINE_ROLES",
     "ONLINE_ROLES",
     "ROLES",
@@ -47,18 +55,23 @@ __all__ = [
     "RepositoryCorrupt",
     "RepositoryExists",
     "RepositoryReader",
+    "Samples",
     "ServerError",
+    "VariantRelease",
     "VerificationFailed",
     "VerifiedRelease",
     "examine",
     "export_release",
     "from_arrays",
     "from_onnx",
+    "make_variant",
     "read_checkpoint",
+    "split_samples",
     "verify_repository",
 ]
 
 _LAZY = {
+    "KINDS": "variants",
     "Finding": "findings",
     "ForeignRelease": "foreign",
     "PublishedRelease": "repository",
@@ -66,12 +79,16 @@ _LAZY = {
     "ReleaseServer": "http",
     "Repository": "repository",
     "RepositoryReader": "reading",
+    "Samples": "variants",
+    "VariantRelease": "variants",
     "VerifiedRelease": "verify",
     "examine": "doctor",
     "export_release": "foreign",
     "from_arrays": "checkpoint",
     "from_onnx": "foreign",
+    "make_variant": "variants",
     "read_checkpoint": "checkpoint",
+    "split_samples": "variants",
     "verify_repository": "verify",
 }
 

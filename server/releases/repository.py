@@ -156,6 +156,8 @@ class Repository(RepositoryReader):
         licence: str | None = None,
         minimum_agent: str = "0.1.0",
         tolerance: Tolerance | None = None,
+        kind: str = "",
+        numerics: Mapping[str, float] | None = None,
     ) -> PublishedRelease:
         """Publish a model as the next release of `name`.
 
@@ -169,6 +171,8 @@ class Repository(RepositoryReader):
             licence: SPDX expression of the weights, if stated.
             minimum_agent: lowest agent version that can run it.
             tolerance: of the self-test; default 1e-4 of the largest output, 1e-3 of each value.
+            kind: which variant of the model this is, in a word for people.
+            numerics: how far it computes from the float32 reference, see `releases.variants`.
 
         Raises:
             ReleasesError: a key is missing, the repository is damaged, the inputs are unusable.
@@ -186,6 +190,8 @@ class Repository(RepositoryReader):
             licence,
             minimum_agent,
             tolerance,
+            kind,
+            numerics or {},
         )
         with self._locked():
             state = self._load()

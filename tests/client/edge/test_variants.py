@@ -1,0 +1,70 @@
+"""An agent follows releases that compute in integers; it needs no code of its own for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.compression.onnx import computes_in_integers
+from prunecast.compression.versions import PublishedModel
+from prunecast.server.releases import Repository, Samples, make_variant, verify_repository
+from support.convolutional import (
+    convolutional,
+    convolutional_arrays,
+    convolutional_graph,
+    convolutional_images,
+)
+from support.network import Network
+
+IMAGES = convolutional_images()
+LABELS = np.arange(len(IMAGES)) % 5
+
+
+def test_an_agent_goes_from_one_quantised_release_to_the_next_by_patch(
+    start: Callable[..., Agent], repository: Repository, config: AgentConfig, network: Network
+) -> None:
+    held: PublishedModel | None = None
+    manifests, agent = [], start()
+    for number in (1, 2):
+        made = make_variant(
+            "int8-qdq",
+            convolutional(number),
+            convolutional_graph(),
+            Samples({"image": IMAGES.astype(np.float64)}, LABELS),
+            reference=(convolutional_graph(), convolutional_arrays(number)),
+            held=held,
+        )
+        held = made.model
+        published = repository.publish(
+            "toy", made.model, made.graph, selftest_inputs=IMAGES[:4], variant=made.variant,
+            kind=made.kind, numerics=made.numerics,
+        )  # fmt: skip
+        manifests.append(published.manifest)
+        result = agent.update_once()
+        assert (result.outcome, result.version) == ("updated", number)
+        assert result.payload == ("keyframe", "patch")[number - 1]
+        manifest = agent.model.manifest
+        assert manifest.kind == "int8-qdq"
+        assert manifest.numerics["samples"] == len(IMAGES)
+        assert 0 < manifest.numerics["relative_difference"] < 0.05
+        assert abs(manifest.numerics["accuracy"] - manifest.numerics["reference_accuracy"]) < 0.05
+    # the second one brought weights and expected outputs: graph, layout and inputs are the same
+    assert result.downloaded["files"] == manifests[1].files["expected.npz"].length
+    assert result.downloaded["patch"] == manifests[1].patches[0].file.length
+    assert result.downloaded["patch"] < 0.7 * manifests[1].keyframe.length
+    assert result.difference is not None
+    assert result.difference <= manifests[1].tolerance.atol
+    slot = config.state / "slots" / agent.status()["active"]["slot"]
+    assert computes_in_integers(slot / "model.onnx")
+    assert [v.version for v in verify_repository(repository, repository.trusted_root())] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_other_variants_compute_the_published_values(kind: str) -> None:
+    made = make_variant(kind, convolutional(1), convolutional_graph(), Samples({"image": IMAGES}))  # type: ignore[arg-type]
+    assert made.variant == ("lattice" if kind == "int8" else "fp32")
+    assert made.numerics["max_difference"] < 1e-6
+    assert "accuracy" not in made.numerics
