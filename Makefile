@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
 PACKAGES := compression server client simulations cli
 
+# Processes that share the fast tests, file by file.
+WORKERS ?= 2
+
 # The first interpreter that is new enough and can make virtual environments.
 # Choose another one with `make PYTHON=/path/to/python demo`.
 PYTHON = $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,\
@@ -35,7 +38,7 @@ demo: $(VENV)/.installed-sim
 test: test-fast test-engine
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not engine"
+	$(BIN)/python -m pytest -m "not engine" -n $(WORKERS) --dist loadfile
 
 test-engine: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m engine
