@@ -3,7 +3,7 @@
 Imports numpy, onnxruntime, tuf and the standard library; never torch, onnx or flwr.
 """
 
-from prunecast.client.edge.agent import Agent, read_status
+from prunecast.client.edge.agent import Agent
 from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, UpdateResult
 from prunecast.client.edge.errors import (
     AgentBusy,
@@ -14,13 +14,16 @@ from prunecast.client.edge.errors import (
     NetworkError,
     NoModel,
     NoRelease,
+    OrderRefused,
     StateError,
     TrustError,
     VersionNotActive,
 )
 from prunecast.client.edge.limits import LimitedFetcher, QuietHours
 from prunecast.client.edge.model import EdgeModel, Inference, Observer, Outcome, open_model
+from prunecast.client.edge.orders import Order
 from prunecast.client.edge.pace import TokenBucket
+from prunecast.client.edge.status import read_status
 from prunecast.client.edge.transport import Fetcher, HttpFetcher, Stream
 
 __all__ = [
@@ -41,6 +44,8 @@ __all__ = [
     "NoModel",
     "NoRelease",
     "Observer",
+    "Order",
+    "OrderRefused",
     "Outcome",
     "QuietHours",
     "StateError",

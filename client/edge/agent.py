@@ -9,15 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from prunecast.client.edge.acquire import Acquirer
-from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, UpdateResult
+from prunecast.client.edge.config import AgentConfig, UpdateResult
 from prunecast.client.edge.errors import EdgeError, NetworkError, NoRelease, StateError
 from prunecast.client.edge.model import EdgeModel
+from prunecast.client.edge.orders import Order, candidates
 from prunecast.client.edge.slot import (
     LoadedRelease,
     build_slot,
@@ -25,14 +27,15 @@ from prunecast.client.edge.slot import (
     open_slot,
     verify_slot,
 )
-from prunecast.client.edge.store import SlotRecord, State, StateFolder
-from prunecast.client.edge.telemetry import Telemetry, read_telemetry
+from prunecast.client.edge.status import read_status, record_check
+from prunecast.client.edge.store import Failure, FailureKind, SlotRecord, State, StateFolder
+from prunecast.client.edge.telemetry import Telemetry
 from prunecast.client.edge.transport import Fetcher, HttpFetcher
 from prunecast.client.edge.trust import TrustedListing
 from prunecast.compression.onnx import OnnxError, ReleaseManifest
 from prunecast.compression.onnx.manifest import check_release_name
 
-__all__ = ["Agent", "read_status"]
+__all__ = ["Agent"]
 
 _TRIES = 3
 _SAVE_EVERY = 900.0  # seconds between writes of telemetry: flash wears out
@@ -96,10 +99,19 @@ class Agent:
         """Release the state folder; the model can still be used."""
         self._resources.close()
 
-    def update_once(self) -> UpdateResult:
-        """Check for a newer release and activate it if it passes every check.
+    def update_once(
+        self, order: Order | None = None, *, superseded: Callable[[], bool] = lambda: False
+    ) -> UpdateResult:
+        """Check for a newer release, or the ordered one, and activate it if it passes every check.
+
+        Args:
+            order: what to run, whether higher or lower; None: the highest version, never a lower
+                one.
+            superseded: asked during downloads and before activation whether another order has
+                come; what has been downloaded is then kept.
 
         Raises:
+            OrderRefused: the order names no live release, or goes down without saying so.
             TrustError: the repository's metadata is refused.
             NoRelease: nothing is active and the repository has only releases of other names.
             ContentRefused: a file is not the one that was signed.
@@ -110,7 +122,7 @@ class Agent:
         """
         begun, counted = time.monotonic(), Counter[str]()
         try:
-            result = self._update(counted)
+            result = self._update(counted, order, superseded)
         except EdgeError as error:
             self._record(None, counted, str(error))
             raise
@@ -126,6 +138,8 @@ class Agent:
         jitter: float = 0.2,
         rng: random.Random | None = None,
         on_result: Callable[[UpdateResult | EdgeError], None] = lambda result: None,
+        order: Callable[[], Order | None] = lambda: None,
+        wake: threading.Event | None = None,
     ) -> None:
         """Check again and again until `stop` is set; problems are reported, never raised.
 
@@ -136,24 +150,32 @@ class Agent:
                 fleet does not ask at the same moment.
             rng: source of the jitter; default seeded from the operating system.
             on_result: called after every check.
+            order: asked before every check what to run; see `update_once`.
+            wake: set when there is another order, to check at once; whoever sets `stop` sets it
+                as well.
         """
-        draw = rng or random.Random()
+        draw, bell = rng or random.Random(), wake or stop
         active_since = time.monotonic()
         while not stop.is_set():
+            if wake:
+                wake.clear()  # before asking: what changes from now on wakes again
+            wanted = order()
             try:
-                outcome: UpdateResult | EdgeError = self.update_once()
+                outcome: UpdateResult | EdgeError = self.update_once(
+                    wanted, superseded=partial(_differs, order, wanted)
+                )
             except EdgeError as error:
                 outcome = error
             if isinstance(outcome, UpdateResult) and outcome.outcome == "updated":
                 active_since = time.monotonic()
             on_result(outcome)
-            wake = time.monotonic() + interval * draw.uniform(1 - jitter, 1 + jitter)
+            wakes = time.monotonic() + interval * draw.uniform(1 - jitter, 1 + jitter)
             due = active_since + self.config.confirm_after
-            if self._unconfirmed() and due < wake:
-                if stop.wait(max(0.0, due - time.monotonic())):
-                    return
+            if self._unconfirmed() and due < wakes:
+                if bell.wait(max(0.0, due - time.monotonic())):
+                    continue
                 self.confirm()
-            stop.wait(max(0.0, wake - time.monotonic()))
+            bell.wait(max(0.0, wakes - time.monotonic()))
 
     def confirm(self) -> None:
         """The active release has proved itself: the agent will not go back from it by itself."""
@@ -177,9 +199,13 @@ class Agent:
             raise StateError("there is no previous release to go back to")
         loaded = self._load(self._state.previous)
         self._step("roll back")
-        self._write(self._state.go_back(reason).confirm())
+        self._write(self._state.go_back(reason, "rolled back").confirm())
         self._serve(loaded)
         return self.model.version
+
+    def failure(self, version: int) -> Failure | None:
+        """Why a release was given up on this device; None if it was not."""
+        return self._state.failures.get(version)
 
     def status(self) -> dict[str, Any]:
         """What the agent runs and what its last check did; plain JSON values."""
@@ -192,7 +218,7 @@ class Agent:
             proven = active.confirmed or self._state.previous is None
             if not proven and active.starts >= self.config.most_starts:
                 starts = f"not confirmed after {active.starts} starts"
-                self._go_back(f"release {active.version}: {starts}")
+                self._go_back(f"release {active.version}: {starts}", "crash loop")
                 continue
             if not proven:
                 started = replace(active, starts=active.starts + 1)
@@ -204,7 +230,7 @@ class Agent:
                 self.telemetry.rejected(active.version, str(error))
                 problem = f"release {active.version}: {error}"
                 if not proven:
-                    self._go_back(problem)
+                    self._go_back(problem, "rolled back")
                     continue
             except EdgeError as error:
                 problem = f"release {active.version}: {error}"
@@ -213,9 +239,9 @@ class Agent:
             self._write(self._state.lose_active())
             self._record(None, Counter(), problem)
 
-    def _go_back(self, reason: str) -> None:
+    def _go_back(self, reason: str, kind: FailureKind) -> None:
         self._step("go back")
-        self._write(self._state.go_back(reason))
+        self._write(self._state.go_back(reason, kind))
 
     def _serve(self, loaded: LoadedRelease) -> None:
         self.model.swap(loaded)
@@ -226,7 +252,9 @@ class Agent:
         manifest = verify_slot(slot, record.manifest)
         return open_slot(slot, manifest, threads=self.config.threads)
 
-    def _update(self, counted: Counter[str]) -> UpdateResult:
+    def _update(
+        self, counted: Counter[str], order: Order | None, superseded: Callable[[], bool]
+    ) -> UpdateResult:
         self._step("refresh metadata")
 
         folder, config = self._folder, self.config
@@ -244,18 +272,39 @@ class Agent:
             raise NoRelease(
                 f"{config.url} lists no release named {config.name!r}; it has: {', '.join(others)}"
             )
-        for version in reversed(versions):
-            if version <= held:
-                break
+        for version in candidates(order, versions, held):
             digest = listing.digest(config.name, version)
             if digest not in self._state.rejected:
+                if order and (kept := self._exchange(version, digest)):
+                    return kept
                 if waits := self._waits(version):
                     return UpdateResult("current", self.model.version, reason=waits)
                 self._step("download manifest")
                 manifest = listing.manifest(config.name, version, path)
-                return self._install(manifest, digest, path, counted)
+                return self._install(manifest, digest, path, counted, superseded)
+            if order:
+                reason = f"what is ordered was rejected: {self._state.rejected[digest]}"
+                return UpdateResult("current", self.model.version, reason=reason)
         nothing = None if versions or held else "the repository has no release yet"
+        if order and order.version is None and not held:
+            nothing = "nothing is ordered yet"
         return UpdateResult("current", self.model.version, reason=nothing)
+
+    def _exchange(self, version: int, digest: str) -> UpdateResult | None:
+        """Go back to the release in the other slot without a download; None if it is not there."""
+        before, previous = self.model.version, self._state.previous
+        if previous is None or (previous.version, previous.manifest) != (version, digest):
+            return None
+        try:
+            loaded = self._load(previous)
+        except (EdgeError, OnnxError):
+            return None  # the repository has it, too
+        self._step("activate")
+        self._write(self._state.exchange())
+        self._step("swap")
+        self._serve(loaded)
+        reason = "it was in the other slot"
+        return UpdateResult("updated", version, before, reason=reason, difference=loaded.difference)
 
     def _waits(self, version: int) -> str | None:
         """Why this release must not be downloaded now."""
@@ -265,14 +314,26 @@ class Agent:
         return f"release {version} waits for the end of the quiet hours at {quiet.end:%H:%M}"
 
     def _install(
-        self, manifest: ReleaseManifest, digest: str, path: Path, counted: Counter[str]
+        self,
+        manifest: ReleaseManifest,
+        digest: str,
+        path: Path,
+        counted: Counter[str],
+        superseded: Callable[[], bool],
     ) -> UpdateResult:
         before = self.model.version
         if self._state.tries.get(digest, 0) >= _TRIES:
             return self._reject(manifest, digest, f"the self-test never ended in {_TRIES} tries")
 
+        def check_order() -> None:
+            if superseded():
+                raise NetworkError(
+                    f"release {manifest.version} is no longer ordered; what has come is kept"
+                )
+
         def count(kind: str, size: int) -> None:
             counted.update({kind: size})
+            check_order()
             if waits := self._waits(manifest.version):
                 raise NetworkError(f"{waits}; what has come is kept")
 
@@ -290,6 +351,7 @@ class Agent:
         self._step("download files")
         files = acquirer.files(manifest)
         model, payload, reason = acquirer.model(manifest)
+        check_order()
         self._step("free slot")
         slot, prepared = self._state.free_slot()
         self._write(prepared)
@@ -324,7 +386,8 @@ class Agent:
         self._step("reject")
         self.telemetry.rejected(manifest.version, reason)
         reason = f"release {manifest.version}: {reason}"
-        self._write(self._state.reject(digest, reason))
+        rejected = self._state.reject(digest, manifest.version, reason, "self-test failed")
+        self._write(rejected)
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
         return UpdateResult("rejected", self.model.version, reason=reason)
 
@@ -339,37 +402,8 @@ class Agent:
     def _record(
         self, result: UpdateResult | None, counted: Counter[str], error: str | None
     ) -> None:
-        earlier = self._folder.read_json("status.json").get("downloaded_total")
-        total = Counter(earlier if isinstance(earlier, dict) else {})
-        total.update(counted)
-        report = {
-            "last_check": datetime.now(UTC).isoformat(timespec="seconds"),
-            "last_result": asdict(result) if result else None,
-            "last_error": error,
-            "downloaded_total": dict(total),
-        }
-        self._folder.write_json("status.json", report)
+        record_check(self._folder, result, counted, error)
 
 
-def read_status(state: Path | str) -> dict[str, Any]:
-    """Status of a state folder, without an agent: active and previous release, last check.
-
-    Raises:
-        StateError: there is no such folder, or its state is unreadable.
-    """
-    folder = StateFolder(state)
-    if not folder.path.is_dir():
-        raise StateError(
-            f"{folder.path} does not exist: name the folder given to prunecast edge update or run"
-        )
-    found = folder.read()
-    telemetry = read_telemetry(folder.path)
-    return {
-        "agent": AGENT_VERSION,
-        "name": found.name if found else None,
-        "active": asdict(found.active) if found and found.active else None,
-        "previous": asdict(found.previous) if found and found.previous else None,
-        "rejected": found.rejected if found else {},
-        "telemetry": telemetry.to_json() if telemetry else None,
-        **folder.read_json("status.json"),
-    }
+def _differs(order: Callable[[], Order | None], wanted: Order | None) -> bool:
+    return order() != wanted

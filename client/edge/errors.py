@@ -9,6 +9,7 @@ __all__ = [
     "NetworkError",
     "NoModel",
     "NoRelease",
+    "OrderRefused",
     "StateError",
     "TrustError",
     "VersionNotActive",
@@ -49,6 +50,10 @@ class AgentTooOld(EdgeError):
 
 class NoModel(EdgeError):
     """No release is active yet."""
+
+
+class OrderRefused(EdgeError):
+    """An order names a release that is not live, or goes down without saying so."""
 
 
 class NoRelease(EdgeError):

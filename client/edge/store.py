@@ -20,17 +20,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import AgentBusy, StateError
 from prunecast.compression.versions import StorageError, write_atomically
 
-__all__ = ["SlotRecord", "State", "StateFolder"]
+__all__ = ["Failure", "FailureKind", "SlotRecord", "State", "StateFolder"]
 
 _SCHEMA = 1
 _SLOTS = ("a", "b")
 _REMEMBERED = 32
+
+
+FailureKind = Literal["self-test failed", "rolled back", "crash loop"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a release was given up on this device."""
+
+    kind: FailureKind
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class State:
         rejected: manifests that must not be tried again, with the reason.
         tries: manifests whose self-test was begun, with how often: a release that kills the
             process during its self-test must not do so forever.
+        failures: why releases were rejected, by version.
     """
 
     name: str
@@ -70,6 +82,7 @@ class State:
     previous: SlotRecord | None = None
     rejected: dict[str, str] = field(default_factory=dict)
     tries: dict[str, int] = field(default_factory=dict)
+    failures: dict[int, Failure] = field(default_factory=dict)
 
     def free_slot(self) -> tuple[str, State]:
         """The slot to rebuild, and the state to write before touching it.
@@ -89,22 +102,35 @@ class State:
         tries = {k: v for k, v in self.tries.items() if k != record.manifest}
         return replace(self, active=record, previous=self.active, tries=tries)
 
-    def go_back(self, reason: str) -> State:
+    def exchange(self) -> State:
+        """The previous release becomes active and the active one previous; both stay good.
+
+        What comes back counts as confirmed: it served before, and if its slot were rebuilt as an
+        unconfirmed one, a crash would bring back the release that it takes the place of.
+        """
+        if self.previous is None:
+            return self
+        active = replace(self.previous, confirmed=True, starts=0)
+        return replace(self, active=active, previous=self.active)
+
+    def go_back(self, reason: str, kind: FailureKind) -> State:
         """The previous release becomes active; the active one is rejected."""
         if self.active is None:
             return self
-        failed = self.reject(self.active.manifest, reason)
+        failed = self.reject(self.active.manifest, self.active.version, reason, kind)
         return replace(failed, active=self.previous, previous=None)
 
     def lose_active(self) -> State:
         """The active slot is unfit through no fault of its release, which may be fetched again."""
         return replace(self, active=self.previous, previous=None)
 
-    def reject(self, manifest: str, reason: str) -> State:
+    def reject(self, manifest: str, version: int, reason: str, kind: FailureKind) -> State:
         """Never try `manifest` again."""
         kept = list({**self.rejected, manifest: reason[:500]}.items())[-_REMEMBERED:]
         tries = {k: v for k, v in self.tries.items() if k != manifest}
-        return replace(self, rejected=dict(kept), tries=tries)
+        failure = Failure(kind, reason[:500])
+        failures = list({**self.failures, version: failure}.items())[-_REMEMBERED:]
+        return replace(self, rejected=dict(kept), tries=tries, failures=dict(failures))
 
     def tried(self, manifest: str) -> State:
         """The self-test of `manifest` is about to begin."""
@@ -155,6 +181,8 @@ class StateFolder:
                 previous=_record(document["previous"]),
                 rejected={str(k): str(v) for k, v in document["rejected"].items()},
                 tries={str(k): int(v) for k, v in document["tries"].items()},
+                # agents before this field left it out, and ignore it
+                failures={int(k): _failure(v) for k, v in document.get("failures", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"{path} is malformed: delete the state folder") from error
@@ -227,6 +255,12 @@ class StateFolder:
                     f"another agent works in {self.path}: stop it or use another state folder"
                 ) from error
             yield
+
+
+def _failure(document: Any) -> Failure:
+    if document["kind"] not in get_args(FailureKind):
+        raise ValueError(document["kind"])
+    return Failure(document["kind"], str(document["reason"]))
 
 
 def _record(document: Any) -> SlotRecord | None:
