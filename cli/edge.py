@@ -39,6 +39,13 @@ Quiet = Annotated[
     str | None,
     typer.Option(help="Local time without downloads of releases, such as 07:00-19:30."),
 ]
+Listen = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Serve the model to other programs on this device: unix:/path or 127.0.0.1:PORT; "
+        "may be given several times."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -89,13 +96,16 @@ def run(
     threads: Threads = None,
     bandwidth: Bandwidth = None,
     quiet: Quiet = None,
+    listen: Listen = None,
     as_json: AsJson = False,
 ) -> None:
     """Follow releases until interrupted; one line per check."""
     import signal
     import threading
+    from contextlib import ExitStack
 
     from prunecast.client.edge import Agent, EdgeError, NetworkError
+    from prunecast.client.edge.inference import InferenceServer
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -116,7 +126,11 @@ def run(
             raise NetworkError("the agent was asked to end; what has come is kept")
 
     fetcher = _limited(_fetcher(ca_file, certificate, key, token_file), bandwidth, wait)
-    with Agent(config, fetcher=fetcher, wait=wait) as agent:
+    with Agent(config, fetcher=fetcher, wait=wait) as agent, ExitStack() as endpoints:
+        for address in listen or ():
+            endpoint = endpoints.enter_context(InferenceServer(agent.model, name, address))
+            told = {"outcome": "listening", "address": endpoint.address}
+            print(json.dumps(told) if as_json else f"listening on {endpoint.address}", flush=True)  # noqa: T201
         agent.run(interval, stop=stop, jitter=jitter, on_result=show)
 
 

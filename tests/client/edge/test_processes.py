@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -30,6 +31,12 @@ def _call(*arguments: object, code: int = 0) -> str:
     )
     assert done.returncode == code, done.stderr + done.stdout
     return done.stdout if code == 0 else done.stderr
+
+
+def _metadata(address: str) -> dict[str, object]:
+    with urlopen(f"{address}/v2/models/toy", timeout=30) as answer:
+        found: dict[str, object] = json.load(answer)
+    return found
 
 
 class _Process:
@@ -141,18 +148,26 @@ def test_a_following_agent_picks_up_a_release_and_ends_on_request(
     agent = process(
         *("edge", "run", "--state", tmp_path / "state", "--url", server.line()["url"]),
         *("--name", "toy", "--root", root, "--interval", 0.2, "--json"),
-        *("--bandwidth", 10_000_000),
+        *("--bandwidth", 10_000_000, "--listen", f"unix:{tmp_path}/model.sock"),
+        *("--listen", "127.0.0.1:0"),
     )
+    assert agent.line()["address"] == f"unix:{tmp_path}/model.sock"
+    address = str(agent.line()["address"])
     assert agent.line()["version"] == 1
+    assert _metadata(address)["versions"] == ["1"]
     publish(2)
     seen = [agent.line()]
     while seen[-1]["version"] != 2:
         seen.append(agent.line())
     assert seen[-1]["payload"] == "patch"
+    assert _metadata(address)["versions"] == ["2"]
     assert server.end(signal.SIGINT) == 0
     while agent.line()["outcome"] != "failed":
         pass
     assert agent.end() == 0
+    assert not (tmp_path / "model.sock").exists()
+    shown = json.loads(_call("edge", "status", "--state", tmp_path / "state", "--json"))
+    assert [r["self_test"] for r in shown["telemetry"]["releases"]] == ["passed", "passed"]
 
 
 def test_problems_are_one_line_with_the_remedy(
@@ -166,6 +181,10 @@ def test_problems_are_one_line_with_the_remedy(
     assert shown.count("\n") == 1
     assert len(shown) < 120
     _call("edge", "update", *follow, "--url", "ftp://x/", code=2)
+    shown = _call(
+        *("edge", "run", *follow, "--url", "http://127.0.0.1:9/", "--listen", "0.0.0.0:1"), code=1
+    )
+    assert "can be reached from other machines" in shown
     _call("edge", "update", *follow, "--url", "http://x/", "--quiet", "7-9", code=2)
     (tmp_path / "root.pem").write_text("-----BEGIN")
     wrong = ("--state", state, "--name", "toy", "--root", tmp_path / "root.pem")

@@ -1,0 +1,202 @@
+"""The Open Inference Protocol over any transport: a request in, an answer out; no sockets."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+from prunecast.client.edge.config import AGENT_VERSION
+from prunecast.client.edge.errors import NoModel, VersionNotActive
+from prunecast.client.edge.inference.errors import RequestRefused
+from prunecast.client.edge.inference.limits import Budget, EndpointLimits
+from prunecast.client.edge.inference.messages import encode_response, parse_request
+from prunecast.client.edge.inference.tensors import datatype_of
+from prunecast.client.edge.model import EdgeModel
+from prunecast.compression.onnx import InputRefused, OnnxError, Signature
+
+__all__ = ["Answer", "InferenceProtocol"]
+
+_MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer))?")
+_LARGE_JSON = 64 * 2**10
+_MOST_TEXT = 500
+_JSON = "application/json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back to the client."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": _JSON})
+
+    @classmethod
+    def json(cls, status: int, document: object) -> Answer:
+        """An answer of one JSON document."""
+        return cls(status, json.dumps(document).encode())
+
+    @classmethod
+    def error(cls, status: int, message: str) -> Answer:
+        """An error as the protocol wants it."""
+        return cls.json(status, {"error": message[:_MOST_TEXT]})
+
+
+class InferenceProtocol:
+    """Answers requests about one model; safe from several threads.
+
+    Every answer about the model is made from one release: the one that was active when the request
+    was taken up. An answer to an inference states it.
+
+    Args:
+        model: whatever release is active.
+        name: under which it is served.
+        limits: what requests may cost.
+    """
+
+    def __init__(self, model: EdgeModel, name: str, limits: EndpointLimits | None = None) -> None:
+        self.limits = limits or EndpointLimits()
+        self._model, self._name = model, name
+        self._turns = Budget(self.limits.running, "turn")
+        self._parsing = threading.Lock()
+
+    def answer(
+        self, method: str, path: str, body: memoryview, json_bytes: str | None = None
+    ) -> Answer:
+        """Answer one request; whatever is wrong with it becomes an answer too.
+
+        Args:
+            method: of HTTP.
+            path: as it stands in the request, without the query.
+            body: all of it.
+            json_bytes: the header ``Inference-Header-Content-Length``.
+        """
+        try:
+            return self._route(method, unquote(path), body, json_bytes)
+        except RequestRefused as error:
+            return Answer.error(error.status, str(error))
+        except InputRefused as error:
+            return Answer.error(400, str(error))
+        except NoModel as error:
+            return Answer.error(503, str(error))
+        except VersionNotActive as error:
+            return Answer.error(404, str(error))
+        except OnnxError as error:
+            return Answer.error(500, str(error))
+        except MemoryError:
+            return Answer.error(503, "the device is out of memory: send less at a time")
+
+    def _route(self, method: str, path: str, body: memoryview, json_bytes: str | None) -> Answer:
+        fixed: dict[str, Callable[[], Answer]] = {
+            "/v2": self._server,
+            "/v2/health/live": lambda: Answer.json(200, {"live": True}),
+            "/v2/health/ready": self._ready,
+        }
+        path = path.rstrip("/")
+        if path in fixed:
+            _only("GET", method)
+            return fixed[path]()
+        found = _MODEL.fullmatch(path)
+        if not found:
+            raise RequestRefused(404, "no such path: the Open Inference Protocol begins at /v2")
+        name, version, verb = found.groups()
+        if name != self._name:
+            raise RequestRefused(404, f"no model {name[:80]!r}: this device serves {self._name!r}")
+        number = _number(version)
+        if verb == "infer":
+            _only("POST", method)
+            return self._infer(number, body, json_bytes)
+        _only("GET", method)
+        return self._model_ready(number) if verb == "ready" else self._metadata(number)
+
+    def _server(self) -> Answer:
+        return Answer.json(
+            200,
+            {
+                "name": "prunecast",
+                "version": AGENT_VERSION,
+                "extensions": ["binary_tensor_data"],
+            },
+        )
+
+    def _ready(self) -> Answer:
+        ready = self._model.version is not None
+        # the specification's text calls the field "live", its servers call it "ready"
+        return Answer.json(200 if ready else 503, {"ready": ready, "live": True})
+
+    def _model_ready(self, version: int | None) -> Answer:
+        active = self._model.version
+        if version is not None and active is not None and version != active:
+            raise VersionNotActive(f"release {version} is not active: release {active} is")
+        ready = active is not None
+        return Answer.json(200 if ready else 503, {"name": self._name, "ready": ready})
+
+    def _metadata(self, version: int | None) -> Answer:
+        loaded = self._model.current()
+        active = loaded.manifest.version
+        if version not in (None, active):
+            raise VersionNotActive(f"release {version} is not active: release {active} is")
+        return Answer.json(
+            200,
+            {
+                "name": self._name,
+                "versions": [str(active)],
+                "platform": "onnxruntime_onnx",
+                "inputs": [_described(s) for s in loaded.session.inputs],
+                "outputs": [_described(s) for s in loaded.session.outputs],
+            },
+        )
+
+    def _infer(self, version: int | None, body: memoryview, json_bytes: str | None) -> Answer:
+        size = len(body)
+        if json_bytes is not None:
+            if not (json_bytes.isascii() and json_bytes.isdigit() and len(json_bytes) < 16):
+                raise RequestRefused(400, "Inference-Header-Content-Length must be a number")
+            size = int(json_bytes)
+        if size > len(body):
+            raise RequestRefused(400, "Inference-Header-Content-Length goes beyond the body")
+        if size > self.limits.json_bytes:
+            raise RequestRefused(
+                413, f"JSON may have {self.limits.json_bytes} bytes: send binary tensor data"
+            )
+        with self._parsing if size > _LARGE_JSON else nullcontext():
+            request = parse_request(body, size)
+        with self._turns.take(1, self.limits.waiting_seconds):
+            served = self._model.infer(request.inputs, version=version)
+        text, binary = encode_response(request, served.outputs, self._name, served.version)
+        if not binary and not any((request.outputs or {"": request.binary}).values()):
+            return Answer(200, text)
+        return Answer(
+            200,
+            text + binary,
+            {
+                "Content-Type": "application/octet-stream",
+                "Inference-Header-Content-Length": str(len(text)),
+            },
+        )
+
+
+def _only(wanted: str, method: str) -> None:
+    if method != wanted:
+        raise RequestRefused(405, f"this path answers {wanted} alone")
+
+
+def _number(version: str | None) -> int | None:
+    if version is None:
+        return None
+    if not (version.isascii() and version.isdigit() and len(version) < 16):
+        raise RequestRefused(404, f"no version {version[:80]!r}: versions are numbers")
+    return int(version)
+
+
+def _described(signature: Signature) -> dict[str, Any]:
+    return {
+        "name": signature.name,
+        "datatype": datatype_of(signature.dtype),
+        "shape": [n if isinstance(n, int) else -1 for n in signature.shape],
+    }
