@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecast.cli.release_create import create
+from prunecast.cli.release_keys import app as keys_app
 from prunecast.cli.release_options import AsJson, Folder, Keys, Name, show_result
 
 if TYPE_CHECKING:
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Publish signed releases of a model for edge devices.")
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()
 def init(repository: Folder, keys: Keys, as_json: AsJson = False) -> None:
-    """Hold the key ceremony: make keys where there are none and sign an empty repository.
+    """Make one key per role where there are none, and sign an empty repository.
 
     The root metadata that is printed goes onto every device. Move root.pem and targets.pem to a
-    medium of their own; snapshot.pem and timestamp.pem are needed for every renewal.
+    medium of their own; snapshot.pem and timestamp.pem are needed for every renewal. Where several
+    people hold the keys, begin with `release keys` instead.
     """
     from prunecast.server.releases import ROLES, KeyRing, Repository
 
@@ -169,23 +172,22 @@ def renew(
     repository: Folder,
     keys: Keys,
     role: Annotated[
-        list[str] | None, typer.Option(help="root, targets, snapshot or timestamp.")
+        list[str] | None,
+        typer.Option(help="root, targets, snapshot, timestamp or a delegated role."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Sign metadata anew before it expires; by default the two online roles.
+    """Sign metadata anew before it expires; by default the online roles.
 
-    Meant for a timer, at least as often as half the lifetime of the timestamp (7 days).
+    Meant for a timer, at least as often as half the lifetime of the timestamp (7 days). Warns of
+    roles that it did not sign in the last quarter of their lifetime; `release doctor` fails then.
     """
-    from prunecast.server.releases import ONLINE_ROLES
-
-    renewed = _writer(repository, keys).renew(role or ONLINE_ROLES)
-    result = {name: when.isoformat() for name, when in renewed.items()}
-    show_result(
-        result,
-        as_json,
-        lambda: "\n".join(f"{name} is valid until {when}" for name, when in result.items()),
-    )
+    target = _writer(repository, keys)
+    renewed = {name: when.isoformat() for name, when in target.renew(role).items()}
+    ahead = {name: when.isoformat() for name, when in target.expiring().items()}
+    lines = [f"{name} is valid until {when}" for name, when in renewed.items()]
+    lines += [f"warning: {_ahead(name, when)}" for name, when in ahead.items()]
+    show_result({**renewed, "expires_soon": ahead}, as_json, lambda: "\n".join(lines))
 
 
 @app.command(name="rotate-key")
@@ -197,6 +199,15 @@ def rotate_key(
     """Replace a role's key; devices stop trusting the old one at their next check."""
     _writer(repository, keys).rotate_key(role)
     print(f"rotated the {role} key; destroy {role}.pem.old")  # noqa: T201
+
+
+def _ahead(role: str, when: str) -> str:
+    if role in ("root", "targets"):
+        return (
+            f"{role} expires at {when}: renew it with the offline key, or let its holders sign "
+            f"(release keys change --renew {role})"
+        )
+    return f"{role} expires at {when} and was not renewed: is its key at hand?"
 
 
 def _reader(repository: Path) -> RepositoryReader:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from tuf.api.exceptions import (
     BadVersionNumberError,
@@ -14,7 +15,7 @@ from tuf.api.exceptions import (
     RepositoryError,
     UnsignedMetadataError,
 )
-from tuf.api.metadata import Metadata, Root, TargetFile, Targets
+from tuf.api.metadata import DelegatedRole, Metadata, Root, Snapshot, TargetFile, Targets
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 
@@ -30,6 +31,8 @@ from prunecast.compression.onnx.manifest import (
 from prunecast.compression.versions import StorageError, write_atomically
 
 __all__ = ["TrustedListing"]
+
+_MOST_ROLES = 16  # that may publish one name; each list costs a request
 
 _REMEDIES: dict[type[RepositoryError], str] = {
     UnsignedMetadataError: (
@@ -80,25 +83,57 @@ class TrustedListing:
                 metadata_base_url=f"{base}metadata/",
                 target_base_url=f"{base}targets/",
                 fetcher=_Counting(fetcher, on_bytes),
-                config=UpdaterConfig(targets_max_length=4_000_000, max_delegations=0),
+                config=UpdaterConfig(targets_max_length=4_000_000, max_delegations=_MOST_ROLES),
                 bootstrap=root,
             )
             self._updater.refresh()
 
     def versions(self, name: str) -> list[int]:
-        """Numbers of the live releases of `name`, ascending."""
-        return sorted(version for listed, version in self._listed() if listed == name)
+        """Numbers of the live releases of `name`, ascending.
+
+        Raises:
+            TrustError: the list of the role that publishes `name` is forged or expired.
+            NetworkError: the repository cannot be reached.
+        """
+        listings = [self._read(Targets.type), *self._delegated(name)]
+        found = (parse_manifest_path(path) for listing in listings for path in listing.targets)
+        return sorted({parsed[1] for parsed in found if parsed and parsed[0] == name})
 
     def names(self) -> list[str]:
-        """Names that have a live release, in alphabetical order."""
-        return sorted({name for name, _ in self._listed()})
+        """Names that have a live release or a role that publishes them, in alphabetical order."""
+        targets = self._read(Targets.type)
+        found = [parsed[0] for parsed in map(parse_manifest_path, targets.targets) if parsed]
+        for role in _roles(targets).values():
+            found += [path.split("/")[0] for path in role.paths or []]
+        return sorted(set(found))
 
-    def _listed(self) -> list[tuple[str, int]]:
+    def _delegated(self, name: str) -> list[Targets]:
+        """The verified lists of the roles that may publish `name`, in the order of precedence."""
+        probe = manifest_path(name, 0)  # no release has this number, so no role is left out
+        with _translated():
+            self._updater.get_targetinfo(probe)  # fetches and verifies those lists
+            snapshot = Metadata[Snapshot].from_file(str(self._folder / "snapshot.json")).signed
+        found = []
+        for role, given in _roles(self._read(Targets.type)).items():
+            if not given.is_delegated_path(probe):
+                continue
+            listing = self._read(role)
+            named = snapshot.meta.get(f"{role}.json")
+            if listing.delegations is not None or named is None or named.version != listing.version:
+                raise TrustError(
+                    f"the list of {role} is not the one that the signed snapshot names, or hands "
+                    "releases on to other roles: have it signed again"
+                )
+            found.append(listing)
+            if given.terminating:
+                break
+        return found
+
+    def _read(self, role: str) -> Targets:
+        path = self._folder / f"{quote(role, '')}.json"  # as Updater names it
         with _translated():
             # Updater has no listing; this file is what it has just verified
-            targets = Metadata[Targets].from_file(str(self._folder / "targets.json"))
-        found = (parse_manifest_path(path) for path in targets.signed.targets)
-        return [parsed for parsed in found if parsed]
+            return Metadata[Targets].from_file(str(path)).signed
 
     def digest(self, name: str, version: int) -> str:
         """SHA-256 (hex) of a listed release's manifest, known without downloading it.
@@ -141,6 +176,12 @@ class TrustedListing:
         if target is None or "sha256" not in target.hashes:
             raise TrustError(f"{path} is not in the signed metadata with a SHA-256")
         return target
+
+
+def _roles(targets: Targets) -> Mapping[str, DelegatedRole]:
+    if targets.delegations is None or targets.delegations.roles is None:
+        return {}
+    return targets.delegations.roles
 
 
 class _DurableUpdater(Updater):

@@ -8,22 +8,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prunecast.server.releases.errors import (
+    CeremonyError,
     KeyFileError,
     ReleaseNotFound,
     ReleasesError,
     RepositoryCorrupt,
     RepositoryExists,
     ServerError,
+    ThresholdNotMet,
     VerificationFailed,
 )
 from prunecast.server.releases.keys import OFFLINE_ROLES, ONLINE_ROLES, ROLES, KeyRing
 from prunecast.server.releases.metadata import Expiry
 
 if TYPE_CHECKING:
+    from prunecast.server.releases.ceremony import Ceremony
+    from prunecast.server.releases.changes import Change, RoleKeys, changed_metadata, first_metadata
     from prunecast.server.releases.checkpoint import from_arrays, read_checkpoint
     from prunecast.server.releases.doctor import examine
     from prunecast.server.releases.findings import Finding
     from prunecast.server.releases.foreign import ForeignRelease, export_release, from_onnx
+    from prunecast.server.releases.holders import load_holder, load_public, make_holder
     from prunecast.server.releases.http import ReleaseServer
     from prunecast.server.releases.reading import ReleaseEntry, RepositoryReader
     from prunecast.server.releases.repository import PublishedRelease, Repository
@@ -41,6 +46,9 @@ __all__ = [
     "OFFLINE_ROLES",
     "ONLINE_ROLES",
     "ROLES",
+    "Ceremony",
+    "CeremonyError",
+    "Change",
     "Expiry",
     "Finding",
     "ForeignRelease",
@@ -55,15 +63,22 @@ __all__ = [
     "RepositoryCorrupt",
     "RepositoryExists",
     "RepositoryReader",
+    "RoleKeys",
     "Samples",
     "ServerError",
+    "ThresholdNotMet",
     "VariantRelease",
     "VerificationFailed",
     "VerifiedRelease",
+    "changed_metadata",
     "examine",
     "export_release",
+    "first_metadata",
     "from_arrays",
     "from_onnx",
+    "load_holder",
+    "load_public",
+    "make_holder",
     "make_variant",
     "read_checkpoint",
     "split_samples",
@@ -72,6 +87,14 @@ __all__ = [
 
 _LAZY = {
     "KINDS": "variants",
+    "Ceremony": "ceremony",
+    "Change": "changes",
+    "RoleKeys": "changes",
+    "changed_metadata": "changes",
+    "first_metadata": "changes",
+    "load_holder": "holders",
+    "load_public": "holders",
+    "make_holder": "holders",
     "Finding": "findings",
     "ForeignRelease": "foreign",
     "PublishedRelease": "repository",

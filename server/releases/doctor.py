@@ -17,7 +17,7 @@ from prunecast.server.releases.doctor_files import (
     check_releases,
     check_served_keys,
 )
-from prunecast.server.releases.doctor_keys import check_keys
+from prunecast.server.releases.doctor_keys import check_keys, check_offline
 from prunecast.server.releases.doctor_metadata import check_metadata
 from prunecast.server.releases.findings import Finding
 from prunecast.server.releases.keys import KeyRing
@@ -70,7 +70,8 @@ def examine(
     found += check_served_keys(path)
     found += check_permissions(path)
     if keys is not None:
-        found += check_keys(keys, state.root)
+        found += check_keys(keys, state)
+    found += check_offline(path, keys, state)
     return sorted(found, key=lambda f: f.severity != "problem")
 
 

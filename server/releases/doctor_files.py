@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import stat
@@ -11,17 +10,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from prunecast.compression.onnx import FileRef, ManifestError, ReleaseManifest
 from prunecast.compression.onnx.manifest import blob_path, parse_manifest_path
 from prunecast.server.releases.doctor_metadata import RepositoryState
 from prunecast.server.releases.findings import Finding, listed
+from prunecast.server.releases.garbage import Kept, kept_files
 
 __all__ = ["check_leftovers", "check_permissions", "check_releases", "check_served_keys"]
 
 _SERVED = ("metadata", "targets", "blobs")
-_VERSIONED = re.compile(r"([1-9][0-9]*)\.(targets|snapshot)\.json")
+_VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*)\.json")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 _AGAIN = "restore it from a copy, or publish the model again and retire this release"
 
@@ -32,7 +31,9 @@ def check_releases(path: Path, state: RepositoryState) -> list[Finding]:
     if state.targets is None:
         return found
     checked: dict[str, Finding | None] = {}
-    for name, target in sorted(state.targets.signed.targets.items()):
+    lists = [state.targets.signed, *(held.signed for held in state.delegated.values())]
+    live = {name: target for signed in lists for name, target in signed.targets.items()}
+    for name, target in sorted(live.items()):
         release = parse_manifest_path(name)
         if release is None:
             found.append(
@@ -118,40 +119,41 @@ def check_leftovers(
                 "publish, retire or renew again: it overwrites these files",
             )
         )
-    orphans = [p for p in _orphans(path) if p not in temporary]
+    kept = kept_files(path)
+    in_force = {f"{version}.{role}.json" for role, version in state.versions.items()}
+    damaged = [p for p in kept.damaged_lists if p.name not in in_force]
+    if damaged:
+        found.append(
+            Finding(
+                *("note", "old-list-damaged", listed(_relative(damaged, path))),
+                "is a superseded list that cannot be read: what it refers to is kept meanwhile",
+                "nothing: it goes when the grace period ends; delete it to free the space now",
+            )
+        )
+    orphans = [p for p in _orphans(path, kept) if p not in temporary]
     if orphans:
         size = sum(p.stat().st_size for p in orphans)
         young = sum(1 for p in orphans if _age(p, now) <= grace)
-        kept = f", {young} of them younger than the grace period" if young else ""
+        youth = f", {young} of them younger than the grace period" if young else ""
         found.append(
             Finding(
                 *("note", "orphaned", listed(_relative(orphans, path))),
-                f"{len(orphans)} files ({size} bytes) that no kept metadata refers to{kept}",
+                f"{len(orphans)} files ({size} bytes) that no kept metadata refers to{youth}",
                 "nothing: the next publication or renewal after the grace period removes them",
             )
         )
     return found
 
 
-def _orphans(path: Path) -> list[Path]:
+def _orphans(path: Path, kept: Kept) -> list[Path]:
     """Files of `targets` and `blobs` that no targets metadata on disk leads to.
 
     Nothing while a list or a manifest cannot be read: what it refers to would look orphaned.
     """
-    kept: set[Path] = set()
-    try:
-        for listing in (path / "metadata").glob("*.targets.json"):
-            document: dict[str, Any] = json.loads(listing.read_bytes())
-            for name, target in document["signed"]["targets"].items():
-                folder, _, base = name.rpartition("/")
-                file = path / "targets" / folder / f"{target['hashes']['sha256']}.{base}"
-                kept.add(file)
-                references = ReleaseManifest.from_bytes(file.read_bytes()).references()
-                kept |= {path / blob_path(ref.sha256) for ref in references.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    if kept.damaged_lists or kept.damaged_manifests:
         return []
     inside = (p for folder in ("targets", "blobs") for p in _files(path / folder))
-    return [p for p in inside if p not in kept]
+    return [p for p in inside if p not in kept.manifests | kept.blobs]
 
 
 def check_served_keys(path: Path) -> list[Finding]:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, MetaFile, Root, Targets
+from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets
 from tuf.api.serialization import DeserializationError
 
+from prunecast.server.releases.delegation import delegations_of
 from prunecast.server.releases.findings import Finding
+from prunecast.server.releases.keys import OFFLINE_ROLES, ROLES
 from prunecast.server.releases.metadata import Expiry
+from prunecast.server.releases.thresholds import tally
 
 __all__ = ["RepositoryState", "check_metadata"]
 
 _ROOT = re.compile(r"([1-9][0-9]*)\.root\.json")
 _RESTORE = "restore it from a copy of the repository"
-_SOON = 4  # the last quarter of a lifetime
 
 
 @dataclass
@@ -32,11 +32,13 @@ class RepositoryState:
     Attributes:
         root: the newest root, or None.
         targets: the list of live releases, or None.
-        versions: versions in force of snapshot and targets, as far as known.
+        delegated: lists of the roles that publish names of their own, as far as readable.
+        versions: versions in force of snapshot, targets and delegated roles, as far as known.
     """
 
     root: Metadata[Root] | None = None
     targets: Metadata[Targets] | None = None
+    delegated: dict[str, Metadata[Targets]] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
 
 
@@ -58,15 +60,37 @@ def check_metadata(folder: Path, now: datetime) -> tuple[RepositoryState, list[F
             state.versions["targets"] = listed.version
             name = f"{listed.version}.targets.json"
             state.targets = _read(folder, name, "targets", listed, state.root, found)
-    for role, metadata in (
-        ("root", state.root),
-        ("targets", state.targets),
-        ("snapshot", snapshot),
-        ("timestamp", timestamp),
-    ):
+        _delegated(folder, state, snapshot.signed, found)
+    read: dict[str, Metadata[Any] | None] = {
+        "root": state.root,
+        "targets": state.targets,
+        "snapshot": snapshot,
+        "timestamp": timestamp,
+    }
+    for role, metadata in {**read, **state.delegated}.items():
         if metadata is not None:
             found += _expiry(role, metadata.signed.expires, now)
     return state, found
+
+
+def _delegated(
+    folder: Path, state: RepositoryState, snapshot: Snapshot, found: list[Finding]
+) -> None:
+    for role in delegations_of(state.targets.signed) if state.targets else ():
+        meta = snapshot.meta.get(f"{role}.json")
+        if meta is None:
+            found.append(
+                Finding(
+                    *("problem", "metadata-mismatch", role, "is delegated to, but has no list"),
+                    f"{_RESTORE}, or have the delegation withdrawn: devices of its names stop",
+                )
+            )
+            continue
+        state.versions[role] = meta.version
+        name = f"{meta.version}.{role}.json"
+        listing = _read(folder, name, role, meta, state.targets, found)
+        if listing is not None:
+            state.delegated[role] = listing
 
 
 def _roots(folder: Path, found: list[Finding]) -> Metadata[Root] | None:
@@ -89,10 +113,10 @@ def _roots(folder: Path, found: list[Finding]) -> Metadata[Root] | None:
     for before, after in pairwise(versions):
         old, new = roots[before], roots[after]
         if old is not None and new is not None and after == before + 1:
-            _signed(f"{after}.root.json", partial(old.verify_delegate, "root", new), found)
+            _signed(f"{after}.root.json", old, "root", new, found)
     last = roots[versions[-1]]
     if last is not None:
-        _signed(f"{versions[-1]}.root.json", partial(last.verify_delegate, "root", last), found)
+        _signed(f"{versions[-1]}.root.json", last, "root", last, found)
     return last
 
 
@@ -109,17 +133,35 @@ def _load(path: Path, found: list[Finding]) -> Metadata[Any] | None:
     return None
 
 
-def _signed(name: str, check: Callable[[], object], found: list[Finding]) -> None:
+def _signed(
+    name: str,
+    delegator: Metadata[Root] | Metadata[Targets],
+    role: str,
+    metadata: Metadata[Any],
+    found: list[Finding],
+) -> None:
     try:
-        check()
-    except (RepositoryError, ValueError) as error:
-        found.append(
-            Finding(
-                *("problem", "metadata-signature", name, f"is not signed by the keys: {error}"),
-                "sign it with `release renew` and the right keys, or restore it from a copy: "
-                "devices refuse it",
-            )
+        counted = tally(delegator.signed, role, metadata)
+    except (RepositoryError, ValueError, KeyError) as error:
+        said, code = f"is not signed by the keys: {error}", "metadata-signature"
+    else:
+        if not counted.missing:
+            return
+        code = "threshold-not-met" if counted.signed else "metadata-signature"
+        unsigned = ", ".join(counted.unsigned) or "nobody"
+        said = (
+            f"{counted}; {counted.missing} valid signatures are missing, of {unsigned}"
+            if counted.signed
+            else f"is not signed by the keys of {counted.delegator}: {unsigned}"
         )
+    remedy = (
+        "have its holders sign with `release keys change` and enact that, or restore it from a "
+        "copy: devices refuse it"
+        if role in OFFLINE_ROLES
+        else "sign it with `release renew` and the right keys, or restore it from a copy: devices "
+        "refuse it"
+    )
+    found.append(Finding("problem", code, name, said, remedy))
 
 
 def _read(
@@ -127,14 +169,14 @@ def _read(
     name: str,
     role: str,
     meta: MetaFile | None,
-    root: Metadata[Root] | None,
+    delegator: Metadata[Root] | Metadata[Targets] | None,
     found: list[Finding],
 ) -> Metadata[Any] | None:
     """One role's metadata, compared with what names it."""
     metadata = _load(folder / name, found)
     if metadata is None:
         return None
-    if metadata.signed.type != role:
+    if metadata.signed.type != (role if role in ROLES else Targets.type):
         found.append(
             Finding("problem", "metadata-mismatch", name, f"holds {metadata.signed.type}", _RESTORE)
         )
@@ -155,23 +197,24 @@ def _read(
                     f"{_RESTORE}: devices refuse it",
                 )
             )
-    if root is not None:
-        _signed(name, partial(root.verify_delegate, role, metadata), found)
+    if delegator is not None:
+        _signed(name, delegator, role, metadata, found)
     return metadata
 
 
 def _expiry(role: str, expires: datetime, now: datetime) -> list[Finding]:
-    lifetime: timedelta = getattr(Expiry(), role)
     left = expires - now
-    renew = f"prunecast release renew --role {role}"
-    if role in ("snapshot", "timestamp"):
-        renew += " (from a timer, it needs no offline key)"
+    if role in OFFLINE_ROLES:
+        renew = (
+            f"prunecast release renew --role {role} with the offline key; where several holders "
+            f"sign, `release keys change --renew {role}`"
+        )
     else:
-        renew += " (it needs the offline key)"
+        renew = f"prunecast release renew --role {role} (from a timer, it needs no offline key)"
     if left <= timedelta(0):
         what = f"expired on {expires:%Y-%m-%d %H:%M} UTC: devices keep what they run"
         return [Finding("problem", "expired", role, what, renew)]
-    if left < lifetime / _SOON:
+    if Expiry().soon(role, expires, now):
         hours = int(left.total_seconds() // 3600)
         what = f"expires in {hours // 24} days and {hours % 24} hours"
         return [Finding("problem", "expires-soon", role, what, renew)]

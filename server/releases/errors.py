@@ -1,12 +1,14 @@
 """Errors of the release repository: one base, one class per cause."""
 
 __all__ = [
+    "CeremonyError",
     "KeyFileError",
     "ReleaseNotFound",
     "ReleasesError",
     "RepositoryCorrupt",
     "RepositoryExists",
     "ServerError",
+    "ThresholdNotMet",
     "VerificationFailed",
 ]
 
@@ -37,3 +39,11 @@ class VerificationFailed(ReleasesError):
 
 class ServerError(ReleasesError):
     """The distribution server cannot start."""
+
+
+class CeremonyError(ReleasesError):
+    """A ceremony's files contradict each other, or what was asked for cannot be."""
+
+
+class ThresholdNotMet(ReleasesError):
+    """Fewer holders have signed than a role requires."""

@@ -3,6 +3,8 @@
 ``root`` and ``targets`` sign rarely and belong offline; ``snapshot`` and ``timestamp`` sign every
 publication and every renewal. A `KeyRing` looks for ``<role>.pem`` in the folders it is given, so
 the offline keys can live on another medium than the online ones. There is no default location.
+
+These files are not encrypted, since timers read them. Keys that people hold are: see `holders`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from securesystemslib.signer import CryptoSigner
 
 from prunecast.server.releases.errors import KeyFileError, RepositoryExists
 
-__all__ = ["OFFLINE_ROLES", "ONLINE_ROLES", "ROLES", "KeyRing"]
+__all__ = ["OFFLINE_ROLES", "ONLINE_ROLES", "ROLES", "KeyRing", "write_key", "write_private"]
 
 OFFLINE_ROLES = ("root", "targets")
 ONLINE_ROLES = ("snapshot", "timestamp")
@@ -80,6 +82,16 @@ class KeyRing:
         """
         return _load(self.path(role))
 
+    def signers(self, role: str) -> list[CryptoSigner]:
+        """Load every key of the role, at most one from each folder.
+
+        Raises:
+            KeyFileError: none is there, or one is unusable.
+        """
+        paths = [folder / f"{role}.pem" for folder in self.folders]
+        found = [_load(path) for path in paths if path.is_file()]
+        return found or [_load(self.path(role))]
+
 
 def write_key(path: Path, key: Ed25519PrivateKey) -> None:
     """Write a private key as PEM (PKCS #8) with mode 0600; never over an existing file.
@@ -88,12 +100,21 @@ def write_key(path: Path, key: Ed25519PrivateKey) -> None:
         RepositoryExists: the file exists.
         KeyFileError: it cannot be written.
     """
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that its owner alone can read; never over an existing file.
+
+    Raises:
+        RepositoryExists: the file exists.
+        KeyFileError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb") as file:
-            file.write(pem)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError as error:
@@ -110,6 +131,10 @@ def _load(path: Path) -> CryptoSigner:
         raise KeyFileError(f"cannot read {path}: {error.strerror or error}") from error
     if os.name == "posix" and mode & 0o077:
         raise KeyFileError(f"{path} can be read by others: chmod 600 {path}")
+    if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in data:
+        raise KeyFileError(
+            f"{path} is encrypted: its holder signs with it, `prunecast release keys sign`"
+        )
     try:
         key = load_pem_private_key(data, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:

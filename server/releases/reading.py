@@ -11,9 +11,11 @@ from pathlib import Path
 from prunecast.compression.onnx import FileRef, ReleaseManifest
 from prunecast.compression.onnx.manifest import blob_path, manifest_path, parse_manifest_path
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
+from prunecast.server.releases.ceremony import Ceremony
+from prunecast.server.releases.changes import Change, changed_metadata
 from prunecast.server.releases.errors import ReleaseNotFound, RepositoryCorrupt
 from prunecast.server.releases.keys import ROLES
-from prunecast.server.releases.metadata import MetadataSet
+from prunecast.server.releases.metadata import Expiry, MetadataSet
 
 __all__ = ["ReleaseEntry", "RepositoryReader"]
 
@@ -93,8 +95,20 @@ class RepositoryReader:
     def expires(self) -> dict[str, datetime]:
         """When each role's metadata expires."""
         state = self._load()
-        roles = (state.root, state.targets, state.snapshot, state.timestamp)
-        return dict(zip(ROLES, (m.signed.expires for m in roles), strict=True))
+        expires = {role: getattr(state, role).signed.expires for role in ROLES}
+        return expires | {role: held.signed.expires for role, held in state.delegated.items()}
+
+    def change(
+        self, folder: Path | str, change: Change, now: datetime, expiry: Expiry | None = None
+    ) -> Ceremony:
+        """Prepare a change of keys, thresholds or delegations for its holders to sign.
+
+        Raises:
+            CeremonyError: what was asked for cannot be, or the folder holds a ceremony.
+        """
+        state = self._load()
+        requests = changed_metadata(state, change, expiry or Expiry(), now)
+        return Ceremony.create(folder, requests, state.root, now)
 
     def _entries(self, state: MetadataSet) -> list[ReleaseEntry]:
         found = []

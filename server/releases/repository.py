@@ -12,18 +12,14 @@ replaces ``timestamp.json`` last, by rename: a reader sees the old state or the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
-from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import TargetFile
 
 from prunecast.compression.onnx import (
@@ -40,21 +36,18 @@ from prunecast.compression.onnx.manifest import (
 from prunecast.compression.onnx.selftest import Arrays
 from prunecast.compression.versions import PublishedModel, write_atomically
 from prunecast.server.releases.build import ReleaseRequest, build_release
+from prunecast.server.releases.ceremony import Ceremony
 from prunecast.server.releases.errors import (
-    KeyFileError,
-    ReleasesError,
+    CeremonyError,
     RepositoryExists,
 )
 from prunecast.server.releases.garbage import collect
-from prunecast.server.releases.keys import ONLINE_ROLES, ROLES, KeyRing, write_key
+from prunecast.server.releases.keeper import RepositoryKeeper, check_outside, utc_now
+from prunecast.server.releases.keys import ONLINE_ROLES, KeyRing
 from prunecast.server.releases.metadata import Expiry, MetadataSet
-from prunecast.server.releases.reading import ReleaseEntry, RepositoryReader
+from prunecast.server.releases.reading import ReleaseEntry
 
 __all__ = ["PublishedRelease", "Repository"]
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 @dataclass(frozen=True)
@@ -84,38 +77,8 @@ class PublishedRelease:
     retired: tuple[int, ...] = ()
 
 
-class Repository(RepositoryReader):
-    """A release repository on disk.
-
-    Args:
-        path: its folder, the one that is served.
-        keys: where the private keys are; None for reading only.
-        window: how many releases of one name stay live; publishing one more retires the oldest.
-        expiry: lifetimes of the signed metadata.
-        grace: how long files stay after nothing live refers to them, for devices in mid-download.
-        now: the clock, for tests.
-
-    Raises:
-        RepositoryCorrupt: no repository there.
-        KeyFileError: a key folder lies inside the served folder.
-    """
-
-    def __init__(
-        self,
-        path: Path | str,
-        keys: KeyRing | None,
-        *,
-        window: int = 16,
-        expiry: Expiry | None = None,
-        grace: timedelta = timedelta(days=1),
-        now: Callable[[], datetime] = _utc_now,
-    ) -> None:
-        if window < 1:
-            raise ReleasesError("the window holds at least one release")
-        super().__init__(path)
-        _check_outside(keys, self.path)
-        self.window, self.grace = window, grace
-        self._keys, self._expiry, self._now = keys, expiry or Expiry(), now
+class Repository(RepositoryKeeper):
+    """A release repository on disk; see `RepositoryKeeper` for its arguments."""
 
     @classmethod
     def create(
@@ -125,23 +88,55 @@ class Repository(RepositoryReader):
         *,
         window: int = 16,
         expiry: Expiry | None = None,
-        now: Callable[[], datetime] = _utc_now,
+        now: Callable[[], datetime] = utc_now,
     ) -> Repository:
-        """The key ceremony: sign version 1 of every role with `keys` and lay out the folder.
+        """Sign version 1 of every role with `keys`, one for each, and lay out the folder.
 
         Raises:
             RepositoryExists: there is a repository already.
             KeyFileError: a key is missing, or lies inside the served folder.
         """
         path = Path(path)
-        _check_outside(keys, path)
+        check_outside(keys, path)
         if (path / "metadata").exists():
             raise RepositoryExists(f"{path} already is a repository")
-        _, files = MetadataSet.create(keys.signer, expiry or Expiry(), now())
-        for name in ("targets", "blobs"):
-            (path / name).mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_atomically(path / "metadata" / name, data)
+        _, files = MetadataSet.create(keys.signers, expiry or Expiry(), now())
+        _lay_out(path, files)
+        return cls(path, keys, window=window, expiry=expiry, now=now)
+
+    @classmethod
+    def create_from(
+        cls,
+        path: Path | str,
+        ceremony: Ceremony,
+        keys: KeyRing,
+        *,
+        window: int = 16,
+        expiry: Expiry | None = None,
+        now: Callable[[], datetime] = utc_now,
+    ) -> Repository:
+        """Begin with the root and targets that holders signed; `keys` are the online ones.
+
+        Raises:
+            ThresholdNotMet: too few holders have signed.
+            CeremonyError: it changes an existing repository.
+            RepositoryExists: there is a repository already.
+            KeyFileError: an online key is missing, or not the one that root names.
+        """
+        path = Path(path)
+        check_outside(keys, path)
+        if (path / "metadata").exists():
+            raise RepositoryExists(f"{path} already is a repository")
+        if ceremony.trusted is not None:
+            raise CeremonyError(
+                f"{ceremony.folder} changes a repository, and {path} is none: name that repository"
+            )
+        signed, at = ceremony.complete(), now()
+        _, files = MetadataSet.found(
+            signed["root"], signed["targets"], keys.signers, expiry or Expiry(), at
+        )
+        _lay_out(path, files)
+        ceremony.mark_enacted(at)
         return cls(path, keys, window=window, expiry=expiry, now=now)
 
     def publish(
@@ -195,7 +190,7 @@ class Repository(RepositoryReader):
         )
         with self._locked():
             state = self._load()
-            self._require("targets", "snapshot", "timestamp")
+            self._require(state, state.publisher_of(name), *ONLINE_ROLES)
             live = [e for e in self._entries(state) if e.name == name]
             kept = live[max(0, len(live) + 1 - self.window) :]
             now = self._now()
@@ -213,13 +208,12 @@ class Repository(RepositoryReader):
                 self._write_once(self.path / blob_path(digest), blob)
             path = manifest_path(name, manifest.version)
             self._write_once(self._target_file(path, sha256), data)
-            targets = state.targets.signed.targets
-            targets[path] = TargetFile(len(data), {"sha256": sha256}, path)
+            target = TargetFile(len(data), {"sha256": sha256}, path)
+            state.list_release(name, manifest.version, target)
             retired = [e for e in live if e not in kept]
             for entry in retired:
-                del targets[manifest_path(entry.name, entry.version)]
-            state.count_release(name, manifest.version)
-            self._commit(state.sign_targets(self._signers, self._expiry, now))
+                state.unlist_release(entry.name, entry.version)
+            self._commit(state.sign_releases(name, self._signers, self._expiry, now))
             collect(self.path, now, self.grace)
         return PublishedRelease(
             name=name,
@@ -248,69 +242,21 @@ class Repository(RepositoryReader):
         with self._locked():
             state = self._load()
             entry = self._find(state, name, version)
-            del state.targets.signed.targets[manifest_path(entry.name, entry.version)]
+            self._require(state, state.publisher_of(name), *ONLINE_ROLES)
+            state.unlist_release(entry.name, entry.version)
             now = self._now()
-            self._commit(state.sign_targets(self._signers, self._expiry, now))
+            self._commit(state.sign_releases(name, self._signers, self._expiry, now))
             collect(self.path, now, self.grace)
 
-    def renew(self, roles: Collection[str] = ONLINE_ROLES) -> dict[str, datetime]:
-        """Sign metadata anew before it expires; returns when each signed role now expires.
-
-        Renewing a role implies the roles that name it: targets, then snapshot, then timestamp.
+    def check_publishable(self, name: str) -> None:
+        """Find out whether the keys at hand can publish `name`; nothing is changed.
 
         Raises:
-            ReleasesError: an unknown role, or a missing key.
+            ReleasesError: a key is missing or not the one in force, or the repository is damaged.
         """
-        unknown = set(roles) - set(ROLES)
-        if unknown or not roles:
-            raise ReleasesError(f"roles are {', '.join(ROLES)}, not {', '.join(sorted(unknown))}")
-        with self._locked():
-            state, now = self._load(), self._now()
-            files: dict[str, bytes] = {}
-            if "root" in roles:
-                files |= state.sign_root(self._signers, self._expiry, now)
-            if "targets" in roles:
-                files |= state.sign_targets(self._signers, self._expiry, now)
-            elif "snapshot" in roles:
-                files |= state.sign_snapshot(self._signers, self._expiry, now)
-            elif "timestamp" in roles:
-                files |= state.sign_timestamp(self._signers, self._expiry, now)
-            self._commit(files)
-            collect(self.path, now, self.grace)
-        return {name.split(".")[-2]: self._expiry.until(name.split(".")[-2], now) for name in files}
-
-    def rotate_key(self, role: str) -> None:
-        """Replace the key of a role: the old one is trusted by no device that sees the new root.
-
-        The old key file stays beside the new one as ``<role>.pem.old``; destroy it.
-
-        Raises:
-            ReleasesError: an unknown role, a missing key, or one rotated before.
-        """
-        if role not in ROLES:
-            raise ReleasesError(f"roles are {', '.join(ROLES)}, not {role!r}")
-        with self._locked():
-            state, now = self._load(), self._now()
-            self._require(*{"root", *ROLES[ROLES.index(role) :]})
-            path = self._keyring().path(role)
-            key, fresh = Ed25519PrivateKey.generate(), path.with_suffix(".pem.new")
-            write_key(fresh, key)
-            new = CryptoSigner(key)
-
-            def signers(wanted: str) -> CryptoSigner:
-                return new if wanted == role else self._signers(wanted)
-
-            files = state.replace_key(role, new, self._signers, self._expiry, now)
-            if role == "targets":
-                files |= state.sign_targets(signers, self._expiry, now)
-            elif role == "snapshot":
-                files |= state.sign_snapshot(signers, self._expiry, now)
-            elif role == "timestamp":
-                files |= state.sign_timestamp(signers, self._expiry, now)
-            # the key must be safe before anything is visible that only it can renew
-            path.replace(path.with_suffix(".pem.old"))
-            fresh.replace(path)
-            self._commit(files)
+        check_release_name(name)
+        state = self._load()
+        self._require(state, state.publisher_of(name), *ONLINE_ROLES)
 
     def _bases(self, live: Sequence[ReleaseEntry]) -> Iterator[tuple[int, PublishedModel]]:
         for entry in live:
@@ -320,35 +266,9 @@ class Repository(RepositoryReader):
         if not path.is_file() or path.read_bytes() != data:
             write_atomically(path, data)
 
-    def _commit(self, files: Mapping[str, bytes]) -> None:
-        for name, data in files.items():  # in order: timestamp.json makes the state visible
-            write_atomically(self.path / "metadata" / name, data)
 
-    def _keyring(self) -> KeyRing:
-        if self._keys is None:
-            raise KeyFileError("this changes the repository: name the folder that holds the keys")
-        return self._keys
-
-    def _signers(self, role: str) -> CryptoSigner:
-        return self._keyring().signer(role)
-
-    def _require(self, *roles: str) -> None:
-        for role in roles:
-            self._signers(role)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ReleasesError(
-                    f"{self.path} is being changed by another process: try again when it is done"
-                ) from error
-            yield
-
-
-def _check_outside(keys: KeyRing | None, path: Path) -> None:
-    for folder in keys.folders if keys else ():
-        if folder.resolve().is_relative_to(path.resolve()):
-            raise KeyFileError(f"{folder} lies inside the served folder {path}: move the keys out")
+def _lay_out(path: Path, files: Mapping[str, bytes]) -> None:
+    for name in ("targets", "blobs"):
+        (path / name).mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_atomically(path / "metadata" / name, data)

@@ -190,7 +190,7 @@ def test_old_target_signed_under_a_new_name(
     file = repository._target_file(path, target.hashes["sha256"])
     file.parent.mkdir(parents=True)
     file.write_bytes(old)
-    repository._commit(state.sign_targets(keys.signer, repository._expiry, datetime.now(UTC)))
+    repository._commit(state.sign_targets(keys.signers, repository._expiry, datetime.now(UTC)))
     with pytest.raises(TrustError, match="old release"):
         agent.update_once()
     _keeps_release_1(agent, images)
@@ -269,10 +269,10 @@ def _forge(state, role, forged, network, repository, keys, now) -> None:
     if role == "targets":
         meta = MetaFile.from_data(version, forged, ["sha256"])
         state.snapshot.signed.meta["targets.json"] = meta
-        files = state.sign_snapshot(keys.signer, repository._expiry, now)
+        files = state.sign_snapshot(keys.signers, repository._expiry, now)
     else:
         state.timestamp.signed.snapshot_meta = MetaFile.from_data(version, forged, ["sha256"])
-        files = state.sign_timestamp(keys.signer, repository._expiry, now)
+        files = state.sign_timestamp(keys.signers, repository._expiry, now)
     network.replaced |= {f"metadata/{name}": data for name, data in files.items()}
 
 
@@ -370,7 +370,7 @@ def test_path_traversal_in_target_names(
 
     state = repository._load()
     state.targets.signed.targets[path] = TargetFile(10, {"sha256": "00" * 32}, path)
-    repository._commit(state.sign_targets(keys.signer, repository._expiry, datetime.now(UTC)))
+    repository._commit(state.sign_targets(keys.signers, repository._expiry, datetime.now(UTC)))
     assert agent.update_once().outcome == "current"
     _keeps_release_1(agent, images)
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tuf.api.metadata import Metadata
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import Finding, KeyRing, Repository, examine
+from prunecast.server.releases import Change, Finding, KeyRing, Repository, examine
+from support.ceremonies import Circle
 
 Model = Callable[[int], PublishedModel]
 
@@ -38,7 +40,9 @@ def published(
 def _codes(repository: Repository, keys: KeyRing | None = None, **options: object) -> set[str]:
     found = examine(repository.path, keys, **options)  # type: ignore[arg-type]
     assert all(f.what and f.remedy for f in found)
-    return {f.code for f in found if f.code != "folder-above-closed"}
+    # the keys fixture lies beside the repository, and so do its offline keys
+    usual = {"folder-above-closed", "offline-key-here"}
+    return {f.code for f in found if f.code not in usual}
 
 
 def _problems(repository: Repository, keys: KeyRing | None = None) -> set[str]:
@@ -238,6 +242,98 @@ def test_several_faults_are_found_at_once(published: Repository, keys: KeyRing) 
     (keys.folders[0] / "snapshot.pem").unlink()
     found = _problems(published, keys)
     assert found == {"blob-missing", "metadata-unreadable", "key-missing"}
+
+
+# several holders, delegated roles
+
+
+@pytest.fixture
+def shared(
+    tmp_path: Path, graph: ExportedGraph, model: Model, images: np.ndarray
+) -> tuple[Circle, Repository]:
+    """Two of alice, bob and carol; the role ``robot`` has published ``toy``."""
+    os.chmod(tmp_path, 0o755)
+    circle = Circle(tmp_path / "elsewhere" / "circle")
+    repository = circle.found(tmp_path / "served")
+    circle.online("host", "robot")
+    change = Change(delegate={"robot": ["toy"]}, add={"robot": circle.keys("host.robot")})
+    circle.change(repository, change, "alice", "bob")
+    repository.publish("toy", model(1), graph, selftest_inputs=images)
+    return circle, repository
+
+
+def test_a_repository_of_several_holders_is_healthy(shared: tuple[Circle, Repository]) -> None:
+    circle, repository = shared
+    host = KeyRing(circle.folder / "host")
+    assert _codes(repository, host) == {"key-offline"}
+    assert not [f for f in examine(repository.path, host) if f.code == "offline-key-here"]
+    (circle.folder / "host" / "robot.pem").unlink()
+    [finding] = [f for f in examine(repository.path, host) if f.severity == "problem"]
+    assert (finding.code, finding.subject) == ("key-missing", "robot")
+
+
+def test_metadata_below_its_threshold(shared: tuple[Circle, Repository]) -> None:
+    _, repository = shared
+    for name, files in (("root", 1), ("targets", 2)):
+        path = repository.path / "metadata" / f"{files}.{name}.json"
+        metadata = Metadata.from_bytes(before := path.read_bytes())
+        metadata.signatures.popitem()
+        path.write_bytes(metadata.to_bytes())
+        found = {f.code: f for f in examine(repository.path) if f.severity == "problem"}
+        assert "has 1 of 2 signatures" in found["threshold-not-met"].what
+        assert "1 valid signatures are missing, of" in found["threshold-not-met"].what
+        metadata.signatures.clear()
+        path.write_bytes(metadata.to_bytes())
+        codes = {f.code for f in examine(repository.path) if f.severity == "problem"}
+        assert "metadata-signature" in codes
+        path.write_bytes(before)
+    assert _problems(repository) == set()
+
+
+def test_lists_of_delegated_roles(shared: tuple[Circle, Repository]) -> None:
+    _, repository = shared
+    folder = repository.path / "metadata"
+    by_role = {f.subject: f.code for f in examine(repository.path, now=_later(25))}
+    assert by_role["robot"] == "expires-soon"
+    by_role = {f.subject: f.code for f in examine(repository.path, now=_later(31))}
+    assert by_role["robot"] == "expired"
+    listing = (folder / "2.robot.json").read_bytes()
+    (folder / "2.robot.json").write_bytes((folder / "1.robot.json").read_bytes())
+    assert "metadata-mismatch" in _problems(repository)
+    (folder / "2.robot.json").unlink()
+    assert "metadata-missing" in _problems(repository)
+    (folder / "2.robot.json").write_bytes(listing)
+    [manifest] = (repository.path / "targets" / "toy" / "1").iterdir()
+    manifest.unlink()
+    assert _problems(repository) == {"manifest-missing"}
+
+
+def test_offline_keys_on_the_serving_machine(
+    shared: tuple[Circle, Repository], published: Repository
+) -> None:
+    """Encrypted or not: a holder's key has no business there."""
+    [note] = [f for f in examine(published.path) if f.code == "offline-key-here"]
+    assert note.severity == "note"  # one key for everything, as `release init` begins
+    assert "root.pem (root)" in note.subject
+    circle, repository = shared
+    assert "offline-key-here" not in _problems(repository)
+    head = f"Prunecast key of bob\nKey-Id: {circle.signer('bob').public_key.keyid}\n"
+    forgotten = repository.path.parent / "backup" / "bob.key"
+    forgotten.parent.mkdir()
+    forgotten.write_text(f"{head}-----BEGIN ENCRYPTED PRIVATE KEY-----\n")
+    [finding] = [f for f in examine(repository.path) if f.severity == "problem"]
+    assert finding.code == "offline-key-here"
+    assert "bob.key (root, targets)" in finding.subject
+    forgotten.write_bytes(circle.signer("bob").private_bytes)
+    assert _problems(repository) == {"offline-key-here"}
+    forgotten.write_bytes(circle.signer("mallory").private_bytes)
+    assert _problems(repository) == set()
+
+
+def test_an_old_list_that_is_damaged(published: Repository) -> None:
+    (published.path / "metadata" / "1.targets.json").write_bytes(b"{")
+    (published.path / "blobs" / ("b" * 64)).write_bytes(b"whole")
+    assert _codes(published) == {"old-list-damaged"}
 
 
 # the command

@@ -136,7 +136,8 @@ def test_every_file_is_in_place_before_timestamp_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A reader at any moment of a publication sees one complete state."""
-    import prunecast.server.releases.repository as module
+    from prunecast.server.releases import keeper
+    from prunecast.server.releases import repository as module
 
     repository.publish("toy", model(1), graph, selftest_inputs=images)
     root = repository.trusted_root()
@@ -150,7 +151,8 @@ def test_every_file_is_in_place_before_timestamp_changes(
             if moment == "before":
                 real(path, data)
 
-    monkeypatch.setattr(module, "write_atomically", observed)
+    for place in (module, keeper):
+        monkeypatch.setattr(place, "write_atomically", observed)
     repository.publish("toy", model(2), graph, selftest_inputs=images)
     assert seen[-2:] == [("before", "timestamp.json", [1]), ("after", "timestamp.json", [1, 2])]
     assert all(versions == [1] for _, _, versions in seen[:-1])
