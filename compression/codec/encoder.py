@@ -43,6 +43,8 @@ _LARGE = 20_000
 _STATIC = 1000
 _ONE_SIGN = 64
 _FINE = 1 << 18
+_BYTE_SAMPLE = 18
+"""Logarithm of how many bytes of a plane tell whether it can be compressed."""
 
 
 def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None) -> bytes:
@@ -147,7 +149,7 @@ def encode_body(
         if f.plane is None:
             centre = _centre(engine, v, f)
         else:
-            counts = engine.byte_counts(v)
+            counts = engine.byte_counts(v, max(1, f.size >> _BYTE_SAMPLE))
             if _incompressible(counts):
                 stored += engine.stored(v)
                 codes.append(FieldCode(STORED))

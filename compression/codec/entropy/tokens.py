@@ -18,6 +18,7 @@ from .rawbits import BitReader, BitWriter
 __all__ = ["GAP_TOKENS", "TokenScheme", "bit_length_minus_one", "signed", "zigzag"]
 
 _CHUNK = 1 << 16
+_EXACT = 1 << 53
 
 
 def zigzag(v: NDArray[Any]) -> NDArray[Any]:
@@ -64,34 +65,40 @@ class TokenScheme:
 
     def tokens(self, z: NDArray[Any]) -> NDArray[np.uint8]:
         """Return the tokens alone."""
-        return self._split(z)[0]
+        return self._large(z)[0]
 
     def split(self, z: NDArray[Any], raw: BitWriter) -> NDArray[np.uint8]:
         """Return tokens and append their raw bits."""
         if len(z) <= _CHUNK:
-            tokens, low, widths = self._split(z)
-            raw.write(low, widths)
+            tokens, large, exponents = self._large(z)
+            width = exponents - np.uint64(self.mantissa)
+            raw.write(large & ((np.uint64(1) << width) - np.uint64(1)), width)
             return tokens
         out = np.empty(len(z), np.uint8)
         for s in range(0, len(z), _CHUNK):  # in chunks, to bound temporary arrays
             out[s : s + _CHUNK] = self.split(z[s : s + _CHUNK], raw)
         return out
 
-    def _split(
+    def _large(
         self, z: NDArray[Any]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64]]:
-        """Tokens; and of those with raw bits: the bits and their number."""
-        limit = 1 << self.direct
+        """Tokens; and the values from ``2**direct`` on with their exponents."""
         tokens = z.astype(np.uint8)
-        at = np.flatnonzero(z >= limit)
-        big = z[at].astype(np.uint64)
+        at = np.flatnonzero(z >= 1 << self.direct)
+        large = z[at].astype(np.uint64)
         if not len(at):
-            return tokens, big, big
-        nb = bit_length_minus_one(big)
-        width = (nb - self.mantissa).astype(np.uint64)
-        top = (big >> width).astype(np.int64) & ((1 << self.mantissa) - 1)
-        tokens[at] = limit + ((nb - self.direct) << self.mantissa) + top
-        return tokens, big & ((np.uint64(1) << width) - np.uint64(1)), width
+            return tokens, large, large
+        m = np.uint64(self.mantissa)
+        if z.dtype.itemsize <= 4 or int(large.max()) < _EXACT:
+            # A double of such an integer is exact, and shows the exponent and the bits below it.
+            lead = large.astype(np.float64).view(np.uint64) >> (np.uint64(52) - m)
+            lead -= np.uint64(1023) << m
+            exponents = lead >> m
+        else:
+            exponents = bit_length_minus_one(large).astype(np.uint64)
+            lead = (exponents - np.uint64(1) << m) + (large >> (exponents - m))
+        tokens[at] = lead.view(np.int64) + ((1 << self.direct) - (self.direct << self.mantissa))
+        return tokens, large, exponents
 
     def widths(self) -> NDArray[np.uint8]:
         """Raw bits of each of the 256 tokens (255: no such token)."""
