@@ -39,6 +39,12 @@ Quiet = Annotated[
     str | None,
     typer.Option(help="Local time without downloads of releases, such as 07:00-19:30."),
 ]
+Optimise = Annotated[
+    bool,
+    typer.Option(
+        "--optimise", help="Keep releases as optimised for this CPU: quicker starts, more disk."
+    ),
+]
 Listen = Annotated[
     list[str] | None,
     typer.Option(
@@ -62,6 +68,7 @@ def update(
     threads: Threads = None,
     bandwidth: Bandwidth = None,
     quiet: Quiet = None,
+    optimise: Optimise = False,
     as_json: AsJson = False,
 ) -> None:
     """Check once for a newer release; download, verify, self-test and activate it."""
@@ -69,7 +76,7 @@ def update(
 
     from prunecast.client.edge import Agent
 
-    config = _config(state, url, name, root, threads, quiet)
+    config = _config(state, url, name, root, threads, quiet, optimise)
     fetcher = _limited(_fetcher(ca_file, certificate, key, token_file), bandwidth, time.sleep)
     with Agent(config, fetcher=fetcher) as agent:
         result = agent.update_once()
@@ -96,6 +103,7 @@ def run(
     threads: Threads = None,
     bandwidth: Bandwidth = None,
     quiet: Quiet = None,
+    optimise: Optimise = False,
     listen: Listen = None,
     as_json: AsJson = False,
 ) -> None:
@@ -119,7 +127,7 @@ def run(
             shown = json.dumps(asdict(result)) if as_json else _line(result)
         print(shown, flush=True)  # noqa: T201
 
-    config = _config(state, url, name, root, threads, quiet)
+    config = _config(state, url, name, root, threads, quiet, optimise)
 
     def wait(seconds: float) -> None:
         if stop.wait(seconds):
@@ -185,7 +193,13 @@ def infer(
 
 
 def _config(
-    state: Path, url: str, name: str, root: Path, threads: int | None, quiet: str | None
+    state: Path,
+    url: str,
+    name: str,
+    root: Path,
+    threads: int | None,
+    quiet: str | None,
+    optimise: bool,
 ) -> AgentConfig:
     from prunecast.client.edge import AgentConfig, QuietHours
 
@@ -195,7 +209,8 @@ def _config(
         hours = QuietHours.parse(quiet) if quiet else None
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--quiet") from error
-    return AgentConfig(state, url, name, root.read_bytes(), threads=threads, quiet=hours)
+    content = root.read_bytes()
+    return AgentConfig(state, url, name, content, threads=threads, quiet=hours, optimise=optimise)
 
 
 def _limited(fetcher: Fetcher, bandwidth: float | None, sleep: Callable[[float], None]) -> Fetcher:

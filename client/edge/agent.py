@@ -24,6 +24,7 @@ from prunecast.client.edge.slot import (
     LoadedRelease,
     build_slot,
     clear_slot,
+    open_optimised,
     open_slot,
     verify_slot,
 )
@@ -224,7 +225,11 @@ class Agent:
                 started = replace(active, starts=active.starts + 1)
                 self._write(replace(self._state, active=started))
             try:
-                self._serve(self._load(active))
+                loaded = self._load(active)
+                if loaded.seal and loaded.seal != active.optimised:
+                    sealed = replace(self._state.active or active, optimised=loaded.seal)
+                    self._write(replace(self._state, active=sealed))
+                self._serve(loaded)
                 return
             except OnnxError as error:
                 self.telemetry.rejected(active.version, str(error))
@@ -250,7 +255,15 @@ class Agent:
     def _load(self, record: SlotRecord) -> LoadedRelease:
         slot = self._folder.slot(record.slot)
         manifest = verify_slot(slot, record.manifest)
-        return open_slot(slot, manifest, threads=self.config.threads)
+        if self.config.optimise:
+            quick = open_optimised(slot, manifest, record.optimised, threads=self.config.threads)
+            if quick is not None:
+                return quick
+        return self._open(slot, manifest)
+
+    def _open(self, slot: Path, manifest: ReleaseManifest) -> LoadedRelease:
+        config = self.config
+        return open_slot(slot, manifest, threads=config.threads, optimise=config.optimise)
 
     def _update(
         self, counted: Counter[str], order: Order | None, superseded: Callable[[], bool]
@@ -364,11 +377,12 @@ class Agent:
         self._step("self-test")
         self._write(self._state.tried(digest))
         try:
-            loaded = open_slot(folder, manifest, threads=self.config.threads)
+            loaded = self._open(folder, manifest)
         except OnnxError as error:
             return self._reject(manifest, digest, str(error))
         self._step("activate")
-        self._write(self._state.activate(SlotRecord(slot, manifest.version, digest)))
+        record = SlotRecord(slot, manifest.version, digest, optimised=loaded.seal)
+        self._write(self._state.activate(record))
         self._step("swap")
         self._serve(loaded)
         self._step("clean up")

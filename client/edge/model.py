@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.client.edge.errors import EdgeError, NoModel, StateError, VersionNotActive
-from prunecast.client.edge.slot import LoadedRelease, open_slot, verify_slot
+from prunecast.client.edge.slot import LoadedRelease, open_optimised, open_slot, verify_slot
 from prunecast.client.edge.store import StateFolder
 from prunecast.compression.onnx import InputRefused, OnnxError, ReleaseManifest
 
@@ -148,7 +148,10 @@ def open_model(state: Path | str, *, threads: int | None = None) -> EdgeModel:
             slot = folder.slot(record.slot)
             try:
                 manifest = verify_slot(slot, record.manifest)
-                return EdgeModel(open_slot(slot, manifest, threads=threads))
+                quick = open_optimised(
+                    slot, manifest, record.optimised, threads=threads, mark=False
+                )
+                return EdgeModel(quick or open_slot(slot, manifest, threads=threads))
             except (EdgeError, OnnxError) as error:
                 problem = error
     raise StateError(f"no intact release in {folder.path}: {problem}; run an update")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentRefused, StateError
 from prunecast.client.edge.externals import check_externals
+from prunecast.client.edge.optimised import may_optimise, open_and_seal, open_sealed
 from prunecast.compression.onnx import (
     InferenceSession,
     LayoutError,
+    OnnxError,
     ReleaseManifest,
     WeightsLayout,
     check_outputs,
@@ -29,18 +31,34 @@ from prunecast.compression.versions import (
     save_model,
 )
 
-__all__ = ["LoadedRelease", "build_slot", "clear_slot", "held_model", "open_slot", "verify_slot"]
+__all__ = [
+    "LoadedRelease",
+    "build_slot",
+    "clear_slot",
+    "held_model",
+    "open_optimised",
+    "open_slot",
+    "verify_slot",
+]
 
 _MANIFEST, _WEIGHTS, _MODEL = "release.json", "weights.bin", "published.model"
 
 
 @dataclass(frozen=True)
 class LoadedRelease:
-    """A release in memory: session and manifest belong together."""
+    """A release in memory: session and manifest belong together.
+
+    Attributes:
+        manifest: of the release.
+        session: runs it.
+        difference: largest difference in the self-test, in units of the output.
+        seal: of the optimised model that the session was loaded from; None: the signed one.
+    """
 
     manifest: ReleaseManifest
     session: InferenceSession
     difference: float
+    seal: str | None = None
 
 
 def clear_slot(folder: Path) -> None:
@@ -119,8 +137,17 @@ def verify_slot(folder: Path, manifest_sha256: str) -> ReleaseManifest:
     return manifest
 
 
-def open_slot(folder: Path, manifest: ReleaseManifest, *, threads: int | None) -> LoadedRelease:
-    """Load a new session and run the self-test.
+def open_slot(
+    folder: Path, manifest: ReleaseManifest, *, threads: int | None, optimise: bool = False
+) -> LoadedRelease:
+    """Load a new session of the signed model and run the self-test.
+
+    Args:
+        folder: a verified slot.
+        manifest: of the release in it.
+        threads: see `open_session`.
+        optimise: keep what onnxruntime makes of the model, if the disk has room, and serve that
+            after the same self-test.
 
     Raises:
         RuntimeFailure: onnxruntime refuses the model, or it reads other files than its own.
@@ -132,7 +159,46 @@ def open_slot(folder: Path, manifest: ReleaseManifest, *, threads: int | None) -
     except OSError as error:
         raise StateError(f"cannot read {folder}: {error}") from error
     check_externals(graph, file=_WEIGHTS, size=manifest.weights.length)
-    session = open_session(folder / "model.onnx", threads=threads)
+    if not (optimise and may_optimise(folder, manifest)):
+        return _tested(folder, manifest, open_session(folder / "model.onnx", threads=threads))
+    session, seal = open_and_seal(folder, manifest, threads=threads)
+    loaded = _tested(folder, manifest, session)
+    return open_optimised(folder, manifest, seal, threads=threads) or loaded
+
+
+def open_optimised(
+    folder: Path,
+    manifest: ReleaseManifest,
+    seal: str | None,
+    *,
+    threads: int | None,
+    mark: bool = True,
+) -> LoadedRelease | None:
+    """Load the model that was optimised for this CPU and run the self-test.
+
+    Args:
+        folder: a verified slot.
+        manifest: of the release in it.
+        seal: of the optimised model, as `state.json` has it.
+        threads: see `open_session`.
+        mark: see `open_sealed`.
+
+    Returns:
+        None when it is not the one that was sealed, or does not pass: the signed one is there.
+
+    Raises:
+        StateError: a file cannot be read.
+    """
+    session = open_sealed(folder, seal, threads=threads, mark=mark)
+    if session is None:
+        return None
+    try:
+        return replace(_tested(folder, manifest, session), seal=seal)
+    except OnnxError:
+        return None
+
+
+def _tested(folder: Path, manifest: ReleaseManifest, session: InferenceSession) -> LoadedRelease:
     try:
         inputs = unpack_arrays((folder / "selftest.npz").read_bytes())
         expected = unpack_arrays((folder / "expected.npz").read_bytes())

@@ -54,6 +54,7 @@ class SlotRecord:
         manifest: hex digest of its `release.json`.
         confirmed: whether it has proved itself in service.
         starts: how often a process has started with it unconfirmed.
+        optimised: seal of the model that was optimised for this CPU; None without one.
     """
 
     slot: str
@@ -61,6 +62,7 @@ class SlotRecord:
     manifest: str
     confirmed: bool = False
     starts: int = 0
+    optimised: str | None = None
 
 
 @dataclass(frozen=True)
@@ -274,4 +276,5 @@ def _record(document: Any) -> SlotRecord | None:
         str(document["manifest"]),
         bool(document["confirmed"]),
         int(document["starts"]),
+        None if document.get("optimised") is None else str(document["optimised"]),
     )

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-__all__ = ["file_digest", "sync_folder", "write_synced"]
+__all__ = ["file_digest", "sync_file", "sync_folder", "write_synced"]
 
 
 def file_digest(path: Path) -> str:
@@ -22,6 +22,11 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable that somebody else wrote."""
+    sync_folder(path)  # the same two calls
 
 
 def write_synced(path: Path, data: bytes) -> None:

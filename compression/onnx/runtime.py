@@ -132,7 +132,12 @@ def fit_inputs(
 
 
 def open_session(
-    path: Path, *, threads: int | None = None, integers: bool | None = None
+    path: Path,
+    *,
+    threads: int | None = None,
+    integers: bool | None = None,
+    optimise: bool = True,
+    save_optimised: Path | None = None,
 ) -> InferenceSession:
     """Load a model file (and the `weights.bin` beside it) on the CPU.
 
@@ -140,6 +145,9 @@ def open_session(
         path: the ``.onnx`` file.
         threads: threads within an operator; None leaves the choice to onnxruntime.
         integers: compute in integers what the model quantises; None: if it quantises activations.
+        optimise: False for a file that was written as `save_optimised`.
+        save_optimised: where to write the optimised graph; its weights go beside it, into
+            `weights.bin`. Both are for this CPU and this onnxruntime alone.
 
     Raises:
         RuntimeFailure: onnxruntime is not installed or refuses the file.
@@ -159,6 +167,14 @@ def open_session(
         # With it, lattice weights become float constants while loading: same values, speed of
         # fp32.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_optimised is not None:
+        options.optimized_model_filepath = str(save_optimised)
+        # weights in a file of their own are mapped, not copied, when they are loaded again
+        external = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{external}file_name", "weights.bin")
+        options.add_session_config_entry(f"{external}min_size_in_bytes", "1024")
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
