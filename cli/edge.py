@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prunecast.cli.edge_control import (
+    Control,
+    ControlCa,
+    ControlCertificate,
+    ControlKey,
+    ControlToken,
+    control_settings,
+    event_line,
+)
+
 if TYPE_CHECKING:
-    from prunecast.client.edge import AgentConfig, EdgeError, Fetcher, HttpFetcher, UpdateResult
+    from prunecast.client.edge import (
+        AgentConfig,
+        ControlProblem,
+        EdgeError,
+        Fetcher,
+        HttpFetcher,
+        UpdateResult,
+    )
 
 __all__ = ["app"]
 
@@ -89,9 +106,12 @@ def update(
 @app.command()
 def run(
     state: State,
-    url: Url,
     name: Name,
     root: Root,
+    url: Annotated[
+        str | None,
+        typer.Option(help="URL of the release repository; may be left out with --control."),
+    ] = None,
     interval: Annotated[float, typer.Option(help="Seconds between checks.", min=0.1)] = 300.0,
     jitter: Annotated[
         float, typer.Option(help="Share by which each wait varies.", min=0.0, max=1.0)
@@ -105,9 +125,18 @@ def run(
     quiet: Quiet = None,
     optimise: Optimise = False,
     listen: Listen = None,
+    control: Control = None,
+    control_token: ControlToken = None,
+    control_ca: ControlCa = None,
+    control_certificate: ControlCertificate = None,
+    control_key: ControlKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Follow releases until interrupted; one line per check."""
+    """Follow releases until interrupted; one line per check.
+
+    With --control the fleet decides which of the live releases runs here, a lower one too;
+    without, always the highest.
+    """
     import signal
     import threading
     from contextlib import ExitStack
@@ -115,9 +144,17 @@ def run(
     from prunecast.client.edge import Agent, EdgeError, NetworkError
     from prunecast.client.edge.inference import InferenceServer
 
-    stop = threading.Event()
+    fleet = control_settings(control, control_token, control_ca, control_certificate, control_key)
+    if url is None and fleet is None:
+        raise typer.BadParameter("either --url or --control is needed", param_hint="--url")
+    stop, wake = threading.Event(), threading.Event()
+
+    def end(*_: object) -> None:
+        stop.set()
+        wake.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
 
     def show(result: UpdateResult | EdgeError) -> None:
         if isinstance(result, EdgeError):
@@ -127,19 +164,45 @@ def run(
             shown = json.dumps(asdict(result)) if as_json else _line(result)
         print(shown, flush=True)  # noqa: T201
 
-    config = _config(state, url, name, root, threads, quiet, optimise)
-
     def wait(seconds: float) -> None:
         if stop.wait(seconds):
             raise NetworkError("the agent was asked to end; what has come is kept")
 
-    fetcher = _limited(_fetcher(ca_file, certificate, key, token_file), bandwidth, wait)
+    source: Fetcher = _fetcher(ca_file, certificate, key, token_file)
+    config = _config(state, url or "https://", name, root, threads, quiet, optimise)
+    if fleet is not None:
+        from prunecast.client.edge.control import ControlFetcher, Controller, Line
+
+        line = Line(fleet)
+        if url is None:
+            source, config = ControlFetcher(line), replace(config, url=fleet.url)
+    fetcher = _limited(source, bandwidth, wait)
     with Agent(config, fetcher=fetcher, wait=wait) as agent, ExitStack() as endpoints:
         for address in listen or ():
             endpoint = endpoints.enter_context(InferenceServer(agent.model, name, address))
             told = {"outcome": "listening", "address": endpoint.address}
             print(json.dumps(told) if as_json else f"listening on {endpoint.address}", flush=True)  # noqa: T201
-        agent.run(interval, stop=stop, jitter=jitter, on_result=show)
+        if fleet is None:
+            agent.run(interval, stop=stop, jitter=jitter, on_result=show)
+            return
+
+        def tell(event: bool | ControlProblem) -> None:
+            print(event_line(event, as_json), flush=True)  # noqa: T201
+
+        with Controller(agent, line, wake=wake, on_event=tell) as controller:
+
+            def note(result: UpdateResult | EdgeError) -> None:
+                show(result)
+                controller.note(result)
+
+            agent.run(
+                interval,
+                stop=stop,
+                jitter=jitter,
+                on_result=note,
+                order=controller.order,
+                wake=wake,
+            )
 
 
 @app.command()

@@ -5,6 +5,7 @@ __all__ = [
     "AgentTooOld",
     "ContentMissing",
     "ContentRefused",
+    "ControlProblem",
     "EdgeError",
     "NetworkError",
     "NoModel",
@@ -50,6 +51,10 @@ class AgentTooOld(EdgeError):
 
 class NoModel(EdgeError):
     """No release is active yet."""
+
+
+class ControlProblem(EdgeError):
+    """The fleet's control server cannot be reached, or refuses this device."""
 
 
 class OrderRefused(EdgeError):

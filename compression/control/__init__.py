@@ -3,19 +3,19 @@
 What both sides must agree on lies here, because client and server never import each other.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from prunecast.compression.control import fleet_pb2 as messages
-from prunecast.compression.control.fleet_pb2_grpc import (
-    FleetControlServicer,
-    FleetControlStub,
-    add_FleetControlServicer_to_server,
-)
+from prunecast.compression.control import fleet_pb2_grpc
+from prunecast.compression.control.fleet_pb2_grpc import FleetControlServicer
 
 __all__ = [
     "CHUNK_BYTES",
     "SERVICE",
     "FleetControlServicer",
-    "FleetControlStub",
-    "add_FleetControlServicer_to_server",
+    "add_servicer",
+    "make_stub",
     "messages",
 ]
 
@@ -24,3 +24,8 @@ SERVICE = "prunecast.fleet.v1.FleetControl"
 
 CHUNK_BYTES = 512 * 1024
 """Bytes of a chunk of `Fetch`; agents accept any size up to 4 MiB."""
+
+# the generated functions have no types
+add_servicer: Callable[[FleetControlServicer, Any], None]
+add_servicer = fleet_pb2_grpc.add_FleetControlServicer_to_server
+make_stub: Callable[[Any], Any] = fleet_pb2_grpc.FleetControlStub

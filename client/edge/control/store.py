@@ -1,0 +1,204 @@
+"""What the agent knows from its fleet and owes it, in one file: `control.json`.
+
+The directive, what was answered to it and the reports that wait change together or not at all, so
+a power cut neither loses an answer nor makes a second one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from prunecast.client.edge.store import StateFolder
+
+__all__ = ["Answer", "ControlStore", "Directive", "Report"]
+
+_FILE = "control.json"
+_SCHEMA = 1
+_MOST_REPORTS = 64
+
+
+@dataclass(frozen=True)
+class Directive:
+    """What the fleet told this device; see `fleet.proto`."""
+
+    serial: int
+    release: str = ""
+    version: int | None = None
+    downgrade: bool = False
+    rollout: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a directive; `outcome` as the fleet names it."""
+
+    serial: int
+    version: int
+    outcome: str
+    detail: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it speaks against the release."""
+        return self.outcome != "succeeded"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report on its way; see `fleet.proto`."""
+
+    id: str
+    device: str
+    agent: str
+    running: int | None
+    answer: Answer | None = None
+    error: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    made: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Content:
+    fingerprint: str = ""
+    device: str = ""
+    directive: Directive | None = None
+    answered: Answer | None = None
+    reports: tuple[Report, ...] = ()
+
+
+class ControlStore:
+    """Reads and writes `control.json`; may be used by several threads.
+
+    A file that cannot be read is taken for none: the fleet tells its directive again, and counts
+    an answer that it knows already only once.
+
+    Args:
+        folder: the agent's state folder, which it has locked.
+        make_id: makes identifiers that are never used again.
+    """
+
+    def __init__(self, folder: StateFolder, make_id: Callable[[], str]) -> None:
+        self._folder, self._make_id = folder, make_id
+        self._lock = threading.Lock()
+        self._content = _content(folder.read_json(_FILE))
+
+    @property
+    def directive(self) -> Directive | None:
+        """The last directive; None: there never was one."""
+        return self._content.directive
+
+    @property
+    def device(self) -> str:
+        """Name of this device; empty: not known yet."""
+        return self._content.device
+
+    def __len__(self) -> int:
+        """How many reports wait."""
+        return len(self._content.reports)
+
+    def name_for(self, fingerprint: str) -> str:
+        """Name that a credential stood for the last time; empty for another credential."""
+        return self._content.device if fingerprint == self._content.fingerprint else ""
+
+    def welcome(self, device: str, fingerprint: str) -> None:
+        """The server has said whom the credential stands for.
+
+        Directive and reports of another device are dropped: nobody would take them.
+
+        Raises:
+            StateError: the disk refuses; what was said holds nevertheless until the process ends.
+        """
+        with self._lock:
+            known = self._content
+            if device != known.device:
+                known = _Content()
+            self._write(replace(known, device=device, fingerprint=fingerprint))
+
+    def accept(self, directive: Directive) -> bool:
+        """Take a directive; whether it is another one than before.
+
+        Raises:
+            StateError: as `welcome`.
+        """
+        with self._lock:
+            if directive == self._content.directive:
+                return False
+            self._write(replace(self._content, directive=directive))
+            return True
+
+    def report(
+        self,
+        agent: str,
+        running: int | None,
+        *,
+        answer: Answer | None = None,
+        error: str = "",
+        figures: dict[str, float] | None = None,
+        made: float = 0.0,
+    ) -> None:
+        """Queue a report; one without an answer takes the place of an earlier one of its kind.
+
+        When too many wait, the oldest are dropped.
+
+        Raises:
+            StateError: as `welcome`.
+        """
+        with self._lock:
+            known = self._content
+            made_now = Report(
+                self._make_id(), known.device, agent, running, answer, error, figures or {}, made
+            )
+            waiting = [r for r in known.reports if answer or r.answer] + [made_now]
+            known = replace(known, reports=tuple(waiting[-_MOST_REPORTS:]))
+            self._write(replace(known, answered=answer) if answer else known)
+
+    def is_due(self, answer: Answer) -> bool:
+        """Whether an answer says something that was not said: the first, or a failure at last."""
+        last = self._content.answered
+        same = last is not None and (last.serial, last.version) == (answer.serial, answer.version)
+        return not same or (answer.failed and last is not None and not last.failed)
+
+    def first(self) -> Report | None:
+        """The report that has waited longest."""
+        waiting = self._content.reports
+        return waiting[0] if waiting else None
+
+    def done(self, report: str) -> None:
+        """A report, by its id, has arrived or will never be taken.
+
+        Raises:
+            StateError: as `welcome`; it may be sent once more, and is recognised.
+        """
+        with self._lock:
+            left = tuple(r for r in self._content.reports if r.id != report)
+            if left != self._content.reports:
+                self._write(replace(self._content, reports=left))
+
+    def _write(self, content: _Content) -> None:
+        if content != self._content:
+            self._content = content
+            self._folder.write_json(_FILE, {"schema": _SCHEMA, **asdict(content)})
+
+
+def _content(document: dict[str, Any]) -> _Content:
+    try:
+        if document["schema"] != _SCHEMA:
+            return _Content()
+        directive, answered = document["directive"], document["answered"]
+        return _Content(
+            fingerprint=str(document["fingerprint"]),
+            device=str(document["device"]),
+            directive=Directive(**directive) if directive else None,
+            answered=Answer(**answered) if answered else None,
+            reports=tuple(_report(r) for r in document["reports"]),
+        )
+    except (KeyError, TypeError):
+        return _Content()
+
+
+def _report(document: dict[str, Any]) -> Report:
+    answer = document["answer"]
+    return Report(**{**document, "answer": Answer(**answer) if answer else None})
