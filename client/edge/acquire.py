@@ -15,7 +15,7 @@ from prunecast.client.edge.errors import (
     ContentRefused,
     StateError,
 )
-from prunecast.client.edge.slot import held_model
+from prunecast.client.edge.held import held_model
 from prunecast.client.edge.store import StateFolder
 from prunecast.client.edge.transport import Fetcher
 from prunecast.compression.codec import Limits

@@ -11,6 +11,7 @@ from pathlib import Path
 from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentRefused, StateError
 from prunecast.client.edge.externals import check_externals
+from prunecast.client.edge.held import REST, save_rest
 from prunecast.client.edge.optimised import may_optimise, open_and_seal, open_sealed
 from prunecast.compression.onnx import (
     InferenceSession,
@@ -24,24 +25,18 @@ from prunecast.compression.onnx import (
 )
 from prunecast.compression.onnx.files import file_digest, sync_folder, write_synced
 from prunecast.compression.onnx.manifest import RELEASE_FILES
-from prunecast.compression.versions import (
-    PublishedModel,
-    VersionsError,
-    load_model,
-    save_model,
-)
+from prunecast.compression.versions import PublishedModel, VersionsError
 
 __all__ = [
     "LoadedRelease",
     "build_slot",
     "clear_slot",
-    "held_model",
     "open_optimised",
     "open_slot",
     "verify_slot",
 ]
 
-_MANIFEST, _WEIGHTS, _MODEL = "release.json", "weights.bin", "published.model"
+_MANIFEST, _WEIGHTS = "release.json", "weights.bin"
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def build_slot(
         sha256 = layout.write(model, folder / _WEIGHTS)
         if sha256 != parsed.weights.sha256:
             raise ContentRefused("the rebuilt weights.bin is not the one that was signed")
-        save_model(model, folder / _MODEL)
+        save_rest(model, layout, folder / REST)
         write_synced(folder / _MANIFEST, manifest)
         sync_folder(folder)
         sync_folder(folder.parent)
@@ -206,11 +201,3 @@ def _tested(folder: Path, manifest: ReleaseManifest, session: InferenceSession) 
         raise StateError(f"cannot read {folder}: {error}") from error
     difference = check_outputs(expected, session.run(inputs), manifest.tolerance)
     return LoadedRelease(manifest, session, difference)
-
-
-def held_model(folder: Path) -> PublishedModel | None:
-    """The published model of a slot, the base for patches; None when unreadable."""
-    try:
-        return load_model(folder / _MODEL)
-    except VersionsError:
-        return None  # not needed for inference; the next update takes the keyframe

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,23 +11,25 @@ __all__ = ["difference", "restore"]
 
 
 def difference(
-    values: NDArray[np.generic], held: NDArray[np.generic] | None
-) -> NDArray[np.generic]:
+    values: NDArray[Any], held: NDArray[Any] | None, dtype: np.dtype[Any] | None = None
+) -> NDArray[Any]:
     """Integers: ``values - held`` modulo their width. Floats: the values (the codec subtracts).
 
     Args:
         values: any shape.
-        held: same shape and dtype, or None where nothing is known.
+        held: same shape, integers of any width for integers; None where nothing is known.
+        dtype: of the result, for integers; by default that of `values`.
     """
-    if held is None or values.dtype.kind not in "iu":
-        return values
-    unsigned = np.dtype(f"u{values.dtype.itemsize}")
-    return np.asarray(np.subtract(values.view(unsigned), held.view(unsigned))).view(values.dtype)
+    kind = np.dtype(dtype or values.dtype)
+    if held is None or kind.kind not in "iu":
+        return values.astype(kind, copy=False)
+    # asarray: of scalars numpy makes scalars, and warns when these wrap
+    return np.asarray(np.subtract(values, held, dtype=kind, casting="unsafe"))
 
 
-def restore(coded: NDArray[np.generic], held: NDArray[np.generic] | None) -> NDArray[np.generic]:
-    """Inverse of `difference`."""
+def restore(coded: NDArray[Any], held: NDArray[Any] | None) -> NDArray[Any]:
+    """Inverse of `difference`; writes into `coded` where that is possible."""
     if held is None or coded.dtype.kind not in "iu":
         return coded
-    unsigned = np.dtype(f"u{coded.dtype.itemsize}")
-    return np.asarray(np.add(coded.view(unsigned), held.view(unsigned))).view(coded.dtype)
+    out = coded if coded.flags.writeable else np.empty_like(coded)
+    return np.asarray(np.add(coded, held, out=out, casting="unsafe"))

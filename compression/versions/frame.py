@@ -3,7 +3,7 @@
 All integers are little-endian::
 
     magic     3  b"PCM"
-    major     1  1; another major is refused
+    major     1  2; another major is refused
     kind      1  see `Kind`
     flags     1  0; a set bit is refused
     stream    8  first bytes of SHA-256(stream identifier)
@@ -30,7 +30,7 @@ __all__ = ["SHORT_DIGEST", "Frame", "Kind", "pack", "short", "stream_tag", "unpa
 
 SHORT_DIGEST = 16
 _MAGIC = b"PCM"
-_MAJOR = 1
+_MAJOR = 2
 _HEAD = struct.Struct("<3sBBB8sI16s16sI")
 _CRC = struct.Struct("<I")
 _MAX_LAYOUT = 1 << 24  # bytes, inflated
@@ -110,7 +110,10 @@ def unpack(payload: bytes, *, stream: bytes | None) -> Frame:
     head = payload[: _HEAD.size]
     _, major, kind, flags, tag, counter, digest, base, layout_size = _HEAD.unpack(head)
     if major != _MAJOR:
-        raise BadPayload(f"payload format {major} is not supported (this side reads {_MAJOR})")
+        older = "make it again with this version" if major < _MAJOR else "update this side"
+        raise BadPayload(
+            f"payload format {major} is not supported (this side reads {_MAJOR}): {older}"
+        )
     if flags:
         raise BadPayload(f"unknown payload flags {flags:#04x}: update Prunecast on this side")
     if layout_size > len(payload) - fixed:

@@ -32,7 +32,7 @@ _DTYPES = (
     *("float32", "float64", "float16", "bool"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 )
-_LATTICE, _PRUNED, _OTHER = 1, 2, 4
+_LATTICE, _PRUNED, _OTHER, _MASKED = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -153,44 +153,64 @@ def same_kind(new: TensorHead, old: TensorHead) -> bool:
     return new.spec == old.spec and (new.step is None) == (old.step is None)
 
 
-def pack_changes(heads: Sequence[TensorHead], base: Sequence[TensorHead]) -> bytes:
-    """Layout of a delta: what changed against the held version; empty when nothing did."""
-    if all(new == old for new, old in zip(heads, base, strict=True)):
+def pack_changes(
+    heads: Sequence[TensorHead], base: Sequence[TensorHead], back: Sequence[int | None]
+) -> bytes:
+    """Layout of a delta: what changed against the held version; empty when nothing did.
+
+    Args:
+        heads: of the new version.
+        base: of the held version.
+        back: for each tensor that is coded under its mask how many places come back, else None.
+    """
+    if all(new == old for new, old in zip(heads, base, strict=True)) and not any(
+        count is not None for count in back
+    ):
         return b""
     flags, changes = bytearray(), b""
-    for new, old in zip(heads, base, strict=True):
+    for new, old, count in zip(heads, base, back, strict=True):
         if not same_kind(new, old):
             flags.append(_OTHER)
             changes += _pack_head(new)
             continue
-        moved = new.step != old.step
-        flags.append(_PRUNED * new.pruned | _LATTICE * moved)
+        moved, masked = new.step != old.step, count is not None
+        flags.append(_PRUNED * new.pruned | _LATTICE * moved | _MASKED * masked)
         if moved:
             changes += struct.pack("<f", new.step)
+        if count is not None:
+            changes += struct.pack("<I", count)
     return bytes(flags) + changes
 
 
-def unpack_changes(layout: bytes, base: Mapping[str, TensorHead]) -> dict[str, TensorHead]:
+def unpack_changes(
+    layout: bytes, base: Mapping[str, TensorHead]
+) -> tuple[dict[str, TensorHead], dict[str, int]]:
     """Heads of the new version from the held version's heads and a delta's layout.
+
+    Returns:
+        The heads; and for each tensor that is coded under its mask how many places come back.
 
     Raises:
         BadPayload: damaged, or it changes what a delta cannot change.
     """
     if not layout:
-        return dict(base)
+        return dict(base), {}
     reader = _Reader(layout)
     flags = reader.take(len(base))
     heads: dict[str, TensorHead] = {}
+    back: dict[str, int] = {}
     for (name, old), flag in zip(base.items(), flags, strict=True):
         if flag == _OTHER:
             heads[name] = _unpack_head(reader, name)
             continue
-        if flag & ~(_LATTICE | _PRUNED) or (flag and old.step is None):
+        if flag & ~(_LATTICE | _PRUNED | _MASKED) or (flag and old.step is None):
             raise BadPayload(f"tensor {name[:80]!r}: a delta cannot make this change")
         step = reader.step() if flag & _LATTICE else old.step
         heads[name] = TensorHead(old.spec, step, bool(flag & _PRUNED))
+        if flag & _MASKED:
+            back[name] = reader.unpack("<I")[0]
     reader.end()
-    return heads
+    return heads, back
 
 
 def pack_update_heads(heads: Sequence[UpdateHead]) -> bytes:

@@ -21,8 +21,20 @@ _FLOATS = ("float16", "float32", "float64")
 _INT32 = np.iinfo(np.int32)
 
 
+def _frozen(array: NDArray[np.generic]) -> bool:
+    """Whether nobody can write to the array through numpy, nor to what it is a view of."""
+    owner: object = array
+    while isinstance(owner, np.ndarray):
+        if owner.flags.writeable:
+            return False
+        owner = owner.base
+    return True
+
+
 def narrowest(q: NDArray[np.integer]) -> NDArray[np.signedinteger]:
     """The same integers in the narrowest of int8, int16, int32 that holds them all.
+
+    A copy, unless they are so already in an array that is read-only (a mapped file, for one).
 
     Raises:
         InvalidModel: a value lies outside int32.
@@ -31,7 +43,7 @@ def narrowest(q: NDArray[np.integer]) -> NDArray[np.signedinteger]:
     for dtype in (np.int8, np.int16, np.int32):
         info = np.iinfo(dtype)
         if info.min <= low and high <= info.max:
-            return np.array(q, dtype=dtype, order="C", copy=True)
+            return np.array(q, dtype=dtype, order="C", copy=None if _frozen(q) else True)
     raise InvalidModel(f"lattice integers reach [{low}, {high}], beyond int32: use a larger step")
 
 
@@ -51,14 +63,18 @@ def refine(q: NDArray[np.integer], old_step: float, new_step: float) -> NDArray[
     shift = exponent - 1
     if mantissa != 0.5 or not -31 < shift < 31:
         return None
-    wide = q.astype(np.int64)
+    # int64 only where it takes that: of a large tensor it is eight times the integers themselves
+    wide: NDArray[np.signedinteger] = q.astype(
+        np.int32 if q.dtype.itemsize <= 2 and abs(shift) < 15 else np.int64
+    )
     if shift > 0:
-        wide = (wide + (1 << (shift - 1))) >> shift
+        wide += 1 << (shift - 1)
+        wide >>= shift
     else:
         wide <<= -shift
     if wide.size and (int(wide.min()) < _INT32.min or int(wide.max()) > _INT32.max):
         return None
-    return wide.astype(np.int32)
+    return wide.astype(np.int32, copy=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +135,8 @@ class RawTensor:
             )
         # order="C" without ascontiguousarray, which would turn a scalar into shape (1,)
         native = self.values.dtype.newbyteorder("=")
-        values = np.array(self.values, dtype=native, order="C", copy=True)
+        copy = None if _frozen(self.values) else True
+        values = np.array(self.values, dtype=native, order="C", copy=copy)
         values.flags.writeable = False
         object.__setattr__(self, "values", values)
 
@@ -171,17 +188,20 @@ class PublishedModel:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 over names, dtypes, shapes, steps, pruned flags and values; 32 bytes."""
-        sha = hashlib.sha256(b"prunecast model 1\0")
+        sha = hashlib.sha256(b"prunecast model 2\0")
         for name, tensor in self.tensors.items():
             encoded = name.encode()
             sha.update(struct.pack("<I", len(encoded)) + encoded)
             sha.update(np.dtype(tensor.dtype).str[1:].encode().ljust(4, b"\0"))
             sha.update(struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape))
             if isinstance(tensor, LatticeTensor):
-                sha.update(struct.pack("<BBf", 1, tensor.pruned, tensor.step))
-                sha.update(tensor.q.astype("<i4").tobytes())
+                sha.update(struct.pack("<BBf", tensor.q.itemsize, tensor.pruned, tensor.step))
+                values: NDArray[np.generic] = tensor.q
             else:
-                sha.update(b"\0" + tensor.values.astype(tensor.dtype.newbyteorder("<")).tobytes())
+                sha.update(b"\0")
+                values = tensor.values
+            little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+            sha.update(little.reshape(-1).view(np.uint8).data)
         return sha.digest()
 
     @property

@@ -115,7 +115,7 @@ def _context(base: PublishedModel, heads: Mapping[str, UpdateHead]) -> Context:
             layout[name] = TensorSpec(_Q, tensor.shape)
             # a weight's size and sign say something of its change: 4 to 17 % on real updates
             assert isinstance(tensor, LatticeTensor)
-            previous[name] = tensor.q.astype(_Q)
+            previous[name] = tensor.q
             mask = tensor.mask()
             if mask is not None:
                 masks[name] = mask

@@ -26,6 +26,7 @@ from prunecast.client.edge import (
     open_model,
     read_status,
 )
+from prunecast.client.edge.held import held_model
 from prunecast.compression.onnx import ExportedGraph, ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.releases import Repository
@@ -358,6 +359,48 @@ def test_an_agent_can_be_asked_to_go_back(start: Start, publish: Publish) -> Non
     assert "accuracy on the line fell" in agent.status()["rejected"].popitem()[1]
     publish(3)
     assert agent.update_once().version == 3
+
+
+def test_a_slot_keeps_its_weights_once(start: Start, publish: Publish, config: AgentConfig) -> None:
+    publish(1)
+    start().update_once()
+    slot = config.state / "slots" / "a"
+    # steps and names, and no keyframe of the weights beside them
+    assert (slot / "rest.model").stat().st_size < 300
+    found = held_model(slot)
+    assert found is not None
+    assert found.digest == load_manifest(slot)
+
+
+def load_manifest(slot: Path) -> bytes:
+    manifest = ReleaseManifest.from_bytes((slot / "release.json").read_bytes())
+    return bytes.fromhex(manifest.model_digest)
+
+
+@pytest.mark.parametrize("variant", ["lattice", "fp32"])
+@pytest.mark.parametrize("damage", ["weights.bin", "rest.model", "layout.json"])
+def test_a_base_that_was_damaged_while_running_costs_a_keyframe(
+    start: Start,
+    repository: Repository,
+    graph: ExportedGraph,
+    model: Callable[[int], PublishedModel],
+    images: np.ndarray,
+    config: AgentConfig,
+    variant: Literal["lattice", "fp32"],
+    damage: str,
+) -> None:
+    repository.publish("toy", model(1), graph, selftest_inputs=images, variant=variant)
+    agent = start()
+    agent.update_once()
+    path = config.state / "slots" / "a" / damage
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    repository.publish("toy", model(2), graph, selftest_inputs=images, variant=variant)
+    result = agent.update_once()
+    # with fp32 weights.bin holds no integers, and no patch reads them there
+    whole = variant == "fp32" and damage == "weights.bin"
+    assert (result.version, result.payload) == (2, "patch" if whole else "keyframe")
 
 
 def test_metadata_of_a_check_that_finds_nothing_is_small(start: Start, publish: Publish) -> None:
