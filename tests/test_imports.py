@@ -26,7 +26,8 @@ LAYERS = (
         "compression.flower",
         "compression.control",
     },
-    {"client.training", "client.edge", "server.federation", "server.releases", "server.fleet"},
+    {"client.training", "client.edge", "server.releases", "server.fleet"},
+    {"server.federation"},
     {"simulations"},
     {"cli"},
 )

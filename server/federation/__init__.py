@@ -6,15 +6,19 @@ from prunecast.server.federation.errors import (
     FederationError,
     NonFiniteModel,
     PolicyError,
+    ReleaseRuleError,
 )
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Entry, Ledger, Totals, serialised_bytes
 from prunecast.server.federation.metering import MeteringGrid
 from prunecast.server.federation.policy import PRESETS, Policy
+from prunecast.server.federation.release_rule import ReleaseRule
+from prunecast.server.federation.releasing import AutomaticReleases
 from prunecast.server.federation.scheme_grid import SchemeGrid
 
 __all__ = [
     "PRESETS",
+    "AutomaticReleases",
     "Checkpoint",
     "CheckpointError",
     "CompressedGrid",
@@ -25,6 +29,8 @@ __all__ = [
     "NonFiniteModel",
     "Policy",
     "PolicyError",
+    "ReleaseRule",
+    "ReleaseRuleError",
     "SchemeGrid",
     "Totals",
     "serialised_bytes",

@@ -1,6 +1,12 @@
 """Errors of the federation server."""
 
-__all__ = ["CheckpointError", "FederationError", "NonFiniteModel", "PolicyError"]
+__all__ = [
+    "CheckpointError",
+    "FederationError",
+    "NonFiniteModel",
+    "PolicyError",
+    "ReleaseRuleError",
+]
 
 
 class FederationError(RuntimeError):
@@ -17,3 +23,7 @@ class NonFiniteModel(FederationError):
 
 class CheckpointError(FederationError):
     """A checkpoint file is missing or unusable."""
+
+
+class ReleaseRuleError(FederationError):
+    """Automatic releases are configured in a way that cannot work."""

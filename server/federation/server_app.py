@@ -24,6 +24,7 @@ Keys, with defaults:
 ``ledger``                "" or the path of a JSON Lines file for the byte ledger
 ``output``                "" or the path of a file for the final published model
 ``prunecast.<knob>``      see `Policy.from_run_config`
+``release.<key>``         releases during the run, see `prunecast.server.federation.release_config`
 ========================  ==========================================================================
 """
 
@@ -46,6 +47,7 @@ from prunecast.compression.versions import save_model
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.release_config import releases_from_config
 from prunecast.server.federation.strategies import build_strategy
 
 __all__ = ["app", "initial_arrays"]
@@ -79,6 +81,7 @@ def main(grid: Grid, context: Context) -> None:
         _get(config, "strategy", "fedavg"),
         {k.removeprefix(_OPTION): v for k, v in config.items() if k.startswith(_OPTION)},
     )
+    releases = releases_from_config(config, _function(config, "model"))
     ledger = _get(config, "ledger", "")
     compressed = CompressedGrid(
         grid, Policy.from_run_config(config), ledger=Path(ledger) if ledger else None
@@ -92,6 +95,8 @@ def main(grid: Grid, context: Context) -> None:
             return MetricRecord(dict(measure(module, context)))
 
         evaluate_fn = compressed.evaluate_published(evaluate)
+    if releases is not None:
+        evaluate_fn = releases.watch(strategy, compressed, evaluate_fn)
     try:
         result = strategy.start(
             grid=compressed,

@@ -13,6 +13,9 @@ from flwr.clientapp import ClientApp
 from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, make_app
+from support.releases import graph, images, model
+
+__all__ = ["graph", "images", "model"]
 
 
 @pytest.fixture

@@ -1,0 +1,166 @@
+"""Releases that come by themselves while a federation trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from typing import Protocol
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
+
+from prunecast.compression.versions import PublishedModel
+from prunecast.server.federation.errors import ReleaseRuleError
+from prunecast.server.federation.grid import CompressedGrid
+from prunecast.server.federation.release_rule import ReleaseRule, ReleaseWatch
+
+__all__ = ["AutomaticReleases", "Released", "Releaser"]
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class Releaser(Protocol):
+    """Publishes a model as the next release; `repository_releaser` makes one."""
+
+    def __call__(self, model: PublishedModel, metrics: Mapping[str, float]) -> int:
+        """Publish and return the number of the release.
+
+        Raises:
+            ValueError: it could not be published; nothing was.
+        """
+
+
+@dataclass(frozen=True)
+class Released:
+    """A release that a run made.
+
+    Attributes:
+        round: of the run.
+        version: of the release.
+        reason: why it was due.
+        metrics: of the model, as published.
+    """
+
+    round: int
+    version: int
+    reason: str
+    metrics: Mapping[str, float]
+
+
+@dataclass
+class AutomaticReleases:
+    """Releases the published model of a run when a rule says so.
+
+    ::
+
+        releases = AutomaticReleases(ReleaseRule(metric="accuracy", improve=0.01), releaser)
+        strategy.start(grid=grid, evaluate_fn=releases.watch(strategy, grid, evaluate_fn), ...)
+
+    A release that fails (a full disk, a repository that another process changes) is logged and
+    tried again after the next round; it never ends the training.
+
+    Args:
+        rule: when to release.
+        releaser: what publishes.
+        held: the metric's value in the newest release, if there is one.
+
+    Attributes:
+        made: the releases of this run.
+    """
+
+    rule: ReleaseRule
+    releaser: Releaser
+    held: float | None = None
+    made: list[Released] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._watch = ReleaseWatch(self.rule, self.held)
+        self._owed: str | None = None
+        self._of_clients: dict[str, float] = {}
+        self._digest = b""
+
+    def watch(
+        self,
+        strategy: Strategy,
+        grid: CompressedGrid,
+        evaluate_fn: EvaluateFn | None = None,
+        *,
+        key: str = "arrays",
+    ) -> EvaluateFn:
+        """What to give to `strategy.start` as `evaluate_fn`.
+
+        Metrics are those of `evaluate_fn`, and those that `strategy` aggregates from the clients'
+        evaluation where `evaluate_fn` gives none of that name.
+
+        Args:
+            strategy: the one that will be started; its `aggregate_evaluate` is observed.
+            grid: whose published model is released.
+            evaluate_fn: the server's own evaluation, see `CompressedGrid.evaluate_published`.
+            key: key of the record in the strategy's messages.
+        """
+        aggregate = strategy.aggregate_evaluate
+
+        def observed(server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+            found = aggregate(server_round, replies)
+            self._of_clients = _numbers(found)
+            return found
+
+        strategy.aggregate_evaluate = observed  # type: ignore[method-assign]
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            measured = evaluate_fn(server_round, arrays) if evaluate_fn else None
+            metrics = {**self._of_clients, **_numbers(measured)}
+            self._of_clients = {}
+            self.after_round(server_round, metrics, lambda: grid.published(arrays, key=key))
+            return measured
+
+        return evaluate
+
+    def after_round(
+        self, server_round: int, metrics: Mapping[str, float], model: Callable[[], PublishedModel]
+    ) -> Released | None:
+        """Decide about a round, and publish if it is due.
+
+        Args:
+            server_round: 0 for the initial model.
+            metrics: measured on the model.
+            model: called only if it is to be released.
+
+        Raises:
+            ReleaseRuleError: the first round's metrics do not hold the one to watch.
+        """
+        wanted = self.rule.metric
+        if server_round == 1 and wanted and metrics and wanted not in metrics:
+            raise ReleaseRuleError(
+                f"release.metric = {wanted!r} is not measured: choose one of "
+                f"{', '.join(sorted(metrics))}"
+            )
+        reason = self._watch.due(server_round, metrics) or self._owed
+        if reason is None:
+            return None
+        published = model()
+        if published.digest == self._digest:
+            return None  # nothing has changed since the last release
+        self._owed = reason
+        try:
+            version = self.releaser(published, metrics)
+        except (ValueError, OSError) as error:
+            log(WARNING, "No release after round %d, trying again: %s", server_round, error)
+            return None
+        self._owed, self._digest = None, published.digest
+        self._watch.released(metrics)
+        self.made.append(Released(server_round, version, reason, dict(metrics)))
+        log(INFO, "Release %d after round %d: %s", version, server_round, reason)
+        return self.made[-1]
+
+
+def _numbers(record: MetricRecord | None) -> dict[str, float]:
+    """The metrics that are finite numbers; lists and NaN are left out."""
+    found = {}
+    for name, value in (record or {}).items():
+        if isinstance(value, int | float) and math.isfinite(value):
+            found[name] = float(value)
+    return found
