@@ -27,6 +27,9 @@ class Policy:
 
     Every field is a knob that Flower's run config can set, as ``prunecast.<field with dashes>``.
 
+    Raises:
+        PolicyError: a value outside its range; names the knob, as configured, and the remedy.
+
     Attributes:
         down_step: lattice step of the published model, in standard deviations of each tensor;
             0 publishes the exact arrays.
@@ -62,22 +65,46 @@ class Policy:
     history: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("down_step", "up_step"):
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), field.default)
+        for name, example in (("down_step", "0.1"), ("up_step", "3.0")):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise PolicyError(f"{name} must be a number >= 0, not {value!r}")
-        if self.pruning_scope not in ("layer", "global"):
-            raise PolicyError(
-                f"pruning_scope must be 'layer' or 'global', not {self.pruning_scope!r}"
+                raise _refused(
+                    name, value, f"give a number of 0 or above, such as {example}; 0 is exact"
+                )
+        if not 0.5 <= self.dead_zone <= 1:
+            raise _refused("dead_zone", self.dead_zone, "give a number from 0.5 to 1")
+        if not 0 <= self.sparsity < 1:
+            raise _refused(
+                "sparsity", self.sparsity, "give the fraction of zeros, 0 or above and below 1"
             )
+        if self.pruning_scope not in ("layer", "global"):
+            raise _refused("pruning_scope", self.pruning_scope, "choose 'layer' or 'global'")
         if self.sparsity and not self.down_step:
-            raise PolicyError("pruning needs a lattice: set down_step > 0 or sparsity = 0")
-        if self.history < 1:
-            raise PolicyError(f"history must be at least 1, not {self.history}")
+            raise _refused(
+                "sparsity",
+                self.sparsity,
+                f"pruning needs a lattice: set {_key('down_step')} above 0, or "
+                f"{_key('sparsity')} = 0",
+            )
+        for name, least in (("pruning_begin", 0), ("pruning_min_size", 0), ("history", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise _refused(name, value, f"give {least} or more")
+        if self.pruning_end <= self.pruning_begin:
+            raise _refused(
+                "pruning_end",
+                self.pruning_end,
+                f"it must lie after {_key('pruning_begin')} = {self.pruning_begin}",
+            )
         try:
             _ = self.schedule, self.update_rule
         except (ValueError, VersionsError) as error:
-            raise PolicyError(str(error)) from error
+            raise PolicyError(
+                f"{error}: correct the knobs {_key('sparsity')}, {_key('pruning_begin')}, "
+                f"{_key('pruning_end')}, {_key('up_step')}, {_key('dead_zone')}"
+            ) from error
 
     @property
     def schedule(self) -> CubicSchedule:
@@ -115,7 +142,9 @@ class Policy:
             PolicyError: unknown preset or knob, or a value outside its range.
         """
         if name not in PRESETS:
-            raise PolicyError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+            raise PolicyError(
+                f"{_PREFIX}preset = {name!r} is unknown: choose one of {', '.join(PRESETS)}"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         for knob in knobs:
             if knob not in known:
@@ -159,21 +188,39 @@ class Policy:
         return cls.preset(preset, **knobs)
 
 
+def _key(name: str) -> str:
+    """A field as the run config calls it; a scenario's policy table has the field's own name."""
+    return _PREFIX + name.replace("_", "-")
+
+
+def _refused(name: str, value: Any, remedy: str) -> PolicyError:
+    return PolicyError(f"{_key(name)} (policy {name}) = {value!r}: {remedy}")
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    wanted = type(default)
+    if wanted is tuple:
+        if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
+            raise _refused(name, value, "give a list of name patterns")
+    elif wanted is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _refused(name, value, "give a number (a float)")
+    elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise _refused(name, value, f"give {kinds[wanted]} (of type {wanted.__name__})")
+
+
 def _coerce(key: str, value: Any, default: Any) -> Any:
-    wrong = PolicyError(f"{key} = {value!r} is not of type {type(default).__name__}")
+    """A value of the run config as the field's type; other types are left to the checks."""
     if isinstance(default, tuple):
         if not isinstance(value, str):
-            raise PolicyError(f"{key} = {value!r} is not a comma-separated string of name patterns")
+            raise PolicyError(
+                f"{key} = {value!r}: give name patterns as one comma-separated string"
+            )
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    if isinstance(default, bool) or isinstance(value, bool):
-        if not (isinstance(default, bool) and isinstance(value, bool)):
-            raise wrong
-        return value
-    if isinstance(default, float) and isinstance(value, int | float):
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, type(default)):
-        return value
-    raise wrong
+    return value
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -218,21 +218,36 @@ def test_an_error_reply_for_a_dead_node_passes_and_is_in_the_ledger(federation):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"prunecast.preset": "tiny"}, "lossless, balanced, small"),
-        ({"prunecast.sparsty": 0.5}, "prunecast.sparsity"),
-        ({"prunecast.sparsity": "much"}, "float"),
-        ({"prunecast.sparsity": 1.5}, "sparsity"),
-        ({"prunecast.up-step": -1.0}, "up_step"),
-        ({"prunecast.error-feedback": 1}, "bool"),
-        ({"prunecast.lossless": 3}, "comma-separated"),
-        ({"prunecast.preset": "lossless", "prunecast.sparsity": 0.5}, "lattice"),
-        ({"prunecast.pruning-scope": "universe"}, "pruning_scope"),
-        ({"prunecast.history": 0}, "history"),
+        ({"prunecast.preset": "tiny"}, "prunecast.preset = 'tiny' .*lossless, balanced, small"),
+        ({"prunecast.sparsty": 0.5}, "'prunecast.sparsty': .*prunecast.sparsity"),
+        ({"prunecast.sparsity": "much"}, "prunecast.sparsity .*= 'much': give a number"),
+        ({"prunecast.sparsity": 1.5}, "prunecast.sparsity .*= 1.5: .*below 1"),
+        ({"prunecast.up-step": -1.0}, "prunecast.up-step .*= -1.0: .*0 or above"),
+        ({"prunecast.down-step": True}, "prunecast.down-step .*= True: give a number"),
+        ({"prunecast.dead-zone": 0.2}, "prunecast.dead-zone .*= 0.2: .*0.5 to 1"),
+        ({"prunecast.error-feedback": 1}, "prunecast.error-feedback .*= 1: give true or false"),
+        ({"prunecast.lossless": 3}, "prunecast.lossless = 3: .*comma-separated"),
+        (
+            {"prunecast.preset": "lossless", "prunecast.sparsity": 0.5},
+            "prunecast.sparsity .*lattice: set prunecast.down-step above 0",
+        ),
+        ({"prunecast.pruning-scope": "universe"}, "prunecast.pruning-scope .*'layer' or 'global'"),
+        ({"prunecast.pruning-end": 2}, "prunecast.pruning-end .*after prunecast.pruning-begin = 2"),
+        ({"prunecast.pruning-begin": -1}, "prunecast.pruning-begin .*= -1: give 0 or more"),
+        ({"prunecast.history": 0}, "prunecast.history .*= 0: give 1 or more"),
+        ({"prunecast.history": 1.5}, "prunecast.history .*= 1.5: give a whole number"),
     ],
 )
-def test_policies_that_cannot_be(config, words):
+def test_policies_that_cannot_be_name_their_key_and_the_remedy(config, words):
     with pytest.raises(PolicyError, match=words):
         Policy.from_run_config(config)
+
+
+def test_knobs_of_a_scenario_are_checked_too():
+    with pytest.raises(PolicyError, match=r"\(policy down_step\) = '0.1': give a number"):
+        Policy.preset("small", down_step="0.1")
+    with pytest.raises(PolicyError, match=r"\(policy lossless\) = '\*bias': give a list"):
+        Policy.preset("small", lossless="*bias")
 
 
 def test_every_knob_can_be_set_from_the_run_config():
