@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from prunecast.cli.console import make_console
 from prunecast.cli.release_options import AsJson, Folder, Keys, Name, show_result
-
-if TYPE_CHECKING:
-    import torch
-
-    from prunecast.compression.onnx import ExportedGraph
-    from prunecast.compression.versions import PublishedModel
-    from prunecast.server.releases import Repository
+from prunecast.cli.release_source import Chosen, from_checkpoint, from_file
 
 __all__ = ["create"]
 
-
-@dataclass
-class _Source:
-    """What is released, however it was given."""
-
-    model: PublishedModel
-    graph: ExportedGraph
-    inputs: Any
-    variant: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+_VARIANTS = ("fp32", "int8", "int8-qdq", "structured")
 
 
 def create(
@@ -50,8 +32,8 @@ def create(
     selftest: Annotated[
         Path | None,
         typer.Option(
-            help=".npz with a few real inputs, one array per input of the model; with --from, "
-            "drawn inputs take their place."
+            help=".npz with a few real inputs, one array per input of the model. Without, the "
+            "first samples of --calibration, or with --from drawn inputs, take their place."
         ),
     ] = None,
     module: Annotated[
@@ -59,6 +41,10 @@ def create(
         typer.Option(help="Torch module as package.module:factory; exported to a graph."),
     ] = None,
     graph: Annotated[Path | None, typer.Option(help="Exported graph, instead of --module.")] = None,
+    graph_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps exported graphs; default in the user's cache."),
+    ] = None,
     save_graph_to: Annotated[
         Path | None, typer.Option("--save-graph", help="Keep the graph for next time.")
     ] = None,
@@ -73,8 +59,8 @@ def create(
     steps: Annotated[
         str,
         typer.Option(
-            help="With --from, how lattice steps are chosen: held (as the newest live release has "
-            "them, for small patches), range or error."
+            help="How lattice steps are chosen: held (as the newest live release has them, for "
+            "small patches), range or error."
         ),
     ] = "held",
     most_difference: Annotated[
@@ -86,9 +72,29 @@ def create(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of drawn self-test inputs.", min=0)] = 0,
-    variant: Annotated[str, typer.Option(help="Weights on the device: lattice or fp32.")] = (
-        "lattice"
-    ),
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="What devices run: fp32; int8 (weights as integers, values unchanged); int8-qdq "
+            "(arithmetic in integers, needs --calibration); structured (fewer channels)."
+        ),
+    ] = "int8",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help=".npz with real samples, one array per input, and labels if known: activations "
+            "are measured on them, and the release states how far it is from float32."
+        ),
+    ] = None,
+    channels: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the channels that remain, with any variant of a --module; structured "
+            "alone means 0.5.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
     metric: Annotated[
         list[str] | None, typer.Option(help="name=value, measured on this very model.")
     ] = None,
@@ -103,18 +109,27 @@ def create(
     from prunecast.compression.onnx import save_graph
     from prunecast.server.releases import KeyRing, Repository, export_release
 
-    if variant not in ("lattice", "fp32"):
-        raise typer.BadParameter("must be lattice or fp32", param_hint="--variant")
+    if variant not in (*_VARIANTS, "lattice"):  # as int8 was called
+        raise typer.BadParameter(f"must be {', '.join(_VARIANTS)}", param_hint="--variant")
     metrics = dict(map(_metric, metric or []))
     target = Repository(repository, KeyRing(*keys), window=window)
-    if source is not None:
-        if (model, module, graph) != (None, None, None):
-            raise typer.BadParameter("--from has graph and weights: no --model, --module, --graph")
-        made = _from_onnx(
-            target, name, source, selftest, bits, steps, variant, seed, most_difference
-        )
-    else:
-        made = _from_checkpoint(model, selftest, module, graph, bits, variant)
+    chosen = Chosen(
+        name=name,
+        variant=variant,
+        model=model,
+        source=source,
+        selftest=selftest,
+        calibration=calibration,
+        module=module,
+        graph=graph,
+        graph_cache=graph_cache,
+        bits=bits,
+        steps=steps,
+        channels=channels,
+        most_difference=most_difference,
+        seed=seed,
+    )
+    made = from_checkpoint(target, chosen) if source is None else from_file(target, chosen)
     if save_graph_to:
         save_graph(made.graph, save_graph_to)
     published = target.publish(
@@ -125,6 +140,8 @@ def create(
         metrics={**made.metrics, **metrics},
         variant=made.variant,  # type: ignore[arg-type]
         licence=licence,
+        kind=made.kind,
+        numerics=made.numerics,
     )
     result = {
         "name": published.name,
@@ -136,64 +153,16 @@ def create(
         "file_bytes": dict(published.file_bytes),
         "retired": list(published.retired),
     }
-    if source is not None:
-        result |= {"variant": made.variant, "notes": list(made.notes), **made.metrics}
+    result |= {
+        "variant": made.variant,
+        "kind": made.kind,
+        "numerics": made.numerics,
+        "notes": list(made.notes),
+        **made.metrics,
+    }
     if export is not None:
         result["exported_bytes"] = export_release(target, published.manifest, export)
     show_result(result, as_json, lambda: _created(result))
-
-
-def _from_checkpoint(
-    model: Path | None,
-    selftest: Path | None,
-    module: str | None,
-    graph: Path | None,
-    bits: int | None,
-    variant: str,
-) -> _Source:
-    from prunecast.compression.onnx import unpack_arrays
-    from prunecast.server.releases import read_checkpoint
-
-    if model is None or selftest is None:
-        raise typer.BadParameter("give --model and --selftest, or an .onnx file with --from")
-    if (module is None) == (graph is None):
-        raise typer.BadParameter("give either --module or --graph")
-    weights = read_checkpoint(model, bits=bits)
-    inputs = unpack_arrays(selftest.read_bytes())
-    return _Source(weights, _graph(module, graph, inputs), inputs, variant)
-
-
-def _from_onnx(
-    target: Repository,
-    name: str,
-    source: Path,
-    selftest: Path | None,
-    bits: int | None,
-    steps: str,
-    variant: str,
-    seed: int,
-    most_difference: float | None,
-) -> _Source:
-    from prunecast.compression.onnx import unpack_arrays
-    from prunecast.compression.onnx.lattice import STEPS
-    from prunecast.server.releases import from_onnx
-
-    if steps not in STEPS:
-        raise typer.BadParameter(f"must be {', '.join(STEPS)}", param_hint="--steps")
-    live = [e for e in target.releases() if e.name == name]
-    held = target.model(target.show(name)) if live else None
-    with make_console(stderr=True).status(f"reading {source}"):
-        made = from_onnx(
-            source,
-            bits=bits,
-            steps=steps,
-            variant=variant,  # type: ignore[arg-type]
-            held=held,
-            inputs=unpack_arrays(selftest.read_bytes()) if selftest else None,
-            seed=seed,
-            most_difference=most_difference,
-        )
-    return _Source(made.model, made.graph, made.inputs, made.variant, made.metrics, made.notes)
 
 
 def _metric(text: str) -> tuple[str, float]:
@@ -204,40 +173,6 @@ def _metric(text: str) -> tuple[str, float]:
     except ValueError:
         pass
     raise typer.BadParameter(f"{text!r} is not name=value", param_hint="--metric")
-
-
-def _graph(module: str | None, graph: Path | None, inputs: dict[str, Any]) -> ExportedGraph:
-    from prunecast.compression.onnx import load_graph
-
-    if graph is not None:
-        return load_graph(graph)
-    import torch
-
-    from prunecast.compression.onnx import export_graph
-
-    examples = tuple(torch.from_numpy(values.copy()) for values in inputs.values())
-    with make_console(stderr=True).status(f"exporting {module}"):
-        return export_graph(_module(str(module)), examples, input_names=list(inputs))
-
-
-def _module(path: str) -> torch.nn.Module:
-    import sys
-    from importlib import import_module
-
-    import torch
-
-    package, _, factory = path.partition(":")
-    if not package or not factory:
-        raise typer.BadParameter(f"{path!r} is not package.module:factory", param_hint="--module")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module in the current folder, as `python -m` finds it
-    try:
-        made = getattr(import_module(package), factory)()
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(str(error), param_hint="--module") from error
-    if not isinstance(made, torch.nn.Module):
-        raise typer.BadParameter(f"{path} made no torch module", param_hint="--module")
-    return made
 
 
 def _created(result: dict[str, Any]) -> str:
@@ -254,6 +189,17 @@ def _created(result: dict[str, Any]) -> str:
             f"outputs differ from the original by at most {result['onnx_max_difference']:.3g}, "
             f"{result['onnx_relative_difference']:.2%} of the largest value; "
             f"{result['onnx_classes_changed']:.2%} of the classes change"
+        )
+    numerics = result["numerics"]
+    if "samples" in numerics:
+        lines.append(
+            f"{result['kind']} differs from float32 by at most {numerics['max_difference']:.3g} on "
+            f"{numerics['samples']:.0f} samples, {numerics['relative_difference']:.2%} of the "
+            f"largest value; {numerics['classes_changed']:.2%} of the classes change"
+        )
+    if "accuracy" in numerics:
+        lines.append(
+            f"accuracy {numerics['accuracy']:.4f}, float32 {numerics['reference_accuracy']:.4f}"
         )
     lines += [f"note: {note}" for note in result.get("notes", ())]
     return "\n".join(lines)

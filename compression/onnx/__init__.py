@@ -22,7 +22,13 @@ from prunecast.compression.onnx.errors import (
     SelfTestFailed,
     UnsafeExternalData,
 )
-from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
+from prunecast.compression.onnx.graph import (
+    ExportedGraph,
+    load_graph,
+    read_note,
+    save_graph,
+    with_note,
+)
 from prunecast.compression.onnx.layout import Segment, WeightsLayout
 from prunecast.compression.onnx.manifest import FileRef, PatchRef, ReleaseManifest
 from prunecast.compression.onnx.runtime import (
@@ -46,6 +52,7 @@ if TYPE_CHECKING:
         save_single_file,
         single_file_size,
     )
+    from prunecast.compression.onnx.cache import default_cache, export_cached
     from prunecast.compression.onnx.export import export_graph
     from prunecast.compression.onnx.lattice import snap
     from prunecast.compression.onnx.lift import LiftedModel, lift_model
@@ -82,6 +89,8 @@ __all__ = [
     "bind_weights",
     "check_outputs",
     "computes_in_integers",
+    "default_cache",
+    "export_cached",
     "export_graph",
     "export_single",
     "lift_model",
@@ -89,11 +98,13 @@ __all__ = [
     "open_session",
     "pack_arrays",
     "quantise",
+    "read_note",
     "save_graph",
     "save_single_file",
     "single_file_size",
     "snap",
     "unpack_arrays",
+    "with_note",
 ]
 
 _LAZY = {
@@ -102,6 +113,8 @@ _LAZY = {
     "QuantisedModel": "qdq",
     "Variant": "bind",
     "bind_weights": "bind",
+    "default_cache": "cache",
+    "export_cached": "cache",
     "export_graph": "export",
     "export_single": "single",
     "lift_model": "lift",

@@ -135,7 +135,10 @@ def calibrate(
         except Exception as error:  # the tool raises its own, onnx's and plain errors
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise QuantisationError(f"onnxruntime cannot quantise the model: {reason}") from error
-        return onnx.load(path)
+        made = onnx.load(path)
+    del made.metadata_props[:]
+    made.metadata_props.extend(proto.metadata_props)
+    return made
 
 
 def _declare(body: Any, chosen: Collection[str]) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from prunecast.compression.onnx.errors import ExportError, FoldedParameter, Nume
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.runtime import open_session
 
-__all__ = ["export_graph"]
+__all__ = ["check_graph", "export_graph"]
 
 _LOWEST_OPSET = 21  # DequantizeLinear on int16
 _BATCH = "batch"
@@ -79,14 +80,43 @@ def export_graph(
             program = _trace(module, example, inputs, outputs, dynamic_batch, opset)
             state = module.state_dict(keep_vars=True)
             graph = _strip(program, state)
-            worst = max(
-                _compare(graph, module, weights, example, inputs, tolerance)
-                for weights in (dict(state), _perturbed(state))
-            )
+            worst = check_graph(graph, module, example, inputs, tolerance=tolerance)
     finally:
         for child in training:
             child.training = True
-    return ExportedGraph(graph.skeleton, graph.parameters, graph.aliases, graph.unused, worst)
+    return replace(graph, max_difference=worst)
+
+
+def check_graph(
+    graph: ExportedGraph,
+    module: torch.nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    input_names: Sequence[str],
+    *,
+    tolerance: float = 1e-4,
+) -> float:
+    """Run a graph in onnxruntime against a module, with its weights and with perturbed ones.
+
+    Args:
+        graph: an exported architecture.
+        module: in evaluation mode.
+        example_inputs: positional inputs.
+        input_names: their names in the graph.
+        tolerance: as in `export_graph`.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        BindError: the graph has other parameters than the module.
+        NumericsError: they disagree.
+    """
+    state = module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        return max(
+            _compare(graph, module, weights, example_inputs, list(input_names), tolerance)
+            for weights in (dict(state), _perturbed(state))
+        )
 
 
 def _at_least_two(x: torch.Tensor) -> torch.Tensor:

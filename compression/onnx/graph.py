@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import ExportError
 from prunecast.compression.versions import write_atomically
 
-__all__ = ["ExportedGraph", "load_graph", "save_graph"]
+__all__ = ["ExportedGraph", "load_graph", "read_note", "save_graph", "with_note"]
 
 _KEY = "prunecast.graph"
 _SCHEMA = 1
@@ -75,6 +75,28 @@ def save_graph(graph: ExportedGraph, path: Path) -> None:
     write_atomically(Path(path), model.SerializeToString(deterministic=True))
 
 
+def with_note(graph: ExportedGraph, key: str, text: str) -> ExportedGraph:
+    """The graph with a text that stays with it, into every `model.onnx` that is made of it."""
+    import onnx
+
+    model = onnx.ModelProto.FromString(graph.skeleton)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = key, text
+    return replace(graph, skeleton=model.SerializeToString(deterministic=True))
+
+
+def read_note(data: bytes, key: str) -> str | None:
+    """The text that `with_note` put into a skeleton or a `model.onnx`; None if there is none."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except DecodeError:
+        return None
+    return next((str(e.value) for e in model.metadata_props if e.key == key), None)
+
+
 def load_graph(path: Path) -> ExportedGraph:
     """Read a file that `save_graph` wrote.
 
@@ -97,7 +119,10 @@ def load_graph(path: Path) -> ExportedGraph:
             n: TensorSpec(np.dtype(dtype), tuple(shape))
             for n, dtype, shape in document["parameters"]
         }
-        del model.metadata_props[:]
+        for i, entry in enumerate(model.metadata_props):
+            if entry.key == _KEY:
+                del model.metadata_props[i]
+                break
         return ExportedGraph(
             model.SerializeToString(deterministic=True),
             parameters,

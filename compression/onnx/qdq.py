@@ -307,6 +307,5 @@ class _Parts:
         del body.initializer[:], body.node[:], body.value_info[:]
         body.initializer.extend(sorted(kept, key=lambda i: str(i.name)))
         body.node.extend(nodes)
-        del self._proto.metadata_props[:]
         self._proto.producer_name, self._proto.producer_version = "prunecast", ""
         return bytes(self._proto.SerializeToString(deterministic=True))

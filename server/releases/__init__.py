@@ -27,16 +27,29 @@ if TYPE_CHECKING:
     from prunecast.server.releases.checkpoint import from_arrays, read_checkpoint
     from prunecast.server.releases.doctor import examine
     from prunecast.server.releases.findings import Finding
-    from prunecast.server.releases.foreign import ForeignRelease, export_release, from_onnx
+    from prunecast.server.releases.foreign import (
+        ForeignRelease,
+        export_release,
+        from_onnx,
+        run_original,
+    )
     from prunecast.server.releases.holders import load_holder, load_public, make_holder
     from prunecast.server.releases.http import ReleaseServer
     from prunecast.server.releases.reading import ReleaseEntry, RepositoryReader
     from prunecast.server.releases.repository import PublishedRelease, Repository
+    from prunecast.server.releases.structured import (
+        Narrowed,
+        make_narrow,
+        module_outputs,
+        plan_of,
+        with_weights,
+    )
     from prunecast.server.releases.variants import (
         KINDS,
         Samples,
         VariantRelease,
         make_variant,
+        reference_outputs,
         split_samples,
     )
     from prunecast.server.releases.verify import VerifiedRelease, verify_repository
@@ -54,6 +67,7 @@ __all__ = [
     "ForeignRelease",
     "KeyFileError",
     "KeyRing",
+    "Narrowed",
     "PublishedRelease",
     "ReleaseEntry",
     "ReleaseNotFound",
@@ -79,10 +93,16 @@ __all__ = [
     "load_holder",
     "load_public",
     "make_holder",
+    "make_narrow",
     "make_variant",
+    "module_outputs",
+    "plan_of",
     "read_checkpoint",
+    "reference_outputs",
+    "run_original",
     "split_samples",
     "verify_repository",
+    "with_weights",
 ]
 
 _LAZY = {
@@ -97,6 +117,7 @@ _LAZY = {
     "make_holder": "holders",
     "Finding": "findings",
     "ForeignRelease": "foreign",
+    "Narrowed": "structured",
     "PublishedRelease": "repository",
     "ReleaseEntry": "reading",
     "ReleaseServer": "http",
@@ -109,10 +130,16 @@ _LAZY = {
     "export_release": "foreign",
     "from_arrays": "checkpoint",
     "from_onnx": "foreign",
+    "make_narrow": "structured",
     "make_variant": "variants",
+    "module_outputs": "structured",
+    "plan_of": "structured",
     "read_checkpoint": "checkpoint",
+    "reference_outputs": "variants",
+    "run_original": "foreign",
     "split_samples": "variants",
     "verify_repository": "verify",
+    "with_weights": "structured",
 }
 
 

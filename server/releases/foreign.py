@@ -24,11 +24,13 @@ from prunecast.compression.onnx import (
 from prunecast.compression.onnx.compare import Difference, differ, draw_inputs, record
 from prunecast.compression.onnx.lattice import Steps, snap
 from prunecast.compression.onnx.lift import LiftedModel, lift_model
+from prunecast.compression.onnx.runtime import fit_inputs
 from prunecast.compression.onnx.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 from prunecast.server.releases.reading import RepositoryReader
+from prunecast.server.releases.variants import Samples, run_samples
 
-__all__ = ["ForeignRelease", "export_release", "from_onnx"]
+__all__ = ["ForeignRelease", "export_release", "from_onnx", "run_original"]
 
 _REWRITTEN = 1e-4  # relative; moving weights must not change what a model computes
 _DEQUANTISES_INT8, _DEQUANTISES_INT16 = 10, 21  # opsets
@@ -54,6 +56,11 @@ class ForeignRelease:
     variant: Variant
     difference: Difference
     notes: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """``int8`` if integers are stored, else ``fp32``."""
+        return "int8" if self.variant == "lattice" else "fp32"
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -96,7 +103,8 @@ def from_onnx(
     """
     lifted = lift_model(path)  # checks what the original refers to, before anything runs it
     original = open_session(path)
-    given = draw_inputs(original, seed) if inputs is None else dict(inputs)
+    wanted_types = {s.name: s.dtype for s in original.inputs}
+    given = draw_inputs(original, seed) if inputs is None else fit_inputs(inputs, wanted_types)
     wanted = record(original, given)
     del original
     exact = PublishedModel({name: RawTensor(a) for name, a in lifted.arrays.items()})
@@ -119,6 +127,19 @@ def from_onnx(
         notes.append(f"the self-test holds drawn inputs (seed {seed}): give real ones if you can")
     graph = replace(lifted.graph, max_difference=moved.absolute)
     return ForeignRelease(model, graph, given, chosen, difference, (*lifted.notes, *notes))
+
+
+def run_original(path: Path, samples: Samples) -> dict[str, NDArray[np.generic]]:
+    """Outputs of an ``.onnx`` file for all samples.
+
+    Raises:
+        ForeignModel: the file is damaged.
+        UnsafeExternalData: it refers to files outside its folder.
+        RuntimeFailure: onnxruntime refuses it or the samples.
+    """
+    lift_model(path)  # checks what it refers to, before anything runs it
+    session = open_session(path)
+    return run_samples(session, samples)
 
 
 def _difference(

@@ -6,7 +6,7 @@ kind           the device computes                                   its weights
 ``fp32``       in floats                                             float32 in `weights.bin`
 ``int8``       in floats, the same values                            the published integers
 ``int8-qdq``   convolutions and linear layers in integers            the published integers
-``structured`` in floats, on fewer channels                          the published integers
+``structured`` ``int8`` on fewer channels, see `structured`          the published integers
 ============== ===================================================== ==========================
 
 A variant is a release of its own name: a device follows one of them.
@@ -38,7 +38,16 @@ from prunecast.compression.onnx.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 from prunecast.server.releases.errors import ReleasesError
 
-__all__ = ["KINDS", "Kind", "Samples", "VariantRelease", "make_variant", "split_samples"]
+__all__ = [
+    "KINDS",
+    "Kind",
+    "Samples",
+    "VariantRelease",
+    "make_variant",
+    "reference_outputs",
+    "run_samples",
+    "split_samples",
+]
 
 Kind = Literal["fp32", "int8", "int8-qdq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -100,7 +109,7 @@ def make_variant(
     graph: ExportedGraph,
     samples: Samples | None,
     *,
-    reference: tuple[ExportedGraph, Mapping[str, NDArray[Any]]] | None = None,
+    reference: Arrays | None = None,
     held: PublishedModel | None = None,
 ) -> VariantRelease:
     """Make a variant of a model and measure it.
@@ -116,7 +125,8 @@ def make_variant(
         model: the weights.
         graph: the architecture.
         samples: what is measured on; ``int8-qdq`` cannot be made without.
-        reference: graph and dense weights to compare with; default `graph` and `model` in float32.
+        reference: outputs to compare with, for all samples; default those of `graph` with the
+            values of `model` in float32.
         held: the newest live version of this variant, whose scales are kept where they fit.
 
     Raises:
@@ -125,7 +135,6 @@ def make_variant(
     """
     if kind not in KINDS:
         raise ReleasesError(f"variants are {', '.join(KINDS)}, not {kind!r}")
-    full, dense = reference or (graph, model.arrays())
     notes: list[str] = []
     variant: Variant = "fp32" if kind == "fp32" else "lattice"
     label: str = kind
@@ -135,6 +144,8 @@ def make_variant(
     if samples is not None:
         wanted = _inputs(graph)
         samples = Samples(fit_inputs(samples.inputs, wanted), samples.labels)
+        if reference is None:
+            reference = reference_outputs(graph, model.arrays(), samples)
     if kind == "int8-qdq":
         if samples is None:
             raise ReleasesError("int8-qdq measures activations: give samples (--calibration)")
@@ -147,8 +158,8 @@ def make_variant(
         # dequantise it at every inference.
         model, graph, variant = made.model, made.graph, "fp32"
     numerics = {"export_difference": graph.max_difference}
-    if samples is not None:
-        numerics |= _measure(model, graph, variant, full, dense, samples)
+    if samples is not None and reference is not None:
+        numerics |= _measure(model, graph, variant, reference, samples)
     return VariantRelease(model, graph, variant, label, numerics, tuple(notes))
 
 
@@ -163,19 +174,26 @@ def _inputs(graph: ExportedGraph) -> dict[str, str]:
     }
 
 
+def reference_outputs(
+    graph: ExportedGraph, weights: Mapping[str, NDArray[Any]], samples: Samples
+) -> dict[str, NDArray[np.generic]]:
+    """Outputs of a graph with dense weights, in float32, for all samples."""
+    exact = PublishedModel({name: RawTensor(values) for name, values in weights.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        bound = bind_weights(graph, exact, Path(folder), variant="fp32")
+        return run_samples(open_session(bound.model), samples)
+
+
 def _measure(
     model: PublishedModel,
     graph: ExportedGraph,
     variant: Variant,
-    full: ExportedGraph,
-    dense: Mapping[str, NDArray[Any]],
+    reference: Arrays,
     samples: Samples,
 ) -> dict[str, float]:
-    exact = PublishedModel({name: RawTensor(values) for name, values in dense.items()})
     with tempfile.TemporaryDirectory() as folder:
-        wanted = open_session(bind_weights(full, exact, Path(folder, "a"), variant="fp32").model)
-        found = open_session(bind_weights(graph, model, Path(folder, "b"), variant=variant).model)
-        reference, outputs = _run(wanted, samples.inputs), _run(found, samples.inputs)
+        bound = bind_weights(graph, model, Path(folder), variant=variant)
+        outputs = run_samples(open_session(bound.model), samples)
     difference = differ(reference, outputs)
     first = next(iter(outputs))
     count = len(outputs[first]) if outputs[first].ndim else 1
@@ -191,7 +209,9 @@ def _measure(
     return numerics
 
 
-def _run(session: InferenceSession, inputs: Arrays) -> dict[str, NDArray[np.generic]]:
+def run_samples(session: InferenceSession, samples: Samples) -> dict[str, NDArray[np.generic]]:
+    """Outputs of a model for all samples, by name."""
+    inputs = fit_inputs(samples.inputs, {s.name: s.dtype for s in session.inputs})
     shapes = {s.name: s.shape for s in session.inputs}
     parts = [session.run(part) for part in batches(inputs, shapes)]
     return {

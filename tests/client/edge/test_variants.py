@@ -10,7 +10,13 @@ import pytest
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.compression.onnx import computes_in_integers
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import Repository, Samples, make_variant, verify_repository
+from prunecast.server.releases import (
+    Repository,
+    Samples,
+    make_variant,
+    reference_outputs,
+    verify_repository,
+)
 from support.convolutional import (
     convolutional,
     convolutional_arrays,
@@ -34,7 +40,9 @@ def test_an_agent_goes_from_one_quantised_release_to_the_next_by_patch(
             convolutional(number),
             convolutional_graph(),
             Samples({"image": IMAGES.astype(np.float64)}, LABELS),
-            reference=(convolutional_graph(), convolutional_arrays(number)),
+            reference=reference_outputs(
+                convolutional_graph(), convolutional_arrays(number), Samples({"image": IMAGES})
+            ),
             held=held,
         )
         held = made.model

@@ -1,0 +1,188 @@
+"""Choose channels of a torch module and remove them; needs torch and torch-pruning."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from prunecast.compression.pruning.channels import Axes, ChannelPlan, PlanError
+
+__all__ = ["choose_channels", "narrow_module"]
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def choose_channels(
+    module: nn.Module, example: tuple[torch.Tensor, ...], share: float
+) -> ChannelPlan:
+    """Choose which channels remain, by the norm of their groups in the module's weights.
+
+    Layers whose outputs are the module's outputs keep all of them.
+
+    Args:
+        module: with the weights that the choice is made on; left as it was.
+        example: positional inputs that it accepts.
+        share: of the channels of every group that remain, 0 < share < 1.
+
+    Raises:
+        PlanError: the module's channels cannot be removed, or none would be.
+    """
+    if not 0 < share < 1:
+        raise PlanError(f"the share of channels that remain lies between 0 and 1, not {share}")
+    tp = _library()
+    work = _copy(module)
+    with _failing(module), torch.enable_grad():
+        graph = tp.DependencyGraph().build_dependency(work, example_inputs=example)
+        pruner = tp.pruner.BasePruner(
+            work,
+            example,
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=1 - share,
+            ignored_layers=_last_layers(graph),
+        )
+        pruner.step()
+        history = pruner.pruning_history()
+    steps = tuple((str(name), bool(out), tuple(sorted(map(int, i)))) for name, out, i in history)
+    if not steps:
+        raise PlanError(f"{type(module).__name__} has no channels that could be removed")
+    return ChannelPlan(_kept(module, example, steps), steps, share)
+
+
+def narrow_module(
+    module: nn.Module, example: tuple[torch.Tensor, ...], plan: ChannelPlan
+) -> nn.Module:
+    """A copy of a module, in evaluation mode, with the channels of a plan removed.
+
+    Parameters keep their names; they hold the part of the module's weights that remains.
+
+    Raises:
+        PlanError: the plan does not fit, or the narrow module gives outputs of another shape.
+    """
+    work = _copy(module)
+    with _failing(module):
+        _remove(work, example, plan.steps)
+    with torch.no_grad():
+        wanted, found = _copy(module)(*example), None
+        try:
+            found = work(*example)
+        except RuntimeError as error:
+            raise PlanError(
+                f"{type(module).__name__} does not run with fewer channels: {_line(error)}; it "
+                "probably names a number of channels in forward(): use flatten or x.shape"
+            ) from error
+    if _shapes(wanted) != _shapes(found):
+        raise PlanError(f"without these channels the outputs are {_shapes(found)}")
+    return work
+
+
+def _library() -> Any:
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise PlanError("torch-pruning is missing: pip install 'prunecast[server]'") from error
+    return torch_pruning
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).eval()
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _shapes(outputs: Any) -> list[list[int]]:
+    found = outputs if isinstance(outputs, tuple | list) else [outputs]
+    return [list(tensor.shape) for tensor in found]
+
+
+@contextmanager
+def _failing(module: nn.Module) -> Iterator[None]:
+    """torch-pruning's and torch's errors as ours, and no warnings on the way."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # the library asserts, and raises plain errors
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(
+            f"channels of {type(module).__name__} cannot be removed: {_line(error)}"
+        ) from error
+
+
+def _last_layers(graph: Any) -> list[nn.Module]:
+    """Layers from which the outputs come through nothing that has channels of its own."""
+    waiting = [node for node in graph.module2node.values() if not node.outputs]
+    seen: set[int] = set()
+    last: list[nn.Module] = []
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node.module, _LAYERS):
+            last.append(node.module)
+        else:
+            waiting += node.inputs
+    return last
+
+
+def _remove(
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    steps: tuple[tuple[str, bool, tuple[int, ...]], ...],
+    values: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Remove channels in place; `values` replace the tensors once the groups are known."""
+    tp = _library()
+    with torch.enable_grad():
+        graph = tp.DependencyGraph().build_dependency(module, example_inputs=example)
+    state = module.state_dict(keep_vars=True)
+    for name, tensor in (values or {}).items():
+        state[name].data = tensor
+    graph.load_pruning_history([[name, out, list(gone)] for name, out, gone in steps])
+
+
+def _kept(
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    steps: tuple[tuple[str, bool, tuple[int, ...]], ...],
+) -> dict[str, Axes]:
+    """What remains of each tensor, found by removing channels from tensors of positions."""
+    work = _copy(module)
+    state = work.state_dict()
+    places = {
+        name: torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and tensor.dim()
+    }
+    with _failing(module):
+        _remove(work, example, steps, places)
+    kept: dict[str, Axes] = {}
+    for name, tensor in work.state_dict().items():
+        shape = tuple(state[name].shape)
+        if name in places and tuple(tensor.shape) != shape:
+            kept[name] = _axes(name, tensor.detach().numpy(), shape)
+    return kept
+
+
+def _axes(name: str, places: NDArray[np.float64], shape: tuple[int, ...]) -> Axes:
+    indices = np.unravel_index(places.astype(np.int64), shape)
+    masks = []
+    for size, index in zip(shape, indices, strict=True):
+        mask = np.zeros(size, np.bool_)
+        mask[index] = True
+        masks.append(mask)
+    grid = np.arange(np.prod(shape)).reshape(shape)[np.ix_(*map(np.flatnonzero, masks))]
+    if grid.shape != places.shape or not np.array_equal(grid, places.astype(np.int64)):
+        raise PlanError(f"what remains of tensor {name!r} is not a part along its axes")
+    return tuple(None if mask.all() else mask for mask in masks)
