@@ -1,7 +1,6 @@
 """Signed releases for edge devices: a TUF repository, its payloads, and the server for its files.
 
-Imported without torch; `publish` needs onnx and onnxruntime, `ReleaseServer` starlette and
-uvicorn.
+Imported without torch; `publish` needs onnx and onnxruntime, `ReleaseServer` h11.
 """
 
 from importlib import import_module
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
         run_original,
     )
     from prunecast.server.releases.holders import load_holder, load_public, make_holder
-    from prunecast.server.releases.http import ReleaseServer
     from prunecast.server.releases.reading import ReleaseEntry, RepositoryReader
     from prunecast.server.releases.repository import PublishedRelease, Repository
+    from prunecast.server.releases.serving import Limits, ReleaseServer
     from prunecast.server.releases.structured import (
         Narrowed,
         make_narrow,
@@ -67,6 +66,7 @@ __all__ = [
     "ForeignRelease",
     "KeyFileError",
     "KeyRing",
+    "Limits",
     "Narrowed",
     "PublishedRelease",
     "ReleaseEntry",
@@ -120,7 +120,8 @@ _LAZY = {
     "Narrowed": "structured",
     "PublishedRelease": "repository",
     "ReleaseEntry": "reading",
-    "ReleaseServer": "http",
+    "Limits": "serving",
+    "ReleaseServer": "serving",
     "Repository": "repository",
     "RepositoryReader": "reading",
     "Samples": "variants",
