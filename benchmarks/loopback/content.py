@@ -1,0 +1,93 @@
+"""A repository with two releases, and the files that devices fetch from it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from swaps import INPUTS, graph, models
+
+from prunecast.compression.onnx import save_single_file
+from prunecast.compression.versions import LatticeTensor, PublishedModel
+from prunecast.server.releases import KeyRing, Repository
+
+__all__ = ["File", "certificate", "content"]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that the server delivers: its path in the URL, size and digest."""
+
+    path: str
+    length: int
+    sha256: str
+
+
+def content(folder: Path, width: int, seed: int) -> dict[str, File]:
+    """Make a repository in `folder`.
+
+    Returns:
+        ``model``: the second release as one fp32 ``.onnx`` file, which is what would be copied to
+        devices without Prunecast; ``keyframe`` and ``patch``: the payloads of that release.
+    """
+    repository = Repository.create(folder, KeyRing.create(folder.with_name("keys")))
+    x = np.random.default_rng(seed).standard_normal((4, INPUTS)).astype(np.float32)
+    architecture, made = graph(width), models(1, width, seed)
+    made.append(_next_round(made[0], seed))
+    for model in made:
+        manifest = repository.publish("fan", model, architecture, selftest_inputs=x).manifest
+    single = folder.with_name("single.onnx")
+    save_single_file(architecture, made[1], single)
+    sha256 = hashlib.sha256(single.read_bytes()).hexdigest()
+    whole = File(f"/blobs/{sha256}", single.stat().st_size, sha256)
+    single.replace(folder / "blobs" / sha256)
+    refs = {"keyframe": manifest.keyframe, "patch": manifest.patches[0].file}
+    payloads = {k: File(f"/blobs/{r.sha256}", r.length, r.sha256) for k, r in refs.items()}
+    return {"model": whole, **payloads}
+
+
+def _next_round(model: PublishedModel, seed: int) -> PublishedModel:
+    """The same mask, every kept weight moved: as much as in a round of training at 90 % pruned.
+
+    docs/releases.md: 73 kB for the changes of 2.8 million weights, 2 bits for each that is kept.
+    """
+    rng, tensors = np.random.default_rng(seed + 1), dict(model.tensors)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, LatticeTensor):
+            moved = tensor.q + np.rint(rng.standard_normal(tensor.q.shape)).astype(np.int32)
+            q = np.where(tensor.q == 0, 0, np.where(moved == 0, 1, moved)).astype(np.int32)
+            tensors[name] = LatticeTensor(q, tensor.step, pruned=True)
+    return PublishedModel(tensors, model.counter + 1)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that is its own authority, and its key, as PEM files."""
+    key = generate_private_key(SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
+    now = dt.datetime.now(dt.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    public, private = folder / "cert.pem", folder / "key.pem"
+    public.write_bytes(made.public_bytes(Encoding.PEM))
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return public, private
