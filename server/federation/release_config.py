@@ -28,6 +28,8 @@ from prunecast.server.federation.release_rule import ReleaseRule
 from prunecast.server.federation.releasing import AutomaticReleases, Releaser
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
     from prunecast.compression.onnx import ExportedGraph
@@ -51,7 +53,7 @@ def repository_releaser(
     repository: Repository,
     name: str,
     graph: ExportedGraph,
-    selftest_inputs: Arrays,
+    selftest_inputs: Arrays | NDArray[np.generic],
     *,
     variant: str = "lattice",
     licence: str | None = None,

@@ -67,13 +67,14 @@ def release_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     def row(what: str, size: int) -> list[str]:
         return [what, bytes_text(size), ratio_text(full / size) if full and size else "–"]
 
+    first, second = (download["version"] for download in release["downloads"])
     rows = [
-        row("release 1, keyframe (a new device)", release["first_keyframe_bytes"]),
-        row("release 2, keyframe", release["keyframe_bytes"]),
-        row("release 2, patch from release 1", release["patch_bytes"]),
+        row(f"release {first}, keyframe (a new device)", release["first_keyframe_bytes"]),
+        row(f"release {second}, keyframe", release["keyframe_bytes"]),
+        row(f"release {second}, patch from release {first}", release["patch_bytes"]),
     ]
     if full:
         rows.insert(0, row("the model as one .onnx file", full))
     total = sum(release["downloads"][1]["bytes"].values())
-    rows.append(row("all the device received for release 2", total))
+    rows.append(row(f"all the device received for release {second}", total))
     return ["what travels", "bytes", "reduction"], rows

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.flower.references import load_callable
-from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel, load_model
-from prunecast.server.releases import KeyRing, PublishedRelease, ReleaseServer, Repository
+from prunecast.server.releases import PublishedRelease, ReleaseServer
+from prunecast.simulations.runner.automatic import export_factory, repository_of
 from prunecast.simulations.runner.errors import DeviceMismatch, SimulationError
 from prunecast.simulations.runner.job import Job, held_out
 
@@ -60,9 +59,8 @@ def deliver(job: Job, on_step: Callable[[str], None] = lambda step: None) -> dic
     if versions[0].model.digest == versions[1].model.digest:
         raise SimulationError("the last round changed nothing: train for more rounds")
     on_step("exporting the network to ONNX")
-    graph = _graph(job.scenario.model.factory, inputs[:2])
-    keys = KeyRing.create(job.folder / "keys")
-    repository = Repository.create(job.folder / "repository", keys)
+    graph = export_factory(job.scenario.model.factory, inputs[:2])
+    repository = repository_of(job)  # automatic releases may be there already
     root = job.folder / "root.json"
     root.write_bytes(repository.trusted_root())
 
@@ -75,19 +73,20 @@ def deliver(job: Job, on_step: Callable[[str], None] = lambda step: None) -> dic
             metrics={"accuracy": version.accuracy},
         )
 
-    on_step("signing release 1")
+    on_step("signing the release before the last round")
     first = publish(versions[0])
     reports = []
     with ReleaseServer(repository.path) as server, _device(job, server.url, spec.name) as ask:
-        on_step("the device downloads release 1")
+        on_step(f"the device downloads release {first.version}")
         reports.append(ask())
-        on_step("signing release 2")
+        on_step("signing the release after the last round")
         second = publish(versions[1])
-        on_step("the device patches itself to release 2")
+        on_step(f"the device patches itself to release {second.version}")
         reports.append(ask())
-    for number, (version, report) in enumerate(zip(versions, reports, strict=True), start=1):
-        _compare(job, number, version, report)
-    last = versions[1]
+    made = (first, second)
+    for release, version, report in zip(made, versions, reports, strict=True):
+        _compare(job, release.version, version, report, patched=release is second)
+    last, found = versions[1], _predictions(job, second.version)
     return {
         "name": spec.name,
         "arm": arm,
@@ -97,9 +96,9 @@ def deliver(job: Job, on_step: Callable[[str], None] = lambda step: None) -> dic
         "patch_bytes": reports[1]["downloaded"]["patch"],
         "first_keyframe_bytes": first.keyframe_bytes,
         "published_accuracy": last.accuracy,
-        "device_accuracy": float(np.mean(_predictions(job, 2) == labels)),
+        "device_accuracy": float(np.mean(found == labels)),
         "images": len(labels),
-        "identical_images": int(np.sum(_predictions(job, 2) == last.predictions)),
+        "identical_images": int(np.sum(found == last.predictions)),
         "downloads": [
             {
                 "version": report["version"],
@@ -122,24 +121,18 @@ def _published(path: Path) -> _Published:
     return _Published(load_model(path.with_suffix(".model")), predictions, accuracy)
 
 
-def _graph(factory: str, examples: NDArray[np.float32]) -> ExportedGraph:
-    import torch
-
-    from prunecast.compression.onnx import export_graph
-
-    return export_graph(load_callable(factory)(), (torch.from_numpy(examples),))
-
-
 def _predictions(job: Job, version: int) -> NDArray[np.int64]:
     with np.load(job.work / f"device-{version}.npz") as file:
         found: NDArray[np.int64] = file["predictions"]
     return found
 
 
-def _compare(job: Job, number: int, version: _Published, report: dict[str, Any]) -> None:
+def _compare(
+    job: Job, number: int, version: _Published, report: dict[str, Any], *, patched: bool
+) -> None:
     if report["version"] != number or report["outcome"] != "updated":
         raise SimulationError(f"the device did not take release {number}: {report['reason']}")
-    if number > 1 and report["payload"] != "patch":
+    if patched and report["payload"] != "patch":
         raise SimulationError(f"release {number} came without a patch: {report['reason']}")
     if report["imported"]:
         raise DeviceMismatch(f"the device process imported {', '.join(report['imported'])}")

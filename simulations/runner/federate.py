@@ -6,7 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from prunecast.server.federation.metering import MeteringGrid, Recode
 from prunecast.server.federation.server_app import initial_arrays
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.server.federation.wrapper import PollingGrid
+from prunecast.simulations.runner.automatic import automatic_releases, rule_of
 from prunecast.simulations.runner.errors import EngineFailed
 from prunecast.simulations.runner.job import Job, held_out
 from prunecast.simulations.runner.ordered import OrderedGrid, nodes_by_partition
@@ -47,11 +48,13 @@ class ArmOutcome:
         rounds: per round, 0 for the initial model: accuracy, loss, sparsity, cumulative bytes
             in each direction, seconds since the arm began.
         seconds: that the arm took.
+        releases: that it made while it trained: round, version, reason, metrics.
     """
 
     name: str
     rounds: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    releases: list[dict[str, Any]] = field(default_factory=list)
 
 
 def policy_of(arm: ArmSpec) -> Policy:
@@ -85,13 +88,16 @@ def check_scenario(scenario: Scenario) -> None:
     """Find out before anything is started whether all names in a scenario mean something.
 
     Raises:
-        FederationError: a preset, knob, strategy or option is unknown or out of range.
+        FederationError: a preset, knob, strategy, option or release rule is unknown or out of
+            range.
         ScenarioError: the model's factory cannot be imported.
     """
     for arm in scenario.arms.values():
         if arm.kind == "prunecast":
             policy_of(arm)
     strategy_of(scenario)
+    if scenario.release is not None:
+        rule_of(scenario.release)
     try:
         load_callable(scenario.model.factory)
     except ValueError as error:
@@ -193,15 +199,21 @@ def _run_arm(
         emit({"event": "round", "arm": name, **row})
         return MetricRecord({"accuracy": accuracy, "loss": loss})
 
+    strategy = strategy_of(scenario)
+    watched: Callable[[int, ArrayRecord], MetricRecord | None] = evaluate_fn
+    releases = automatic_releases(job, name)
+    if releases is not None and isinstance(wrapped, CompressedGrid):
+        watched = releases.watch(strategy, wrapped, evaluate_fn)
     try:
-        strategy_of(scenario).start(
+        strategy.start(
             grid=OrderedGrid(wrapped, nodes),
             initial_arrays=arrays,
             num_rounds=scenario.rounds,
-            evaluate_fn=evaluate_fn,
+            evaluate_fn=watched,
         )
     finally:
         ledger.close()
+    outcome.releases = [asdict(made) for made in releases.made] if releases else []
     outcome.seconds = time.monotonic() - started
     for place, (model, predictions, accuracy) in enumerate(measure.latest, start=1):
         target = job.work / f"{name}-{place}"

@@ -91,6 +91,8 @@ def run_scenario(
             from prunecast.simulations.runner.delivery import deliver
 
             release = deliver(job, lambda text: on_event({"event": "step", "text": text}))
+            by_name = {outcome["name"]: outcome for outcome in outcomes}
+            release["automatic"] = by_name[release["arm"]]["releases"]
         document = {
             "schema": SCHEMA,
             "scenario": scenario.to_mapping(),

@@ -140,7 +140,7 @@ def _build(cls: type[_T], value: object, path: str) -> _T:
 def _value(hint: Any, given: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, given, key)
-    if hint is float:
+    if hint in (float, float | None):
         if isinstance(given, bool) or not isinstance(given, int | float):
             raise ScenarioError(key, f"is {given!r}", "it must be a number")
         if not math.isfinite(given):
@@ -243,3 +243,7 @@ def _check_arms(s: Scenario) -> None:
         if not _NAME.fullmatch(s.release.name):
             raise ScenarioError("release.name", f"is {s.release.name!r}", "use a-z 0-9 . _ -")
         _least("release.selftest_images", s.release.selftest_images, 1)
+        _least("release.every", s.release.every, 0)
+        _choice("release.metric", s.release.metric, ("accuracy", "loss"))
+        if s.release.improve is not None:
+            _positive("release.improve", s.release.improve)

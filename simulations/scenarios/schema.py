@@ -170,15 +170,25 @@ class ArmSpec:
 class ReleaseSpec:
     """``[release]``: deliver the last two published models to an edge device afterwards.
 
+    With `every`, `reach` or `improve`, the arm also releases while it trains.
+
     Attributes:
         name: of the release.
         arm: the prunecast arm whose models are released; empty for the first one.
         selftest_images: held-out examples that the device tests itself with.
+        every: release after every so many rounds; 0 for never.
+        metric: "accuracy" or "loss" of the published model on the held-out examples.
+        reach: release when the metric gets as good as this.
+        improve: release when the metric is better by this than in the last release.
     """
 
     name: str = "model"
     arm: str = ""
     selftest_images: int = 8
+    every: int = 0
+    metric: str = "accuracy"
+    reach: float | None = None
+    improve: float | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +241,8 @@ class Scenario:
         mapping = {"schema": SCHEMA, **dataclasses.asdict(self)}
         if self.release is None:
             del mapping["release"]
+        else:
+            mapping["release"] = {k: v for k, v in mapping["release"].items() if v is not None}
         used = {
             "dense": (),
             "prunecast": ("preset", "policy"),

@@ -124,7 +124,7 @@ def test_a_failing_client_fails_the_run(tiny, tmp_path):
 @pytest.mark.engine
 def test_a_run_from_data_to_device(tiny, tmp_path):
     events = []
-    scenario = scenario_from_mapping({**tiny, "release": {"name": "tiny"}})
+    scenario = scenario_from_mapping({**tiny, "release": {"name": "tiny", "every": 2}})
     folder = new_run_folder(tmp_path, "tiny")
     result = run_scenario(scenario, folder, on_event=events.append)
     assert read_result(folder) == result
@@ -150,6 +150,10 @@ def test_a_run_from_data_to_device(tiny, tmp_path):
     assert release["patch_bytes"] < release["keyframe_bytes"] < release["onnx_bytes"]
     assert [d["payload"] for d in release["downloads"]] == ["keyframe", "patch"]
     assert release["foreign_modules"] == []
+    [automatic] = release["automatic"]
+    assert (automatic["round"], automatic["version"]) == (2, 1)
+    assert automatic["metrics"]["accuracy"] == ours["rounds"][2]["accuracy"]
+    assert [d["version"] for d in release["downloads"]] == [2, 3]
 
     assert {e["event"] for e in events} == {"step", "arm", "round", "arm-done"}
     assert not (folder / "work").exists()

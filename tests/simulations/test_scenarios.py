@@ -96,6 +96,10 @@ def change(mapping, key, value):
         ("release/arm", "dense", "release.arm", "choose one of prunecast"),
         ("release/name", "A b", "release.name", "use a-z"),
         ("release/selftest_images", 0, "release.selftest_images", "at least 1"),
+        ("release/every", -1, "release.every", "at least 0"),
+        ("release/metric", "f1", "release.metric", "accuracy, loss"),
+        ("release/reach", "high", "release.reach", "a number"),
+        ("release/improve", 0, "release.improve", "above 0"),
     ],
 )
 def test_every_mistake_names_its_key_and_the_remedy(tiny, key, value, named, said):
