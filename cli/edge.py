@@ -19,6 +19,7 @@ from prunecast.cli.edge_control import (
     control_settings,
     event_line,
 )
+from prunecast.cli.edge_service import figures_lines, serving
 
 if TYPE_CHECKING:
     from prunecast.client.edge import (
@@ -139,10 +140,8 @@ def run(
     """
     import signal
     import threading
-    from contextlib import ExitStack
 
     from prunecast.client.edge import Agent, EdgeError, NetworkError
-    from prunecast.client.edge.inference import InferenceServer
 
     fleet = control_settings(control, control_token, control_ca, control_certificate, control_key)
     if url is None and fleet is None:
@@ -163,6 +162,7 @@ def run(
         else:
             shown = json.dumps(asdict(result)) if as_json else _line(result)
         print(shown, flush=True)  # noqa: T201
+        tell_manager(f"failed: {result}" if isinstance(result, EdgeError) else _line(result))
 
     def wait(seconds: float) -> None:
         if stop.wait(seconds):
@@ -177,11 +177,10 @@ def run(
         if url is None:
             source, config = ControlFetcher(line), replace(config, url=fleet.url)
     fetcher = _limited(source, bandwidth, wait)
-    with Agent(config, fetcher=fetcher, wait=wait) as agent, ExitStack() as endpoints:
-        for address in listen or ():
-            endpoint = endpoints.enter_context(InferenceServer(agent.model, name, address))
-            told = {"outcome": "listening", "address": endpoint.address}
-            print(json.dumps(told) if as_json else f"listening on {endpoint.address}", flush=True)  # noqa: T201
+    with (
+        Agent(config, fetcher=fetcher, wait=wait) as agent,
+        serving(agent, name, listen or (), as_json) as tell_manager,
+    ):
         if fleet is None:
             agent.run(interval, stop=stop, jitter=jitter, on_result=show)
             return
@@ -222,6 +221,7 @@ def status(state: State, as_json: AsJson = False) -> None:
     ]
     if found.get("last_error"):
         lines.append(f"problem  {found['last_error']}")
+    lines += figures_lines(found["telemetry"])
     print("\n".join(lines))  # noqa: T201
 
 

@@ -2,6 +2,7 @@
 
 from prunecast.client.edge.inference.errors import EndpointError, RequestRefused
 from prunecast.client.edge.inference.limits import EndpointLimits
+from prunecast.client.edge.inference.probe import answers
 from prunecast.client.edge.inference.protocol import Answer, InferenceProtocol
 from prunecast.client.edge.inference.server import InferenceServer
 
@@ -12,4 +13,5 @@ __all__ = [
     "InferenceProtocol",
     "InferenceServer",
     "RequestRefused",
+    "answers",
 ]

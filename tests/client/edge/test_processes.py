@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +34,27 @@ def _call(*arguments: object, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
+class _Manager:
+    """Hears what a process tells its service manager, until it is about to end."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._told: list[str] = []
+        self._thread = threading.Thread(target=self._hear, daemon=True)
+        self._thread.start()
+
+    def _hear(self) -> None:
+        while not self._told or self._told[-1] != "STOPPING=1":
+            self._told.append(self._socket.recv(1000).decode())
+
+    def told(self) -> list[str]:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        self._socket.close()
+        return self._told
+
+
 def _metadata(address: str) -> dict[str, object]:
     with urlopen(f"{address}/v2/models/toy", timeout=30) as answer:
         found: dict[str, object] = json.load(answer)
@@ -42,9 +64,12 @@ def _metadata(address: str) -> dict[str, object]:
 class _Process:
     """A process whose lines can be waited for."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, **environment: str) -> None:
         self._process = subprocess.Popen(
-            [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+            [*COMMAND, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
         )
         self._lines: Queue[str] = Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -69,8 +94,8 @@ class _Process:
 def process() -> Iterator[Callable[..., _Process]]:
     made: list[_Process] = []
 
-    def process(*arguments: object) -> _Process:
-        made.append(_Process(*arguments))
+    def process(*arguments: object, **environment: str) -> _Process:
+        made.append(_Process(*arguments, **environment))
         return made[-1]
 
     yield process
@@ -145,11 +170,14 @@ def test_a_following_agent_picks_up_a_release_and_ends_on_request(
     publish(1)
     root = repository.path / "metadata" / "1.root.json"
     server = process("serve", repository.path, "--port", 0, "--json")
+    manager = _Manager(tmp_path / "manager")
     agent = process(
         *("edge", "run", "--state", tmp_path / "state", "--url", server.line()["url"]),
         *("--name", "toy", "--root", root, "--interval", 0.2, "--json"),
         *("--bandwidth", 10_000_000, "--listen", f"unix:{tmp_path}/model.sock"),
         *("--listen", "127.0.0.1:0"),
+        NOTIFY_SOCKET=f"{tmp_path}/manager",
+        WATCHDOG_USEC="400000",
     )
     assert agent.line()["address"] == f"unix:{tmp_path}/model.sock"
     address = str(agent.line()["address"])
@@ -166,6 +194,10 @@ def test_a_following_agent_picks_up_a_release_and_ends_on_request(
         pass
     assert agent.end() == 0
     assert not (tmp_path / "model.sock").exists()
+    told = manager.told()
+    assert told[0] == "READY=1"
+    assert "WATCHDOG=1" in told
+    assert any(line.startswith("STATUS=release 2 is") for line in told)
     shown = json.loads(_call("edge", "status", "--state", tmp_path / "state", "--json"))
     assert [r["self_test"] for r in shown["telemetry"]["releases"]] == ["passed", "passed"]
 
