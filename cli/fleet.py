@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import re
 import time
-from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prunecast.cli import fleet_device
 from prunecast.cli.console import make_console
-from prunecast.cli.tables import Column, print_table, say
+from prunecast.cli.fleet_common import (
+    DEFAULT,
+    AsJson,
+    Database,
+    GroupName,
+    OneDevice,
+    OneGroup,
+    Reason,
+    RolloutName,
+    actor,
+    device_row,
+    operate,
+    service_of,
+    show_rows,
+    text_of,
+    when,
+)
+from prunecast.cli.fleet_serve import serve
+from prunecast.cli.tables import say
 
 if TYPE_CHECKING:
-    from prunecast.server.fleet import Device, FleetService, Release, Rollout
+    from prunecast.server.fleet import Rollout
     from prunecast.server.fleet.machine import AnyEvent
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Control which device runs which release.")
-device_app = typer.Typer(no_args_is_help=True, help="Enrol and revoke devices.")
 group_app = typer.Typer(no_args_is_help=True, help="Groups of devices that follow one release.")
 rollout_app = typer.Typer(no_args_is_help=True, help="Bring a release to groups, in stages.")
-app.add_typer(device_app, name="device")
+app.add_typer(fleet_device.app, name="device")
 app.add_typer(group_app, name="group")
 app.add_typer(rollout_app, name="rollout")
-
-Database = Annotated[
-    str,
-    typer.Option(
-        envvar="PRUNECAST_FLEET",
-        help="Database: sqlite:///fleet.db or postgresql://user@host/name.",
-    ),
-]
-DeviceName = Annotated[str, typer.Argument(help="Name of the device.")]
-GroupName = Annotated[str, typer.Argument(help="Name of the group.")]
-RolloutName = Annotated[str, typer.Argument(help="Name of the rollout.")]
-Reason = Annotated[str, typer.Option(help="For the audit log.")]
-OneDevice = Annotated[str | None, typer.Option("--device", help="A single device.")]
-OneGroup = Annotated[str | None, typer.Option("--group", help="All devices of a group.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-_DEFAULT = "sqlite:///fleet.db"
+app.command()(serve)
 
 
 @app.command()
@@ -53,7 +52,7 @@ def init(
     repository: Annotated[
         Path, typer.Option(help="Folder of the release repository; versions are checked in it.")
     ],
-    database: Database = _DEFAULT,
+    database: Database = DEFAULT,
 ) -> None:
     """Make the tables of a fleet in an empty database."""
     from prunecast.server.fleet import FleetService
@@ -65,66 +64,12 @@ def init(
 
 
 @app.command()
-def upgrade(database: Database = _DEFAULT) -> None:
+def upgrade(database: Database = DEFAULT) -> None:
     """Bring the tables of an earlier version up to date; do so before the services start."""
     from prunecast.server.fleet.database import Database as Opened
 
     Opened.upgrade(database).close()
     say(make_console(), f"{database} is up to date")
-
-
-@device_app.command(name="add")
-def add_device(
-    name: DeviceName,
-    group: Annotated[str, typer.Option(help="Group that it joins.")],
-    database: Database = _DEFAULT,
-    as_json: AsJson = False,
-) -> None:
-    """Enrol a device and print its token, once: only a hash is kept."""
-    with _service(database) as service:
-        token = service.enrol(name, group, now=time.time(), actor=_actor())
-    shown = json.dumps({"device": name, "group": group, "token": token}) if as_json else token
-    print(shown)  # noqa: T201
-
-
-@device_app.command(name="list")
-def list_devices(
-    group: OneGroup = None, database: Database = _DEFAULT, as_json: AsJson = False
-) -> None:
-    """Show every device: what it was told, what it runs, what it answered, when."""
-    with _service(database) as service:
-        devices = service.devices(group)
-    columns = ("device", "group", "runs", "told", "answer", "rollout", "pin", "seen")
-    _list([_device(d) for d in devices], columns, as_json)
-
-
-@device_app.command(name="revoke")
-def revoke_device(name: DeviceName, database: Database = _DEFAULT) -> None:
-    """Refuse a device's token from now on; its name is not used again."""
-    from prunecast.server.fleet.events import RevokeDevice
-
-    _operate(database, RevokeDevice(at=time.time(), actor=_actor(), device=name))
-    say(make_console(), f"revoked {name}; it keeps the release that it runs")
-
-
-@device_app.command(name="token")
-def renew_token(name: DeviceName, database: Database = _DEFAULT) -> None:
-    """Replace a device's token, if it was lost or has leaked, and print the new one."""
-    with _service(database) as service:
-        print(service.renew_token(name, now=time.time(), actor=_actor()))  # noqa: T201
-
-
-@device_app.command(name="move")
-def move_device(
-    name: DeviceName,
-    group: Annotated[str, typer.Option(help="Group that it goes to.")],
-    database: Database = _DEFAULT,
-) -> None:
-    """Put a device into another group; in a rollout there it is a late joiner."""
-    from prunecast.server.fleet.events import MoveDevice
-
-    _operate(database, MoveDevice(at=time.time(), actor=_actor(), device=name, group=group))
-    say(make_console(), f"{name} is in group {group}")
 
 
 @group_app.command(name="add")
@@ -135,22 +80,22 @@ def add_group(
         int | None,
         typer.Option(help="Version for its devices at once; default none until a rollout."),
     ] = None,
-    database: Database = _DEFAULT,
+    database: Database = DEFAULT,
 ) -> None:
     """Make a group."""
     from prunecast.server.fleet.events import AddGroup
 
     event = AddGroup(
-        at=time.time(), actor=_actor(), group=name, release=release, stable=stable
+        at=time.time(), actor=actor(), group=name, release=release, stable=stable
     )  # fmt: skip
-    _operate(database, event)
+    operate(database, event)
     say(make_console(), f"group {name} follows {release}")
 
 
 @group_app.command(name="list")
-def list_groups(database: Database = _DEFAULT, as_json: AsJson = False) -> None:
+def list_groups(database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show every group and the version in force."""
-    with _service(database) as service:
+    with service_of(database) as service:
         service.tick(time.time())
         found, devices = service.groups(), service.devices()
     rows = [
@@ -165,7 +110,7 @@ def list_groups(database: Database = _DEFAULT, as_json: AsJson = False) -> None:
         for group, stable in found
     ]
     columns = ("group", "release", "stable", "pin", "last rollout", "devices")
-    _list(rows, columns, as_json)
+    show_rows(rows, columns, as_json)
 
 
 @rollout_app.command(name="start")
@@ -195,7 +140,7 @@ def start_rollout(
         bool, typer.Option("--roll-back-on-error", help="Abort on the error rate, do not pause.")
     ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the rollout; default made up.")] = None,
-    database: Database = _DEFAULT,
+    database: Database = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
     """Start to bring a release to groups: a few devices first, more when they report success."""
@@ -220,14 +165,14 @@ def start_rollout(
         raise typer.BadParameter("must be numbers, as in 5,25,100", param_hint="--stages") from None
     event = StartRollout(
         at=time.time(),
-        actor=_actor(),
+        actor=actor(),
         rollout=name or f"{release[:40]}-{version}-{secrets.token_hex(3)}",
         release=Release(release, version),
         groups=tuple(group),
         stages=percentages,
         policy=policy,
     )
-    with _service(database) as service:
+    with service_of(database) as service:
         service.operate(event)
         rollout, _ = service.rollout(event.rollout)
     text = f"started {rollout.id}: {rollout.expected} of {sum(rollout.cohorts)} devices first"
@@ -238,24 +183,24 @@ def start_rollout(
 
 
 @rollout_app.command(name="list")
-def list_rollouts(database: Database = _DEFAULT, as_json: AsJson = False) -> None:
+def list_rollouts(database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show every rollout, oldest first."""
-    with _service(database) as service:
+    with service_of(database) as service:
         service.tick(time.time())
         found = service.rollouts()
     columns = ("rollout", "release", "version", "status", "percent", "told", "reason")
-    _list([_rollout(r) for r in found], columns, as_json)
+    show_rows([_rollout(r) for r in found], columns, as_json)
 
 
 @rollout_app.command(name="show")
-def show_rollout(name: RolloutName, database: Database = _DEFAULT, as_json: AsJson = False) -> None:
+def show_rollout(name: RolloutName, database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show how far a rollout is, device by device."""
-    with _service(database) as service:
+    with service_of(database) as service:
         service.tick(time.time())
         rollout, devices = service.rollout(name)
     document = _rollout(rollout)
     rows = [
-        {**_device(d), "stage": d.part.stage + 1, "progress": d.part.progress.value}
+        {**device_row(d), "stage": d.part.stage + 1, "progress": d.part.progress.value}
         for d in devices
         if d.part
     ]
@@ -264,45 +209,45 @@ def show_rollout(name: RolloutName, database: Database = _DEFAULT, as_json: AsJs
         return
     console = make_console()
     for key, value in document.items():
-        say(console, f"{key:<10} {_text(value)}")
-    _list(rows, ("device", "stage", "progress", "runs", "told", "answer", "seen"), False)
+        say(console, f"{key:<10} {text_of(value)}")
+    show_rows(rows, ("device", "stage", "progress", "runs", "told", "answer", "seen"), False)
 
 
 @app.command()
-def promote(rollout: RolloutName, database: Database = _DEFAULT) -> None:
+def promote(rollout: RolloutName, database: Database = DEFAULT) -> None:
     """Begin the next stage at once, paused or not; after the last one the release is stable."""
     from prunecast.server.fleet.events import Promote
 
-    _steer(database, Promote(at=time.time(), actor=_actor(), rollout=rollout), rollout)
+    _steer(database, Promote(at=time.time(), actor=actor(), rollout=rollout), rollout)
 
 
 @app.command()
 def pause(
-    rollout: RolloutName, reason: Reason = "by an operator", database: Database = _DEFAULT
+    rollout: RolloutName, reason: Reason = "by an operator", database: Database = DEFAULT
 ) -> None:
     """Tell nobody new; devices that were told stay told."""
     from prunecast.server.fleet.events import Pause
 
-    event = Pause(at=time.time(), actor=_actor(), rollout=rollout, reason=reason)
+    event = Pause(at=time.time(), actor=actor(), rollout=rollout, reason=reason)
     _steer(database, event, rollout)
 
 
 @app.command()
-def resume(rollout: RolloutName, database: Database = _DEFAULT) -> None:
+def resume(rollout: RolloutName, database: Database = DEFAULT) -> None:
     """Go on with the stage and count anew: accept failures so far, wait again for the silent."""
     from prunecast.server.fleet.events import Resume
 
-    _steer(database, Resume(at=time.time(), actor=_actor(), rollout=rollout), rollout)
+    _steer(database, Resume(at=time.time(), actor=actor(), rollout=rollout), rollout)
 
 
 @app.command()
 def abort(
-    rollout: RolloutName, reason: Reason = "by an operator", database: Database = _DEFAULT
+    rollout: RolloutName, reason: Reason = "by an operator", database: Database = DEFAULT
 ) -> None:
     """End a rollout and roll back: devices that were told are told the previous release."""
     from prunecast.server.fleet.events import Abort
 
-    event = Abort(at=time.time(), actor=_actor(), rollout=rollout, reason=reason)
+    event = Abort(at=time.time(), actor=actor(), rollout=rollout, reason=reason)
     _steer(database, event, rollout)
 
 
@@ -311,7 +256,7 @@ def pin(
     version: Annotated[int, typer.Argument(help="Number of the release.")],
     device: OneDevice = None,
     group: OneGroup = None,
-    database: Database = _DEFAULT,
+    database: Database = DEFAULT,
 ) -> None:
     """Keep a device or a group on one version, whatever is rolled out."""
     _pin(database, device, group, version)
@@ -319,7 +264,7 @@ def pin(
 
 
 @app.command()
-def unpin(device: OneDevice = None, group: OneGroup = None, database: Database = _DEFAULT) -> None:
+def unpin(device: OneDevice = None, group: OneGroup = None, database: Database = DEFAULT) -> None:
     """Let a device or a group follow rollouts again."""
     _pin(database, device, group, None)
     say(make_console(), f"{device or group} follows rollouts again")
@@ -331,15 +276,15 @@ def audit(
         str | None, typer.Option(help="Only what concerns this device, group or rollout.")
     ] = None,
     limit: Annotated[int, typer.Option(help="How many entries, the last ones.", min=1)] = 100,
-    database: Database = _DEFAULT,
+    database: Database = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
     """Show who did what and when, oldest first."""
-    with _service(database) as service:
+    with service_of(database) as service:
         entries = service.audit(subject=subject, limit=limit)
     rows = [
         {
-            "at": _when(e.at),
+            "at": when(e.at),
             "actor": e.actor,
             "action": e.action,
             "subject": e.subject,
@@ -347,34 +292,11 @@ def audit(
         }
         for e in entries
     ]
-    _list(rows, ("at", "actor", "action", "subject", "detail"), as_json)
-
-
-def _service(database: str) -> FleetService:
-    """The service, with the live releases of the repository that `init` was given."""
-    from prunecast.server.fleet import FleetError, FleetService, Release
-    from prunecast.server.releases import RepositoryReader
-
-    live: list[Release] = []
-    service = FleetService(database, lambda: live)
-    try:
-        folder = service.settings().get("repository")
-        if folder is None:
-            raise FleetError(f"{database} names no release repository: make it with --repository")
-        live += [Release(e.name, e.version) for e in RepositoryReader(folder).releases()]
-    except BaseException:
-        service.close()
-        raise
-    return service
-
-
-def _operate(database: str, event: AnyEvent) -> None:
-    with _service(database) as service:
-        service.operate(event)
+    show_rows(rows, ("at", "actor", "action", "subject", "detail"), as_json)
 
 
 def _steer(database: str, event: AnyEvent, name: str) -> None:
-    with _service(database) as service:
+    with service_of(database) as service:
         service.operate(event)
         rollout, _ = service.rollout(name)
     percent = rollout.stages[rollout.stage]
@@ -384,20 +306,13 @@ def _steer(database: str, event: AnyEvent, name: str) -> None:
 def _pin(database: str, device: str | None, group: str | None, version: int | None) -> None:
     from prunecast.server.fleet.events import PinDevice, PinGroup
 
-    common: dict[str, Any] = {"at": time.time(), "actor": _actor(), "version": version}
+    common: dict[str, Any] = {"at": time.time(), "actor": actor(), "version": version}
     if device is not None and group is None:
-        _operate(database, PinDevice(device=device, **common))
+        operate(database, PinDevice(device=device, **common))
     elif group is not None and device is None:
-        _operate(database, PinGroup(group=group, **common))
+        operate(database, PinGroup(group=group, **common))
     else:
         raise typer.BadParameter("give either --device or --group")
-
-
-def _actor() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "operator"
 
 
 def _seconds(text: str, option: str) -> float:
@@ -405,25 +320,6 @@ def _seconds(text: str, option: str) -> float:
     if found is None:
         raise typer.BadParameter(f"{text!r}: give 90s, 30m, 2h or 1d", param_hint=option)
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-def _when(at: float | None) -> str | None:
-    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
-
-
-def _device(device: Device) -> dict[str, Any]:
-    return {
-        "device": device.id,
-        "group": device.group,
-        "runs": device.running,
-        "told": device.told.version,
-        "answer": "revoked" if device.revoked else device.told.outcome,
-        "rollout": device.told.rollout,
-        "pin": device.pin,
-        "refused": sorted(device.refused),
-        "agent": device.agent,
-        "seen": _when(device.last_seen),
-    }
 
 
 def _rollout(rollout: Rollout) -> dict[str, Any]:
@@ -436,7 +332,7 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
         "status": rollout.status.value,
         "percent": rollout.stages[rollout.stage],
         "stages": list(rollout.stages),
-        "since": _when(rollout.since),
+        "since": when(rollout.since),
         "devices": sum(rollout.cohorts),
         "told": rollout.told,
         "expected": rollout.expected,
@@ -445,20 +341,3 @@ def _rollout(rollout: Rollout) -> dict[str, Any]:
         "silent": tally.silent,
         "reason": rollout.reason,
     }
-
-
-def _list(rows: list[dict[str, Any]], columns: Iterable[str], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows))  # noqa: T201
-        return
-    shown = tuple(columns)
-    texts = [[_text(row[name]) for name in shown] for row in rows]
-    print_table(make_console(), [Column(name) for name in shown], texts)
-
-
-def _text(value: object) -> str:
-    if value is None or value == "":
-        return "–"
-    if isinstance(value, list):
-        return ", ".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -28,6 +28,7 @@ LAYERS = (
     },
     {"client.training", "client.edge", "server.releases", "server.fleet"},
     {"server.federation"},
+    {"server.control"},
     {"simulations"},
     {"cli"},
 )
@@ -99,6 +100,7 @@ def test_edge_agent_names_no_training_library() -> None:
         assert {component for _, component in own_imports(path)} <= {
             "client.edge",
             "compression.codec",
+            "compression.control",
             "compression.versions",
             "compression.onnx",
         }

@@ -9,7 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.server.fleet import DeviceState, FleetService, Outcome, Release
+from prunecast.server.fleet import (
+    DeviceReport,
+    DeviceState,
+    FleetService,
+    Health,
+    Outcome,
+    Release,
+)
 from prunecast.server.releases import KeyRing, Repository
 from support.classifier import classifier, classifier_graph, classifier_inputs
 
@@ -163,3 +170,27 @@ def test_a_fleet_is_made_once(empty: Fleet, repository: Path, tmp_path: Path) ->
     assert "is not a release repository" in empty("init", "--repository", tmp_path, code=1)
     empty("init", "--repository", repository)
     assert "holds a fleet already" in empty("init", "--repository", repository, code=1)
+
+
+def test_what_a_device_says_is_shown(fleet: Fleet) -> None:
+    token = fleet.json("device", "add", "cam", "--group", "lab")["token"]
+    shown = fleet.json("device", "show", "cam")
+    assert (shown["device"], shown["runs"], "figures" in shown) == ("cam", None, False)
+    with FleetService(fleet.url, lambda: [Release("digits", 1)]) as service:
+        health = Health("disk full", {"celsius": 71.5})
+        service.receive(token, DeviceReport("report01", DeviceState(1), None, health), 0)
+    shown = fleet.json("device", "show", "cam")
+    assert (shown["runs"], shown["problem"], shown["figures"]) == (
+        1,
+        "disk full",
+        {"celsius": 71.5},
+    )
+    assert "celsius" in fleet("device", "show", "cam")
+    assert "no device named 'other'" in fleet("device", "show", "other", code=1)
+    assert "is up to date" in fleet("upgrade")
+
+
+def test_a_server_needs_tls_files_that_work(fleet: Fleet, tmp_path: Path) -> None:
+    fleet("serve", code=2)
+    absent = ("--certificate", tmp_path / "c.pem", "--key", tmp_path / "k.pem")
+    assert "a TLS file is unusable" in fleet("serve", *absent, code=1)

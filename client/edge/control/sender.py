@@ -59,12 +59,12 @@ class Sender:
                 continue
             try:
                 waits = self._send(report)
-            except (grpc.RpcError, ControlProblem) as error:
-                self._problem(describe(error))
-                waits = self._wait_after(error)
             except StateError as error:
                 self._problem(ControlProblem(f"a report is not crossed off: {error}"))
                 waits = self._backoff.next()
+            except Exception as error:  # whatever it is, the device must go on reporting
+                self._problem(describe(error))
+                waits = self._wait_after(error)
             if waits:
                 self._stopped.wait(waits)
 
@@ -116,5 +116,6 @@ def _request(report: Report) -> Any:
     if report.answer is not None:
         given = report.answer
         made.answer.serial, made.answer.version = given.serial, given.version
-        made.answer.outcome, made.answer.detail = _OUTCOMES[given.outcome], given.detail
+        made.answer.detail = given.detail
+        made.answer.outcome = _OUTCOMES.get(given.outcome, messages.OUTCOME_UNSPECIFIED)
     return made

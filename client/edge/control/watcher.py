@@ -111,7 +111,7 @@ class Watcher:
                         self._changed()
                     allow(silence)
             return ControlProblem("the control server ended the connection")
-        except (grpc.RpcError, ControlProblem) as error:
+        except Exception as error:  # whatever it is, the device must not lose its fleet
             return error
         finally:
             self._call = None

@@ -1,0 +1,79 @@
+"""Files of the release repository, in chunks; nothing else of the disk can be reached."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from prunecast.compression.control import CHUNK_BYTES
+from prunecast.server.control.errors import BadPath, FileTooLarge, NoSuchFile, OffsetBehindEnd
+from prunecast.server.releases.serving.names import family, open_public
+
+__all__ = ["OpenFile", "open_file"]
+
+
+@dataclass
+class OpenFile:
+    """A file that is open at an offset; a context manager.
+
+    Attributes:
+        descriptor: of the file.
+        length: of the whole file in bytes.
+        offset: of the next chunk.
+    """
+
+    descriptor: int
+    length: int
+    offset: int
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        os.close(self.descriptor)
+
+    def read(self) -> bytes:
+        """The next chunk; empty at the end."""
+        data = os.pread(self.descriptor, min(CHUNK_BYTES, self.length - self.offset), self.offset)
+        self.offset += len(data)
+        return data
+
+
+def open_file(repository: Path, name: str, offset: int, *, most_bytes: int) -> OpenFile:
+    """Open a public file of a repository.
+
+    Args:
+        repository: its folder.
+        name: as devices name it, such as ``blobs/SHA256``; only names that a repository makes.
+        offset: first byte wanted.
+        most_bytes: refuse files that are larger.
+
+    Raises:
+        BadPath: no name that a repository makes.
+        NoSuchFile: it has no file of this name.
+        FileTooLarge: it has more than `most_bytes`.
+        OffsetBehindEnd: the offset lies behind its end.
+    """
+    if family(name) is None:
+        raise BadPath(f"{name[:120]!r} is no file of a release repository")
+    try:
+        descriptor, size = open_public(repository, name)
+    except OSError as error:
+        raise NoSuchFile(f"the repository has no {name}") from error
+    try:
+        if size > most_bytes:
+            raise FileTooLarge(
+                f"{name} has {size} bytes, more than the {most_bytes} that come this way: "
+                "get it from the repository's web server"
+            )
+        if offset > size:
+            raise OffsetBehindEnd(f"{name} has {size} bytes, there is no byte {offset}")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return OpenFile(descriptor, size, offset)

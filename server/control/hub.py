@@ -1,0 +1,144 @@
+"""Who is watching, and when somebody's directive may have changed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Executor
+from functools import partial
+from typing import Literal, TypeVar
+
+from prunecast.server.fleet import AuditEntry, FleetService, Release
+
+__all__ = ["Hub", "Watcher", "concerned"]
+
+_T = TypeVar("_T")
+_LOG = logging.getLogger(__name__)
+_OF_ONE_DEVICE = ("device ", "release failed", "token renewed")
+Ended = Literal["replaced", "closed"]
+
+
+class Watcher:
+    """One open Watch of a device.
+
+    Attributes:
+        ended: why it has to end; None while it may go on.
+    """
+
+    def __init__(self) -> None:
+        self.ended: Ended | None = None
+        self._bell = asyncio.Event()
+
+    def wake(self) -> None:
+        """The device's directive may have changed."""
+        self._bell.set()
+
+    def end(self, why: Ended) -> None:
+        """End the watch."""
+        self.ended = self.ended or why
+        self._bell.set()
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for a wake or an end; False if there was none for so long."""
+        try:
+            await asyncio.wait_for(self._bell.wait(), seconds)
+        except TimeoutError:
+            return False
+        self._bell.clear()
+        return True
+
+
+class Hub:
+    """Follows the fleet and wakes whom a change may concern; lives in one event loop.
+
+    Args:
+        service: the fleet.
+        live: gives the live releases.
+        executor: its threads wait for the database.
+        interval: seconds between looks at the fleet, which also honour its deadlines.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        service: FleetService,
+        live: Callable[[], Iterable[Release]],
+        executor: Executor,
+        *,
+        interval: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.service, self.clock = service, clock
+        self._live, self._executor, self._interval = live, executor, interval
+        self._watchers: dict[str, Watcher] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        """How many devices are watching."""
+        return len(self._watchers)
+
+    def call(self, work: Callable[[], _T]) -> Awaitable[_T]:
+        """Do something that waits for the database or the disk in another thread."""
+        return asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def enter(self, device: str) -> Watcher:
+        """Begin a watch; an earlier one of the same device ends, as its connection may be dead."""
+        watcher = Watcher()
+        if (earlier := self._watchers.get(device)) is not None:
+            earlier.end("replaced")
+        self._watchers[device] = watcher
+        if self._closed:
+            watcher.end("closed")
+        return watcher
+
+    def leave(self, device: str, watcher: Watcher) -> None:
+        """A watch has ended."""
+        if self._watchers.get(device) is watcher:
+            del self._watchers[device]
+
+    def close(self) -> None:
+        """End all watches, those to come too."""
+        self._closed = True
+        for watcher in self._watchers.values():
+            watcher.end("closed")
+
+    async def follow(self) -> None:
+        """Look at the fleet again and again until cancelled."""
+        last: int | None = None
+        live: object = None
+        while True:
+            try:
+                if last is None:
+                    last, _ = await self.call(self.service.changes)
+                await self.call(partial(self.service.tick, self.clock()))
+                listed = await self.call(self._live)
+                last, entries = await self.call(partial(self.service.changes, last))
+                self._wake(None if listed != live else concerned(entries))
+                live = listed
+            except Exception as error:  # whatever it is, devices must not be left alone
+                _LOG.warning("the fleet cannot be read, trying again: %s", error)
+            await asyncio.sleep(self._interval)
+
+    def _wake(self, devices: Iterable[str] | None) -> None:
+        names = self._watchers if devices is None else devices
+        for name in list(names):
+            if (watcher := self._watchers.get(name)) is not None:
+                watcher.wake()
+
+
+def concerned(entries: Iterable[AuditEntry]) -> set[str] | None:
+    """Devices whose directive may have changed by what the audit log says; None: all of them.
+
+    >>> concerned([AuditEntry(0, "ada", "device pinned", "cam")])
+    {'cam'}
+    >>> concerned([AuditEntry(0, "fleet", "rollout paused", "r2")]) is None
+    True
+    """
+    devices = set()
+    for entry in entries:
+        if not entry.action.startswith(_OF_ONE_DEVICE):
+            return None
+        devices.add(entry.subject)
+    return devices

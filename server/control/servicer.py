@@ -1,0 +1,140 @@
+"""The three methods of the protocol, on top of the fleet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prunecast.compression.control import FleetControlServicer, messages
+from prunecast.server.control.convert import device_report, device_state, directive_event
+from prunecast.server.control.errors import ForeignName, GoingDown, WatchReplaced, WrongRelease
+from prunecast.server.control.files import open_file
+from prunecast.server.control.hub import Hub
+from prunecast.server.control.identity import credential_of
+from prunecast.server.control.limits import Limits
+from prunecast.server.control.quota import Concurrency, RateQuota
+from prunecast.server.control.status import answering
+from prunecast.server.fleet import Credential, DeviceState, Identity
+
+__all__ = ["Servicer"]
+
+
+class Servicer(FleetControlServicer):
+    """Answers devices.
+
+    Args:
+        hub: the fleet, and who is watching.
+        repository: folder of the release repository.
+        limits: see `Limits`.
+        certificates: whether devices authenticate by client certificates instead of tokens.
+    """
+
+    def __init__(self, hub: Hub, repository: Path, limits: Limits, *, certificates: bool) -> None:
+        self._hub, self._repository, self._limits = hub, repository, limits
+        self._certificates = certificates
+        self._reports = RateQuota(per_second=limits.reports_per_second, burst=limits.report_burst)
+        self._watches = RateQuota(per_second=limits.watches_per_second, burst=limits.watch_burst)
+        self._fetches = Concurrency(limits.fetches)
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """See `fleet.proto`."""
+        async with answering(context):
+            credential, identity = await self._admit(context, request.device)
+            self._watches.take(identity.device, now=time.monotonic())
+            if request.release != identity.release:
+                raise WrongRelease(
+                    f"the fleet's {identity.device} follows {identity.release!r}, this agent "
+                    f"{request.release[:80]!r}: start it with --name {identity.release}, or "
+                    "enrol the device in a group that follows the other release"
+                )
+            state = device_state(request)
+            watcher = self._hub.enter(identity.device)
+            try:
+                yield messages.WatchEvent(
+                    welcome=messages.Welcome(
+                        device=identity.device,
+                        keep_alive_seconds=max(1, round(self._limits.keep_alive)),
+                    )
+                )
+                async for event in self._directives(credential, state, watcher):
+                    yield event
+            finally:
+                self._hub.leave(identity.device, watcher)
+            if watcher.ended == "closed":
+                raise GoingDown("the server is going down: come back in a moment")
+            raise WatchReplaced(
+                f"{identity.device} watches over another connection now; if that is another "
+                "device, renew the token with `prunecast fleet device token`"
+            )
+
+    async def Report(self, request: Any, context: Any) -> Any:
+        """See `fleet.proto`."""
+        async with answering(context):
+            credential, identity = await self._admit(context, request.device)
+            self._reports.take(identity.device, now=time.monotonic())
+            report = device_report(request)
+            now = self._hub.clock()
+            receipt = await self._hub.call(
+                partial(self._hub.service.receive, credential, report, now)
+            )
+            return messages.ReportReply(counted=receipt.counted, replayed=receipt.replayed)
+
+    async def Fetch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """See `fleet.proto`."""
+        async with answering(context):
+            _, identity = await self._admit(context, "")
+            with self._fetches.entered(identity.device):
+                name, most = request.path, self._limits.fetch_bytes
+                opened = await self._hub.call(
+                    lambda: open_file(self._repository, name, request.offset, most_bytes=most)
+                )
+                with opened as file:
+                    while True:
+                        at = file.offset
+                        data = await self._hub.call(file.read)
+                        if data or at == request.offset:
+                            yield messages.FetchChunk(offset=at, length=file.length, data=data)
+                        if not data or file.offset == file.length:
+                            return
+
+    async def _directives(
+        self, credential: Credential, state: DeviceState, watcher: Any
+    ) -> AsyncIterator[Any]:
+        """Directives as they change, and a sign of life when nothing does."""
+        said: DeviceState | None = state
+        last, woken = None, True
+        while watcher.ended is None:
+            known, said = said, None  # later the fleet knows better, from the reports
+            now = self._hub.clock()
+            directive = await self._hub.call(
+                partial(self._hub.service.poll, credential, known, now)
+            )
+            if directive != last:
+                last = directive
+                yield directive_event(directive)
+            elif not woken:
+                yield messages.WatchEvent(keep_alive=messages.KeepAlive())
+            woken = await watcher.wait(self._limits.keep_alive)
+
+    async def _admit(self, context: Any, claimed: str) -> tuple[Credential, Identity]:
+        """Who calls.
+
+        Raises:
+            TokenRefused: nobody whom the fleet knows.
+            ForeignName: another device than the one that the request names.
+        """
+        credential = credential_of(
+            context.invocation_metadata(),
+            context.auth_context(),
+            certificates=self._certificates,
+        )
+        identity = await self._hub.call(lambda: self._hub.service.identify(credential))
+        if claimed and claimed != identity.device:
+            raise ForeignName(
+                f"this is the credential of {identity.device}, not of {claimed[:80]!r}: every "
+                "device needs its own token and its own state folder"
+            )
+        return credential, identity

@@ -1,0 +1,68 @@
+"""TLS of the control server; renewed certificates are taken without a restart."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from prunecast.server.control.errors import Unbindable
+
+__all__ = ["server_credentials"]
+
+
+def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> Any:
+    """gRPC's server credentials.
+
+    Args:
+        certificate: PEM file with the server's certificate chain.
+        key: PEM file with its private key.
+        client_ca: PEM file with the authorities that issue devices' certificates; without one
+            devices authenticate by tokens.
+
+    Raises:
+        Unbindable: a file is missing or unusable.
+    """
+    try:
+        # gRPC itself says nothing about unusable files
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(str(certificate), str(key))
+        if client_ca:
+            context.load_verify_locations(str(client_ca))
+    except OSError as error:  # ssl.SSLError is one
+        where = error.filename or certificate
+        raise Unbindable(f"a TLS file is unusable ({error.strerror or error}): {where}") from error
+    files = [key, certificate, *([client_ca] if client_ca else [])]
+    held = _configuration(certificate, key, client_ca)
+    seen = _stamps(files)
+
+    def fetch() -> Any:
+        """Called at every handshake; None: nothing is new."""
+        nonlocal seen
+        try:
+            stamps = _stamps(files)
+            if stamps == seen:
+                return None
+            fresh = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            fresh.load_cert_chain(str(certificate), str(key))
+            made = _configuration(certificate, key, client_ca)
+        except OSError:
+            return None  # a renewal may be under way: certificate and key do not match yet
+        seen = stamps
+        return made
+
+    return grpc.dynamic_ssl_server_credentials(held, fetch, client_ca is not None)
+
+
+def _configuration(certificate: Path, key: Path, client_ca: Path | None) -> Any:
+    return grpc.ssl_server_certificate_configuration(
+        [(key.read_bytes(), certificate.read_bytes())],
+        root_certificates=client_ca.read_bytes() if client_ca else None,
+    )
+
+
+def _stamps(files: list[Path]) -> list[tuple[int, int, int]]:
+    found = [path.stat() for path in files]
+    return [(s.st_ino, s.st_mtime_ns, s.st_size) for s in found]

@@ -1,0 +1,140 @@
+"""What the agent keeps of its fleet: bounded, atomic, and never two answers for one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prunecast.client.edge import ControlProblem, StateError
+from prunecast.client.edge.control import ControlSettings
+from prunecast.client.edge.control.backoff import Backoff
+from prunecast.client.edge.control.store import Answer, ControlStore, Directive
+from prunecast.client.edge.store import StateFolder
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Callable[[], ControlStore]:
+    numbers = itertools.count()
+    return lambda: ControlStore(StateFolder(tmp_path), lambda: f"id{next(numbers):06}")
+
+
+def test_it_outlives_the_process(open_store: Callable[[], ControlStore]) -> None:
+    store = open_store()
+    store.welcome("cam", "print")
+    directive = Directive(3, "toy", 2, True, "r2")
+    assert store.accept(directive)
+    assert not store.accept(directive)
+    answer = Answer(3, 2, "succeeded", "fine")
+    store.report("0.1.0", 2, answer=answer, error="hot", figures={"a": 1.0}, made=5.0)
+    again = open_store()
+    assert (again.directive, again.device, again.first()) == (directive, "cam", store.first())
+    assert not again.is_due(answer)
+    assert (again.name_for("print"), again.name_for("other")) == ("cam", "")
+    waiting = again.first()
+    assert waiting is not None
+    again.done(waiting.id)
+    assert open_store().first() is None
+
+
+def test_an_answer_is_due_once_and_a_failure_once_more(
+    open_store: Callable[[], ControlStore],
+) -> None:
+    store = open_store()
+    good, bad = Answer(1, 2, "succeeded"), Answer(1, 2, "crash loop")
+    assert store.is_due(good)
+    store.report("", 2, answer=good)
+    assert not store.is_due(good)
+    assert store.is_due(bad)
+    store.report("", 1, answer=bad)
+    assert not store.is_due(bad)
+    assert not store.is_due(good)
+    assert store.is_due(Answer(2, 2, "succeeded"))
+
+
+def test_the_queue_is_bounded_and_says_last_how_the_device_is(
+    open_store: Callable[[], ControlStore],
+) -> None:
+    store = open_store()
+    for number in range(100):
+        store.report("", None, answer=Answer(number, 1, "succeeded"))
+        store.report("", None, error=f"problem {number}")
+    assert len(store) == 64
+    kept, answers = [], 0
+    while (report := store.first()) is not None:
+        kept.append(report.id)
+        answers += report.answer is not None
+        last = report
+        store.done(report.id)
+    assert (answers, last.error) == (63, "problem 99")
+    assert len(set(kept)) == 64
+
+
+def test_what_belongs_to_another_device_is_dropped(
+    open_store: Callable[[], ControlStore],
+) -> None:
+    store = open_store()
+    store.welcome("cam", "a")
+    store.accept(Directive(1, "toy", 1))
+    store.report("", 1, answer=Answer(1, 1, "succeeded"))
+    store.welcome("cam", "b")  # its token was renewed
+    assert (len(store), store.directive) == (1, Directive(1, "toy", 1))
+    store.welcome("other", "c")
+    assert (len(store), store.directive, store.device) == (0, None, "other")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 1}', b'{"schema": 2}'])
+def test_a_damaged_file_is_none(
+    open_store: Callable[[], ControlStore], tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "control.json").write_bytes(content)
+    store = open_store()
+    assert (store.directive, store.first()) == (None, None)
+    store.accept(Directive(1))
+    assert json.loads((tmp_path / "control.json").read_bytes())["directive"]["serial"] == 1
+
+
+def test_a_disk_that_refuses_is_named_and_the_directive_holds(
+    open_store: Callable[[], ControlStore], tmp_path: Path
+) -> None:
+    store = open_store()
+    (tmp_path / "control.json").mkdir()
+    with pytest.raises(StateError):
+        store.accept(Directive(1, "toy", 1))
+    assert store.directive == Directive(1, "toy", 1)
+
+
+def test_settings_are_checked(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    for address in ("", "host", "host:0", "host:99999", "a b:1", "http://host:1"):
+        with pytest.raises(ControlProblem, match="HOST:PORT"):
+            ControlSettings(address, token_file=token)
+    for pair in ({}, {"token_file": token, "certificate": (token, token)}):
+        with pytest.raises(ControlProblem, match="either a token or a certificate"):
+            ControlSettings("host:1", **pair)
+    settings = ControlSettings("[::1]:8444", token_file=token)
+    with pytest.raises(ControlProblem, match="cannot read"):
+        settings.token()
+    token.write_text("short\n")
+    with pytest.raises(ControlProblem, match="holds no device token"):
+        settings.token()
+    token.write_text("a" * 43 + "\n")
+    assert settings.token() == "a" * 43
+    print_ = settings.fingerprint()
+    token.write_text("b" * 43)
+    assert settings.fingerprint() != print_
+
+
+def test_waits_are_spread_grow_and_end() -> None:
+    backoff = Backoff(1.0, 60.0, random.Random(3))
+    waits = [backoff.next() for _ in range(200)]
+    assert waits[0] <= 1
+    assert max(waits) <= 60
+    assert sum(waits[10:]) / 190 == pytest.approx(30, abs=4)
+    assert 30 <= backoff.long() <= 60
+    backoff.reset()
+    assert backoff.next() <= 1

@@ -1,0 +1,79 @@
+"""A certificate authority for tests: servers on loopback, and devices by name."""
+
+from __future__ import annotations
+
+import ipaddress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+__all__ = ["Authority"]
+
+
+class Authority:
+    """Issues certificates that are valid for a day.
+
+    Args:
+        folder: where the PEM files go.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.ca = folder, folder / "ca.pem"
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = _named(f"authority of {folder.name}")
+        made = self._signed(self._name, self._key.public_key(), [x509.BasicConstraints(True, None)])
+        self.ca.write_bytes(made)
+
+    def server(self, name: str = "server") -> tuple[Path, Path]:
+        """Certificate and key for localhost and 127.0.0.1."""
+        loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        names = x509.SubjectAlternativeName([x509.DNSName("localhost"), loopback])
+        return self._issue(name, names)
+
+    def device(self, name: str) -> tuple[Path, Path]:
+        """Certificate and key whose subject is a device."""
+        return self._issue(name, x509.BasicConstraints(False, None))
+
+    def _issue(self, name: str, extension: x509.ExtensionType) -> tuple[Path, Path]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate, private = self.folder / f"{name}.pem", self.folder / f"{name}.key"
+        certificate.write_bytes(self._signed(_named(name), key.public_key(), [extension]))
+        private.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        private.chmod(0o600)
+        return certificate, private
+
+    def _signed(
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePublicKey,
+        extensions: list[x509.ExtensionType],
+    ) -> bytes:
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(hours=1))
+            .not_valid_after(now + timedelta(days=1))
+        )
+        for extension in extensions:
+            builder = builder.add_extension(extension, critical=False)
+        made = builder.sign(self._key, hashes.SHA256())
+        return made.public_bytes(serialization.Encoding.PEM)
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
