@@ -100,6 +100,9 @@ def create(
     ] = None,
     licence: Annotated[str | None, typer.Option(help="SPDX expression of the weights.")] = None,
     window: Annotated[int, typer.Option(help="How many releases stay live.", min=1)] = 16,
+    at_least: Annotated[
+        int, typer.Option(help="Lowest number of the release, to overtake one of a thief.", min=1)
+    ] = 1,
     export: Annotated[
         Path | None, typer.Option(help="Write what was published as a single .onnx file, too.")
     ] = None,
@@ -131,7 +134,7 @@ def create(
     )
     made = from_checkpoint(target, chosen) if source is None else from_file(target, chosen)
     if save_graph_to:
-        save_graph(made.graph, save_graph_to)
+        save_graph(made.exported, save_graph_to)
     published = target.publish(
         name,
         made.model,
@@ -142,6 +145,7 @@ def create(
         licence=licence,
         kind=made.kind,
         numerics=made.numerics,
+        at_least=at_least,
     )
     result = {
         "name": published.name,

@@ -44,10 +44,11 @@ class Chosen:
 
 @dataclass
 class Source:
-    """What is released, however it was given."""
+    """What is released, however it was given; `exported` is the graph for another time."""
 
     model: PublishedModel
     graph: ExportedGraph
+    exported: ExportedGraph
     inputs: Any
     variant: str
     kind: str
@@ -136,6 +137,7 @@ def from_checkpoint(target: Repository, chosen: Chosen) -> Source:
     return Source(
         made_variant.model,
         made_variant.graph,
+        graph,
         inputs,
         made_variant.variant,
         label,
@@ -172,7 +174,14 @@ def from_file(target: Repository, chosen: Chosen) -> Source:
         )
     kind = made.kind if chosen.variant != "int8-qdq" else "int8-qdq"
     source = Source(
-        made.model, made.graph, made.inputs, made.variant, kind, made.metrics, notes=made.notes
+        made.model,
+        made.graph,
+        made.graph,
+        made.inputs,
+        made.variant,
+        kind,
+        made.metrics,
+        notes=made.notes,
     )
     if samples is not None or kind == "int8-qdq":
         reference = run_original(chosen.source, samples) if samples is not None else None
