@@ -27,8 +27,8 @@ def _lanes(
     """Encode with lane segments however few the symbols, and at the depth given."""
     plan = vars(encoder)["plan_field"]
 
-    def planned(f: Field, *args: Any) -> Any:
-        code = plan(f, *args)
+    def planned(f: Field, *args: Any, **options: Any) -> Any:
+        code = plan(f, *args, **options)
         if depth is not None and f.plane is None:
             code.depth = depth
         return code

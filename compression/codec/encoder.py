@@ -42,6 +42,8 @@ _MOST_STEPS = 1 << 12
 _LARGE = 20_000
 _STATIC = 1000
 _ONE_SIGN = 64
+_SMALL_BYTES = 8192
+_SMALL_SIZE = 1 << 18
 _FINE = 1 << 18
 _BYTE_SAMPLE = 18
 """Logarithm of how many bytes of a plane tell whether it can be compressed."""
@@ -85,13 +87,22 @@ def encode_with(
             kept[name] = len(copies[1])
     by_tensor = all_fields(specs, context, kept)
     fields = [f for group in by_tensor.values() for f in group]
-    values = (v for name, group in by_tensor.items() for v in _split(engine, parts[name], group))
-    coder = AdaptiveEncoder()
-    if context.layout is None:
-        write_specs(coder, specs)
-    write_copies(coder, specs, context, kept)
-    rest = encode_body(coder, fields, values, engine)
-    return seal(context, coder.finish(), rest)
+
+    def written(*, levels: bool) -> tuple[bytes, Body]:
+        coder = AdaptiveEncoder()
+        if context.layout is None:
+            write_specs(coder, specs)
+        write_copies(coder, specs, context, kept)
+        values = (v for n, group in by_tensor.items() for v in _split(engine, parts[n], group))
+        rest, body = encode_body(coder, fields, values, engine, levels=levels)
+        return seal(context, coder.finish(), rest), body
+
+    payload, body = written(levels=True)
+    # What levels save is an estimate, and too good where there is little to learn from.
+    small = len(payload) <= _SMALL_BYTES and sum(f.size for f in fields) <= _SMALL_SIZE
+    if small and any(c.rows is not None or c.columns is not None for c in body.codes):
+        payload = min(payload, written(levels=False)[0], key=len)
+    return payload
 
 
 def _split(engine: Engine, parts: list[Any], fields: list[Field]) -> Iterator[Any]:
@@ -133,10 +144,11 @@ def encode_body(
     coder: AdaptiveEncoder,
     fields: list[Field],
     values: Iterable[Any],
-    engine: Engine | None = None,
-) -> bytes:
-    """Write the body's head into ``coder``; return the sections that follow it."""
-    engine = engine or Engine()
+    engine: Engine,
+    *,
+    levels: bool = True,
+) -> tuple[bytes, Body]:
+    """Write the body's head into ``coder``; return the sections that follow it, and the body."""
     codes: list[FieldCode] = []
     zs: dict[int, Any] = {}
     sets: dict[int | None, int] = {}
@@ -157,7 +169,7 @@ def encode_body(
             centre = int(counts.argmax()) - 128
         z = engine.to_z(v, centre, f)
         seen = engine.observe(f, z)
-        code = plan_field(f, seen, everything)
+        code = plan_field(f, seen, everything, levels=levels)
         code.centre = centre
         if code.mode == CODED:
             kind = None if f.plane is None else f.plane - f.spec.dtype.itemsize
@@ -195,8 +207,8 @@ def encode_body(
         for segment in body.segments:
             members = [parts[i][phase] for i, phase in segment.parts]
             write_serial(coder, models, *engine.symbols(body, members), body.sparse)
-        return side + stored
-    return _encode_lanes(coder, body, fields, parts, engine) + stored
+        return side + stored, body
+    return _encode_lanes(coder, body, fields, parts, engine) + stored, body
 
 
 def _group(

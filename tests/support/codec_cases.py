@@ -21,8 +21,8 @@ def forced(
     """Make encoders choose neighbour contexts of a depth, lane segments, or static tables."""
     plan = encoder.plan_field
 
-    def planned(f: Any, *args: Any) -> Any:
-        code = plan(f, *args)
+    def planned(f: Any, *args: Any, **options: Any) -> Any:
+        code = plan(f, *args, **options)
         if depth is not None and f.plane is None and f.mask is None and not f.conditioned:
             code.depth = depth if f.bits == 32 else 0
         return code

@@ -116,8 +116,8 @@ def _trial_bits(f: Field, seen: Observed, code: FieldCode) -> float:
     return float(entropy_bits(h).sum()) * scale + learning
 
 
-def plan_field(f: Field, seen: Observed, total: int) -> FieldCode:
-    """Choose how a field is coded; ``total``: elements of the payload."""
+def plan_field(f: Field, seen: Observed, total: int, *, levels: bool = True) -> FieldCode:
+    """Choose how a field is coded, with levels or without; ``total``: elements of the payload."""
     if not seen.largest:
         return FieldCode(CONSTANT)
     mean = sum(limb << LIMB * i for i, limb in enumerate(seen.sums())) / f.size
@@ -127,7 +127,7 @@ def plan_field(f: Field, seen: Observed, total: int) -> FieldCode:
         return best
     least = _trial_bits(f, seen, best)
     side = 0.0
-    if f.rows > 1 and f.columns > 1:
+    if levels and f.rows > 1 and f.columns > 1:
         flat = best
         by_row, by_column = _axis_means(seen)
         for step in _steps(least, f.rows + f.columns):

@@ -22,6 +22,7 @@ from prunecast.compression.codec.container.head import write_specs
 from prunecast.compression.codec.container.wire import seal
 from prunecast.compression.codec.context import TensorSpec
 from prunecast.compression.codec.encoder import encode_body
+from prunecast.compression.codec.engine import Engine
 from prunecast.compression.codec.entropy.adaptive import AdaptiveEncoder
 from prunecast.compression.codec.modelling.fields import fields_of
 from support.accelerated import assert_same_outcome
@@ -159,7 +160,7 @@ def test_values_beyond_the_width(device: str, dtype: str, lanes: bool) -> None:
             values = values.astype(np.int64)
         fields = [f for group in fields_of(specs, Context()).values() for f in group]
         with forced(lanes=lanes):
-            rest = encode_body(coder, fields, [values, values.astype(np.int64) << 31])
+            rest, _ = encode_body(coder, fields, [values, values.astype(np.int64) << 31], Engine())
         assert_same_outcome(seal(Context(), coder.finish(), rest), None, device)
 
 

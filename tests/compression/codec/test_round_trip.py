@@ -240,8 +240,8 @@ def test_every_depth_of_neighbour_contexts(
 ) -> None:
     plan = encoder.plan_field
 
-    def deep(*args: Any) -> Any:
-        code = plan(*args)
+    def deep(*args: Any, **options: Any) -> Any:
+        code = plan(*args, **options)
         code.depth = depth
         return code
 
