@@ -14,8 +14,9 @@ WORKERS ?= 2
 PYTHON = $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,\
 	$(shell $(python) -c 'import sys, ensurepip; sys.version_info < (3, 11) or print("$(python)")' 2>/dev/null)))
 
-# Flower's own settings: no usage reports, no dependency resolution at every run.
+# Settings of Flower and onnxruntime: no usage reports, no dependency resolution at every run.
 export FLWR_TELEMETRY_ENABLED ?= 0
+export ORT_DISABLE_TELEMETRY ?= 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
 
 .PHONY: help demo test test-fast test-engine lint format proto fuzz fuzz-corpus clean

@@ -30,7 +30,7 @@ from prunecast.compression.onnx import (
     open_session,
 )
 from prunecast.compression.onnx.files import file_digest, sync_file, sync_folder
-from prunecast.compression.onnx.runtime import computes_in_integers
+from prunecast.compression.onnx.runtime import computes_in_integers, import_onnxruntime
 
 __all__ = ["may_optimise", "open_and_seal", "open_sealed"]
 
@@ -156,8 +156,7 @@ def _most_bytes(folder: Path, manifest: ReleaseManifest) -> int:
 
 def _platform() -> str:
     """Everything that the optimised model depends on besides the release."""
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     cpu: set[str] = set()
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,16 @@ from numpy.typing import NDArray
 
 from prunecast.compression.onnx.errors import InputRefused, RuntimeFailure
 
-__all__ = ["InferenceSession", "Signature", "computes_in_integers", "fit_inputs", "open_session"]
+__all__ = [
+    "InferenceSession",
+    "Signature",
+    "computes_in_integers",
+    "fit_inputs",
+    "import_onnxruntime",
+    "open_session",
+]
+
+_SWITCH = "ORT_DISABLE_TELEMETRY"
 
 # A node's operator (field 4 of NodeProto) as it is serialised: the device has no onnx to ask.
 _QUANTISES = b"\x22\x0eQuantizeLinear"
@@ -131,6 +143,28 @@ def fit_inputs(
     return fitted
 
 
+def import_onnxruntime() -> Any:
+    """The module onnxruntime, which sends nothing to its makers.
+
+    From 1.29 on, its Linux builds report sessions (names and hashes of models, times) to Microsoft,
+    through a database in the user's cache folder, from the moment of the import. Only a variable
+    in the environment keeps it from beginning. One that is set already, to whatever, is respected.
+
+    Raises:
+        RuntimeFailure: it is not installed.
+    """
+    try:
+        if _SWITCH in os.environ or "onnxruntime" in sys.modules:
+            return import_module("onnxruntime")
+        os.environ[_SWITCH] = "1"
+        try:
+            return import_module("onnxruntime")
+        finally:
+            del os.environ[_SWITCH]
+    except ImportError as error:
+        raise RuntimeFailure("onnxruntime is missing: pip install 'prunecast[edge]'") from error
+
+
 def open_session(
     path: Path,
     *,
@@ -152,10 +186,7 @@ def open_session(
     Raises:
         RuntimeFailure: onnxruntime is not installed or refuses the file.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise RuntimeFailure("onnxruntime is missing: pip install 'prunecast[edge]'") from error
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: they reach the caller as exceptions
     if computes_in_integers(path) if integers is None else integers:
