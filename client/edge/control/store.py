@@ -17,7 +17,7 @@ __all__ = ["Answer", "ControlStore", "Directive", "Report"]
 
 _FILE = "control.json"
 _SCHEMA = 1
-_MOST_REPORTS = 64
+_MOST_REPORTS = 64  # the fleet remembers four times as many ids
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,13 @@ class ControlStore:
     Args:
         folder: the agent's state folder, which it has locked.
         make_id: makes identifiers that are never used again.
+        most: reports that may wait.
     """
 
-    def __init__(self, folder: StateFolder, make_id: Callable[[], str]) -> None:
-        self._folder, self._make_id = folder, make_id
+    def __init__(
+        self, folder: StateFolder, make_id: Callable[[], str], *, most: int = _MOST_REPORTS
+    ) -> None:
+        self._folder, self._make_id, self._most = folder, make_id, most
         self._lock = threading.Lock()
         self._content = _content(folder.read_json(_FILE))
 
@@ -152,7 +155,7 @@ class ControlStore:
                 self._make_id(), known.device, agent, running, answer, error, figures or {}, made
             )
             waiting = [r for r in known.reports if answer or r.answer] + [made_now]
-            known = replace(known, reports=tuple(waiting[-_MOST_REPORTS:]))
+            known = replace(known, reports=tuple(waiting[-self._most :]))
             self._write(replace(known, answered=answer) if answer else known)
 
     def is_due(self, answer: Answer) -> bool:

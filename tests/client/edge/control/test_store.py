@@ -57,21 +57,22 @@ def test_an_answer_is_due_once_and_a_failure_once_more(
 
 
 def test_the_queue_is_bounded_and_says_last_how_the_device_is(
-    open_store: Callable[[], ControlStore],
+    tmp_path: Path,
 ) -> None:
-    store = open_store()
-    for number in range(100):
+    numbers = itertools.count()
+    store = ControlStore(StateFolder(tmp_path), lambda: f"id{next(numbers):06}", most=8)
+    for number in range(12):
         store.report("", None, answer=Answer(number, 1, "succeeded"))
         store.report("", None, error=f"problem {number}")
-    assert len(store) == 64
+    assert len(store) == 8
     kept, answers = [], 0
     while (report := store.first()) is not None:
         kept.append(report.id)
         answers += report.answer is not None
         last = report
         store.done(report.id)
-    assert (answers, last.error) == (63, "problem 99")
-    assert len(set(kept)) == 64
+    assert (answers, last.error) == (7, "problem 11")
+    assert len(set(kept)) == 8
 
 
 def test_what_belongs_to_another_device_is_dropped(
