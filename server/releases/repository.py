@@ -153,6 +153,7 @@ class Repository(RepositoryKeeper):
         tolerance: Tolerance | None = None,
         kind: str = "",
         numerics: Mapping[str, float] | None = None,
+        at_least: int = 1,
     ) -> PublishedRelease:
         """Publish a model as the next release of `name`.
 
@@ -168,6 +169,8 @@ class Repository(RepositoryKeeper):
             tolerance: of the self-test; default 1e-4 of the largest output, 1e-3 of each value.
             kind: which variant of the model this is, in a word for people.
             numerics: how far it computes from the float32 reference, see `releases.variants`.
+            at_least: lowest number of the release: devices that took one which was published with
+                a stolen key, far ahead, take only a higher one.
 
         Raises:
             ReleasesError: a key is missing, the repository is damaged, the inputs are unusable.
@@ -197,7 +200,7 @@ class Repository(RepositoryKeeper):
             built = build_release(
                 request,
                 name=name,
-                version=state.next_version(name),
+                version=max(state.next_version(name), at_least),
                 created=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
                 bases=self._bases(live),
             )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -33,66 +36,53 @@ def _done(*arguments: object, said: str | None = None) -> str:
     return output
 
 
-def _passphrase(folder: Path, holder: str) -> Path:
-    path = folder / f"{holder}.pass"
-    path.write_text(f"correct horse {holder}\n")
-    path.chmod(0o600)
-    return path
+def _documented() -> list[list[str]]:
+    """Commands of the section on several holders, in order."""
+    text = (Path(__file__).parents[2] / "docs" / "releases.md").read_text(encoding="utf-8")
+    section = text.partition("## Keys of several holders")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```console\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    return [shlex.split(line) for line in lines if not line.startswith("#")]
 
 
-def test_a_ceremony_from_the_first_key_to_a_rotation(tmp_path: Path) -> None:
-    passwords = {holder: _passphrase(tmp_path, holder) for holder in ("alice", "bob", "carol")}
-    for holder, file in passwords.items():
-        _done("keys", "make", tmp_path / holder, holder, "--passphrase-file", file)
-    host, repository = tmp_path / "host", tmp_path / "served"
-    _done("keys", "online", host)
-
-    def public(holder: str) -> Path:
-        return tmp_path / holder / f"{holder}.pub"
-
-    def sign(ceremony: Path, holder: str) -> str:
-        key = tmp_path / holder / f"{holder}.key"
-        given = ["--passphrase-file", passwords[holder]]
-        return _done("keys", "sign", ceremony, "--key", key, *given, said="y\n")
-
-    first = tmp_path / "first"
-    _done(
-        *("keys", "plan", first, "--root-threshold", 2, "--targets-threshold", 1),
-        *("--root", public("alice"), "--root", public("bob"), "--targets", public("alice")),
-        *("--snapshot", host / "snapshot.pub", "--timestamp", host / "timestamp.pub"),
-    )
-    said = sign(first, "alice")
-    assert "root: 2 of alice, bob" in said
-    assert said.count("send back") == 2
-    code, said = _run("keys", "enact", first, repository, "--keys", host)
-    assert code == 1
-    assert "1 more of bob must sign" in said
-    sign(first, "bob")
-    assert "1.root.json" in _done("keys", "enact", first, repository, "--keys", host)
-
-    _done("keys", "online", host, "robot")
-    second = tmp_path / "second"
-    _done(
-        *("keys", "change", second, repository, "--delegate", "robot=digits"),
-        *("--add", f"robot={host / 'robot.pub'}", "--threshold", "targets=1"),
-        *("--add", f"root={public('carol')}", "--revoke", "root=bob"),
-    )
-    files = []
-    for holder in ("alice", "carol", "bob"):
-        sign(second, holder)
-        files = sorted((second / "signatures").iterdir())
-    assert "root 2 has 2 of 2" in _done("keys", "merge", second, *files)
-    _done("keys", "enact", second, repository, "--keys", host)
-    assert "enacted 20" in _done("keys", "show", second)
-    root = repository / "metadata" / "1.root.json"
-    assert "the metadata is valid" in _done("verify", repository, "--root", root)
-    renewed = json.loads(_done("renew", repository, "--keys", host, "--json"))
+def test_the_documented_ceremonies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = _documented()
+    assert len(commands) > 25
+    said = []
+    for program, *arguments in commands:
+        if program == "cp":
+            shutil.copytree(arguments[1], arguments[2])
+            continue
+        assert program == "prunecast"
+        if arguments[2:] == ["first", "repository", "--keys", "host"]:  # of `keys enact`
+            folder = Path("first/signatures")
+            withheld = {path: path.read_bytes() for path in folder.glob("root-*")}
+            (path, content), *_ = withheld.items()
+            path.unlink()
+            code, output = _run(*arguments[1:])
+            assert (code, "root 1 has 1 of 2 signatures" in output) == (1, True)
+            path.write_bytes(content)
+        given = [
+            sorted(map(str, Path().glob(a))) if "*" in a and "=" not in a else [a]
+            for a in arguments
+        ]
+        prompts = "correct horse\ncorrect horse\n" if "make" in arguments else "correct horse\ny\n"
+        said.append(_done(*[a for part in given for a in part][1:], said=prompts))
+    assert "root: 2 of alice, carol, dave  (was 2 of alice, bob, carol)" in "".join(said)
+    assert "the metadata is valid" in said[-1]
+    for number in ("first", "second", "third", "fourth", "fifth"):
+        assert "\nenacted 20" in Path(number, "transcript.txt").read_text()
+    root = json.loads(Path("repository/metadata/4.root.json").read_text())["signed"]
+    assert root["roles"]["root"]["threshold"] == 2
+    keys = ("--keys", "new-host", "--keys", "host")
+    renewed = json.loads(_done("renew", "repository", *keys, "--json"))
     assert renewed["expires_soon"] == {}
-    assert set(renewed) == {"snapshot", "timestamp", "expires_soon"}
-    code, said = _run("doctor", repository, "--keys", host, "--json")
-    codes = {f["code"] for f in json.loads(said)["findings"]} - {"folder-above-closed"}
-    # the holders' keys lie in folders beside the repository
-    assert codes - {"not-readable"} == {"key-offline", "offline-key-here"}
+    code, output = _run("doctor", "repository", *keys, "--json")
+    found = {f["code"]: f for f in json.loads(output)["findings"]}
+    assert code == 1
+    assert "alice.key (root, targets)" in found["offline-key-here"]["subject"]
+    assert "bob.key" not in found["offline-key-here"]["subject"]
 
 
 def test_a_holders_key_is_encrypted_and_asked_for(tmp_path: Path) -> None:

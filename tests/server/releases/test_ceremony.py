@@ -358,6 +358,18 @@ def test_a_delegated_role_may_need_two_machines(
     assert len(verify_repository(founded, founded.trusted_root())) == 1
 
 
+def test_a_release_overtakes_one_that_a_thief_published_far_ahead(
+    circle: Circle, founded: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
+) -> None:
+    _delegated(circle, founded, "toy")
+    founded.publish("toy", model(1), graph, selftest_inputs=images)
+    made = founded.publish("toy", model(2), graph, selftest_inputs=images, at_least=1001)
+    assert made.version == 1001
+    assert (
+        founded.publish("toy", model(3), graph, selftest_inputs=images, at_least=5).version == 1002
+    )
+
+
 @pytest.mark.parametrize("role", ["root", "Robot", "1.robot", "robot/x", ""])
 def test_roles_whose_name_cannot_be_a_file_are_refused(
     circle: Circle, founded: Repository, role: str
