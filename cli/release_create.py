@@ -134,7 +134,7 @@ def create(
     )
     made = from_checkpoint(target, chosen) if source is None else from_file(target, chosen)
     if save_graph_to:
-        save_graph(made.graph, save_graph_to)
+        save_graph(made.exported, save_graph_to)
     published = target.publish(
         name,
         made.model,
