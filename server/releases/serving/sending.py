@@ -12,7 +12,7 @@ __all__ = ["Outlet"]
 
 _LEAST = 16 * 1024  # bytes handed over at once, if the client is slow
 _MOST_KERNEL, _MOST_TLS = 4 * 2**20, 128 * 1024  # likewise, if it is quick
-_FIRST = 128 * 1024
+_FIRST = 64 * 1024
 _QUICK = 1.0  # seconds: the next piece is twice as large
 _IN_MEMORY = 128 * 1024  # bytes up to which one write with the head is cheaper than sendfile
 
