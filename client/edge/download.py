@@ -11,11 +11,13 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
 from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError, StateError
-from prunecast.client.edge.transport import Fetcher
+from prunecast.client.edge.transport import AskLater, Fetcher
 from prunecast.compression.onnx import FileRef
 from prunecast.compression.onnx.files import file_digest, sync_folder
 
 __all__ = ["download"]
+
+_PATIENCE = 60.0  # seconds that a server may ask for between two attempts
 
 
 def download(
@@ -84,17 +86,23 @@ def _fill(
     resumed = _size(part) > 0
     whole = not resumed  # whether every byte of the part came in this call
     for attempt in range(1, attempts + 1):
+        problem: DownloadError
+        pause = 0.25 * 2**attempt
         try:
             _append(fetcher, url, ref, part, on_bytes)
+        except AskLater as error:
+            if error.seconds > _PATIENCE:
+                raise NetworkError(f"{error}; what has come is kept") from error
+            pause, problem = max(pause, error.seconds), error
         except DownloadHTTPError as error:
             if error.status_code == 416:  # the server's file ends where the part does, or before
                 if whole:
                     raise _short(url, _size(part), ref) from error
                 part.unlink(missing_ok=True)
                 whole = True
-            elif error.status_code < 500 and error.status_code != 429:
+            elif error.status_code < 500:
                 raise ContentMissing(f"cannot download: {error}") from error
-            problem: DownloadError = error
+            problem = error
         except DownloadError as error:
             problem = error
         else:
@@ -104,7 +112,7 @@ def _fill(
                 raise _short(url, _size(part), ref)
             problem = DownloadError("ended early")
         if attempt < attempts:
-            wait(0.25 * 2**attempt)
+            wait(pause)
     raise NetworkError(f"cannot download after {attempts} attempts: {problem}") from problem
 
 

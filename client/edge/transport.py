@@ -20,13 +20,25 @@ from tuf.ngclient import FetcherInterface
 from prunecast.client.edge.errors import NetworkError
 from prunecast.client.edge.pace import Pace, TooSlow
 
-__all__ = ["Fetcher", "HttpFetcher", "Stream"]
+__all__ = ["AskLater", "Fetcher", "HttpFetcher", "Stream"]
 
 _CHUNK = 64 * 1024  # bytes
 _POOLS: dict[str, type[urllib3.HTTPConnectionPool]] = {
     "http": urllib3.HTTPConnectionPool,
     "https": urllib3.HTTPSConnectionPool,
 }
+
+
+class AskLater(DownloadHTTPError):
+    """The server is busy, or this device has used up its quota.
+
+    Attributes:
+        seconds: after which the server wants to be asked again; 0 if it did not say.
+    """
+
+    def __init__(self, message: str, status_code: int, seconds: float) -> None:
+        super().__init__(message, status_code)
+        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,8 @@ class Fetcher(FetcherInterface):
             offset: first byte wanted; a server may ignore it and start at 0.
 
         Raises:
-            DownloadHTTPError: the server answered with an HTTP error.
+            AskLater: the server answered 429 or 503.
+            DownloadHTTPError: it answered with another HTTP error.
             DownloadError: no answer, or not in time.
         """
 
@@ -102,7 +115,15 @@ class HttpFetcher(Fetcher):
         self._pool = urllib3.PoolManager(
             headers={"accept-encoding": "identity", **(headers or {})},
             timeout=urllib3.Timeout(connect=connect_timeout, read=read_timeout),
-            retries=urllib3.Retry(connect=2, read=0, redirect=3, other=0, backoff_factor=0.2),
+            retries=urllib3.Retry(
+                connect=2,
+                read=0,
+                redirect=3,
+                other=0,
+                backoff_factor=0.2,
+                # it would sleep for as long as a server likes, and nothing could end that
+                respect_retry_after_header=False,
+            ),
             ssl_context=context,
         )
         connections = _paced(lambda: Pace(least_rate, patience, read_timeout, clock))
@@ -121,7 +142,7 @@ class HttpFetcher(Fetcher):
             raise _problem(f"no answer from {url}", error) from error
         if response.status >= 400:
             response.close()
-            raise DownloadHTTPError(f"{url} answered {response.status}", response.status)
+            raise _refusal(url, response)
         start = 0
         if response.status == 206:
             start = _range_start(response.headers.get("content-range", ""))
@@ -139,6 +160,17 @@ class HttpFetcher(Fetcher):
             raise _problem(f"connection to {url} broke", error) from error
         finally:
             response.close()
+
+
+def _refusal(url: str, response: urllib3.BaseHTTPResponse) -> DownloadHTTPError:
+    said = f"{url} answered {response.status}"
+    if response.status not in (429, 503):
+        return DownloadHTTPError(said, response.status)
+    value = response.headers.get("retry-after", "").strip()
+    # a date, the other form, would need a clock that is right
+    seconds = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else 0
+    later = f"{said}: ask again in {seconds} s" if seconds else said
+    return AskLater(later, response.status, float(seconds))
 
 
 def _range_start(value: str) -> int:

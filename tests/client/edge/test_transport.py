@@ -339,3 +339,33 @@ def test_tls_is_verified(
             agent.update_once()  # the system's authorities do not know this server
         with Agent(config, fetcher=HttpFetcher(ca_file=certificate)) as agent:
             assert agent.update_once().outcome == "updated"
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "pauses"),
+    [
+        ("429 Too Many Requests", "retry-after: 7\r\n", [7.0]),
+        ("503 Service Unavailable", "retry-after: Mon, 23 Nov 2026 06:00:00 GMT\r\n", [0.5]),
+        ("503 Service Unavailable", "", [0.5]),
+        ("429 Too Many Requests", "retry-after: 9999\r\n", None),
+    ],
+)
+def test_a_server_may_ask_for_a_pause(
+    tmp_path: Path, status: str, said: str, pauses: list[float] | None
+) -> None:
+    """A short one is kept; a long one is for the next check, and is not slept through."""
+    answers = iter([_head(status, 0, said), _head("200 OK", len(DATA)) + DATA])
+
+    def answer(connection: socket.socket, request: str) -> None:
+        connection.sendall(next(answers))
+
+    waited: list[float] = []
+    with serving(answer) as url:
+        target = tmp_path / "file"
+        if pauses is None:
+            with pytest.raises(NetworkError, match="ask again in 9999 s; what has come is kept"):
+                download(HttpFetcher(), url, REF, target, wait=waited.append)
+        else:
+            download(HttpFetcher(), url, REF, target, wait=waited.append)
+            assert target.read_bytes() == DATA
+    assert waited == (pauses or [])
