@@ -199,6 +199,13 @@ def _check(root: Root, targets: Targets | None) -> None:
                 f"the {name} role would have {len(role.keyids)} keys and a threshold of "
                 f"{role.threshold}: nobody could sign for it; add keys or change the threshold"
             )
+    for name in OFFLINE_ROLES:
+        holders = [holder_of(root.get_key(keyid)) for keyid in roles[name].keyids]
+        if twice := sorted({holder for holder in holders if holders.count(holder) > 1}):
+            raise CeremonyError(
+                f"{twice[0]} would hold two keys of the {name} role and count twice: revoke the "
+                "old one, or name the other holder differently"
+            )
     offline = {keyid for name in OFFLINE_ROLES for keyid in roles[name].keyids}
     for name in [*ONLINE_ROLES, *(n for n in roles if n not in ROLES)]:
         if shared := offline & set(roles[name].keyids):

@@ -147,6 +147,14 @@ def test_thresholds_that_nobody_could_meet_are_refused(circle: Circle, founded: 
         circle.prepare(founded, Change(threshold={"mirror": 2}))
 
 
+def test_nobody_counts_twice(circle: Circle, founded: Repository, tmp_path: Path) -> None:
+    twin = Circle(tmp_path / "twin").keys("alice")
+    with pytest.raises(CeremonyError, match="alice would hold two keys of the root role"):
+        circle.prepare(founded, Change(add={"root": twin}))
+    change = Change(add={"root": twin}, revoke={"root": ["alice"]})
+    assert len(circle.prepare(founded, change).requests["root"].signed.roles["root"].keyids) == 3
+
+
 # later ones
 
 
