@@ -167,7 +167,7 @@ def main() -> None:
     if chosen.variants:
         from variants import run as run_variants
 
-        report["variants"] = run_variants(path, chosen.repeat)
+        report["variants"] = run_variants(chosen.data, chosen.seed, chosen.repeat)
     if chosen.json:
         chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
