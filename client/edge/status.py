@@ -44,6 +44,17 @@ def record_check(
     folder.write_json(_FILE, report)
 
 
+def _control(folder: StateFolder) -> dict[str, Any] | None:
+    """What the fleet wants and what it has not heard yet; None without a fleet."""
+    found = folder.read_json("control.json")
+    if not found:
+        return None
+    reports = found.get("reports")
+    waiting = len(reports) if isinstance(reports, list) else 0
+    told = {key: found.get(key) for key in ("device", "directive", "answered")}
+    return {**told, "waiting_reports": waiting}
+
+
 def read_status(state: Path | str) -> dict[str, Any]:
     """Status of a state folder, without an agent: active and previous release, last check.
 
@@ -64,5 +75,6 @@ def read_status(state: Path | str) -> dict[str, Any]:
         "previous": asdict(found.previous) if found and found.previous else None,
         "rejected": found.rejected if found else {},
         "telemetry": telemetry.to_json() if telemetry else None,
+        "control": _control(folder),
         **folder.read_json(_FILE),
     }

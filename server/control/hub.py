@@ -56,7 +56,8 @@ class Hub:
     Args:
         service: the fleet.
         live: gives the live releases.
-        executor: its threads wait for the database.
+        executor: its threads wait for the database; one for SQLite, whose writers take turns and
+            sleep while they wait, so that several are slower than one.
         interval: seconds between looks at the fleet, which also honour its deadlines.
         clock: seconds since the epoch.
     """
@@ -80,7 +81,7 @@ class Hub:
         return len(self._watchers)
 
     def call(self, work: Callable[[], _T]) -> Awaitable[_T]:
-        """Do something that waits for the database or the disk in another thread."""
+        """Do something that waits for the database in another thread."""
         return asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def enter(self, device: str) -> Watcher:

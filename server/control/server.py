@@ -74,6 +74,7 @@ class ControlServer:
         self._repository, self._limits = repository, limits or Limits()
         self._interval = interval
         self._service = FleetService(database, self._live)
+        self._threads = 1 if database.startswith("sqlite") else _THREADS
         self._stop: Callable[[], None] = lambda: None
         self._stopped = False
         self._thread: threading.Thread | None = None
@@ -138,12 +139,17 @@ class ControlServer:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, over.set)
         limits = self._limits
-        with ThreadPoolExecutor(_THREADS, "control") as executor:
-            hub = Hub(self._service, self._live, executor, interval=self._interval)
+        with (
+            ThreadPoolExecutor(self._threads, "control database") as database,
+            ThreadPoolExecutor(_THREADS, "control files") as files,
+        ):
+            hub = Hub(self._service, self._live, database, interval=self._interval)
             server = grpc.aio.server(
                 options=_options(limits), maximum_concurrent_rpcs=limits.streams
             )
-            servicer = Servicer(hub, self._repository, limits, certificates=self._certificates)
+            servicer = Servicer(
+                hub, self._repository, files, limits, certificates=self._certificates
+            )
             add_servicer(servicer, server)
             alive = health.aio.HealthServicer()
             health_pb2_grpc.add_HealthServicer_to_server(alive, server)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,22 @@ class Servicer(FleetControlServicer):
     Args:
         hub: the fleet, and who is watching.
         repository: folder of the release repository.
+        files: its threads wait for the disk.
         limits: see `Limits`.
         certificates: whether devices authenticate by client certificates instead of tokens.
     """
 
-    def __init__(self, hub: Hub, repository: Path, limits: Limits, *, certificates: bool) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        repository: Path,
+        files: Executor,
+        limits: Limits,
+        *,
+        certificates: bool,
+    ) -> None:
         self._hub, self._repository, self._limits = hub, repository, limits
-        self._certificates = certificates
+        self._files, self._certificates = files, certificates
         self._reports = RateQuota(per_second=limits.reports_per_second, burst=limits.report_burst)
         self._watches = RateQuota(per_second=limits.watches_per_second, burst=limits.watch_burst)
         self._fetches = Concurrency(limits.fetches)
@@ -88,13 +99,13 @@ class Servicer(FleetControlServicer):
             _, identity = await self._admit(context, "")
             with self._fetches.entered(identity.device):
                 name, most = request.path, self._limits.fetch_bytes
-                opened = await self._hub.call(
-                    lambda: open_file(self._repository, name, request.offset, most_bytes=most)
-                )
+                loop = asyncio.get_running_loop()
+                opening = partial(open_file, self._repository, name, most_bytes=most)
+                opened = await loop.run_in_executor(self._files, opening, request.offset)
                 with opened as file:
                     while True:
                         at = file.offset
-                        data = await self._hub.call(file.read)
+                        data = await loop.run_in_executor(self._files, file.read)
                         if data or at == request.offset:
                             yield messages.FetchChunk(offset=at, length=file.length, data=data)
                         if not data or file.offset == file.length:

@@ -63,7 +63,8 @@ class Sender:
                 self._problem(ControlProblem(f"a report is not crossed off: {error}"))
                 waits = self._backoff.next()
             except Exception as error:  # whatever it is, the device must go on reporting
-                self._problem(describe(error))
+                if self._online.is_set():  # else the watcher has said why
+                    self._problem(describe(error))
                 waits = self._wait_after(error)
             if waits:
                 self._stopped.wait(waits)

@@ -116,7 +116,7 @@ class ControlStore:
         """
         with self._lock:
             known = self._content
-            if device != known.device:
+            if known.device and device != known.device:
                 known = _Content()
             self._write(replace(known, device=device, fingerprint=fingerprint))
 
