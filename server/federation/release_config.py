@@ -6,7 +6,7 @@
 ``release.name``             of the release
 ``release.selftest``         ``.npz`` with a few real inputs, one array per input of the model
 ``release.graph``            "" (the model is exported, some seconds) or a graph that was exported
-``release.variant``          "lattice", or another variant of `Repository.publish`
+``release.variant``          "int8" (the published integers) or "fp32"
 ``release.window``           16: how many releases stay live
 ``release.licence``          "" or the SPDX expression of the weights
 ``release.every``            0: release after every so many rounds
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from prunecast.compression.onnx import ExportedGraph
+    from prunecast.compression.onnx import ExportedGraph, Variant
     from prunecast.compression.onnx.selftest import Arrays
     from prunecast.compression.versions import PublishedModel
     from prunecast.server.releases import Repository
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["releases_from_config", "repository_releaser"]
 
 _PREFIX = "release."
+_VARIANTS: Mapping[str, Variant] = {"int8": "lattice", "fp32": "fp32"}
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("repository", "keys", "name", "selftest", "graph", "metric"), str),
     **dict.fromkeys(("variant", "licence"), str),
@@ -55,14 +56,19 @@ def repository_releaser(
     graph: ExportedGraph,
     selftest_inputs: Arrays | NDArray[np.generic],
     *,
-    variant: str = "lattice",
+    variant: str = "int8",
     licence: str | None = None,
 ) -> Releaser:
     """Publishes into a repository on this machine, under one name.
 
     Raises:
         ReleasesError: the keys at hand cannot publish this name.
+        ReleaseRuleError: an unknown variant.
     """
+    if variant not in _VARIANTS:
+        raise ReleaseRuleError(
+            f"release.variant = {variant!r} is unknown here: choose one of {', '.join(_VARIANTS)}"
+        )
     repository.check_publishable(name)
 
     def publish(model: PublishedModel, metrics: Mapping[str, float]) -> int:
@@ -72,7 +78,7 @@ def repository_releaser(
             graph,
             selftest_inputs=selftest_inputs,
             metrics=metrics,
-            variant=variant,  # type: ignore[arg-type]
+            variant=_VARIANTS[variant],
             licence=licence,
         )
         return made.version
@@ -141,7 +147,7 @@ def _open(
             given["name"],
             graph,
             inputs,
-            variant=given.get("variant", "lattice"),
+            variant=given.get("variant", "int8"),
             licence=given.get("licence"),
         )
         try:
