@@ -34,6 +34,7 @@ def test_the_agent_imports_without_torch_flwr_and_onnx() -> None:
     done = _run(
         """
         import prunecast.client.edge as edge
+        import prunecast.client.edge.control
         import prunecast.client.edge.inference, prunecast.client.edge.telemetry
         assert all(hasattr(edge, name) for name in edge.__all__)
         assert not {"torch", "flwr", "onnx"} & set(sys.modules)

@@ -163,6 +163,29 @@ def test_strangers_and_confusions_are_told_what_is_wrong(
     wait_until(lambda: "--name toy" in str(one.events[-1]), "it follows another release")
 
 
+def test_a_device_with_a_certificate_needs_no_token(
+    enrol: Enrol,
+    device: Look,
+    database: str,
+    repository: Repository,
+    authority: Authority,
+    wait_until: Until,
+) -> None:
+    certificate, key = authority.server("mutual")
+    one = enrol("cam11")
+    one.token_file.unlink()
+    with ControlServer(
+        *(database, repository.path),
+        certificate=certificate, key=key, client_ca=authority.ca, interval=0.1,
+    ) as mutual:  # fmt: skip
+        one.move(mutual.address, authority.ca)
+        pair = authority.device("cam11")
+        one.settings = replace(one.settings, token_file=None, certificate=pair)
+        one.start()
+        wait_until(lambda: device("cam11").told.outcome == "succeeded", "it is known by its name")
+        one.end()
+
+
 def test_a_server_of_another_authority_is_refused(
     enrol: Enrol, tmp_path: Path, wait_until: Until
 ) -> None:
