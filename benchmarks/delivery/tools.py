@@ -12,9 +12,9 @@ from pathlib import Path
 
 import zstandard
 
-from prunecast.compression.versions import decode_model, encode_delta
+from prunecast.compression.versions import PublishedModel, decode_model, encode_delta
 
-from . import chunks
+from . import chunks, plain
 from .state import Pair, layout_of
 
 __all__ = ["OURS", "Tool", "tools"]
@@ -44,7 +44,8 @@ class Tool:
 
 def tools() -> tuple[list[Tool], dict[str, str]]:
     """Tools that are here, ours first; and those that are not, with what would bring them."""
-    found = [Tool(OURS, "delta payload, applied and written as weights.bin", _ours, _apply_ours)]
+    settings = "delta payload; applied as a device does, base checked, weights.bin written"
+    found = [Tool(OURS, settings, _ours, _apply_ours)]
     absent: dict[str, str] = {}
     for name, make in (("bsdiff4", _bsdiff4), ("hdiffpatch", _hdiffpatch)):
         if importlib.util.find_spec(name) is None:
@@ -56,6 +57,18 @@ def tools() -> tuple[list[Tool], dict[str, str]]:
     else:
         absent["xdelta3"] = "apt install xdelta3"
     found += [
+        Tool(
+            "difference, xz",
+            "bytes subtracted place by place, xz -9e",
+            lambda p: plain.create(p.old_file, p.new_file),
+            lambda p, patch: plain.apply(p.old_file, patch),
+        ),
+        Tool(
+            "masked difference, xz",
+            "likewise, places that were zero apart from the others",
+            lambda p: plain.create_masked(p.old_file, p.new_file),
+            lambda p, patch: plain.apply_masked(p.old_file, patch),
+        ),
         Tool("zstd --patch-from", f"level {_LEVEL}, long distance", _zstd, _apply_zstd),
         Tool(
             "chunk dedupe",
@@ -67,13 +80,22 @@ def tools() -> tuple[list[Tool], dict[str, str]]:
     return found, absent
 
 
+def _fresh(model: PublishedModel) -> PublishedModel:
+    """The same tensors, of which nobody knows the digest yet."""
+    return PublishedModel(model.tensors, model.counter)
+
+
 def _ours(case: Pair) -> bytes:
-    return encode_delta(case.held, case.new)
+    return encode_delta(_fresh(case.held), _fresh(case.new))
 
 
 def _apply_ours(case: Pair, patch: bytes) -> bytes:
-    model = decode_model(patch, held=case.held)
-    return b"".join(layout_of(model).chunks(model))
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "weights.bin"
+        model = decode_model(patch, held=_fresh(case.held))
+        layout_of(model).write(model, path)
+        del model
+        return path.read_bytes()
 
 
 def _bsdiff4() -> list[Tool]:

@@ -154,7 +154,9 @@ def same_kind(new: TensorHead, old: TensorHead) -> bool:
 
 
 def pack_changes(
-    heads: Sequence[TensorHead], base: Sequence[TensorHead], back: Sequence[int | None]
+    heads: Sequence[TensorHead],
+    base: Sequence[TensorHead],
+    back: Sequence[int | None] | None = None,
 ) -> bytes:
     """Layout of a delta: what changed against the held version; empty when nothing did.
 
@@ -163,9 +165,9 @@ def pack_changes(
         base: of the held version.
         back: for each tensor that is coded under its mask how many places come back, else None.
     """
-    if all(new == old for new, old in zip(heads, base, strict=True)) and not any(
-        count is not None for count in back
-    ):
+    back = back or [None] * len(heads)
+    same = all(new == old for new, old in zip(heads, base, strict=True))
+    if same and all(count is None for count in back):
         return b""
     flags, changes = bytearray(), b""
     for new, old, count in zip(heads, base, back, strict=True):

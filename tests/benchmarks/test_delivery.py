@@ -47,6 +47,19 @@ def test_an_insertion_moves_few_boundaries() -> None:
     assert chunks.apply(b"", chunks.create(b"", new)) == new
 
 
+def test_differences_come_back_and_the_mask_helps() -> None:
+    plain = _module("plain")
+    rng = np.random.default_rng(1)
+    held = rng.integers(1, 256, 20_000, np.uint8) * (rng.random(20_000) < 0.1)
+    new = held + rng.integers(0, 2, 20_000, np.uint8) * (held != 0)
+    new[7] += 200
+    old, wanted = held.astype(np.uint8).tobytes(), new.astype(np.uint8).tobytes()
+    whole, masked = plain.create(old, wanted), plain.create_masked(old, wanted)
+    assert plain.apply(old, whole) == wanted
+    assert plain.apply_masked(old, masked) == wanted
+    assert len(masked) < len(whole)
+
+
 def test_a_moved_mask_keeps_its_size() -> None:
     rounds = _module("rounds")
     rng = np.random.default_rng(0)
