@@ -82,68 +82,102 @@ def from_checkpoint(target: Repository, chosen: Chosen) -> Source:
         inputs = {name: a[:_SELFTEST] for name, a in samples.inputs.items()}
     held, held_graph = _held(target, chosen.name)
     exact = read_checkpoint(chosen.model)
-    share, notes, reference = _share(chosen), [], None
-    weights: PublishedModel = exact
     if chosen.graph is not None:
-        graph, plan = _load(chosen.graph)
-        if share is not None and plan is None:
-            raise typer.BadParameter(f"{chosen.graph} has all channels: give --module")
-        if plan is not None:
-            weights = plan.narrow(exact)
+        parts = _from_graph(chosen.graph, exact, _share(chosen))
     else:
-        wide = _with_weights(str(chosen.module), exact)
-        examples = _examples(wide, inputs)
-        if share is None:
-            graph, found = _export(wide, examples, chosen)
-            notes += ["the graph was exported before"] if found else []
-        else:
-            from prunecast.server.releases import make_narrow, module_outputs, plan_of
-
-            with make_console(stderr=True).status(f"narrowing {chosen.module}"):
-                made = make_narrow(
-                    wide,
-                    examples,
-                    share,
-                    held=plan_of(held_graph) if held_graph else None,
-                    cache=_cache(chosen),
-                )
-            graph, weights = made.graph, made.plan.narrow(exact)
-            which = (
-                "as in the newest release" if made.held else "chosen by the norm of their groups"
-            )
-            notes.append(f"{share:.0%} of the channels remain, {which}")
-            if samples is not None:
-                given = {n: x.numpy() for n, x in _examples(wide, dict(samples.inputs)).items()}
-                reference = module_outputs(wide, given, _output_names(graph))
-    if reference is None and samples is not None:
-        reference = reference_outputs(graph, weights.arrays(), samples)
+        parts = _from_module(exact, inputs, samples, chosen, held_graph)
+    weights = parts.weights
+    if parts.reference is None and samples is not None:
+        parts.reference = reference_outputs(parts.graph, weights.arrays(), samples)
     if chosen.bits is not None:
         if any(isinstance(t, LatticeTensor) for t in exact.tensors.values()):
             raise typer.BadParameter(f"{chosen.model} is on a lattice already", param_hint="--bits")
         steps = _steps(chosen.steps)
         weights = from_arrays(weights.arrays(), bits=chosen.bits, steps=steps, held=held)
     kind = {"structured": "int8", "lattice": "int8"}.get(chosen.variant, chosen.variant)
-    made_variant = make_variant(
+    made = make_variant(
         kind,  # type: ignore[arg-type]
         weights,
-        graph,
+        parts.graph,
         samples,
-        reference=reference,
+        reference=parts.reference,
         held=held,
     )
-    label = made_variant.kind
-    if share is not None:
+    label = made.kind
+    if parts.narrow:
         label = "structured" if label != "int8-qdq" else "structured int8-qdq"
     return Source(
-        made_variant.model,
-        made_variant.graph,
-        graph,
+        made.model,
+        made.graph,
+        parts.graph,
         inputs,
-        made_variant.variant,
+        made.variant,
         label,
-        numerics=dict(made_variant.numerics),
-        notes=(*notes, *made_variant.notes),
+        numerics=dict(made.numerics),
+        notes=(*parts.notes, *made.notes),
     )
+
+
+@dataclass
+class _Parts:
+    """A graph, its weights before they are quantised, and what to compare with."""
+
+    graph: ExportedGraph
+    weights: PublishedModel
+    narrow: bool = False
+    reference: Any = None
+    notes: tuple[str, ...] = ()
+
+
+def _from_graph(path: Path, exact: PublishedModel, share: float | None) -> _Parts:
+    from prunecast.compression.onnx import load_graph
+    from prunecast.server.releases import plan_of
+
+    graph = load_graph(path)
+    plan = plan_of(graph.skeleton)
+    if plan is None:
+        if share is not None:
+            raise typer.BadParameter(f"{path} has all channels: give --module")
+        return _Parts(graph, exact)
+    if share not in (None, plan.share):
+        raise typer.BadParameter(f"{path} has {plan.share:.0%} of the channels, not {share:.0%}")
+    notes = (
+        f"{plan.share:.0%} of the channels remain, as {path} says",
+        "numerics compare with the same channels in float32: give --module to compare with all",
+    )
+    return _Parts(graph, plan.narrow(exact), narrow=True, notes=notes)
+
+
+def _from_module(
+    exact: PublishedModel,
+    inputs: dict[str, Any],
+    samples: Samples | None,
+    chosen: Chosen,
+    held_graph: bytes | None,
+) -> _Parts:
+    from prunecast.compression.onnx import default_cache, export_cached
+    from prunecast.server.releases import make_narrow, module_outputs, plan_of, with_weights
+
+    share, cache = _share(chosen), chosen.graph_cache or default_cache()
+    wide = with_weights(_module(str(chosen.module)), exact)
+    examples = _examples(wide, inputs)
+    with make_console(stderr=True).status(f"exporting {chosen.module}"):
+        if share is None:
+            graph, found = export_cached(wide, tuple(examples.values()), list(examples), cache)
+            return _Parts(graph, exact, notes=("the graph was exported before",) if found else ())
+        held = plan_of(held_graph) if held_graph else None
+        made = make_narrow(wide, examples, share, held=held, cache=cache)
+    which = "as in the newest release" if made.held else "chosen by the norm of their groups"
+    parts = _Parts(
+        made.graph,
+        made.plan.narrow(exact),
+        narrow=True,
+        notes=(f"{share:.0%} of the channels remain, {which}",),
+    )
+    if samples is not None:
+        given = {n: x.numpy() for n, x in _examples(wide, dict(samples.inputs)).items()}
+        parts.reference = module_outputs(wide, given, _output_names(made.graph))
+    return parts
 
 
 def from_file(target: Repository, chosen: Chosen) -> Source:
@@ -233,33 +267,10 @@ def _steps(text: str) -> Any:
     return text
 
 
-def _load(path: Path) -> tuple[ExportedGraph, Any]:
-    from prunecast.compression.onnx import load_graph
-    from prunecast.server.releases import plan_of
-
-    graph = load_graph(path)
-    return graph, plan_of(graph.skeleton)
-
-
 def _output_names(graph: ExportedGraph) -> tuple[str, ...]:
     import onnx
 
     return tuple(o.name for o in onnx.ModelProto.FromString(graph.skeleton).graph.output)
-
-
-def _cache(chosen: Chosen) -> Path:
-    from prunecast.compression.onnx import default_cache
-
-    return chosen.graph_cache or default_cache()
-
-
-def _export(
-    module: torch.nn.Module, examples: dict[str, torch.Tensor], chosen: Chosen
-) -> tuple[ExportedGraph, bool]:
-    from prunecast.compression.onnx import export_cached
-
-    with make_console(stderr=True).status(f"exporting {chosen.module}"):
-        return export_cached(module, tuple(examples.values()), list(examples), _cache(chosen))
 
 
 def _examples(module: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -270,12 +281,6 @@ def _examples(module: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, torc
     own = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     tensors = {name: torch.from_numpy(np.array(values)) for name, values in inputs.items()}
     return {n: t.to(own) if t.is_floating_point() else t for n, t in tensors.items()}
-
-
-def _with_weights(path: str, model: PublishedModel) -> torch.nn.Module:
-    from prunecast.server.releases import with_weights
-
-    return with_weights(_module(path), model)
 
 
 def _module(path: str) -> torch.nn.Module:
