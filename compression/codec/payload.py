@@ -215,13 +215,15 @@ class Payload(OpenedPayload, Mapping[str, NDArray[Any]]):
             self._tables = rans_tables(self._body)
         segment, at = self._body.segments[index], self._offsets[index]
         if index not in self._counted:
+            steps = self._steps + segment.steps(len(dense))
+            if steps > self._most_steps:
+                raise LimitExceeded(
+                    f"the payload's segments take more than Limits.steps = {self._most_steps} "
+                    "steps; raise that limit if you trust the sender"
+                )
+            # Only what is let in counts: tensors read before can be read again.
             self._counted.add(index)
-            self._steps += segment.steps(len(dense))
-        if self._steps > self._most_steps:
-            raise LimitExceeded(
-                f"the payload's segments take more than Limits.steps = {self._most_steps} steps; "
-                "raise that limit if you trust the sender"
-            )
+            self._steps = steps
         data = self._rest[at : at + segment.nbytes]
         return read_segment(self._body, self._tables, segment, data, dense, bits)
 

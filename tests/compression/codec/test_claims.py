@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from fuzz.writer import HeadWriter
@@ -16,6 +17,7 @@ from prunecast.compression.codec import (
     MalformedPayload,
     TensorSpec,
     decode,
+    encode,
     open_payload,
 )
 from prunecast.compression.codec.container.wire import seal
@@ -196,6 +198,16 @@ def test_steps_are_counted_once() -> None:
     payload = open_payload(finish(w, 3 * ONE_LANE), limits=Limits(steps=0))
     for _ in range(2):
         assert [payload[name].tolist() for name in payload] == [[0] * 5] * 3
+
+
+def test_what_was_let_in_can_be_read_again_beside_what_was_refused() -> None:
+    rng = np.random.default_rng(2)
+    tensors = {name: rng.integers(-20, 21, (300, 600)).astype("i4") for name in ("a", "b")}
+    payload = open_payload(encode(tensors), limits=Limits(steps=400))  # enough for one of them
+    for _ in range(2):
+        np.testing.assert_array_equal(payload["a"], tensors["a"])
+        with pytest.raises(LimitExceeded, match="steps"):
+            payload["b"]
 
 
 def test_names_are_limited_together() -> None:
