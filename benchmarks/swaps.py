@@ -1,9 +1,10 @@
 """Latency of inference on a device while releases are swapped under it, against quiet times.
 
     python benchmarks/swaps.py [--swaps N] [--threads N] [--width N] [--quiet SECONDS]
-                               [--seed N] [--json FILE]
+                               [--endpoint] [--seed N] [--json FILE]
 
-One process: a release server on loopback, an agent, and threads that infer without pause. All
+One process: a release server on loopback, an agent, and threads that infer without pause; with
+--endpoint, other processes that send requests over a Unix socket instead. All
 releases are published beforehand and shown one after the other. A request counts as *during* when
 it overlaps an update, from the first byte of metadata to the swap; otherwise as *quiet*. Every
 answer is compared with the outputs of the release that it reports. Printed: JSON; latencies in ms
@@ -13,11 +14,16 @@ by the wall clock, so they depend on what else the machine does.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
+import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.inference import InferenceServer
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
@@ -43,9 +50,10 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--swaps", type=int, default=20, help="releases that are activated (default: 20)")
-    add("--threads", type=int, default=4, help="threads that infer (default: 4)")
+    add("--threads", type=int, default=4, help="threads or processes that infer (default: 4)")
     add("--width", type=int, default=1024, help="of the two hidden layers (default: 1024)")
     add("--quiet", type=float, default=0.5, help="seconds before every update (default: 0.5)")
+    add("--endpoint", action="store_true", help="ask over a Unix socket instead of by calls")
     add("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
     add("--json", type=Path, metavar="FILE", help="write the figures there as well")
     return parser.parse_args()
@@ -103,6 +111,83 @@ def outputs(model: PublishedModel, x: np.ndarray) -> np.ndarray:
     return x
 
 
+class Client:
+    """Asks an endpoint over a Unix socket, with binary tensors."""
+
+    def __init__(self, path: str) -> None:
+        self._connection = http.client.HTTPConnection("localhost")
+        self._connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connection.sock.connect(path)
+
+    def infer(self, image: np.ndarray) -> tuple[int, np.ndarray]:
+        """The release that answered, and its outputs."""
+        described = {"name": "input", "shape": list(image.shape), "datatype": "FP32"}
+        inputs = [{**described, "parameters": {"binary_data_size": image.nbytes}}]
+        document = {"inputs": inputs, "parameters": {"binary_data_output": True}}
+        text = json.dumps(document).encode()
+        length = "Inference-Header-Content-Length"
+        headers = {length: str(len(text))}
+        self._connection.request("POST", "/v2/models/swaps/infer", text + image.tobytes(), headers)
+        answer = self._connection.getresponse()
+        body = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(body.decode())
+        at = int(answer.headers[length])
+        return int(json.loads(body[:at])["model_version"]), np.frombuffer(body[at:], "<f4")
+
+
+def images(seed: int) -> np.ndarray:
+    """What is asked."""
+    return np.random.default_rng(seed).standard_normal((8, INPUTS)).astype(np.float32)
+
+
+def collect(
+    infer: Callable[[np.ndarray], tuple[int, np.ndarray]],
+    seed: int,
+    thread: int,
+    stop: threading.Event,
+) -> tuple[list[Row], list[str]]:
+    """Ask without pause until `stop`: what was answered, and errors."""
+    x, rng = images(seed), np.random.default_rng(thread)
+    rows: list[Row] = []
+    failed: list[str] = []
+    while not stop.is_set():
+        which = int(rng.integers(len(x)))
+        begun = time.perf_counter()
+        try:
+            version, answer = infer(x[which : which + BATCH])
+        except Exception as error:
+            failed.append(str(error))
+            continue
+        rows.append((begun, time.perf_counter() - begun, which, version, answer))
+    return rows, failed
+
+
+def other_process(
+    path: str, seed: int, thread: int, stop: threading.Event
+) -> tuple[list[Row], list[str]]:
+    """`collect` in another process, whose clock is the same one."""
+    file = f"{path}.{thread}.npz"
+    command = [sys.executable, __file__, "--client", path, str(seed), str(thread), file]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    stop.wait()
+    process.communicate()
+    assert process.returncode == 0
+    found = np.load(file)
+    columns = [found[name].tolist() for name in ("begun", "took", "which", "version")]
+    return list(zip(*columns, found["answers"], strict=True)), found["failed"].tolist()
+
+
+def client(path: str, seed: int, thread: int, file: str) -> None:
+    """Ask until standard input ends, and write what came."""
+    stop = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    rows, failed = collect(Client(path).infer, seed, thread, stop)
+    names = ("begun", "took", "which", "version", "answers")
+    columns = {name: np.array([row[n] for row in rows]) for n, name in enumerate(names)}
+    np.savez(file, failed=np.array(failed, dtype=str), **columns)
+
+
 class Shelf:
     """Publishes every release at once and shows them one after the other."""
 
@@ -124,13 +209,13 @@ class Shelf:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run the benchmark."""
-    x = np.random.default_rng(options.seed).standard_normal((8, INPUTS)).astype(np.float32)
+    x = images(options.seed)
     made = models(options.swaps + 1, options.width, options.seed)
     expected = np.array([outputs(model, x) for model in made])
     stop = threading.Event()
     apart = float(np.abs(np.diff(expected, axis=0)).max(axis=2).min())
     assert apart > 10 * TOLERANCE, "two releases answer alike: a mixture would not be seen"
-    rows: list[list[Row]] = [[] for _ in range(options.threads)]
+    rows: list[Row] = []
     failed: list[str] = []
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -139,23 +224,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         root = shelf.repository.trusted_root()
         with ReleaseServer(shelf.repository.path) as server:
             config = AgentConfig(Path(scratch) / "state", server.url, "swaps", root, threads=1)
-            with Agent(config) as agent:
+            path = f"{scratch}/socket"
+            with Agent(config) as agent, InferenceServer(agent.model, "swaps", f"unix:{path}"):
                 agent.update_once()
                 agent.confirm()
 
+                def call(image: np.ndarray) -> tuple[int, np.ndarray]:
+                    got = agent.model.infer({"input": image})
+                    return got.version, got.outputs["output"][0]
+
                 def ask(thread: int) -> None:
-                    rng = np.random.default_rng(thread)
-                    while not stop.is_set():
-                        which = int(rng.integers(len(x)))
-                        begun = time.perf_counter()
-                        try:
-                            got = agent.model.infer({"input": x[which : which + BATCH]})
-                        except Exception as error:
-                            failed.append(str(error))
-                            continue
-                        took = time.perf_counter() - begun
-                        answer = got.outputs["output"][0]
-                        rows[thread].append((begun, took, which, got.version, answer))
+                    if options.endpoint:
+                        answered, refused = other_process(path, options.seed, thread, stop)
+                    else:
+                        answered, refused = collect(call, options.seed, thread, stop)
+                    rows.extend(answered)
+                    failed.extend(refused)
 
                 threads = [threading.Thread(target=ask, args=(n,)) for n in range(options.threads)]
                 for thread in threads:
@@ -174,21 +258,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 for thread in threads:
                     thread.join()
 
-    answers = [row for thread in rows for row in thread]
-    during = [any(b < end and b + t > begun for begun, end in updates) for b, t, *_ in answers]
+    during = [any(b < end and b + t > begun for begun, end in updates) for b, t, *_ in rows]
     mixed = sum(
         np.abs(expected[version - 1, which] - found).max() > TOLERANCE
-        for _, _, which, version, found in answers
+        for _, _, which, version, found in rows
     )
-    times = np.array([row[1] for row in answers])
+    times = np.array([row[1] for row in rows])
     return {
         "swaps": len(updates),
-        "requests": len(answers),
+        "requests": len(rows),
         "failed": len(failed),
         "answers_of_another_version": int(mixed),
-        "versions_served": len({row[3] for row in answers}),
+        "versions_served": len({row[3] for row in rows}),
         "parameters": sum(tensor.dense().size for tensor in made[0].tensors.values()),
         "threads": options.threads,
+        "endpoint": options.endpoint,
         "quiet_ms": _figures(times[~np.array(during)]),
         "during_ms": _figures(times[np.array(during)]),
         "update_ms": _figures(np.array([end - begun for begun, end in updates])),
@@ -206,6 +290,9 @@ def _figures(seconds: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
+    if sys.argv[1:2] == ["--client"]:
+        client(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+        return
     options = arguments()
     text = json.dumps(measure(options), indent=1)
     if options.json:
