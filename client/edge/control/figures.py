@@ -19,9 +19,9 @@ def figures_of(found: TelemetrySnapshot) -> dict[str, float]:
     for release in found.releases:
         if release.version == found.active:
             made |= {
-                "answered": release.answered,
-                "refused": release.refused,
-                "failed": release.failed,
+                "inferences_answered": release.answered,
+                "inferences_refused": release.refused,
+                "inferences_failed": release.failed,
                 "served_seconds": release.served_seconds,
                 "selftest_difference": release.difference,
                 "latency_p50_seconds": release.latency(0.5),
