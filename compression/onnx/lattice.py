@@ -133,6 +133,8 @@ def channel_steps(
             shift = np.ceil(np.log2(largest / ((top + 0.5) * held)))
         shift = np.where((shift < 0) & (largest > 0.4 * top * held), 0.0, shift)
         fresh = np.where(largest > 0, held * 2.0 ** np.maximum(shift, -64), held)
+        if lattice is not None:
+            fresh = np.maximum(fresh, lattice)  # a finer one would hold no more
     return np.maximum(fresh.astype(np.float32), np.finfo(np.float32).tiny).astype(np.float64)
 
 

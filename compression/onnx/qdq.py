@@ -20,7 +20,7 @@ tensor               content                                         dtype
 ==================== =============================================== ==================
 ``<w>``              integers of a weight                            lattice, int8
 ``<w>::scale``       scale of each channel, with the folded gain     float32 (C,)
-``<w>::base``        step of each channel, where it is our own       float32 (C,), unread
+``<w>::base``        step of each channel before anything is folded  float32 (C,), unread
 ``<w>::offset``      bias over (scale of the input * ``::scale``)    int32 (C,)
 ``<a>_scale`` ...    scale and zero point of an activation           float32, uint8
 ==================== =============================================== ==================
@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from prunecast.compression.codec import TensorSpec
+from prunecast.compression.onnx.bind import resolve
 from prunecast.compression.onnx.calibration import calibrate
 from prunecast.compression.onnx.errors import QuantisationError
 from prunecast.compression.onnx.folding import Kernel, prepare
@@ -112,8 +113,6 @@ def quantise(
         QuantisationError: nothing can be quantised, or the samples do not fit.
         BindError: the model does not fit the graph.
     """
-    from prunecast.compression.onnx.bind import resolve
-
     tensors = {parameter: tensor for parameter, _, tensor in resolve(graph, model)}
     values = {name: tensor.dense() for name, tensor in tensors.items()}
     prepared = prepare(graph)
@@ -220,19 +219,25 @@ def _weigh(
     gain, bias = kernel.gain_and_bias(values, tensor.shape[axis])
     shape = [1] * len(tensor.shape)
     shape[axis] = -1
+    pruned = isinstance(tensor, LatticeTensor) and tensor.pruned
     if isinstance(tensor, LatticeTensor) and int(np.abs(tensor.q.astype(np.int32)).max()) <= _TOP:
-        q, step, pruned = tensor.q.astype(np.float64), tensor.step, tensor.pruned
+        q, step = tensor.q.astype(np.float64), tensor.step
         base = np.full(gain.shape, step)
         work.direct += 1
     else:
         wide = values[name].astype(np.float64)
-        before = held.tensors.get(f"{name}::base") if held is not None else None
-        lattice = tensor.step if isinstance(tensor, LatticeTensor) else None
-        base = channel_steps(wide, axis, _TOP, before=before, lattice=lattice)
-        q, step = np.clip(np.rint(wide / base.reshape(shape)), -_TOP, _TOP), 1.0
-        pruned = isinstance(tensor, LatticeTensor) and tensor.pruned
-        work.tensors[f"{name}::base"] = RawTensor(base.astype(np.float32))
-        work.unread.append(f"{name}::base")
+        before, found = (held.tensors.get(n) if held else None for n in (f"{name}::base", name))
+        step = tensor.step if isinstance(tensor, LatticeTensor) else 1.0
+        base = channel_steps(
+            wide, axis, _TOP, before=before,
+            lattice=step if isinstance(tensor, LatticeTensor) else None,
+        )  # fmt: skip
+        q = np.clip(np.rint(wide / base.reshape(shape)), -_TOP, _TOP)
+        if isinstance(before, RawTensor) and isinstance(found, LatticeTensor):
+            step = found.step  # in name only; another one would tell a patch that q has moved
+    # Always there: a model in which a weight outgrows 8 bits has the same tensors as before.
+    work.tensors[f"{name}::base"] = RawTensor(base.astype(np.float32))
+    work.unread.append(f"{name}::base")
     exact = base * np.abs(gain)
     # A bias must fit into 32 bits: a channel whose gain all but vanishes gets a larger scale.
     scale = np.maximum(exact, np.abs(bias) / (into * _LARGEST_BIAS))

@@ -152,6 +152,31 @@ def test_other_weights_get_steps_per_channel_that_are_held(kind: str, tmp_path: 
     assert set(np.unique(ratio)) <= {2.0, 4.0}
 
 
+def test_a_weight_that_outgrows_8_bits_changes_its_own_channel_alone(
+    first: QuantisedModel,
+) -> None:
+    tensors = dict(convolutional(1).tensors)
+    conv = tensors["conv"]
+    assert isinstance(conv, LatticeTensor)
+    wide = conv.q.astype(np.int32)
+    wide[3, 0, 0, 0] = 200
+    tensors["conv"] = LatticeTensor(wide, conv.step)
+    grown = PublishedModel(tensors, 2)
+    second = quantise(convolutional_graph(), grown, IMAGES, held=first.model)
+    assert second.direct == 3
+    before, after = first.model["conv"], second.model["conv"]
+    assert isinstance(before, LatticeTensor)
+    assert isinstance(after, LatticeTensor)
+    changed = np.any(before.q != after.q, axis=(1, 2, 3))
+    assert np.flatnonzero(changed).tolist() == [3]
+    base = second.model["conv::base"].dense() / first.model["conv::base"].dense()
+    assert base.tolist() == [1, 1, 1, 2, 1, 1, 1, 1]
+    patch = encode_delta(
+        first.model, second.model, stream=b"x"
+    )  # the same tensors, so there is one
+    assert len(patch) < 0.3 * len(encode_keyframe(second.model, stream=b"x"))
+
+
 def test_the_same_bytes_in_another_process(first: QuantisedModel) -> None:
     code = (
         "import hashlib\n"
