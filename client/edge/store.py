@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -233,6 +234,8 @@ class StateFolder:
         try:
             for path in left:
                 path.unlink(missing_ok=True)
+            for slot in _SLOTS:
+                shutil.rmtree(self.slot(slot) / "optimised.new", ignore_errors=True)
         except OSError as error:
             raise StateError(f"cannot tidy {self.path}: {error.strerror or error}") from error
 

@@ -101,7 +101,9 @@ def test_a_restart_opens_the_optimised_model(
     assert {p.name for p in (slot / "optimised").iterdir()} == {"model.onnx", "weights.bin"}
     before = (slot / "optimised" / "weights.bin").stat().st_mtime_ns
     seal = _sealed(config)
+    (slot / "optimised.new").mkdir()  # what a crash may leave behind
     agent = start()
+    assert not (slot / "optimised.new").exists()
     assert agent.model.current().seal == seal
     answers(agent)
     assert (slot / "optimised" / "weights.bin").stat().st_mtime_ns == before
