@@ -34,7 +34,7 @@ def serve(
     ] = 16 * 1024,
     request_timeout: Annotated[
         float, typer.Option(help="Seconds for a request to arrive, and for a handshake.", min=0.1)
-    ] = 10.0,
+    ] = 30.0,
     idle_timeout: Annotated[
         float, typer.Option(help="Seconds between two requests of a connection.", min=0.1)
     ] = 75.0,

@@ -32,7 +32,7 @@ class Limits:
 
     connections: int = 1024
     header_bytes: int = 16 * 1024
-    request_timeout: float = 10.0
+    request_timeout: float = 30.0
     idle_timeout: float = 75.0
     stall_timeout: float = 60.0
     drain: float = 30.0
