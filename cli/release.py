@@ -187,7 +187,7 @@ def renew(
     ahead = {name: when.isoformat() for name, when in target.expiring().items()}
     lines = [f"{name} is valid until {when}" for name, when in renewed.items()]
     lines += [f"warning: {_ahead(name, when)}" for name, when in ahead.items()]
-    show_result({**renewed, "expires_soon": ahead}, as_json, lambda: "\n".join(lines))
+    show_result({"renewed": renewed, "expires_soon": ahead}, as_json, lambda: "\n".join(lines))
 
 
 @app.command(name="rotate-key")

@@ -157,7 +157,8 @@ def test_two_releases_reach_a_device(
     assert json.loads(_call("release", "show", repository, "toy"))["version"] == 2
     _call("release", "retire", repository, "toy", 1, "--keys", keys)
     renewed = json.loads(_call("release", "renew", repository, "--keys", keys, "--json"))
-    assert set(renewed) == {"snapshot", "timestamp"}
+    assert set(renewed["renewed"]) == {"snapshot", "timestamp"}
+    assert renewed["expires_soon"] == {}
     assert server.end() == 0
 
 
