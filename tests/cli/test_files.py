@@ -182,7 +182,7 @@ def test_a_payload_that_needs_a_context_says_which(run: Run, tmp_path: Path) -> 
     q = np.arange(50).reshape(5, 10)
     path = tmp_path / "delta.pcc"
     path.write_bytes(encode({"q": q}, context=Context(mask={"q": q > 0}, previous={"q": q})))
-    shown = ok(run("inspect", path)).output
+    shown = " ".join(ok(run("inspect", path)).output.split())  # the path decides where lines wrap
     assert "coded against mask and previous with the tag" in shown
     said = json.loads(ok(run("inspect", path, "--json")).stdout)["payloads"]
     assert said[0]["needs"] == ["mask", "previous"]

@@ -90,7 +90,7 @@ def test_a_wrong_policy_is_a_usage_error(run, tmp_path):
     path.write_text('schema = 1\n[arms.a]\nkind = "prunecast"\npreset = "tiny"\n')
     result = run("simulate", "--check", path)
     assert result.exit_code == 2
-    assert "unknown preset 'tiny': choose one of" in result.output
+    assert "prunecast.preset = 'tiny' is unknown: choose one of" in result.output
 
 
 def test_check_prints_the_whole_scenario(run):

@@ -17,6 +17,7 @@ from prunecast.simulations.runner import (
     EngineFailed,
     InProcessGrid,
     ResultError,
+    SimulationError,
     new_run_folder,
     read_ledger,
     read_result,
@@ -212,14 +213,16 @@ def test_one_image_that_differs_is_an_error(tiny, tmp_path):
         "reason": None,
     }
     np.savez(job.work / "device-2.npz", predictions=predictions)
-    _compare(job, 2, published, report)
+    _compare(job, 2, published, report, patched=True)
     changed = predictions.copy()
     changed[17] = 9
     np.savez(job.work / "device-2.npz", predictions=changed)
     with pytest.raises(DeviceMismatch, match=r"1 of 60 images .* first image 17"):
-        _compare(job, 2, published, report)
+        _compare(job, 2, published, report, patched=True)
+    with pytest.raises(SimulationError, match="without a patch"):
+        _compare(job, 2, published, {**report, "payload": "keyframe"}, patched=True)
     with pytest.raises(DeviceMismatch, match="imported torch"):
-        _compare(job, 2, published, {**report, "imported": ["torch"]})
+        _compare(job, 2, published, {**report, "imported": ["torch"]}, patched=True)
 
 
 def test_the_devices_module_imports_no_training_framework(tmp_path):
