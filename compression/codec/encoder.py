@@ -17,6 +17,7 @@ from .entropy.lanes import rans_tables
 from .entropy.rans import RansTables
 from .entropy.serial import SerialModels, write_serial
 from .entropy.tables import quantised
+from .entropy.tokens import TokenScheme
 from .errors import TensorMismatch
 from .modelling.classes import (
     ALONE,
@@ -33,6 +34,7 @@ __all__ = ["encode", "encode_body", "encode_with"]
 
 # One symbol at a time takes microseconds each and saves some per cent: for what is small anyway.
 _SERIAL_SYMBOLS = 4_000
+_BITS_A_SYMBOL = 8
 _ALONE = 1 << 17
 _SHARED_MOST = 1 << 18
 _MAX_LANES = 2048
@@ -195,6 +197,7 @@ def encode_body(
         for part in parts[i]:
             part.place(table, body.sparse)
     work = sum(part.work for group in parts.values() for part in group)
+    work += _extra_work(scheme, histograms)
     total = sum(fields[i].size for i in active)
     factor = 12 if total < 1 << 16 else 5 if total < 1 << 18 else 1
     body.serial = work <= factor * _SERIAL_SYMBOLS
@@ -287,6 +290,12 @@ def _lanes(stream: Any, nbytes: float, *, fast: bool) -> int:
     # Symbols that cost next to nothing should not take a step, so microseconds, each.
     lanes = max(lanes, len(stream.tokens) / _MOST_STEPS)
     return int(min(_MAX_LANES, lanes))
+
+
+def _extra_work(scheme: TokenScheme, histograms: list[NDArray[np.int64]]) -> int:
+    """Symbols that large values are worth: one at a time, each of their bits takes its time."""
+    extra = scheme.widths().astype(np.int64) // _BITS_A_SYMBOL
+    return sum(int((h.sum(0) * extra[: h.shape[1]]).sum()) for h in histograms)
 
 
 def _side_symbols(body: Body) -> int:
