@@ -308,4 +308,5 @@ def _line(result: UpdateResult) -> str:
         waits = f"; {result.reason}" if result.reason else ""
         return f"release {result.version} is current{waits}"
     received = ", ".join(f"{kind} {size:,}" for kind, size in sorted(result.downloaded.items()))
-    return f"release {result.version} is active, came as {result.payload} (bytes: {received})"
+    came = "its weights were here" if result.payload == "none" else f"came as {result.payload}"
+    return f"release {result.version} is active, {came} (bytes: {received})"

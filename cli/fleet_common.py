@@ -119,8 +119,10 @@ def show_rows(rows: list[dict[str, Any]], columns: Iterable[str], as_json: bool)
 
 def text_of(value: object) -> str:
     """A value in a table."""
-    if value is None or value == "":
+    if value is None or value == "" or value == []:
         return "–"
     if isinstance(value, list):
         return ", ".join(map(text_of, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:g}"
+    return str(value)

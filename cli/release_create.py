@@ -182,7 +182,8 @@ def _metric(text: str) -> tuple[str, float]:
 def _created(result: dict[str, Any]) -> str:
     lines = [f"{result['name']} {result['version']} is live"]
     if result["onnx_bytes"]:
-        lines.append(f"one fp32 .onnx file   {result['onnx_bytes']:>12,} bytes")
+        what = "one .onnx file" if "int8-qdq" in result["kind"] else "one fp32 .onnx file"
+        lines.append(f"{what:<21} {result['onnx_bytes']:>12,} bytes")
     if "exported_bytes" in result:
         lines.append(f"exported .onnx file   {result['exported_bytes']:>12,} bytes")
     lines.append(f"keyframe              {result['keyframe_bytes']:>12,} bytes")

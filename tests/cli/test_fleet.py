@@ -177,15 +177,17 @@ def test_what_a_device_says_is_shown(fleet: Fleet) -> None:
     shown = fleet.json("device", "show", "cam")
     assert (shown["device"], shown["runs"], "figures" in shown) == ("cam", None, False)
     with FleetService(fleet.url, lambda: [Release("digits", 1)]) as service:
-        health = Health("disk full", {"celsius": 71.5})
+        health = Health("disk full", {"celsius": 71.5, "resident_bytes": 111_833_088.0})
         service.receive(token, DeviceReport("report01", DeviceState(1), None, health), 0)
     shown = fleet.json("device", "show", "cam")
     assert (shown["runs"], shown["problem"], shown["figures"]) == (
         1,
         "disk full",
-        {"celsius": 71.5},
+        {"celsius": 71.5, "resident_bytes": 111_833_088.0},
     )
-    assert "celsius" in fleet("device", "show", "cam")
+    table = fleet("device", "show", "cam")
+    assert "71.5" in table
+    assert "111833088" in table
     assert "no device named 'other'" in fleet("device", "show", "other", code=1)
     assert "is up to date" in fleet("upgrade")
 
