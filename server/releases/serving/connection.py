@@ -110,6 +110,7 @@ class Connection:
         """One request and its answer; False when it was the last."""
         try:
             request = await self._request()
+            whole = request is None or isinstance(self._http.next_event(), h11.EndOfMessage)
         except h11.RemoteProtocolError as error:
             return await self._wrong(error.error_status_hint, "the request is malformed")
         except TimeoutError:
@@ -119,7 +120,7 @@ class Connection:
             return await self._wrong(408, "the request took too long")
         if request is None:
             return False
-        if not isinstance(self._http.next_event(), h11.EndOfMessage):
+        if not whole:
             return await self._wrong(413, "requests have no body here")
         begun = time.monotonic()
         if request.method in ("GET", "HEAD"):
@@ -138,6 +139,7 @@ class Connection:
             h11.RemoteProtocolError: it is none.
         """
         limits = self._limits
+        self._head_only = False
         self._idle = not self._http.trailing_data[0]
         waits = self._idle and self._answered
         allowed = limits.idle_timeout if waits else limits.request_timeout

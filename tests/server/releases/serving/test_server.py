@@ -136,6 +136,22 @@ def test_wrong_and_unfinished_requests_end(
     assert answer[9:12] == (str(status).encode() if status else b"")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"GET /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n",
+        b"HEAD /x HTTP/1.1\r\nHost: x\r\n\r\nno request\r\n\r\n",
+    ],
+    ids=["a broken body", "a broken request after a HEAD"],
+)
+def test_what_is_malformed_is_answered_and_no_error_of_the_server(
+    server: ReleaseServer, text: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert b"HTTP/1.1 400 " in (said := _say(server.port, text))
+    assert said.endswith(b"the request is malformed\n")
+    assert not caplog.records
+
+
 def test_health_is_public_and_metrics_are_not(server: ReleaseServer) -> None:
     status, headers, body = _get(server.port, "/healthz")
     assert (status, headers["cache-control"]) == (200, "no-store")
