@@ -129,8 +129,8 @@ class Controller:
         It follows from what is on disk, so a crash at any moment loses nothing.
         """
         said = self.store.directive
-        if said is None or said.version is None:
-            return None
+        if said is None or said.version is None or said.release != self._agent.config.name:
+            return None  # numbers of another release say nothing about this one's
         answer = None
         if self._agent.model.version == said.version:
             difference = result.difference if isinstance(result, UpdateResult) else None

@@ -44,7 +44,9 @@ class ControlFetcher(Fetcher):
         if not url.startswith(base):
             raise DownloadError(f"{url} is not at the control server {base}")
         chunks = self._chunks(url, url.removeprefix(base), offset)
-        first = next(chunks)  # an answer, or the reason why there is none
+        first = next(chunks, None)  # an answer, or the reason why there is none
+        if first is None:
+            raise DownloadError(f"no {url}: the control server sent nothing")
         return Stream(offset, _joined(first, chunks))
 
     def _chunks(self, url: str, path: str, offset: int) -> Iterator[bytes]:

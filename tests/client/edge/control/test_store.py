@@ -5,13 +5,24 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tuf.api.exceptions import DownloadError
 
-from prunecast.client.edge import ControlProblem, StateError
-from prunecast.client.edge.control import ControlSettings
+from prunecast.client.edge import (
+    Agent,
+    AgentConfig,
+    ControlProblem,
+    EdgeModel,
+    Order,
+    StateError,
+    UpdateResult,
+)
+from prunecast.client.edge.control import ControlFetcher, Controller, ControlSettings, Line
 from prunecast.client.edge.control.backoff import Backoff
 from prunecast.client.edge.control.store import Answer, ControlStore, Directive
 from prunecast.client.edge.store import StateFolder
@@ -139,3 +150,35 @@ def test_waits_are_spread_grow_and_end() -> None:
     assert 30 <= backoff.long() <= 60
     backoff.reset()
     assert backoff.next() <= 1
+
+
+def test_directives_of_another_release_are_not_answered(tmp_path: Path) -> None:
+    class At3(EdgeModel):
+        version = 3  # type: ignore[assignment]
+
+    class Held(Agent):
+        def __init__(self) -> None:
+            self.config = AgentConfig(tmp_path, "https://nowhere/", "digits", b"")
+            self.model = At3()
+
+    settings = ControlSettings("fleet.example:1", token_file=tmp_path / "token")
+    controller = Controller(Held(), Line(settings), wake=threading.Event())
+    result = UpdateResult("current", 3)
+    controller.store.accept(Directive(1, "digits", 3))
+    assert controller._answer(result) is not None
+    controller.store.accept(Directive(2, "letters", 3))
+    assert controller._answer(result) is None
+    assert controller.order() == Order()
+
+
+def test_a_server_that_sends_nothing_is_a_failed_download(tmp_path: Path) -> None:
+    class Silent(Line):
+        def call(self, method: str, request: object, timeout: float | None = None) -> Any:
+            class Call(list[Any]):
+                def cancel(self) -> None: ...
+
+            return Call()
+
+    settings = ControlSettings("fleet.example:1", token_file=tmp_path / "token")
+    with pytest.raises(DownloadError, match="sent nothing"):
+        ControlFetcher(Silent(settings)).open(f"{settings.url}blobs/0")
