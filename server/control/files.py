@@ -35,6 +35,10 @@ class OpenFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         os.close(self.descriptor)
 
     def read(self) -> bytes:
@@ -56,6 +60,7 @@ def open_file(repository: Path, name: str, offset: int, *, most_bytes: int) -> O
     Raises:
         BadPath: no name that a repository makes.
         NoSuchFile: it has no file of this name.
+        OSError: the file is there and cannot be opened.
         FileTooLarge: it has more than `most_bytes`.
         OffsetBehindEnd: the offset lies behind its end.
     """
@@ -63,7 +68,7 @@ def open_file(repository: Path, name: str, offset: int, *, most_bytes: int) -> O
         raise BadPath(f"{name[:120]!r} is no file of a release repository")
     try:
         descriptor, size = open_public(repository, name)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise NoSuchFile(f"the repository has no {name}") from error
     try:
         if size > most_bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from prunecast.compression.control import FleetControlServicer, messages
 from prunecast.server.control.convert import device_report, device_state, directive_event
 from prunecast.server.control.errors import ForeignName, GoingDown, WatchReplaced, WrongRelease
-from prunecast.server.control.files import open_file
+from prunecast.server.control.files import OpenFile, open_file
 from prunecast.server.control.hub import Hub
 from prunecast.server.control.identity import credential_of
 from prunecast.server.control.limits import Limits
@@ -98,11 +98,8 @@ class Servicer(FleetControlServicer):
         async with answering(context):
             _, identity = await self._admit(context, "")
             with self._fetches.entered(identity.device):
-                name, most = request.path, self._limits.fetch_bytes
                 loop = asyncio.get_running_loop()
-                opening = partial(open_file, self._repository, name, most_bytes=most)
-                opened = await loop.run_in_executor(self._files, opening, request.offset)
-                with opened as file:
+                with await self._open(request.path, request.offset) as file:
                     while True:
                         at = file.offset
                         data = await loop.run_in_executor(self._files, file.read)
@@ -110,6 +107,16 @@ class Servicer(FleetControlServicer):
                             yield messages.FetchChunk(offset=at, length=file.length, data=data)
                         if not data or file.offset == file.length:
                             return
+
+    async def _open(self, name: str, offset: int) -> OpenFile:
+        """Open a file in another thread; closed again if the device has gone meanwhile."""
+        work = partial(open_file, self._repository, name, offset)
+        begun = self._files.submit(work, most_bytes=self._limits.fetch_bytes)
+        try:
+            return await asyncio.wrap_future(begun)
+        except asyncio.CancelledError:
+            begun.add_done_callback(_close)  # the thread may be opening it just now
+            raise
 
     async def _directives(
         self, credential: Credential, state: DeviceState, watcher: Any
@@ -149,3 +156,8 @@ class Servicer(FleetControlServicer):
                 "device needs its own token and its own state folder"
             )
         return credential, identity
+
+
+def _close(opened: Future[OpenFile]) -> None:
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().close()
