@@ -110,6 +110,8 @@ def read_delta(
     replaced = {n: head for n, head in heads.items() if not same_kind(head, old[n])}
     check_size(replaced, parsed.size, limits)
     known = _predictions(held, heads)
+    if back and any("\0" in name for name in heads):
+        raise BadPayload("lists of places have the names of tensors")
     masks: dict[str, NDArray[np.bool_]] = {}
     for name, count in back.items():
         if name not in known:

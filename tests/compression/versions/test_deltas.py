@@ -140,6 +140,30 @@ def test_masks_of_what_is_not_known_and_impossible_counts_are_refused():
         decode_model(forged(held, [0], [5], flags=moved_away), held=held)
 
 
+def test_names_that_look_like_lists_of_places_are_refused_under_a_mask():
+    held = sparse(1)
+    empty = {
+        f"w\0{what}": LatticeTensor(np.zeros(0, np.int8), 0.5) for what in ("places", "values")
+    }
+    named = PublishedModel({**held.tensors, **empty}, 1)
+    specs = {name: TensorSpec(np.int32, tensor.shape) for name, tensor in named.tensors.items()}
+    specs["b"] = TensorSpec(np.float32, (40,))
+    known = {n: t.q if isinstance(t, LatticeTensor) else t.values for n, t in named.tensors.items()}
+    arrays = {name: np.zeros(spec.shape, spec.dtype) for name, spec in specs.items()}
+    context = Context(layout=specs, mask={"w": held["w"].q != 0}, previous=known)
+    payload = frame.pack(
+        frame.Kind.DELTA,
+        b"",
+        2,
+        bytes(32),
+        base=named.digest,
+        layout=b"\x08\0\0\0\0" + struct.pack("<I", 5),
+        body=encode(arrays, context=context),
+    )
+    with pytest.raises(BadPayload, match="names of tensors"):
+        decode_model(payload, held=named)
+
+
 def test_a_payload_of_the_former_format_is_refused_and_says_why():
     payload = bytearray(encode_delta(sparse(1), sparse(1)))
     payload[3] = 1
