@@ -30,7 +30,7 @@ from tuf.api.serialization.json import JSONSerializer
 from prunecast.compression.versions import write_atomically
 from prunecast.server.releases.ceremony_signatures import HolderSignature, sign_request
 from prunecast.server.releases.errors import CeremonyError
-from prunecast.server.releases.holders import holder_of
+from prunecast.server.releases.holders import fingerprint, holder_of
 from prunecast.server.releases.thresholds import Tally, require_signed, tally
 
 __all__ = ["Ceremony"]
@@ -72,6 +72,11 @@ class Ceremony:
             self.trusted = self._metadata("trusted-root.json", Root)
         if not self.requests or (self.trusted is None and "root" not in self.requests):
             raise CeremonyError(f"{self.folder} asks for nothing: prepare the ceremony again")
+        try:
+            for role in self.requests:
+                list(map(fingerprint, self.keys(role).values()))
+        except (ValueError, KeyError) as error:
+            raise CeremonyError(f"{self.folder} asks for a key that is none: {error}") from error
         self.signatures: list[HolderSignature] = []
         for path in sorted((self.folder / "signatures").glob("*.json")):
             self._accept(path)

@@ -72,6 +72,20 @@ def test_one_signature_is_not_two(circle: Circle, tmp_path: Path) -> None:
         Repository.create_from(tmp_path / "served", ceremony, ring)
 
 
+@pytest.mark.parametrize("public", [None, "no hexadecimal number"])
+def test_requests_with_keys_that_are_none_are_refused(circle: Circle, public: str | None) -> None:
+    path = circle.plan(["alice"], 1).folder / "root.json"
+    document = json.loads(path.read_bytes())
+    (keyid,) = document["signed"]["roles"]["root"]["keyids"]
+    if public is None:
+        del document["signed"]["keys"][keyid]
+    else:
+        document["signed"]["keys"][keyid]["keyval"]["public"] = public
+    path.write_text(json.dumps(document))
+    with pytest.raises(CeremonyError, match="asks for a key"):
+        Ceremony(path.parent)
+
+
 def test_holders_sign_copies_and_send_files_back(circle: Circle, tmp_path: Path) -> None:
     ceremony = circle.plan(["alice", "bob", "carol"], 2)
     sent = []
