@@ -18,9 +18,9 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from prunecast.client.edge import Agent, AgentConfig, read_status
+from prunecast.client.edge.held import held_model
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.onnx import export_graph
-from prunecast.compression.versions import load_model
 from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.server.releases import KeyRing, ReleaseServer, Repository
 from prunecast.simulations.runner.inprocess import InProcessGrid
@@ -45,10 +45,10 @@ def network() -> nn.Module:
 
 
 def device_digest(state: Path) -> bytes:
-    """Digest of the model that the device's active slot was built from."""
-    slot = read_status(state)["active"]["slot"]
-    (held,) = (state / "slots" / slot).glob("*.model")
-    return load_model(held).digest
+    """Digest of the model whose weights lie in the device's active slot."""
+    held = held_model(state / "slots" / read_status(state)["active"]["slot"])
+    assert held is not None
+    return held.digest
 
 
 @pytest.mark.engine
