@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
 PACKAGES := compression server client simulations cli
 
-# Processes that share the fast tests, file by file.
+# Processes that share the tests, file by file.
 WORKERS ?= 2
 
 # The first interpreter that is new enough and can make virtual environments.
@@ -42,7 +42,7 @@ test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not engine" -n $(WORKERS) --dist loadfile
 
 test-engine: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m engine
+	$(BIN)/python -m pytest -m engine -n $(WORKERS) --dist loadfile
 
 # mypy follows import names to folders; this link is the folder named prunecast.
 lint: $(VENV)/.installed-dev
