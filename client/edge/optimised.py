@@ -7,8 +7,8 @@ release, to the version of onnxruntime and to the CPU. Whatever does not match i
 ::
 
     optimised/model.onnx, weights.bin   in a slot; replaced as a whole, never changed in place
-    optimised.loading                   exists while it is opened: found at a start, it says that
-                                        opening ended the process, and it is not opened again
+    optimised.loading                   exists while it is made or opened: found at a start, it
+                                        says that this ended the process; it is not tried again
 """
 
 from __future__ import annotations
@@ -67,9 +67,11 @@ def open_and_seal(
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
+        (folder / _MARK).touch()
         session = open_session(
             folder / "model.onnx", threads=threads, save_optimised=new / "model.onnx"
         )
+        (folder / _MARK).unlink()
         if sum(path.stat().st_size for path in new.iterdir()) > _most_bytes(folder, manifest):
             raise OSError("the optimised model is too large")
         _check(new)
@@ -82,6 +84,8 @@ def open_and_seal(
         sync_folder(folder)
         return session, seal
     except (OSError, RuntimeFailure):
+        with suppress(OSError):
+            (folder / _MARK).unlink(missing_ok=True)
         shutil.rmtree(new, ignore_errors=True)
         return open_session(folder / "model.onnx", threads=threads), None
 

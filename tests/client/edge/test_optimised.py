@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -197,6 +198,26 @@ def test_what_ended_the_process_is_not_opened_again(
         agent = start()
         assert agent.model.current().seal is None
         answers(agent)
+
+
+def test_optimising_that_ends_the_process_is_not_tried_again(
+    slot: Path,
+    start: Callable[..., Agent],
+    answers: Callable[[Agent], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def end(*args: Any, **options: Any) -> Any:
+        assert "save_optimised" in options
+        raise SystemExit("out of memory")
+
+    shutil.rmtree(slot / "optimised")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open_session", end)
+        with pytest.raises(SystemExit):
+            start()
+    agent = start()
+    assert agent.model.current().seal is None
+    answers(agent)
 
 
 @pytest.mark.parametrize("trouble", ["no room", "refused", "too large"])
