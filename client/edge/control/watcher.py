@@ -20,6 +20,8 @@ __all__ = ["Watcher"]
 
 _ANSWER = 30.0
 """Seconds that the server may take for its first message."""
+_LONGEST_PAUSE = 3600
+"""Seconds between signs of life that a server may ask a device to put up with."""
 _STEADY = 60.0
 """Seconds after which a connection counts as good: one that ends sooner is no reason to hurry."""
 _HOPELESS = {
@@ -102,7 +104,8 @@ class Watcher:
                 silence = _ANSWER
                 for event in self._call:
                     if event.HasField("welcome"):
-                        silence = 3.0 * max(1, event.welcome.keep_alive_seconds)
+                        pause = event.welcome.keep_alive_seconds
+                        silence = 3.0 * min(max(1, pause), _LONGEST_PAUSE)
                         self._keep(self._store.welcome, event.welcome.device, fingerprint)
                         self._connected(True)
                     elif event.HasField("directive") and self._keep(
