@@ -24,7 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loopback.content import File, certificate, content
+from loopback.certificates import loopback_certificate
+from loopback.content import File, content
 from loopback.costs import HEAD, Row, Run, line, summary, totals
 from loopback.devices import Order, fetch_all
 from loopback.servers import Server, cpu_seconds, servers
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     files = content(repository, options.width, options.seed)
     for name, file in files.items():
         print(f"{name}: {file.length:,} bytes")
-    pair = certificate(scratch) if options.tls else None
+    pair = loopback_certificate(scratch) if options.tls else None
     rows: list[Row] = []
     absent: dict[str, str] = {}
     print(f"\n{options.devices} devices, {options.runs} runs each\n{HEAD}")

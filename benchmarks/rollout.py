@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rollouts.certificates import loopback_certificate
+from loopback.certificates import loopback_certificate
 from rollouts.processes import Processes
 from rollouts.repository import NAME, make_repository
 

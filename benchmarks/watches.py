@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from rollouts.certificates import loopback_certificate
+from loopback.certificates import loopback_certificate
 from rollouts.processes import Processes
 from rollouts.repository import NAME, make_repository
 

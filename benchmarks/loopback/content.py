@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import hashlib
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 from swaps import INPUTS, graph, models
 
 from prunecast.compression.onnx import save_single_file
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.releases import KeyRing, Repository
 
-__all__ = ["File", "certificate", "content"]
+__all__ = ["File", "content"]
 
 
 @dataclass(frozen=True)
@@ -67,27 +60,3 @@ def _next_round(model: PublishedModel, seed: int) -> PublishedModel:
             q = np.where(tensor.q == 0, 0, np.where(moved == 0, 1, moved)).astype(np.int32)
             tensors[name] = LatticeTensor(q, tensor.step, pruned=True)
     return PublishedModel(tensors, model.counter + 1)
-
-
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that is its own authority, and its key, as PEM files."""
-    key = generate_private_key(SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
-    now = dt.datetime.now(dt.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    public, private = folder / "cert.pem", folder / "key.pem"
-    public.write_bytes(made.public_bytes(Encoding.PEM))
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return public, private

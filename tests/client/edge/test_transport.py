@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, SlowRetrievalError
 
 from prunecast.client.edge import (
@@ -33,6 +26,7 @@ from prunecast.client.edge.download import download
 from prunecast.client.edge.pace import Pace, TooSlow
 from prunecast.compression.onnx import FileRef, ReleaseManifest
 from prunecast.server.releases import ReleaseServer, Repository
+from support.authority import self_signed
 
 pytestmark = pytest.mark.engine
 
@@ -302,29 +296,6 @@ def test_an_unusable_tls_file_is_named(tmp_path: Path) -> None:
         HttpFetcher(ca_file=tmp_path / "absent.pem")
 
 
-def _certificate(folder: Path) -> tuple[Path, Path]:
-    key = generate_private_key(SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
-    now = datetime.now(UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    certificate, private = folder / "cert.pem", folder / "key.pem"
-    certificate.write_bytes(made.public_bytes(Encoding.PEM))
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return certificate, private
-
-
 def test_tls_is_verified(
     publish: Callable[[int], ReleaseManifest],
     repository: Repository,
@@ -332,7 +303,7 @@ def test_tls_is_verified(
     tmp_path: Path,
 ) -> None:
     publish(1)
-    certificate, key = _certificate(tmp_path)
+    certificate, key = self_signed(tmp_path)
     with ReleaseServer(repository.path, certificate=certificate, key=key) as server:
         config = replace(config, url=server.url)
         with Agent(config) as agent, pytest.raises(NetworkError, match="certificate"):

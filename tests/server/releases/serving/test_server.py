@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import http.client
-import ipaddress
 import json
 import signal
 import socket
@@ -25,6 +24,7 @@ from prunecast.client.edge import Agent, AgentConfig
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.releases import KeyRing, Limits, ReleaseServer, Repository, ServerError
+from support.authority import self_signed
 
 pytestmark = pytest.mark.engine
 
@@ -293,37 +293,8 @@ def test_wrong_calls_are_refused(repository: Repository, tmp_path: Path) -> None
         ReleaseServer(repository.path, limits=Limits(connections=2**40))
 
 
-def _certificate(folder: Path) -> tuple[Path, Path]:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-    from cryptography.x509.oid import NameOID
-
-    key = generate_private_key(SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
-    now = dt.datetime.now(dt.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    cert, private = folder / "cert.pem", folder / "key.pem"
-    cert.write_bytes(made.public_bytes(Encoding.PEM))
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return cert, private
-
-
 def test_tls(repository: Repository, tmp_path: Path) -> None:
-    certificate, key = _certificate(tmp_path)
+    certificate, key = self_signed(tmp_path)
     with ReleaseServer(repository.path, certificate=certificate, key=key) as server:
         assert server.url == f"https://127.0.0.1:{server.port}/"
         context = ssl.create_default_context(cafile=str(certificate))
@@ -348,7 +319,7 @@ def test_tls(repository: Repository, tmp_path: Path) -> None:
         key.write_text("broken")
         server._on_hangup(signal.SIGHUP, None)
         before = _peer(server)
-        _certificate(tmp_path)
+        self_signed(tmp_path)
         server._on_hangup(signal.SIGHUP, None)
         assert before != _peer(server) == ssl.PEM_cert_to_DER_cert(certificate.read_text())
 
