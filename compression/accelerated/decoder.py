@@ -12,7 +12,7 @@ from prunecast.compression.codec.container.head import Segment
 from prunecast.compression.codec.context import Context, Limits
 from prunecast.compression.codec.entropy.lanes import rans_tables
 from prunecast.compression.codec.entropy.serial import SerialModels, read_serial
-from prunecast.compression.codec.errors import CodecError, LimitExceeded, MalformedPayload
+from prunecast.compression.codec.errors import CodecError, MalformedPayload
 from prunecast.compression.codec.modelling.classes import CONSTANT, STORED, phase_slice
 from prunecast.compression.codec.payload import FOREIGN, OpenedPayload, wrapped
 
@@ -82,7 +82,6 @@ class _TensorPayload(OpenedPayload):
         self._known = KnownTensors(device)
         self._tables: LaneTables | None = None
         self._serial_left = limits.serial_symbols
-        self._most_steps, self._steps = limits.steps, 0
         self._one_by_one = False
         self._kept: dict[int, torch.Tensor] = {}
 
@@ -207,12 +206,7 @@ class _TensorPayload(OpenedPayload):
         for job in jobs:
             if (job.placement.counts[body.sparse] < job.segment.counts).any():
                 raise MalformedPayload("a cluster has more non-zeros than positions")
-            self._steps += job.segment.steps(len(job.placement.dense_cluster))
-            if self._steps > self._most_steps:
-                raise LimitExceeded(
-                    f"the payload's segments take more than Limits.steps = {self._most_steps} "
-                    "steps; raise that limit if you trust the sender"
-                )
+            self._admit(job.segment.steps(len(job.placement.dense_cluster)))
         if self._tables is None:
             self._tables = LaneTables(rans_tables(body), self._device)
         to_read = []

@@ -198,7 +198,6 @@ def encode_body(
             part.place(table, body.sparse)
     work = sum(part.work for group in parts.values() for part in group)
     work += _extra_work(scheme, histograms)
-    total = sum(fields[i].size for i in active)
     factor = 12 if total < 1 << 16 else 5 if total < 1 << 18 else 1
     body.serial = work <= factor * _SERIAL_SYMBOLS
     body.groups = _group(active, fields, codes, parts, serial=body.serial)

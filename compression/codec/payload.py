@@ -74,6 +74,7 @@ class OpenedPayload:
         self._group_of: dict[int, int] = {}
         self._first_segment: list[int] = []
         self._stored_at: dict[int, int] = {}
+        self._most_steps, self._steps = limits.steps, 0
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -94,6 +95,18 @@ class OpenedPayload:
         if at != len(self._rest):
             raise MalformedPayload(f"the sections take {at} bytes, but {len(self._rest)} follow")
 
+    def _admit(self, steps: int) -> None:
+        """Count the steps of a segment; LimitExceeded, and nothing counted, if they are too many.
+
+        Only what is let in counts: tensors read before can be read again.
+        """
+        if self._steps + steps > self._most_steps:
+            raise LimitExceeded(
+                f"the payload's segments take more than Limits.steps = {self._most_steps} steps; "
+                "raise that limit if you trust the sender"
+            )
+        self._steps += steps
+
 
 class Payload(OpenedPayload, Mapping[str, NDArray[Any]]):
     """A payload whose tensors are decoded when asked for.
@@ -109,7 +122,6 @@ class Payload(OpenedPayload, Mapping[str, NDArray[Any]]):
         # Serial symbols can be read once only, as the coder's state moves on.
         self._serial_read = False
         self._serial_left = limits.serial_symbols
-        self._most_steps, self._steps = limits.steps, 0
         self._counted: set[int] = set()
         self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
 
@@ -215,15 +227,8 @@ class Payload(OpenedPayload, Mapping[str, NDArray[Any]]):
             self._tables = rans_tables(self._body)
         segment, at = self._body.segments[index], self._offsets[index]
         if index not in self._counted:
-            steps = self._steps + segment.steps(len(dense))
-            if steps > self._most_steps:
-                raise LimitExceeded(
-                    f"the payload's segments take more than Limits.steps = {self._most_steps} "
-                    "steps; raise that limit if you trust the sender"
-                )
-            # Only what is let in counts: tensors read before can be read again.
+            self._admit(segment.steps(len(dense)))
             self._counted.add(index)
-            self._steps = steps
         data = self._rest[at : at + segment.nbytes]
         return read_segment(self._body, self._tables, segment, data, dense, bits)
 

@@ -149,12 +149,9 @@ def plan_field(f: Field, seen: Observed, total: int, *, levels: bool = True) -> 
                 if cost + _DOUBT * extra < least + _DOUBT * side:
                     best, least, side = code, cost, extra
     if may_have_neighbours(f):
-        for depth in (1,):
-            code = replace(best, depth=depth)
-            cost = _trial_bits(f, seen, code) + 64
-            if cost >= least:
-                break
-            best, least = code, cost
+        code = replace(best, depth=1)
+        if _trial_bits(f, seen, code) + 64 < least:
+            best = code
     return best
 
 
