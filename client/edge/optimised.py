@@ -17,7 +17,8 @@ import hashlib
 import platform
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION
@@ -67,11 +68,10 @@ def open_and_seal(
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        (folder / _MARK).touch()
-        session = open_session(
-            folder / "model.onnx", threads=threads, save_optimised=new / "model.onnx"
-        )
-        (folder / _MARK).unlink()
+        with _marked(folder):
+            session = open_session(
+                folder / "model.onnx", threads=threads, save_optimised=new / "model.onnx"
+            )
         if sum(path.stat().st_size for path in new.iterdir()) > _most_bytes(folder, manifest):
             raise OSError("the optimised model is too large")
         _check(new)
@@ -84,8 +84,6 @@ def open_and_seal(
         sync_folder(folder)
         return session, seal
     except (OSError, RuntimeFailure):
-        with suppress(OSError):
-            (folder / _MARK).unlink(missing_ok=True)
         shutil.rmtree(new, ignore_errors=True)
         return open_session(folder / "model.onnx", threads=threads), None
 
@@ -124,20 +122,33 @@ def open_sealed(
         return None
     try:
         _check(folder / _FOLDER)
-        if mark:
-            (folder / _MARK).touch()
-        session = open_session(
-            folder / _FOLDER / "model.onnx",
-            threads=threads,
-            integers=computes_in_integers(folder / "model.onnx"),
-            optimise=False,
-        )
+        with _marked(folder) if mark else nullcontext():
+            return open_session(
+                folder / _FOLDER / "model.onnx",
+                threads=threads,
+                integers=computes_in_integers(folder / "model.onnx"),
+                optimise=False,
+            )
     except (OSError, OnnxError):
-        session = None
-    if mark:
-        with suppress(OSError):
-            (folder / _MARK).unlink(missing_ok=True)
-    return session
+        return None
+
+
+@contextmanager
+def _marked(folder: Path) -> Iterator[None]:
+    """A mark that stays if the process ends meanwhile, and goes with an answer or a refusal."""
+    mark = folder / _MARK
+    mark.touch()
+    try:
+        yield
+    except (OSError, OnnxError):
+        _clear(mark)
+        raise
+    _clear(mark)
+
+
+def _clear(mark: Path) -> None:
+    with suppress(OSError):
+        mark.unlink(missing_ok=True)
 
 
 def _check(folder: Path) -> None:

@@ -15,7 +15,7 @@ from prunecast.client.edge.control.backoff import Backoff
 from prunecast.client.edge.control.figures import figures_of
 from prunecast.client.edge.control.line import Line
 from prunecast.client.edge.control.sender import Sender
-from prunecast.client.edge.control.store import Answer, ControlStore
+from prunecast.client.edge.control.store import Answer, ControlStore, Directive
 from prunecast.client.edge.control.watcher import Watcher
 from prunecast.client.edge.errors import ControlProblem, EdgeError, StateError
 from prunecast.client.edge.orders import Order
@@ -95,10 +95,8 @@ class Controller:
 
     def order(self) -> Order:
         """What the agent shall run now."""
-        said = self.store.directive
-        if said is None or said.version is None or said.release != self._agent.config.name:
-            return Order()
-        return Order(said.version, said.downgrade)
+        said = self._directive()
+        return Order() if said is None else Order(said.version, said.downgrade)
 
     def note(self, result: UpdateResult | EdgeError) -> None:
         """Queue what a check for updates has to say to the fleet."""
@@ -128,9 +126,9 @@ class Controller:
 
         It follows from what is on disk, so a crash at any moment loses nothing.
         """
-        said = self.store.directive
-        if said is None or said.version is None or said.release != self._agent.config.name:
-            return None  # numbers of another release say nothing about this one's
+        said = self._directive()
+        if said is None or said.version is None:
+            return None
         answer = None
         if self._agent.model.version == said.version:
             difference = result.difference if isinstance(result, UpdateResult) else None
@@ -139,6 +137,15 @@ class Controller:
         elif (failure := self._agent.failure(said.version)) is not None:
             answer = Answer(said.serial, said.version, failure.kind, failure.reason)
         return answer if answer and self.store.is_due(answer) else None
+
+    def _directive(self) -> Directive | None:
+        """The last directive if it names a version of the agent's own release.
+
+        Numbers of another release say nothing about this one's.
+        """
+        said = self.store.directive
+        mine = said and said.version is not None and said.release == self._agent.config.name
+        return said if mine else None
 
     def _connected(self, now: bool) -> None:
         self._sender.online(now)
