@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --require-virtualenv
-PACKAGES := compression server client simulations cli
+PACKAGES := common compression server client simulations cli
 
 # Processes that share the tests, file by file.
 WORKERS ?= 2
@@ -29,7 +29,7 @@ help:
 	@echo "make test-engine  the tests that start Flower, servers and agents"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       rewrite the sources in ruff's format"
-	@echo "make proto        generate the code of compression/control/fleet.proto anew"
+	@echo "make proto        generate the code of common/fleet_protocol/fleet.proto anew"
 	@echo "make fuzz         RUNS=100000 hostile payloads against the decoder (fuzz/README.md)"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
@@ -56,7 +56,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 proto: $(VENV)/.installed-dev
-	$(BIN)/python compression/control/generate.py
+	$(BIN)/python common/fleet_protocol/generate.py
 
 # Atheris and the package without extras; RUNS and FUZZ_ARGS (libFuzzer's options) may be given.
 RUNS := 100000

@@ -25,7 +25,7 @@ from loopback.certificates import loopback_certificate
 from rollouts.processes import Processes
 from rollouts.repository import NAME, make_repository
 
-from prunecast.compression.control import make_stub, messages
+from prunecast.common.fleet_protocol import make_stub, messages
 from prunecast.server.control import LiveReleases
 from prunecast.server.fleet import FleetService
 from prunecast.server.fleet.events import AddGroup, PinGroup

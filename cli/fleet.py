@@ -56,7 +56,7 @@ def init(
 ) -> None:
     """Make the tables of a fleet in an empty database."""
     from prunecast.server.fleet import FleetService
-    from prunecast.server.releases import RepositoryReader
+    from prunecast.server.repository import RepositoryReader
 
     RepositoryReader(repository)
     FleetService.create(database, list, repository=repository).close()

@@ -57,7 +57,7 @@ DEFAULT = "sqlite:///fleet.db"
 def service_of(database: str) -> FleetService:
     """The service, with the live releases of the repository that `init` was given."""
     from prunecast.server.fleet import FleetError, FleetService, Release
-    from prunecast.server.releases import RepositoryReader
+    from prunecast.server.repository import RepositoryReader
 
     live: list[Release] = []
     service = FleetService(database, lambda: live)

@@ -13,7 +13,7 @@ from prunecast.cli.release_keys import app as keys_app
 from prunecast.cli.release_options import AsJson, Folder, Keys, Name, show_result
 
 if TYPE_CHECKING:
-    from prunecast.server.releases import Repository, RepositoryReader
+    from prunecast.server.repository import Repository, RepositoryReader
 
 __all__ = ["app"]
 
@@ -29,7 +29,7 @@ def init(repository: Folder, keys: Keys, as_json: AsJson = False) -> None:
     medium of their own; snapshot.pem and timestamp.pem are needed for every renewal. Where several
     people hold the keys, begin with `release keys` instead.
     """
-    from prunecast.server.releases import ROLES, KeyRing, Repository
+    from prunecast.server.repository import ROLES, KeyRing, Repository
 
     held = [role for role in ROLES if any((f / f"{role}.pem").is_file() for f in keys)]
     ring = KeyRing(*keys) if held else KeyRing.create(keys[0])
@@ -92,7 +92,7 @@ def show(
     reader = _reader(repository)
     manifest = reader.show(name, version)
     if export is not None:
-        from prunecast.server.releases import export_release
+        from prunecast.server.repository import export_release
 
         export_release(reader, manifest, export)
     print(json.dumps(json.loads(manifest.to_bytes()), indent=2))  # noqa: T201
@@ -107,7 +107,7 @@ def verify(
     """Check everything as a device would: signatures, digests, payloads, weights, self-tests."""
     from dataclasses import asdict
 
-    from prunecast.server.releases import verify_repository
+    from prunecast.server.repository import verify_repository
 
     verified = verify_repository(_reader(repository), root.read_bytes())
     show_result(
@@ -140,7 +140,7 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from prunecast.server.releases import KeyRing, examine
+    from prunecast.server.repository import KeyRing, examine
 
     findings = examine(repository, KeyRing(*keys) if keys else None)
     problems = sum(f.severity == "problem" for f in findings)
@@ -211,13 +211,13 @@ def _ahead(role: str, when: str) -> str:
 
 
 def _reader(repository: Path) -> RepositoryReader:
-    from prunecast.server.releases import RepositoryReader
+    from prunecast.server.repository import RepositoryReader
 
     return RepositoryReader(repository)
 
 
 def _writer(repository: Path, keys: list[Path]) -> Repository:
-    from prunecast.server.releases import KeyRing, Repository
+    from prunecast.server.repository import KeyRing, Repository
 
     return Repository(repository, KeyRing(*keys))
 

@@ -15,7 +15,7 @@ from prunecast.cli.release_options import AsJson, Folder, show_result
 if TYPE_CHECKING:
     from securesystemslib.signer import Key
 
-    from prunecast.server.releases import Ceremony
+    from prunecast.server.repository import Ceremony
 
 __all__ = ["app"]
 
@@ -39,8 +39,8 @@ def make(
     as_json: AsJson = False,
 ) -> None:
     """Make a holder's key: <holder>.key, encrypted, for you alone, and <holder>.pub to send off."""
-    from prunecast.server.releases import make_holder
-    from prunecast.server.releases.holders import fingerprint
+    from prunecast.server.repository import make_holder
+    from prunecast.server.repository.holders import fingerprint
 
     made = make_holder(folder, holder, _passphrase(passphrase_file, confirm=True))
     result = {
@@ -69,9 +69,9 @@ def online(
     """Make keys that a machine signs with by itself: <role>.pem, not encrypted, and <role>.pub."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from prunecast.server.releases import OFFLINE_ROLES, ONLINE_ROLES, CeremonyError
-    from prunecast.server.releases.holders import key_of, write_public
-    from prunecast.server.releases.keys import write_key
+    from prunecast.server.repository import OFFLINE_ROLES, ONLINE_ROLES, CeremonyError
+    from prunecast.server.repository.holders import key_of, write_public
+    from prunecast.server.repository.keys import write_key
 
     for role in roles or ONLINE_ROLES:
         if role in OFFLINE_ROLES:
@@ -98,8 +98,8 @@ def plan(
     ],
 ) -> None:
     """Prepare the first root and targets of a new repository for their holders to sign."""
-    from prunecast.server.releases import Ceremony, RoleKeys, first_metadata
-    from prunecast.server.releases.metadata import Expiry
+    from prunecast.server.repository import Ceremony, RoleKeys, first_metadata
+    from prunecast.server.repository.metadata import Expiry
 
     now = datetime.now(UTC)
     roles = {
@@ -137,7 +137,7 @@ def change(
     ] = None,
 ) -> None:
     """Prepare a change of keys, thresholds or delegations, or a renewal; needs no private key."""
-    from prunecast.server.releases import CeremonyError, Change, RepositoryReader
+    from prunecast.server.repository import CeremonyError, Change, RepositoryReader
 
     thresholds: dict[str, int] = {}
     for role, numbers in _pairs(threshold, "--threshold").items():
@@ -158,8 +158,8 @@ def change(
 @app.command()
 def show(ceremony: _Where) -> None:
     """Print the transcript: keys, what is to be signed, who has signed, who is still needed."""
-    from prunecast.server.releases import Ceremony
-    from prunecast.server.releases.transcript import transcript
+    from prunecast.server.repository import Ceremony
+    from prunecast.server.repository.transcript import transcript
 
     print(transcript(Ceremony(ceremony)), end="")  # noqa: T201
 
@@ -172,8 +172,8 @@ def sign(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether to sign.")] = False,
 ) -> None:
     """Sign what asks for your key, on your own machine; prints the files to send back."""
-    from prunecast.server.releases import Ceremony, load_holder
-    from prunecast.server.releases.transcript import describe_requests
+    from prunecast.server.repository import Ceremony, load_holder
+    from prunecast.server.repository.transcript import describe_requests
 
     held = Ceremony(ceremony)
     signer = load_holder(key, _passphrase(passphrase_file))
@@ -190,7 +190,7 @@ def merge(
     signatures: Annotated[list[Path], typer.Argument(help="Files that holders sent back.")],
 ) -> None:
     """Take over signature files; says who is still needed."""
-    from prunecast.server.releases import Ceremony
+    from prunecast.server.repository import Ceremony
 
     held = Ceremony(ceremony)
     held.merge(signatures)
@@ -209,7 +209,7 @@ def enact(
 
     Refused below any threshold. Devices follow at their next check, also from older roots.
     """
-    from prunecast.server.releases import Ceremony, KeyRing, Repository
+    from prunecast.server.repository import Ceremony, KeyRing, Repository
 
     held, ring = Ceremony(ceremony), KeyRing(*keys)
     if held.trusted is None:
@@ -222,7 +222,7 @@ def enact(
 
 
 def _tell(ceremony: Ceremony) -> None:
-    from prunecast.server.releases.transcript import describe_requests
+    from prunecast.server.repository.transcript import describe_requests
 
     lines = describe_requests(ceremony)
     for counted in ceremony.tallies():
@@ -231,7 +231,7 @@ def _tell(ceremony: Ceremony) -> None:
 
 
 def _publics(paths: Sequence[Path] | map[Path]) -> list[Key]:
-    from prunecast.server.releases import load_public
+    from prunecast.server.repository import load_public
 
     return [load_public(path) for path in paths]
 
@@ -247,7 +247,7 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, list[str]]:
 
 
 def _passphrase(file: Path | None, *, confirm: bool = False) -> str:
-    from prunecast.server.releases import KeyFileError
+    from prunecast.server.repository import KeyFileError
 
     if file is None:
         asked: Callable[..., str] = typer.prompt

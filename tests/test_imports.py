@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOP_FOLDERS = ("compression", "server", "client", "simulations", "cli")
+TOP_FOLDERS = ("common", "compression", "server", "client", "simulations", "cli")
 
 # What each component may import besides itself: everything in the layers before its own.
 LAYERS = (
+    {"common"},
     {"compression.codec"},
     {"compression.versions", "compression.schemes", "compression.accelerated"},
     {
@@ -24,9 +25,8 @@ LAYERS = (
         "compression.files",
         "compression.onnx",
         "compression.flower",
-        "compression.control",
     },
-    {"client.training", "client.edge", "server.releases", "server.fleet"},
+    {"client.training", "client.edge", "server.repository", "server.fleet"},
     {"server.federation"},
     {"server.control"},
     {"simulations"},
@@ -39,9 +39,9 @@ NEVER_ON_A_DEVICE = {"torch", "flwr", "ray", "onnx", "onnxscript", "mlxtend", "m
 
 
 def component_of(module: str) -> str:
-    """Component of a module path below `prunecast`; simulations and cli count as one each."""
+    """Component of a module path below `prunecast`; common, simulations and cli are one each."""
     first, *rest = module.split(".")
-    return first if first in ("simulations", "cli") else ".".join([first, *rest[:1]])
+    return first if first in ("common", "simulations", "cli") else ".".join([first, *rest[:1]])
 
 
 def sources() -> list[Path]:
@@ -99,8 +99,8 @@ def test_edge_agent_names_no_training_library() -> None:
             assert name.split(".")[0] not in NEVER_ON_A_DEVICE, f"{identity(path)}:{line}: {name}"
         assert {component for _, component in own_imports(path)} <= {
             "client.edge",
+            "common",
             "compression.codec",
-            "compression.control",
             "compression.versions",
             "compression.onnx",
         }

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("compression", "server", "client", "simulations", "cli")
+FOLDERS = ("common", "compression", "server", "client", "simulations", "cli")
 NEVER_ON_A_DEVICE = {"torch", "flwr", "ray", "onnx", "onnxscript", "mlxtend", "matplotlib"}
 
 pytestmark = pytest.mark.engine

@@ -11,7 +11,7 @@ from swaps import INPUTS, graph, models
 
 from prunecast.compression.onnx import save_single_file
 from prunecast.compression.versions import LatticeTensor, PublishedModel
-from prunecast.server.releases import KeyRing, Repository
+from prunecast.server.repository import KeyRing, Repository
 
 __all__ = ["File", "content"]
 

@@ -8,11 +8,11 @@ from unittest import mock
 import numpy as np
 from onnx import TensorProto, helper
 
-import prunecast.server.releases.build as build
+import prunecast.server.repository.build as build
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel
-from prunecast.server.releases import KeyRing, Repository
+from prunecast.server.repository import KeyRing, Repository
 
 NAME = "tiny"
 INPUTS, OUTPUTS = 16, 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunecast.compression.control import messages
+from prunecast.common.fleet_protocol import messages
 from prunecast.server.fleet import (
     Answer,
     DeviceReport,

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from prunecast.compression.control import CHUNK_BYTES
+from prunecast.common.fleet_protocol import CHUNK_BYTES
 from prunecast.server.control.errors import BadPath, FileTooLarge, NoSuchFile, OffsetBehindEnd
-from prunecast.server.releases.serving.names import family, open_public
+from prunecast.server.repository.serving.names import family, open_public
 
 __all__ = ["OpenFile", "open_file"]
 

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from prunecast.server.fleet import Release
-from prunecast.server.releases import RepositoryReader
+from prunecast.server.repository import RepositoryReader
 
 __all__ = ["LiveReleases"]
 

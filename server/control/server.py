@@ -15,7 +15,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from prunecast.compression.control import SERVICE, add_servicer
+from prunecast.common.fleet_protocol import SERVICE, add_servicer
 from prunecast.server.control.errors import Unbindable
 from prunecast.server.control.hub import Hub
 from prunecast.server.control.limits import Limits

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunecast.compression.control import FleetControlServicer, messages
+from prunecast.common.fleet_protocol import FleetControlServicer, messages
 from prunecast.server.control.convert import device_report, device_state, directive_event
 from prunecast.server.control.errors import ForeignName, GoingDown, WatchReplaced, WrongRelease
 from prunecast.server.control.files import OpenFile, open_file

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from prunecast.compression.onnx import ExportedGraph, Variant
     from prunecast.compression.onnx.selftest import Arrays
     from prunecast.compression.versions import PublishedModel
-    from prunecast.server.releases import Repository
+    from prunecast.server.repository import Repository
 
 __all__ = ["releases_from_config", "repository_releaser"]
 
@@ -129,7 +129,7 @@ def _open(
     given: Mapping[str, Any], rule: ReleaseRule, model: Callable[[], nn.Module]
 ) -> AutomaticReleases:
     from prunecast.compression.onnx import OnnxError, load_graph, unpack_arrays
-    from prunecast.server.releases import KeyRing, ReleaseNotFound, ReleasesError, Repository
+    from prunecast.server.repository import KeyRing, ReleaseNotFound, ReleasesError, Repository
 
     key = "release.repository"
     try:

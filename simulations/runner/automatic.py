@@ -9,7 +9,7 @@ from prunecast.compression.flower.references import load_callable
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.release_config import repository_releaser
-from prunecast.server.releases import KeyRing, Repository
+from prunecast.server.repository import KeyRing, Repository
 from prunecast.simulations.runner.job import Job, held_out
 from prunecast.simulations.scenarios import ReleaseSpec
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.versions import PublishedModel, load_model
-from prunecast.server.releases import PublishedRelease, ReleaseServer
+from prunecast.server.repository import PublishedRelease, ReleaseServer
 from prunecast.simulations.runner.automatic import export_factory, repository_of
 from prunecast.simulations.runner.errors import DeviceMismatch, SimulationError
 from prunecast.simulations.runner.job import Job, held_out

@@ -17,7 +17,7 @@ from prunecast.server.fleet import (
     Outcome,
     Release,
 )
-from prunecast.server.releases import KeyRing, Repository
+from prunecast.server.repository import KeyRing, Repository
 from support.classifier import classifier, classifier_graph, classifier_inputs
 
 

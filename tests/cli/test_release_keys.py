@@ -14,15 +14,15 @@ import pytest
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.server.releases import KeyFileError, load_holder, load_public, make_holder
-from prunecast.server.releases.holders import fingerprint
+from prunecast.server.repository import KeyFileError, load_holder, load_public, make_holder
+from prunecast.server.repository.holders import fingerprint
 
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """scrypt at a fraction of its cost; the format is the same."""
-    monkeypatch.setattr("prunecast.server.releases.pkcs8._N", 2**10)
-    monkeypatch.setattr("prunecast.server.releases.pkcs8._P", 1)
+    monkeypatch.setattr("prunecast.server.repository.pkcs8._N", 2**10)
+    monkeypatch.setattr("prunecast.server.repository.pkcs8._P", 1)
 
 
 def _run(*arguments: object, said: str | None = None) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
 
-from prunecast.server.releases import (
+from prunecast.server.repository import (
     Ceremony,
     Change,
     Expiry,
@@ -19,8 +19,8 @@ from prunecast.server.releases import (
     RoleKeys,
     first_metadata,
 )
-from prunecast.server.releases.holders import key_of
-from prunecast.server.releases.keys import write_key
+from prunecast.server.repository.holders import key_of
+from prunecast.server.repository.keys import write_key
 
 __all__ = ["Circle", "utc_now"]
 

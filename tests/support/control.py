@@ -12,7 +12,7 @@ import pytest
 from prunecast.server.control import ControlServer, Limits
 from prunecast.server.fleet import FleetService, Release
 from prunecast.server.fleet.events import AddGroup
-from prunecast.server.releases import KeyRing, Repository
+from prunecast.server.repository import KeyRing, Repository
 from support.authority import Authority
 from support.classifier import classifier, classifier_graph, classifier_inputs
 

@@ -13,7 +13,7 @@ import pytest
 
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import KeyRing, Repository
+from prunecast.server.repository import KeyRing, Repository
 from support.classifier import classifier, classifier_graph, classifier_inputs
 
 __all__ = ["graph", "images", "keys", "model", "repository"]

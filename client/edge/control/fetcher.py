@@ -11,7 +11,7 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError
 from prunecast.client.edge.control.line import Line, describe, watched
 from prunecast.client.edge.errors import ControlProblem
 from prunecast.client.edge.transport import Fetcher, Stream
-from prunecast.compression.control import messages
+from prunecast.common.fleet_protocol import messages
 
 __all__ = ["ControlFetcher"]
 

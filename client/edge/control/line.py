@@ -11,7 +11,7 @@ import grpc
 
 from prunecast.client.edge.control.settings import ControlSettings
 from prunecast.client.edge.errors import ControlProblem
-from prunecast.compression.control import make_stub
+from prunecast.common.fleet_protocol import make_stub
 
 __all__ = ["Line", "describe", "watched"]
 

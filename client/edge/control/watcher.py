@@ -14,7 +14,7 @@ from prunecast.client.edge.control.backoff import Backoff
 from prunecast.client.edge.control.line import Line, describe, watched
 from prunecast.client.edge.control.store import ControlStore, Directive
 from prunecast.client.edge.errors import ControlProblem, StateError
-from prunecast.compression.control import messages
+from prunecast.common.fleet_protocol import messages
 
 __all__ = ["Watcher"]
 

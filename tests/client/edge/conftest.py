@@ -11,7 +11,7 @@ import pytest
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.compression.onnx import ExportedGraph, ReleaseManifest
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import Repository
+from prunecast.server.repository import Repository
 from support.network import Network
 from support.releases import graph, images, keys, model, repository
 

@@ -21,7 +21,7 @@ from prunecast.client.edge import (
 from prunecast.compression.onnx import ExportedGraph, ReleaseManifest
 from prunecast.compression.onnx.manifest import manifest_path
 from prunecast.compression.versions import PublishedModel, encode_delta
-from prunecast.server.releases import KeyRing, Repository
+from prunecast.server.repository import KeyRing, Repository
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]
@@ -302,7 +302,7 @@ def test_wrong_patch_signed(
     attack: str,
 ) -> None:
     """A patch that was signed by mistake does not apply; the keyframe is taken instead."""
-    import prunecast.server.releases.build as build
+    import prunecast.server.repository.build as build
 
     def wrong(base: PublishedModel, made: PublishedModel, *, stream: bytes) -> bytes:
         if attack == "wrong base":
@@ -324,7 +324,7 @@ def test_rebuilt_weights_that_differ_from_the_signed_digest(
     agent: Agent, publish: Publish, monkeypatch: pytest.MonkeyPatch, images: np.ndarray
 ) -> None:
     from prunecast.compression.onnx import FileRef
-    from prunecast.server.releases import repository as module
+    from prunecast.server.repository import repository as module
 
     real = module.build_release
 
@@ -390,7 +390,7 @@ def test_path_traversal_in_file_names(
         document["files"]["../../../escaped"] = document["files"]["model.onnx"]
         return json.dumps(document).encode()
 
-    import prunecast.server.releases.build as build
+    import prunecast.server.repository.build as build
 
     class Trusting(ReleaseManifest):
         @classmethod
@@ -399,7 +399,7 @@ def test_path_traversal_in_file_names(
 
     monkeypatch.setattr(build, "ReleaseManifest", Trusting)
     monkeypatch.setattr(Trusting, "to_bytes", hostile)
-    monkeypatch.setattr("prunecast.server.releases.repository.collect", lambda *a: [])
+    monkeypatch.setattr("prunecast.server.repository.repository.collect", lambda *a: [])
     publish(2)
     with pytest.raises(ContentRefused, match="exactly the files"):
         agent.update_once()

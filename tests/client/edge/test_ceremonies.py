@@ -15,7 +15,7 @@ from tuf.api.metadata import Metadata
 from prunecast.client.edge import Agent, AgentConfig, NetworkError, NoRelease, TrustError
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import Change, KeyRing, Repository
+from prunecast.server.repository import Change, KeyRing, Repository
 from support.ceremonies import Circle, utc_now
 from support.network import Network
 

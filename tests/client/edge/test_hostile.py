@@ -31,7 +31,7 @@ from prunecast.compression.onnx import (
 from prunecast.compression.onnx.manifest import manifest_path
 from prunecast.compression.versions import PublishedModel, frame
 from prunecast.compression.versions.layout import TensorHead, pack_changes, pack_heads
-from prunecast.server.releases import KeyRing, Repository, build
+from prunecast.server.repository import KeyRing, Repository, build
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]
@@ -51,7 +51,7 @@ def agent(start: Start, publish: Publish) -> Agent:
 @pytest.fixture
 def publish_changed(monkeypatch: pytest.MonkeyPatch, publish: Publish) -> Callable[..., Any]:
     """A function: a publisher who signs what `change(manifest, blobs)` makes of a release."""
-    from prunecast.server.releases import repository as module
+    from prunecast.server.repository import repository as module
 
     def publish_changed(change: Change) -> ReleaseManifest:
         def changed(*args: Any, **options: Any) -> build.BuiltRelease:

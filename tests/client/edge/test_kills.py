@@ -26,7 +26,7 @@ import support
 from prunecast.client.edge import open_model
 from prunecast.compression.onnx import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import ReleaseServer, Repository
+from prunecast.server.repository import ReleaseServer, Repository
 
 pytestmark = pytest.mark.engine
 

@@ -12,7 +12,7 @@ import pytest
 from prunecast.client.edge import Agent
 from prunecast.compression.onnx import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import Repository
+from prunecast.server.repository import Repository
 from support.network import Network
 
 SWAPS, THREADS, REQUESTS = 20, 4, 1000

@@ -19,7 +19,7 @@ from prunecast.client.edge import optimised as module
 from prunecast.client.edge.store import StateFolder
 from prunecast.compression.onnx import ExportedGraph, ReleaseManifest
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import KeyRing, Repository
+from prunecast.server.repository import KeyRing, Repository
 from support.network import Network
 
 

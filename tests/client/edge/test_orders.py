@@ -22,7 +22,7 @@ from prunecast.client.edge import (
 )
 from prunecast.client.edge.store import StateFolder
 from prunecast.compression.onnx import ReleaseManifest
-from prunecast.server.releases import Repository
+from prunecast.server.repository import Repository
 from support.network import Network
 
 Publish = Callable[..., ReleaseManifest]

@@ -19,7 +19,7 @@ import pytest
 
 from prunecast.compression.onnx import ExportedGraph, ReleaseManifest, save_graph
 from prunecast.compression.versions import PublishedModel, save_model
-from prunecast.server.releases import Repository
+from prunecast.server.repository import Repository
 
 pytestmark = pytest.mark.engine
 

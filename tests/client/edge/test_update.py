@@ -29,7 +29,7 @@ from prunecast.client.edge import (
 from prunecast.client.edge.held import held_model
 from prunecast.compression.onnx import ExportedGraph, ReleaseManifest
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import Repository
+from prunecast.server.repository import Repository
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]

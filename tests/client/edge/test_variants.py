@@ -10,7 +10,7 @@ import pytest
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.compression.onnx import computes_in_integers
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.releases import (
+from prunecast.server.repository import (
     Repository,
     Samples,
     make_variant,

@@ -18,7 +18,7 @@ from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation import AutomaticReleases, ReleaseRule, ReleaseRuleError, server_app
 from prunecast.server.federation.release_config import releases_from_config
 from prunecast.server.federation.release_rule import ReleaseWatch
-from prunecast.server.releases import Change, KeyRing, ReleasesError, Repository
+from prunecast.server.repository import Change, KeyRing, ReleasesError, Repository
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.ceremonies import Circle
 from support.classifier import classifier_graph, classifier_inputs

@@ -15,7 +15,7 @@ from prunecast.client.edge import Agent, AgentConfig, ControlProblem, EdgeError,
 from prunecast.client.edge.control import ControlFetcher, Controller, ControlSettings, Line
 from prunecast.server.control import ControlServer
 from prunecast.server.fleet import Device, FleetService
-from prunecast.server.releases import Repository
+from prunecast.server.repository import Repository
 from support.authority import Authority
 from support.control import authority, database, fleet, repository, server
 

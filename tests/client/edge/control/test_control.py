@@ -16,14 +16,14 @@ from prunecast.client.edge import Agent
 from prunecast.client.edge.control import ControlFetcher, Line
 from prunecast.client.edge.download import download
 from prunecast.client.edge.store import StateFolder
-from prunecast.compression.control import CHUNK_BYTES
+from prunecast.common.fleet_protocol import CHUNK_BYTES
 from prunecast.compression.onnx import FileRef
 from prunecast.compression.onnx.files import file_digest
 from prunecast.compression.onnx.manifest import blob_path
 from prunecast.server.control import ControlServer
 from prunecast.server.fleet import Device, FleetService, Policy, Release
 from prunecast.server.fleet.events import Abort, PinDevice, StartRollout
-from prunecast.server.releases import Repository
+from prunecast.server.repository import Repository
 from support.authority import Authority
 from support.control import LIMITS
 

@@ -1,0 +1,151 @@
+"""Examine private keys: there, closed to others, trusted, and offline ones not on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from securesystemslib.signer import SSlibKey
+from tuf.api.metadata import Root, Targets
+
+from prunecast.server.repository.delegation import delegations_of
+from prunecast.server.repository.doctor_metadata import RepositoryState
+from prunecast.server.repository.errors import KeyFileError
+from prunecast.server.repository.findings import Finding, listed
+from prunecast.server.repository.keys import OFFLINE_ROLES, ROLES, KeyRing
+
+__all__ = ["check_keys", "check_offline"]
+
+_MOST_FILES, _MOST_BYTES = 2000, 16_384  # looked at beside the repository
+_KEY_ID = re.compile(rb"^Key-Id: ([0-9a-f]{64})$", re.MULTILINE)
+
+
+def check_offline(path: Path, keys: KeyRing | None, state: RepositoryState) -> list[Finding]:
+    """Private keys of root and targets on the machine that serves.
+
+    Looks into the folder that holds the repository, one level below it, and into the key folders.
+    Where one key is enough to sign, as `release init` begins, it is a note; where several holders
+    share a role, somebody brought a key that must not be here.
+    """
+    if state.root is None:
+        return []
+    root = state.root.signed
+    alone: list[str] = []
+    shared: list[str] = []
+    for file in _candidates(path, keys):
+        key = _key_id(file)
+        if roles := [role for role in OFFLINE_ROLES if key in root.roles[role].keyids]:
+            single = all(len(root.roles[role].keyids) == 1 for role in roles)
+            (alone if single else shared).append(f"{file} ({', '.join(roles)})")
+    what = "is an offline private key on the machine that serves: whoever breaks in can sign"
+    remedy = "move it to a medium of its own; only online keys are needed here"
+    found = []
+    if shared:
+        away = f"{remedy}. If others use this machine, have the key revoked: `release keys change`"
+        found.append(Finding("problem", "offline-key-here", listed(shared), what, away))
+    if alone:
+        found.append(Finding("note", "offline-key-here", listed(alone), what, remedy))
+    return found
+
+
+def _candidates(path: Path, keys: KeyRing | None) -> Iterator[Path]:
+    beside = path.resolve().parent
+    folders = [beside]
+    with suppress(OSError):
+        folders += sorted(p for p in beside.iterdir() if p.is_dir() and p != path.resolve())
+    folders += [folder.resolve() for folder in keys.folders] if keys else []
+    seen = 0
+    for folder in dict.fromkeys(folders):
+        with suppress(OSError):
+            for file in sorted(folder.iterdir()):
+                seen += 1
+                if seen > _MOST_FILES:
+                    return
+                if file.is_file() and file.stat().st_size <= _MOST_BYTES:
+                    yield file
+
+
+def _key_id(file: Path) -> str | None:
+    """The key id of a private key file; encrypted ones say it above the PEM block."""
+    try:
+        data = file.read_bytes()
+        if b"PRIVATE KEY-----" not in data:
+            return None
+        if stated := _KEY_ID.search(data):
+            return stated[1].decode()
+        key = load_pem_private_key(data, password=None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    if not isinstance(key, Ed25519PrivateKey):
+        return None
+    return SSlibKey.from_crypto(key.public_key()).keyid
+
+
+def check_keys(keys: KeyRing, state: RepositoryState) -> list[Finding]:
+    """Compare the keys at hand with those that root and targets name."""
+    found: list[Finding] = []
+    targets = state.targets.signed if state.targets else None
+    delegated = tuple(delegations_of(targets)) if targets else ()
+    for role in (*ROLES, *delegated):
+        delegator: Root | Targets | None = targets if role in delegated else None
+        if role in ROLES and state.root is not None:
+            delegator = state.root.signed
+        try:
+            keys.path(role)
+        except KeyFileError as error:
+            found.append(_missing(role, str(error)))
+            continue
+        try:
+            signer = keys.signer(role)
+        except KeyFileError as error:
+            remedy = f"restore {role}.pem or its mode; its owner alone may read it"
+            found.append(Finding("problem", "key-unusable", role, str(error), remedy))
+            continue
+        trusted = delegator.get_delegated_role(role).keyids if delegator else None
+        if trusted is not None and signer.public_key.keyid not in trusted:
+            found.append(
+                Finding(
+                    *("problem", "key-foreign", role),
+                    f"{keys.path(role)} is not the key that this repository trusts",
+                    "use the key folder of this repository; after a rotation, the new key",
+                )
+            )
+    return found + _leftovers(keys)
+
+
+def _missing(role: str, what: str) -> Finding:
+    if role not in OFFLINE_ROLES:
+        remedy = (
+            f"put {role}.pem there, or have it replaced: `release rotate-key` with the root key, "
+            "`release keys change` where several holders sign"
+        )
+        return Finding("problem", "key-missing", role, what, remedy)
+    return Finding("note", "key-offline", role, what, "nothing: it belongs on another medium")
+
+
+def _leftovers(keys: KeyRing) -> list[Finding]:
+    found: list[Finding] = []
+    for folder in keys.folders:
+        for role in ROLES:
+            fresh, old = folder / f"{role}.pem.new", folder / f"{role}.pem.old"
+            if fresh.exists():
+                found.append(
+                    Finding(
+                        *("problem", "unfinished-rotation", str(fresh)),
+                        "a rotation of this key was cut off before anything was published",
+                        "delete it and rotate again",
+                    )
+                )
+            if old.exists():
+                found.append(
+                    Finding(
+                        *("note", "old-key", str(old), "is a rotated key that nothing needs"),
+                        "destroy it",
+                    )
+                )
+    return found

@@ -1,0 +1,181 @@
+"""A release from any existing ``.onnx`` file: weights out, onto a lattice, checked against it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.compression.onnx import (
+    ExportedGraph,
+    NumericsError,
+    ReleaseManifest,
+    Variant,
+    WeightsLayout,
+    bind_weights,
+    export_single,
+    open_session,
+)
+from prunecast.compression.onnx.compare import Difference, differ, draw_inputs, record
+from prunecast.compression.onnx.lattice import Steps, snap
+from prunecast.compression.onnx.lift import LiftedModel, lift_model
+from prunecast.compression.onnx.runtime import fit_inputs
+from prunecast.compression.onnx.selftest import Arrays
+from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
+from prunecast.server.repository.reading import RepositoryReader
+from prunecast.server.repository.variants import Samples, run_samples
+
+__all__ = ["ForeignRelease", "export_release", "from_onnx", "run_original"]
+
+_REWRITTEN = 1e-4  # relative; moving weights must not change what a model computes
+_DEQUANTISES_INT8, _DEQUANTISES_INT16 = 10, 21  # opsets
+_NARROW = (np.dtype(np.int8), np.dtype(np.int32))
+
+
+@dataclass(frozen=True)
+class ForeignRelease:
+    """What `Repository.publish` takes, made of an ``.onnx`` file.
+
+    Attributes:
+        model: the weights.
+        graph: the architecture.
+        inputs: self-test inputs, given or drawn.
+        variant: what `weights.bin` can hold.
+        difference: outputs of the release against those of the original, on the inputs.
+        notes: what a user should know, a sentence each.
+    """
+
+    model: PublishedModel
+    graph: ExportedGraph
+    inputs: Mapping[str, NDArray[np.generic]]
+    variant: Variant
+    difference: Difference
+    notes: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """``int8`` if integers are stored, else ``fp32``."""
+        return "int8" if self.variant == "lattice" else "fp32"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The difference as metrics of a manifest."""
+        return {
+            "onnx_max_difference": self.difference.absolute,
+            "onnx_relative_difference": self.difference.relative,
+            "onnx_classes_changed": self.difference.classes,
+        }
+
+
+def from_onnx(
+    path: Path,
+    *,
+    bits: int | None = None,
+    steps: Steps = "held",
+    variant: Variant = "lattice",
+    held: PublishedModel | None = None,
+    inputs: Arrays | None = None,
+    seed: int = 0,
+    most_difference: float | None = None,
+) -> ForeignRelease:
+    """Take a model apart, quantise it, and compare it with the original in onnxruntime.
+
+    Args:
+        path: the ``.onnx`` file; external data in its folder or below.
+        bits: 2 to 16, for kernels and embeddings; None keeps every value exactly.
+        steps: how lattice steps are chosen, see `prunecast.compression.onnx.lattice`.
+        variant: what `weights.bin` should hold; ``fp32`` where the opset allows nothing else.
+        held: the newest live version of the same release, for ``steps="held"``.
+        inputs: real inputs by name; drawn from `seed` when not given.
+        seed: of drawn inputs.
+        most_difference: refuse a relative difference above this.
+
+    Raises:
+        ForeignModel: the file is damaged, holds no weights or draws random numbers.
+        UnsafeExternalData: it refers to files outside its folder.
+        NumericsError: the rebuilt model computes something else, or differs too much.
+        RuntimeFailure: onnxruntime refuses the original or its inputs.
+    """
+    lifted = lift_model(path)  # checks what the original refers to, before anything runs it
+    original = open_session(path)
+    wanted_types = {s.name: s.dtype for s in original.inputs}
+    given = draw_inputs(original, seed) if inputs is None else fit_inputs(inputs, wanted_types)
+    wanted = record(original, given)
+    del original
+    exact = PublishedModel({name: RawTensor(a) for name, a in lifted.arrays.items()})
+    moved = _difference(lifted.graph, exact, "fp32", given, wanted)
+    if moved.relative > _REWRITTEN:
+        raise NumericsError(
+            f"{path} computes something else when its weights are moved out of its graph "
+            f"(relative difference {moved.relative:.2g}): please report the model"
+        )
+    counter = held.counter + 1 if held is not None else 1
+    model = snap(lifted.arrays, lifted.kernels, bits=bits, steps=steps, held=held, counter=counter)
+    chosen, notes = _variant(lifted, model, variant, bits)
+    difference = moved if bits is None else _difference(lifted.graph, model, chosen, given, wanted)
+    if most_difference is not None and difference.relative > most_difference:
+        raise NumericsError(
+            f"at {bits} bits the outputs differ by {difference.relative:.2g} of the largest value, "
+            f"accepted are {most_difference:.2g}: use more bits, or none"
+        )
+    if inputs is None:
+        notes.append(f"the self-test holds drawn inputs (seed {seed}): give real ones if you can")
+    graph = replace(lifted.graph, max_difference=moved.absolute)
+    return ForeignRelease(model, graph, given, chosen, difference, (*lifted.notes, *notes))
+
+
+def run_original(path: Path, samples: Samples) -> dict[str, NDArray[np.generic]]:
+    """Outputs of an ``.onnx`` file for all samples.
+
+    Raises:
+        ForeignModel: the file is damaged.
+        UnsafeExternalData: it refers to files outside its folder.
+        RuntimeFailure: onnxruntime refuses it or the samples.
+    """
+    lift_model(path)  # checks what it refers to, before anything runs it
+    session = open_session(path)
+    return run_samples(session, samples)
+
+
+def _difference(
+    graph: ExportedGraph, model: PublishedModel, variant: Variant, given: Arrays, wanted: Arrays
+) -> Difference:
+    with tempfile.TemporaryDirectory() as folder:
+        bound = bind_weights(graph, model, Path(folder), variant=variant)
+        return differ(wanted, open_session(bound.model).run(given))
+
+
+def _variant(
+    lifted: LiftedModel, model: PublishedModel, variant: Variant, bits: int | None
+) -> tuple[Variant, list[str]]:
+    lattice: list[Any] = [t for t in model.tensors.values() if isinstance(t, LatticeTensor)]
+    if bits is None:
+        return "fp32", []
+    notes = [f"{len(lattice)} of {len(model.tensors)} tensors are on the lattice"]
+    stay = "weights.bin holds float32; integers travel all the same"
+    if variant == "lattice" and lifted.opset < _DEQUANTISES_INT8:
+        notes.append(f"opset {lifted.opset} has no DequantizeLinear: {stay}")
+        return "fp32", notes
+    wide = any(t.q.dtype not in _NARROW for t in lattice)
+    if variant == "lattice" and wide and lifted.opset < _DEQUANTISES_INT16:
+        notes.append(f"opset {lifted.opset} cannot dequantise 16 bits: {stay}")
+        return "fp32", notes
+    return variant, notes
+
+
+def export_release(repository: RepositoryReader, manifest: ReleaseManifest, path: Path) -> int:
+    """Write a release as one self-contained ``.onnx`` file; returns its size in bytes.
+
+    Raises:
+        RepositoryCorrupt: a file of the release is missing or damaged.
+        OnnxError: graph and weights do not fit together, or exceed 2 GiB.
+        StorageError: the file cannot be written.
+    """
+    layout = WeightsLayout.from_bytes(repository.blob(manifest.files["layout.json"]))
+    graph = repository.blob(manifest.files["model.onnx"])
+    return export_single(graph, layout, repository.model(manifest), path)

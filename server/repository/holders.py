@@ -1,0 +1,162 @@
+"""Key holders: people whose signatures a threshold counts, and their key files.
+
+A holder has two files: ``<holder>.key``, the private key under a passphrase, which never leaves
+their machine, and ``<holder>.pub``, JSON that names holder and public key and goes to whoever
+prepares the ceremony. The holder's name becomes part of the public metadata, so that messages can
+say who has not signed yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from securesystemslib.signer import CryptoSigner, Key, SSlibKey
+
+from prunecast.compression.versions import write_atomically
+from prunecast.server.repository.errors import KeyFileError
+from prunecast.server.repository.keys import write_private
+from prunecast.server.repository.pkcs8 import encrypted_pem
+
+__all__ = [
+    "HolderFiles",
+    "describe_key",
+    "fingerprint",
+    "holder_of",
+    "key_of",
+    "load_holder",
+    "load_public",
+    "make_holder",
+    "write_public",
+]
+
+_HOLDER = "x-prunecast-holder"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_MOST = 16_384  # bytes of a key file
+_LEAST = 8  # characters of a passphrase
+
+
+@dataclass(frozen=True)
+class HolderFiles:
+    """Where a holder's keys were written.
+
+    Attributes:
+        private: encrypted, stays with the holder.
+        public: goes to whoever prepares the ceremony.
+        key: the public key.
+    """
+
+    private: Path
+    public: Path
+    key: SSlibKey
+
+
+def make_holder(folder: Path, holder: str, passphrase: str) -> HolderFiles:
+    """Make an Ed25519 key for a holder, encrypted with a passphrase.
+
+    Raises:
+        KeyFileError: an unusable name or passphrase, or the folder cannot be written.
+        RepositoryExists: the holder has a key there already.
+    """
+    if len(passphrase) < _LEAST:
+        raise KeyFileError(f"the passphrase is too short: take at least {_LEAST} characters")
+    private = Ed25519PrivateKey.generate()
+    key = key_of(private.public_key(), holder)
+    files = HolderFiles(folder / f"{holder}.key", folder / f"{holder}.pub", key)
+    # the lines above the PEM block tell `release doctor` whose key it is
+    head = f"Prunecast key of {holder}\nKey-Id: {key.keyid}\n".encode()
+    write_private(files.private, head + encrypted_pem(private, passphrase.encode()))
+    write_public(files.public, key)
+    return files
+
+
+def load_holder(path: Path, passphrase: str) -> CryptoSigner:
+    """A holder's private key.
+
+    Raises:
+        KeyFileError: not readable, not a key, or another passphrase.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise KeyFileError(f"cannot read {path}: {error.strerror or error}") from error
+    if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" not in data:
+        raise KeyFileError(
+            f"{path} is not an encrypted private key: make one with `release keys make`"
+        )
+    try:
+        private = load_pem_private_key(data, passphrase.encode())
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise KeyFileError(f"{path} does not open: another passphrase, or damaged") from error
+    if not isinstance(private, Ed25519PrivateKey):
+        raise KeyFileError(f"{path} is not an Ed25519 key")
+    return CryptoSigner(private)
+
+
+def key_of(public: Ed25519PublicKey, holder: str) -> SSlibKey:
+    """A public key as TUF writes it, with its holder's name.
+
+    Raises:
+        KeyFileError: a name that cannot be used.
+    """
+    if not _NAME.fullmatch(holder):
+        raise KeyFileError(f"{holder[:80]!r} cannot name a holder: use a-z 0-9 . _ -")
+    key = SSlibKey.from_crypto(public)
+    key.unrecognized_fields[_HOLDER] = holder
+    return key
+
+
+def write_public(path: Path, key: Key) -> None:
+    """Write a public key file."""
+    document = {"keyid": key.keyid, **key.to_dict()}
+    write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def load_public(path: Path) -> SSlibKey:
+    """Read a public key file.
+
+    Raises:
+        KeyFileError: not readable, or not a public key with its holder's name.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MOST)
+    except OSError as error:
+        raise KeyFileError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        document: dict[str, Any] = json.loads(data)
+        holder, public = document[_HOLDER], bytes.fromhex(document["keyval"]["public"])
+        key = key_of(Ed25519PublicKey.from_public_bytes(public), holder)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise KeyFileError(
+            f"{path} is not a public key file: `release keys make` writes them as <holder>.pub"
+        ) from error
+    if document.get("keyid") != key.keyid:
+        raise KeyFileError(f"{path} names another key than it holds: ask its holder for it again")
+    return key
+
+
+def holder_of(key: Key) -> str:
+    """Name of a key's holder; the beginning of its id where there is none."""
+    name = key.unrecognized_fields.get(_HOLDER)
+    return name if isinstance(name, str) and _NAME.fullmatch(name) else f"key {key.keyid[:12]}"
+
+
+def fingerprint(key: Key) -> str:
+    """SHA-256 (hex) of the raw 32 bytes of an Ed25519 public key, for reading out aloud.
+
+    The same as ``openssl pkey -in KEY -pubout -outform DER | tail -c 32 | sha256sum``.
+    """
+    return hashlib.sha256(bytes.fromhex(str(key.keyval["public"]))).hexdigest()
+
+
+def describe_key(key: Key) -> str:
+    """Holder and fingerprint in one line."""
+    return f"{holder_of(key)} (SHA-256 of the public key {fingerprint(key)})"

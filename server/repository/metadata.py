@@ -1,0 +1,392 @@
+"""The repository's signed metadata in memory; touches no file and no clock.
+
+A `MetadataSet` is the four TUF roles in force and the roles that targets delegates release names
+to. Operations return the files that a new state adds, in the order in which they must appear on
+disk: `timestamp.json` last, because it alone has no version in its name and makes the new state
+visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from securesystemslib.signer import CryptoSigner
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.api.serialization import DeserializationError
+from tuf.api.serialization.json import JSONSerializer
+
+from prunecast.compression.onnx.manifest import manifest_path
+from prunecast.server.repository.delegation import (
+    NEXT_VERSION,
+    delegations_of,
+    first_listing,
+    publisher_of,
+)
+from prunecast.server.repository.errors import (
+    CeremonyError,
+    KeyFileError,
+    RepositoryCorrupt,
+    ThresholdNotMet,
+)
+from prunecast.server.repository.expiry import Expiry
+from prunecast.server.repository.keys import ROLES
+from prunecast.server.repository.thresholds import require_signed, tally
+
+__all__ = ["Expiry", "MetadataSet", "Signers"]
+
+Signers = Callable[[str], Sequence[CryptoSigner]]
+"""Role to the private keys of it that are at hand."""
+
+_SERIALISER = JSONSerializer(compact=True)
+
+
+class MetadataSet:
+    """The metadata in force.
+
+    Attributes:
+        root: trusted keys of every role.
+        targets: the live releases.
+        snapshot: which targets metadata is current.
+        timestamp: which snapshot is current.
+        delegated: live releases of the names that a role of its own publishes, by role.
+    """
+
+    def __init__(
+        self,
+        root: Metadata[Root],
+        targets: Metadata[Targets],
+        snapshot: Metadata[Snapshot],
+        timestamp: Metadata[Timestamp],
+        delegated: Mapping[str, Metadata[Targets]] | None = None,
+    ) -> None:
+        self.root, self.targets = root, targets
+        self.snapshot, self.timestamp = snapshot, timestamp
+        self.delegated = dict(delegated or {})
+
+    @classmethod
+    def create(
+        cls, signers: Signers, expiry: Expiry, now: datetime
+    ) -> tuple[MetadataSet, dict[str, bytes]]:
+        """The key ceremony: version 1 of every role. Returns the set and its files."""
+        root = Root(expires=expiry.until("root", now), consistent_snapshot=True)
+        for role in ROLES:
+            root.add_key(signers(role)[0].public_key, role)
+        made = cls(
+            Metadata(root),
+            Metadata(Targets(expires=expiry.until("targets", now))),
+            Metadata(Snapshot(expires=expiry.until("snapshot", now))),
+            Metadata(Timestamp(expires=expiry.until("timestamp", now))),
+        )
+        for role in ROLES:
+            made._role(role).signed.version = 0
+        files = made.sign_root(signers, expiry, now)
+        files |= made.sign_targets(signers, expiry, now)
+        return made, files
+
+    @classmethod
+    def found(
+        cls,
+        root: Metadata[Root],
+        targets: Metadata[Targets],
+        signers: Signers,
+        expiry: Expiry,
+        now: datetime,
+    ) -> tuple[MetadataSet, dict[str, bytes]]:
+        """Begin with root and targets that their holders signed. Returns the set and its files.
+
+        Raises:
+            ThresholdNotMet: too few signatures.
+            KeyFileError: the key of an online role is missing, or not the one that root names.
+        """
+        require_signed([tally(root.signed, "root", root), tally(root.signed, "targets", targets)])
+        made = cls(
+            root,
+            targets,
+            Metadata(Snapshot(expires=expiry.until("snapshot", now))),
+            Metadata(Timestamp(expires=expiry.until("timestamp", now))),
+        )
+        made.snapshot.signed.version = made.timestamp.signed.version = 0
+        files = {f"{root.signed.version}.root.json": root.to_bytes(_SERIALISER)}
+        files |= made._listed("targets")
+        return made, files | made.sign_snapshot(signers, expiry, now)
+
+    @classmethod
+    def load(cls, read: Callable[[str], bytes], root_version: int) -> MetadataSet:
+        """Load the state that `timestamp.json` names and check every signature.
+
+        Args:
+            read: returns the content of a metadata file by name.
+            root_version: of the newest root.
+
+        Raises:
+            RepositoryCorrupt: missing, damaged, or not signed by the keys in force.
+        """
+        try:
+            root = Metadata[Root].from_bytes(read(f"{root_version}.root.json"))
+            _trust(root.signed, Root.type, root)
+            timestamp = Metadata[Timestamp].from_bytes(read("timestamp.json"))
+            number = timestamp.signed.snapshot_meta.version
+            snapshot = Metadata[Snapshot].from_bytes(read(f"{number}.snapshot.json"))
+            number = snapshot.signed.meta["targets.json"].version
+            targets = Metadata[Targets].from_bytes(read(f"{number}.targets.json"))
+            for role, metadata in (
+                (Timestamp.type, timestamp),
+                (Snapshot.type, snapshot),
+                (Targets.type, targets),
+            ):
+                _trust(root.signed, role, metadata)
+            delegated = {}
+            for role in delegations_of(targets.signed):
+                number = snapshot.signed.meta[f"{role}.json"].version
+                delegated[role] = Metadata[Targets].from_bytes(read(f"{number}.{role}.json"))
+                _trust(targets.signed, role, delegated[role])
+        except (RepositoryError, DeserializationError, KeyError, ValueError, OSError) as error:
+            raise RepositoryCorrupt(
+                f"the repository's metadata cannot be trusted: {error}; restore it from a copy"
+            ) from error
+        return cls(root, targets, snapshot, timestamp, delegated)
+
+    def paths(self) -> Mapping[str, TargetFile]:
+        """Live targets by path: those in the list, and those of roles that publish their name."""
+        found = dict(self.targets.signed.targets)
+        for role, given in delegations_of(self.targets.signed).items():
+            for path, target in self.delegated[role].signed.targets.items():
+                if given.is_delegated_path(path):
+                    found.setdefault(path, target)
+        return found
+
+    def publisher_of(self, name: str) -> str:
+        """The role that publishes releases of `name`: a delegated one, or targets."""
+        return publisher_of(self.targets.signed, manifest_path(name, 1))
+
+    def next_version(self, name: str) -> int:
+        """The number of the next release of `name`; numbers are never given twice."""
+        counters: dict[str, int] = self._list(name).unrecognized_fields.get(NEXT_VERSION, {})
+        return counters.get(name, 1)
+
+    def list_release(self, name: str, version: int, target: TargetFile) -> None:
+        """Add a release, and remember that its number has been given."""
+        listing = self._list(name)
+        listing.targets[manifest_path(name, version)] = target
+        counters = listing.unrecognized_fields.get(NEXT_VERSION, {})
+        listing.unrecognized_fields[NEXT_VERSION] = {**counters, name: version + 1}
+
+    def unlist_release(self, name: str, version: int) -> None:
+        """Remove a release."""
+        del self._list(name).targets[manifest_path(name, version)]
+
+    def _list(self, name: str) -> Targets:
+        listing: Targets = self._role(self.publisher_of(name)).signed
+        return listing
+
+    def sign_releases(
+        self, name: str, signers: Signers, expiry: Expiry, now: datetime
+    ) -> dict[str, bytes]:
+        """A new version of the role that publishes `name`, and of those that name it."""
+        return self.sign_lists([self.publisher_of(name)], signers, expiry, now)
+
+    def sign_root(self, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
+        """A new version of root, signed with the role's keys."""
+        self._bump("root", expiry, now)
+        self._sign("root", signers)
+        return {f"{self.root.signed.version}.root.json": self.root.to_bytes(_SERIALISER)}
+
+    def sign_targets(self, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
+        """New versions of targets, snapshot and timestamp."""
+        return self.sign_lists(["targets"], signers, expiry, now)
+
+    def sign_lists(
+        self, roles: Iterable[str], signers: Signers, expiry: Expiry, now: datetime
+    ) -> dict[str, bytes]:
+        """New versions of targets or delegated roles, of snapshot and timestamp."""
+        files: dict[str, bytes] = {}
+        for role in roles:
+            self._bump(role, expiry, now)
+            self._sign(role, signers)
+            files |= self._listed(role)
+        return files | self.sign_snapshot(signers, expiry, now)
+
+    def _listed(self, role: str) -> dict[str, bytes]:
+        """The file of targets or of a delegated role, noted in snapshot."""
+        metadata = self._role(role)
+        data: bytes = metadata.to_bytes(_SERIALISER)
+        meta = MetaFile.from_data(metadata.signed.version, data, ["sha256"])
+        self.snapshot.signed.meta[f"{role}.json"] = meta
+        return {f"{metadata.signed.version}.{role}.json": data}
+
+    def sign_snapshot(self, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
+        """New versions of snapshot and timestamp."""
+        self._bump("snapshot", expiry, now)
+        self._sign("snapshot", signers)
+        data = self.snapshot.to_bytes(_SERIALISER)
+        files = {f"{self.snapshot.signed.version}.snapshot.json": data}
+        self.timestamp.signed.snapshot_meta = MetaFile.from_data(
+            self.snapshot.signed.version, data, ["sha256"]
+        )
+        return files | self.sign_timestamp(signers, expiry, now)
+
+    def sign_timestamp(self, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
+        """A new version of timestamp."""
+        self._bump("timestamp", expiry, now)
+        self._sign("timestamp", signers)
+        return {"timestamp.json": self.timestamp.to_bytes(_SERIALISER)}
+
+    def replace_key(
+        self, role: str, new: CryptoSigner, signers: Signers, expiry: Expiry, now: datetime
+    ) -> dict[str, bytes]:
+        """A new root in which `role` trusts only the key of `new`.
+
+        Rotating root itself is signed by the old key and by the new one, so that devices which
+        trust the old root accept the new one.
+
+        Raises:
+            ThresholdNotMet: root or the role has several holders.
+        """
+        self.require_sole("root", role)
+        old = self._usable("root", signers)
+        for keyid in list(self.root.signed.roles[role].keyids):
+            self.root.signed.revoke_key(keyid, role)
+        self.root.signed.add_key(new.public_key, role)
+        self._bump("root", expiry, now)
+        self.root.sign(old[0])
+        if role == "root":
+            self.root.sign(new, append=True)
+        return {f"{self.root.signed.version}.root.json": self.root.to_bytes(_SERIALISER)}
+
+    def require_sole(self, *roles: str) -> None:
+        """Refuse roles that several holders share: one machine must not take them over.
+
+        Raises:
+            ThresholdNotMet: names the role.
+        """
+        for role in roles:
+            keys = self.root.signed.roles[role].keyids
+            if len(keys) != 1:
+                raise ThresholdNotMet(
+                    f"the {role} role has {len(keys)} keys: prepare the change with `prunecast "
+                    "release keys change`, and let their holders sign"
+                )
+
+    def enact(
+        self,
+        root: Metadata[Root] | None,
+        targets: Metadata[Targets] | None,
+        signers: Signers,
+        expiry: Expiry,
+        now: datetime,
+    ) -> dict[str, bytes]:
+        """Take over root and targets that their holders signed; sign what names them.
+
+        Args:
+            root: the next version, or None to keep the one in force.
+            targets: the next version, or None to keep the one in force.
+            signers: of the online roles.
+            expiry: lifetimes.
+            now: the time.
+
+        Raises:
+            ThresholdNotMet: too few signatures.
+            CeremonyError: made for another state of the repository than the one in force.
+            KeyFileError: the key of an online role is missing, or not the one that root names.
+        """
+        live = set(self.paths())
+        before = self.targets.signed
+        for role, made in (("root", root), ("targets", targets)):
+            if made is not None and made.signed.version != self._role(role).signed.version + 1:
+                raise CeremonyError(
+                    f"the ceremony made {role} {made.signed.version}, but {role} "
+                    f"{self._role(role).signed.version} is in force: the repository has moved on; "
+                    "prepare the change again"
+                )
+        if root is not None:
+            names = [tally(held.signed, "root", root) for held in (self.root, root)]
+            require_signed(names)
+            self.root = root
+        if targets is not None:
+            self.targets = targets
+        require_signed([tally(self.root.signed, "targets", self.targets)])
+        files = self._listed("targets") if targets is not None else {}
+        given = delegations_of(self.targets.signed)
+        self.delegated = {role: held for role, held in self.delegated.items() if role in given}
+        for role in given:
+            if role not in self.delegated:
+                self.delegated[role] = Metadata(
+                    first_listing(before, self.targets.signed, role, now)
+                )
+                # a role of that name may have been withdrawn before: its number never goes back
+                known = self.snapshot.signed.meta.get(f"{role}.json")
+                self.delegated[role].signed.version = known.version if known else 0
+            elif not tally(self.targets.signed, role, self.delegated[role]).missing:
+                continue
+            self._bump(role, expiry, now)
+            self._sign(role, signers)
+            files |= self._listed(role)
+        if lost := live - set(self.paths()):
+            raise CeremonyError(
+                f"{', '.join(sorted(lost))} would be lost, published since the ceremony was "
+                "prepared: prepare it again"
+            )
+        files |= self.sign_snapshot(signers, expiry, now)
+        if root is not None:  # what it requires lies there already when devices see it
+            timestamp = files.pop("timestamp.json")
+            files[f"{root.signed.version}.root.json"] = root.to_bytes(_SERIALISER)
+            files["timestamp.json"] = timestamp
+        return files
+
+    def _role(self, role: str) -> Metadata[Any]:
+        metadata: Metadata[Any] = getattr(self, role) if role in ROLES else self.delegated[role]
+        return metadata
+
+    def _bump(self, role: str, expiry: Expiry, now: datetime) -> None:
+        signed = self._role(role).signed
+        signed.version += 1
+        signed.expires = expiry.until(role, now)
+
+    def _usable(self, role: str, signers: Signers) -> list[CryptoSigner]:
+        """The keys at hand that the role trusts; enough of them to sign."""
+        delegator = self.root.signed if role in ROLES else self.targets.signed
+        given = delegator.get_delegated_role(role)
+        found = {s.public_key.keyid: s for s in signers(role)}
+        usable = [found[keyid] for keyid in given.keyids if keyid in found]
+        if not usable:
+            raise KeyFileError(
+                f"the {role} key at hand is not the one this repository trusts: it was rotated, "
+                "or belongs to another repository"
+            )
+        if len(usable) < given.threshold:
+            raise ThresholdNotMet(
+                f"the {role} role needs {given.threshold} signatures, and {len(usable)} of its "
+                "keys is at hand: name the folders of the others too, or let their holders sign "
+                "(`prunecast release keys change`)"
+            )
+        return usable
+
+    def require(self, role: str, signers: Signers) -> None:
+        """Find out whether `role` can sign.
+
+        Raises:
+            KeyFileError: its key is missing, or not the one in force.
+            ThresholdNotMet: too few of its keys are at hand.
+        """
+        self._usable(role, signers)
+
+    def _sign(self, role: str, signers: Signers) -> None:
+        for number, signer in enumerate(self._usable(role, signers)):
+            self._role(role).sign(signer, append=number > 0)
+
+
+def _trust(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> None:
+    counted = tally(delegator, role, metadata)
+    if counted.missing:
+        raise ValueError(str(counted))

@@ -1,0 +1,158 @@
+"""Read a release repository; nothing here needs a private key."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from prunecast.compression.onnx import FileRef, ReleaseManifest
+from prunecast.compression.onnx.manifest import blob_path, manifest_path, parse_manifest_path
+from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
+from prunecast.server.repository.ceremony import Ceremony
+from prunecast.server.repository.changes import Change, changed_metadata
+from prunecast.server.repository.errors import ReleaseNotFound, RepositoryCorrupt
+from prunecast.server.repository.keys import ROLES
+from prunecast.server.repository.metadata import Expiry, MetadataSet
+
+__all__ = ["ReleaseEntry", "RepositoryReader"]
+
+_ROOT = re.compile(r"([1-9][0-9]*)\.root\.json")
+
+
+@dataclass(frozen=True)
+class ReleaseEntry:
+    """A live release as the signed metadata lists it."""
+
+    name: str
+    version: int
+    manifest: FileRef
+
+
+class RepositoryReader:
+    """The live releases of a repository on disk.
+
+    Args:
+        path: its folder.
+
+    Raises:
+        RepositoryCorrupt: no repository there.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not (self.path / "metadata" / "timestamp.json").is_file():
+            raise RepositoryCorrupt(f"{self.path} is not a release repository: create one first")
+
+    def trusted_root(self) -> bytes:
+        """The newest root metadata: what a device is provisioned with."""
+        return self._read(f"{self._root_version()}.root.json")
+
+    def releases(self) -> list[ReleaseEntry]:
+        """Live releases, by name and number."""
+        return self._entries(self._load())
+
+    def show(self, name: str, version: int | None = None) -> ReleaseManifest:
+        """The manifest of a live release; the newest when no version is given.
+
+        Raises:
+            ReleaseNotFound: no such live release.
+            RepositoryCorrupt: its manifest is missing or damaged.
+        """
+        return self._manifest(self._find(self._load(), name, version))
+
+    def model(self, manifest: ReleaseManifest) -> PublishedModel:
+        """The published model of a release, from its keyframe.
+
+        Raises:
+            RepositoryCorrupt: the keyframe is missing or damaged.
+        """
+        data = self.blob(manifest.keyframe)
+        try:
+            return decode_model(data, stream=manifest.stream)
+        except VersionsError as error:
+            raise RepositoryCorrupt(
+                f"keyframe of {manifest.name} {manifest.version}: {error}"
+            ) from error
+
+    def blob(self, ref: FileRef) -> bytes:
+        """Content of a file, checked against its digest.
+
+        Raises:
+            RepositoryCorrupt: missing or damaged.
+        """
+        path = self.path / blob_path(ref.sha256)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise RepositoryCorrupt(f"cannot read {path}: {error.strerror or error}") from error
+        if hashlib.sha256(data).hexdigest() != ref.sha256:
+            raise RepositoryCorrupt(f"{path} is damaged: restore it from a copy")
+        return data
+
+    def expires(self) -> dict[str, datetime]:
+        """When each role's metadata expires."""
+        state = self._load()
+        expires = {role: getattr(state, role).signed.expires for role in ROLES}
+        return expires | {role: held.signed.expires for role, held in state.delegated.items()}
+
+    def change(
+        self, folder: Path | str, change: Change, now: datetime, expiry: Expiry | None = None
+    ) -> Ceremony:
+        """Prepare a change of keys, thresholds or delegations for its holders to sign.
+
+        Raises:
+            CeremonyError: what was asked for cannot be, or the folder holds a ceremony.
+        """
+        state = self._load()
+        requests = changed_metadata(state, change, expiry or Expiry(), now)
+        return Ceremony.create(folder, requests, state.root, now)
+
+    def _entries(self, state: MetadataSet) -> list[ReleaseEntry]:
+        found = []
+        for path, target in state.paths().items():
+            parsed = parse_manifest_path(path)
+            if parsed:
+                ref = FileRef(target.hashes["sha256"], target.length)
+                found.append(ReleaseEntry(*parsed, ref))
+        return sorted(found, key=lambda e: (e.name, e.version))
+
+    def _find(self, state: MetadataSet, name: str, version: int | None) -> ReleaseEntry:
+        named = [e for e in self._entries(state) if e.name == name]
+        if not named:
+            known = ", ".join(sorted({e.name for e in self._entries(state)})) or "none"
+            raise ReleaseNotFound(f"no live release is named {name!r} (live names: {known})")
+        found = [e for e in named if version in (None, e.version)]
+        if not found:
+            numbers = ", ".join(str(e.version) for e in named)
+            raise ReleaseNotFound(f"{name} has no live release {version} (live: {numbers})")
+        return found[-1]
+
+    def _manifest(self, entry: ReleaseEntry) -> ReleaseManifest:
+        path = self._target_file(manifest_path(entry.name, entry.version), entry.manifest.sha256)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise RepositoryCorrupt(f"cannot read {path}: {error.strerror or error}") from error
+        if hashlib.sha256(data).hexdigest() != entry.manifest.sha256:
+            raise RepositoryCorrupt(f"{path} is damaged: restore it from a copy")
+        return ReleaseManifest.from_bytes(data)
+
+    def _target_file(self, path: str, sha256: str) -> Path:
+        folder, _, base = path.rpartition("/")
+        return self.path / "targets" / folder / f"{sha256}.{base}"
+
+    def _load(self) -> MetadataSet:
+        return MetadataSet.load(self._read, self._root_version())
+
+    def _read(self, name: str) -> bytes:
+        return (self.path / "metadata" / name).read_bytes()
+
+    def _root_version(self) -> int:
+        found = (_ROOT.fullmatch(p.name) for p in (self.path / "metadata").iterdir())
+        versions = [int(m[1]) for m in found if m]
+        if not versions:
+            raise RepositoryCorrupt(f"{self.path} has no root metadata: restore it from a copy")
+        return max(versions)

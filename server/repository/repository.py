@@ -1,0 +1,277 @@
+"""The release repository: a folder of static files that any web server can deliver.
+
+::
+
+    metadata/   N.root.json, N.targets.json, N.snapshot.json, timestamp.json   (signed)
+    targets/    <name>/<version>/<sha256>.release.json                          (signed by digest)
+    blobs/      <sha256>                               (digests stand in release.json)
+
+Every file but ``timestamp.json`` is immutable. A publication writes the new files first and
+replaces ``timestamp.json`` last, by rename: a reader sees the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tuf.api.metadata import TargetFile
+
+from prunecast.compression.onnx import (
+    ExportedGraph,
+    ReleaseManifest,
+    Tolerance,
+    Variant,
+)
+from prunecast.compression.onnx.manifest import (
+    blob_path,
+    check_release_name,
+    manifest_path,
+)
+from prunecast.compression.onnx.selftest import Arrays
+from prunecast.compression.versions import PublishedModel, write_atomically
+from prunecast.server.repository.build import ReleaseRequest, build_release
+from prunecast.server.repository.ceremony import Ceremony
+from prunecast.server.repository.errors import (
+    CeremonyError,
+    RepositoryExists,
+)
+from prunecast.server.repository.garbage import collect
+from prunecast.server.repository.keeper import RepositoryKeeper, check_outside, utc_now
+from prunecast.server.repository.keys import ONLINE_ROLES, KeyRing
+from prunecast.server.repository.metadata import Expiry, MetadataSet
+from prunecast.server.repository.reading import ReleaseEntry
+
+__all__ = ["PublishedRelease", "Repository"]
+
+
+@dataclass(frozen=True)
+class PublishedRelease:
+    """What a publication made; sizes in bytes.
+
+    Attributes:
+        name: of the release.
+        version: its number.
+        manifest: content of `release.json`.
+        onnx_bytes: the same model as one fp32 ``.onnx`` file; None above protobuf's 2 GiB.
+        weights_bytes: `weights.bin` on the device.
+        keyframe_bytes: the payload for a device that holds nothing.
+        patch_bytes: payloads by the release they start from.
+        file_bytes: the small files by name, and `release.json`.
+        retired: versions that left the window.
+    """
+
+    name: str
+    version: int
+    manifest: ReleaseManifest
+    onnx_bytes: int | None
+    weights_bytes: int
+    keyframe_bytes: int
+    patch_bytes: Mapping[int, int]
+    file_bytes: Mapping[str, int]
+    retired: tuple[int, ...] = ()
+
+
+class Repository(RepositoryKeeper):
+    """A release repository on disk; see `RepositoryKeeper` for its arguments."""
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        keys: KeyRing,
+        *,
+        window: int = 16,
+        expiry: Expiry | None = None,
+        now: Callable[[], datetime] = utc_now,
+    ) -> Repository:
+        """Sign version 1 of every role with `keys`, one for each, and lay out the folder.
+
+        Raises:
+            RepositoryExists: there is a repository already.
+            KeyFileError: a key is missing, or lies inside the served folder.
+        """
+        path = Path(path)
+        check_outside(keys, path)
+        if (path / "metadata").exists():
+            raise RepositoryExists(f"{path} already is a repository")
+        _, files = MetadataSet.create(keys.signers, expiry or Expiry(), now())
+        _lay_out(path, files)
+        return cls(path, keys, window=window, expiry=expiry, now=now)
+
+    @classmethod
+    def create_from(
+        cls,
+        path: Path | str,
+        ceremony: Ceremony,
+        keys: KeyRing,
+        *,
+        window: int = 16,
+        expiry: Expiry | None = None,
+        now: Callable[[], datetime] = utc_now,
+    ) -> Repository:
+        """Begin with the root and targets that holders signed; `keys` are the online ones.
+
+        Raises:
+            ThresholdNotMet: too few holders have signed.
+            CeremonyError: it changes an existing repository.
+            RepositoryExists: there is a repository already.
+            KeyFileError: an online key is missing, or not the one that root names.
+        """
+        path = Path(path)
+        check_outside(keys, path)
+        if (path / "metadata").exists():
+            raise RepositoryExists(f"{path} already is a repository")
+        if ceremony.trusted is not None:
+            raise CeremonyError(
+                f"{ceremony.folder} changes a repository, and {path} is none: name that repository"
+            )
+        signed, at = ceremony.complete(), now()
+        _, files = MetadataSet.found(
+            signed["root"], signed["targets"], keys.signers, expiry or Expiry(), at
+        )
+        _lay_out(path, files)
+        ceremony.mark_enacted(at)
+        return cls(path, keys, window=window, expiry=expiry, now=now)
+
+    def publish(
+        self,
+        name: str,
+        model: PublishedModel,
+        graph: ExportedGraph,
+        *,
+        selftest_inputs: Arrays | NDArray[np.generic],
+        metrics: Mapping[str, float] | None = None,
+        variant: Variant = "lattice",
+        licence: str | None = None,
+        minimum_agent: str = "0.1.0",
+        tolerance: Tolerance | None = None,
+        kind: str = "",
+        numerics: Mapping[str, float] | None = None,
+        at_least: int = 1,
+    ) -> PublishedRelease:
+        """Publish a model as the next release of `name`.
+
+        Args:
+            name: 1 to 64 of ``a-z 0-9 . _ -``.
+            model: the weights.
+            graph: the architecture.
+            selftest_inputs: a few real inputs by name, or one array when there is one input.
+            metrics: figures measured on this very model, such as ``{"accuracy": 0.97}``.
+            variant: ``lattice`` (integers and ``DequantizeLinear``) or ``fp32``.
+            licence: SPDX expression of the weights, if stated.
+            minimum_agent: lowest agent version that can run it.
+            tolerance: of the self-test; default 1e-4 of the largest output, 1e-3 of each value.
+            kind: which variant of the model this is, in a word for people.
+            numerics: how far it computes from the float32 reference, see `releases.variants`.
+            at_least: lowest number of the release: devices that took one which was published with
+                a stolen key, far ahead, take only a higher one.
+
+        Raises:
+            ReleasesError: a key is missing, the repository is damaged, the inputs are unusable.
+            OnnxError: the model does not fit the graph or the runtime refuses it.
+            VersionsError: the model cannot be coded, or a file cannot be written.
+                Nothing was published in any of these cases.
+        """
+        check_release_name(name)
+        request = ReleaseRequest(
+            model,
+            graph,
+            selftest_inputs,
+            metrics or {},
+            variant,
+            licence,
+            minimum_agent,
+            tolerance,
+            kind,
+            numerics or {},
+        )
+        with self._locked():
+            state = self._load()
+            self._require(state, state.publisher_of(name), *ONLINE_ROLES)
+            live = [e for e in self._entries(state) if e.name == name]
+            kept = live[max(0, len(live) + 1 - self.window) :]
+            now = self._now()
+            built = build_release(
+                request,
+                name=name,
+                version=max(state.next_version(name), at_least),
+                created=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                bases=self._bases(live),
+            )
+            manifest = built.manifest
+            data = manifest.to_bytes()
+            sha256 = hashlib.sha256(data).hexdigest()
+            for digest, blob in built.blobs.items():
+                self._write_once(self.path / blob_path(digest), blob)
+            path = manifest_path(name, manifest.version)
+            self._write_once(self._target_file(path, sha256), data)
+            target = TargetFile(len(data), {"sha256": sha256}, path)
+            state.list_release(name, manifest.version, target)
+            retired = [e for e in live if e not in kept]
+            for entry in retired:
+                state.unlist_release(entry.name, entry.version)
+            self._commit(state.sign_releases(name, self._signers, self._expiry, now))
+            collect(self.path, now, self.grace)
+        return PublishedRelease(
+            name=name,
+            version=manifest.version,
+            manifest=manifest,
+            onnx_bytes=built.onnx_bytes,
+            weights_bytes=manifest.weights.length,
+            keyframe_bytes=manifest.keyframe.length,
+            patch_bytes={p.base_version: p.file.length for p in manifest.patches},
+            file_bytes={
+                **{file: ref.length for file, ref in manifest.files.items()},
+                "release.json": len(data),
+            },
+            retired=tuple(e.version for e in retired),
+        )
+
+    def retire(self, name: str, version: int) -> None:
+        """Withdraw a release: devices that do not have it yet will not get it any more.
+
+        Devices that run it keep it until a later release appears; to make them go back, publish
+        the earlier model again, as a new release. Its number is not given again.
+
+        Raises:
+            ReleaseNotFound: no such live release.
+        """
+        with self._locked():
+            state = self._load()
+            entry = self._find(state, name, version)
+            self._require(state, state.publisher_of(name), *ONLINE_ROLES)
+            state.unlist_release(entry.name, entry.version)
+            now = self._now()
+            self._commit(state.sign_releases(name, self._signers, self._expiry, now))
+            collect(self.path, now, self.grace)
+
+    def check_publishable(self, name: str) -> None:
+        """Find out whether the keys at hand can publish `name`; nothing is changed.
+
+        Raises:
+            ReleasesError: a key is missing or not the one in force, or the repository is damaged.
+        """
+        check_release_name(name)
+        state = self._load()
+        self._require(state, state.publisher_of(name), *ONLINE_ROLES)
+
+    def _bases(self, live: Sequence[ReleaseEntry]) -> Iterator[tuple[int, PublishedModel]]:
+        for entry in live:
+            yield entry.version, self.model(self._manifest(entry))
+
+    def _write_once(self, path: Path, data: bytes) -> None:
+        if not path.is_file() or path.read_bytes() != data:
+            write_atomically(path, data)
+
+
+def _lay_out(path: Path, files: Mapping[str, bytes]) -> None:
+    for name in ("targets", "blobs"):
+        (path / name).mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_atomically(path / "metadata" / name, data)

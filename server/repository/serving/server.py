@@ -1,0 +1,253 @@
+"""The release server: sockets, threads, signals; what is answered stands in `site`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from prunecast.server.repository.errors import ServerError
+from prunecast.server.repository.serving.answers import plain
+from prunecast.server.repository.serving.connection import Connection, Respond
+from prunecast.server.repository.serving.limits import Limits
+from prunecast.server.repository.serving.names import TIMESTAMP
+from prunecast.server.repository.serving.site import Site
+from prunecast.server.repository.serving.tls import load_certificate, tls_context
+
+__all__ = ["ReleaseServer"]
+
+_log = logging.getLogger(__name__)
+_BACKLOG = 2048
+_ROUNDS = 5  # of the event loop, from accept(2) to a connection
+_LAST = 5.0  # seconds for connections that were cut off
+_OTHER_FILES = 64  # open files beside those of connections
+
+
+class ReleaseServer:
+    """Serves a repository until stopped; usable as a context manager (in a thread).
+
+    Args:
+        folder: the repository.
+        host: address to bind.
+        port: 0 lets the system choose; `port` tells which.
+        certificate: PEM file with the TLS certificate chain; plain HTTP without.
+        key: PEM file with its private key.
+        limits: what clients may take.
+        metrics_host: address for `/metrics`, over plain HTTP.
+        metrics_port: its port, 0 as above; None: no metrics are served.
+
+    Attributes:
+        url: of the repository, with a slash at the end.
+        host: as given.
+        port: that is bound.
+        metrics_port: that is bound, or None.
+
+    Raises:
+        ServerError: no repository there, an address cannot be bound, TLS is incomplete, or the
+            system allows too few open files.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        limits: Limits | None = None,
+        metrics_host: str = "127.0.0.1",
+        metrics_port: int | None = None,
+    ) -> None:
+        folder = Path(folder)
+        if not (folder / TIMESTAMP).is_file():
+            raise ServerError(f"{folder} is not a release repository: prunecast release init")
+        self._limits = limits or Limits()
+        _allow_files(2 * self._limits.connections + _OTHER_FILES)
+        self._tls = tls_context(certificate, key)
+        self._pair = (certificate, key) if certificate and key else None
+        self._socket = _bind(host, port)
+        self._metrics_socket = None
+        self.metrics_port = metrics_port
+        if metrics_port is not None:
+            try:
+                self._metrics_socket = _bind(metrics_host, metrics_port)
+            except ServerError:
+                self._socket.close()
+                raise
+            self.metrics_port = _port(self._metrics_socket)
+        self.host, self.port = host, _port(self._socket)
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"{'https' if self._tls else 'http'}://{shown}:{self.port}/"
+        self._site = Site(folder, self._limits)
+        self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._asked = 0  # how often the server was asked to end
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    def run(self, ready: Callable[[str], None] | None = None) -> None:
+        """Serve in this thread until SIGINT, SIGTERM or `stop`.
+
+        Downloads in progress then have `Limits.drain` seconds to finish; a second signal ends
+        them at once. SIGHUP loads the certificate again.
+
+        Args:
+            ready: called with the URL; connections are accepted from then on.
+        """
+        previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, self._on_signal)
+            previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hangup)
+        try:
+            if ready:
+                ready(self.url)  # the socket listens: early requests wait in its backlog
+            with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+                runner.run(self._main())
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def stop(self) -> None:
+        """Finish requests in progress and end `run`; waits for the thread if there is one."""
+        self._end()
+        if self._thread:
+            self._thread.join(timeout=self._limits.drain + 5)
+            self._thread = None
+
+    def __enter__(self) -> ReleaseServer:
+        self._thread = threading.Thread(target=self.run, name="release server", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._end()
+
+    def _on_hangup(self, number: int, frame: FrameType | None) -> None:
+        if self._tls is None or self._pair is None:
+            return
+        try:
+            load_certificate(self._tls, *self._pair)
+        except ServerError as error:
+            _log.error("the old certificate stays: %s", error)
+
+    def _end(self) -> None:
+        self._asked += 1
+        if self._loop is not None and self._wake is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def _main(self) -> None:
+        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        servers = [await self._listen(self._socket, self._site.public, self._tls)]
+        if self._metrics_socket is not None:
+            servers.append(await self._listen(self._metrics_socket, self._site.private, None))
+        self._site.look()
+        while not self._asked:  # it may have been asked before there was an event
+            await self._wake.wait()
+        # a connection that is accepted while its server closes would stay open, without a task:
+        # accept no more, let those that were accepted become connections, then close
+        for bound in (self._socket, self._metrics_socket):
+            if bound is not None:
+                self._loop.remove_reader(bound)
+        for _ in range(_ROUNDS):
+            await asyncio.sleep(0)
+        for server in servers:
+            server.close()
+        await self._drain()
+
+    async def _drain(self) -> None:
+        """Let downloads in progress finish, for a while."""
+        assert self._wake is not None
+        self._site.draining = True
+        for connection in list(self._connections):
+            connection.finish()
+        deadline = asyncio.get_running_loop().time() + self._limits.drain
+        while self._connections and self._asked < 2:
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            self._wake.clear()
+            asked = asyncio.create_task(self._wake.wait())
+            tasks = {asked, *self._connections.values()}
+            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            asked.cancel()
+        if self._connections:
+            _log.warning("%d downloads were cut off", len(self._connections))
+            for task in self._connections.values():
+                task.cancel()
+            await asyncio.wait(list(self._connections.values()), timeout=_LAST)
+
+    async def _listen(
+        self, bound: socket.socket, respond: Respond, context: ssl.SSLContext | None
+    ) -> asyncio.Server:
+        # no coroutine: a connection must be known from its first moment on, also to `_drain`
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = Connection(reader, writer, self._limits, self._site.metrics, respond)
+            # whoever watches the server must reach it when it is full, too
+            limited = bound is self._socket
+            self._connections[connection] = asyncio.create_task(self._serve(connection, limited))
+
+        return await asyncio.start_server(
+            accept,
+            sock=bound,
+            ssl=context,
+            backlog=_BACKLOG,
+            ssl_handshake_timeout=self._limits.request_timeout if context else None,
+            ssl_shutdown_timeout=self._limits.stall_timeout if context else None,
+        )
+
+    async def _serve(self, connection: Connection, limited: bool) -> None:
+        metrics = self._site.metrics
+        metrics.connections += limited
+        try:
+            if limited and metrics.connections > self._limits.connections:
+                metrics.refused("connections")
+                await connection.refuse(plain(503, "too many connections", retry_after="10"))
+            else:
+                await connection.serve()
+        except Exception:
+            _log.exception("a connection was ended by an error of this server")
+        finally:
+            del self._connections[connection]
+            metrics.connections -= limited
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ServerError(f"cannot bind {host}:{port}: {error.strerror or error}") from error
+
+
+def _port(bound: socket.socket) -> int:
+    return int(bound.getsockname()[1])
+
+
+def _allow_files(count: int) -> None:
+    """Raise the limit of open files of this process, if it must be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise ServerError(
+            f"the system allows {hard} open files and {count} may be needed: "
+            "raise the limit (ulimit -n) or allow fewer connections"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

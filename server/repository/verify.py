@@ -1,0 +1,155 @@
+"""Verify a repository the way a device would, from its trusted root, without a network."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
+from tuf.ngclient import FetcherInterface, Updater
+
+from prunecast.compression.onnx import (
+    OnnxError,
+    ReleaseManifest,
+    WeightsLayout,
+    check_outputs,
+    open_session,
+    unpack_arrays,
+)
+from prunecast.compression.onnx.manifest import manifest_path
+from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
+from prunecast.server.repository.errors import ReleasesError, VerificationFailed
+from prunecast.server.repository.reading import RepositoryReader
+
+__all__ = ["VerifiedRelease", "verify_repository"]
+
+_HOST = "http://repository.invalid/"
+
+
+@dataclass(frozen=True)
+class VerifiedRelease:
+    """A release that passed.
+
+    Attributes:
+        name: of the release.
+        version: its number.
+        patches: how many patches lead to its model from a live base.
+        difference: largest difference in the self-test.
+    """
+
+    name: str
+    version: int
+    patches: int
+    difference: float
+
+
+class _FolderFetcher(FetcherInterface):
+    """Reads a repository's folder in place of HTTP."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        path = self._folder / unquote(urlsplit(url).path).lstrip("/")
+        if not path.is_file():
+            raise DownloadHTTPError(f"{path} does not exist", 404)
+        return iter([path.read_bytes()])
+
+
+def verify_repository(
+    repository: RepositoryReader,
+    trusted_root: bytes,
+    *,
+    on_release: Callable[[VerifiedRelease], None] | None = None,
+) -> list[VerifiedRelease]:
+    """Check signatures, digests, payloads, rebuilt weights and self-tests of every live release.
+
+    Args:
+        repository: what to verify.
+        trusted_root: the root metadata that devices were provisioned with.
+        on_release: called for each release that passed.
+
+    Raises:
+        VerificationFailed: names the release and what is wrong with it.
+    """
+    verified = []
+    with tempfile.TemporaryDirectory() as folder:
+        updater = _refreshed(repository.path, trusted_root, Path(folder))
+        models: dict[tuple[str, str], PublishedModel] = {}
+        for entry in repository.releases():
+            label = f"release {entry.name} {entry.version}"
+            try:
+                target = updater.get_targetinfo(manifest_path(entry.name, entry.version))
+                if target is None:
+                    raise VerificationFailed(f"{label} is not in the signed metadata")
+                path = updater.download_target(target, str(Path(folder) / "release.json"))
+                manifest = ReleaseManifest.from_bytes(Path(path).read_bytes())
+                if (manifest.name, manifest.version) != (entry.name, entry.version):
+                    raise VerificationFailed(f"{label} holds the manifest of another release")
+                model = repository.model(manifest)
+                patches = _check_payloads(repository, manifest, model, models)
+                difference = _run(repository, manifest, model)
+            except VerificationFailed:
+                raise
+            except (
+                *(ReleasesError, OnnxError, VersionsError),
+                *(RepositoryError, DownloadError),
+            ) as error:
+                raise VerificationFailed(f"{label}: {error}") from error
+            models[manifest.name, manifest.model_digest] = model
+            verified.append(VerifiedRelease(entry.name, entry.version, patches, difference))
+            if on_release:
+                on_release(verified[-1])
+    return verified
+
+
+def _refreshed(path: Path, trusted_root: bytes, folder: Path) -> Updater:
+    try:
+        updater = Updater(
+            metadata_dir=str(folder / "metadata"),
+            metadata_base_url=f"{_HOST}metadata/",
+            target_dir=str(folder),
+            target_base_url=f"{_HOST}targets/",
+            fetcher=_FolderFetcher(path),
+            bootstrap=trusted_root,
+        )
+        updater.refresh()
+    except (RepositoryError, DownloadError, OSError) as error:
+        raise VerificationFailed(f"the metadata does not verify: {error}") from error
+    return updater
+
+
+def _check_payloads(
+    repository: RepositoryReader,
+    manifest: ReleaseManifest,
+    model: PublishedModel,
+    models: dict[tuple[str, str], PublishedModel],
+) -> int:
+    if model.digest.hex() != manifest.model_digest:
+        raise VerificationFailed(f"keyframe of {manifest.name} {manifest.version}: another model")
+    working = 0
+    for patch in manifest.patches:
+        data = repository.blob(patch.file)
+        base = models.get((manifest.name, patch.base_digest))
+        if base is None:
+            continue  # its base is no longer live; the bytes are intact
+        if decode_model(data, held=base, stream=manifest.stream).digest != model.digest:
+            raise VerificationFailed(f"patch from {patch.base_version} leads to another model")
+        working += 1
+    return working
+
+
+def _run(repository: RepositoryReader, manifest: ReleaseManifest, model: PublishedModel) -> float:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = {file: repository.blob(ref) for file, ref in manifest.files.items()}
+        layout = WeightsLayout.from_bytes(files["layout.json"])
+        if layout.write(model, folder / "weights.bin") != manifest.weights.sha256:
+            raise VerificationFailed("the rebuilt weights.bin is not the signed one")
+        (folder / "model.onnx").write_bytes(files["model.onnx"])
+        session = open_session(folder / "model.onnx")
+        got = session.run(unpack_arrays(files["selftest.npz"]))
+        return check_outputs(unpack_arrays(files["expected.npz"]), got, manifest.tolerance)

@@ -1,0 +1,198 @@
+"""Releases from existing ``.onnx`` files, as far as a device that runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from typer.testing import CliRunner
+
+from prunecast.cli.main import app
+from prunecast.compression.onnx import (
+    ForeignModel,
+    NumericsError,
+    open_session,
+    unpack_arrays,
+)
+from prunecast.compression.onnx.compare import draw_inputs
+from prunecast.server.repository import (
+    KeyRing,
+    Repository,
+    export_release,
+    from_onnx,
+    verify_repository,
+)
+from support import foreign
+
+
+@pytest.mark.parametrize("bits", [None, 8, 12])
+@pytest.mark.parametrize("kind", foreign.KINDS)
+def test_every_kind_becomes_a_release_that_verifies(
+    kind: str, bits: int | None, repository: Repository, tmp_path: Path
+) -> None:
+    path = foreign.save(foreign.KINDS[kind](), tmp_path / "m.onnx", external=True)
+    made = from_onnx(path, bits=bits)
+    assert made.difference.relative <= (0.0 if bits is None else 0.2)
+    published = repository.publish(
+        "toy", made.model, made.graph, selftest_inputs=made.inputs, metrics=made.metrics,
+        variant=made.variant,
+    )  # fmt: skip
+    verified = verify_repository(repository, repository.trusted_root())
+    assert [v.version for v in verified] == [1]
+    manifest = published.manifest
+    assert manifest.metrics["onnx_max_difference"] == made.difference.absolute
+    original = open_session(path, threads=1)
+    assert (manifest.inputs, manifest.outputs) == (original.inputs, original.outputs)
+    export_release(repository, manifest, tmp_path / "single.onnx")
+    single = open_session(tmp_path / "single.onnx", threads=1)
+    inputs = unpack_arrays(repository.blob(manifest.files["selftest.npz"]))
+    wanted, got = original.run(inputs), single.run(inputs)
+    for name, values in wanted.items():
+        assert np.abs(values - got[name]).max() <= made.difference.absolute + 1e-6
+    onnx.checker.check_model(str(tmp_path / "single.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("opset", "bits", "variant", "note"),
+    [
+        (9, 8, "fp32", "opset 9 has no DequantizeLinear"),
+        (10, 8, "lattice", None),
+        (13, 8, "lattice", None),
+        (17, 12, "fp32", "opset 17 cannot dequantise 16 bits"),
+        (21, 12, "lattice", None),
+    ],
+)
+def test_the_opset_decides_what_the_device_holds(
+    opset: int, bits: int, variant: str, note: str | None, tmp_path: Path
+) -> None:
+    path = foreign.save(foreign.plain(opset), tmp_path / "m.onnx")
+    made = from_onnx(path, bits=bits)
+    assert made.variant == variant
+    found = [n for n in made.notes if n.startswith("opset")]
+    assert [n[: len(note)] for n in found] == [note] if note else found == []
+
+
+def test_a_free_batch_stays_free(repository: Repository, tmp_path: Path) -> None:
+    made = from_onnx(foreign.save(foreign.plain(), tmp_path / "m.onnx"), bits=8)
+    published = repository.publish("toy", made.model, made.graph, selftest_inputs=made.inputs)
+    assert published.manifest.inputs[0].shape == ("batch", 24)
+    export_release(repository, published.manifest, tmp_path / "s.onnx")
+    session = open_session(tmp_path / "s.onnx")
+    assert session.run({"x": foreign.weight(9, 24)})["y"].shape == (9, 5)
+
+
+def test_the_next_version_travels_as_a_small_patch(repository: Repository, tmp_path: Path) -> None:
+    proto = foreign.plain()
+    proto.graph.initializer[0].CopyFrom(foreign.tensor(foreign.weight(24, 24), "w"))
+    first = from_onnx(foreign.save(proto, tmp_path / "a.onnx"), bits=8)
+    repository.publish("toy", first.model, first.graph, selftest_inputs=first.inputs)
+    moved = foreign.weight(24, 24) + np.float32(1e-4)
+    proto.graph.initializer[0].CopyFrom(foreign.tensor(moved, "w"))
+    second = from_onnx(foreign.save(proto, tmp_path / "b.onnx"), bits=8, held=first.model)
+    made = repository.publish("toy", second.model, second.graph, selftest_inputs=second.inputs)
+    assert made.patch_bytes[1] < made.keyframe_bytes / 2
+    files = [repository.show("toy", v).files["model.onnx"] for v in (1, 2)]
+    assert files[0] == files[1]
+
+
+def test_too_coarse_a_lattice_is_refused_on_request(tmp_path: Path) -> None:
+    path = foreign.save(foreign.plain(), tmp_path / "m.onnx")
+    from_onnx(path, bits=8, most_difference=0.1)
+    with pytest.raises(NumericsError, match="at 3 bits the outputs differ by"):
+        from_onnx(path, bits=3, most_difference=0.1)
+
+
+def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("RandomNormalLike", ["x"], ["noise"]),
+        helper.make_node("Add", ["x", "noise"], ["z"]),
+        helper.make_node("MatMul", ["z", "w"], ["y"]),
+    ]
+    held = [foreign.tensor(foreign.weight(16, 16), "w")]
+    ends = [foreign.value("x", "n", 16)], [foreign.value("y", "n", 16)]
+    path = foreign.save(foreign.model(nodes, *ends, held), tmp_path / "m.onnx")
+    with pytest.raises(ForeignModel, match="random numbers"):
+        from_onnx(path)
+
+
+def test_inputs_are_drawn_for_what_the_model_takes(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Gather", ["table", "tokens"], ["e"]),
+        helper.make_node("Where", ["mask", "e", "nothing"], ["y"]),
+    ]
+    held = [foreign.tensor(foreign.weight(3, 8), "table"), foreign.tensor(np.float32(0), "nothing")]
+    inputs = [
+        foreign.value("tokens", "batch", "length", kind=TensorProto.INT64),
+        foreign.value("mask", "batch", "length", 1, kind=TensorProto.BOOL),
+    ]
+    proto = foreign.model(nodes, inputs, [foreign.value("y", "batch", "length", 8)], held)
+    session = open_session(foreign.save(proto, tmp_path / "m.onnx"))
+    drawn = draw_inputs(session, 0)
+    assert {n: (a.dtype.name, a.shape) for n, a in drawn.items()} == {
+        "tokens": ("int64", (2, 16)),
+        "mask": ("bool", (2, 16, 1)),
+    }
+    again = draw_inputs(session, 0)
+    assert all(np.array_equal(drawn[n], again[n]) for n in drawn)
+    assert not np.array_equal(drawn["mask"], draw_inputs(session, 1)["mask"])
+
+
+# the command
+
+
+def _run(*arguments: object, code: int = 0) -> str:
+    done = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="prunecast")
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_the_command_publishes_a_file_and_its_successor(
+    repository: Repository, keys: KeyRing, tmp_path: Path
+) -> None:
+    path = foreign.save(foreign.plain(), tmp_path / "m.onnx", external=True)
+    common = ("--keys", keys.folders[0], "--from", path, "--bits", 8, "--json")
+    made = json.loads(
+        _run("release", "create", repository.path, "toy", *common, "--export", tmp_path / "s.onnx")
+    )
+    assert made["variant"] == "lattice"
+    assert made["exported_bytes"] == (tmp_path / "s.onnx").stat().st_size
+    assert 0 < made["onnx_relative_difference"] < 0.1
+    proto = foreign.plain()
+    proto.graph.initializer[1].CopyFrom(foreign.tensor(foreign.weight(24, seed=5), "b"))
+    foreign.save(proto, path)
+    np.savez(tmp_path / "x.npz", x=foreign.weight(3, 24))
+    real = ("--selftest", tmp_path / "x.npz")
+    made = json.loads(_run("release", "create", repository.path, "toy", *common, *real))
+    assert made["version"] == 2
+    assert made["patch_bytes"]["1"] < made["keyframe_bytes"]
+    assert not [n for n in made["notes"] if "drawn" in n]
+    shown = _run("release", "show", repository.path, "toy", "1", "--export", tmp_path / "t.onnx")
+    assert json.loads(shown)["metrics"]["onnx_max_difference"] > 0
+    assert (tmp_path / "s.onnx").read_bytes() == (tmp_path / "t.onnx").read_bytes()
+
+
+def test_the_command_says_what_changed_and_refuses_what_it_must(
+    repository: Repository, keys: KeyRing, tmp_path: Path
+) -> None:
+    path = foreign.save(foreign.plain(), tmp_path / "m.onnx")
+    start = ("release", "create", repository.path, "toy", "--keys", keys.folders[0])
+    said = _run(*start, "--from", path, "--bits", 8)
+    assert "outputs differ from the original by at most" in said
+    assert "drawn inputs (seed 0)" in said
+    assert "--from has graph and weights" in _run(*start, "--from", path, "--model", path, code=2)
+    assert "--model and --selftest" in _run(*start, code=2)
+    assert "--steps" in _run(*start, "--from", path, "--steps", "best", code=2)
+    (tmp_path / "w.bin").write_bytes(bytes(24 * 24 * 4))
+    proto = foreign.plain()
+    held = proto.graph.initializer[0]
+    held.ClearField("raw_data")
+    held.data_location = TensorProto.EXTERNAL
+    held.external_data.add(key="location", value="../w.bin")
+    (tmp_path / "model").mkdir()
+    hostile = foreign.save(proto, tmp_path / "model" / "m.onnx")
+    assert "only relative paths below the model's folder" in _run(*start, "--from", hostile, code=1)
+    assert [e.version for e in repository.releases()] == [1]
