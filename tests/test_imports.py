@@ -35,6 +35,10 @@ LAYERS = (
 LAYER = {component: depth for depth, layer in enumerate(LAYERS) for component in layer}
 
 PURE = ("compression.codec", "compression.schemes", "compression.versions")
+FLOWER = {
+    *("flwr", "flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"),
+    "flwr.simulation",
+}
 NEVER_ON_A_DEVICE = {"torch", "flwr", "ray", "onnx", "onnxscript", "mlxtend", "matplotlib"}
 
 
@@ -63,6 +67,14 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{module}.{alias.name}"
 
 
+def names_flowers_insides(name: str) -> bool:
+    """Whether an imported name of Flower is not one that its documentation shows."""
+    package, _, attribute = name.rpartition(".")
+    return name.split(".")[0] == "flwr" and not (
+        name in FLOWER or (package in FLOWER and attribute[:1].isalpha())
+    )
+
+
 def own_imports(path: Path) -> Iterator[tuple[int, str]]:
     for line, name in imports(path):
         if name.startswith("prunecast."):
@@ -82,6 +94,16 @@ def test_imports_go_one_way(path: Path) -> None:
         assert theirs == mine or LAYER[theirs] < LAYER[mine], (
             f"{identity(path)}:{line} imports {theirs}, which is not below {mine}"
         )
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sources() if p != ROOT / "compression/flower/internals.py"], ids=identity
+)
+def test_one_module_touches_the_insides_of_flower(path: Path) -> None:
+    for line, name in imports(path):
+        assert not names_flowers_insides(name), f"{identity(path)}:{line} imports {name}"
+    for inside in ("metadata.__dict__", ".deflate(", "get_all_nested_objects"):
+        assert inside not in path.read_text(encoding="utf-8"), f"{identity(path)}: {inside}"
 
 
 @pytest.mark.parametrize("component", PURE)

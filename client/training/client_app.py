@@ -24,7 +24,6 @@ from typing import Any, TypeAlias
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
 from torch import nn
 
 from prunecast.client.training.errors import TrainerError
@@ -32,6 +31,7 @@ from prunecast.client.training.masks import current_masks
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import Batch, evaluate, train
 from prunecast.compression.flower import stated_round
+from prunecast.compression.flower.internals import Mod
 from prunecast.compression.flower.references import load_callable
 
 __all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.app.message.message import make_message
-from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
 
 from prunecast.client.training.errors import ModError
@@ -27,6 +25,7 @@ from prunecast.compression.flower import (
     payload_record,
     stream_id,
 )
+from prunecast.compression.flower.internals import ClientAppCallable, Mod, make_message
 from prunecast.compression.versions import (
     BaseMissing,
     Instruction,

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.app.message.message import make_message
-from flwr.clientapp.typing import ClientAppCallable, Mod
 from numpy.typing import NDArray
 
 from prunecast.client.training.errors import ModError, NonFiniteUpdate
 from prunecast.client.training.store import NodeStore, default_root
+from prunecast.compression.flower.internals import ClientAppCallable, Mod, make_message
 from prunecast.compression.flower.schemes import (
     SCHEME_RECORD,
     SchemeInstruction,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable
 from logging import WARNING
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Message, MetricRecord
-from flwr.app.message.message import make_message
 from flwr.serverapp import Grid
-from flwr.supercore import log
 
 from prunecast.compression.flower import array_record, dense_arrays
+from prunecast.compression.flower.internals import log, make_message, set_reply_to, unsent
 from prunecast.compression.versions import PublishedModel, VersionsError, reply_tag
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.inbound import decode_reply, refuse, report_of
@@ -151,7 +149,7 @@ class CompressedGrid(PollingGrid):
         if result is None:
             self._retry(sent, origin)
             return None
-        result.metadata.__dict__["_reply_to_message_id"] = origin
+        set_reply_to(result, origin)
         return result
 
     def _understand(
@@ -186,10 +184,7 @@ class CompressedGrid(PollingGrid):
 
     def _retry(self, sent: Prepared, origin: str) -> None:
         """Send the same message again, with keyframes for what the node does not hold."""
-        metadata = copy.deepcopy(sent.original.metadata)
-        metadata.__dict__["_message_id"] = ""
-        again = make_message(metadata, sent.original.content)
-        prepared = sent.batch.prepare(again)
+        prepared = sent.batch.prepare(unsent(sent.original))
         self._push([prepared])
         self._retries[prepared.message.metadata.message_id] = origin
 

@@ -7,14 +7,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.app.error import Error
-from flwr.app.message.message import make_message
-from flwr.common.constant import ErrorCode
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import CodecError, Payload
 from prunecast.compression.flower import CONTROL_RECORD, payload_of, stream_id
+from prunecast.compression.flower.internals import ErrorCode, make_message, object_bytes, own_bytes
 from prunecast.compression.versions import (
     BadPayload,
     Kind,
@@ -27,7 +25,7 @@ from prunecast.compression.versions import (
     stream_tag,
 )
 from prunecast.server.federation.lazy import LazyArray
-from prunecast.server.federation.ledger import Entry, object_bytes
+from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.outbound import Prepared
 
 __all__ = ["decode_reply", "refuse", "report_of"]
@@ -109,7 +107,7 @@ def decode_reply(
 def _mention(content: RecordDict, key: str) -> int:
     """Bytes by which naming one of its records lengthens a content's own object."""
     without = RecordDict({k: record for k, record in content.items() if k != key})
-    return len(content.deflate()) - len(without.deflate())
+    return own_bytes(content) - own_bytes(without)
 
 
 def _open_update(payload: bytes, key: str, sent: Prepared) -> tuple[str, Update]:

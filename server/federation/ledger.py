@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import IO, Literal
 
 from flwr.app import Message
-from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_all_nested_objects
 
-__all__ = ["Direction", "Entry", "Ledger", "Totals", "object_bytes", "serialised_bytes"]
+from prunecast.compression.flower.internals import object_bytes
+
+__all__ = ["Direction", "Entry", "Ledger", "Totals", "serialised_bytes"]
 
 Direction = Literal["down", "up"]
 
@@ -24,11 +25,6 @@ def serialised_bytes(message: Message) -> int:
     come on top and are not counted.
     """
     return object_bytes(message)
-
-
-def object_bytes(item: InflatableObject) -> int:
-    """Serialised bytes of a message, content, record or array, with all it consists of."""
-    return sum(len(part.deflate()) for part in get_all_nested_objects(item).values())
 
 
 @dataclass

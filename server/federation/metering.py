@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Message, RecordDict
-from flwr.app.message.message import make_message
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from prunecast.compression.flower import stated_round
+from prunecast.compression.flower.internals import make_message, serialised_objects
 from prunecast.server.federation.ledger import Direction, Entry, Ledger
 from prunecast.server.federation.wrapper import PollingGrid
 
@@ -86,7 +85,7 @@ class MeteringGrid(PollingGrid):
 
     def _entry(self, message: Message, sent: _Sent, direction: Direction) -> Entry:
         # as `serialised_bytes` counts, but the bytes are needed too
-        objects = [part.deflate() for part in get_all_nested_objects(message).values()]
+        objects = list(serialised_objects(message))
         size = sum(map(len, objects))
         joined = b"".join(objects) if self._alternatives else b""
         return Entry(

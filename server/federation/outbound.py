@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.app.message.message import make_message
 
 from prunecast.compression.flower import (
     CONTROL_RECORD,
@@ -18,9 +17,9 @@ from prunecast.compression.flower import (
     stated_round,
     stream_id,
 )
+from prunecast.compression.flower.internals import make_message, object_bytes, own_bytes
 from prunecast.compression.versions import Instruction, encode_plain, short
 from prunecast.server.federation.errors import FederationError
-from prunecast.server.federation.ledger import object_bytes
 from prunecast.server.federation.publisher import Version
 from prunecast.server.federation.streams import Streams
 
@@ -122,7 +121,7 @@ class Batch:
         if not prepared.round and prepared.versions:
             prepared.round = max(v.model.counter for v in prepared.versions.values())
         # the envelope of both messages is the same but for one record key
-        prepared.dense_bytes = self._size(original.content) + len(prepared.message.deflate())
+        prepared.dense_bytes = self._size(original.content) + own_bytes(prepared.message)
         return prepared
 
     def _payload(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:

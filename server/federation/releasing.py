@@ -10,8 +10,8 @@ from typing import Protocol
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore import log
 
+from prunecast.compression.flower.internals import log
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation.errors import ReleaseRuleError
 from prunecast.server.federation.grid import CompressedGrid

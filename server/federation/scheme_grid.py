@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.app.message.message import make_message
 from flwr.serverapp import Grid
 
 from prunecast.compression.codec import Limits
 from prunecast.compression.flower import stated_round
+from prunecast.compression.flower.internals import make_message
 from prunecast.compression.flower.schemes import (
     SCHEME_RECORD,
     SchemeInstruction,

@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore import log
 from torch import nn
 
+from prunecast.compression.flower.internals import log
 from prunecast.compression.flower.references import load_callable
 from prunecast.compression.versions import save_model
 from prunecast.server.federation.errors import FederationError

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from logging import WARNING
 
 from flwr.app import ArrayRecord
-from flwr.supercore import log
 
 from prunecast.compression.flower import dense_arrays, stream_id
+from prunecast.compression.flower.internals import log
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publisher import Publisher, Version
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable
 
 from flwr.app import Message, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+
+from prunecast.compression.flower.internals import NodeInfo, Run
 
 __all__ = ["GridWrapper", "PollingGrid"]
 

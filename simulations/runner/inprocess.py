@@ -8,30 +8,23 @@ exist as soon as `push_messages` returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import cast
 
-from flwr.app import Context, Message, RecordDict
-from flwr.app.error import Error
-from flwr.app.message.message import make_message
-from flwr.app.user_config import UserConfig
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["InProcessGrid", "over_the_wire"]
+from prunecast.compression.flower.internals import (
+    SUPERLINK_NODE_ID,
+    ErrorCode,
+    Run,
+    identify_process,
+    make_message,
+    over_the_wire,
+    set_message_id,
+    set_source,
+)
 
-
-def over_the_wire(message: Message) -> Message:
-    """Serialise a message into Flower's objects and build it anew from their bytes."""
-    objects = get_all_nested_objects(message)
-    contents = {object_id: item.deflate() for object_id, item in objects.items()}
-    built = cast(Message, inflate_object_from_contents(message.object_id, contents))
-    built.metadata.__dict__["_message_id"] = message.metadata.message_id
-    return built
+__all__ = ["InProcessGrid"]
 
 
 class InProcessGrid(Grid):
@@ -74,9 +67,7 @@ class InProcessGrid(Grid):
         self._count = 0
         self.online = set(nodes)
         self.on_reply: Callable[[Message], Message | None] = lambda reply: reply
-        # Flower reads these when a Message is constructed outside a run
-        TaskIdentity.run_id, TaskIdentity.task_id = run_id, 1
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        identify_process(run_id, SUPERLINK_NODE_ID)
 
     def set_run(self, run: Run) -> None:
         """Set the run; only its id matters here."""
@@ -108,7 +99,7 @@ class InProcessGrid(Grid):
         for message in messages:
             self._count += 1
             message_id = f"message-{self._count:012d}"
-            message.metadata.__dict__["_message_id"] = message_id
+            set_message_id(message, message_id)
             ids.append(message_id)
             reply = self.on_reply(self._run_client(over_the_wire(message)))
             if reply is not None:
@@ -122,7 +113,7 @@ class InProcessGrid(Grid):
                 error = Error(ErrorCode.NODE_UNAVAILABLE, f"node {node} is not online")
                 reply = Message(error, reply_to=message)
                 # as Flower's SuperLink does: such a reply does not name the node
-                reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+                set_source(reply, SUPERLINK_NODE_ID)
                 return reply
             reply = self._apps[node](message, self._contexts[node])
         except Exception as error:
@@ -130,7 +121,7 @@ class InProcessGrid(Grid):
             reason = f"{type(error)}:<'{error}'>"
             failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
             return Message(failure, reply_to=message)
-        reply.metadata.__dict__["_message_id"] = f"reply-to-{message.metadata.message_id}"
+        set_message_id(reply, f"reply-to-{message.metadata.message_id}")
         if reply.has_error():
             return reply
         return over_the_wire(make_message(reply.metadata, reply.content))

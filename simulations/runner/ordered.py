@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
+from prunecast.compression.flower.internals import NodeInfo
 from prunecast.server.federation.wrapper import GridWrapper
 from prunecast.simulations.runner.errors import EngineFailed
 

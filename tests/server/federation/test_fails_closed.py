@@ -5,12 +5,12 @@ import os
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from prunecast.client.training import compression_mod
 from prunecast.compression.flower import payload_of, payload_record
+from prunecast.compression.flower.internals import make_message
 from prunecast.server.federation import NonFiniteModel, Policy, PolicyError
 from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record
 

@@ -3,6 +3,7 @@
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from prunecast.compression.flower.internals import set_message_id
 from prunecast.server.federation import CompressedGrid, MeteringGrid
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import initial_arrays, make_app, to_record
@@ -19,7 +20,7 @@ class Keeping(InProcessGrid):
         ids = []
         for message in messages:
             ids.append(f"message-{len(self.handed)}")
-            message.metadata.__dict__["_message_id"] = ids[-1]
+            set_message_id(message, ids[-1])
             parts = [message, message.content, *message.content.values()]
             parts += [a for r in message.content.array_records.values() for a in r.values()]
             self.handed.append((parts, [sorted(vars(part)) for part in parts]))

@@ -1,0 +1,108 @@
+"""Flower's insides: all that Prunecast uses of Flower without a promise of stability.
+
+No other production module imports undocumented Flower modules or writes to a message's metadata,
+so what a new minor version of Flower may break is what this file names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import cast
+
+from flwr.app import Message, RecordDict
+from flwr.app.message.message import make_message
+from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore import log
+from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = [
+    "SUPERLINK_NODE_ID",
+    "ClientAppCallable",
+    "ErrorCode",
+    "InflatableObject",
+    "Mod",
+    "NodeInfo",
+    "Run",
+    "identify_process",
+    "log",
+    "make_message",
+    "object_bytes",
+    "over_the_wire",
+    "own_bytes",
+    "serialised_objects",
+    "set_message_id",
+    "set_reply_to",
+    "set_source",
+    "unsent",
+]
+
+
+# -- envelopes ------------------------------------------------------------------------------------
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Give a message an id, as the engine that takes it does."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def set_reply_to(reply: Message, message_id: str) -> None:
+    """Let a reply answer another message."""
+    reply.metadata.__dict__["_reply_to_message_id"] = message_id
+
+
+def set_source(message: Message, node_id: int) -> None:
+    """Let a message come from another node."""
+    message.metadata.__dict__["_src_node_id"] = node_id
+
+
+def unsent(message: Message) -> Message:
+    """The same content in a copy of the envelope that an engine accepts as a new message."""
+    copied = make_message(copy.deepcopy(message.metadata), message.content)
+    set_message_id(copied, "")
+    return copied
+
+
+def identify_process(run_id: int, node_id: int, task_id: int = 1) -> None:
+    """State in which run this process takes part and as whom.
+
+    Flower reads it when a `Message` is constructed; its own engines state it themselves.
+    """
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
+
+
+# -- serialised objects ---------------------------------------------------------------------------
+# Flower sends a message as content-addressed objects: the message, its records, arrays and array
+# chunks. An object that occurs twice in a message is sent once.
+
+
+def serialised_objects(item: InflatableObject) -> Iterator[bytes]:
+    """Every object that a message, content, record or array consists of, once, in bytes.
+
+    Serialising fills caches inside the item.
+    """
+    return (part.deflate() for part in get_all_nested_objects(item).values())
+
+
+def object_bytes(item: InflatableObject) -> int:
+    """Serialised bytes of a message, content, record or array, with all it consists of."""
+    return sum(map(len, serialised_objects(item)))
+
+
+def own_bytes(item: Message | RecordDict) -> int:
+    """Serialised bytes of a message or content without the objects that it refers to."""
+    return len(item.deflate())
+
+
+def over_the_wire(message: Message) -> Message:
+    """Serialise a message into Flower's objects and build it anew from their bytes."""
+    objects = get_all_nested_objects(message)
+    contents = {object_id: item.deflate() for object_id, item in objects.items()}
+    built = cast(Message, inflate_object_from_contents(message.object_id, contents))
+    set_message_id(built, message.metadata.message_id)
+    return built
