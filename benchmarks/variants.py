@@ -81,7 +81,7 @@ def one(file: Path, kept: bool, size: int = 28) -> dict[str, float]:
     import numpy as np
     import onnxruntime
 
-    from prunecast.compression.onnx import computes_in_integers
+    from prunecast.compression.release import computes_in_integers
 
     integers = kept or computes_in_integers(file)
     onnxruntime.SessionOptions()  # loads what is loaded lazily
@@ -130,7 +130,8 @@ def variants(trained: Path, graphs: Path) -> list[Made]:
     import torch
     from delivery import wide_narrow
 
-    from prunecast.compression.onnx import export_cached, quantise
+    from prunecast.compression.onnx import quantise
+    from prunecast.compression.onnx.cache import export_cached
     from prunecast.compression.onnx.lattice import snap
     from prunecast.compression.pruning import ChannelPlan, narrow_module
     from prunecast.compression.versions import PublishedModel, RawTensor
@@ -212,7 +213,7 @@ def measure(made: Made, trained: Path, reference: Any, repeat: int) -> tuple[Row
 def _outputs(file: Path, kept: bool, images: Any) -> Any:
     import numpy as np
 
-    from prunecast.compression.onnx import computes_in_integers
+    from prunecast.compression.release import computes_in_integers
 
     opened = session(file, kept or computes_in_integers(file))
     name = opened.get_inputs()[0].name

@@ -59,7 +59,7 @@ class Source:
 
 def from_checkpoint(target: Repository, chosen: Chosen) -> Source:
     """Weights from a checkpoint, the graph from a torch module or a file."""
-    from prunecast.compression.onnx import unpack_arrays
+    from prunecast.compression.release import unpack_arrays
     from prunecast.compression.versions import LatticeTensor
     from prunecast.server.repository import (
         from_arrays,
@@ -155,7 +155,7 @@ def _from_module(
     chosen: Chosen,
     held_graph: bytes | None,
 ) -> _Parts:
-    from prunecast.compression.onnx import default_cache, export_cached
+    from prunecast.compression.onnx.cache import default_cache, export_cached
     from prunecast.server.repository import make_narrow, module_outputs, plan_of, with_weights
 
     share, cache = _share(chosen), chosen.graph_cache or default_cache()
@@ -182,7 +182,7 @@ def _from_module(
 
 def from_file(target: Repository, chosen: Chosen) -> Source:
     """Weights and graph from an ``.onnx`` file."""
-    from prunecast.compression.onnx import unpack_arrays
+    from prunecast.compression.release import unpack_arrays
     from prunecast.server.repository import from_onnx, make_variant, run_original
 
     if (chosen.model, chosen.module, chosen.graph) != (None, None, None):
@@ -237,7 +237,7 @@ def from_file(target: Repository, chosen: Chosen) -> Source:
 
 
 def _samples(chosen: Chosen) -> Samples | None:
-    from prunecast.compression.onnx import unpack_arrays
+    from prunecast.compression.release import unpack_arrays
     from prunecast.server.repository import split_samples
 
     if chosen.calibration is None:

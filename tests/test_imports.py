@@ -20,12 +20,8 @@ LAYERS = (
     {"common"},
     {"compression.codec"},
     {"compression.versions", "compression.schemes", "compression.accelerated"},
-    {
-        "compression.pruning",
-        "compression.files",
-        "compression.onnx",
-        "compression.flower",
-    },
+    {"compression.pruning", "compression.files", "compression.release", "compression.flower"},
+    {"compression.onnx"},
     {"client.training", "client.edge", "server.repository", "server.fleet"},
     {"server.federation"},
     {"server.control"},
@@ -124,7 +120,7 @@ def test_edge_agent_names_no_training_library() -> None:
             "common",
             "compression.codec",
             "compression.versions",
-            "compression.onnx",
+            "compression.release",
         }
 
 
@@ -132,7 +128,7 @@ def test_edge_agent_names_no_training_library() -> None:
     "package",
     [
         *("compression.codec", "compression.schemes", "compression.versions"),
-        *("compression.files", "client.edge", "cli"),
+        *("compression.files", "compression.release", "client.edge", "cli"),
     ],
 )
 def test_imports_where_training_libraries_are_not_installed(package: str) -> None:

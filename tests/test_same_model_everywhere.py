@@ -20,7 +20,7 @@ from torch import nn
 from prunecast.client.edge import Agent, AgentConfig, read_status
 from prunecast.client.edge.held import held_model
 from prunecast.client.training.store import NodeStore
-from prunecast.compression.onnx import export_graph
+from prunecast.compression.onnx.export import export_graph
 from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.server.repository import KeyRing, ReleaseServer, Repository
 from prunecast.simulations.runner.inprocess import InProcessGrid

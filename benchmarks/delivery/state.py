@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx import WeightsLayout
 from prunecast.compression.onnx.lattice import snap
-from prunecast.compression.onnx.layout import place
+from prunecast.compression.release import WeightsLayout
+from prunecast.compression.release.layout import place
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 
 __all__ = ["Pair", "layout_of", "pair"]

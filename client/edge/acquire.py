@@ -19,9 +19,9 @@ from prunecast.client.edge.held import held_model
 from prunecast.client.edge.store import StateFolder
 from prunecast.client.edge.transport import Fetcher
 from prunecast.compression.codec import Limits
-from prunecast.compression.onnx import FileRef, PatchRef, ReleaseManifest
-from prunecast.compression.onnx.files import file_digest
-from prunecast.compression.onnx.manifest import blob_path
+from prunecast.compression.release import FileRef, PatchRef, ReleaseManifest
+from prunecast.compression.release.files import file_digest
+from prunecast.compression.release.manifest import blob_path
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 
 __all__ = ["Acquirer", "Count"]

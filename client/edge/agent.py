@@ -33,8 +33,8 @@ from prunecast.client.edge.store import Failure, FailureKind, SlotRecord, State,
 from prunecast.client.edge.telemetry import Telemetry
 from prunecast.client.edge.transport import Fetcher, HttpFetcher
 from prunecast.client.edge.trust import TrustedListing
-from prunecast.compression.onnx import OnnxError, ReleaseManifest
-from prunecast.compression.onnx.manifest import check_release_name
+from prunecast.compression.release import ReleaseError, ReleaseManifest
+from prunecast.compression.release.manifest import check_release_name
 
 __all__ = ["Agent"]
 
@@ -231,7 +231,7 @@ class Agent:
                     self._write(replace(self._state, active=sealed))
                 self._serve(loaded)
                 return
-            except OnnxError as error:
+            except ReleaseError as error:
                 self.telemetry.rejected(active.version, str(error))
                 problem = f"release {active.version}: {error}"
                 if not proven:
@@ -310,7 +310,7 @@ class Agent:
             return None
         try:
             loaded = self._load(previous)
-        except (EdgeError, OnnxError):
+        except (EdgeError, ReleaseError):
             return None  # the repository has it, too
         self._step("activate")
         self._write(self._state.exchange())
@@ -378,7 +378,7 @@ class Agent:
         self._write(self._state.tried(digest))
         try:
             loaded = self._open(folder, manifest)
-        except OnnxError as error:
+        except ReleaseError as error:
             return self._reject(manifest, digest, str(error))
         self._step("activate")
         record = SlotRecord(slot, manifest.version, digest, optimised=loaded.seal)

@@ -12,8 +12,8 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError
 from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError, StateError
 from prunecast.client.edge.transport import AskLater, Fetcher
-from prunecast.compression.onnx import FileRef
-from prunecast.compression.onnx.files import file_digest, sync_folder
+from prunecast.compression.release import FileRef
+from prunecast.compression.release.files import file_digest, sync_folder
 
 __all__ = ["download"]
 

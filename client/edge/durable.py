@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from prunecast.compression.onnx.files import sync_folder
+from prunecast.compression.release.files import sync_folder
 
 __all__ = ["folder_bytes", "keep_only", "make_folder"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prunecast.compression.onnx import RuntimeFailure
+from prunecast.compression.release import RuntimeFailure
 
 __all__ = ["check_externals"]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx import LayoutError, WeightsLayout
-from prunecast.compression.onnx.layout import Segment
+from prunecast.compression.release import LayoutError, WeightsLayout
+from prunecast.compression.release.layout import Segment
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,

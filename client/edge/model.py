@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prunecast.client.edge.errors import EdgeError, NoModel, StateError, VersionNotActive
 from prunecast.client.edge.slot import LoadedRelease, open_optimised, open_slot, verify_slot
 from prunecast.client.edge.store import StateFolder
-from prunecast.compression.onnx import InputRefused, OnnxError, ReleaseManifest
+from prunecast.compression.release import InputRefused, ReleaseError, ReleaseManifest
 
 __all__ = ["EdgeModel", "Inference", "Observer", "Outcome", "open_model"]
 
@@ -152,6 +152,6 @@ def open_model(state: Path | str, *, threads: int | None = None) -> EdgeModel:
                     slot, manifest, record.optimised, threads=threads, mark=False
                 )
                 return EdgeModel(quick or open_slot(slot, manifest, threads=threads))
-            except (EdgeError, OnnxError) as error:
+            except (EdgeError, ReleaseError) as error:
                 problem = error
     raise StateError(f"no intact release in {folder.path}: {problem}; run an update")

@@ -23,15 +23,15 @@ from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION
 from prunecast.client.edge.externals import check_externals
-from prunecast.compression.onnx import (
+from prunecast.compression.release import (
     InferenceSession,
-    OnnxError,
+    ReleaseError,
     ReleaseManifest,
     RuntimeFailure,
     open_session,
 )
-from prunecast.compression.onnx.files import file_digest, sync_file, sync_folder
-from prunecast.compression.onnx.runtime import computes_in_integers, import_onnxruntime
+from prunecast.compression.release.files import file_digest, sync_file, sync_folder
+from prunecast.compression.release.runtime import computes_in_integers, import_onnxruntime
 
 __all__ = ["may_optimise", "open_and_seal", "open_sealed"]
 
@@ -129,7 +129,7 @@ def open_sealed(
                 integers=computes_in_integers(folder / "model.onnx"),
                 optimise=False,
             )
-    except (OSError, OnnxError):
+    except (OSError, ReleaseError):
         return None
 
 
@@ -140,7 +140,7 @@ def _marked(folder: Path) -> Iterator[None]:
     mark.touch()
     try:
         yield
-    except (OSError, OnnxError):
+    except (OSError, ReleaseError):
         _clear(mark)
         raise
     _clear(mark)

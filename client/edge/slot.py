@@ -13,18 +13,18 @@ from prunecast.client.edge.errors import ContentRefused, StateError
 from prunecast.client.edge.externals import check_externals
 from prunecast.client.edge.held import REST, save_rest
 from prunecast.client.edge.optimised import may_optimise, open_and_seal, open_sealed
-from prunecast.compression.onnx import (
+from prunecast.compression.release import (
     InferenceSession,
     LayoutError,
-    OnnxError,
+    ReleaseError,
     ReleaseManifest,
     WeightsLayout,
     check_outputs,
     open_session,
     unpack_arrays,
 )
-from prunecast.compression.onnx.files import file_digest, sync_folder, write_synced
-from prunecast.compression.onnx.manifest import RELEASE_FILES
+from prunecast.compression.release.files import file_digest, sync_folder, write_synced
+from prunecast.compression.release.manifest import RELEASE_FILES
 from prunecast.compression.versions import PublishedModel, VersionsError
 
 __all__ = [
@@ -189,7 +189,7 @@ def open_optimised(
         return None
     try:
         return replace(_tested(folder, manifest, session), seal=seal)
-    except OnnxError:
+    except ReleaseError:
         return None
 
 

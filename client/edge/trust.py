@@ -22,8 +22,8 @@ from tuf.ngclient import Updater, UpdaterConfig
 from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError, TrustError
 from prunecast.client.edge.transport import Fetcher, Stream
-from prunecast.compression.onnx import ManifestError, ReleaseManifest
-from prunecast.compression.onnx.manifest import (
+from prunecast.compression.release import ManifestError, ReleaseManifest
+from prunecast.compression.release.manifest import (
     MAX_MANIFEST_BYTES,
     manifest_path,
     parse_manifest_path,

@@ -25,7 +25,7 @@ from onnx import helper
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import BindError
 from prunecast.compression.onnx.graph import ExportedGraph
-from prunecast.compression.onnx.layout import Segment, WeightsLayout, place
+from prunecast.compression.release.layout import Segment, WeightsLayout, place
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,

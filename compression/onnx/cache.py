@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from prunecast.compression.onnx.errors import OnnxError
 from prunecast.compression.onnx.export import check_graph, export_graph
 from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
+from prunecast.compression.release import ReleaseError
 
 __all__ = ["default_cache", "export_cached"]
 
@@ -58,7 +58,7 @@ def export_cached(
         try:
             graph = load_graph(path)
             worst = check_graph(graph, module, example_inputs, input_names)
-        except OnnxError:
+        except ReleaseError:
             path.unlink(missing_ok=True)  # damaged, or the code has changed
         else:
             return replace(graph, max_difference=worst), True

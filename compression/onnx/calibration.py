@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from prunecast.compression.onnx.errors import QuantisationError
-from prunecast.compression.onnx.selftest import Arrays
+from prunecast.compression.release.selftest import Arrays
 
 __all__ = ["batches", "calibrate"]
 

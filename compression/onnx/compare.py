@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx.errors import ForeignModel, NumericsError, RuntimeFailure
-from prunecast.compression.onnx.runtime import InferenceSession, Signature
-from prunecast.compression.onnx.selftest import Arrays
+from prunecast.compression.onnx.errors import ForeignModel, NumericsError
+from prunecast.compression.release.errors import RuntimeFailure
+from prunecast.compression.release.runtime import InferenceSession, Signature
+from prunecast.compression.release.selftest import Arrays
 
 __all__ = ["Difference", "differ", "draw_inputs", "record"]
 

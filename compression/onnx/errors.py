@@ -1,24 +1,21 @@
-"""Errors of the ONNX component: one base, one class per cause."""
+"""Errors of the tools that build a release: one base, one class per cause."""
+
+from prunecast.compression.release import ReleaseError
 
 __all__ = [
     "BindError",
     "ExportError",
     "FoldedParameter",
     "ForeignModel",
-    "InputRefused",
-    "LayoutError",
-    "ManifestError",
     "NumericsError",
     "OnnxError",
     "QuantisationError",
-    "RuntimeFailure",
-    "SelfTestFailed",
     "UnsafeExternalData",
 ]
 
 
-class OnnxError(ValueError):
-    """Base of every error that `prunecast.compression.onnx` raises."""
+class OnnxError(ReleaseError):
+    """Base of every error that is `prunecast.compression.onnx`'s own."""
 
 
 class ExportError(OnnxError):
@@ -39,26 +36,6 @@ class QuantisationError(OnnxError):
 
 class BindError(OnnxError):
     """A published model does not fit the graph."""
-
-
-class LayoutError(OnnxError):
-    """A weights layout is malformed, or a model does not fit it."""
-
-
-class ManifestError(OnnxError):
-    """A release manifest is malformed or of a schema this version does not read."""
-
-
-class SelfTestFailed(OnnxError):
-    """A session does not reproduce the outputs recorded with the release."""
-
-
-class RuntimeFailure(OnnxError):
-    """onnxruntime refused a model or its inputs."""
-
-
-class InputRefused(RuntimeFailure):
-    """An input is missing, unknown, or has the wrong dtype or shape; the model did not run."""
 
 
 class ForeignModel(OnnxError):

@@ -29,7 +29,7 @@ from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.bind import bind_arrays
 from prunecast.compression.onnx.errors import ExportError, FoldedParameter, NumericsError
 from prunecast.compression.onnx.graph import ExportedGraph
-from prunecast.compression.onnx.runtime import open_session
+from prunecast.compression.release.runtime import open_session
 
 __all__ = ["check_graph", "export_graph"]
 

@@ -43,7 +43,7 @@ from prunecast.compression.onnx.errors import QuantisationError
 from prunecast.compression.onnx.folding import Kernel, prepare
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.lattice import channel_steps
-from prunecast.compression.onnx.selftest import Arrays
+from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,

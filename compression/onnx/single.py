@@ -8,7 +8,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from prunecast.compression.onnx.errors import BindError
-from prunecast.compression.onnx.layout import WeightsLayout
+from prunecast.compression.release.layout import WeightsLayout
 from prunecast.compression.versions import PublishedModel, write_atomically
 
 __all__ = ["export_single"]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prunecast.compression.onnx import ExportedGraph, Variant
-    from prunecast.compression.onnx.selftest import Arrays
+    from prunecast.compression.release.selftest import Arrays
     from prunecast.compression.versions import PublishedModel
     from prunecast.server.repository import Repository
 
@@ -62,7 +62,7 @@ def repository_releaser(
     """Publishes into a repository on this machine, under one name.
 
     Raises:
-        ReleasesError: the keys at hand cannot publish this name.
+        RepositoryError: the keys at hand cannot publish this name.
         ReleaseRuleError: an unknown variant.
     """
     if variant not in _VARIANTS:
@@ -128,8 +128,9 @@ def releases_from_config(
 def _open(
     given: Mapping[str, Any], rule: ReleaseRule, model: Callable[[], nn.Module]
 ) -> AutomaticReleases:
-    from prunecast.compression.onnx import OnnxError, load_graph, unpack_arrays
-    from prunecast.server.repository import KeyRing, ReleaseNotFound, ReleasesError, Repository
+    from prunecast.compression.onnx import load_graph
+    from prunecast.compression.release import ReleaseError, unpack_arrays
+    from prunecast.server.repository import KeyRing, ReleaseNotFound, Repository, RepositoryError
 
     key = "release.repository"
     try:
@@ -154,7 +155,7 @@ def _open(
             held = repository.show(given["name"]).metrics.get(rule.metric)
         except ReleaseNotFound:
             held = None
-    except (ReleasesError, OnnxError, OSError) as error:
+    except (RepositoryError, ReleaseError, OSError) as error:
         raise ReleaseRuleError(
             f"{key} = {given.get(key.removeprefix(_PREFIX), '')!r}: {error}"
         ) from error
@@ -164,7 +165,7 @@ def _open(
 def _export(model: Callable[[], nn.Module], inputs: Mapping[str, Any]) -> ExportedGraph:
     import torch
 
-    from prunecast.compression.onnx import export_graph
+    from prunecast.compression.onnx.export import export_graph
 
     examples = tuple(torch.from_numpy(values.copy()) for values in inputs.values())
     with torch.random.fork_rng(devices=[]):

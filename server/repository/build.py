@@ -14,26 +14,28 @@ from numpy.typing import NDArray
 from prunecast.compression.onnx import (
     BindError,
     ExportedGraph,
+    Variant,
+    bind_weights,
+    single_file_size,
+)
+from prunecast.compression.release import (
     FileRef,
     InferenceSession,
     PatchRef,
     ReleaseManifest,
     Tolerance,
-    Variant,
-    bind_weights,
     open_session,
     pack_arrays,
-    single_file_size,
 )
-from prunecast.compression.onnx.runtime import computes_in_integers, fit_inputs
-from prunecast.compression.onnx.selftest import Arrays, check_outputs, decided
+from prunecast.compression.release.runtime import computes_in_integers, fit_inputs
+from prunecast.compression.release.selftest import Arrays, check_outputs, decided
 from prunecast.compression.versions import (
     InvalidModel,
     PublishedModel,
     encode_delta,
     encode_keyframe,
 )
-from prunecast.server.repository.errors import ReleasesError
+from prunecast.server.repository.errors import RepositoryError
 
 __all__ = ["BuiltRelease", "ReleaseRequest", "build_release"]
 
@@ -101,8 +103,8 @@ def build_release(
         bases: live releases that devices may hold: number and model.
 
     Raises:
-        OnnxError: the model does not fit the graph, or onnxruntime refuses it or its inputs.
-        ReleasesError: the self-test inputs are unusable.
+        ReleaseError: the model does not fit the graph, or onnxruntime refuses it or its inputs.
+        RepositoryError: the self-test inputs are unusable.
     """
     model, stream = request.model, name.encode()
     blobs: dict[str, bytes] = {}
@@ -169,11 +171,11 @@ def _inputs(
     if not isinstance(given, Mapping):
         if len(session.inputs) != 1:
             names = ", ".join(s.name for s in session.inputs)
-            raise ReleasesError(f"give the self-test inputs by name: {names}")
+            raise RepositoryError(f"give the self-test inputs by name: {names}")
         given = {session.inputs[0].name: given}
     arrays = fit_inputs(given, {s.name: s.dtype for s in session.inputs})
     if not arrays or any(not a.size for a in arrays.values()):
-        raise ReleasesError("a release needs at least one self-test input")
+        raise RepositoryError("a release needs at least one self-test input")
     return arrays
 
 
@@ -193,7 +195,7 @@ def _tolerance(expected: Mapping[str, NDArray[np.generic]], spread: float) -> To
     for name, values in expected.items():
         if values.dtype.kind == "f" and values.size:
             if not np.isfinite(values).all():
-                raise ReleasesError(f"output {name!r} is not finite on the self-test inputs")
+                raise RepositoryError(f"output {name!r} is not finite on the self-test inputs")
             scale = max(scale, float(np.abs(values.astype(np.float64)).max()))
     atol = 1e-4 * scale + 2 * spread
     return Tolerance(atol=atol, rtol=1e-3, argmax=decided(expected, 2 * atol if spread else 0.0))

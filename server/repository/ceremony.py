@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from securesystemslib.signer import CryptoSigner, Key, Signature
-from tuf.api.exceptions import RepositoryError
+from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, Root, Targets
-from tuf.api.serialization import DeserializationError
 from tuf.api.serialization.json import JSONSerializer
 
 from prunecast.compression.versions import write_atomically
@@ -250,7 +249,7 @@ class Ceremony:
     def _metadata(self, name: str, kind: type[Any]) -> Metadata[Any]:
         try:
             metadata: Metadata[Any] = Metadata.from_bytes((self.folder / name).read_bytes())
-        except (OSError, DeserializationError, RepositoryError, ValueError, KeyError) as error:
+        except (OSError, tuf_errors.RepositoryError, ValueError, KeyError) as error:
             raise CeremonyError(f"{self.folder / name} is not readable: {error}") from error
         if not isinstance(metadata.signed, kind):
             raise CeremonyError(f"{self.folder / name} holds {metadata.signed.type}")

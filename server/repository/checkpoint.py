@@ -13,7 +13,7 @@ from prunecast.compression.files.tensors import FOREIGN
 from prunecast.compression.onnx import ForeignModel
 from prunecast.compression.onnx.lattice import Steps, snap
 from prunecast.compression.versions import PublishedModel, load_model
-from prunecast.server.repository.errors import ReleasesError
+from prunecast.server.repository.errors import RepositoryError
 
 __all__ = ["from_arrays", "read_checkpoint"]
 
@@ -34,18 +34,18 @@ def read_checkpoint(
         held: likewise.
 
     Raises:
-        ReleasesError: not readable as its suffix says, or `bits` given for a published model.
+        RepositoryError: not readable as its suffix says, or `bits` given for a published model.
         StorageError: no such file, or not a published model.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".npz"):
         if bits is not None:
-            raise ReleasesError(f"{path} is a published model: its lattice is fixed already")
+            raise RepositoryError(f"{path} is a published model: its lattice is fixed already")
         return load_model(path)
     try:
         arrays = {name: _plain(path, name, tensor) for name, tensor in open_tensors(path).items()}
     except FilesError as error:
-        raise ReleasesError(str(error)) from error
+        raise RepositoryError(str(error)) from error
     return from_arrays(arrays, bits=bits, steps=steps, held=held)
 
 
@@ -69,16 +69,16 @@ def from_arrays(
         counter: number of the version.
 
     Raises:
-        ReleasesError: `bits` out of range, or a value that is not finite.
+        RepositoryError: `bits` out of range, or a value that is not finite.
     """
     kernels = {name for name, a in arrays.items() if a.dtype.kind == "f" and a.ndim >= 2}
     try:
         return snap(arrays, kernels, bits=bits, steps=steps, held=held, counter=counter)
     except ForeignModel as error:
-        raise ReleasesError(str(error)) from error
+        raise RepositoryError(str(error)) from error
 
 
 def _plain(path: Path, name: str, tensor: FileTensor) -> NDArray[Any]:
     if tensor.dtype in FOREIGN and tensor.dtype != "bfloat16":
-        raise ReleasesError(f"{path}: tensor {name!r} is {tensor.dtype}: convert it to float32")
+        raise RepositoryError(f"{path}: tensor {name!r} is {tensor.dtype}: convert it to float32")
     return tensor.real()

@@ -12,7 +12,7 @@ from datetime import datetime
 
 from tuf.api.metadata import DelegatedRole, Targets
 
-from prunecast.compression.onnx.manifest import manifest_path
+from prunecast.compression.release.manifest import manifest_path
 
 __all__ = ["NEXT_VERSION", "delegations_of", "first_listing", "hand_over", "publisher_of"]
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from prunecast.compression.onnx import FileRef, ManifestError, ReleaseManifest
-from prunecast.compression.onnx.manifest import blob_path, parse_manifest_path
+from prunecast.compression.release import FileRef, ManifestError, ReleaseManifest
+from prunecast.compression.release.manifest import blob_path, parse_manifest_path
 from prunecast.server.repository.doctor_metadata import RepositoryState
 from prunecast.server.repository.findings import Finding, listed
 from prunecast.server.repository.garbage import Kept, kept_files

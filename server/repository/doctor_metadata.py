@@ -9,9 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tuf.api.exceptions import RepositoryError
+from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets
-from tuf.api.serialization import DeserializationError
 
 from prunecast.server.repository.delegation import delegations_of
 from prunecast.server.repository.findings import Finding
@@ -127,7 +126,7 @@ def _load(path: Path, found: list[Finding]) -> Metadata[Any] | None:
         what, code = "is missing", "metadata-missing"
     except OSError as error:
         what, code = f"cannot be read: {error.strerror or error}", "metadata-unreadable"
-    except (DeserializationError, RepositoryError, ValueError, KeyError, TypeError) as error:
+    except (tuf_errors.RepositoryError, ValueError, KeyError, TypeError) as error:
         what, code = f"is damaged: {error}", "metadata-unreadable"
     found.append(Finding("problem", code, path.name, what, _RESTORE))
     return None
@@ -142,7 +141,7 @@ def _signed(
 ) -> None:
     try:
         counted = tally(delegator.signed, role, metadata)
-    except (RepositoryError, ValueError, KeyError) as error:
+    except (tuf_errors.RepositoryError, ValueError, KeyError) as error:
         said, code = f"is not signed by the keys: {error}", "metadata-signature"
     else:
         if not counted.missing:
@@ -185,7 +184,7 @@ def _read(
         wrong = []
         try:
             meta.verify_length_and_hashes((folder / name).read_bytes())
-        except (RepositoryError, OSError) as error:
+        except (tuf_errors.RepositoryError, OSError) as error:
             wrong.append(str(error))
         if metadata.signed.version != meta.version:
             wrong.append(f"it says version {metadata.signed.version}")

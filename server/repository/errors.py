@@ -4,8 +4,8 @@ __all__ = [
     "CeremonyError",
     "KeyFileError",
     "ReleaseNotFound",
-    "ReleasesError",
     "RepositoryCorrupt",
+    "RepositoryError",
     "RepositoryExists",
     "ServerError",
     "ThresholdNotMet",
@@ -13,37 +13,37 @@ __all__ = [
 ]
 
 
-class ReleasesError(ValueError):
+class RepositoryError(ValueError):
     """Base of every error that `prunecast.server.repository` raises."""
 
 
-class KeyFileError(ReleasesError):
+class KeyFileError(RepositoryError):
     """A private key is missing, unreadable, too widely readable, or not the one in force."""
 
 
-class RepositoryExists(ReleasesError):
+class RepositoryExists(RepositoryError):
     """A repository or a key would be overwritten."""
 
 
-class RepositoryCorrupt(ReleasesError):
+class RepositoryCorrupt(RepositoryError):
     """Files of the repository are missing, damaged, or not signed by the keys in force."""
 
 
-class ReleaseNotFound(ReleasesError):
+class ReleaseNotFound(RepositoryError):
     """No live release of that name and version."""
 
 
-class VerificationFailed(ReleasesError):
+class VerificationFailed(RepositoryError):
     """A release does not hold what its signed metadata says."""
 
 
-class ServerError(ReleasesError):
+class ServerError(RepositoryError):
     """The distribution server cannot start."""
 
 
-class CeremonyError(ReleasesError):
+class CeremonyError(RepositoryError):
     """A ceremony's files contradict each other, or what was asked for cannot be."""
 
 
-class ThresholdNotMet(ReleasesError):
+class ThresholdNotMet(RepositoryError):
     """Fewer holders have signed than a role requires."""

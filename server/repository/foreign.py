@@ -14,18 +14,16 @@ from numpy.typing import NDArray
 from prunecast.compression.onnx import (
     ExportedGraph,
     NumericsError,
-    ReleaseManifest,
     Variant,
-    WeightsLayout,
     bind_weights,
     export_single,
-    open_session,
 )
 from prunecast.compression.onnx.compare import Difference, differ, draw_inputs, record
 from prunecast.compression.onnx.lattice import Steps, snap
 from prunecast.compression.onnx.lift import LiftedModel, lift_model
-from prunecast.compression.onnx.runtime import fit_inputs
-from prunecast.compression.onnx.selftest import Arrays
+from prunecast.compression.release import ReleaseManifest, WeightsLayout, open_session
+from prunecast.compression.release.runtime import fit_inputs
+from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 from prunecast.server.repository.reading import RepositoryReader
 from prunecast.server.repository.variants import Samples, run_samples
@@ -173,7 +171,7 @@ def export_release(repository: RepositoryReader, manifest: ReleaseManifest, path
 
     Raises:
         RepositoryCorrupt: a file of the release is missing or damaged.
-        OnnxError: graph and weights do not fit together, or exceed 2 GiB.
+        ReleaseError: graph and weights do not fit together, or exceed 2 GiB.
         StorageError: the file cannot be written.
     """
     layout = WeightsLayout.from_bytes(repository.blob(manifest.files["layout.json"]))

@@ -17,7 +17,7 @@ from prunecast.server.repository.ceremony import Ceremony
 from prunecast.server.repository.errors import (
     CeremonyError,
     KeyFileError,
-    ReleasesError,
+    RepositoryError,
     ThresholdNotMet,
 )
 from prunecast.server.repository.garbage import collect
@@ -60,7 +60,7 @@ class RepositoryKeeper(RepositoryReader):
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         if window < 1:
-            raise ReleasesError("the window holds at least one release")
+            raise RepositoryError("the window holds at least one release")
         super().__init__(path)
         check_outside(keys, self.path)
         self.window, self.grace = window, grace
@@ -107,7 +107,7 @@ class RepositoryKeeper(RepositoryReader):
                 half of their lifetime whose key is at hand.
 
         Raises:
-            ReleasesError: an unknown role, or a missing key.
+            RepositoryError: an unknown role, or a missing key.
         """
         with self._locked():
             state, now = self._load(), self._now()
@@ -115,7 +115,7 @@ class RepositoryKeeper(RepositoryReader):
             known = [*ROLES, *state.delegated]
             if not chosen or not chosen <= set(known):
                 unknown = ", ".join(sorted(chosen - set(known)))
-                raise ReleasesError(f"roles are {', '.join(known)}, not {unknown}")
+                raise RepositoryError(f"roles are {', '.join(known)}, not {unknown}")
             files: dict[str, bytes] = {}
             if "root" in chosen:
                 files |= state.sign_root(self._signers, self._expiry, now)
@@ -142,7 +142,7 @@ class RepositoryKeeper(RepositoryReader):
     def _due(self, state: MetadataSet, now: datetime) -> Iterator[str]:
         for role, metadata in state.delegated.items():
             if metadata.signed.expires - now < self._expiry.lifetime(role) / 2:
-                with suppress(ReleasesError):
+                with suppress(RepositoryError):
                     state.require(role, self._signers)
                     yield role
 
@@ -152,11 +152,11 @@ class RepositoryKeeper(RepositoryReader):
         The old key file stays beside the new one as ``<role>.pem.old``; destroy it.
 
         Raises:
-            ReleasesError: an unknown role, a missing key, or one rotated before.
+            RepositoryError: an unknown role, a missing key, or one rotated before.
             ThresholdNotMet: several holders share the role, or root.
         """
         if role not in ROLES:
-            raise ReleasesError(f"roles are {', '.join(ROLES)}, not {role!r}")
+            raise RepositoryError(f"roles are {', '.join(ROLES)}, not {role!r}")
         with self._locked():
             state, now = self._load(), self._now()
             state.require_sole("root", role)
@@ -211,7 +211,7 @@ class RepositoryKeeper(RepositoryReader):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ReleasesError(
+                raise RepositoryError(
                     f"{self.path} is being changed by another process: try again when it is done"
                 ) from error
             yield

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from securesystemslib.signer import CryptoSigner
-from tuf.api.exceptions import RepositoryError
+from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import (
     Metadata,
     MetaFile,
@@ -23,10 +23,9 @@ from tuf.api.metadata import (
     Targets,
     Timestamp,
 )
-from tuf.api.serialization import DeserializationError
 from tuf.api.serialization.json import JSONSerializer
 
-from prunecast.compression.onnx.manifest import manifest_path
+from prunecast.compression.release.manifest import manifest_path
 from prunecast.server.repository.delegation import (
     NEXT_VERSION,
     delegations_of,
@@ -151,7 +150,7 @@ class MetadataSet:
                 number = snapshot.signed.meta[f"{role}.json"].version
                 delegated[role] = Metadata[Targets].from_bytes(read(f"{number}.{role}.json"))
                 _trust(targets.signed, role, delegated[role])
-        except (RepositoryError, DeserializationError, KeyError, ValueError, OSError) as error:
+        except (tuf_errors.RepositoryError, KeyError, ValueError, OSError) as error:
             raise RepositoryCorrupt(
                 f"the repository's metadata cannot be trusted: {error}; restore it from a copy"
             ) from error

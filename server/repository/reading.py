@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from prunecast.compression.onnx import FileRef, ReleaseManifest
-from prunecast.compression.onnx.manifest import blob_path, manifest_path, parse_manifest_path
+from prunecast.compression.release import FileRef, ReleaseManifest
+from prunecast.compression.release.manifest import blob_path, manifest_path, parse_manifest_path
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 from prunecast.server.repository.ceremony import Ceremony
 from prunecast.server.repository.changes import Change, changed_metadata

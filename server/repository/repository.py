@@ -22,18 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tuf.api.metadata import TargetFile
 
-from prunecast.compression.onnx import (
-    ExportedGraph,
-    ReleaseManifest,
-    Tolerance,
-    Variant,
-)
-from prunecast.compression.onnx.manifest import (
-    blob_path,
-    check_release_name,
-    manifest_path,
-)
-from prunecast.compression.onnx.selftest import Arrays
+from prunecast.compression.onnx import ExportedGraph, Variant
+from prunecast.compression.release import ReleaseManifest, Tolerance
+from prunecast.compression.release.manifest import blob_path, check_release_name, manifest_path
+from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel, write_atomically
 from prunecast.server.repository.build import ReleaseRequest, build_release
 from prunecast.server.repository.ceremony import Ceremony
@@ -173,8 +165,8 @@ class Repository(RepositoryKeeper):
                 a stolen key, far ahead, take only a higher one.
 
         Raises:
-            ReleasesError: a key is missing, the repository is damaged, the inputs are unusable.
-            OnnxError: the model does not fit the graph or the runtime refuses it.
+            RepositoryError: a key is missing, the repository is damaged, the inputs are unusable.
+            ReleaseError: the model does not fit the graph or the runtime refuses it.
             VersionsError: the model cannot be coded, or a file cannot be written.
                 Nothing was published in any of these cases.
         """
@@ -255,7 +247,7 @@ class Repository(RepositoryKeeper):
         """Find out whether the keys at hand can publish `name`; nothing is changed.
 
         Raises:
-            ReleasesError: a key is missing or not the one in force, or the repository is damaged.
+            RepositoryError: a key is missing or not the one in force, or the repository is damaged.
         """
         check_release_name(name)
         state = self._load()

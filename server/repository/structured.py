@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx import ExportedGraph, export_cached, read_note, with_note
-from prunecast.compression.onnx.selftest import Arrays
+from prunecast.compression.onnx import ExportedGraph, read_note, with_note
+from prunecast.compression.onnx.cache import export_cached
 from prunecast.compression.pruning import ChannelPlan, PlanError, choose_channels, narrow_module
+from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.repository.errors import ReleasesError
+from prunecast.server.repository.errors import RepositoryError
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def with_weights(module: torch.nn.Module, model: PublishedModel) -> torch.nn.Mod
     """A copy of a module, in evaluation mode, with the values of a model.
 
     Raises:
-        ReleasesError: the model does not fit the module.
+        RepositoryError: the model does not fit the module.
     """
     import torch
 
@@ -65,7 +66,9 @@ def with_weights(module: torch.nn.Module, model: PublishedModel) -> torch.nn.Mod
         copied.load_state_dict(state, strict=False)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ReleasesError(f"the model does not fit {type(module).__name__}: {reason}") from error
+        raise RepositoryError(
+            f"the model does not fit {type(module).__name__}: {reason}"
+        ) from error
     return copied
 
 

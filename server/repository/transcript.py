@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from securesystemslib.signer import Key
 from tuf.api.metadata import Root, Targets
 
-from prunecast.compression.onnx.manifest import parse_manifest_path
+from prunecast.compression.release.manifest import parse_manifest_path
 from prunecast.server.repository.delegation import delegations_of
 from prunecast.server.repository.holders import describe_key, holder_of
 

@@ -23,20 +23,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx import (
-    ExportedGraph,
-    InferenceSession,
-    Variant,
-    bind_weights,
-    open_session,
-    quantise,
-)
+from prunecast.compression.onnx import ExportedGraph, Variant, bind_weights, quantise
 from prunecast.compression.onnx.calibration import batches
 from prunecast.compression.onnx.compare import differ
-from prunecast.compression.onnx.runtime import fit_inputs
-from prunecast.compression.onnx.selftest import Arrays
+from prunecast.compression.release import InferenceSession, open_session
+from prunecast.compression.release.runtime import fit_inputs
+from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
-from prunecast.server.repository.errors import ReleasesError
+from prunecast.server.repository.errors import RepositoryError
 
 __all__ = [
     "KINDS",
@@ -92,14 +86,16 @@ def split_samples(arrays: Arrays) -> Samples:
     """Samples from a file's arrays: ``labels`` are the classes, everything else is an input.
 
     Raises:
-        ReleasesError: labels that are not one integer a sample.
+        RepositoryError: labels that are not one integer a sample.
     """
     inputs = {name: np.asarray(a) for name, a in arrays.items() if name != _LABELS}
     labels: NDArray[Any] | None = np.asarray(arrays[_LABELS]) if _LABELS in arrays else None
     if labels is not None and (labels.dtype.kind not in "iu" or labels.ndim != 1):
-        raise ReleasesError(f"{_LABELS} are one integer a sample, not {labels.dtype}{labels.shape}")
+        raise RepositoryError(
+            f"{_LABELS} are one integer a sample, not {labels.dtype}{labels.shape}"
+        )
     if labels is not None and any(len(a) != len(labels) for a in inputs.values() if a.ndim):
-        raise ReleasesError(f"there are {len(labels)} labels, but not as many samples")
+        raise RepositoryError(f"there are {len(labels)} labels, but not as many samples")
     return Samples(inputs, labels)
 
 
@@ -130,11 +126,11 @@ def make_variant(
         held: the newest live version of this variant, whose scales are kept where they fit.
 
     Raises:
-        ReleasesError: an unknown kind, or no samples where they are needed.
-        OnnxError: model, graph and samples do not fit together.
+        RepositoryError: an unknown kind, or no samples where they are needed.
+        ReleaseError: model, graph and samples do not fit together.
     """
     if kind not in KINDS:
-        raise ReleasesError(f"variants are {', '.join(KINDS)}, not {kind!r}")
+        raise RepositoryError(f"variants are {', '.join(KINDS)}, not {kind!r}")
     notes: list[str] = []
     variant: Variant = "fp32" if kind == "fp32" else "lattice"
     label: str = kind
@@ -148,7 +144,7 @@ def make_variant(
             reference = reference_outputs(graph, model.arrays(), samples)
     if kind == "int8-qdq":
         if samples is None:
-            raise ReleasesError("int8-qdq measures activations: give samples (--calibration)")
+            raise RepositoryError("int8-qdq measures activations: give samples (--calibration)")
         made = quantise(graph, model, samples.inputs, held=held)
         notes.append(
             f"{made.kernels} weights compute in integers, {made.direct} of them as published; "
@@ -221,7 +217,7 @@ def run_samples(session: InferenceSession, samples: Samples) -> dict[str, NDArra
 
 def _accuracy(outputs: NDArray[np.generic], labels: NDArray[np.integer]) -> float:
     if outputs.ndim != 2 or len(outputs) > len(labels):
-        raise ReleasesError(
+        raise RepositoryError(
             f"labels need an output of one row of classes a sample, not {list(outputs.shape)}"
         )
     return float((outputs.argmax(axis=1) == labels[: len(outputs)]).mean())

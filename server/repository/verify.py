@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
+from tuf.api import exceptions as tuf_errors
 from tuf.ngclient import FetcherInterface, Updater
 
-from prunecast.compression.onnx import (
-    OnnxError,
+from prunecast.compression.release import (
+    ReleaseError,
     ReleaseManifest,
     WeightsLayout,
     check_outputs,
     open_session,
     unpack_arrays,
 )
-from prunecast.compression.onnx.manifest import manifest_path
+from prunecast.compression.release.manifest import manifest_path
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
-from prunecast.server.repository.errors import ReleasesError, VerificationFailed
+from prunecast.server.repository.errors import RepositoryError, VerificationFailed
 from prunecast.server.repository.reading import RepositoryReader
 
 __all__ = ["VerifiedRelease", "verify_repository"]
@@ -55,7 +55,7 @@ class _FolderFetcher(FetcherInterface):
     def _fetch(self, url: str) -> Iterator[bytes]:
         path = self._folder / unquote(urlsplit(url).path).lstrip("/")
         if not path.is_file():
-            raise DownloadHTTPError(f"{path} does not exist", 404)
+            raise tuf_errors.DownloadHTTPError(f"{path} does not exist", 404)
         return iter([path.read_bytes()])
 
 
@@ -95,8 +95,8 @@ def verify_repository(
             except VerificationFailed:
                 raise
             except (
-                *(ReleasesError, OnnxError, VersionsError),
-                *(RepositoryError, DownloadError),
+                *(RepositoryError, ReleaseError, VersionsError),
+                *(tuf_errors.RepositoryError, tuf_errors.DownloadError),
             ) as error:
                 raise VerificationFailed(f"{label}: {error}") from error
             models[manifest.name, manifest.model_digest] = model
@@ -117,7 +117,7 @@ def _refreshed(path: Path, trusted_root: bytes, folder: Path) -> Updater:
             bootstrap=trusted_root,
         )
         updater.refresh()
-    except (RepositoryError, DownloadError, OSError) as error:
+    except (tuf_errors.RepositoryError, tuf_errors.DownloadError, OSError) as error:
         raise VerificationFailed(f"the metadata does not verify: {error}") from error
     return updater
 

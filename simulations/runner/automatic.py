@@ -58,6 +58,6 @@ def export_factory(factory: str, examples: NDArray[np.float32]) -> ExportedGraph
     """Export what a scenario's model factory makes."""
     import torch
 
-    from prunecast.compression.onnx import export_graph
+    from prunecast.compression.onnx.export import export_graph
 
     return export_graph(load_callable(factory)(), (torch.from_numpy(examples),))

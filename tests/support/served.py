@@ -8,12 +8,12 @@ import numpy as np
 from onnx import TensorProto, helper, save
 
 from prunecast.client.edge.slot import LoadedRelease
-from prunecast.compression.onnx import (
+from prunecast.compression.onnx import bind_weights
+from prunecast.compression.release import (
     FileRef,
     InferenceSession,
     ReleaseManifest,
     Tolerance,
-    bind_weights,
     open_session,
 )
 from support.classifier import classifier, classifier_graph

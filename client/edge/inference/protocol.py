@@ -18,7 +18,7 @@ from prunecast.client.edge.inference.limits import Budget, EndpointLimits
 from prunecast.client.edge.inference.messages import encode_response, parse_request
 from prunecast.client.edge.inference.tensors import datatype_of
 from prunecast.client.edge.model import EdgeModel
-from prunecast.compression.onnx import InputRefused, OnnxError, Signature
+from prunecast.compression.release import InputRefused, ReleaseError, Signature
 
 __all__ = ["Answer", "InferenceProtocol"]
 
@@ -86,7 +86,7 @@ class InferenceProtocol:
             return Answer.error(503, str(error))
         except VersionNotActive as error:
             return Answer.error(404, str(error))
-        except OnnxError as error:
+        except ReleaseError as error:
             return Answer.error(500, str(error))
         except MemoryError:
             return Answer.error(503, "the device is out of memory: send less at a time")

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from prunecast.server.repository.doctor_metadata import check_metadata
-from prunecast.server.repository.errors import ReleasesError
+from prunecast.server.repository.errors import RepositoryError
 from prunecast.server.repository.findings import Finding
 from prunecast.server.repository.reading import RepositoryReader
 
@@ -62,7 +62,7 @@ def check_health(root: Path, now: datetime) -> Health:
         expires = (
             {} if any(f.code != "expired" for f in problems if not _soon(f)) else _expires(root)
         )
-    except (OSError, ReleasesError) as error:
+    except (OSError, RepositoryError) as error:
         broken = Finding("problem", "metadata-unreadable", "metadata", str(error), "see the doctor")
         return Health((broken,))
     fatal = tuple(f for f in problems if not _soon(f))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunecast.compression.onnx.manifest import MAX_MANIFEST_BYTES
+from prunecast.compression.release.manifest import MAX_MANIFEST_BYTES
 from prunecast.server.repository.serving.names import family
 
 __all__ = ["BlobKinds"]

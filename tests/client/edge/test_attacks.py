@@ -18,8 +18,9 @@ from prunecast.client.edge import (
     NetworkError,
     TrustError,
 )
-from prunecast.compression.onnx import ExportedGraph, ReleaseManifest
-from prunecast.compression.onnx.manifest import manifest_path
+from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.release.manifest import manifest_path
 from prunecast.compression.versions import PublishedModel, encode_delta
 from prunecast.server.repository import KeyRing, Repository
 
@@ -323,7 +324,7 @@ def test_wrong_patch_signed(
 def test_rebuilt_weights_that_differ_from_the_signed_digest(
     agent: Agent, publish: Publish, monkeypatch: pytest.MonkeyPatch, images: np.ndarray
 ) -> None:
-    from prunecast.compression.onnx import FileRef
+    from prunecast.compression.release import FileRef
     from prunecast.server.repository import repository as module
 
     real = module.build_release

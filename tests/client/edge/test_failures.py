@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig, NoModel, NoRelease, StateError, open_model
-from prunecast.compression.onnx import ReleaseManifest, Tolerance
+from prunecast.compression.release import ReleaseManifest, Tolerance
 from prunecast.server.repository import Repository
 
 Publish = Callable[..., ReleaseManifest]
@@ -69,7 +69,7 @@ def test_a_model_that_onnxruntime_refuses_keeps_the_old_version(
     start: Start, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import prunecast.client.edge.slot as slot
-    from prunecast.compression.onnx import RuntimeFailure
+    from prunecast.compression.release import RuntimeFailure
 
     publish(1)
     agent = start()

@@ -21,14 +21,9 @@ from prunecast.client.edge import Agent, AgentConfig, ContentRefused, StateError
 from prunecast.client.edge.externals import check_externals
 from prunecast.client.edge.slot import verify_slot
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.onnx import (
-    ExportedGraph,
-    FileRef,
-    PatchRef,
-    ReleaseManifest,
-    RuntimeFailure,
-)
-from prunecast.compression.onnx.manifest import manifest_path
+from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.release import FileRef, PatchRef, ReleaseManifest, RuntimeFailure
+from prunecast.compression.release.manifest import manifest_path
 from prunecast.compression.versions import PublishedModel, frame
 from prunecast.compression.versions.layout import TensorHead, pack_changes, pack_heads
 from prunecast.server.repository import KeyRing, Repository, build

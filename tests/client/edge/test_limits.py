@@ -22,7 +22,7 @@ from prunecast.client.edge import (
     Stream,
     TokenBucket,
 )
-from prunecast.compression.onnx import ReleaseManifest
+from prunecast.compression.release import ReleaseManifest
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]

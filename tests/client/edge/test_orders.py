@@ -21,7 +21,7 @@ from prunecast.client.edge import (
     UpdateResult,
 )
 from prunecast.client.edge.store import StateFolder
-from prunecast.compression.onnx import ReleaseManifest
+from prunecast.compression.release import ReleaseManifest
 from prunecast.server.repository import Repository
 from support.network import Network
 

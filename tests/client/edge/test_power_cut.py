@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig, NoModel, open_model
-from prunecast.compression.onnx import ReleaseManifest
+from prunecast.compression.release import ReleaseManifest
 from support.powercut import VARIANTS, Recorder
 
 Publish = Callable[..., ReleaseManifest]

@@ -24,7 +24,7 @@ from prunecast.client.edge import (
 )
 from prunecast.client.edge.download import download
 from prunecast.client.edge.pace import Pace, TooSlow
-from prunecast.compression.onnx import FileRef, ReleaseManifest
+from prunecast.compression.release import FileRef, ReleaseManifest
 from prunecast.server.repository import ReleaseServer, Repository
 from support.authority import self_signed
 

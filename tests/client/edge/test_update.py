@@ -27,7 +27,8 @@ from prunecast.client.edge import (
     read_status,
 )
 from prunecast.client.edge.held import held_model
-from prunecast.compression.onnx import ExportedGraph, ReleaseManifest
+from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.release import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Repository
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig
-from prunecast.compression.onnx import computes_in_integers
+from prunecast.compression.release import computes_in_integers
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import (
     Repository,

@@ -15,11 +15,11 @@ from prunecast.compression.onnx import (
     BindError,
     ExportedGraph,
     bind_weights,
-    export_graph,
-    open_session,
     save_single_file,
     single_file_size,
 )
+from prunecast.compression.onnx.export import export_graph
+from prunecast.compression.release import open_session
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 
 Publish = Callable[..., PublishedModel]

@@ -10,10 +10,10 @@ from prunecast.compression.onnx import (
     ExportError,
     FoldedParameter,
     NumericsError,
-    export_graph,
     load_graph,
     save_graph,
 )
+from prunecast.compression.onnx.export import export_graph
 
 
 def test_every_tensor_that_inference_reads_is_a_parameter(conv_graph: ExportedGraph) -> None:

@@ -21,10 +21,10 @@ from prunecast.compression.onnx import (
     QuantisedModel,
     bind_weights,
     load_graph,
-    open_session,
     quantise,
     save_graph,
 )
+from prunecast.compression.release import open_session
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,

@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prunecast.common.fleet_protocol import SERVICE, make_stub, messages
-from prunecast.compression.onnx.manifest import blob_path
+from prunecast.compression.release.manifest import blob_path
 from prunecast.server.control import ControlServer, Limits, Unbindable
 from prunecast.server.fleet import FleetService
 from prunecast.server.fleet.events import PinDevice, RevokeDevice

@@ -13,12 +13,13 @@ import pytest
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from prunecast.compression.onnx import ExportedGraph, pack_arrays, save_graph
+from prunecast.compression.onnx import ExportedGraph, save_graph
+from prunecast.compression.release import pack_arrays
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation import AutomaticReleases, ReleaseRule, ReleaseRuleError, server_app
 from prunecast.server.federation.release_config import releases_from_config
 from prunecast.server.federation.release_rule import ReleaseWatch
-from prunecast.server.repository import Change, KeyRing, ReleasesError, Repository
+from prunecast.server.repository import Change, KeyRing, Repository, RepositoryError
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.ceremonies import Circle
 from support.classifier import classifier_graph, classifier_inputs
@@ -90,7 +91,7 @@ class _Recorder:
     def __call__(self, model: PublishedModel, metrics: Mapping[str, float]) -> int:
         if self.fail:
             self.fail -= 1
-            raise ReleasesError("the disk is full")
+            raise RepositoryError("the disk is full")
         self.models.append(model)
         return len(self.models)
 

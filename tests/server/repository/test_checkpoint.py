@@ -16,7 +16,7 @@ from prunecast.compression.versions import (
     StorageError,
     save_model,
 )
-from prunecast.server.repository import ReleasesError, from_arrays, read_checkpoint
+from prunecast.server.repository import RepositoryError, from_arrays, read_checkpoint
 
 ARRAYS = {
     "w": np.array([[0.5, -1.27], [0.0, 0.01]], np.float32),
@@ -71,21 +71,21 @@ def test_a_saved_model_is_read_as_it_is(tmp_path: Path) -> None:
     save_model(model, tmp_path / "m.model")
     again = read_checkpoint(tmp_path / "m.model")
     assert (again.digest, again.counter) == (model.digest, 7)
-    with pytest.raises(ReleasesError, match="fixed already"):
+    with pytest.raises(RepositoryError, match="fixed already"):
         read_checkpoint(tmp_path / "m.model", bits=8)
     with pytest.raises(StorageError):
         read_checkpoint(tmp_path / "absent.model")
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ReleasesError, match="bits"):
+    with pytest.raises(RepositoryError, match="bits"):
         from_arrays(ARRAYS, bits=1)
-    with pytest.raises(ReleasesError, match="'w' holds a value that is not finite"):
+    with pytest.raises(RepositoryError, match="'w' holds a value that is not finite"):
         from_arrays({"w": np.array([[np.inf]], np.float32)}, bits=8)
-    with pytest.raises(ReleasesError, match="cannot read"):
+    with pytest.raises(RepositoryError, match="cannot read"):
         read_checkpoint(tmp_path / "absent.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK nonsense")
-    with pytest.raises(ReleasesError, match="not a readable"):
+    with pytest.raises(RepositoryError, match="not a readable"):
         read_checkpoint(tmp_path / "bad.npz")
     good = _safetensors_bytes(ARRAYS)
     for change in (
@@ -96,7 +96,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         good.replace(b"[2, 2]", b"[-2,2]", 1),
     ):
         (tmp_path / "bad.safetensors").write_bytes(change)
-        with pytest.raises(ReleasesError, match="not a readable"):
+        with pytest.raises(RepositoryError, match="not a readable"):
             read_checkpoint(tmp_path / "bad.safetensors")
 
 
@@ -105,7 +105,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
 def test_arbitrary_bytes_raise_one_error(tmp_path: Path, data: bytes, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(data)
-    with suppress(ReleasesError):
+    with suppress(RepositoryError):
         read_checkpoint(path)
 
 
@@ -120,7 +120,7 @@ def test_bfloat16_is_read_as_float32_and_smaller_floats_are_not(tmp_path: Path) 
     assert (found.dtype, found.tolist()) == (np.float32, [1.5, -2.0])
     text = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    with pytest.raises(ReleasesError, match="float8_e4m3fn: convert it"):
+    with pytest.raises(RepositoryError, match="float8_e4m3fn: convert it"):
         read_checkpoint(path)
 
 

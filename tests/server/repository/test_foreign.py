@@ -12,13 +12,9 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.compression.onnx import (
-    ForeignModel,
-    NumericsError,
-    open_session,
-    unpack_arrays,
-)
+from prunecast.compression.onnx import ForeignModel, NumericsError
 from prunecast.compression.onnx.compare import draw_inputs
+from prunecast.compression.release import open_session, unpack_arrays
 from prunecast.server.repository import (
     KeyRing,
     Repository,

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.compression.onnx import BindError, ExportedGraph, ManifestError, RuntimeFailure
+from prunecast.compression.onnx import BindError, ExportedGraph
+from prunecast.compression.release import ManifestError, RuntimeFailure
 from prunecast.compression.versions import PublishedModel, RawTensor, decode_model
 from prunecast.server.repository import (
     Expiry,
     KeyFileError,
     KeyRing,
     ReleaseNotFound,
-    ReleasesError,
     Repository,
     RepositoryCorrupt,
+    RepositoryError,
     RepositoryExists,
     VerificationFailed,
     verify_repository,
@@ -123,7 +124,7 @@ def test_a_failed_publication_changes_nothing_visible(
         repository.publish("toy", model(2), graph, selftest_inputs=images.astype(np.complex64))
     with pytest.raises(ManifestError):
         repository.publish("../toy", model(2), graph, selftest_inputs=images)
-    with pytest.raises(ReleasesError, match="self-test input"):
+    with pytest.raises(RepositoryError, match="self-test input"):
         repository.publish("toy", model(2), graph, selftest_inputs={})
     assert _files(repository.path) == before
 
@@ -216,7 +217,7 @@ def test_renewing_moves_the_expiry_and_needs_only_the_online_keys(
     assert repository.expires()["root"].year == 2031
     with pytest.raises(KeyFileError, match="root key is needed"):
         repository.renew(["root"])
-    with pytest.raises(ReleasesError, match="roles are"):
+    with pytest.raises(RepositoryError, match="roles are"):
         repository.renew(["mirror"])
 
 
@@ -240,7 +241,7 @@ def test_garbage_goes_after_the_grace_period_only(
 def test_two_writers_exclude_each_other(repository: Repository) -> None:
     with (
         repository._locked(),
-        pytest.raises(ReleasesError, match="another process"),
+        pytest.raises(RepositoryError, match="another process"),
     ):
         repository.renew()
 

@@ -12,12 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.compression.onnx import export_cached, open_session
+from prunecast.compression.onnx.cache import export_cached
+from prunecast.compression.release import open_session
 from prunecast.compression.versions import LatticeTensor
 from prunecast.server.repository import (
     KeyRing,
-    ReleasesError,
     Repository,
+    RepositoryError,
     plan_of,
     split_samples,
     verify_repository,
@@ -156,8 +157,8 @@ def test_what_cannot_be_made_is_explained(
     np.savez(files / "odd.npz", **{"conv.weight": np.zeros((8, 2, 3, 3), np.float32)})
     odd = ("--model", files / "odd.npz", "--module", "support.narrowable:make")
     assert "does not fit Narrowable" in _run(*start, *odd, *inputs, code=1)
-    with pytest.raises(ReleasesError, match="one integer a sample"):
+    with pytest.raises(RepositoryError, match="one integer a sample"):
         split_samples({"x": IMAGES, "labels": np.zeros(40)})
-    with pytest.raises(ReleasesError, match="39 labels"):
+    with pytest.raises(RepositoryError, match="39 labels"):
         split_samples({"x": IMAGES, "labels": np.zeros(39, np.int64)})
     assert not repository.releases()

@@ -17,9 +17,9 @@ from prunecast.client.edge.control import ControlFetcher, Line
 from prunecast.client.edge.download import download
 from prunecast.client.edge.store import StateFolder
 from prunecast.common.fleet_protocol import CHUNK_BYTES
-from prunecast.compression.onnx import FileRef
-from prunecast.compression.onnx.files import file_digest
-from prunecast.compression.onnx.manifest import blob_path
+from prunecast.compression.release import FileRef
+from prunecast.compression.release.files import file_digest
+from prunecast.compression.release.manifest import blob_path
 from prunecast.server.control import ControlServer
 from prunecast.server.fleet import Device, FleetService, Policy, Release
 from prunecast.server.fleet.events import Abort, PinDevice, StartRollout

@@ -19,7 +19,7 @@ from prunecast.client.edge.telemetry import (
     read_telemetry,
 )
 from prunecast.client.edge.telemetry.histogram import LAST_BUCKET
-from prunecast.compression.onnx import ReleaseManifest, RuntimeFailure
+from prunecast.compression.release import ReleaseManifest, RuntimeFailure
 
 
 class Clock:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunecast.compression.onnx import (
+from prunecast.compression.release import (
     FileRef,
     ManifestError,
     PatchRef,
@@ -16,7 +16,7 @@ from prunecast.compression.onnx import (
     Signature,
     Tolerance,
 )
-from prunecast.compression.onnx.manifest import RELEASE_FILES, check_release_name
+from prunecast.compression.release.manifest import RELEASE_FILES, check_release_name
 
 MANIFEST = ReleaseManifest(
     name="mnist",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx.errors import InputRefused, RuntimeFailure
+from prunecast.compression.release.errors import InputRefused, RuntimeFailure
 
 __all__ = [
     "InferenceSession",

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prunecast.compression.onnx.errors import ManifestError, OnnxError
-from prunecast.compression.onnx.runtime import Signature
-from prunecast.compression.onnx.selftest import Tolerance
+from prunecast.compression.release.errors import ManifestError, ReleaseError
+from prunecast.compression.release.runtime import Signature
+from prunecast.compression.release.selftest import Tolerance
 
 __all__ = [
     "MAX_MANIFEST_BYTES",
@@ -211,7 +211,7 @@ class ReleaseManifest:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ManifestError):
                 raise
-            why = str(error) if isinstance(error, OnnxError) else f"field {error}"
+            why = str(error) if isinstance(error, ReleaseError) else f"field {error}"
             raise ManifestError(f"release.json is malformed: {why}") from error
 
 

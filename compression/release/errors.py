@@ -1,0 +1,34 @@
+"""Errors of reading a release: one base, one class per cause."""
+
+__all__ = [
+    "InputRefused",
+    "LayoutError",
+    "ManifestError",
+    "ReleaseError",
+    "RuntimeFailure",
+    "SelfTestFailed",
+]
+
+
+class ReleaseError(ValueError):
+    """Base of every error that `prunecast.compression.release` raises."""
+
+
+class LayoutError(ReleaseError):
+    """A weights layout is malformed, or a model does not fit it."""
+
+
+class ManifestError(ReleaseError):
+    """A release manifest is malformed or of a schema this version does not read."""
+
+
+class SelfTestFailed(ReleaseError):
+    """A session does not reproduce the outputs recorded with the release."""
+
+
+class RuntimeFailure(ReleaseError):
+    """onnxruntime refused a model or its inputs."""
+
+
+class InputRefused(RuntimeFailure):
+    """An input is missing, unknown, or has the wrong dtype or shape; the model did not run."""
