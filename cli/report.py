@@ -20,7 +20,7 @@ def report(
     """Print a run's tables and draw its picture and page again, from result.json."""
     from prunecast.cli.simulate import show
     from prunecast.simulations.report import write_report
-    from prunecast.simulations.runner import read_result
+    from prunecast.simulations.runner.result import read_result
 
     result = read_result(folder)
     figure, page = write_report(folder, result)

@@ -83,7 +83,7 @@ def run_and_show(scenario: Scenario, *, as_json: bool) -> None:
     """Run a scenario, write its report, print tables or JSON."""
     from prunecast.cli.progress import RunProgress
     from prunecast.simulations.report import write_report
-    from prunecast.simulations.runner import new_run_folder, run_scenario
+    from prunecast.simulations.runner.run import new_run_folder, run_scenario
 
     folder = new_run_folder(scenario.output, scenario.name)
     with RunProgress(make_console(stderr=as_json)) as progress:

@@ -1,43 +1,23 @@
-"""Runs a scenario on Flower's simulation engine, and delivers what it trained to a device."""
+"""Runs a scenario on Flower's simulation engine, and delivers what it trained to a device.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+`run` is where to begin. This file holds the errors alone: the device's process lives in this
+package too, and must import neither torch nor Flower.
+"""
 
-from prunecast.simulations.runner.errors import (
-    DeviceMismatch,
-    EngineFailed,
-    ResultError,
-    SimulationError,
-)
-
-if TYPE_CHECKING:
-    from prunecast.simulations.runner.inprocess import InProcessGrid
-    from prunecast.simulations.runner.result import read_ledger, read_result
-    from prunecast.simulations.runner.run import new_run_folder, run_scenario
-
-__all__ = [
-    "DeviceMismatch",
-    "EngineFailed",
-    "InProcessGrid",
-    "ResultError",
-    "SimulationError",
-    "new_run_folder",
-    "read_ledger",
-    "read_result",
-    "run_scenario",
-]
-
-_LAZY = {
-    "InProcessGrid": "inprocess",
-    "new_run_folder": "run",
-    "read_ledger": "result",
-    "read_result": "result",
-    "run_scenario": "run",
-}
+__all__ = ["DeviceMismatch", "EngineFailed", "ResultError", "SimulationError"]
 
 
-def __getattr__(name: str) -> Any:
-    # the device's process lives in this package and must not import torch or flwr
-    if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class SimulationError(RuntimeError):
+    """Base of every error that `prunecast.simulations.runner` raises."""
+
+
+class EngineFailed(SimulationError):
+    """The engine, or a client in it, failed; the message names the log."""
+
+
+class ResultError(SimulationError):
+    """A run folder's result cannot be read, or is of another schema."""
+
+
+class DeviceMismatch(SimulationError):
+    """The edge device computed something else than the server did on the same model."""

@@ -10,7 +10,7 @@ from prunecast.compression.onnx import ExportedGraph
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.release_config import repository_releaser
 from prunecast.server.repository import KeyRing, Repository
-from prunecast.simulations.runner.job import Job, held_out
+from prunecast.simulations.runner.prepared import PreparedRun, held_out
 from prunecast.simulations.scenarios import ReleaseSpec
 
 __all__ = ["automatic_releases", "export_factory", "repository_of", "rule_of"]
@@ -34,21 +34,23 @@ def rule_of(spec: ReleaseSpec) -> ReleaseRule | None:
     )
 
 
-def automatic_releases(job: Job, arm: str) -> AutomaticReleases | None:
+def automatic_releases(prepared: PreparedRun, arm: str) -> AutomaticReleases | None:
     """Prepare repository and graph for the arm that releases; None for every other arm."""
-    spec = job.scenario.release
-    rule = rule_of(spec) if spec is not None and arm == job.scenario.released_arm() else None
+    spec = prepared.scenario.release
+    rule = rule_of(spec) if spec is not None and arm == prepared.scenario.released_arm() else None
     if spec is None or rule is None:
         return None
-    inputs, _ = held_out(job)
-    graph = export_factory(job.scenario.model.factory, inputs[:2])
+    inputs, _ = held_out(prepared)
+    graph = export_factory(prepared.scenario.model.factory, inputs[:2])
     tests = inputs[: spec.selftest_images]
-    return AutomaticReleases(rule, repository_releaser(repository_of(job), spec.name, graph, tests))
+    return AutomaticReleases(
+        rule, repository_releaser(repository_of(prepared), spec.name, graph, tests)
+    )
 
 
-def repository_of(job: Job) -> Repository:
+def repository_of(prepared: PreparedRun) -> Repository:
     """The run's own repository, with keys beside it; made by the first call."""
-    path, keys = job.folder / "repository", job.folder / "keys"
+    path, keys = prepared.folder / "repository", prepared.folder / "keys"
     if path.is_dir():
         return Repository(path, KeyRing(keys))
     return Repository.create(path, KeyRing.create(keys))

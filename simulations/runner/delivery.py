@@ -1,4 +1,4 @@
-"""From the federation to the device: release, serve, patch, run, compare every image."""
+"""From the federation to the device: release, serve, patch, prepared, compare every image."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from prunecast.compression.versions import PublishedModel, load_model
 from prunecast.server.repository import PublishedRelease, ReleaseServer
+from prunecast.simulations.runner import DeviceMismatch, SimulationError
 from prunecast.simulations.runner.automatic import export_factory, repository_of
-from prunecast.simulations.runner.errors import DeviceMismatch, SimulationError
-from prunecast.simulations.runner.job import Job, held_out
+from prunecast.simulations.runner.prepared import PreparedRun, held_out
 
 __all__ = ["deliver"]
 
@@ -33,14 +33,16 @@ class _Published:
     accuracy: float
 
 
-def deliver(job: Job, on_step: Callable[[str], None] = lambda step: None) -> dict[str, Any]:
+def deliver(
+    prepared: PreparedRun, on_step: Callable[[str], None] = lambda step: None
+) -> dict[str, Any]:
     """Release the last two published models and let a device fetch them.
 
     The device downloads the first as a keyframe and goes on to the second by a patch; the
     repository, its keys and the device's state stay in the run's folder.
 
     Args:
-        job: a finished run whose scenario has a release.
+        prepared: a finished run whose scenario has a release.
         on_step: told what happens.
 
     Returns:
@@ -51,17 +53,17 @@ def deliver(job: Job, on_step: Callable[[str], None] = lambda step: None) -> dic
             process imported a training framework.
         SimulationError: fewer than two models were published, or the device failed.
     """
-    spec, arm = job.scenario.release, job.scenario.released_arm()
+    spec, arm = prepared.scenario.release, prepared.scenario.released_arm()
     if spec is None or arm is None:
         raise SimulationError("the scenario has no [release]: add one")
-    inputs, labels = held_out(job)
-    versions = [_published(job.work / f"{arm}-{place}") for place in (1, 2)]
+    inputs, labels = held_out(prepared)
+    versions = [_published(prepared.work / f"{arm}-{place}") for place in (1, 2)]
     if versions[0].model.digest == versions[1].model.digest:
         raise SimulationError("the last round changed nothing: train for more rounds")
     on_step("exporting the network to ONNX")
-    graph = export_factory(job.scenario.model.factory, inputs[:2])
-    repository = repository_of(job)  # automatic releases may be there already
-    root = job.folder / "root.json"
+    graph = export_factory(prepared.scenario.model.factory, inputs[:2])
+    repository = repository_of(prepared)  # automatic releases may be there already
+    root = prepared.folder / "root.json"
     root.write_bytes(repository.trusted_root())
 
     def publish(version: _Published) -> PublishedRelease:
@@ -76,7 +78,7 @@ def deliver(job: Job, on_step: Callable[[str], None] = lambda step: None) -> dic
     on_step("signing the release before the last round")
     first = publish(versions[0])
     reports = []
-    with ReleaseServer(repository.path) as server, _device(job, server.url, spec.name) as ask:
+    with ReleaseServer(repository.path) as server, _device(prepared, server.url, spec.name) as ask:
         on_step(f"the device downloads release {first.version}")
         reports.append(ask())
         on_step("signing the release after the last round")
@@ -85,8 +87,8 @@ def deliver(job: Job, on_step: Callable[[str], None] = lambda step: None) -> dic
         reports.append(ask())
     made = (first, second)
     for release, version, report in zip(made, versions, reports, strict=True):
-        _compare(job, release.version, version, report, patched=release is second)
-    last, found = versions[1], _predictions(job, second.version)
+        _compare(prepared, release.version, version, report, patched=release is second)
+    last, found = versions[1], _predictions(prepared, second.version)
     return {
         "name": spec.name,
         "arm": arm,
@@ -121,14 +123,19 @@ def _published(path: Path) -> _Published:
     return _Published(load_model(path.with_suffix(".model")), predictions, accuracy)
 
 
-def _predictions(job: Job, version: int) -> NDArray[np.int64]:
-    with np.load(job.work / f"device-{version}.npz") as file:
+def _predictions(prepared: PreparedRun, version: int) -> NDArray[np.int64]:
+    with np.load(prepared.work / f"device-{version}.npz") as file:
         found: NDArray[np.int64] = file["predictions"]
     return found
 
 
 def _compare(
-    job: Job, number: int, version: _Published, report: dict[str, Any], *, patched: bool
+    prepared: PreparedRun,
+    number: int,
+    version: _Published,
+    report: dict[str, Any],
+    *,
+    patched: bool,
 ) -> None:
     if report["version"] != number or report["outcome"] != "updated":
         raise SimulationError(f"the device did not take release {number}: {report['reason']}")
@@ -136,7 +143,7 @@ def _compare(
         raise SimulationError(f"release {number} came without a patch: {report['reason']}")
     if report["imported"]:
         raise DeviceMismatch(f"the device process imported {', '.join(report['imported'])}")
-    found = _predictions(job, number)
+    found = _predictions(prepared, number)
     different = np.flatnonzero(found != version.predictions)
     if len(different):
         raise DeviceMismatch(
@@ -147,18 +154,18 @@ def _compare(
 
 
 @contextmanager
-def _device(job: Job, url: str, name: str) -> Iterator[Callable[[], dict[str, Any]]]:
-    settings = job.work / "device.json"
+def _device(prepared: PreparedRun, url: str, name: str) -> Iterator[Callable[[], dict[str, Any]]]:
+    settings = prepared.work / "device.json"
     document = {
-        "state": str(job.folder / "device"),
+        "state": str(prepared.folder / "device"),
         "url": url,
         "name": name,
-        "root": str(job.folder / "root.json"),
-        "inputs": str(job.work / "held-out.npz"),
-        "output": str(job.work),
+        "root": str(prepared.folder / "root.json"),
+        "inputs": str(prepared.work / "held-out.npz"),
+        "output": str(prepared.work),
     }
     settings.write_text(json.dumps(document), encoding="utf-8")
-    log = job.folder / "device.log"
+    log = prepared.folder / "device.log"
     paths = os.pathsep.join(part for part in sys.path if part)
     with log.open("w") as errors:
         process = subprocess.Popen(

@@ -13,16 +13,24 @@ import dataclasses
 import json
 import logging
 import os
+import signal
+import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from prunecast.simulations.runner import EngineFailed
+
 if TYPE_CHECKING:
     from prunecast.simulations.runner.federate import Emit
-    from prunecast.simulations.runner.job import Job
+    from prunecast.simulations.runner.prepared import PreparedRun
 
-__all__ = ["ENVIRONMENT", "main", "simulate"]
+__all__ = ["ENVIRONMENT", "main", "run_engine", "simulate"]
+
+_GRACE_SECONDS = 15.0
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -35,8 +43,72 @@ ENVIRONMENT = {
 """What the engine's process gets on top of the caller's environment."""
 
 
-def simulate(job: Job, emit: Emit) -> None:
-    """Run all arms of a prepared job with the engine its scenario names.
+def run_engine(prepared: PreparedRun, log: Path) -> Iterator[dict[str, Any]]:
+    """Train all its arms in a process of its own; yields its events as they come.
+
+    Args:
+        prepared: what to run.
+        log: file that gets everything Flower and Ray print.
+
+    Raises:
+        EngineFailed: the process failed; names the log.
+    """
+    finished = False
+    with _process(prepared.folder, log) as (process, events):
+        for line in events:
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == "failed":
+                raise EngineFailed(f"the simulation failed: {event['reason']} (see {log})")
+            finished = finished or event["event"] == "outcome"
+            yield event
+        code = process.wait(_GRACE_SECONDS)
+    if not finished:
+        raise EngineFailed(f"the simulation engine ended with code {code}: see {log}")
+
+
+@contextmanager
+def _process(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
+    reading, writing = os.pipe()
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        # what the caller can import (a model in the current folder), the clients can
+        "PYTHONPATH": os.pathsep.join(part for part in [os.getcwd(), *sys.path] if part),
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, "-m", "prunecast.simulations.runner.engine"]
+    with log.open("ab") as output, os.fdopen(reading, "r", encoding="utf-8") as events:
+        try:
+            process = subprocess.Popen(
+                [*command, str(folder.resolve()), str(writing)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                pass_fds=(writing,),
+                start_new_session=True,  # Ctrl-C reaches the caller, which ends the engine
+            )
+        finally:
+            os.close(writing)
+        try:
+            yield process, events
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Whatever is left of the engine ends with the run."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def simulate(prepared: PreparedRun, emit: Emit) -> None:
+    """Run all arms of a prepared run with the engine its scenario names.
 
     Ends with the event ``outcome``, which holds what every arm gave.
 
@@ -46,15 +118,15 @@ def simulate(job: Job, emit: Emit) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from prunecast.simulations.runner.clients import simulated_client
     from prunecast.simulations.runner.federate import run_arms
+    from prunecast.simulations.runner.nodes import simulated_client
 
-    client = simulated_client(job)
-    engine, count = job.scenario.engine, job.scenario.clients.count
+    client = simulated_client(prepared)
+    engine, count = prepared.scenario.engine, prepared.scenario.clients.count
     if engine.backend == "inline":
         from prunecast.simulations.runner.inprocess import InProcessGrid
 
-        outcomes = run_arms(InProcessGrid(client, count), job, emit)
+        outcomes = run_arms(InProcessGrid(client, count), prepared, emit)
     else:
         from flwr.app import Context
         from flwr.serverapp import Grid, ServerApp
@@ -64,7 +136,7 @@ def simulate(job: Job, emit: Emit) -> None:
 
         @server.main()  # type: ignore[untyped-decorator, unused-ignore]
         def serve(grid: Grid, context: Context) -> None:
-            outcomes.extend(run_arms(grid, job, emit))
+            outcomes.extend(run_arms(grid, prepared, emit))
 
         cpus: float = engine.cpus
         run_simulation(
@@ -88,10 +160,10 @@ def main(arguments: list[str]) -> int:
     os.environ.update(ENVIRONMENT)
     with os.fdopen(descriptor, "w", encoding="utf-8") as events:
         try:
-            from prunecast.simulations.runner.job import Job
+            from prunecast.simulations.runner.prepared import PreparedRun
 
             logging.getLogger("flwr").propagate = False
-            simulate(Job.open(folder), _writer(events))
+            simulate(PreparedRun.open(folder), _writer(events))
         except Exception as error:  # reported to the caller; the traceback stays in the log
             traceback.print_exc()
             _writer(events)({"event": "failed", "reason": f"{_innermost(error)}"})

@@ -26,10 +26,10 @@ from prunecast.server.federation.metering import MeteringGrid, Recode
 from prunecast.server.federation.server_app import initial_arrays
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.server.federation.wrapper import PollingGrid
+from prunecast.simulations.runner import EngineFailed
 from prunecast.simulations.runner.automatic import automatic_releases, rule_of
-from prunecast.simulations.runner.errors import EngineFailed
-from prunecast.simulations.runner.job import Job, held_out
-from prunecast.simulations.runner.ordered import OrderedGrid, nodes_by_partition
+from prunecast.simulations.runner.nodes import OrderedGrid, nodes_by_partition
+from prunecast.simulations.runner.prepared import PreparedRun, held_out
 from prunecast.simulations.scenarios import ArmSpec, Scenario, ScenarioError
 
 __all__ = ["ArmOutcome", "Emit", "check_scenario", "policy_of", "run_arms", "strategy_of"]
@@ -108,24 +108,24 @@ def check_scenario(scenario: Scenario) -> None:
         ) from error
 
 
-def run_arms(grid: Grid, job: Job, emit: Emit) -> list[ArmOutcome]:
+def run_arms(grid: Grid, prepared: PreparedRun, emit: Emit) -> list[ArmOutcome]:
     """Train every arm, with the same seeds, on the nodes of `grid`.
 
     Raises:
         EngineFailed: clients failed in a round.
     """
-    nodes = nodes_by_partition(grid, job.scenario.clients.count)
+    nodes = nodes_by_partition(grid, prepared.scenario.clients.count)
     return [
-        _run_arm(grid, nodes, job, name, arm, emit)
-        for name, arm in job.scenario.trained_arms().items()
+        _run_arm(grid, nodes, prepared, name, arm, emit)
+        for name, arm in prepared.scenario.trained_arms().items()
     ]
 
 
 class _Measure:
     """Evaluates models on the held-out examples and keeps the latest two published ones."""
 
-    def __init__(self, job: Job, module: nn.Module) -> None:
-        inputs, targets = held_out(job)
+    def __init__(self, prepared: PreparedRun, module: nn.Module) -> None:
+        inputs, targets = held_out(prepared)
         self._module = module
         self._batches = TensorBatches(
             torch.from_numpy(inputs), torch.from_numpy(targets), batch_size=250
@@ -150,14 +150,14 @@ class _Measure:
 
 
 def _run_arm(
-    grid: Grid, nodes: list[int], job: Job, name: str, arm: ArmSpec, emit: Emit
+    grid: Grid, nodes: list[int], prepared: PreparedRun, name: str, arm: ArmSpec, emit: Emit
 ) -> ArmOutcome:
-    scenario, started = job.scenario, time.monotonic()
-    shutil.rmtree(job.store, ignore_errors=True)  # nothing is carried over from another arm
+    scenario, started = prepared.scenario, time.monotonic()
+    shutil.rmtree(prepared.store, ignore_errors=True)  # nothing is carried over from another arm
     random.seed(scenario.seed)  # Flower samples nodes with it
     module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
-    outcome, measure = ArmOutcome(name), _Measure(job, module)
-    ledger = Ledger(job.ledger(name))
+    outcome, measure = ArmOutcome(name), _Measure(prepared, module)
+    ledger = Ledger(prepared.ledger(name))
     wrapped: CompressedGrid | MeteringGrid | SchemeGrid
     if arm.kind == "prunecast":
         wrapped = CompressedGrid(grid, policy_of(arm), ledger=ledger, poll_interval=_POLL_SECONDS)
@@ -201,7 +201,7 @@ def _run_arm(
 
     strategy = strategy_of(scenario)
     watched: Callable[[int, ArrayRecord], MetricRecord | None] = evaluate_fn
-    releases = automatic_releases(job, name)
+    releases = automatic_releases(prepared, name)
     if releases is not None and isinstance(wrapped, CompressedGrid):
         watched = releases.watch(strategy, wrapped, evaluate_fn)
     try:
@@ -216,7 +216,7 @@ def _run_arm(
     outcome.releases = [asdict(made) for made in releases.made] if releases else []
     outcome.seconds = time.monotonic() - started
     for place, (model, predictions, accuracy) in enumerate(measure.latest, start=1):
-        target = job.work / f"{name}-{place}"
+        target = prepared.work / f"{name}-{place}"
         save_model(model, target.with_suffix(".model"))
         np.savez(target.with_suffix(".npz"), predictions=predictions, accuracy=accuracy)
     emit({"event": "arm-done", "arm": name, "seconds": outcome.seconds})

@@ -10,8 +10,8 @@ from typing import Any
 
 from prunecast.compression.versions import write_atomically
 from prunecast.server.federation import Entry
-from prunecast.simulations.runner.errors import ResultError
-from prunecast.simulations.runner.job import Job
+from prunecast.simulations.runner import ResultError
+from prunecast.simulations.runner.prepared import PreparedRun
 
 __all__ = ["SCHEMA", "build_arms", "read_ledger", "read_result", "write_result"]
 
@@ -31,18 +31,20 @@ def read_ledger(path: Path) -> list[Entry]:
         raise ResultError(f"cannot read the ledger {path}: {error}") from error
 
 
-def build_arms(job: Job, outcomes: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def build_arms(
+    prepared: PreparedRun, outcomes: Iterable[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """The ``arms`` part of the result: what every arm reached, and what it cost.
 
     Args:
-        job: the finished run, with its ledgers.
+        prepared: the finished prepared, with its ledgers.
         outcomes: what training each arm gave, as the engine reports it.
     """
     arms: dict[str, dict[str, Any]] = {}
     by_name = {outcome["name"]: outcome for outcome in outcomes}
-    for name, spec in job.scenario.arms.items():
+    for name, spec in prepared.scenario.arms.items():
         source = spec.of if spec.kind == "recoded" else name
-        outcome, path = by_name[source], job.ledger(source)
+        outcome, path = by_name[source], prepared.ledger(source)
         entries = read_ledger(path)
         size = _size_of(name if spec.kind == "recoded" else None)
         rounds = [dict(row) for row in outcome["rounds"]]

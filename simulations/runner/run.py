@@ -15,10 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from prunecast.simulations.runner.engine import ENVIRONMENT
-from prunecast.simulations.runner.errors import SimulationError
-from prunecast.simulations.runner.job import prepare
-from prunecast.simulations.runner.launch import run_engine
+from prunecast.simulations.runner import SimulationError
+from prunecast.simulations.runner.engine import ENVIRONMENT, run_engine
+from prunecast.simulations.runner.prepared import prepare
 from prunecast.simulations.runner.result import SCHEMA, build_arms, write_result
 from prunecast.simulations.scenarios import Scenario
 
@@ -77,11 +76,11 @@ def run_scenario(
     with _quiet_flower():
         check_scenario(scenario)
     on_event({"event": "step", "text": "loading and partitioning the data"})
-    job = prepare(scenario, folder)
+    prepared = prepare(scenario, folder)
     try:
         on_event({"event": "step", "text": "starting the engine"})
         outcomes: list[dict[str, Any]] = []
-        for event in run_engine(job, folder / "engine.log"):
+        for event in run_engine(prepared, folder / "engine.log"):
             if event["event"] == "outcome":
                 outcomes = event["arms"]
             else:
@@ -90,7 +89,7 @@ def run_scenario(
         if scenario.release is not None:
             from prunecast.simulations.runner.delivery import deliver
 
-            release = deliver(job, lambda text: on_event({"event": "step", "text": text}))
+            release = deliver(prepared, lambda text: on_event({"event": "step", "text": text}))
             by_name = {outcome["name"]: outcome for outcome in outcomes}
             release["automatic"] = by_name[release["arm"]]["releases"]
         document = {
@@ -101,16 +100,16 @@ def run_scenario(
             "software": _software(),
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
             "data": {
-                "training": sum(job.sizes),
+                "training": sum(prepared.sizes),
                 "held_out": scenario.data.held_out,
-                "per_client": list(job.sizes),
+                "per_client": list(prepared.sizes),
             },
-            "arms": build_arms(job, outcomes),
+            "arms": build_arms(prepared, outcomes),
             "release": release,
         }
         write_result(folder, document)
     finally:
-        shutil.rmtree(job.work, ignore_errors=True)
+        shutil.rmtree(prepared.work, ignore_errors=True)
     return json.loads(json.dumps(document))  # type: ignore[no-any-return]
 
 

@@ -15,18 +15,16 @@ from prunecast.simulations.report import FIGURE, PAGE, write_report
 from prunecast.simulations.runner import (
     DeviceMismatch,
     EngineFailed,
-    InProcessGrid,
     ResultError,
     SimulationError,
-    new_run_folder,
-    read_ledger,
-    read_result,
-    run_scenario,
 )
-from prunecast.simulations.runner.clients import simulated_client
 from prunecast.simulations.runner.delivery import _compare, _Published
 from prunecast.simulations.runner.federate import run_arms
-from prunecast.simulations.runner.job import Job, prepare
+from prunecast.simulations.runner.inprocess import InProcessGrid
+from prunecast.simulations.runner.nodes import simulated_client
+from prunecast.simulations.runner.prepared import PreparedRun, prepare
+from prunecast.simulations.runner.result import read_ledger, read_result
+from prunecast.simulations.runner.run import new_run_folder, run_scenario
 from prunecast.simulations.scenarios import scenario_from_mapping
 
 
@@ -58,10 +56,10 @@ class Recorder(InProcessGrid):
 
 
 def run_inline(mapping, folder):
-    job = prepare(scenario_from_mapping(mapping), folder)
-    grid = Recorder(simulated_client(job), num_nodes=job.scenario.clients.count)
-    outcomes = run_arms(grid, job, lambda event: None)
-    return job, grid, outcomes
+    prepared = prepare(scenario_from_mapping(mapping), folder)
+    grid = Recorder(simulated_client(prepared), num_nodes=prepared.scenario.clients.count)
+    outcomes = run_arms(grid, prepared, lambda event: None)
+    return prepared, grid, outcomes
 
 
 def test_two_runs_give_the_same_payloads_and_accuracy(tiny, tmp_path):
@@ -90,8 +88,8 @@ def test_arms_begin_with_the_same_weights(tiny, tmp_path):
 def test_a_drawn_model_has_a_tiny_keyframe(tiny, tmp_path):
     for initial in ("factory", "drawn"):
         mapping = {**tiny, "rounds": 1, "model": {"initial": initial}}
-        job, _, _ = run_inline(mapping, tmp_path / initial)
-        entries = read_ledger(job.ledger("prunecast"))
+        prepared, _, _ = run_inline(mapping, tmp_path / initial)
+        entries = read_ledger(prepared.ledger("prunecast"))
         keyframe = next(e for e in entries if e.kind == "keyframe")
         assert (keyframe.payload_bytes < 3000) == (initial == "drawn")
 
@@ -100,8 +98,8 @@ def test_sampled_clients_are_the_same_in_every_run(tiny, tmp_path):
     mapping = {**tiny, "rounds": 2, "clients": {"count": 5, "fraction": 0.4}}
     ledgers = []
     for name in ("one", "two"):
-        job, _, _ = run_inline(mapping, tmp_path / name)
-        ledgers.append([(e.round, e.node) for e in read_ledger(job.ledger("dense"))])
+        prepared, _, _ = run_inline(mapping, tmp_path / name)
+        ledgers.append([(e.round, e.node) for e in read_ledger(prepared.ledger("dense"))])
     assert ledgers[0] == ledgers[1]
     assert len({node for _, node in ledgers[0]}) > 1
 
@@ -201,8 +199,8 @@ def test_names_are_checked_before_anything_starts(tiny, tmp_path):
 
 
 def test_one_image_that_differs_is_an_error(tiny, tmp_path):
-    job = Job(tmp_path, scenario_from_mapping(tiny), (1,))
-    job.work.mkdir()
+    prepared = PreparedRun(tmp_path, scenario_from_mapping(tiny), (1,))
+    prepared.work.mkdir()
     predictions = np.arange(60) % 3
     published = _Published(None, predictions, 1.0)  # type: ignore[arg-type]
     report = {
@@ -212,17 +210,17 @@ def test_one_image_that_differs_is_an_error(tiny, tmp_path):
         "imported": [],
         "reason": None,
     }
-    np.savez(job.work / "device-2.npz", predictions=predictions)
-    _compare(job, 2, published, report, patched=True)
+    np.savez(prepared.work / "device-2.npz", predictions=predictions)
+    _compare(prepared, 2, published, report, patched=True)
     changed = predictions.copy()
     changed[17] = 9
-    np.savez(job.work / "device-2.npz", predictions=changed)
+    np.savez(prepared.work / "device-2.npz", predictions=changed)
     with pytest.raises(DeviceMismatch, match=r"1 of 60 images .* first image 17"):
-        _compare(job, 2, published, report, patched=True)
+        _compare(prepared, 2, published, report, patched=True)
     with pytest.raises(SimulationError, match="without a patch"):
-        _compare(job, 2, published, {**report, "payload": "keyframe"}, patched=True)
+        _compare(prepared, 2, published, {**report, "payload": "keyframe"}, patched=True)
     with pytest.raises(DeviceMismatch, match="imported torch"):
-        _compare(job, 2, published, {**report, "imported": ["torch"]}, patched=True)
+        _compare(prepared, 2, published, {**report, "imported": ["torch"]}, patched=True)
 
 
 def test_the_devices_module_imports_no_training_framework(tmp_path):

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from prunecast.compression.schemes import SCHEMES
-from prunecast.simulations.runner import read_ledger
-from prunecast.simulations.runner.clients import simulated_client
 from prunecast.simulations.runner.federate import run_arms
 from prunecast.simulations.runner.inprocess import InProcessGrid
-from prunecast.simulations.runner.job import Job, prepare
-from prunecast.simulations.runner.result import build_arms
+from prunecast.simulations.runner.nodes import simulated_client
+from prunecast.simulations.runner.prepared import PreparedRun, prepare
+from prunecast.simulations.runner.result import build_arms, read_ledger
 from prunecast.simulations.scenarios import ScenarioError, scenario_from_mapping
 
 
@@ -24,11 +23,11 @@ def with_arms(tiny: dict[str, Any], **arms: dict[str, Any]) -> dict[str, Any]:
     return mapping
 
 
-def run_inline(mapping: dict[str, Any], folder: Path) -> tuple[Job, dict[str, Any]]:
-    job = prepare(scenario_from_mapping(mapping), folder)
-    grid = InProcessGrid(simulated_client(job), num_nodes=job.scenario.clients.count)
-    outcomes = run_arms(grid, job, lambda event: None)
-    return job, build_arms(job, [vars(outcome) for outcome in outcomes])
+def run_inline(mapping: dict[str, Any], folder: Path) -> tuple[PreparedRun, dict[str, Any]]:
+    prepared = prepare(scenario_from_mapping(mapping), folder)
+    grid = InProcessGrid(simulated_client(prepared), num_nodes=prepared.scenario.clients.count)
+    outcomes = run_arms(grid, prepared, lambda event: None)
+    return prepared, build_arms(prepared, [vars(outcome) for outcome in outcomes])
 
 
 def test_every_scheme_trains_as_an_arm(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -38,7 +37,7 @@ def test_every_scheme_trains_as_an_arm(tiny: dict[str, Any], tmp_path: Path) -> 
     arms["signsgd"]["options"] = {"step": 0}
     arms["topk"]["options"] = {"density": 0.1}
     arms["stc"]["options"] = {"density": 0.1}
-    job, results = run_inline(with_arms({**tiny, "rounds": 2}, **arms), tmp_path)
+    prepared, results = run_inline(with_arms({**tiny, "rounds": 2}, **arms), tmp_path)
     dense = results["dense"]
     for name in SCHEMES:
         arm = results[name]
@@ -51,7 +50,7 @@ def test_every_scheme_trains_as_an_arm(tiny: dict[str, Any], tmp_path: Path) -> 
         assert arm["rounds"][0]["loss"] == dense["rounds"][0]["loss"]
         assert arm["encode_ms"] > 0
         assert arm["decode_ms"] > 0
-        entries = read_ledger(job.ledger(name))
+        entries = read_ledger(prepared.ledger(name))
         assert sum(e.dense_bytes for e in entries) == dense["bytes_up"] + dense["bytes_down"]
     # fp16 and int8 hardly change what is learnt
     for name in ("fp16", "int8"):

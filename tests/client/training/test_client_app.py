@@ -10,7 +10,7 @@ from torch import nn
 from prunecast.client.training.client_app import LocalTraining, app, training_seed
 from prunecast.client.training.errors import TrainerError
 from prunecast.client.training.trainer import TensorBatches
-from prunecast.simulations.runner import InProcessGrid
+from prunecast.simulations.runner.inprocess import InProcessGrid
 
 
 def tiny_model() -> nn.Module:

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from prunecast.server.federation import Ledger, serialised_bytes
 from prunecast.server.federation.metering import MeteringGrid
-from prunecast.simulations.runner import InProcessGrid
+from prunecast.simulations.runner.inprocess import InProcessGrid
 
 app = ClientApp()
 

@@ -19,7 +19,7 @@ from prunecast.compression.flower.schemes import (
 from prunecast.compression.schemes import SCHEMES, Stc, decode_payload, layout_of, scheme
 from prunecast.compression.versions import BadPayload
 from prunecast.server.federation import CompressedGrid, MeteringGrid, SchemeGrid
-from prunecast.simulations.runner import InProcessGrid
+from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, initial_arrays, local_step, make_app, to_arrays, to_record
 
 

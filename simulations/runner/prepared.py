@@ -17,11 +17,11 @@ from prunecast.simulations.scenarios import Scenario, scenario_from_mapping
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Job", "held_out", "prepare", "training_tensors"]
+__all__ = ["PreparedRun", "held_out", "prepare", "training_tensors"]
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedRun:
     """A prepared run.
 
     Attributes:
@@ -51,14 +51,14 @@ class Job:
         return self.folder / ("ledger.jsonl" if main else f"ledger-{arm}.jsonl")
 
     @classmethod
-    def open(cls, folder: Path) -> Job:
+    def open(cls, folder: Path) -> PreparedRun:
         """Read what `prepare` wrote."""
-        document = json.loads((folder / "work" / "job.json").read_text(encoding="utf-8"))
+        document = json.loads((folder / "work" / "prepared.json").read_text(encoding="utf-8"))
         scenario = scenario_from_mapping(document["scenario"])
         return cls(folder, scenario, tuple(document["sizes"]))
 
 
-def prepare(scenario: Scenario, folder: Path) -> Job:
+def prepare(scenario: Scenario, folder: Path) -> PreparedRun:
     """Load and partition the data and write them into ``<folder>/work``.
 
     Raises:
@@ -76,13 +76,13 @@ def prepare(scenario: Scenario, folder: Path) -> Job:
         np.savez(work / f"client-{number}.npz", x=data.x[chosen], y=data.y[chosen])
     sizes = tuple(len(chosen) for chosen in indices)
     document = {"scenario": scenario.to_mapping(), "sizes": sizes}
-    (work / "job.json").write_text(json.dumps(document), encoding="utf-8")
-    return Job(folder, scenario, sizes)
+    (work / "prepared.json").write_text(json.dumps(document), encoding="utf-8")
+    return PreparedRun(folder, scenario, sizes)
 
 
-def held_out(job: Job) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def held_out(prepared: PreparedRun) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Inputs and labels that no client sees."""
-    with np.load(job.work / "held-out.npz") as file:
+    with np.load(prepared.work / "held-out.npz") as file:
         return file["x"], file["y"]
 
 

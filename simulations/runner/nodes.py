@@ -1,23 +1,74 @@
-"""A grid in which nodes and replies have an order, so that a run can be repeated bit for bit."""
+"""The nodes of a simulation: what each one runs, and an order of them so that runs repeat."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+import torch
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
+from torch import nn
 
+from prunecast.client.training.client_app import Loader, LocalTraining, build_client_app
+from prunecast.client.training.mod import compression_mod
+from prunecast.client.training.scheme_mod import scheme_mod
+from prunecast.client.training.trainer import TensorBatches
 from prunecast.compression.flower.internals import NodeInfo
+from prunecast.compression.flower.references import load_callable
 from prunecast.server.federation.wrapper import GridWrapper
-from prunecast.simulations.runner.errors import EngineFailed
+from prunecast.simulations.runner import EngineFailed
+from prunecast.simulations.runner.prepared import PreparedRun, training_tensors
 
-__all__ = ["NODE_RECORD", "OrderedGrid", "nodes_by_partition"]
+__all__ = ["OrderedGrid", "nodes_by_partition", "simulated_client"]
 
-NODE_RECORD = "node"
-"""Key of the config record in which a client answers a query with its ``partition-id``."""
-
+_NODE_RECORD = "node"  # in which a client answers a query with its ``partition-id``
 _QUERY_SECONDS = 120.0
+
+
+def simulated_client(prepared: PreparedRun) -> ClientApp:
+    """The client of a prepared run; picklable, and small: data stay on disk."""
+    scenario = prepared.scenario
+    chosen = scenario.training
+    settings = LocalTraining(
+        local_epochs=chosen.epochs,
+        learning_rate=chosen.learning_rate,
+        learning_rate_decay=chosen.learning_rate_decay,
+        momentum=chosen.momentum,
+        weight_decay=chosen.weight_decay,
+        device=chosen.device,
+        mixed_precision=chosen.mixed_precision,
+        seed=scenario.seed,
+    )
+    client = build_client_app(
+        partial(_model, scenario.model.factory, scenario.engine.cpus),
+        partial(_data, str(prepared.work), chosen.batch_size),
+        settings,
+        mods=[compression_mod(prepared.store), scheme_mod(prepared.store)],
+    )
+    client.query()(_identify)
+    return client
+
+
+def _model(reference: str, threads: int, context: Context) -> nn.Module:
+    torch.set_num_threads(threads)  # each client has the CPUs the scenario gives it, no more
+    module: nn.Module = load_callable(reference)()
+    return module
+
+
+def _data(work: str, batch_size: int, context: Context) -> tuple[Loader, Loader | None]:
+    number = int(context.node_config["partition-id"])
+    inputs, targets = training_tensors(str(Path(work)), number)
+    return TensorBatches(inputs, targets, batch_size=batch_size, shuffle=True), None
+
+
+def _identify(message: Message, context: Context) -> Message:
+    number = int(context.node_config["partition-id"])
+    record = ConfigRecord({"partition-id": number})
+    return Message(RecordDict({_NODE_RECORD: record}), reply_to=message)
 
 
 def nodes_by_partition(grid: Grid, count: int) -> list[int]:
@@ -38,7 +89,7 @@ def nodes_by_partition(grid: Grid, count: int) -> list[int]:
     for reply in grid.send_and_receive(queries, timeout=_QUERY_SECONDS):
         if reply.has_error():
             raise EngineFailed(f"a simulated node failed to start: {reply.error.reason}")
-        record = reply.content[NODE_RECORD]
+        record = reply.content[_NODE_RECORD]
         assert isinstance(record, ConfigRecord)
         partitions[reply.metadata.src_node_id] = int(record["partition-id"])  # type: ignore[arg-type]
     if len(partitions) < count:
