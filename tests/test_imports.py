@@ -19,7 +19,7 @@ TOP_FOLDERS = ("common", "compression", "server", "client", "simulations", "cli"
 LAYERS = (
     {"common"},
     {"compression.codec"},
-    {"compression.versions", "compression.schemes", "compression.accelerated"},
+    {"compression.versions", "compression.schemes"},
     {"compression.pruning", "compression.files", "compression.release", "compression.flower"},
     {"compression.onnx"},
     {"client.training", "client.edge", "server.repository", "server.fleet"},

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from .container.head import Body, segments_of, write_body, write_copies, write_specs
 from .container.wire import seal
 from .context import Context, TensorSpec, spec_of
-from .engine import Engine
 from .entropy.adaptive import AdaptiveEncoder
-from .entropy.lanes import rans_tables
+from .entropy.lanes import SymbolStream, rans_tables, write_segment
 from .entropy.rans import RansTables
 from .entropy.serial import SerialModels, write_serial
 from .entropy.tables import quantised
@@ -26,11 +25,13 @@ from .modelling.classes import (
     STORED,
     FieldCode,
 )
-from .modelling.copies import all_fields, may_have_copies
-from .modelling.fields import Field
+from .modelling.copies import all_fields, find_copies, may_have_copies
+from .modelling.fields import Field, split_tensor, to_z
+from .modelling.observed import Observed
+from .modelling.parts import Part, histogram, split_phases, symbols_of
 from .modelling.planning import build_maps, choose_scheme, entropy_bits, plan_field
 
-__all__ = ["encode", "encode_body", "encode_with"]
+__all__ = ["encode", "encode_body"]
 
 # One symbol at a time takes microseconds each and saves some per cent: for what is small anyway.
 _SERIAL_SYMBOLS = 4_000
@@ -72,18 +73,12 @@ def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = Non
         array = np.asarray(value)
         arrays[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
     specs = {name: spec_of(name, array) for name, array in arrays.items()}
-    return encode_with(Engine(), arrays, specs, context or Context())
-
-
-def encode_with(
-    engine: Engine, arrays: Mapping[str, Any], specs: Mapping[str, TensorSpec], context: Context
-) -> bytes:
-    """Return the payload of arrays that ``engine`` understands; raises as :func:`encode`."""
+    context = context or Context()
     _check_layout(specs, context)
     kept: dict[str, int] = {}
-    parts: dict[str, list[Any]] = {}
+    parts: dict[str, list[NDArray[Any]]] = {}
     for name, array in arrays.items():
-        copies = engine.copies(array) if may_have_copies(name, specs[name], context) else None
+        copies = find_copies(array) if may_have_copies(name, specs[name], context) else None
         parts[name] = [array] if copies is None else list(copies)
         if copies is not None:
             kept[name] = len(copies[1])
@@ -95,8 +90,8 @@ def encode_with(
         if context.layout is None:
             write_specs(coder, specs)
         write_copies(coder, specs, context, kept)
-        values = (v for n, group in by_tensor.items() for v in _split(engine, parts[n], group))
-        rest, body = encode_body(coder, fields, values, engine, levels=levels)
+        values = (v for n, group in by_tensor.items() for v in _split(parts[n], group))
+        rest, body = encode_body(coder, fields, values, levels=levels)
         return seal(context, coder.finish(), rest), body
 
     payload, body = written(levels=True)
@@ -107,12 +102,12 @@ def encode_with(
     return payload
 
 
-def _split(engine: Engine, parts: list[Any], fields: list[Field]) -> Iterator[Any]:
+def _split(parts: list[NDArray[Any]], fields: list[Field]) -> Iterator[NDArray[Any]]:
     if len(parts) == 1:
-        yield from engine.split(parts[0], fields)
+        yield from split_tensor(parts[0], fields)
         return
     for part, field in zip(parts, fields, strict=True):
-        yield from engine.split(part, [field])
+        yield from split_tensor(part, [field])
 
 
 def _check_layout(specs: Mapping[str, TensorSpec], context: Context) -> None:
@@ -131,28 +126,28 @@ def _check_layout(specs: Mapping[str, TensorSpec], context: Context) -> None:
             )
 
 
-def _centre(engine: Engine, v: Any, f: Field) -> int:
+def _centre(v: NDArray[Any], f: Field) -> int:
     """A value to subtract: the only one, or the median of one sign."""
-    least, most = engine.bounds(v)
+    least, most = int(v.min()), int(v.max())
     if least == most:
         return least
     # Zigzag would leave every other integer unused.
     if not f.conditioned and (least >= 0 or most <= 0) and most - least >= _ONE_SIGN:
-        return engine.median(v, max(1, len(v) >> 12))
+        sample = np.sort(v[:: max(1, len(v) >> 12)])
+        return int(sample[len(sample) // 2])
     return 0
 
 
 def encode_body(
     coder: AdaptiveEncoder,
     fields: list[Field],
-    values: Iterable[Any],
-    engine: Engine,
+    values: Iterable[NDArray[Any]],
     *,
     levels: bool = True,
 ) -> tuple[bytes, Body]:
     """Write the body's head into ``coder``; return the sections that follow it, and the body."""
     codes: list[FieldCode] = []
-    zs: dict[int, Any] = {}
+    zs: dict[int, NDArray[Any]] = {}
     sets: dict[int | None, int] = {}
     stored, largest = b"", 0
     everything = sum(f.size for f in fields)
@@ -161,16 +156,18 @@ def encode_body(
             codes.append(FieldCode(CODED))
             continue
         if f.plane is None:
-            centre = _centre(engine, v, f)
+            centre = _centre(v, f)
         else:
-            counts = engine.byte_counts(v, max(1, f.size >> _BYTE_SAMPLE))
+            counts = np.bincount(v[:: max(1, f.size >> _BYTE_SAMPLE)] + 128, minlength=256)
             if _incompressible(counts):
-                stored += engine.stored(v)
+                stored += v.astype(np.int8).tobytes()
                 codes.append(FieldCode(STORED))
                 continue
             centre = int(counts.argmax()) - 128
-        z = engine.to_z(v, centre, f)
-        seen = engine.observe(f, z)
+        z = to_z(v, centre, f)
+        if f.plane is not None:
+            z = z.astype(np.uint8)  # four of the planes take the place of one float
+        seen = Observed(f, z)
         code = plan_field(f, seen, everything, levels=levels)
         code.centre = centre
         if code.mode == CODED:
@@ -182,13 +179,13 @@ def encode_body(
         del v, z, seen  # the arrays of the next field should not add to these
     active = list(zs)
     total = sum(fields[i].size for i in active)
-    scheme = choose_scheme(largest, total, lambda step: engine.every(list(zs.values()), step))
+    scheme = choose_scheme(largest, total, list(zs.values()))
 
-    parts = {i: engine.phases(fields[i], codes[i], zs.pop(i)) for i in active}
+    parts = {i: split_phases(fields[i], codes[i], zs.pop(i)) for i in active}
     histograms = []
     for number in range(len(sets)):
         mine = [p for i in active if codes[i].table_set == number for p in parts[i]]
-        histograms.append(engine.histogram(mine, scheme))
+        histograms.append(histogram(mine, scheme))
     body = Body(codes, scheme=scheme)
     body.maps, body.sparse = build_maps(histograms)
 
@@ -208,16 +205,16 @@ def encode_body(
         models = SerialModels(coder, len(body.sparse))
         for segment in body.segments:
             members = [parts[i][phase] for i, phase in segment.parts]
-            write_serial(coder, models, *engine.symbols(body, members), body.sparse)
+            write_serial(coder, models, *symbols_of(members), body.sparse)
         return side + stored, body
-    return _encode_lanes(coder, body, fields, parts, engine) + stored, body
+    return _encode_lanes(coder, body, fields, parts) + stored, body
 
 
 def _group(
     active: list[int],
     fields: list[Field],
     codes: list[FieldCode],
-    parts: dict[int, list[Any]],
+    parts: dict[int, list[Part]],
     *,
     serial: bool,
 ) -> list[list[int]]:
@@ -247,13 +244,12 @@ def _encode_lanes(
     coder: AdaptiveEncoder,
     body: Body,
     fields: list[Field],
-    parts: dict[int, list[Any]],
-    engine: Engine,
+    parts: dict[int, list[Part]],
 ) -> bytes:
     streams = []
     for segment in body.segments:
         members = [parts[i][phase] for i, phase in segment.parts]
-        streams.append(engine.stream(body, members))
+        streams.append(SymbolStream(body, *symbols_of(members)))
         for part in members:
             part.release()
     count = len(body.sparse) + int(body.sparse.sum())
@@ -274,13 +270,15 @@ def _encode_lanes(
     tables = rans_tables(body)
     sizes = [_estimate(stream, tables) / 8 for stream in streams]
     fast = sum(sizes) > _LARGE
-    lanes = [_lanes(s, nbytes, fast=fast) for s, nbytes in zip(streams, sizes, strict=True)]
-    data = engine.write(tables, streams, lanes, body.segments)
+    data = [
+        write_segment(tables, stream, _lanes(stream, nbytes, fast=fast), segment)
+        for stream, nbytes, segment in zip(streams, sizes, body.segments, strict=True)
+    ]
     body.static = _side_symbols(body) >= _STATIC
     return write_body(coder, body, fields) + b"".join(data)
 
 
-def _lanes(stream: Any, nbytes: float, *, fast: bool) -> int:
+def _lanes(stream: SymbolStream, nbytes: float, *, fast: bool) -> int:
     """Number of lanes: each saves steps and costs half a byte or more."""
     steps = len(stream.tokens) / _STEPS
     lanes = max(1, min(steps, nbytes / _BYTES_A_LANE))
@@ -303,7 +301,7 @@ def _side_symbols(body: Body) -> int:
     return levels + sum(map(len, body.tables))
 
 
-def _estimate(stream: Any, tables: RansTables) -> float:
+def _estimate(stream: SymbolStream, tables: RansTables) -> float:
     cost = tables.precision - np.log2(np.maximum(tables.frequencies, 1))
     counts = stream.histogram(cost.shape[0] << 8).reshape(-1, 256)[:, : cost.shape[1]]
     return float((counts * cost).sum()) + 8 * len(stream.raw)

@@ -28,16 +28,16 @@ from .modelling.classes import (
 from .modelling.copies import all_fields, expand_copies
 from .modelling.fields import Field, assemble, check_width, from_z
 
-__all__ = ["FOREIGN", "OpenedPayload", "Payload", "decode", "open_payload", "wrapped"]
+__all__ = ["Payload", "decode", "open_payload"]
 
 
 _CHUNK = 1 << 17
 # What numpy and Python raise on values that no check foresaw.
-FOREIGN = (ArithmeticError, ValueError, LookupError, TypeError, MemoryError)
+_FOREIGN = (ArithmeticError, ValueError, LookupError, TypeError, MemoryError)
 
 
-def wrapped(error: Exception, what: str) -> CodecError:
-    """Return the error to raise for one of FOREIGN."""
+def _wrapped(error: Exception, what: str) -> CodecError:
+    """Return the error to raise for one of _FOREIGN."""
     if isinstance(error, MemoryError):
         return LimitExceeded(
             f"{what} needs more memory than there is; lower Limits.decoded_bytes to refuse earlier"
@@ -45,8 +45,13 @@ def wrapped(error: Exception, what: str) -> CodecError:
     return MalformedPayload(f"{what} cannot be decoded: {error}")
 
 
-class OpenedPayload:
-    """A payload whose head was checked and read: what the fields are, and where their bytes lie."""
+class Payload(Mapping[str, NDArray[Any]]):
+    """A payload whose tensors are decoded when asked for.
+
+    The head is checked and read at construction; ``payload[name]`` decodes that tensor (and the
+    small ones that share its segments, which are kept until another group is asked for). Not
+    for concurrent use by several threads.
+    """
 
     def __init__(self, payload: bytes, context: Context, limits: Limits) -> None:
         envelope = unseal(payload, context, limits)
@@ -75,7 +80,38 @@ class OpenedPayload:
         self._first_segment: list[int] = []
         self._stored_at: dict[int, int] = {}
         self._most_steps, self._steps = limits.steps, 0
+        self._tables: RansTables | None = None
+        # Serial symbols can be read once only, as the coder's state moves on.
+        self._serial_read = False
+        self._serial_left = limits.serial_symbols
+        self._counted: set[int] = set()
+        self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
         self._lay_out()
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self.specs:
+            raise KeyError(name)
+        try:
+            parts = self.parts(name)
+            if len(parts) == 1:
+                return parts[0]
+            return expand_copies(parts[0], parts[1], self.specs[name])
+        except _FOREIGN as error:
+            raise _wrapped(error, f"tensor {name!r}") from error
+
+    def parts(self, name: str) -> list[NDArray[Any]]:
+        """Return what is coded of a tensor: itself, or references to rows and the rows kept."""
+        fields, index = self._by_tensor[name], self._index[name]
+        if name not in self._copies:
+            return [assemble((self._values(i) for i in index), fields)]
+        each = zip(fields, index, strict=True)
+        return [assemble(iter([self._values(i)]), [f]) for f, i in each]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
 
     def _lay_out(self) -> None:
         body = self._body
@@ -106,49 +142,6 @@ class OpenedPayload:
                 "raise that limit if you trust the sender"
             )
         self._steps += steps
-
-
-class Payload(OpenedPayload, Mapping[str, NDArray[Any]]):
-    """A payload whose tensors are decoded when asked for.
-
-    The head is checked and read at construction; ``payload[name]`` decodes that tensor (and the
-    small ones that share its segments, which are kept until another group is asked for). Not
-    for concurrent use by several threads.
-    """
-
-    def __init__(self, payload: bytes, context: Context, limits: Limits) -> None:
-        super().__init__(payload, context, limits)
-        self._tables: RansTables | None = None
-        # Serial symbols can be read once only, as the coder's state moves on.
-        self._serial_read = False
-        self._serial_left = limits.serial_symbols
-        self._counted: set[int] = set()
-        self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self.specs:
-            raise KeyError(name)
-        try:
-            parts = self.parts(name)
-            if len(parts) == 1:
-                return parts[0]
-            return expand_copies(parts[0], parts[1], self.specs[name])
-        except FOREIGN as error:
-            raise wrapped(error, f"tensor {name!r}") from error
-
-    def parts(self, name: str) -> list[NDArray[Any]]:
-        """Return what is coded of a tensor: itself, or references to rows and the rows kept."""
-        fields, index = self._by_tensor[name], self._index[name]
-        if name not in self._copies:
-            return [assemble((self._values(i) for i in index), fields)]
-        each = zip(fields, index, strict=True)
-        return [assemble(iter([self._values(i)]), [f]) for f, i in each]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
 
     def _values(self, i: int) -> NDArray[Any]:
         f, code = self._fields[i], self._body.codes[i]
@@ -268,8 +261,8 @@ def open_payload(
     """
     try:
         return Payload(bytes(payload), context or Context(), limits or Limits())
-    except FOREIGN as error:
-        raise wrapped(error, "the payload") from error
+    except _FOREIGN as error:
+        raise _wrapped(error, "the payload") from error
 
 
 def decode(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,9 +18,6 @@ __all__ = [
     "SymbolStream",
     "rans_tables",
     "read_segment",
-    "tail_room",
-    "tail_symbols",
-    "tail_window",
     "write_segment",
 ]
 
@@ -83,10 +78,8 @@ def write_segment(tables: RansTables, stream: SymbolStream, lanes: int, segment:
     keys *= np.uint32(tables.frequencies.shape[1])
     keys += stream.tokens
     segment.counts, segment.raw_bytes = stream.counts, len(stream.raw)
-    rest = stream.raw
-    few, spare = tail_room(lanes, len(rest))
-    last = keys[len(keys) - tail_window(len(keys), spare) :]
-    segment.tail_symbols = tail_symbols(last, tables, spare)
+    rest, few = stream.raw, max(1, lanes // _TAIL)
+    segment.tail_symbols = _tail_symbols(keys, tables, 2 * lanes - len(rest) - 3 * few)
     if segment.tail_symbols:
         cut = len(keys) - segment.tail_symbols
         segment.tail, rest = write_stream(keys[cut:], tables, few, rest)
@@ -95,21 +88,13 @@ def write_segment(tables: RansTables, stream: SymbolStream, lanes: int, segment:
     return data
 
 
-def tail_room(lanes: int, raw_bytes: int) -> tuple[int, int]:
-    """Lanes of a tail, and the bytes of first words that its symbols can fill."""
-    few = max(1, lanes // _TAIL)
-    return few, 2 * lanes - raw_bytes - 3 * few
-
-
-def tail_window(symbols: int, spare: int) -> int:
-    """Number of last symbols that may become a tail; 0 where that is not worth it."""
-    return 0 if spare < _LEAST_SPARE else min(symbols // 2, 16 * spare)
-
-
-def tail_symbols(last: NDArray[Any], tables: RansTables, spare: int) -> int:
-    """Number of symbols at the end of ``last`` (keys, in order) that take about ``spare`` bytes."""
+def _tail_symbols(keys: NDArray[np.uint32], tables: RansTables, spare: int) -> int:
+    """Number of last symbols that take about ``spare`` bytes; 0 where that is not worth it."""
+    if spare < _LEAST_SPARE:
+        return 0
+    last = keys[len(keys) - min(len(keys) // 2, 16 * spare) :][::-1]
     cost = tables.precision - np.log2(np.maximum(tables.frequencies.ravel(), 1))
-    return int(np.searchsorted(np.cumsum(cost.take(last[::-1])), 8 * spare))
+    return int(np.searchsorted(np.cumsum(cost.take(last)), 8 * spare))
 
 
 def read_segment(

@@ -35,7 +35,6 @@ __all__ = [
     "activity",
     "flip_signs",
     "may_have_neighbours",
-    "neighbour_classes",
     "neighbour_sums",
     "phase_size",
     "phase_slice",
@@ -120,7 +119,7 @@ def neighbour_sums(z: NDArray[Any], depth: int, phase: int) -> NDArray[Any]:
     return total
 
 
-def neighbour_classes() -> NDArray[np.int64]:
+def _neighbour_classes() -> NDArray[np.int64]:
     """Class of [half-octaves of |sum|, activity]."""
     k = np.arange(128)[:, None]
     relative = k - 1 - (np.arange(ACTIVITIES)[None, :] - UNIT_ACTIVITY)
@@ -155,7 +154,7 @@ class Classifier:
         part = phase_slice(self._code.depth, phase)
         sums = None if self._sums is None else self._sums[part]
         if around is not None:
-            joint = table[neighbour_classes()[:, act], act].reshape(-1)
+            joint = table[_neighbour_classes()[:, act], act].reshape(-1)
             out = np.empty(len(around), table.dtype)
             for s in range(0, len(around), CHUNK):  # in chunks, to bound temporary arrays
                 index = half_octaves(np.abs(around[s : s + CHUNK])).astype(np.uint16) << 7

@@ -21,13 +21,9 @@ from .lookup import CHUNK
 __all__ = [
     "all_fields",
     "copied_fields",
-    "copies_may_pay",
-    "copies_pay",
     "expand_copies",
     "find_copies",
-    "hash_factors",
     "may_have_copies",
-    "probe_step",
 ]
 
 _LEAST_ROWS = 64
@@ -73,10 +69,10 @@ def find_copies(array: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[Any]] |
     None where copies do not pay.
     """
     rows = array.reshape(len(array), -1)
-    step = probe_step(rows.shape[1])
+    step = max(1, rows.shape[1] // _PROBES)  # the columns that are looked at first
     probe = _hashes(rows[:, ::step])
     copied = _copied(probe, np.asarray(rows[:, ::step].any(1)))
-    if not copies_may_pay(int(copied.sum()), len(rows)):
+    if int(copied.sum()) < 0.01 * len(rows):  # not worth a closer look
         return None
     used = np.zeros(len(rows), np.bool_)
     for s in range(0, len(rows), _rows_of(rows)):
@@ -88,24 +84,14 @@ def find_copies(array: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[Any]] |
     # Hashes only propose.
     at = np.flatnonzero(copied)
     copied[at] = (rows[at] == rows[source[at]]).all(1)
-    if not copies_pay(int(copied.sum()), len(rows), int(np.count_nonzero(rows[copied]))):
+    if not _copies_pay(int(copied.sum()), len(rows), int(np.count_nonzero(rows[copied]))):
         return None
     number = np.cumsum(used & ~copied)
     references = np.where(copied, number[source], 0).astype(_REFERENCES)
     return references, np.ascontiguousarray(array[~copied])
 
 
-def probe_step(columns: int) -> int:
-    """Return the stride of the columns that are looked at first."""
-    return max(1, columns // _PROBES)
-
-
-def copies_may_pay(count: int, rows: int) -> bool:
-    """Whether so many rows that look like copies are worth a closer look."""
-    return count >= 0.01 * rows
-
-
-def copies_pay(count: int, rows: int, values: int) -> bool:
+def _copies_pay(count: int, rows: int, values: int) -> bool:
     """Whether references to so many copies cost less than their non-zero values."""
     flags = -math.log2(max(count / rows, 1e-9)) + 1.5
     return count > 0 and values * _BITS_A_VALUE >= 1.3 * count * (flags + math.log2(rows))
@@ -130,16 +116,11 @@ def _rows_of(rows: NDArray[Any]) -> int:
     return max(1, CHUNK // int(rows.shape[1]))
 
 
-def hash_factors(columns: int) -> NDArray[np.uint64]:
-    """Return what each column is multiplied with in a row's hash."""
-    factors = np.arange(1, columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    factors ^= factors >> np.uint64(29)
-    return factors * np.uint64(0xBF58476D1CE4E5B9) | np.uint64(1)
-
-
 def _hashes(rows: NDArray[Any]) -> NDArray[np.uint64]:
     """A 64-bit hash of every row: equal rows have equal hashes."""
-    factors = hash_factors(rows.shape[1])
+    factors = np.arange(1, rows.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    factors ^= factors >> np.uint64(29)
+    factors = factors * np.uint64(0xBF58476D1CE4E5B9) | np.uint64(1)
     out = np.empty(len(rows), np.uint64)
     for s in range(0, len(rows), _rows_of(rows)):  # in chunks, to bound temporary arrays
         part = rows[s : s + _rows_of(rows)].astype(np.int64).view(np.uint64)

@@ -25,11 +25,8 @@ __all__ = [
     "PREVIOUS_CLASSES",
     "Field",
     "assemble",
-    "class_of_magnitude",
     "fields_of",
     "from_z",
-    "log_thresholds",
-    "mask_violation",
     "split_tensor",
     "to_z",
 ]
@@ -38,7 +35,7 @@ PREVIOUS_CLASSES = 16
 
 
 @cache
-def log_thresholds() -> NDArray[np.int64]:
+def _log_thresholds() -> NDArray[np.int64]:
     """Smallest k with round(2 log2 k) >= j, for j = 0, 1, ...: k**4 >= 2**(2j - 1)."""
     out = []
     for j in range(69):
@@ -51,9 +48,9 @@ def log_thresholds() -> NDArray[np.int64]:
 def half_octaves(k: NDArray[Any]) -> NDArray[np.uint8]:
     """0 for 0, else 1 + round(2 log2 k), of integers in [0, 2**33]."""
     if len(k) and int(k.max()) < 1024:
-        table = np.searchsorted(log_thresholds(), np.arange(1024), side="right").astype(np.uint8)
+        table = np.searchsorted(_log_thresholds(), np.arange(1024), side="right").astype(np.uint8)
         return np.asarray(table.take(k))
-    return np.searchsorted(log_thresholds(), k, side="right").astype(np.uint8)
+    return np.searchsorted(_log_thresholds(), k, side="right").astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -120,12 +117,12 @@ class Field:
             if p.dtype.itemsize > 1:
                 p = np.clip(p, -top, top)
             k = np.abs(p.astype(np.int16, copy=False))
-            class_of_magnitude().take(np.minimum(k, top), out=out[s : s + CHUNK], mode="clip")
+            _class_of_magnitude().take(np.minimum(k, top), out=out[s : s + CHUNK], mode="clip")
         return out
 
 
 @cache
-def class_of_magnitude() -> NDArray[np.uint8]:
+def _class_of_magnitude() -> NDArray[np.uint8]:
     """Class of each |p| from 0 to 32, which stands for all above."""
     bounds = [*range(1, 13), 16, 23, 32]
     return np.searchsorted(bounds, np.arange(33), side="right").astype(np.uint8)
@@ -228,7 +225,7 @@ def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArr
     flat = _unsigned(np.ascontiguousarray(array).reshape(-1))
     if first.mask is not None:
         if flat[~first.mask.reshape(-1)].any():
-            raise mask_violation(first.name)
+            raise _mask_violation(first.name)
         flat = flat[first.selected]
     if first.spec.dtype.kind != "f":
         v = _wrap(flat, first)
@@ -252,7 +249,7 @@ def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArr
         yield _wrap((rotated >> (8 * field.plane)).astype(np.uint8), field)
 
 
-def mask_violation(name: str) -> MaskViolation:
+def _mask_violation(name: str) -> MaskViolation:
     """Return the error for a tensor that is non-zero off its mask."""
     return MaskViolation(
         f"tensor {name!r} is non-zero where its mask is False; multiply it by the mask, or leave "

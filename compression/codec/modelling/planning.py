@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,11 +45,10 @@ def entropy_bits(h: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(_xlogx(h.sum(-1)) - _xlogx(h).sum(-1))
 
 
-def choose_scheme(largest: int, total: int, sample: Callable[[int], NDArray[Any]]) -> TokenScheme:
-    """Return the token scheme that is cheapest for some values, as zigzag.
+def choose_scheme(largest: int, total: int, zs: Sequence[NDArray[Any]]) -> TokenScheme:
+    """Return the token scheme that is cheapest for the fields' values, as zigzag.
 
-    ``largest`` is the largest of the ``total`` values; ``sample(step)`` returns every step-th one
-    of each field.
+    ``largest`` is the largest of the ``total`` values.
     """
     schemes = [TokenScheme(d, m) for d, m in ((5, 1), (5, 2), (6, 2), (6, 3), (7, 2), (7, 3))]
     fitting = [s for s in schemes if s.alphabet(largest) <= 256]
@@ -58,7 +57,8 @@ def choose_scheme(largest: int, total: int, sample: Callable[[int], NDArray[Any]
     if largest < 32:
         return fitting[0]
     step = max(1, total // (1 << 18))
-    values = sample(step)
+    sampled = [z[::step] for z in zs]
+    values = sampled[0] if len(sampled) == 1 else np.concatenate(sampled)
     values = values[values > 0]
 
     def bits(scheme: TokenScheme) -> float:

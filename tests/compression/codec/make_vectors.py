@@ -21,7 +21,6 @@ from prunecast.compression.codec import Context, Limits, TensorSpec, encode, enc
 from prunecast.compression.codec.container.head import write_copies, write_specs
 from prunecast.compression.codec.container.wire import seal, unseal
 from prunecast.compression.codec.encoder import encode_body
-from prunecast.compression.codec.engine import Engine
 from prunecast.compression.codec.entropy.adaptive import UINT_CONTEXTS, AdaptiveEncoder
 from prunecast.compression.codec.modelling.copies import copied_fields
 from prunecast.compression.codec.modelling.fields import fields_of
@@ -179,7 +178,7 @@ def must_fail() -> dict[str, bytes]:
         write_specs(coder, specs)
         write_copies(coder, specs, Context(), {"w": kept})
         values = [np.array(references, np.int32), np.ones(kept * 8, np.int32)]
-        rest, _ = encode_body(coder, copied_fields("w", specs["w"], kept), values, Engine())
+        rest, _ = encode_body(coder, copied_fields("w", specs["w"], kept), values)
         return seal(Context(), coder.finish(), rest)
 
     return {
@@ -224,7 +223,7 @@ def _not_bool() -> bytes:
     coder = AdaptiveEncoder()
     write_specs(coder, specs)
     values = [np.array([0, 1, 2, 3, 1, 0, 1, 0, 1, 1], np.int32)]
-    rest, _ = encode_body(coder, fields_of(specs, Context())["w"], values, Engine())
+    rest, _ = encode_body(coder, fields_of(specs, Context())["w"], values)
     return seal(Context(), coder.finish(), rest)
 
 

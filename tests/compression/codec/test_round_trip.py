@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from prunecast.compression.codec import Context, TensorSpec, decode, encode, encoder, open_payload
+from support.codec_cases import cases, forced
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
 FLOATS = ["float16", "float32", "float64"]
+CASES = cases()
 SHAPES = [(), (0,), (0, 5), (3, 0, 2), (1,), (7,), (1, 300), (300, 1), (40, 3, 3, 3), (90, 110)]
 
 
@@ -253,3 +255,41 @@ def test_every_depth_of_neighbour_contexts(
         smooth[rng.random(size) < 0.01] = info.min
         smooth[rng.random(size) < 0.01] = info.max
         round_trip({"a": smooth, "b": -smooth})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_payload(name: str) -> None:
+    tensors, context = CASES[name]
+    round_trip(tensors, context)
+    with forced(lanes=True):
+        round_trip(tensors, context)
+    with forced(lanes=True, static=True):
+        round_trip(tensors, context)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["dense", "smooth", "sparse", "widths", "wide"])
+def test_every_depth_of_every_kind(name: str, depth: int) -> None:
+    tensors, context = CASES[name]
+    for lanes in (False, True):
+        with forced(depth=depth, lanes=lanes):
+            round_trip(tensors, context)
+
+
+def test_large_fields_are_planned_on_a_sample() -> None:
+    """Rows are sampled, levels are chosen, and sums go beyond what float32 holds."""
+    rng = np.random.default_rng(4)
+    scale = np.exp(rng.normal(size=(300, 1)) * 2) * np.exp(rng.normal(size=(1, 900)))
+    large = np.rint(rng.laplace(size=scale.shape) * scale)
+    for w in (
+        large.astype("i4"),
+        (large * 1e6).clip(-(2.0**31), 2.0**31 - 1).astype("i4"),
+        (large * 1e15).clip(-(2.0**62), 2.0**62).astype("i8"),
+    ):
+        round_trip({"w": w})
+        round_trip({"w": w}, Context(previous={"w": np.roll(w, 1)}))
+
+
+def test_groups_of_fields_may_be_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "_SHARED_MOST", 5000)
+    round_trip(*CASES["many"])
