@@ -65,7 +65,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_python_blocks_run(names: dict[str, Any]) -> None:
     assert names["model"].sparsity() > 0
     assert (names["folder"] / "digits.model").is_file()
-    assert {entry["direction"] for entry in names["entries"]} == {"up", "down"}
+    assert all(names["tally"].totals(direction=way).messages for way in ("up", "down"))
 
 
 def test_mask_block_holds_pruned_weights_at_zero(names: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from prunecast.client.edge import Agent, AgentConfig, read_status
 from prunecast.client.edge.held import held_model
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.onnx.export import export_graph
-from prunecast.server.federation import CompressedGrid, Policy
+from prunecast.server.federation import CompressedGrid, Ledger, Policy
 from prunecast.server.repository import KeyRing, ReleaseServer, Repository
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, make_app, to_record
@@ -61,7 +61,7 @@ def test_every_version_is_the_same_everywhere(tmp_path):
 
     seen: list = []
     inner = InProcessGrid(make_app(tmp_path / "store", seen), 3, run_id=RUN_ID)
-    grid = CompressedGrid(inner, POLICY, poll_interval=0.01)
+    grid = CompressedGrid(inner, POLICY, ledger=Ledger(keep=1000), poll_interval=0.01)
     arrays = to_record({name: value.numpy() for name, value in module.state_dict().items()})
     strategy = FedAvg(min_train_nodes=1, min_available_nodes=1, fraction_evaluate=0.0)
     random.seed(0)

@@ -4,12 +4,13 @@ from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import (
     CheckpointError,
     FederationError,
+    LedgerError,
     NonFiniteModel,
     PolicyError,
     ReleaseRuleError,
 )
 from prunecast.server.federation.grid import CompressedGrid
-from prunecast.server.federation.ledger import Entry, Ledger, Totals, serialised_bytes
+from prunecast.server.federation.ledger import Entry, Ledger, Tally, Totals, serialised_bytes
 from prunecast.server.federation.metering import MeteringGrid
 from prunecast.server.federation.policy import PRESETS, Policy
 from prunecast.server.federation.release_rule import ReleaseRule
@@ -25,6 +26,7 @@ __all__ = [
     "Entry",
     "FederationError",
     "Ledger",
+    "LedgerError",
     "MeteringGrid",
     "NonFiniteModel",
     "Policy",
@@ -32,6 +34,7 @@ __all__ = [
     "ReleaseRule",
     "ReleaseRuleError",
     "SchemeGrid",
+    "Tally",
     "Totals",
     "serialised_bytes",
 ]

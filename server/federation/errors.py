@@ -3,6 +3,7 @@
 __all__ = [
     "CheckpointError",
     "FederationError",
+    "LedgerError",
     "NonFiniteModel",
     "PolicyError",
     "ReleaseRuleError",
@@ -23,6 +24,10 @@ class NonFiniteModel(FederationError):
 
 class CheckpointError(FederationError):
     """A checkpoint file is missing or unusable."""
+
+
+class LedgerError(FederationError):
+    """The byte ledger cannot be written or read."""
 
 
 class ReleaseRuleError(FederationError):

@@ -41,8 +41,8 @@ class CompressedGrid(PollingGrid):
     Args:
         grid: the grid to wrap.
         policy: a `Policy`, or the name of a preset: "lossless", "balanced" or "small".
-        ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file, or None to
-            keep entries in memory only.
+        ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file that is
+            appended to, or None to count only.
         verify_replies: decode every reply once on arrival. A damaged reply then becomes an error
             of its own instead of stopping the aggregation it takes part in; costs one decoding.
         poll_interval: seconds between looking for replies in `send_and_receive`.

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, astuple, dataclass, field, fields
+from datetime import UTC, datetime
+from logging import WARNING
 from pathlib import Path
-from typing import IO, Literal
+from typing import Any, Literal
 
 from flwr.app import Message
 
-from prunecast.compression.flower.internals import object_bytes
+from prunecast.common.journal import Journal, JournalError, new_run_id, read_run
+from prunecast.compression.flower.internals import log, object_bytes
+from prunecast.server.federation.errors import LedgerError
 
-__all__ = ["Direction", "Entry", "Ledger", "Totals", "serialised_bytes"]
+__all__ = ["Direction", "Entry", "Ledger", "Tally", "Totals", "serialised_bytes"]
+
+SCHEMA = 1
+"""Grows when old readers would misread a ledger; new fields do not change it."""
 
 Direction = Literal["down", "up"]
 
@@ -59,15 +66,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over a ledger, in bytes and milliseconds."""
+    """Sums over messages, in bytes and milliseconds."""
 
-    messages: int
-    bytes_up: int
-    bytes_down: int
-    dense_bytes_up: int
-    dense_bytes_down: int
-    encode_ms: float
-    decode_ms: float
+    messages: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    dense_bytes_up: int = 0
+    dense_bytes_down: int = 0
+    encode_ms: float = 0.0
+    decode_ms: float = 0.0
 
     @property
     def payload_bytes(self) -> int:
@@ -80,57 +87,187 @@ class Totals:
         return self.dense_bytes_up + self.dense_bytes_down
 
 
-class Ledger:
-    """Collects entries and, given a path, appends them to a JSON Lines file.
+class Tally:
+    """Running sums per round, direction and kind; takes memory for these alone."""
 
-    Replies are decoded lazily, so an entry is written once its decoding time is known: at the
-    next `flush`, which the grid calls before every new batch of messages and at the end.
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self._sums: dict[tuple[int, Direction, str], list[float]] = {}
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Count a message."""
+        key = entry.round, entry.direction, entry.kind
+        sums = self._sums.setdefault(key, [0, 0, 0, 0.0, 0.0])
+        sums[0] += 1
+        sums[1] += entry.payload_bytes
+        sums[2] += entry.dense_bytes
+        sums[3] += entry.encode_ms
+        sums[4] += entry.decode_ms
+
+    def totals(
+        self,
+        *,
+        rounds: range | None = None,
+        direction: Direction | None = None,
+        kind: str | None = None,
+    ) -> Totals:
+        """Sums over all messages, or over those of some rounds, a direction or a kind."""
+        sums: dict[Direction, list[float]] = {"up": [0] * 5, "down": [0] * 5}
+        for (number, way, what), found in self._sums.items():
+            if (
+                (rounds is None or number in rounds)
+                and direction in (None, way)
+                and kind in (None, what)
+            ):
+                sums[way] = [a + b for a, b in zip(sums[way], found, strict=True)]
+        up, down = sums["up"], sums["down"]
+        return Totals(
+            messages=int(up[0] + down[0]),
+            bytes_up=int(up[1]),
+            bytes_down=int(down[1]),
+            dense_bytes_up=int(up[2]),
+            dense_bytes_down=int(down[2]),
+            encode_ms=up[3] + down[3],
+            decode_ms=up[4] + down[4],
+        )
+
+    def kinds(self, direction: Direction) -> list[str]:
+        """Kinds of message that were counted in a direction, in the order they came."""
+        return list(dict.fromkeys(kind for _, way, kind in self._sums if way == direction))
+
+
+class Ledger:
+    """Counts messages and, given a path, appends a line for each to a JSON Lines file.
+
+    The file keeps the runs before; docs/run.md describes it. Sums are kept in memory, entries
+    are not: `read` streams them from the file. Replies are decoded lazily, so an entry is written
+    once its decoding time is known: at the next `flush`, which the grid calls before every new
+    batch of messages and at the end. An entry that cannot be written (a full disk) is counted all
+    the same and reported in the log; it never ends the training.
+
+    Args:
+        path: of the file; None for sums only.
+        keep: how many of the latest entries to keep in `entries`.
+        run: id of the run, by default a new one.
+        name: what people call the run.
+        seed: of the run, for the file's reader.
+
+    Raises:
+        LedgerError: the file cannot be written, or another run is writing it.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.entries: list[Entry] = []
-        self._written = 0
-        self._file: IO[str] | None = None
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        keep: int = 0,
+        run: str = "",
+        name: str = "",
+        seed: int | None = None,
+    ) -> None:
+        self.run = run or new_run_id()
+        self._tally = Tally()
+        self._pending: list[Entry] = []
+        self._kept: deque[Entry] = deque(maxlen=keep)
+        self._journal: Journal | None = None
         if path is not None:
-            path = Path(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
+            started = datetime.now(UTC).isoformat(timespec="milliseconds")
+            header = {"schema": SCHEMA, "run": self.run, "name": name, "seed": seed}
+            try:
+                self._journal = Journal(Path(path), {**header, "started": started})
+            except JournalError as error:
+                raise LedgerError(str(error)) from error
+
+    @property
+    def path(self) -> Path | None:
+        """The file that entries go to, while it is open."""
+        return self._journal.path if self._journal else None
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The latest entries, as many as were to be kept; oldest first.
+
+        Raises:
+            LedgerError: none were to be kept.
+        """
+        if not self._kept.maxlen:
+            raise LedgerError(
+                "this ledger keeps no entries in memory: read its file with Ledger.read(path), or "
+                "make it with Ledger(keep=1000)"
+            )
+        return list(self._kept)
 
     def add(self, entry: Entry) -> Entry:
-        """Record a message; the caller may still set `decode_ms` before the next flush."""
-        self.entries.append(entry)
+        """Record a message; the caller may still change the entry before the next flush."""
+        self._pending.append(entry)
+        self._kept.append(entry)
         return entry
 
     def flush(self) -> None:
-        """Write the entries not yet written."""
-        if self._file is None:
-            return
-        for entry in self.entries[self._written :]:
-            line = asdict(entry)
-            if not line["alternatives"]:
-                del line["alternatives"]
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self._written = len(self.entries)
+        """Take the entries added so far for complete: count them and write them."""
+        done, self._pending = self._pending, []
+        for entry in done:
+            self._tally.add(entry)
+        if self._journal is not None:
+            lines = [asdict(entry) for entry in done]
+            for line in lines:
+                if not line["alternatives"]:
+                    del line["alternatives"]
+            try:
+                self._journal.append(lines)
+            except JournalError as error:
+                log(WARNING, "The ledger lacks %d messages: %s", len(lines), error)
 
     def close(self) -> None:
-        """Flush and close the file; adding entries afterwards keeps them in memory only."""
+        """Flush and close the file; entries added afterwards are only counted."""
         self.flush()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
 
-    def totals(self, entries: Iterable[Entry] | None = None) -> Totals:
-        """Sums over all entries, or over the given ones."""
-        chosen = list(self.entries if entries is None else entries)
-        up = [e for e in chosen if e.direction == "up"]
-        down = [e for e in chosen if e.direction == "down"]
-        return Totals(
-            messages=len(chosen),
-            bytes_up=sum(e.payload_bytes for e in up),
-            bytes_down=sum(e.payload_bytes for e in down),
-            dense_bytes_up=sum(e.dense_bytes for e in up),
-            dense_bytes_down=sum(e.dense_bytes for e in down),
-            encode_ms=sum(e.encode_ms for e in chosen),
-            decode_ms=sum(e.decode_ms for e in chosen),
-        )
+    def totals(
+        self,
+        *,
+        rounds: range | None = None,
+        direction: Direction | None = None,
+        kind: str | None = None,
+    ) -> Totals:
+        """Sums over all messages, or over those of some rounds, a direction or a kind.
+
+        Args:
+            rounds: their numbers, such as ``range(3, 4)``; None for all.
+            direction: "down" or "up"; None for both.
+            kind: see `Entry`; None for all.
+        """
+        tallies = self._tally, Tally(self._pending)
+        done, pending = (t.totals(rounds=rounds, direction=direction, kind=kind) for t in tallies)
+        return Totals(*(a + b for a, b in zip(astuple(done), astuple(pending), strict=True)))
+
+    @staticmethod
+    def read(path: Path, run: str | None = None) -> Iterator[Entry]:
+        """Entries of one run, as they are read from a file; fields not known here are dropped.
+
+        Args:
+            path: of a file that a ledger with a path wrote.
+            run: id or name of the run; None for the last one.
+
+        Raises:
+            LedgerError: the file cannot be read, is damaged or of a newer schema, or has no such
+                run.
+        """
+        try:
+            lines = read_run(path, schema=SCHEMA, run=run)
+            next(lines)  # the header
+        except JournalError as error:
+            raise LedgerError(f"ledger {error}") from error
+        return _entries(path, lines)
+
+
+def _entries(path: Path, lines: Iterator[dict[str, Any]]) -> Iterator[Entry]:
+    known = {field.name for field in fields(Entry)}
+    try:
+        for line in lines:
+            yield Entry(**{key: value for key, value in line.items() if key in known})
+    except (JournalError, TypeError) as error:
+        raise LedgerError(f"ledger {path} is damaged: {error}") from error

@@ -34,8 +34,8 @@ class MeteringGrid(PollingGrid):
 
     Args:
         grid: the grid to wrap.
-        ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file, or None to
-            keep entries in memory only.
+        ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file that is
+            appended to, or None to count only.
         alternatives: other codings to measure on the very same messages, by name, such as
             ``{"zstd-3": lambda data: len(zstandard.compress(data, 3))}``. Each is given the
             objects of one message, joined.

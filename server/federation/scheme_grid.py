@@ -53,8 +53,8 @@ class SchemeGrid(PollingGrid):
         grid: the grid to wrap.
         scheme: how updates travel; nodes are told its name and options with every message.
         seed: decides everything random in the replies, with the number of the message.
-        ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file, or None to
-            keep entries in memory only.
+        ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file that is
+            appended to, or None to count only.
         poll_interval: seconds between looking for replies in `send_and_receive`.
         limits: what is accepted of a reply's payload.
     """

@@ -157,7 +157,7 @@ def _run_arm(
     random.seed(scenario.seed)  # Flower samples nodes with it
     module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
     outcome, measure = ArmOutcome(name), _Measure(prepared, module)
-    ledger = Ledger(prepared.ledger(name))
+    ledger = Ledger(prepared.ledger(name), name=name, seed=scenario.seed)
     wrapped: CompressedGrid | MeteringGrid | SchemeGrid
     if arm.kind == "prunecast":
         wrapped = CompressedGrid(grid, policy_of(arm), ledger=ledger, poll_interval=_POLL_SECONDS)
@@ -235,12 +235,11 @@ def _drawn(grid: Grid, wrapped: PollingGrid, scenario: Scenario, like: ArrayReco
 
 def _refuse_failures(ledger: Ledger, server_round: int, arm: str) -> None:
     """A client that fails would be left out silently, and the arms would differ."""
-    failed = sorted(
-        {e.node for e in ledger.entries if e.round == server_round and e.kind == "error"}
-    )
+    rounds = range(server_round, server_round + 1)
+    failed = ledger.totals(rounds=rounds, kind="error").messages
     if failed:
         raise EngineFailed(
-            f"arm {arm!r}, round {server_round}: {len(failed)} clients answered with an error"
+            f"arm {arm!r}, round {server_round}: {failed} clients answered with an error"
         )
 
 

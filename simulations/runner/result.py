@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunecast.compression.versions import write_atomically
-from prunecast.server.federation import Entry
+from prunecast.server.federation import Entry, Ledger, LedgerError
 from prunecast.simulations.runner import ResultError
 from prunecast.simulations.runner.prepared import PreparedRun
 
@@ -19,16 +19,15 @@ SCHEMA = 1
 
 
 def read_ledger(path: Path) -> list[Entry]:
-    """Entries of a JSON Lines ledger.
+    """Entries of the last run in a ledger.
 
     Raises:
         ResultError: missing or damaged.
     """
     try:
-        with path.open(encoding="utf-8") as lines:
-            return [Entry(**json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        raise ResultError(f"cannot read the ledger {path}: {error}") from error
+        return list(Ledger.read(path))
+    except LedgerError as error:
+        raise ResultError(str(error)) from error
 
 
 def build_arms(

@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from prunecast.server.federation import Ledger
+
 pytestmark = pytest.mark.engine
 
 ROUNDS, NODES = 2, 2
@@ -65,14 +67,14 @@ def test_run_completes_and_ledger_agrees_with_flowers_traffic_counter(
         tiny_app, "--run-config", f'output="{tmp_path}" num-server-rounds={ROUNDS}'
     )
 
-    entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
-    assert {e["kind"] for e in entries} == {"keyframe", "delta", "reuse", "update", "none"}
-    assert len({e["node"] for e in entries}) == NODES
+    entries = list(Ledger.read(tmp_path / "ledger.jsonl"))
+    assert {e.kind for e in entries} == {"keyframe", "delta", "reuse", "update", "none"}
+    assert len({e.node for e in entries}) == NODES
     losses = list(json.loads((tmp_path / "losses.json").read_text()).values())
     assert losses == sorted(losses, reverse=True)
 
     counted = run.details["network-traffic"]["total-bytes"]
-    ours = sum(e["payload_bytes"] for e in entries)
+    ours = sum(e.payload_bytes for e in entries)
     assert abs(counted - ours) < 0.03 * counted, f"Flower: {counted:,}, ledger: {ours:,}"
 
     for node in range(NODES):

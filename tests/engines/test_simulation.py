@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prunecast.server.federation import Ledger, Tally
+
 pytestmark = pytest.mark.engine
 
 ROUNDS, NODES, ROWS = 3, 2, 64
@@ -30,10 +32,9 @@ def output(simulation: Any, tiny_app: Path, tmp_path_factory: pytest.TempPathFac
 
 def test_every_node_gets_one_keyframe_then_deltas_and_reuse(output: Path) -> None:
     kinds = defaultdict(list)
-    for line in (output / "ledger.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        if entry["direction"] == "down":
-            kinds[entry["node"]].append((entry["message_type"], entry["kind"]))
+    for entry in Ledger.read(output / "ledger.jsonl"):
+        if entry.direction == "down":
+            kinds[entry.node].append((entry.message_type, entry.kind))
     expected = [("train", "keyframe"), ("evaluate", "delta")]
     for _ in range(ROUNDS - 1):
         expected += [("train", "reuse"), ("evaluate", "delta")]
@@ -41,10 +42,10 @@ def test_every_node_gets_one_keyframe_then_deltas_and_reuse(output: Path) -> Non
 
 
 def test_bytes_are_saved_in_both_directions(output: Path) -> None:
-    entries = [json.loads(line) for line in (output / "ledger.jsonl").read_text().splitlines()]
+    tally = Tally(Ledger.read(output / "ledger.jsonl"))
     for direction, factor in (("down", 5), ("up", 5)):
-        chosen = [e for e in entries if e["direction"] == direction]
-        sent, dense = (sum(e[key] for e in chosen) for key in ("payload_bytes", "dense_bytes"))
+        totals = tally.totals(direction=direction)
+        sent, dense = totals.payload_bytes, totals.dense_bytes
         assert sent * factor < dense, f"{direction}: {sent} bytes instead of {dense}"
 
 

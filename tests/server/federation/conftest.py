@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.clientapp import ClientApp
 
-from prunecast.server.federation import CompressedGrid, Policy
+from prunecast.server.federation import CompressedGrid, Ledger, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, make_app
 from support.releases import graph, images, model
@@ -32,6 +32,7 @@ def federation(tmp_path: Path) -> Callable[..., Any]:
     ) -> tuple[CompressedGrid, InProcessGrid, list[tuple[int, str, dict[str, np.ndarray]]]]:
         seen: list[tuple[int, str, dict[str, np.ndarray]]] = []
         inner = InProcessGrid(app or make_app(tmp_path / "store", seen), nodes, run_id=run_id)
-        return CompressedGrid(inner, policy, poll_interval=0.01, **options), inner, seen
+        options = {"ledger": Ledger(keep=10_000), "poll_interval": 0.01, **options}
+        return CompressedGrid(inner, policy, **options), inner, seen
 
     return build

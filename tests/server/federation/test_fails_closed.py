@@ -311,7 +311,9 @@ def test_ledger_file_has_a_line_per_message(federation, tmp_path):
     grid, _, _ = federation("small", ledger=tmp_path / "ledger.jsonl")
     FedAvg().start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=2)
     grid.ledger.close()
-    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    written = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    header, *lines = [json.loads(line) for line in written]
+    assert {"schema", "run", "name", "seed", "started"} == set(header)
     assert len(lines) == 2 * 2 * 2 * 3
     assert {line["direction"] for line in lines} == {"up", "down"}
     required = {

@@ -18,7 +18,7 @@ from prunecast.compression.flower.schemes import (
 )
 from prunecast.compression.schemes import SCHEMES, Stc, decode_payload, layout_of, scheme
 from prunecast.compression.versions import BadPayload
-from prunecast.server.federation import CompressedGrid, MeteringGrid, SchemeGrid
+from prunecast.server.federation import CompressedGrid, Ledger, MeteringGrid, SchemeGrid
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, initial_arrays, local_step, make_app, to_arrays, to_record
 
@@ -107,12 +107,13 @@ def test_any_strategy_and_nearly_the_dense_result(tmp_path, strategy):
 
 
 def test_ledger_counts_what_plain_flower_would_have_sent(tmp_path):
-    dense = MeteringGrid(InProcessGrid(client(tmp_path / "a"), 2, run_id=RUN_ID))
+    inner = InProcessGrid(client(tmp_path / "a"), 2, run_id=RUN_ID)
+    dense = MeteringGrid(inner, ledger=Ledger(keep=10))
     exchange(dense, arrays_with_counter(), 4)
     grid = SchemeGrid(
         InProcessGrid(client(tmp_path / "b"), 2, run_id=RUN_ID),
         Stc(density=0.05),
-        ledger=tmp_path / "ledger.jsonl",
+        ledger=Ledger(tmp_path / "ledger.jsonl", keep=10),
         poll_interval=0.01,
     )
     exchange(grid, arrays_with_counter(), 4)
@@ -198,7 +199,8 @@ def refusal(reply, *words):
 
 def test_a_client_without_the_mod_is_refused():
     for app in (client(None), make_app(None)):
-        grid = SchemeGrid(InProcessGrid(app, 1, run_id=RUN_ID), Stc(), poll_interval=0.01)
+        inner = InProcessGrid(app, 1, run_id=RUN_ID)
+        grid = SchemeGrid(inner, Stc(), ledger=Ledger(keep=10), poll_interval=0.01)
         (reply,) = exchange(grid, initial_arrays())
         assert refusal(reply, "scheme_mod()", "node 1")
         assert grid.ledger.entries[-1].kind == "error"
@@ -318,7 +320,7 @@ def test_replies_that_are_refused(tmp_path, case):
         return reply
 
     inner.on_reply = tamper
-    grid = SchemeGrid(inner, Stc(density=1.0), poll_interval=0.01)
+    grid = SchemeGrid(inner, Stc(density=1.0), ledger=Ledger(keep=10), poll_interval=0.01)
     start = HUGE if case == "beyond float32" else initial_arrays()
     (reply,) = exchange(grid, start)
     assert refusal(reply, says)
