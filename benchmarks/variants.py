@@ -133,7 +133,8 @@ def variants(trained: Path, graphs: Path) -> list[Made]:
     from prunecast.compression.onnx import quantise
     from prunecast.compression.onnx.cache import export_cached
     from prunecast.compression.onnx.lattice import snap
-    from prunecast.compression.pruning import ChannelPlan, narrow_module
+    from prunecast.compression.pruning import ChannelPlan
+    from prunecast.compression.pruning.narrowing import narrow_module
     from prunecast.compression.versions import PublishedModel, RawTensor
 
     held = wide_narrow.load(trained)

@@ -18,7 +18,7 @@ import torch
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
-from prunecast.client.training.masks import holding
+from prunecast.compression.pruning import holding
 from prunecast.server.federation import PRESETS, CompressedGrid, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import initial_arrays, make_app, to_record

@@ -27,12 +27,12 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from prunecast.client.training.errors import TrainerError
-from prunecast.client.training.masks import current_masks
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import Batch, evaluate, train
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
 from prunecast.compression.flower.references import load_callable
+from prunecast.compression.pruning import current_masks
 
 __all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]
 

@@ -12,7 +12,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from prunecast.client.training.errors import ModError
-from prunecast.client.training.masks import holding
 from prunecast.client.training.store import NodeStore, default_root
 from prunecast.client.training.updates import compress_update
 from prunecast.compression.codec import CodecError
@@ -26,6 +25,7 @@ from prunecast.compression.flower import (
     stream_id,
 )
 from prunecast.compression.flower.internals import ClientAppCallable, Mod, make_message
+from prunecast.compression.pruning import holding
 from prunecast.compression.versions import (
     BaseMissing,
     Instruction,

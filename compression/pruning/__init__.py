@@ -1,33 +1,32 @@
-"""What to remove and when: criteria, schedules, masks, channels.
+"""What to remove and when: plans, their criteria, schedules and allocations, masks, channels.
 
-Functions on numpy arrays; `choose_channels` and `narrow_module` need torch and torch-pruning, and
-are imported when first asked for.
+Functions on numpy arrays, but for `prunecast.compression.pruning.narrowing`, which chooses the
+channels of a torch module (needs torch and torch-pruning).
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from prunecast.compression.pruning.channels import ChannelPlan, PlanError
-from prunecast.compression.pruning.magnitude import Scope, magnitude_masks
-from prunecast.compression.pruning.schedules import CubicSchedule
-
-if TYPE_CHECKING:
-    from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
+from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.criteria import CRITERIA, Criterion, Knowledge
+from prunecast.compression.pruning.masks import ALLOCATIONS, Allocation, current_masks, holding
+from prunecast.compression.pruning.plan import (
+    SCHEDULES,
+    CubicSchedule,
+    PlanError,
+    PruningPlan,
+    Schedule,
+)
 
 __all__ = [
+    "ALLOCATIONS",
+    "CRITERIA",
+    "SCHEDULES",
+    "Allocation",
     "ChannelPlan",
+    "Criterion",
     "CubicSchedule",
+    "Knowledge",
     "PlanError",
-    "Scope",
-    "choose_channels",
-    "magnitude_masks",
-    "narrow_module",
+    "PruningPlan",
+    "Schedule",
+    "current_masks",
+    "holding",
 ]
-
-_LAZY = {"choose_channels": "narrowing", "narrow_module": "narrowing"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,16 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 
-__all__ = ["ChannelPlan", "PlanError"]
+__all__ = ["Axes", "ChannelPlan"]
 
 _SCHEMA = 1
 Axes = tuple[NDArray[np.bool_] | None, ...]
-
-
-class PlanError(ValueError):
-    """Channels cannot be removed, or a plan does not fit a model."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from prunecast.compression.pruning.channels import Axes, ChannelPlan, PlanError
+from prunecast.compression.pruning.channels import Axes, ChannelPlan
+from prunecast.compression.pruning.plan import PlanError
 
 __all__ = ["choose_channels", "narrow_module"]
 

@@ -7,11 +7,12 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from prunecast.compression.pruning import CubicSchedule, Scope
+from prunecast.compression.pruning import ALLOCATIONS, CRITERIA, SCHEDULES, PruningPlan
 from prunecast.compression.versions import UpdateRule, VersionsError
 from prunecast.server.federation.errors import PolicyError
 
@@ -19,6 +20,11 @@ __all__ = ["PRESETS", "Policy"]
 
 _PREFIX = "prunecast."
 _STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
+_NAMED: dict[str, Mapping[str, Any]] = {
+    "pruning_scope": ALLOCATIONS,
+    "pruning_criterion": CRITERIA,
+    "pruning_schedule": SCHEDULES,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,9 @@ class Policy:
         sparsity: final fraction of zeros in prunable tensors, 0 <= sparsity < 1.
         pruning_begin: last version that is dense.
         pruning_end: first version at the final sparsity.
-        pruning_scope: "layer" or "global" ranking of magnitudes.
+        pruning_scope: "layer" prunes every tensor alike, "global" ranks all of them together.
+        pruning_criterion: what is removed first: "magnitude", "taylor" or "fisher".
+        pruning_schedule: how sparsity rises in between: "cubic".
         pruning_records: keys of the array records that are pruned; others (control variates, say)
             are only quantised.
         pruning_min_size: tensors with fewer elements are never pruned.
@@ -57,7 +65,9 @@ class Policy:
     sparsity: float = 0.0
     pruning_begin: int = 2
     pruning_end: int = 25
-    pruning_scope: Scope = "layer"
+    pruning_scope: str = "layer"
+    pruning_criterion: str = "magnitude"
+    pruning_schedule: str = "cubic"
     pruning_records: tuple[str, ...] = ("arrays",)
     pruning_min_size: int = 1024
     pruning_exclude: tuple[str, ...] = ()
@@ -79,8 +89,10 @@ class Policy:
             raise _refused(
                 "sparsity", self.sparsity, "give the fraction of zeros, 0 or above and below 1"
             )
-        if self.pruning_scope not in ("layer", "global"):
-            raise _refused("pruning_scope", self.pruning_scope, "choose 'layer' or 'global'")
+        for name, known in _NAMED.items():
+            if getattr(self, name) not in known:
+                choices = " or ".join(map(repr, known))
+                raise _refused(name, getattr(self, name), f"choose {choices}")
         if self.sparsity and not self.down_step:
             raise _refused(
                 "sparsity",
@@ -99,17 +111,25 @@ class Policy:
                 f"it must lie after {_key('pruning_begin')} = {self.pruning_begin}",
             )
         try:
-            _ = self.schedule, self.update_rule
+            _ = self.pruning, self.update_rule
         except (ValueError, VersionsError) as error:
             raise PolicyError(
                 f"{error}: correct the knobs {_key('sparsity')}, {_key('pruning_begin')}, "
                 f"{_key('pruning_end')}, {_key('up_step')}, {_key('dead_zone')}"
             ) from error
 
-    @property
-    def schedule(self) -> CubicSchedule:
-        """Sparsity as a function of the version number."""
-        return CubicSchedule(self.sparsity, self.pruning_begin, self.pruning_end)
+    @cached_property
+    def pruning(self) -> PruningPlan:
+        """The plan that the knobs state, for the records that it names."""
+        make_schedule = SCHEDULES[self.pruning_schedule]
+        return PruningPlan(
+            make_schedule(self.sparsity, self.pruning_begin, self.pruning_end),
+            CRITERIA[self.pruning_criterion],
+            ALLOCATIONS[self.pruning_scope],
+            self.pruning_min_size,
+            self.pruning_exclude,
+            self.pruning_records,
+        )
 
     @property
     def update_rule(self) -> UpdateRule:
@@ -123,15 +143,6 @@ class Policy:
             or dtype.kind != "f"
             or size < 2
             or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.lossless)
-        )
-
-    def is_prunable(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a lattice tensor may be pruned: a matrix or kernel of some size."""
-        return (
-            self.sparsity > 0
-            and len(shape) >= 2
-            and math.prod(shape) >= self.pruning_min_size
-            and not any(fnmatch.fnmatchcase(name, p) for p in self.pruning_exclude)
         )
 
     @classmethod

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits, quantise, spread
 from prunecast.compression.flower import payload_record
-from prunecast.compression.pruning import magnitude_masks
+from prunecast.compression.pruning import Knowledge, PruningPlan
 from prunecast.compression.versions import (
     InvalidModel,
     Kind,
@@ -68,11 +68,17 @@ class Publisher:
     ``q = round(master / step) * mask``: the master keeps what rounding dropped, so the next
     version repairs it. Steps follow each tensor's spread in powers of two, which keeps old and
     new lattices nested.
+
+    Args:
+        policy: steps, what travels exactly, how many versions are kept.
+        stream: identifier of the stream, part of every payload.
+        plan: what is pruned; None prunes nothing.
     """
 
-    def __init__(self, policy: Policy, stream: bytes, *, pruned: bool = True) -> None:
-        self.policy, self.stream = policy, stream
-        self._schedule = policy.schedule if pruned else None
+    def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
+        self.policy, self.stream, self._plan = policy, stream, plan
+        self._before: dict[str, NDArray[Any]] = {}
+        self._statistics: Mapping[str, Mapping[str, NDArray[np.floating]]] = {}
         self._steps: dict[str, float] = {}
         self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
         self._counter = 0
@@ -109,11 +115,17 @@ class Publisher:
             self._seeded = (model.digest, source)
         return model.arrays()
 
-    def publish(self, master: Mapping[str, NDArray[Any]]) -> Version:
+    def publish(
+        self,
+        master: Mapping[str, NDArray[Any]],
+        statistics: Mapping[str, Mapping[str, NDArray[np.floating]]] | None = None,
+    ) -> Version:
         """Make the next version.
 
         Args:
             master: name to array, any shapes; float arrays must be finite unless lossless.
+            statistics: what nodes contributed since the last version, by statistic and tensor; what
+                is not given stays as it was.
 
         Raises:
             NonFiniteModel: a tensor to be put on the lattice holds NaN or infinity.
@@ -130,12 +142,8 @@ class Publisher:
                     "diverged; nothing was sent"
                 )
         self._counter += 1
-        sparsity = self._schedule(self._counter) if self._schedule else 0.0
-        prunable = {n: a for n, a in lattice.items() if self.policy.is_prunable(n, a.shape)}
-        masks: dict[str, NDArray[np.bool_]] = {}
-        if sparsity > 0 and prunable:
-            masks = magnitude_masks(prunable, sparsity, scope=self.policy.pruning_scope)
-        model = self._on_lattice(master, masks)
+        self._statistics = {**self._statistics, **(statistics or {})}
+        model = self._on_lattice(master, self._masks(lattice))
         known = self._history.pop(short(model.digest), None)
         self._history[short(model.digest)] = known or model
         while len(self._history) > self.policy.history:
@@ -144,6 +152,23 @@ class Publisher:
         if self._seeded is not None and self._seeded[0] == model.digest:
             seed = self._seeded[1]
         return Version(model, master, seed)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Statistics to ask of the nodes that train from the last version."""
+        return self._plan.wanted(self._counter, self._statistics) if self._plan else ()
+
+    def _masks(self, lattice: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.bool_]]:
+        if self._plan is None:
+            return {}
+        weights = self._plan.prunable(lattice)
+        update: dict[str, NDArray[Any]] = {}
+        if self._plan.criterion.uses_update:
+            for name, before in self._before.items():
+                if name in weights and weights[name].shape == before.shape:
+                    update[name] = np.subtract(weights[name], before, dtype=np.float64)
+            self._before = weights
+        return self._plan.masks(self._counter, Knowledge(weights, update, self._statistics))
 
     def _on_lattice(
         self, master: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[np.bool_]]

@@ -37,8 +37,8 @@ class Stream:
     """The versions of one record key."""
 
     def __init__(self, policy: Policy, run_id: int, key: str) -> None:
-        self.id = stream_id(run_id, key)
-        self.publisher = Publisher(policy, self.id, pruned=key in policy.pruning_records)
+        self.id, plan = stream_id(run_id, key), policy.pruning
+        self.publisher = Publisher(policy, self.id, plan if key in plan.records else None)
         self._recent: OrderedDict[str, Version] = OrderedDict()
 
     def version_of(self, record: ArrayRecord, content_id: str) -> Version:

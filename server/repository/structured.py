@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from prunecast.compression.onnx import ExportedGraph, read_note, with_note
 from prunecast.compression.onnx.cache import export_cached
-from prunecast.compression.pruning import ChannelPlan, PlanError, choose_channels, narrow_module
+from prunecast.compression.pruning import ChannelPlan, PlanError
+from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository.errors import RepositoryError

@@ -7,12 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from prunecast.compression.pruning import (
-    ChannelPlan,
-    PlanError,
-    choose_channels,
-    narrow_module,
-)
+from prunecast.compression.pruning import ChannelPlan, PlanError
+from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 
 

@@ -232,6 +232,8 @@ def test_an_error_reply_for_a_dead_node_passes_and_is_in_the_ledger(federation):
             "prunecast.sparsity .*lattice: set prunecast.down-step above 0",
         ),
         ({"prunecast.pruning-scope": "universe"}, "prunecast.pruning-scope .*'layer' or 'global'"),
+        ({"prunecast.pruning-criterion": "luck"}, "-criterion .*'magnitude' or .* or 'fisher'"),
+        ({"prunecast.pruning-schedule": 3}, "prunecast.pruning-schedule .*= 3: give a string"),
         ({"prunecast.pruning-end": 2}, "prunecast.pruning-end .*after prunecast.pruning-begin = 2"),
         ({"prunecast.pruning-begin": -1}, "prunecast.pruning-begin .*= -1: give 0 or more"),
         ({"prunecast.history": 0}, "prunecast.history .*= 0: give 1 or more"),

@@ -1,0 +1,138 @@
+"""The plan: what is pruned, by which criterion, when, and how much of each tensor.
+
+Criterion, schedule and allocation are small objects behind protocols, each with a registry by name
+(`CRITERIA`, `SCHEDULES`, `ALLOCATIONS`), so that run configs and scenario files can name them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.compression.pruning.criteria import CRITERIA, Criterion, Knowledge
+from prunecast.compression.pruning.masks import ALLOCATIONS, Allocation
+
+__all__ = ["SCHEDULES", "CubicSchedule", "PlanError", "PruningPlan", "Schedule", "Structure"]
+
+Structure = Literal["weights", "channels"]
+"""What is removed as one: single weights, or whole channels with all that is coupled to them."""
+
+
+class PlanError(ValueError):
+    """A plan asks for what cannot be done, or does not fit a model."""
+
+
+class Schedule(Protocol):
+    """When to prune: sparsity as a function of the version number, which counts from 1."""
+
+    def __call__(self, version: int) -> float:
+        """Fraction of zeros in the prunable tensors, 0 <= sparsity < 1."""
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """Gradual pruning: fast at first, slow near the target.
+
+    ``s(t) = final * (1 - (1 - (t - begin) / (end - begin))**3)`` between `begin` and `end`,
+    0 before, `final` after (Zhu & Gupta 2017, "To prune, or not to prune", section 3, with an
+    initial sparsity of 0).
+
+    Attributes:
+        final: sparsity at the end, 0 <= final < 1.
+        begin: last version that is dense.
+        end: first version at the final sparsity, greater than `begin`.
+
+    Examples:
+        >>> schedule = CubicSchedule(final=0.9, begin=2, end=12)
+        >>> [round(schedule(version), 3) for version in (1, 2, 3, 7, 12, 50)]
+        [0.0, 0.0, 0.244, 0.787, 0.9, 0.9]
+    """
+
+    final: float
+    begin: int = 2
+    end: int = 25
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.final < 1:
+            raise ValueError(f"final sparsity must be in [0, 1), not {self.final}")
+        if not 0 <= self.begin < self.end:
+            raise ValueError(f"pruning must begin before it ends, not {self.begin}..{self.end}")
+
+    def __call__(self, version: int) -> float:
+        """Sparsity for a version, counted from 1."""
+        progress = min(1.0, max(0.0, (version - self.begin) / (self.end - self.begin)))
+        return float(self.final * (1 - (1 - progress) ** 3))
+
+
+SCHEDULES: dict[str, Callable[[float, int, int], Schedule]] = {"cubic": CubicSchedule}
+"""What makes a schedule of final sparsity, begin and end, by the name `pruning_schedule` has."""
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What a publisher prunes; by default nothing.
+
+    Attributes:
+        schedule: when, and how much at the end.
+        criterion: what is removed first.
+        allocation: how the sparsity is spread over tensors.
+        min_size: tensors with fewer elements are never pruned.
+        exclude: name patterns (shell style) that are never pruned.
+        records: keys of the array records that are pruned.
+        structure: "weights". Channels are chosen when a release is made (`choose_channels`).
+
+    Raises:
+        PlanError: rounds cannot prune that structure.
+    """
+
+    schedule: Schedule = CubicSchedule(0.0)
+    criterion: Criterion = CRITERIA["magnitude"]
+    allocation: Allocation = ALLOCATIONS["layer"]
+    min_size: int = 1024
+    exclude: tuple[str, ...] = ()
+    records: tuple[str, ...] = ("arrays",)
+    structure: Structure = "weights"
+
+    def __post_init__(self) -> None:
+        if self.structure != "weights":
+            raise PlanError(
+                f"{self.structure!r} cannot be pruned in rounds: choose 'weights', and narrow "
+                "channels in the release (prunecast release create --variant structured)"
+            )
+
+    def prunable(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The tensors that may be pruned: matrices and kernels of some size."""
+        return {
+            name: array
+            for name, array in arrays.items()
+            if array.ndim >= 2
+            and array.size >= self.min_size
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+        }
+
+    def masks(self, version: int, known: Knowledge) -> dict[str, NDArray[np.bool_]]:
+        """Masks of a version's prunable tensors; none while the schedule prunes nothing."""
+        sparsity = self.schedule(version)
+        if sparsity <= 0 or not known.weights:
+            return {}
+        return self.allocation(self.criterion.scores(known), sparsity)
+
+    def wanted(self, version: int, known: Mapping[str, Any]) -> tuple[str, ...]:
+        """Statistics to ask of the nodes that train from a version, by name.
+
+        They cost bytes, so they are asked for only while the version to come prunes more than this
+        one, or where it prunes by a statistic that is not known yet.
+
+        Args:
+            version: number of the version.
+            known: statistics that have been received, by name.
+        """
+        now, then = self.schedule(version), self.schedule(version + 1)
+        return tuple(
+            s for s in self.criterion.statistics if then > now or (then and s not in known)
+        )

@@ -1,0 +1,146 @@
+"""Plans: masks of any criterion, the schedules, what is prunable."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from prunecast.compression.pruning import (
+    ALLOCATIONS,
+    CRITERIA,
+    SCHEDULES,
+    CubicSchedule,
+    Knowledge,
+    PlanError,
+    PruningPlan,
+)
+
+WEIGHTS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(max_dims=3, max_side=12),
+    elements=st.floats(-4, 4, width=32),
+)
+
+
+def magnitude_masks(weights, sparsity, *, scope="layer"):
+    return ALLOCATIONS[scope](CRITERIA["magnitude"].scores(Knowledge(weights)), sparsity)
+
+
+@given(WEIGHTS, st.floats(0, 0.99))
+def test_exact_number_removed_and_kept_are_the_largest(weights, sparsity):
+    mask = magnitude_masks({"w": weights}, sparsity)["w"]
+    assert mask.shape == weights.shape
+    assert np.count_nonzero(~mask) == int(sparsity * weights.size)
+    if mask.any() and not mask.all():
+        assert np.abs(weights[mask]).min() >= np.abs(weights[~mask]).max()
+
+
+@given(WEIGHTS, WEIGHTS, st.floats(0, 0.99))
+def test_global_scope_ranks_all_tensors_together(first, second, sparsity):
+    masks = magnitude_masks({"a": first, "b": second}, sparsity, scope="global")
+    removed = sum(int(np.count_nonzero(~m)) for m in masks.values())
+    assert removed == int(sparsity * (first.size + second.size))
+    kept = np.concatenate([np.abs(first)[masks["a"]], np.abs(second)[masks["b"]]])
+    gone = np.concatenate([np.abs(first)[~masks["a"]], np.abs(second)[~masks["b"]]])
+    if kept.size and gone.size:
+        assert kept.min() >= gone.max()
+
+
+def test_ties_are_broken_by_position():
+    mask = magnitude_masks({"w": np.ones(10, np.float32)}, 0.3)["w"]
+    assert mask.tolist() == [True] * 7 + [False] * 3
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("scope", ALLOCATIONS)
+def test_impossible_sparsity_is_refused(sparsity, scope):
+    with pytest.raises(ValueError, match="sparsity"):
+        magnitude_masks({"w": np.ones(3, np.float32)}, sparsity, scope=scope)
+
+
+def test_cubic_schedule_rises_once_and_stays():
+    schedule = CubicSchedule(0.9, begin=2, end=25)
+    values = [schedule(version) for version in range(40)]
+    assert values[:3] == [0.0, 0.0, 0.0]
+    assert all(a <= b for a, b in itertools.pairwise(values))
+    assert values[25:] == [pytest.approx(0.9)] * 15
+
+
+@pytest.mark.parametrize("arguments", [(1.0, 2, 25), (-0.1, 2, 25), (0.5, 5, 5), (0.5, -1, 5)])
+def test_impossible_schedules_are_refused(arguments):
+    with pytest.raises(ValueError, match="must"):
+        CubicSchedule(*arguments)
+
+
+@pytest.mark.parametrize("scope", ALLOCATIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("informed", [False, True])
+def test_every_plan_prunes_as_much_as_it_says(criterion, schedule, scope, informed):
+    """Also of float16, of zeros and of nothing, and before anything is known but the weights."""
+    rng = np.random.default_rng(5)
+    weights = {
+        "a": rng.normal(size=(20, 30)).astype(np.float16),
+        "b": np.zeros((7, 9), np.float32),
+        "c": rng.normal(size=(5, 0)),
+    }
+    known = Knowledge(weights)
+    if informed:
+        other = {n: rng.normal(size=w.shape).astype(np.float32) for n, w in weights.items()}
+        statistics = dict.fromkeys(CRITERIA[criterion].statistics, other)
+        known = Knowledge(weights, other, statistics)
+    plan = PruningPlan(
+        SCHEDULES[schedule](0.8, 1, 6), CRITERIA[criterion], ALLOCATIONS[scope], min_size=0
+    )
+    assert plan.masks(1, known) == {}
+    for version in (2, 6, 7):
+        masks = plan.masks(version, known)
+        assert {n: m.shape for n, m in masks.items()} == {n: w.shape for n, w in weights.items()}
+        removed = sum(int(np.count_nonzero(~m)) for m in masks.values())
+        assert removed == pytest.approx(plan.schedule(version) * 663, abs=2)
+        again = plan.masks(version, known)
+        assert all(np.array_equal(mask, again[name]) for name, mask in masks.items())
+
+
+def test_taylor_keeps_what_the_update_needed_and_falls_back_on_magnitude():
+    taylor = CRITERIA["taylor"]
+    weights = {"w": np.array([4.0, 1.0, 2.0, 0.5])}
+    moved = {"w": np.array([0.0, 3.0, -1.0, 0.0])}
+    order = np.argsort(taylor.scores(Knowledge(weights, moved))["w"]).tolist()
+    assert order == [3, 0, 2, 1]  # what stood still comes first, the smaller of it before
+    assert taylor.scores(Knowledge(weights))["w"].tolist() == [4.0, 1.0, 2.0, 0.5]
+
+
+def test_fisher_ranks_by_weight_and_curvature():
+    weights = {"w": np.array([4.0, -1.0, 2.0])}
+    squares = {"squared-gradient": {"w": np.array([0.01, 1.0, 0.09])}}
+    found = CRITERIA["fisher"].scores(Knowledge(weights, statistics=squares))["w"]
+    assert found == pytest.approx([0.4, 1.0, 0.6])
+
+
+def test_what_is_prunable():
+    arrays = {
+        "conv": np.zeros((4, 3, 3, 3)),
+        "small": np.zeros((2, 3)),
+        "bias": np.zeros(500),
+        "head.weight": np.zeros((20, 20)),
+    }
+    assert list(PruningPlan(min_size=100, exclude=("head.*",)).prunable(arrays)) == ["conv"]
+    assert list(PruningPlan(min_size=0).prunable(arrays)) == ["conv", "small", "head.weight"]
+
+
+def test_statistics_are_asked_for_while_they_decide():
+    plan = PruningPlan(CubicSchedule(0.5, 2, 4), CRITERIA["fisher"])
+    asked = [bool(plan.wanted(version, {})) for version in range(1, 7)]
+    assert asked == [False, True, True, True, True, True]
+    known = {key: {} for key in plan.criterion.statistics}
+    assert [bool(plan.wanted(v, known)) for v in range(1, 7)] == [False, True, True] + [False] * 3
+    assert PruningPlan(CubicSchedule(0.5, 2, 4)).wanted(3, {}) == ()
+
+
+def test_channels_are_not_for_rounds():
+    with pytest.raises(PlanError, match="--variant structured"):
+        PruningPlan(structure="channels")

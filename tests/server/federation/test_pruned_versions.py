@@ -1,0 +1,136 @@
+"""What the publisher prunes: the same versions as ever by default, others by another criterion."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prunecast.compression.pruning import CRITERIA
+from prunecast.server.federation import Policy
+from prunecast.server.federation.publisher import Publisher
+
+SHAPES: dict[str, tuple[tuple[int, ...], str]] = {
+    "conv.weight": ((16, 3, 5, 5), "f4"),
+    "fc.weight": ((40, 64), "f8"),
+    "emb": ((70, 16), "f2"),
+    "tied.weight": ((32, 48), "f4"),
+    "head.weight": ((10, 40), "f4"),
+    "fc.bias": ((64,), "f4"),
+    "running_mean": ((16,), "f4"),
+}
+BALANCED = {"pruning_begin": 0, "pruning_end": 3, "pruning_min_size": 400}
+
+
+def masters(count: int) -> Iterator[dict[str, np.ndarray]]:
+    """Weights that drift, of all float widths, made of integers so that every machine has them."""
+    rng = np.random.default_rng(24)
+    start = {n: rng.integers(-3000, 3001, shape) for n, (shape, _) in SHAPES.items()}
+    start["tied.weight"] //= 1000  # seven magnitudes: ties decide
+    for version in range(count):
+        yield {
+            name: (
+                values * (1 + version * rng.integers(-40, 41, values.shape) / 200) / 4096
+            ).astype(SHAPES[name][1])
+            for name, values in start.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("preset", "knobs", "models", "masks"),
+    [
+        (
+            "small",
+            {"pruning_begin": 1, "pruning_end": 4},
+            "c9c9f42af6adff653d37af08db106e18",
+            "76fbd1a539bdbf95bc9f465d10e1263e",
+        ),
+        (
+            "balanced",
+            {**BALANCED, "sparsity": 0.75, "pruning_exclude": ("head.*",)},
+            "a6ef31683bfe4c3629db0d91dc266ab4",
+            "5c958fdac233253e164b233c96243dbb",
+        ),
+        (
+            "balanced",
+            {},
+            "33fd95b628f042a9e6a4f05c343e59ee",
+            "e3b0c44298fc1c149afbf4c8996fb924",
+        ),
+        (  # less than one weight of each tensor: all are kept, and yet the tensors count as pruned
+            "balanced",
+            {"sparsity": 0.0005, "pruning_begin": 0, "pruning_end": 2},
+            "9198f3bea46d59f23c578a2220c9acbe",
+            "ac97615475bd849aa0fa616e4e9a7db9",
+        ),
+    ],
+)
+def test_versions_are_those_of_the_code_before_there_were_plans(
+    preset: str, knobs: dict[str, Any], models: str, masks: str
+) -> None:
+    """Digests written down from magnitude pruning as it was wired into the publisher."""
+    policy = Policy.preset(preset, **knobs)
+    publisher = Publisher(policy, b"s", policy.pruning)
+    found, pruned = hashlib.sha256(), hashlib.sha256()
+    for master in masters(6):
+        model = publisher.publish(master).model
+        found.update(model.digest)
+        for name, mask in model.masks().items():
+            pruned.update(name.encode() + np.packbits(mask).tobytes())
+    assert (pruned.hexdigest()[:32], found.hexdigest()[:32]) == (masks, models)
+
+
+def test_without_a_plan_nothing_is_pruned() -> None:
+    publisher = Publisher(Policy.preset("small", pruning_begin=0, pruning_end=1), b"s")
+    assert all(not publisher.publish(master).model.masks() for master in masters(2))
+
+
+def test_taylor_prunes_what_the_last_update_left_alone() -> None:
+    policy = Policy.preset(
+        "balanced", sparsity=0.5, pruning_criterion="taylor", pruning_begin=0, pruning_end=1
+    )
+    publisher = Publisher(policy, b"s", policy.pruning)
+    first, *_ = masters(1)
+    weight = first["fc.weight"] = np.where(first["fc.weight"] == 0, 1.0, first["fc.weight"])
+    assert not publisher.publish(first).model.masks()["fc.weight"][np.abs(weight) < 0.1].any()
+    small = np.abs(weight) < np.median(np.abs(weight))
+    second = {**first, "fc.weight": weight + small}  # only the smaller half moves
+    kept = publisher.publish(second).model.masks()["fc.weight"]
+    assert np.count_nonzero(kept & small) > 0.95 * np.count_nonzero(small)
+    shorter = {**second, "fc.weight": second["fc.weight"][:30]}  # its update is not known
+    assert publisher.publish(shorter).model.masks()["fc.weight"].shape == (30, 64)
+
+
+def test_fisher_prunes_by_the_last_statistics_that_nodes_sent() -> None:
+    policy = Policy.preset(
+        "balanced", sparsity=0.5, pruning_criterion="fisher", pruning_begin=1, pruning_end=2
+    )
+    publisher = Publisher(policy, b"s", policy.pruning)
+    (master,) = masters(1)
+    publisher.publish(master)
+    assert publisher.wanted == ("squared-gradient",)
+    left = {n: np.zeros(a.shape, np.float32) for n, a in publisher._plan.prunable(master).items()}
+    for array in left.values():
+        array[:, : array.shape[1] // 2] = 1.0
+    for statistics in ({"squared-gradient": left}, None):
+        kept = publisher.publish(master, statistics).model.masks()["fc.weight"]
+        assert kept[:, :32].sum() > 0.95 * 40 * 32
+        assert not kept[:, 32:].any()
+        assert publisher.wanted == ()
+
+
+def test_the_documentation_adds_a_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[3] / "docs/pruning.md").read_text(encoding="utf-8")
+    monkeypatch.setitem(CRITERIA, "chance", CRITERIA["magnitude"])  # taken away afterwards
+    scope: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        exec(block, scope)
+    publisher = Publisher(scope["policy"], b"s", scope["policy"].pruning)
+    for master in masters(4):
+        model = publisher.publish(master).model
+    assert 0 < model.sparsity() < 0.1 + publisher._plan.schedule(4)
