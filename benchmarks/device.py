@@ -83,7 +83,8 @@ def weights(parameters: Any, seed: int) -> Any:
 def install(folder: Path, seed: int) -> int:
     """Publish the network and install it as signed and optimised; returns its parameters."""
     from prunecast.client.edge import Agent, AgentConfig
-    from prunecast.server.repository import KeyRing, ReleaseServer, Repository
+    from prunecast.server.repository import KeyRing, Repository
+    from prunecast.server.repository.serving import ReleaseServer
 
     graph = network()
     model = weights(graph.parameters, seed)

@@ -36,7 +36,8 @@ from prunecast.client.edge.inference import InferenceServer
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
-from prunecast.server.repository import KeyRing, ReleaseServer, Repository
+from prunecast.server.repository import KeyRing, Repository
+from prunecast.server.repository.serving import ReleaseServer
 
 INPUTS, CLASSES, BATCH = 256, 10, 1
 TOLERANCE = 1e-4

@@ -92,7 +92,7 @@ def show(
     reader = _reader(repository)
     manifest = reader.show(name, version)
     if export is not None:
-        from prunecast.server.repository import export_release
+        from prunecast.server.repository.authoring import export_release
 
         export_release(reader, manifest, export)
     print(json.dumps(json.loads(manifest.to_bytes()), indent=2))  # noqa: T201

@@ -110,7 +110,8 @@ def create(
 ) -> None:
     """Publish a model as the next release: keyframe, patches from live releases, self-test."""
     from prunecast.compression.onnx import save_graph
-    from prunecast.server.repository import KeyRing, Repository, export_release
+    from prunecast.server.repository import KeyRing, Repository
+    from prunecast.server.repository.authoring import export_release
 
     if variant not in (*_VARIANTS, "lattice"):  # as int8 was called
         raise typer.BadParameter(f"must be {', '.join(_VARIANTS)}", param_hint="--variant")

@@ -40,7 +40,7 @@ def make(
 ) -> None:
     """Make a holder's key: <holder>.key, encrypted, for you alone, and <holder>.pub to send off."""
     from prunecast.server.repository import make_holder
-    from prunecast.server.repository.holders import fingerprint
+    from prunecast.server.repository.keys.keyholders import fingerprint
 
     made = make_holder(folder, holder, _passphrase(passphrase_file, confirm=True))
     result = {
@@ -70,8 +70,8 @@ def online(
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from prunecast.server.repository import OFFLINE_ROLES, ONLINE_ROLES, CeremonyError
-    from prunecast.server.repository.holders import key_of, write_public
-    from prunecast.server.repository.keys import write_key
+    from prunecast.server.repository.keys.keyholders import key_of, write_public
+    from prunecast.server.repository.keys.keyring import write_key
 
     for role in roles or ONLINE_ROLES:
         if role in OFFLINE_ROLES:
@@ -99,7 +99,7 @@ def plan(
 ) -> None:
     """Prepare the first root and targets of a new repository for their holders to sign."""
     from prunecast.server.repository import Ceremony, RoleKeys, first_metadata
-    from prunecast.server.repository.metadata import Expiry
+    from prunecast.server.repository.roles import Expiry
 
     now = datetime.now(UTC)
     roles = {
@@ -159,7 +159,7 @@ def change(
 def show(ceremony: _Where) -> None:
     """Print the transcript: keys, what is to be signed, who has signed, who is still needed."""
     from prunecast.server.repository import Ceremony
-    from prunecast.server.repository.transcript import transcript
+    from prunecast.server.repository.keys.ceremony import transcript
 
     print(transcript(Ceremony(ceremony)), end="")  # noqa: T201
 
@@ -173,7 +173,7 @@ def sign(
 ) -> None:
     """Sign what asks for your key, on your own machine; prints the files to send back."""
     from prunecast.server.repository import Ceremony, load_holder
-    from prunecast.server.repository.transcript import describe_requests
+    from prunecast.server.repository.keys.ceremony import describe_requests
 
     held = Ceremony(ceremony)
     signer = load_holder(key, _passphrase(passphrase_file))
@@ -222,7 +222,7 @@ def enact(
 
 
 def _tell(ceremony: Ceremony) -> None:
-    from prunecast.server.repository.transcript import describe_requests
+    from prunecast.server.repository.keys.ceremony import describe_requests
 
     lines = describe_requests(ceremony)
     for counted in ceremony.tallies():

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from prunecast.compression.onnx import ExportedGraph
     from prunecast.compression.versions import PublishedModel
-    from prunecast.server.repository import Repository, Samples
+    from prunecast.server.repository import Repository
+    from prunecast.server.repository.authoring import Samples
 
 __all__ = ["Chosen", "Source", "from_checkpoint", "from_file"]
 
@@ -61,7 +62,7 @@ def from_checkpoint(target: Repository, chosen: Chosen) -> Source:
     """Weights from a checkpoint, the graph from a torch module or a file."""
     from prunecast.compression.release import unpack_arrays
     from prunecast.compression.versions import LatticeTensor
-    from prunecast.server.repository import (
+    from prunecast.server.repository.authoring import (
         from_arrays,
         make_variant,
         read_checkpoint,
@@ -131,7 +132,7 @@ class _Parts:
 
 def _from_graph(path: Path, exact: PublishedModel, share: float | None) -> _Parts:
     from prunecast.compression.onnx import load_graph
-    from prunecast.server.repository import plan_of
+    from prunecast.server.repository.authoring import plan_of
 
     graph = load_graph(path)
     plan = plan_of(graph.skeleton)
@@ -156,7 +157,12 @@ def _from_module(
     held_graph: bytes | None,
 ) -> _Parts:
     from prunecast.compression.onnx.cache import default_cache, export_cached
-    from prunecast.server.repository import make_narrow, module_outputs, plan_of, with_weights
+    from prunecast.server.repository.authoring import (
+        make_narrow,
+        module_outputs,
+        plan_of,
+        with_weights,
+    )
 
     share, cache = _share(chosen), chosen.graph_cache or default_cache()
     wide = with_weights(_module(str(chosen.module)), exact)
@@ -183,7 +189,7 @@ def _from_module(
 def from_file(target: Repository, chosen: Chosen) -> Source:
     """Weights and graph from an ``.onnx`` file."""
     from prunecast.compression.release import unpack_arrays
-    from prunecast.server.repository import from_onnx, make_variant, run_original
+    from prunecast.server.repository.authoring import from_onnx, make_variant, run_original
 
     if (chosen.model, chosen.module, chosen.graph) != (None, None, None):
         raise typer.BadParameter("--from has graph and weights: no --model, --module, --graph")
@@ -238,7 +244,7 @@ def from_file(target: Repository, chosen: Chosen) -> Source:
 
 def _samples(chosen: Chosen) -> Samples | None:
     from prunecast.compression.release import unpack_arrays
-    from prunecast.server.repository import split_samples
+    from prunecast.server.repository.authoring import split_samples
 
     if chosen.calibration is None:
         return None

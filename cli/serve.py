@@ -61,7 +61,7 @@ def serve(
     a certificate the transfer is readable by others, though never forgeable. `/healthz` answers
     200 when the metadata verify and are in force, else 503 and why.
     """
-    from prunecast.server.repository import Limits, ReleaseServer
+    from prunecast.server.repository.serving import Limits, ReleaseServer
 
     def ready(url: str) -> None:
         found = {"url": url, "port": server.port, "metrics_port": server.metrics_port}

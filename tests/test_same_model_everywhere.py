@@ -22,7 +22,8 @@ from prunecast.client.edge.held import held_model
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.onnx.export import export_graph
 from prunecast.server.federation import CompressedGrid, Ledger, Policy
-from prunecast.server.repository import KeyRing, ReleaseServer, Repository
+from prunecast.server.repository import KeyRing, Repository
+from prunecast.server.repository.serving import ReleaseServer
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, make_app, to_record
 

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 from onnx import TensorProto, helper
 
-import prunecast.server.repository.build as build
+import prunecast.server.repository.authoring.build as build
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel

@@ -26,21 +26,22 @@ from tuf.api.metadata import (
 from tuf.api.serialization.json import JSONSerializer
 
 from prunecast.compression.release.manifest import manifest_path
-from prunecast.server.repository.delegation import (
-    NEXT_VERSION,
-    delegations_of,
-    first_listing,
-    publisher_of,
-)
 from prunecast.server.repository.errors import (
     CeremonyError,
     KeyFileError,
     RepositoryCorrupt,
     ThresholdNotMet,
 )
-from prunecast.server.repository.expiry import Expiry
-from prunecast.server.repository.keys import ROLES
-from prunecast.server.repository.thresholds import require_signed, tally
+from prunecast.server.repository.roles import (
+    NEXT_VERSION,
+    ROLES,
+    Expiry,
+    delegations_of,
+    first_listing,
+    publisher_of,
+    require_signed,
+    tally,
+)
 
 __all__ = ["Expiry", "MetadataSet", "Signers"]
 

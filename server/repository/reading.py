@@ -11,11 +11,11 @@ from pathlib import Path
 from prunecast.compression.release import FileRef, ReleaseManifest
 from prunecast.compression.release.manifest import blob_path, manifest_path, parse_manifest_path
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
-from prunecast.server.repository.ceremony import Ceremony
-from prunecast.server.repository.changes import Change, changed_metadata
 from prunecast.server.repository.errors import ReleaseNotFound, RepositoryCorrupt
-from prunecast.server.repository.keys import ROLES
-from prunecast.server.repository.metadata import Expiry, MetadataSet
+from prunecast.server.repository.keys.ceremony import Ceremony
+from prunecast.server.repository.keys.changes import Change, changed_metadata
+from prunecast.server.repository.metadata import MetadataSet
+from prunecast.server.repository.roles import ROLES, Expiry
 
 __all__ = ["ReleaseEntry", "RepositoryReader"]
 

@@ -17,27 +17,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tuf.api.metadata import TargetFile
 
-from prunecast.compression.onnx import ExportedGraph, Variant
 from prunecast.compression.release import ReleaseManifest, Tolerance
 from prunecast.compression.release.manifest import blob_path, check_release_name, manifest_path
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel, write_atomically
-from prunecast.server.repository.build import ReleaseRequest, build_release
-from prunecast.server.repository.ceremony import Ceremony
-from prunecast.server.repository.errors import (
-    CeremonyError,
-    RepositoryExists,
-)
+from prunecast.server.repository.errors import CeremonyError, RepositoryExists
 from prunecast.server.repository.garbage import collect
-from prunecast.server.repository.keeper import RepositoryKeeper, check_outside, utc_now
-from prunecast.server.repository.keys import ONLINE_ROLES, KeyRing
-from prunecast.server.repository.metadata import Expiry, MetadataSet
+from prunecast.server.repository.keys.ceremony import Ceremony
+from prunecast.server.repository.keys.keyring import KeyRing
+from prunecast.server.repository.maintenance import MaintainedRepository, check_outside, utc_now
+from prunecast.server.repository.metadata import MetadataSet
 from prunecast.server.repository.reading import ReleaseEntry
+from prunecast.server.repository.roles import ONLINE_ROLES, Expiry
+
+if TYPE_CHECKING:
+    from prunecast.compression.onnx import ExportedGraph, Variant
 
 __all__ = ["PublishedRelease", "Repository"]
 
@@ -69,8 +69,8 @@ class PublishedRelease:
     retired: tuple[int, ...] = ()
 
 
-class Repository(RepositoryKeeper):
-    """A release repository on disk; see `RepositoryKeeper` for its arguments."""
+class Repository(MaintainedRepository):
+    """A release repository on disk; see `MaintainedRepository` for its arguments."""
 
     @classmethod
     def create(
@@ -160,7 +160,7 @@ class Repository(RepositoryKeeper):
             minimum_agent: lowest agent version that can run it.
             tolerance: of the self-test; default 1e-4 of the largest output, 1e-3 of each value.
             kind: which variant of the model this is, in a word for people.
-            numerics: how far it computes from the float32 reference, see `releases.variants`.
+            numerics: how far it computes from the float32 reference, see `authoring.variants`.
             at_least: lowest number of the release: devices that took one which was published with
                 a stolen key, far ahead, take only a higher one.
 
@@ -170,6 +170,8 @@ class Repository(RepositoryKeeper):
             VersionsError: the model cannot be coded, or a file cannot be written.
                 Nothing was published in any of these cases.
         """
+        from prunecast.server.repository.authoring.build import ReleaseRequest, build_release
+
         check_release_name(name)
         request = ReleaseRequest(
             model,

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.versions import PublishedModel, load_model
-from prunecast.server.repository import PublishedRelease, ReleaseServer
+from prunecast.server.repository import PublishedRelease
+from prunecast.server.repository.serving import ReleaseServer
 from prunecast.simulations.runner import DeviceMismatch, SimulationError
 from prunecast.simulations.runner.automatic import export_factory, repository_of
 from prunecast.simulations.runner.prepared import PreparedRun, held_out

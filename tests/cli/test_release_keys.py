@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from prunecast.cli.main import app
 from prunecast.server.repository import KeyFileError, load_holder, load_public, make_holder
-from prunecast.server.repository.holders import fingerprint
+from prunecast.server.repository.keys.keyholders import fingerprint
 
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """scrypt at a fraction of its cost; the format is the same."""
-    monkeypatch.setattr("prunecast.server.repository.pkcs8._N", 2**10)
-    monkeypatch.setattr("prunecast.server.repository.pkcs8._P", 1)
+    monkeypatch.setattr("prunecast.server.repository.keys.keyholders._N", 2**10)
+    monkeypatch.setattr("prunecast.server.repository.keys.keyholders._P", 1)
 
 
 def _run(*arguments: object, said: str | None = None) -> tuple[int, str]:

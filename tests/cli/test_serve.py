@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from prunecast.cli.serve import serve
-from prunecast.server.repository import Limits
+from prunecast.server.repository.serving import Limits
 
 TEXT = (Path(__file__).parents[2] / "docs" / "releases.md").read_text(encoding="utf-8")
 DEFAULTS = {

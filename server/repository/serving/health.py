@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prunecast.server.repository.doctor_metadata import check_metadata
+from prunecast.server.repository.checks.metadata import Finding, check_metadata
 from prunecast.server.repository.errors import RepositoryError
-from prunecast.server.repository.findings import Finding
 from prunecast.server.repository.reading import RepositoryReader
 
 __all__ = ["Health", "HealthCheck", "check_health"]

@@ -303,7 +303,7 @@ def test_wrong_patch_signed(
     attack: str,
 ) -> None:
     """A patch that was signed by mistake does not apply; the keyframe is taken instead."""
-    import prunecast.server.repository.build as build
+    import prunecast.server.repository.authoring.build as build
 
     def wrong(base: PublishedModel, made: PublishedModel, *, stream: bytes) -> bytes:
         if attack == "wrong base":
@@ -391,7 +391,7 @@ def test_path_traversal_in_file_names(
         document["files"]["../../../escaped"] = document["files"]["model.onnx"]
         return json.dumps(document).encode()
 
-    import prunecast.server.repository.build as build
+    import prunecast.server.repository.authoring.build as build
 
     class Trusting(ReleaseManifest):
         @classmethod

@@ -30,7 +30,7 @@ STEPS = [
 @pytest.fixture
 def publish_failing(monkeypatch: pytest.MonkeyPatch, publish: Publish) -> Publish:
     """Publishes a release whose recorded outputs no device reproduces."""
-    import prunecast.server.repository.build as build
+    import prunecast.server.repository.authoring.build as build
 
     def publish_failing(number: int) -> ReleaseManifest:
         real = build.pack_arrays
@@ -100,7 +100,7 @@ def test_a_first_release_that_fails_leaves_no_model(
 def test_a_tolerance_in_the_manifest_is_what_decides(
     start: Start, repository: Repository, graph, model, images: np.ndarray, monkeypatch
 ) -> None:
-    import prunecast.server.repository.build as build
+    import prunecast.server.repository.authoring.build as build
 
     real = build.pack_arrays
     monkeypatch.setattr(

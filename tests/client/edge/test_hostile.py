@@ -26,7 +26,8 @@ from prunecast.compression.release import FileRef, PatchRef, ReleaseManifest, Ru
 from prunecast.compression.release.manifest import manifest_path
 from prunecast.compression.versions import PublishedModel, frame
 from prunecast.compression.versions.layout import TensorHead, pack_changes, pack_heads
-from prunecast.server.repository import KeyRing, Repository, build
+from prunecast.server.repository import KeyRing, Repository
+from prunecast.server.repository.authoring import build
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]

@@ -26,7 +26,8 @@ import support
 from prunecast.client.edge import open_model
 from prunecast.compression.release import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.repository import ReleaseServer, Repository
+from prunecast.server.repository import Repository
+from prunecast.server.repository.serving import ReleaseServer
 
 pytestmark = pytest.mark.engine
 

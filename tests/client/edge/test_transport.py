@@ -25,7 +25,8 @@ from prunecast.client.edge import (
 from prunecast.client.edge.download import download
 from prunecast.client.edge.pace import Pace, TooSlow
 from prunecast.compression.release import FileRef, ReleaseManifest
-from prunecast.server.repository import ReleaseServer, Repository
+from prunecast.server.repository import Repository
+from prunecast.server.repository.serving import ReleaseServer
 from support.authority import self_signed
 
 pytestmark = pytest.mark.engine

@@ -10,13 +10,8 @@ import pytest
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.compression.release import computes_in_integers
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.repository import (
-    Repository,
-    Samples,
-    make_variant,
-    reference_outputs,
-    verify_repository,
-)
+from prunecast.server.repository import Repository, verify_repository
+from prunecast.server.repository.authoring import Samples, make_variant, reference_outputs
 from support.convolutional import (
     convolutional,
     convolutional_arrays,

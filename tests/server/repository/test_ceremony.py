@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from tuf.api.metadata import Metadata
 
-import prunecast.server.repository.keeper as keeper_module
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import (
@@ -26,6 +25,7 @@ from prunecast.server.repository import (
     RepositoryExists,
     ThresholdNotMet,
     VerificationFailed,
+    maintenance,
     verify_repository,
 )
 from support.ceremonies import Circle, utc_now
@@ -103,7 +103,7 @@ def test_the_transcript_names_keys_signers_and_times(circle: Circle) -> None:
     when = datetime(2031, 2, 3, 4, 5, 6, tzinfo=UTC)
     ceremony.sign(circle.signer("bob"), when)
     text = (ceremony.folder / "transcript.txt").read_text()
-    from prunecast.server.repository.holders import fingerprint
+    from prunecast.server.repository.keys.keyholders import fingerprint
 
     for holder in ("alice", "bob", "carol", "host.snapshot"):
         [key] = circle.keys(holder) if holder in circle.signers else [None]
@@ -257,14 +257,14 @@ def test_an_enactment_that_was_cut_off_is_repeated(
     )
     ceremony = circle.sign(circle.prepare(founded, change), ["alice", "bob"])
     target = Repository(founded.path, KeyRing(*fresh.folders, circle.folder / "host"))
-    real = keeper_module.write_atomically
+    real = maintenance.write_atomically
 
     def cut(path: Path, data: bytes) -> None:
         if path.name == "timestamp.json":
             raise OSError("power")
         real(path, data)
 
-    monkeypatch.setattr(keeper_module, "write_atomically", cut)
+    monkeypatch.setattr(maintenance, "write_atomically", cut)
     with pytest.raises(OSError, match="power"):
         target.enact(ceremony)
     monkeypatch.undo()

@@ -16,7 +16,8 @@ from prunecast.compression.versions import (
     StorageError,
     save_model,
 )
-from prunecast.server.repository import RepositoryError, from_arrays, read_checkpoint
+from prunecast.server.repository import RepositoryError
+from prunecast.server.repository.authoring import from_arrays, read_checkpoint
 
 ARRAYS = {
     "w": np.array([[0.5, -1.27], [0.0, 0.01]], np.float32),

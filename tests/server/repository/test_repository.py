@@ -137,7 +137,7 @@ def test_every_file_is_in_place_before_timestamp_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A reader at any moment of a publication sees one complete state."""
-    from prunecast.server.repository import keeper
+    from prunecast.server.repository import maintenance
     from prunecast.server.repository import repository as module
 
     repository.publish("toy", model(1), graph, selftest_inputs=images)
@@ -152,7 +152,7 @@ def test_every_file_is_in_place_before_timestamp_changes(
             if moment == "before":
                 real(path, data)
 
-    for place in (module, keeper):
+    for place in (module, maintenance):
         monkeypatch.setattr(place, "write_atomically", observed)
     repository.publish("toy", model(2), graph, selftest_inputs=images)
     assert seen[-2:] == [("before", "timestamp.json", [1]), ("after", "timestamp.json", [1, 2])]

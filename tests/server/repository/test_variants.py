@@ -15,14 +15,8 @@ from prunecast.cli.main import app
 from prunecast.compression.onnx.cache import export_cached
 from prunecast.compression.release import open_session
 from prunecast.compression.versions import LatticeTensor
-from prunecast.server.repository import (
-    KeyRing,
-    Repository,
-    RepositoryError,
-    plan_of,
-    split_samples,
-    verify_repository,
-)
+from prunecast.server.repository import KeyRing, Repository, RepositoryError, verify_repository
+from prunecast.server.repository.authoring import plan_of, split_samples
 from support import narrowable
 
 IMAGES = np.random.default_rng(9).random((40, 1, 6, 6))  # float64, as many files hold

@@ -23,7 +23,8 @@ import pytest
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.repository import KeyRing, Limits, ReleaseServer, Repository, ServerError
+from prunecast.server.repository import KeyRing, Repository, ServerError
+from prunecast.server.repository.serving import Limits, ReleaseServer
 from support.authority import self_signed
 
 pytestmark = pytest.mark.engine

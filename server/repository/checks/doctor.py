@@ -1,10 +1,16 @@
-"""Examine private keys: there, closed to others, trusted, and offline ones not on this machine."""
+"""What is wrong with a release repository, and what to do: every check goes on after a failure.
+
+`verify_repository` answers whether a device would accept everything; this answers why not, and
+also sees what devices do not: keys, permissions, leftovers of a publication that was cut off.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -13,13 +19,86 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import SSlibKey
 from tuf.api.metadata import Root, Targets
 
-from prunecast.server.repository.delegation import delegations_of
-from prunecast.server.repository.doctor_metadata import RepositoryState
+from prunecast.server.repository.checks.files import (
+    check_leftovers,
+    check_permissions,
+    check_releases,
+    check_served_keys,
+)
+from prunecast.server.repository.checks.metadata import (
+    Finding,
+    RepositoryState,
+    check_metadata,
+    listed,
+)
 from prunecast.server.repository.errors import KeyFileError
-from prunecast.server.repository.findings import Finding, listed
-from prunecast.server.repository.keys import OFFLINE_ROLES, ROLES, KeyRing
+from prunecast.server.repository.keys.keyring import KeyRing
+from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, delegations_of
 
-__all__ = ["check_keys", "check_offline"]
+__all__ = ["Finding", "check_keys", "check_offline", "examine"]
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def examine(
+    path: Path | str,
+    keys: KeyRing | None = None,
+    *,
+    grace: timedelta = timedelta(days=1),
+    now: Callable[[], datetime] = _utc_now,
+) -> list[Finding]:
+    """Examine a repository; nothing is changed.
+
+    Args:
+        path: its folder.
+        keys: where private keys lie; None leaves them out.
+        grace: how long files may stay after nothing live refers to them.
+        now: the clock, for tests.
+
+    Returns:
+        Findings, problems first; empty when all is well.
+    """
+    path = Path(path)
+    if not (path / "metadata").is_dir():
+        return [
+            Finding(
+                *("problem", "no-repository", str(path), "has no metadata folder"),
+                "name the folder that `release init` made, or restore it from a copy",
+            )
+        ]
+    at = now()
+    state, found = check_metadata(path / "metadata", at)
+    found += check_releases(path, state)
+    if _busy(path):
+        found.append(
+            Finding(
+                *("note", "busy", str(path), "is being changed by another process"),
+                "run this again when it is done; leftovers were not looked for",
+            )
+        )
+    else:
+        found += check_leftovers(path, state, at, grace)
+    found += check_served_keys(path)
+    found += check_permissions(path)
+    if keys is not None:
+        found += check_keys(keys, state)
+    found += check_offline(path, keys, state)
+    return sorted(found, key=lambda f: f.severity != "problem")
+
+
+def _busy(path: Path) -> bool:
+    """Whether a publication holds the lock; a repository that nobody may write has none."""
+    try:
+        with open(path / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
 
 _MOST_FILES, _MOST_BYTES = 2000, 16_384  # looked at beside the repository
 _KEY_ID = re.compile(rb"^Key-Id: ([0-9a-f]{64})$", re.MULTILINE)

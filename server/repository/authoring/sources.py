@@ -1,4 +1,4 @@
-"""A release from any existing ``.onnx`` file: weights out, onto a lattice, checked against it."""
+"""Weights from files: ``.onnx`` models of any origin, checkpoints, and saved published models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.compression.files import FilesError, FileTensor, open_tensors
+from prunecast.compression.files.tensors import FOREIGN
 from prunecast.compression.onnx import (
     ExportedGraph,
+    ForeignModel,
     NumericsError,
     Variant,
     bind_weights,
@@ -24,11 +27,19 @@ from prunecast.compression.onnx.lift import LiftedModel, lift_model
 from prunecast.compression.release import ReleaseManifest, WeightsLayout, open_session
 from prunecast.compression.release.runtime import fit_inputs
 from prunecast.compression.release.selftest import Arrays
-from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
+from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, load_model
+from prunecast.server.repository.authoring.variants import Samples, run_samples
+from prunecast.server.repository.errors import RepositoryError
 from prunecast.server.repository.reading import RepositoryReader
-from prunecast.server.repository.variants import Samples, run_samples
 
-__all__ = ["ForeignRelease", "export_release", "from_onnx", "run_original"]
+__all__ = [
+    "ForeignRelease",
+    "export_release",
+    "from_arrays",
+    "from_onnx",
+    "read_checkpoint",
+    "run_original",
+]
 
 _REWRITTEN = 1e-4  # relative; moving weights must not change what a model computes
 _DEQUANTISES_INT8, _DEQUANTISES_INT16 = 10, 21  # opsets
@@ -177,3 +188,69 @@ def export_release(repository: RepositoryReader, manifest: ReleaseManifest, path
     layout = WeightsLayout.from_bytes(repository.blob(manifest.files["layout.json"]))
     graph = repository.blob(manifest.files["model.onnx"])
     return export_single(graph, layout, repository.model(manifest), path)
+
+
+def read_checkpoint(
+    path: Path,
+    *,
+    bits: int | None = None,
+    steps: Steps = "range",
+    held: PublishedModel | None = None,
+) -> PublishedModel:
+    """Read a published model, or a dense checkpoint as one.
+
+    Args:
+        path: ``.safetensors``, ``.npz``, or a file that `save_model` wrote.
+        bits: for dense checkpoints, see `from_arrays`.
+        steps: likewise.
+        held: likewise.
+
+    Raises:
+        RepositoryError: not readable as its suffix says, or `bits` given for a published model.
+        StorageError: no such file, or not a published model.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".npz"):
+        if bits is not None:
+            raise RepositoryError(f"{path} is a published model: its lattice is fixed already")
+        return load_model(path)
+    try:
+        arrays = {name: _plain(path, name, tensor) for name, tensor in open_tensors(path).items()}
+    except FilesError as error:
+        raise RepositoryError(str(error)) from error
+    return from_arrays(arrays, bits=bits, steps=steps, held=held)
+
+
+def from_arrays(
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    bits: int | None = None,
+    steps: Steps = "range",
+    held: PublishedModel | None = None,
+    counter: int = 0,
+) -> PublishedModel:
+    """A dense checkpoint as a published model.
+
+    Args:
+        arrays: tensors by name.
+        bits: 2 to 16: put every floating tensor of two or more dimensions on a symmetric lattice,
+            rounding to nearest. None keeps every value exactly, which costs more bytes.
+        steps: how a step is chosen, see `prunecast.compression.onnx.lattice`; ``held`` is what
+            keeps patches small.
+        held: the newest live version of the same release, for ``steps="held"``.
+        counter: number of the version.
+
+    Raises:
+        RepositoryError: `bits` out of range, or a value that is not finite.
+    """
+    kernels = {name for name, a in arrays.items() if a.dtype.kind == "f" and a.ndim >= 2}
+    try:
+        return snap(arrays, kernels, bits=bits, steps=steps, held=held, counter=counter)
+    except ForeignModel as error:
+        raise RepositoryError(str(error)) from error
+
+
+def _plain(path: Path, name: str, tensor: FileTensor) -> NDArray[Any]:
+    if tensor.dtype in FOREIGN and tensor.dtype != "bfloat16":
+        raise RepositoryError(f"{path}: tensor {name!r} is {tensor.dtype}: convert it to float32")
+    return tensor.real()

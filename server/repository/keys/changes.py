@@ -17,11 +17,16 @@ from typing import Any
 from securesystemslib.signer import Key
 from tuf.api.metadata import DelegatedRole, Delegations, Root, Targets
 
-from prunecast.server.repository.delegation import hand_over
 from prunecast.server.repository.errors import CeremonyError
-from prunecast.server.repository.holders import holder_of
-from prunecast.server.repository.keys import OFFLINE_ROLES, ONLINE_ROLES, ROLES
-from prunecast.server.repository.metadata import Expiry, MetadataSet
+from prunecast.server.repository.metadata import MetadataSet
+from prunecast.server.repository.roles import (
+    OFFLINE_ROLES,
+    ONLINE_ROLES,
+    ROLES,
+    Expiry,
+    hand_over,
+    holder_of,
+)
 
 __all__ = ["Change", "RoleKeys", "changed_metadata", "first_metadata"]
 

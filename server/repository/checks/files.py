@@ -13,8 +13,7 @@ from pathlib import Path
 
 from prunecast.compression.release import FileRef, ManifestError, ReleaseManifest
 from prunecast.compression.release.manifest import blob_path, parse_manifest_path
-from prunecast.server.repository.doctor_metadata import RepositoryState
-from prunecast.server.repository.findings import Finding, listed
+from prunecast.server.repository.checks.metadata import Finding, RepositoryState, listed
 from prunecast.server.repository.garbage import Kept, kept_files
 
 __all__ = ["check_leftovers", "check_permissions", "check_releases", "check_served_keys"]

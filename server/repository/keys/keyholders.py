@@ -8,28 +8,40 @@ say who has not signed yet.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-import re
+import os
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CBC
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+from cryptography.hazmat.primitives.padding import PKCS7
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from prunecast.compression.versions import write_atomically
 from prunecast.server.repository.errors import KeyFileError
-from prunecast.server.repository.keys import write_private
-from prunecast.server.repository.pkcs8 import encrypted_pem
+from prunecast.server.repository.keys.keyring import write_private
+from prunecast.server.repository.roles import HOLDER, HOLDER_NAME, holder_of
 
 __all__ = [
     "HolderFiles",
     "describe_key",
+    "encrypted_pem",
     "fingerprint",
-    "holder_of",
     "key_of",
     "load_holder",
     "load_public",
@@ -37,8 +49,6 @@ __all__ = [
     "write_public",
 ]
 
-_HOLDER = "x-prunecast-holder"
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MOST = 16_384  # bytes of a key file
 _LEAST = 8  # characters of a passphrase
 
@@ -106,10 +116,10 @@ def key_of(public: Ed25519PublicKey, holder: str) -> SSlibKey:
     Raises:
         KeyFileError: a name that cannot be used.
     """
-    if not _NAME.fullmatch(holder):
+    if not HOLDER_NAME.fullmatch(holder):
         raise KeyFileError(f"{holder[:80]!r} cannot name a holder: use a-z 0-9 . _ -")
     key = SSlibKey.from_crypto(public)
-    key.unrecognized_fields[_HOLDER] = holder
+    key.unrecognized_fields[HOLDER] = holder
     return key
 
 
@@ -132,7 +142,7 @@ def load_public(path: Path) -> SSlibKey:
         raise KeyFileError(f"cannot read {path}: {error.strerror or error}") from error
     try:
         document: dict[str, Any] = json.loads(data)
-        holder, public = document[_HOLDER], bytes.fromhex(document["keyval"]["public"])
+        holder, public = document[HOLDER], bytes.fromhex(document["keyval"]["public"])
         key = key_of(Ed25519PublicKey.from_public_bytes(public), holder)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise KeyFileError(
@@ -141,12 +151,6 @@ def load_public(path: Path) -> SSlibKey:
     if document.get("keyid") != key.keyid:
         raise KeyFileError(f"{path} names another key than it holds: ask its holder for it again")
     return key
-
-
-def holder_of(key: Key) -> str:
-    """Name of a key's holder; the beginning of its id where there is none."""
-    name = key.unrecognized_fields.get(_HOLDER)
-    return name if isinstance(name, str) and _NAME.fullmatch(name) else f"key {key.keyid[:12]}"
 
 
 def fingerprint(key: Key) -> str:
@@ -160,3 +164,61 @@ def fingerprint(key: Key) -> str:
 def describe_key(key: Key) -> str:
     """Holder and fingerprint in one line."""
     return f"{holder_of(key)} (SHA-256 of the public key {fingerprint(key)})"
+
+
+# 16 MiB per lane: OpenSSL refuses to read files that need more than 32 MiB at once, so the cost
+# beyond that is in the lanes (OWASP Password Storage Cheat Sheet lists N = 2^14, r = 8, p = 5)
+_N, _R, _P = 2**14, 8, 5
+_PBES2 = bytes.fromhex("06092a864886f70d01050d")  # 1.2.840.113549.1.5.13
+_SCRYPT = bytes.fromhex("06092b06010401da47040b")  # 1.3.6.1.4.1.11591.4.11
+_AES256_CBC = bytes.fromhex("060960864801650304012a")  # 2.16.840.1.101.3.4.1.42
+
+
+def encrypted_pem(key: Ed25519PrivateKey, passphrase: bytes) -> bytes:
+    """A private key as ``ENCRYPTED PRIVATE KEY`` in PEM.
+
+    Args:
+        key: to be encrypted.
+        passphrase: not empty.
+
+    Examples:
+        >>> from cryptography.hazmat.primitives.serialization import load_pem_private_key
+        >>> key = Ed25519PrivateKey.generate()
+        >>> again = load_pem_private_key(encrypted_pem(key, b"secret"), b"secret")
+        >>> again.public_key() == key.public_key()
+        True
+    """
+    plain = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    salt, iv = os.urandom(16), os.urandom(16)
+    derived = Scrypt(salt=salt, length=32, n=_N, r=_R, p=_P).derive(passphrase)
+    padder = PKCS7(128).padder()
+    padded = padder.update(plain) + padder.finalize()
+    encryptor = Cipher(AES256(derived), CBC(iv)).encryptor()
+    content = encryptor.update(padded) + encryptor.finalize()
+    costs = b"".join(map(_integer, (_N, _R, _P)))
+    derivation = _sequence(_SCRYPT, _sequence(_octets(salt), costs))
+    cipher = _sequence(_AES256_CBC, _octets(iv))
+    scheme = _sequence(_PBES2, _sequence(derivation, cipher))
+    document = base64.b64encode(_sequence(scheme, _octets(content))).decode()
+    lines = ["-----BEGIN ENCRYPTED PRIVATE KEY-----", *textwrap.wrap(document, 64)]
+    return "\n".join([*lines, "-----END ENCRYPTED PRIVATE KEY-----", ""]).encode()
+
+
+def _encoded(tag: int, content: bytes) -> bytes:
+    size = len(content)
+    if size < 128:
+        return bytes([tag, size]) + content
+    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    return bytes([tag, 0x80 | len(length)]) + length + content
+
+
+def _sequence(*parts: bytes) -> bytes:
+    return _encoded(0x30, b"".join(parts))
+
+
+def _octets(content: bytes) -> bytes:
+    return _encoded(0x04, content)
+
+
+def _integer(value: int) -> bytes:
+    return _encoded(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big"))

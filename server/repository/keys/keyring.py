@@ -4,7 +4,7 @@
 publication and every renewal. A `KeyRing` looks for ``<role>.pem`` in the folders it is given, so
 the offline keys can live on another medium than the online ones. There is no default location.
 
-These files are not encrypted, since timers read them. Keys that people hold are: see `holders`.
+These files are not encrypted, since timers read them. Keys that people hold are: see `keyholders`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ from cryptography.hazmat.primitives.serialization import (
 from securesystemslib.signer import CryptoSigner
 
 from prunecast.server.repository.errors import KeyFileError, RepositoryExists
+from prunecast.server.repository.roles import ROLES
 
-__all__ = ["OFFLINE_ROLES", "ONLINE_ROLES", "ROLES", "KeyRing", "write_key", "write_private"]
-
-OFFLINE_ROLES = ("root", "targets")
-ONLINE_ROLES = ("snapshot", "timestamp")
-ROLES = OFFLINE_ROLES + ONLINE_ROLES
+__all__ = ["KeyRing", "write_key", "write_private"]
 
 
 class KeyRing:

@@ -13,7 +13,6 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root
 
 from prunecast.compression.versions import write_atomically
-from prunecast.server.repository.ceremony import Ceremony
 from prunecast.server.repository.errors import (
     CeremonyError,
     KeyFileError,
@@ -21,11 +20,13 @@ from prunecast.server.repository.errors import (
     ThresholdNotMet,
 )
 from prunecast.server.repository.garbage import collect
-from prunecast.server.repository.keys import ONLINE_ROLES, ROLES, KeyRing, write_key
-from prunecast.server.repository.metadata import Expiry, MetadataSet
+from prunecast.server.repository.keys.ceremony import Ceremony
+from prunecast.server.repository.keys.keyring import KeyRing, write_key
+from prunecast.server.repository.metadata import MetadataSet
 from prunecast.server.repository.reading import RepositoryReader
+from prunecast.server.repository.roles import ONLINE_ROLES, ROLES, Expiry
 
-__all__ = ["RepositoryKeeper", "check_outside", "utc_now"]
+__all__ = ["MaintainedRepository", "check_outside", "utc_now"]
 
 
 def utc_now() -> datetime:
@@ -33,7 +34,7 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class RepositoryKeeper(RepositoryReader):
+class MaintainedRepository(RepositoryReader):
     """A repository whose metadata can be signed anew; it publishes nothing.
 
     Args:

@@ -7,18 +7,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets
 
-from prunecast.server.repository.delegation import delegations_of
-from prunecast.server.repository.findings import Finding
-from prunecast.server.repository.keys import OFFLINE_ROLES, ROLES
-from prunecast.server.repository.metadata import Expiry
-from prunecast.server.repository.thresholds import tally
+from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, Expiry, delegations_of, tally
 
-__all__ = ["RepositoryState", "check_metadata"]
+__all__ = ["Finding", "RepositoryState", "check_metadata", "listed"]
 
 _ROOT = re.compile(r"([1-9][0-9]*)\.root\.json")
 _RESTORE = "restore it from a copy of the repository"
@@ -218,3 +214,35 @@ def _expiry(role: str, expires: datetime, now: datetime) -> list[Finding]:
         what = f"expires in {hours // 24} days and {hours % 24} hours"
         return [Finding("problem", "expires-soon", role, what, renew)]
     return []
+
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know.
+
+    Attributes:
+        severity: ``problem`` when something must be done, ``note`` when nothing need be.
+        code: stable name of the kind of finding, for scripts.
+        subject: the file, role or release.
+        what: what is wrong with it.
+        remedy: what to do.
+    """
+
+    severity: Literal["problem", "note"]
+    code: str
+    subject: str
+    what: str
+    remedy: str
+
+
+def listed(names: list[str]) -> str:
+    """The first few names and how many more there are.
+
+    >>> listed(["a", "b"]), listed(list("abcdefgh"))
+    ('a, b', 'a, b, c, d, e and 3 more')
+    """
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

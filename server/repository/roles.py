@@ -1,0 +1,202 @@
+"""Who signs what, and how many must: TUF's roles, lifetimes, delegations, and counted signatures.
+
+The holders of the targets keys hand a pattern of release names to a role with keys and a threshold
+of its own (TUF 1.0, section 4.5), so that a server can publish without their keys, and only there.
+Nothing here touches a file or a clock.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from securesystemslib.signer import Key
+from tuf.api.metadata import DelegatedRole, Metadata, Root, Targets
+
+from prunecast.compression.release.manifest import manifest_path
+from prunecast.server.repository.errors import ThresholdNotMet
+
+__all__ = [
+    "HOLDER",
+    "HOLDER_NAME",
+    "NEXT_VERSION",
+    "OFFLINE_ROLES",
+    "ONLINE_ROLES",
+    "ROLES",
+    "Expiry",
+    "Tally",
+    "delegations_of",
+    "first_listing",
+    "hand_over",
+    "holder_of",
+    "publisher_of",
+    "require_signed",
+    "tally",
+]
+
+OFFLINE_ROLES = ("root", "targets")
+ONLINE_ROLES = ("snapshot", "timestamp")
+ROLES = OFFLINE_ROLES + ONLINE_ROLES
+"""TUF's own; any other name is a delegated role."""
+
+HOLDER = "x-prunecast-holder"
+"""Field of a public key: the name of its holder."""
+
+HOLDER_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+NEXT_VERSION = "x-prunecast-next-version"
+"""Field of a list of releases: for each name the number of its next release."""
+
+
+def hand_over(source: Targets, target: Targets, role: str | None) -> None:
+    """Move releases and their counters from one list to another.
+
+    Args:
+        source: the list that loses them.
+        target: the list that gains them; the same one to only remove them.
+        role: a delegated role of `source`: what it publishes moves. None moves everything.
+    """
+    given = None if role is None else delegations_of(source)[role]
+    for path in list(source.targets):
+        if given is None or given.is_delegated_path(path):
+            moved = source.targets.pop(path)
+            if target is not source:
+                target.targets[path] = moved
+    counters = dict(source.unrecognized_fields.get(NEXT_VERSION, {}))
+    for name in list(counters):
+        if given is None or given.is_delegated_path(manifest_path(name, 1)):
+            number = counters.pop(name)
+            if target is not source:
+                there = target.unrecognized_fields.get(NEXT_VERSION, {})
+                most = max(number, there.get(name, 1))
+                target.unrecognized_fields[NEXT_VERSION] = {**there, name: most}
+    if NEXT_VERSION in source.unrecognized_fields:
+        source.unrecognized_fields[NEXT_VERSION] = counters
+
+
+def first_listing(before: Targets, after: Targets, role: str, now: datetime) -> Targets:
+    """The first list of a delegated role: the releases that left the list of targets for it."""
+    held = copy.deepcopy(before)
+    held.delegations = after.delegations
+    made = Targets(expires=now.replace(microsecond=0))
+    hand_over(held, made, role)
+    return made
+
+
+def delegations_of(targets: Targets) -> Mapping[str, DelegatedRole]:
+    """The roles that `targets` delegates to, in the order in which they are asked."""
+    if targets.delegations is None or targets.delegations.roles is None:
+        return {}
+    return targets.delegations.roles
+
+
+def publisher_of(targets: Targets, path: str) -> str:
+    """The role that lists `path`: the first delegated one that may, or targets itself."""
+    for role, given in delegations_of(targets).items():
+        if given.is_delegated_path(path):
+            return role
+    return Targets.type
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Valid signatures on one role's metadata, by the keys that one delegator names.
+
+    Attributes:
+        subject: what was signed, such as ``root 2``.
+        delegator: who names the keys, such as ``root 1``.
+        threshold: how many must sign.
+        signed: holders whose signature is valid.
+        unsigned: holders who have not signed, or whose signature is of other bytes.
+    """
+
+    subject: str
+    delegator: str
+    threshold: int
+    signed: tuple[str, ...]
+    unsigned: tuple[str, ...]
+
+    @property
+    def missing(self) -> int:
+        """How many signatures are still needed."""
+        return max(0, self.threshold - len(self.signed))
+
+    def __str__(self) -> str:
+        who = f": {', '.join(self.signed)}" if self.signed else ""
+        said = f"{self.subject} has {len(self.signed)} of {self.threshold} signatures{who}"
+        return f"{said} (keys of {self.delegator})"
+
+    @property
+    def asked(self) -> str:
+        """Whom to ask for what is missing."""
+        return f"{self.missing} more of {', '.join(self.unsigned) or 'nobody'} must sign"
+
+
+def holder_of(key: Key) -> str:
+    """Name of a key's holder; the beginning of its id where there is none."""
+    name = key.unrecognized_fields.get(HOLDER)
+    return (
+        name if isinstance(name, str) and HOLDER_NAME.fullmatch(name) else f"key {key.keyid[:12]}"
+    )
+
+
+def tally(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> Tally:
+    """Count the valid signatures on `metadata` by the keys that `delegator` names for `role`.
+
+    Raises:
+        ValueError: `delegator` has no such role.
+    """
+    result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+    return Tally(
+        f"{role} {metadata.signed.version}",
+        f"{delegator.type} {delegator.version}",
+        result.threshold,
+        tuple(sorted(map(holder_of, result.signed.values()))),
+        tuple(sorted(map(holder_of, result.unsigned.values()))),
+    )
+
+
+def require_signed(tallies: Iterable[Tally]) -> None:
+    """Refuse what has not enough signatures.
+
+    Raises:
+        ThresholdNotMet: names who has signed and who can.
+    """
+    for counted in tallies:
+        if counted.missing:
+            raise ThresholdNotMet(
+                f"{counted}: {counted.asked}, with `prunecast release keys sign`; nothing was "
+                "published"
+            )
+
+
+@dataclass(frozen=True)
+class Expiry:
+    """For how long each role's metadata is valid after signing.
+
+    Short-lived online roles bound how long a network attacker can hide a new release from a
+    device; they must be renewed more often than they expire.
+    """
+
+    root: timedelta = timedelta(days=365)
+    targets: timedelta = timedelta(days=180)
+    snapshot: timedelta = timedelta(days=21)
+    timestamp: timedelta = timedelta(days=7)
+    delegated: timedelta = timedelta(days=30)
+
+    def until(self, role: str, now: datetime) -> datetime:
+        """When metadata signed `now` expires, in whole seconds, UTC."""
+        return (now + self.lifetime(role)).replace(microsecond=0)
+
+    def lifetime(self, role: str) -> timedelta:
+        """Of the role's metadata; a name that is none of TUF's is a delegated role."""
+        lifetime: timedelta = getattr(self, role if role in ROLES else "delegated")
+        return lifetime
+
+    def soon(self, role: str, expires: datetime, now: datetime) -> bool:
+        """Whether the last quarter of the role's lifetime has begun."""
+        return expires - now < self.lifetime(role) / 4
