@@ -36,8 +36,10 @@ from rollouts.processes import Processes
 from rollouts.repository import NAME, make_repository
 
 from prunecast.server.control import LiveReleases
-from prunecast.server.fleet import FleetService, Outcome, Policy, Release, Status, assign
+from prunecast.server.fleet.cohorts import assign
 from prunecast.server.fleet.events import AddGroup, PinGroup, StartRollout
+from prunecast.server.fleet.model import Outcome, Release, RolloutPolicy, Status
+from prunecast.server.fleet.service import FleetService
 
 STAGES = (5.0, 25.0, 100.0)
 
@@ -132,7 +134,7 @@ class Lab:
                 release=Release(NAME, version),
                 groups=("field",),
                 stages=STAGES,
-                policy=Policy(min_reports=1, **{**rates, **policy}),
+                policy=RolloutPolicy(min_reports=1, **{**rates, **policy}),
             )
         )
 

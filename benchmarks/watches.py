@@ -27,8 +27,8 @@ from rollouts.repository import NAME, make_repository
 
 from prunecast.common.fleet_protocol import make_stub, messages
 from prunecast.server.control import LiveReleases
-from prunecast.server.fleet import FleetService
 from prunecast.server.fleet.events import AddGroup, PinGroup
+from prunecast.server.fleet.service import FleetService
 
 LIMIT = 600.0
 

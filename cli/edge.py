@@ -22,14 +22,10 @@ from prunecast.cli.edge_control import (
 from prunecast.cli.edge_service import figures_lines, serving
 
 if TYPE_CHECKING:
-    from prunecast.client.edge import (
-        AgentConfig,
-        ControlProblem,
-        EdgeError,
-        Fetcher,
-        HttpFetcher,
-        UpdateResult,
-    )
+    from prunecast.client.edge import AgentConfig
+    from prunecast.client.edge.config import UpdateResult
+    from prunecast.client.edge.errors import ControlProblem, EdgeError
+    from prunecast.client.edge.updating.transport import Fetcher, HttpFetcher
 
 __all__ = ["app"]
 
@@ -141,7 +137,8 @@ def run(
     import signal
     import threading
 
-    from prunecast.client.edge import Agent, EdgeError, NetworkError
+    from prunecast.client.edge import Agent
+    from prunecast.client.edge.errors import EdgeError, NetworkError
 
     fleet = control_settings(control, control_token, control_ca, control_certificate, control_key)
     if url is None and fleet is None:
@@ -171,9 +168,9 @@ def run(
     source: Fetcher = _fetcher(ca_file, certificate, key, token_file)
     config = _config(state, url or "https://", name, root, threads, quiet, optimise)
     if fleet is not None:
-        from prunecast.client.edge.control import ControlFetcher, Controller, Line
+        from prunecast.client.edge.control import ControlChannel, ControlFetcher, Controller
 
-        line = Line(fleet)
+        line = ControlChannel(fleet)
         if url is None:
             source, config = ControlFetcher(line), replace(config, url=fleet.url)
     fetcher = _limited(source, bandwidth, wait)
@@ -207,7 +204,7 @@ def run(
 @app.command()
 def status(state: State, as_json: AsJson = False) -> None:
     """What runs on this device, and what the last check did."""
-    from prunecast.client.edge import read_status
+    from prunecast.client.edge.status import read_status
 
     found = read_status(state)
     if as_json:
@@ -264,7 +261,8 @@ def _config(
     quiet: str | None,
     optimise: bool,
 ) -> AgentConfig:
-    from prunecast.client.edge import AgentConfig, QuietHours
+    from prunecast.client.edge import AgentConfig
+    from prunecast.client.edge.updating.throttling import QuietHours
 
     if not url.startswith(("http://", "https://")):
         raise typer.BadParameter("must begin with http:// or https://", param_hint="--url")
@@ -277,7 +275,7 @@ def _config(
 
 
 def _limited(fetcher: Fetcher, bandwidth: float | None, sleep: Callable[[float], None]) -> Fetcher:
-    from prunecast.client.edge import LimitedFetcher, TokenBucket
+    from prunecast.client.edge.updating.throttling import LimitedFetcher, TokenBucket
 
     return LimitedFetcher(fetcher, TokenBucket(bandwidth, sleep=sleep)) if bandwidth else fetcher
 
@@ -285,7 +283,7 @@ def _limited(fetcher: Fetcher, bandwidth: float | None, sleep: Callable[[float],
 def _fetcher(
     ca_file: Path | None, certificate: Path | None, key: Path | None, token_file: Path | None
 ) -> HttpFetcher:
-    from prunecast.client.edge import HttpFetcher
+    from prunecast.client.edge.updating.transport import HttpFetcher
 
     if (certificate is None) != (key is None):
         raise typer.BadParameter("--certificate and --key belong together")

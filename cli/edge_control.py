@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from prunecast.client.edge import ControlProblem
     from prunecast.client.edge.control import ControlSettings
+    from prunecast.client.edge.errors import ControlProblem
 
 __all__ = [
     "Control",

@@ -31,7 +31,7 @@ def serving(
         A function that shows the manager one line about what the agent does.
     """
     from prunecast.client.edge.inference import InferenceServer, answers
-    from prunecast.client.edge.notify import ServiceManager
+    from prunecast.client.edge.service_manager import ServiceManager
 
     manager = ServiceManager()
     with ExitStack() as stack:

@@ -33,8 +33,8 @@ from prunecast.cli.fleet_serve import serve
 from prunecast.cli.tables import say
 
 if TYPE_CHECKING:
-    from prunecast.server.fleet import Rollout
     from prunecast.server.fleet.machine import AnyEvent
+    from prunecast.server.fleet.model import Rollout
 
 __all__ = ["app"]
 
@@ -55,7 +55,7 @@ def init(
     database: Database = DEFAULT,
 ) -> None:
     """Make the tables of a fleet in an empty database."""
-    from prunecast.server.fleet import FleetService
+    from prunecast.server.fleet.service import FleetService
     from prunecast.server.repository import RepositoryReader
 
     RepositoryReader(repository)
@@ -146,10 +146,10 @@ def start_rollout(
     """Start to bring a release to groups: a few devices first, more when they report success."""
     import secrets
 
-    from prunecast.server.fleet import Policy, Release
     from prunecast.server.fleet.events import StartRollout
+    from prunecast.server.fleet.model import Release, RolloutPolicy
 
-    policy = Policy(
+    policy = RolloutPolicy(
         max_error_rate=max_error_rate,
         max_silent_rate=max_silent_rate,
         min_reports=min_reports,

@@ -14,8 +14,9 @@ from prunecast.cli.console import make_console
 from prunecast.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
-    from prunecast.server.fleet import Device, FleetService
     from prunecast.server.fleet.machine import AnyEvent
+    from prunecast.server.fleet.model import Device
+    from prunecast.server.fleet.service import FleetService
 
 __all__ = [
     "DEFAULT",
@@ -56,7 +57,9 @@ DEFAULT = "sqlite:///fleet.db"
 
 def service_of(database: str) -> FleetService:
     """The service, with the live releases of the repository that `init` was given."""
-    from prunecast.server.fleet import FleetError, FleetService, Release
+    from prunecast.server.fleet.errors import FleetError
+    from prunecast.server.fleet.model import Release
+    from prunecast.server.fleet.service import FleetService
     from prunecast.server.repository import RepositoryReader
 
     live: list[Release] = []

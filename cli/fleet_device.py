@@ -87,7 +87,7 @@ def move_device(
 @app.command(name="show")
 def show_device(name: DeviceName, database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show a device: what it was told, and how it last said it is."""
-    from prunecast.server.fleet import NotFound
+    from prunecast.server.fleet.errors import NotFound
 
     with service_of(database) as service:
         health = service.health(name)

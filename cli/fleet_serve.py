@@ -52,8 +52,9 @@ def serve(
     It also honours the deadlines of rollouts, so that silent devices pause them. The release
     repository is the one that `prunecast fleet init` was given.
     """
-    from prunecast.server.control import ControlServer, Limits
-    from prunecast.server.fleet import FleetError, FleetService
+    from prunecast.server.control import ControlLimits, ControlServer
+    from prunecast.server.fleet.errors import FleetError
+    from prunecast.server.fleet.service import FleetService
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
@@ -74,7 +75,7 @@ def serve(
         client_ca=client_ca,
         host=host,
         port=port,
-        limits=Limits(keep_alive=keep_alive, fetch_bytes=fetch_limit, drain=drain),
+        limits=ControlLimits(keep_alive=keep_alive, fetch_bytes=fetch_limit, drain=drain),
         interval=interval,
     )
     server.run(ready)

@@ -17,8 +17,9 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from prunecast.client.edge import Agent, AgentConfig, read_status
-from prunecast.client.edge.held import held_model
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.slots.patch_base import patch_base
+from prunecast.client.edge.status import read_status
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.onnx.export import export_graph
 from prunecast.server.federation import CompressedGrid, Ledger, Policy
@@ -47,7 +48,7 @@ def network() -> nn.Module:
 
 def device_digest(state: Path) -> bytes:
     """Digest of the model whose weights lie in the device's active slot."""
-    held = held_model(state / "slots" / read_status(state)["active"]["slot"])
+    held = patch_base(state / "slots" / read_status(state)["active"]["slot"])
     assert held is not None
     return held.digest
 

@@ -15,12 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from prunecast.client.edge.acquire import Acquirer
-from prunecast.client.edge.config import AgentConfig, UpdateResult
+from prunecast.client.edge.config import AgentConfig, Order, UpdateResult, candidates
 from prunecast.client.edge.errors import EdgeError, NetworkError, NoRelease, StateError
 from prunecast.client.edge.model import EdgeModel
-from prunecast.client.edge.orders import Order, candidates
-from prunecast.client.edge.slot import (
+from prunecast.client.edge.slots.slot import (
     LoadedRelease,
     build_slot,
     clear_slot,
@@ -28,11 +26,12 @@ from prunecast.client.edge.slot import (
     open_slot,
     verify_slot,
 )
+from prunecast.client.edge.state import Failure, FailureKind, SlotRecord, State, StateFolder
 from prunecast.client.edge.status import read_status, record_check
-from prunecast.client.edge.store import Failure, FailureKind, SlotRecord, State, StateFolder
 from prunecast.client.edge.telemetry import Telemetry
-from prunecast.client.edge.transport import Fetcher, HttpFetcher
-from prunecast.client.edge.trust import TrustedListing
+from prunecast.client.edge.updating.acquire import Acquirer
+from prunecast.client.edge.updating.transport import Fetcher, HttpFetcher
+from prunecast.client.edge.updating.trust import TrustedListing
 from prunecast.compression.release import ReleaseError, ReleaseManifest
 from prunecast.compression.release.manifest import check_release_name
 

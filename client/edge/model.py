@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.client.edge.errors import EdgeError, NoModel, StateError, VersionNotActive
-from prunecast.client.edge.slot import LoadedRelease, open_optimised, open_slot, verify_slot
-from prunecast.client.edge.store import StateFolder
+from prunecast.client.edge.slots.slot import LoadedRelease, open_optimised, open_slot, verify_slot
+from prunecast.client.edge.state import StateFolder
 from prunecast.compression.release import InputRefused, ReleaseError, ReleaseManifest
 
 __all__ = ["EdgeModel", "Inference", "Observer", "Outcome", "open_model"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from prunecast.client.edge.config import AGENT_VERSION, UpdateResult
 from prunecast.client.edge.errors import StateError
-from prunecast.client.edge.store import StateFolder
+from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.telemetry import read_telemetry
 
 __all__ = ["read_status", "record_check"]

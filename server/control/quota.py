@@ -1,4 +1,4 @@
-"""How much one device may ask for, so that it cannot starve the others."""
+"""How much a device may ask for, so that it cannot starve the others."""
 
 from __future__ import annotations
 
@@ -7,23 +7,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Concurrency", "QuotaExceeded", "RateQuota"]
+from prunecast.server.control.errors import QuotaExceeded
+
+__all__ = ["Concurrency", "ControlLimits", "RateQuota"]
 
 _MOST_KEYS = 100_000
 
 
-@dataclass
-class QuotaExceeded(Exception):
-    """A quota is used up.
+@dataclass(frozen=True)
+class ControlLimits:
+    """What one device, or all of them, may ask of a control server.
 
     Attributes:
-        seconds: after which it is worth trying again.
+        request_bytes: of one request.
+        streams: calls in progress of all devices together.
+        fetches: files that one device gets at the same time.
+        fetch_bytes: of the largest file that is handed out.
+        reports_per_second: of one device on average.
+        report_burst: of one device at once, after it was offline.
+        watches_per_second: watches that one device may begin on average.
+        watch_burst: watches that it may begin at once.
+        keep_alive: seconds after which a watching device hears something at the latest.
+        drain: seconds that calls in progress may take when the server ends.
     """
 
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"try again in {self.seconds:.0f} seconds"
+    request_bytes: int = 64 * 1024
+    streams: int = 20_000
+    fetches: int = 2
+    fetch_bytes: int = 64 * 2**20
+    reports_per_second: float = 0.2
+    report_burst: int = 100
+    watches_per_second: float = 0.2
+    watch_burst: int = 20
+    keep_alive: float = 30.0
+    drain: float = 10.0
 
 
 class RateQuota:

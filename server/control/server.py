@@ -16,13 +16,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from prunecast.common.fleet_protocol import SERVICE, add_servicer
+from prunecast.server.control.authentication import server_credentials
 from prunecast.server.control.errors import Unbindable
-from prunecast.server.control.hub import Hub
-from prunecast.server.control.limits import Limits
-from prunecast.server.control.live import LiveReleases
+from prunecast.server.control.quota import ControlLimits
+from prunecast.server.control.repository import LiveReleases
 from prunecast.server.control.servicer import Servicer
-from prunecast.server.control.tls import server_credentials
-from prunecast.server.fleet import FleetService
+from prunecast.server.control.watches import WatchRegistry
+from prunecast.server.fleet.service import FleetService
 
 __all__ = ["ControlServer"]
 
@@ -45,7 +45,7 @@ class ControlServer:
             tokens.
         host: address to bind.
         port: 0 lets the system choose; `port` tells which.
-        limits: see `Limits`.
+        limits: see `ControlLimits`.
         interval: seconds between looks at the fleet; how long a change takes to reach devices.
 
     Raises:
@@ -64,14 +64,14 @@ class ControlServer:
         client_ca: Path | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
-        limits: Limits | None = None,
+        limits: ControlLimits | None = None,
         interval: float = 1.0,
     ) -> None:
         self._live = LiveReleases(repository)
         self._credentials = server_credentials(certificate, key, client_ca)
         self._certificates = client_ca is not None
         self.host, self.port = host, port
-        self._repository, self._limits = repository, limits or Limits()
+        self._repository, self._limits = repository, limits or ControlLimits()
         self._interval = interval
         self._service = FleetService(database, self._live)
         self._threads = 1 if database.startswith("sqlite") else _THREADS
@@ -100,7 +100,7 @@ class ControlServer:
             self._service.close()
 
     def stop(self) -> None:
-        """End `run`: watches end at once, other calls may take `Limits.drain` seconds."""
+        """End `run`: watches end at once, other calls may take `ControlLimits.drain` seconds."""
         self._stopped = True
         self._stop()
         if self._thread:
@@ -143,12 +143,12 @@ class ControlServer:
             ThreadPoolExecutor(self._threads, "control database") as database,
             ThreadPoolExecutor(_THREADS, "control files") as files,
         ):
-            hub = Hub(self._service, self._live, database, interval=self._interval)
+            watches = WatchRegistry(self._service, self._live, database, interval=self._interval)
             server = grpc.aio.server(
                 options=_options(limits), maximum_concurrent_rpcs=limits.streams
             )
             servicer = Servicer(
-                hub, self._repository, files, limits, certificates=self._certificates
+                watches, self._repository, files, limits, certificates=self._certificates
             )
             add_servicer(servicer, server)
             alive = health.aio.HealthServicer()
@@ -156,13 +156,13 @@ class ControlServer:
             self._bind(server)
             await server.start()
             await _set(alive, health_pb2.HealthCheckResponse.SERVING)
-            follower = asyncio.create_task(hub.follow())
+            follower = asyncio.create_task(watches.follow())
             try:
                 ready(self.address)
                 await over.wait()
             finally:
                 await _set(alive, health_pb2.HealthCheckResponse.NOT_SERVING)
-                hub.close()
+                watches.close()
                 await server.stop(limits.drain)
                 follower.cancel()
                 with suppress(asyncio.CancelledError):
@@ -178,7 +178,7 @@ class ControlServer:
         self.port = int(bound)
 
 
-def _options(limits: Limits) -> list[tuple[str, int]]:
+def _options(limits: ControlLimits) -> list[tuple[str, int]]:
     alive = int(limits.keep_alive * 1000)
     return [
         ("grpc.max_receive_message_length", limits.request_bytes),

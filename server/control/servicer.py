@@ -11,40 +11,57 @@ from pathlib import Path
 from typing import Any
 
 from prunecast.common.fleet_protocol import FleetControlServicer, messages
-from prunecast.server.control.convert import device_report, device_state, directive_event
-from prunecast.server.control.errors import ForeignName, GoingDown, WatchReplaced, WrongRelease
-from prunecast.server.control.files import OpenFile, open_file
-from prunecast.server.control.hub import Hub
-from prunecast.server.control.identity import credential_of
-from prunecast.server.control.limits import Limits
-from prunecast.server.control.quota import Concurrency, RateQuota
-from prunecast.server.control.status import answering
-from prunecast.server.fleet import Credential, DeviceState, Identity
+from prunecast.server.control.authentication import credential_of
+from prunecast.server.control.errors import (
+    ForeignName,
+    GoingDown,
+    WatchReplaced,
+    WrongRelease,
+    answering,
+)
+from prunecast.server.control.quota import Concurrency, ControlLimits, RateQuota
+from prunecast.server.control.repository import OpenFile, open_file
+from prunecast.server.control.watches import WatchRegistry
+from prunecast.server.fleet.errors import Unusable
+from prunecast.server.fleet.model import Directive, Outcome
+from prunecast.server.fleet.reports import (
+    Credential,
+    DeviceReport,
+    DeviceState,
+    DirectiveAnswer,
+    Health,
+    Identity,
+)
 
-__all__ = ["Servicer"]
+__all__ = [
+    "Servicer",
+    "device_report",
+    "device_state",
+    "directive_event",
+]
 
 
 class Servicer(FleetControlServicer):
     """Answers devices.
 
     Args:
-        hub: the fleet, and who is watching.
+        watches: the fleet, and who is watching.
         repository: folder of the release repository.
         files: its threads wait for the disk.
-        limits: see `Limits`.
+        limits: see `ControlLimits`.
         certificates: whether devices authenticate by client certificates instead of tokens.
     """
 
     def __init__(
         self,
-        hub: Hub,
+        watches: WatchRegistry,
         repository: Path,
         files: Executor,
-        limits: Limits,
+        limits: ControlLimits,
         *,
         certificates: bool,
     ) -> None:
-        self._hub, self._repository, self._limits = hub, repository, limits
+        self._registry, self._repository, self._limits = watches, repository, limits
         self._files, self._certificates = files, certificates
         self._reports = RateQuota(per_second=limits.reports_per_second, burst=limits.report_burst)
         self._watches = RateQuota(per_second=limits.watches_per_second, burst=limits.watch_burst)
@@ -62,7 +79,7 @@ class Servicer(FleetControlServicer):
                     "enrol the device in a group that follows the other release"
                 )
             state = device_state(request)
-            watcher = self._hub.enter(identity.device)
+            watcher = self._registry.enter(identity.device)
             try:
                 yield messages.WatchEvent(
                     welcome=messages.Welcome(
@@ -73,7 +90,7 @@ class Servicer(FleetControlServicer):
                 async for event in self._directives(credential, state, watcher):
                     yield event
             finally:
-                self._hub.leave(identity.device, watcher)
+                self._registry.leave(identity.device, watcher)
             if watcher.ended == "closed":
                 raise GoingDown("the server is going down: come back in a moment")
             raise WatchReplaced(
@@ -87,9 +104,9 @@ class Servicer(FleetControlServicer):
             credential, identity = await self._admit(context, request.device)
             self._reports.take(identity.device, now=time.monotonic())
             report = device_report(request)
-            now = self._hub.clock()
-            receipt = await self._hub.call(
-                partial(self._hub.service.receive, credential, report, now)
+            now = self._registry.clock()
+            receipt = await self._registry.call(
+                partial(self._registry.service.receive, credential, report, now)
             )
             return messages.ReportReply(counted=receipt.counted, replayed=receipt.replayed)
 
@@ -126,9 +143,9 @@ class Servicer(FleetControlServicer):
         last, woken = None, True
         while watcher.ended is None:
             known, said = said, None  # later the fleet knows better, from the reports
-            now = self._hub.clock()
-            directive = await self._hub.call(
-                partial(self._hub.service.poll, credential, known, now)
+            now = self._registry.clock()
+            directive = await self._registry.call(
+                partial(self._registry.service.poll, credential, known, now)
             )
             if directive != last:
                 last = directive
@@ -149,7 +166,7 @@ class Servicer(FleetControlServicer):
             context.auth_context(),
             certificates=self._certificates,
         )
-        identity = await self._hub.call(lambda: self._hub.service.identify(credential))
+        identity = await self._registry.call(lambda: self._registry.service.identify(credential))
         if claimed and claimed != identity.device:
             raise ForeignName(
                 f"this is the credential of {identity.device}, not of {claimed[:80]!r}: every "
@@ -161,3 +178,48 @@ class Servicer(FleetControlServicer):
 def _close(opened: Future[OpenFile]) -> None:
     if not opened.cancelled() and opened.exception() is None:
         opened.result().close()
+
+
+_OUTCOMES = {
+    messages.OUTCOME_SUCCEEDED: Outcome.SUCCEEDED,
+    messages.OUTCOME_SELFTEST_FAILED: Outcome.SELFTEST_FAILED,
+    messages.OUTCOME_ROLLED_BACK: Outcome.ROLLED_BACK,
+    messages.OUTCOME_CRASH_LOOP: Outcome.CRASH_LOOP,
+}
+
+
+def device_state(request: messages.WatchRequest | messages.ReportRequest) -> DeviceState:
+    """What a device says that it runs.
+
+    Raises:
+        Unusable: out of bounds.
+    """
+    running = request.running if request.HasField("running") else None
+    return DeviceState(running, request.agent)
+
+
+def device_report(request: messages.ReportRequest) -> DeviceReport:
+    """A report.
+
+    Raises:
+        Unusable: no identifier, an unknown outcome, or out of bounds.
+    """
+    answer = None
+    if request.HasField("answer"):
+        given = request.answer
+        if given.outcome not in _OUTCOMES:
+            raise Unusable(f"outcome {given.outcome} is unknown: update the fleet's server")
+        outcome = _OUTCOMES[given.outcome]
+        answer = DirectiveAnswer(given.serial, given.version, outcome, given.detail)
+    health = Health(request.error, dict(request.figures), request.made)
+    return DeviceReport(request.id, device_state(request), answer, health)
+
+
+def directive_event(directive: Directive) -> Any:
+    """A directive as an event of a watch."""
+    made = messages.Directive(
+        serial=directive.serial, downgrade=directive.downgrade, rollout=directive.rollout or ""
+    )
+    if directive.release is not None:
+        made.release, made.version = directive.release.name, directive.release.version
+    return messages.WatchEvent(directive=made)

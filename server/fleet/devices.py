@@ -11,7 +11,12 @@ from typing import TypeVar
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from prunecast.server.fleet.contact import (
+from prunecast.server.fleet.database import Database
+from prunecast.server.fleet.errors import DatabaseError, NotFound, TokenRefused
+from prunecast.server.fleet.events import Poll, ReportOutcome
+from prunecast.server.fleet.machine import AnyEvent
+from prunecast.server.fleet.model import Directive, Release
+from prunecast.server.fleet.reports import (
     Certified,
     Credential,
     DeviceReport,
@@ -21,13 +26,6 @@ from prunecast.server.fleet.contact import (
     Receipt,
     printable,
 )
-from prunecast.server.fleet.database import Database
-from prunecast.server.fleet.deciding import decide, load_device
-from prunecast.server.fleet.errors import DatabaseError, NotFound, TokenRefused
-from prunecast.server.fleet.events import Poll, Report
-from prunecast.server.fleet.loading import Slice
-from prunecast.server.fleet.machine import AnyEvent
-from prunecast.server.fleet.model import Directive, Release
 from prunecast.server.fleet.tables import (
     DeviceRow,
     GroupRow,
@@ -36,6 +34,7 @@ from prunecast.server.fleet.tables import (
     ReportRow,
     TokenRow,
 )
+from prunecast.server.fleet.transactions import Slice, decide, load_device
 
 __all__ = ["BUSY", "TRIES", "DeviceSide", "token_hash"]
 
@@ -102,7 +101,7 @@ class DeviceSide:
             counted = False
             if report.answer is not None:
                 given = report.answer
-                event = Report(
+                event = ReportOutcome(
                     at=now,
                     device=device,
                     serial=given.serial,
@@ -192,7 +191,7 @@ def _store(session: Session, device: str, health: Health, now: float) -> None:
         row.at, row.document = now, document
 
 
-def _report_row(event: Report, rollout: str | None) -> ReportRow:
+def _report_row(event: ReportOutcome, rollout: str | None) -> ReportRow:
     return ReportRow(
         at=event.at,
         device=event.device,

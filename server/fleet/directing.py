@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from prunecast.server.fleet.errors import NotPossible
-from prunecast.server.fleet.events import Poll, Report
+from prunecast.server.fleet.events import Poll, ReportOutcome
 from prunecast.server.fleet.model import Device, Directive, Progress, Release, Status, Told
 from prunecast.server.fleet.step import Step
 
@@ -44,7 +44,7 @@ def poll(step: Step, event: Poll) -> Directive:
     return Directive(device.id, told.serial, release, older, rollout)
 
 
-def report(step: Step, event: Report) -> bool:
+def report(step: Step, event: ReportOutcome) -> bool:
     """Take a device's answer to its present directive; False if it is anything else.
 
     A first answer is taken, and a failure after a success (a crash loop, say). All else is a

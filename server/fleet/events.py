@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prunecast.server.fleet.model import Outcome, Policy, Release
+from prunecast.server.fleet.model import Outcome, Release, RolloutPolicy
 
 __all__ = [
     "Abort",
@@ -17,7 +17,7 @@ __all__ = [
     "PinGroup",
     "Poll",
     "Promote",
-    "Report",
+    "ReportOutcome",
     "Resume",
     "RevokeDevice",
     "StartRollout",
@@ -102,7 +102,7 @@ class StartRollout(Event):
     release: Release
     groups: tuple[str, ...]
     stages: tuple[float, ...] = (5.0, 25.0, 100.0)
-    policy: Policy = field(default_factory=Policy)
+    policy: RolloutPolicy = field(default_factory=RolloutPolicy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Poll(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Event):
+class ReportOutcome(Event):
     """A device says what became of a directive.
 
     Attributes:

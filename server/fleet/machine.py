@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from prunecast.server.fleet.assignment import assign, check_stages
+from prunecast.server.fleet.cohorts import assign, check_stages, join, leave, takes_part
 from prunecast.server.fleet.directing import poll, report
 from prunecast.server.fleet.errors import AlreadyExists, NotPossible, ReleaseUnknown, RolloutOverlap
 from prunecast.server.fleet.events import (
@@ -29,13 +29,12 @@ from prunecast.server.fleet.events import (
     PinGroup,
     Poll,
     Promote,
-    Report,
+    ReportOutcome,
     Resume,
     RevokeDevice,
     StartRollout,
     Tick,
 )
-from prunecast.server.fleet.membership import join, leave, takes_part
 from prunecast.server.fleet.model import (
     Device,
     Fleet,
@@ -64,7 +63,7 @@ AnyEvent = (
     | Resume
     | Abort
     | Poll
-    | Report
+    | ReportOutcome
     | Tick
 )
 
@@ -86,14 +85,14 @@ def apply(fleet: Fleet, event: AnyEvent) -> Decision:
     """
     step = Step(fleet, event)
     expire(step)
-    if isinstance(event, Poll | Report | Tick):
+    if isinstance(event, Poll | ReportOutcome | Tick):
         # a poll must not be told a release whose rollout is due to pause
         evaluate(step)
     match event:
         case Poll():
             directive = poll(step, event)
             return step.decision(directive)
-        case Report():
+        case ReportOutcome():
             accepted = report(step, event)
             evaluate(step)
             return step.decision(accepted=accepted)

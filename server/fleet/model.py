@@ -22,10 +22,10 @@ __all__ = [
     "Group",
     "Outcome",
     "Part",
-    "Policy",
     "Progress",
     "Release",
     "Rollout",
+    "RolloutPolicy",
     "Status",
     "Tally",
     "Told",
@@ -194,7 +194,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Policy:
+class RolloutPolicy:
     """When a rollout goes on and when it stops.
 
     Attributes:
@@ -277,7 +277,7 @@ class Rollout:
     release: Release
     groups: tuple[str, ...]
     stages: tuple[float, ...]
-    policy: Policy
+    policy: RolloutPolicy
     cohorts: tuple[int, ...]
     since: float
     status: Status = Status.RUNNING

@@ -11,17 +11,7 @@ from typing import Self
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from prunecast.server.fleet.contact import (
-    Answer,
-    Credential,
-    DeviceReport,
-    DeviceState,
-    Health,
-    Identity,
-    Receipt,
-)
 from prunecast.server.fleet.database import Database
-from prunecast.server.fleet.deciding import decide, load_device
 from prunecast.server.fleet.devices import BUSY, TRIES, DeviceSide, token_hash
 from prunecast.server.fleet.errors import DatabaseError, NotFound, Unusable
 from prunecast.server.fleet.events import (
@@ -34,15 +24,13 @@ from prunecast.server.fleet.events import (
     PinGroup,
     Poll,
     Promote,
-    Report,
+    ReportOutcome,
     Resume,
     RevokeDevice,
     StartRollout,
     Tick,
 )
-from prunecast.server.fleet.loading import Slice, write_audit
 from prunecast.server.fleet.machine import AnyEvent
-from prunecast.server.fleet.mapping import to_device, to_group, to_rollout
 from prunecast.server.fleet.model import (
     AuditEntry,
     Device,
@@ -54,13 +42,26 @@ from prunecast.server.fleet.model import (
     Rollout,
     Status,
 )
+from prunecast.server.fleet.reports import (
+    Credential,
+    DeviceReport,
+    DeviceState,
+    DirectiveAnswer,
+    Health,
+    Identity,
+    Receipt,
+)
 from prunecast.server.fleet.tables import (
     AuditRow,
     DeviceRow,
     GroupRow,
     RolloutRow,
     TokenRow,
+    to_device,
+    to_group,
+    to_rollout,
 )
+from prunecast.server.fleet.transactions import Slice, decide, load_device, write_audit
 
 __all__ = ["FleetService"]
 
@@ -151,7 +152,7 @@ class FleetService:
             TokenRefused: the token is unknown or was revoked.
             DatabaseError: send it again later.
         """
-        answer = Answer(serial, version, Outcome(outcome), detail)
+        answer = DirectiveAnswer(serial, version, Outcome(outcome), detail)
         return self._devices.receive(credential, DeviceReport(answer=answer), now).counted
 
     def receive(self, credential: Credential, report: DeviceReport, now: float) -> Receipt:
@@ -228,7 +229,7 @@ class FleetService:
         Raises:
             FleetError: it cannot be; nothing changed.
         """
-        if isinstance(event, AddDevice | Poll | Report | Tick):
+        if isinstance(event, AddDevice | Poll | ReportOutcome | Tick):
             raise Unusable(f"{type(event).__name__} is not an operator's event: use its own method")
         for _ in range(TRIES):
             with self._database.transaction() as session:

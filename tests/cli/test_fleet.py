@@ -9,14 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.server.fleet import (
-    DeviceReport,
-    DeviceState,
-    FleetService,
-    Health,
-    Outcome,
-    Release,
-)
+from prunecast.server.fleet.model import Outcome, Release
+from prunecast.server.fleet.reports import DeviceReport, DeviceState, Health
+from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import KeyRing, Repository
 from support.classifier import classifier, classifier_graph, classifier_inputs
 

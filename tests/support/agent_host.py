@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import onnxruntime  # noqa: F401  before the fork: a life must not import it again
 
-from prunecast.client.edge import Agent, AgentConfig, EdgeError, HttpFetcher
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.errors import EdgeError
+from prunecast.client.edge.updating.transport import HttpFetcher
 
 
 def _say(**event: Any) -> None:

@@ -9,16 +9,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from prunecast.server.control import ControlServer, Limits
-from prunecast.server.fleet import FleetService, Release
+from prunecast.server.control import ControlLimits, ControlServer
 from prunecast.server.fleet.events import AddGroup
+from prunecast.server.fleet.model import Release
+from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import KeyRing, Repository
 from support.authority import Authority
 from support.classifier import classifier, classifier_graph, classifier_inputs
 
 __all__ = ["LIMITS", "authority", "database", "fleet", "repository", "server"]
 
-LIMITS = Limits(keep_alive=1.0, report_burst=20, reports_per_second=0.01, drain=2.0)
+LIMITS = ControlLimits(keep_alive=1.0, report_burst=20, reports_per_second=0.01, drain=2.0)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunecast.server.fleet import DeviceState, FleetService, Outcome, Release
+from prunecast.server.fleet.model import Outcome, Release
+from prunecast.server.fleet.reports import DeviceState
+from prunecast.server.fleet.service import FleetService
 
 RELEASES = tuple(Release("digits", version) for version in range(1, 6))
 

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
-from prunecast.client.edge import Fetcher, Stream
+from prunecast.client.edge.updating.transport import Fetcher, Stream
 
 __all__ = ["Network"]
 

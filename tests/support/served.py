@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper, save
 
-from prunecast.client.edge.slot import LoadedRelease
+from prunecast.client.edge.slots.slot import LoadedRelease
 from prunecast.compression.onnx import bind_weights
 from prunecast.compression.release import (
     FileRef,

@@ -3,9 +3,8 @@
 Needs what the agent needs, grpcio and protobuf.
 """
 
+from prunecast.client.edge.control.channel import ControlChannel, ControlSettings
 from prunecast.client.edge.control.controller import Controller
 from prunecast.client.edge.control.fetcher import ControlFetcher
-from prunecast.client.edge.control.line import Line
-from prunecast.client.edge.control.settings import ControlSettings
 
-__all__ = ["ControlFetcher", "ControlSettings", "Controller", "Line"]
+__all__ = ["ControlChannel", "ControlFetcher", "ControlSettings", "Controller"]

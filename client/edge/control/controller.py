@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
 import threading
@@ -10,18 +11,18 @@ from collections.abc import Callable
 from typing import Self
 
 from prunecast.client.edge.agent import Agent
-from prunecast.client.edge.config import AGENT_VERSION, UpdateResult
-from prunecast.client.edge.control.backoff import Backoff
-from prunecast.client.edge.control.figures import figures_of
-from prunecast.client.edge.control.line import Line
-from prunecast.client.edge.control.sender import Sender
-from prunecast.client.edge.control.store import Answer, ControlStore, Directive
-from prunecast.client.edge.control.watcher import Watcher
+from prunecast.client.edge.config import AGENT_VERSION, Order, UpdateResult
+from prunecast.client.edge.control.channel import Backoff, ControlChannel
+from prunecast.client.edge.control.exchange import DirectiveWatcher, ReportSender
+from prunecast.client.edge.control.store import ControlStore, StoredAnswer, StoredDirective
 from prunecast.client.edge.errors import ControlProblem, EdgeError, StateError
-from prunecast.client.edge.orders import Order
-from prunecast.client.edge.store import StateFolder
+from prunecast.client.edge.state import StateFolder
+from prunecast.client.edge.telemetry import TelemetrySnapshot
 
-__all__ = ["Controller"]
+__all__ = [
+    "Controller",
+    "fleet_figures",
+]
 
 
 class Controller:
@@ -29,7 +30,7 @@ class Controller:
 
     The agent asks `order` before every check and tells `note` what the check did::
 
-        with Controller(agent, line, wake=wake) as controller:
+        with Controller(agent, channel, wake=wake) as controller:
             agent.run(300, stop=stop, wake=wake, order=controller.order, on_result=controller.note)
 
     Without a server the last directive stays in force, across restarts too. Before the first one
@@ -37,7 +38,7 @@ class Controller:
 
     Args:
         agent: holds the state folder's lock.
-        line: to the server.
+        channel: to the server.
         wake: set when there is another directive.
         on_event: called with True when connected, False when not, and with every new problem.
         rng: source of the jitter; default seeded from the operating system.
@@ -47,23 +48,23 @@ class Controller:
     def __init__(
         self,
         agent: Agent,
-        line: Line,
+        channel: ControlChannel,
         *,
         wake: threading.Event,
         on_event: Callable[[bool | ControlProblem], None] = lambda event: None,
         rng: random.Random | None = None,
         make_id: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
-        self._agent, self._line, self._on_event = agent, line, on_event
-        self._settings, draw = line.settings, rng or random.Random()
+        self._agent, self._channel, self._on_event = agent, channel, on_event
+        self._settings, draw = channel.settings, rng or random.Random()
         self.store = ControlStore(StateFolder(agent.config.state), make_id)
         self._said: tuple[str, int | None] | None = None
         self._said_at = time.monotonic()
         self._known: bool | str | None = None
         waits = [Backoff(self._settings.first_wait, self._settings.most_wait, draw) for _ in "ab"]
-        self._sender = Sender(line, self.store, backoff=waits[0], problem=self._tell)
-        self._watcher = Watcher(
-            line,
+        self._sender = ReportSender(channel, self.store, backoff=waits[0], problem=self._tell)
+        self._watcher = DirectiveWatcher(
+            channel,
             self.store,
             release=agent.config.name,
             running=lambda: agent.model.version,
@@ -89,7 +90,7 @@ class Controller:
         """End the connection; reports that wait are kept for the next process."""
         self._watcher.stop()
         self._sender.stop()
-        self._line.reset()
+        self._channel.reset()
         for thread in self._threads:
             thread.join(10)
 
@@ -114,14 +115,14 @@ class Controller:
                 running,
                 answer=answer,
                 error=problem,
-                figures=figures_of(self._agent.telemetry.snapshot()),
+                figures=fleet_figures(self._agent.telemetry.snapshot()),
                 made=time.time(),
             )
         except StateError as error:
             self._tell(ControlProblem(f"a report is not kept: {error}"))
         self._sender.wake()
 
-    def _answer(self, result: UpdateResult | EdgeError) -> Answer | None:
+    def _answer(self, result: UpdateResult | EdgeError) -> StoredAnswer | None:
         """What has become of the directive, if that was not said yet.
 
         It follows from what is on disk, so a crash at any moment loses nothing.
@@ -133,12 +134,12 @@ class Controller:
         if self._agent.model.version == said.version:
             difference = result.difference if isinstance(result, UpdateResult) else None
             detail = "" if difference is None else f"largest difference {difference:.3g}"
-            answer = Answer(said.serial, said.version, "succeeded", detail)
+            answer = StoredAnswer(said.serial, said.version, "succeeded", detail)
         elif (failure := self._agent.failure(said.version)) is not None:
-            answer = Answer(said.serial, said.version, failure.kind, failure.reason)
+            answer = StoredAnswer(said.serial, said.version, failure.kind, failure.reason)
         return answer if answer and self.store.is_due(answer) else None
 
-    def _directive(self) -> Directive | None:
+    def _directive(self) -> StoredDirective | None:
         """The last directive if it names a version of the agent's own release.
 
         Numbers of another release say nothing about this one's.
@@ -157,3 +158,24 @@ class Controller:
         if str(problem) != self._known:  # the same again is no news
             self._known = str(problem)
             self._on_event(problem)
+
+
+def fleet_figures(found: TelemetrySnapshot) -> dict[str, float]:
+    """Figures of the agent and of the release that is active; only finite ones."""
+    made: dict[str, float | None] = {
+        "starts": found.starts,
+        "uptime_seconds": found.uptime_seconds,
+        "resident_bytes": found.resident_bytes,
+    }
+    for release in found.releases:
+        if release.version == found.active:
+            made |= {
+                "inferences_answered": release.answered,
+                "inferences_refused": release.refused,
+                "inferences_failed": release.failed,
+                "served_seconds": release.served_seconds,
+                "selftest_difference": release.difference,
+                "latency_p50_seconds": release.latency(0.5),
+                "latency_p99_seconds": release.latency(0.99),
+            }
+    return {k: float(v) for k, v in made.items() if v is not None and math.isfinite(v)}

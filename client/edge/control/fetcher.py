@@ -8,9 +8,9 @@ from typing import Any
 import grpc
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
-from prunecast.client.edge.control.line import Line, describe, watched
+from prunecast.client.edge.control.channel import ControlChannel, describe, watched
 from prunecast.client.edge.errors import ControlProblem
-from prunecast.client.edge.transport import Fetcher, Stream
+from prunecast.client.edge.updating.transport import Fetcher, Stream
 from prunecast.common.fleet_protocol import messages
 
 __all__ = ["ControlFetcher"]
@@ -31,16 +31,16 @@ class ControlFetcher(Fetcher):
     """Gets files below ``grpcs://HOST:PORT/`` by Fetch; trust is TUF's, as over HTTP.
 
     Args:
-        line: to the server.
+        channel: to the server.
         silence: seconds without a chunk after which a transfer is given up.
     """
 
-    def __init__(self, line: Line, *, silence: float = _SILENCE) -> None:
-        self._line, self._silence = line, silence
+    def __init__(self, channel: ControlChannel, *, silence: float = _SILENCE) -> None:
+        self._channel, self._silence = channel, silence
 
     def open(self, url: str, offset: int = 0) -> Stream:
         """See `Fetcher.open`."""
-        base = self._line.settings.url
+        base = self._channel.settings.url
         if not url.startswith(base):
             raise DownloadError(f"{url} is not at the control server {base}")
         chunks = self._chunks(url, url.removeprefix(base), offset)
@@ -52,7 +52,7 @@ class ControlFetcher(Fetcher):
     def _chunks(self, url: str, path: str, offset: int) -> Iterator[bytes]:
         try:
             request = messages.FetchRequest(path=path, offset=offset)
-            call: Any = self._line.call("Fetch", request)
+            call: Any = self._channel.call("Fetch", request)
             at = offset
             with watched(call, self._silence) as allow:
                 for chunk in call:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from prunecast.client.edge.store import StateFolder
+from prunecast.client.edge.state import StateFolder
 
-__all__ = ["Answer", "ControlStore", "Directive", "Report"]
+__all__ = ["ControlStore", "StoredAnswer", "StoredDirective", "StoredReport"]
 
 _FILE = "control.json"
 _SCHEMA = 1
@@ -21,7 +21,7 @@ _MOST_REPORTS = 64  # the fleet remembers four times as many ids
 
 
 @dataclass(frozen=True)
-class Directive:
+class StoredDirective:
     """What the fleet told this device; see `fleet.proto`."""
 
     serial: int
@@ -32,7 +32,7 @@ class Directive:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StoredAnswer:
     """What became of a directive; `outcome` as the fleet names it."""
 
     serial: int
@@ -47,14 +47,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Report:
+class StoredReport:
     """A report on its way; see `fleet.proto`."""
 
     id: str
     device: str
     agent: str
     running: int | None
-    answer: Answer | None = None
+    answer: StoredAnswer | None = None
     error: str = ""
     figures: dict[str, float] = field(default_factory=dict)
     made: float = 0.0
@@ -64,9 +64,9 @@ class Report:
 class _Content:
     fingerprint: str = ""
     device: str = ""
-    directive: Directive | None = None
-    answered: Answer | None = None
-    reports: tuple[Report, ...] = ()
+    directive: StoredDirective | None = None
+    answered: StoredAnswer | None = None
+    reports: tuple[StoredReport, ...] = ()
 
 
 class ControlStore:
@@ -89,7 +89,7 @@ class ControlStore:
         self._content = _content(folder.read_json(_FILE))
 
     @property
-    def directive(self) -> Directive | None:
+    def directive(self) -> StoredDirective | None:
         """The last directive; None: there never was one."""
         return self._content.directive
 
@@ -109,7 +109,7 @@ class ControlStore:
     def welcome(self, device: str, fingerprint: str) -> None:
         """The server has said whom the credential stands for.
 
-        Directive and reports of another device are dropped: nobody would take them.
+        StoredDirective and reports of another device are dropped: nobody would take them.
 
         Raises:
             StateError: the disk refuses; what was said holds nevertheless until the process ends.
@@ -120,7 +120,7 @@ class ControlStore:
                 known = _Content()
             self._write(replace(known, device=device, fingerprint=fingerprint))
 
-    def accept(self, directive: Directive) -> bool:
+    def accept(self, directive: StoredDirective) -> bool:
         """Take a directive; whether it is another one than before.
 
         Raises:
@@ -137,7 +137,7 @@ class ControlStore:
         agent: str,
         running: int | None,
         *,
-        answer: Answer | None = None,
+        answer: StoredAnswer | None = None,
         error: str = "",
         figures: dict[str, float] | None = None,
         made: float = 0.0,
@@ -151,20 +151,20 @@ class ControlStore:
         """
         with self._lock:
             known = self._content
-            made_now = Report(
+            made_now = StoredReport(
                 self._make_id(), known.device, agent, running, answer, error, figures or {}, made
             )
             waiting = [r for r in known.reports if answer or r.answer] + [made_now]
             known = replace(known, reports=tuple(waiting[-self._most :]))
             self._write(replace(known, answered=answer) if answer else known)
 
-    def is_due(self, answer: Answer) -> bool:
+    def is_due(self, answer: StoredAnswer) -> bool:
         """Whether an answer says something that was not said: the first, or a failure at last."""
         last = self._content.answered
         same = last is not None and (last.serial, last.version) == (answer.serial, answer.version)
         return not same or (answer.failed and last is not None and not last.failed)
 
-    def first(self) -> Report | None:
+    def first(self) -> StoredReport | None:
         """The report that has waited longest."""
         waiting = self._content.reports
         return waiting[0] if waiting else None
@@ -194,14 +194,14 @@ def _content(document: dict[str, Any]) -> _Content:
         return _Content(
             fingerprint=str(document["fingerprint"]),
             device=str(document["device"]),
-            directive=Directive(**directive) if directive else None,
-            answered=Answer(**answered) if answered else None,
+            directive=StoredDirective(**directive) if directive else None,
+            answered=StoredAnswer(**answered) if answered else None,
             reports=tuple(_report(r) for r in document["reports"]),
         )
     except (KeyError, TypeError):
         return _Content()
 
 
-def _report(document: dict[str, Any]) -> Report:
+def _report(document: dict[str, Any]) -> StoredReport:
     answer = document["answer"]
-    return Report(**{**document, "answer": Answer(**answer) if answer else None})
+    return StoredReport(**{**document, "answer": StoredAnswer(**answer) if answer else None})

@@ -11,13 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.client.edge import (
-    Agent,
-    AgentConfig,
-    ContentRefused,
-    NetworkError,
-    TrustError,
-)
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.errors import ContentRefused, NetworkError, TrustError
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.release import ReleaseManifest
 from prunecast.compression.release.manifest import manifest_path

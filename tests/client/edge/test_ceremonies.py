@@ -12,7 +12,8 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata
 
-from prunecast.client.edge import Agent, AgentConfig, NetworkError, NoRelease, TrustError
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.errors import NetworkError, NoRelease, TrustError
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Change, KeyRing, Repository

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.client.edge import Agent, AgentConfig, NoModel, NoRelease, StateError, open_model
+from prunecast.client.edge import Agent, AgentConfig, open_model
+from prunecast.client.edge.errors import NoModel, NoRelease, StateError
 from prunecast.compression.release import ReleaseManifest, Tolerance
 from prunecast.server.repository import Repository
 
@@ -68,7 +69,7 @@ def test_a_failed_self_test_keeps_the_old_version(
 def test_a_model_that_onnxruntime_refuses_keeps_the_old_version(
     start: Start, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import prunecast.client.edge.slot as slot
+    import prunecast.client.edge.slots.slot as slot
     from prunecast.compression.release import RuntimeFailure
 
     publish(1)
@@ -247,7 +248,8 @@ def test_unreadable_state_says_what_to_do(start: Start, config: AgentConfig) -> 
 DRIVER = """
 import os, pathlib, sys
 sys.path.insert(0, {here!r})
-from prunecast.client.edge import Agent, AgentConfig, Fetcher, Stream
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.updating.transport import Fetcher, Stream
 from tuf.api.exceptions import DownloadHTTPError
 
 class Folder(Fetcher):

@@ -17,9 +17,10 @@ import numpy as np
 import onnx
 import pytest
 
-from prunecast.client.edge import Agent, AgentConfig, ContentRefused, StateError
-from prunecast.client.edge.externals import check_externals
-from prunecast.client.edge.slot import verify_slot
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.errors import ContentRefused, StateError
+from prunecast.client.edge.slots.externals import check_externals
+from prunecast.client.edge.slots.slot import verify_slot
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.release import FileRef, PatchRef, ReleaseManifest, RuntimeFailure

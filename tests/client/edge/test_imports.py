@@ -53,7 +53,8 @@ def test_the_agent_works_without_torch_flwr_and_onnx(
     done = _run(
         f"""
         import pathlib, numpy
-        from prunecast.client.edge import Agent, AgentConfig, Fetcher, Stream, open_model
+        from prunecast.client.edge import Agent, AgentConfig, open_model
+        from prunecast.client.edge.updating.transport import Fetcher, Stream
         from tuf.api.exceptions import DownloadHTTPError
 
         class Folder(Fetcher):

@@ -11,17 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from prunecast.client.edge import (
-    Agent,
-    AgentConfig,
-    Fetcher,
-    LimitedFetcher,
-    NetworkError,
-    QuietHours,
-    StateError,
-    Stream,
-    TokenBucket,
-)
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.errors import NetworkError, StateError
+from prunecast.client.edge.updating.throttling import LimitedFetcher, QuietHours, TokenBucket
+from prunecast.client.edge.updating.transport import Fetcher, Stream
 from prunecast.compression.release import ReleaseManifest
 
 Publish = Callable[..., ReleaseManifest]

@@ -15,8 +15,8 @@ import onnxruntime
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig, open_model
-from prunecast.client.edge import optimised as module
-from prunecast.client.edge.store import StateFolder
+from prunecast.client.edge.slots import optimised as module
+from prunecast.client.edge.state import StateFolder
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.release import ReleaseManifest
 from prunecast.compression.versions import PublishedModel

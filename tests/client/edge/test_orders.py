@@ -10,17 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.client.edge import (
-    Agent,
-    AgentConfig,
-    EdgeError,
-    NetworkError,
-    Order,
-    OrderRefused,
-    TrustError,
-    UpdateResult,
-)
-from prunecast.client.edge.store import StateFolder
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.config import Order, UpdateResult
+from prunecast.client.edge.errors import EdgeError, NetworkError, OrderRefused, TrustError
+from prunecast.client.edge.state import StateFolder
 from prunecast.compression.release import ReleaseManifest
 from prunecast.server.repository import Repository
 from support.network import Network

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.client.edge import Agent, AgentConfig, NoModel, open_model
+from prunecast.client.edge import Agent, AgentConfig, open_model
+from prunecast.client.edge.errors import NoModel
 from prunecast.compression.release import ReleaseManifest
 from support.powercut import VARIANTS, Recorder
 

@@ -14,16 +14,10 @@ from pathlib import Path
 import pytest
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, SlowRetrievalError
 
-from prunecast.client.edge import (
-    Agent,
-    AgentConfig,
-    ContentMissing,
-    ContentRefused,
-    HttpFetcher,
-    NetworkError,
-)
-from prunecast.client.edge.download import download
-from prunecast.client.edge.pace import Pace, TooSlow
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError
+from prunecast.client.edge.updating.download import download
+from prunecast.client.edge.updating.transport import HttpFetcher, LeastRate, TooSlow
 from prunecast.compression.release import FileRef, ReleaseManifest
 from prunecast.server.repository import Repository
 from prunecast.server.repository.serving import ReleaseServer
@@ -101,7 +95,7 @@ def test_slow_retrieval(begin: bytes, drop: bytes) -> None:
 def test_the_rate_counts_only_while_waiting_for_the_server() -> None:
     """A receiver that is slow itself, or is told to be, does not blame the server."""
     now = [0.0]
-    pace = Pace(1000.0, 5.0, 30.0, lambda: now[0])
+    pace = LeastRate(1000.0, 5.0, 30.0, lambda: now[0])
     for _ in range(100):
         assert pace.receive(lambda: 10) == 10
         now[0] += 60.0  # between two receives

@@ -13,20 +13,18 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from prunecast.client.edge import (
-    Agent,
+from prunecast.client.edge import Agent, AgentConfig, open_model
+from prunecast.client.edge.config import UpdateResult
+from prunecast.client.edge.errors import (
     AgentBusy,
-    AgentConfig,
     AgentTooOld,
     EdgeError,
     NetworkError,
     NoModel,
     StateError,
-    UpdateResult,
-    open_model,
-    read_status,
 )
-from prunecast.client.edge.held import held_model
+from prunecast.client.edge.slots.patch_base import patch_base
+from prunecast.client.edge.status import read_status
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.release import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
@@ -368,7 +366,7 @@ def test_a_slot_keeps_its_weights_once(start: Start, publish: Publish, config: A
     slot = config.state / "slots" / "a"
     # steps and names, and no keyframe of the weights beside them
     assert (slot / "rest.model").stat().st_size < 300
-    found = held_model(slot)
+    found = patch_base(slot)
     assert found is not None
     assert found.digest == load_manifest(slot)
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from prunecast.server.control import Limits, files, servicer
-from prunecast.server.control.files import open_file
+from prunecast.server.control import ControlLimits, servicer
+from prunecast.server.control import repository as files
+from prunecast.server.control.repository import open_file
 
 NAME = "blobs/" + "0" * 64
 
@@ -46,8 +47,8 @@ def test_a_device_that_leaves_while_its_file_is_opened_leaves_no_open_file(
     monkeypatch.setattr(servicer.Servicer, "_admit", admit)
 
     async def leave(threads: ThreadPoolExecutor) -> None:
-        hub: Any = None
-        serving = servicer.Servicer(hub, folder, threads, Limits(), certificates=False)
+        watches: Any = None
+        serving = servicer.Servicer(watches, folder, threads, ControlLimits(), certificates=False)
         chunks = serving.Fetch(SimpleNamespace(path=NAME, offset=0), None)
         task = asyncio.create_task(anext(chunks))  # type: ignore[arg-type]
         await asyncio.to_thread(opening.wait, 10)

@@ -14,9 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prunecast.common.fleet_protocol import SERVICE, make_stub, messages
 from prunecast.compression.release.manifest import blob_path
-from prunecast.server.control import ControlServer, Limits, Unbindable
-from prunecast.server.fleet import FleetService
+from prunecast.server.control import ControlLimits, ControlServer, Unbindable
 from prunecast.server.fleet.events import PinDevice, RevokeDevice
+from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import Repository
 from support.authority import Authority
 
@@ -288,7 +288,7 @@ def test_health_and_a_graceful_end(
     (repository.path / blob_path(sha)).write_bytes(bytes(8_000_000))
     server = ControlServer(
         *(database, repository.path),
-        certificate=certificate, key=key, limits=Limits(drain=15.0),
+        certificate=certificate, key=key, limits=ControlLimits(drain=15.0),
     ).__enter__()  # fmt: skip
     client = connect(token, server.address)
     alive = health_pb2_grpc.HealthStub(client.channel)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prunecast.server.fleet import FleetService
+from prunecast.server.fleet.service import FleetService
 from support.fleet import find_postgres, postgres, releases
 
 

@@ -6,21 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from prunecast.server.fleet import (
+from prunecast.server.fleet.errors import (
     AlreadyExists,
-    Decision,
-    Fleet,
     NotFound,
     NotPossible,
-    Outcome,
-    Policy,
-    Progress,
-    Release,
     ReleaseUnknown,
     RolloutOverlap,
-    Status,
     Unusable,
-    apply,
 )
 from prunecast.server.fleet.events import (
     Abort,
@@ -32,16 +24,18 @@ from prunecast.server.fleet.events import (
     PinGroup,
     Poll,
     Promote,
-    Report,
+    ReportOutcome,
     Resume,
     RevokeDevice,
     StartRollout,
     Tick,
 )
-from prunecast.server.fleet.machine import AnyEvent
+from prunecast.server.fleet.machine import AnyEvent, apply
+from prunecast.server.fleet.model import Fleet, Outcome, Progress, Release, RolloutPolicy, Status
+from prunecast.server.fleet.step import Decision
 
 RELEASES = frozenset(Release(name, v) for name in ("digits", "faces") for v in range(1, 6))
-POLICY = Policy(
+POLICY = RolloutPolicy(
     max_error_rate=0.2, max_silent_rate=0.5, min_reports=2, report_deadline=100, timeout=1000
 )
 
@@ -49,7 +43,7 @@ POLICY = Policy(
 class Play:
     """A fleet, and what happened to it."""
 
-    def __init__(self, devices: int = 20, policy: Policy = POLICY) -> None:
+    def __init__(self, devices: int = 20, policy: RolloutPolicy = POLICY) -> None:
         self.fleet, self.policy, self.at = Fleet(RELEASES), policy, 0.0
         self.log: list[str] = []
         self.do(AddGroup(at=0, group="lab", release="digits", stable=1))
@@ -81,7 +75,7 @@ class Play:
     def report(self, device: str, outcome: Outcome = Outcome.SUCCEEDED) -> bool:
         told = self.fleet.devices[device].told
         assert told.version is not None
-        event = Report(
+        event = ReportOutcome(
             at=self.at,
             device=device,
             serial=told.serial,
@@ -294,10 +288,16 @@ def test_reports_that_answer_nothing_change_nothing() -> None:
     told = play.fleet.devices[canary].told
     before = play.fleet
     foreign = [
-        Report(at=1, device="ghost", serial=1, version=2, outcome=Outcome.CRASH_LOOP),
-        Report(at=1, device=canary, serial=told.serial + 1, version=2, outcome=Outcome.CRASH_LOOP),
-        Report(at=1, device=canary, serial=told.serial - 1, version=1, outcome=Outcome.CRASH_LOOP),
-        Report(at=1, device=canary, serial=told.serial, version=3, outcome=Outcome.CRASH_LOOP),
+        ReportOutcome(at=1, device="ghost", serial=1, version=2, outcome=Outcome.CRASH_LOOP),
+        ReportOutcome(
+            at=1, device=canary, serial=told.serial + 1, version=2, outcome=Outcome.CRASH_LOOP
+        ),
+        ReportOutcome(
+            at=1, device=canary, serial=told.serial - 1, version=1, outcome=Outcome.CRASH_LOOP
+        ),
+        ReportOutcome(
+            at=1, device=canary, serial=told.serial, version=3, outcome=Outcome.CRASH_LOOP
+        ),
     ]
     for event in foreign:
         decision = play.do(event)

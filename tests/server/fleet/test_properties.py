@@ -17,18 +17,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from prunecast.server.fleet import (
-    Fleet,
-    FleetError,
-    Outcome,
-    Policy,
-    Progress,
-    Release,
-    Status,
-    apply,
-    assign,
-    cohort_size,
-)
+from prunecast.server.fleet.cohorts import assign, cohort_size
+from prunecast.server.fleet.errors import FleetError
 from prunecast.server.fleet.events import (
     Abort,
     AddDevice,
@@ -39,13 +29,14 @@ from prunecast.server.fleet.events import (
     PinGroup,
     Poll,
     Promote,
-    Report,
+    ReportOutcome,
     Resume,
     RevokeDevice,
     StartRollout,
     Tick,
 )
-from prunecast.server.fleet.machine import AnyEvent
+from prunecast.server.fleet.machine import AnyEvent, apply
+from prunecast.server.fleet.model import Fleet, Outcome, Progress, Release, RolloutPolicy, Status
 
 GROUPS = ("a", "b")
 RELEASES = frozenset(Release("digits", v) for v in range(1, 6))
@@ -54,7 +45,7 @@ devices_ = st.integers(0, 39).map("d{}".format)
 groups_ = st.sampled_from(GROUPS)
 versions_ = st.integers(1, 6)
 policies_ = st.builds(
-    Policy,
+    RolloutPolicy,
     max_error_rate=st.sampled_from([1.0, 0.1, 0.0]),
     max_silent_rate=st.sampled_from([1.0, 0.3, 0.0]),
     min_reports=st.integers(1, 8),
@@ -96,7 +87,7 @@ class FleetMachine(RuleBasedStateMachine):
         policy=policies_,
         stages=st.sampled_from(STAGES),
     )
-    def enrol(self, count: int, stable: int | None, policy: Policy, stages) -> None:
+    def enrol(self, count: int, stable: int | None, policy: RolloutPolicy, stages) -> None:
         self.fleet, self.at, self.started = Fleet(RELEASES), 0.0, 0
         self.ever: dict[str, set[str]] = {}  # rollout -> everybody who was ever a member
         self.left: set[str] = set()  # rollouts that a settled device has left
@@ -148,7 +139,7 @@ class FleetMachine(RuleBasedStateMachine):
         stages=st.sampled_from(STAGES),
         policy=policies_,
     )
-    def start(self, version: int, groups: set[str], stages, policy: Policy) -> None:
+    def start(self, version: int, groups: set[str], stages, policy: RolloutPolicy) -> None:
         self.started += 1
         busy = any(self.fleet.current(self.fleet.group(g)) for g in groups)
         done = self.do(
@@ -217,7 +208,7 @@ class FleetMachine(RuleBasedStateMachine):
             return None
         device = self.fleet.devices[directive.device]
         current = device.told.serial == directive.serial and not device.revoked
-        event = Report(
+        event = ReportOutcome(
             at=self.at,
             device=device.id,
             serial=directive.serial,
@@ -290,8 +281,8 @@ class FleetMachine(RuleBasedStateMachine):
             assert rollout.expected - tally.settled <= due
 
 
-def _report(at: float, device, outcome: Outcome) -> Report:
-    return Report(
+def _report(at: float, device, outcome: Outcome) -> ReportOutcome:
+    return ReportOutcome(
         at=at,
         device=device.id,
         serial=device.told.serial,

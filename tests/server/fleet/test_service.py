@@ -11,26 +11,18 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
-from prunecast.server.fleet import (
+from prunecast.server.fleet.database import Database
+from prunecast.server.fleet.errors import (
     AlreadyExists,
     DatabaseError,
     DatabaseMissing,
-    DeviceState,
-    Fleet,
     FleetError,
-    FleetService,
     NotFound,
-    Outcome,
-    Policy,
-    Release,
     RolloutOverlap,
     SchemaMismatch,
-    Status,
     TokenRefused,
     Unusable,
-    apply,
 )
-from prunecast.server.fleet.database import Database
 from prunecast.server.fleet.events import (
     Abort,
     AddDevice,
@@ -41,12 +33,16 @@ from prunecast.server.fleet.events import (
     PinGroup,
     Poll,
     Promote,
-    Report,
+    ReportOutcome,
     Resume,
     RevokeDevice,
     StartRollout,
     Tick,
 )
+from prunecast.server.fleet.machine import apply
+from prunecast.server.fleet.model import Fleet, Outcome, Release, RolloutPolicy, Status
+from prunecast.server.fleet.reports import DeviceState
+from prunecast.server.fleet.service import FleetService
 from prunecast.server.fleet.tables import MetaRow, TokenRow
 from support.fleet import RELEASES, open_service, poll_all, releases, tallied
 
@@ -173,7 +169,7 @@ def test_urls_are_checked(tmp_path: Path) -> None:
 def test_the_database_decides_as_the_state_alone(service: FleetService) -> None:
     """A part of the fleet is loaded for each event; decisions are those of the whole."""
     rng, whole, at, tokens = random.Random(5), Fleet(frozenset(RELEASES)), 0.0, {}
-    policy = Policy(min_reports=2, report_deadline=40, timeout=300, max_silent_rate=0.6)
+    policy = RolloutPolicy(min_reports=2, report_deadline=40, timeout=300, max_silent_rate=0.6)
     counted = {"refused": 0, "done": 0}
 
     def both(event) -> None:
@@ -188,7 +184,7 @@ def test_the_database_decides_as_the_state_alone(service: FleetService) -> None:
         made = _play(service, event, tokens)
         if isinstance(event, Poll):
             assert (made,) == decision.directives
-        if isinstance(event, Report):
+        if isinstance(event, ReportOutcome):
             assert made == decision.accepted
         whole = decision.fleet
 
@@ -204,7 +200,7 @@ def test_the_database_decides_as_the_state_alone(service: FleetService) -> None:
         common = {"at": at, "actor": "ada"}
         polls = [Poll(at=at, device=device, running=1)] if held and not held.revoked else []
         reports = [
-            Report(
+            ReportOutcome(
                 at=at,
                 device=device,
                 serial=held.told.serial - (rng.random() < 0.1),
@@ -257,7 +253,7 @@ def _play(service: FleetService, event, tokens: dict[str, str]):
         case Poll():
             state = DeviceState(event.running, event.agent)
             return service.poll(tokens[event.device], state, event.at)
-        case Report():
+        case ReportOutcome():
             return service.report(
                 tokens[event.device],
                 serial=event.serial,
@@ -276,7 +272,7 @@ def test_processes_at_once_tell_nobody_too_many(
     service: FleetService, url: str, fail: bool
 ) -> None:
     tokens = fill(service, 60) | fill(service, 60, "field")
-    policy = Policy(min_reports=4, automatic=False)
+    policy = RolloutPolicy(min_reports=4, automatic=False)
     service.operate(start(2, "lab", "field", stages=(10.0, 100.0), policy=policy))
     shuffled = random.Random(1)
     orders = [dict(shuffled.sample(list(tokens.items()), len(tokens))) for _ in range(3)]

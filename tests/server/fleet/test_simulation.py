@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from prunecast.server.fleet import DeviceState, FleetService, Outcome, Policy, Release, Status
 from prunecast.server.fleet.events import AddGroup, StartRollout
+from prunecast.server.fleet.model import Outcome, Release, RolloutPolicy, Status
+from prunecast.server.fleet.reports import DeviceState
+from prunecast.server.fleet.service import FleetService
 from support.fleet import releases
 
 COUNT = 500
 STAGES = (5.0, 25.0, 100.0)
-POLICY = Policy(
+POLICY = RolloutPolicy(
     max_error_rate=0.1,
     max_silent_rate=0.3,
     min_reports=10,

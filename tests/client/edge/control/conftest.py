@@ -11,10 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from prunecast.client.edge import Agent, AgentConfig, ControlProblem, EdgeError, UpdateResult
-from prunecast.client.edge.control import ControlFetcher, Controller, ControlSettings, Line
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.config import UpdateResult
+from prunecast.client.edge.control import (
+    ControlChannel,
+    ControlFetcher,
+    Controller,
+    ControlSettings,
+)
+from prunecast.client.edge.errors import ControlProblem, EdgeError
 from prunecast.server.control import ControlServer
-from prunecast.server.fleet import Device, FleetService
+from prunecast.server.fleet.model import Device
+from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import Repository
 from support.authority import Authority
 from support.control import authority, database, fleet, repository, server
@@ -53,7 +61,7 @@ class Station:
     def start(self, interval: float = 600.0) -> None:
         """A life of the agent begins."""
         stop, wake = threading.Event(), threading.Event()
-        line = Line(self.settings)
+        line = ControlChannel(self.settings)
         self.agent = Agent(self.config, fetcher=ControlFetcher(line), wait=lambda _: None)
         self.controller = Controller(
             self.agent, line, wake=wake, on_event=self.events.append, rng=random.Random(7)

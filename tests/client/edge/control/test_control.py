@@ -13,16 +13,17 @@ import pytest
 from tuf.api.exceptions import DownloadHTTPError
 
 from prunecast.client.edge import Agent
-from prunecast.client.edge.control import ControlFetcher, Line
-from prunecast.client.edge.download import download
-from prunecast.client.edge.store import StateFolder
+from prunecast.client.edge.control import ControlChannel, ControlFetcher
+from prunecast.client.edge.state import StateFolder
+from prunecast.client.edge.updating.download import download
 from prunecast.common.fleet_protocol import CHUNK_BYTES
 from prunecast.compression.release import FileRef
 from prunecast.compression.release.files import file_digest
 from prunecast.compression.release.manifest import blob_path
 from prunecast.server.control import ControlServer
-from prunecast.server.fleet import Device, FleetService, Policy, Release
 from prunecast.server.fleet.events import Abort, PinDevice, StartRollout
+from prunecast.server.fleet.model import Device, Release, RolloutPolicy
+from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import Repository
 from support.authority import Authority
 from support.control import LIMITS
@@ -48,7 +49,7 @@ def test_up_by_a_rollout_and_down_when_it_is_aborted(
             release=Release("toy", 2),
             groups=("lab",),
             stages=(100,),
-            policy=Policy(automatic=False),
+            policy=RolloutPolicy(automatic=False),
         )
     )
     wait_until(lambda: fleet.rollout("r2")[0].tally.succeeded, "it reports success")
@@ -206,7 +207,7 @@ def test_files_resume_where_a_transfer_broke(
     path.write_bytes(content)
     sha = file_digest(path)
     (repository.path / blob_path(sha)).write_bytes(content)
-    line = Line(enrol("cam9").settings)
+    line = ControlChannel(enrol("cam9").settings)
     url = line.settings.url + blob_path(sha)
     asked: list[int] = []
 
@@ -244,7 +245,7 @@ def test_files_resume_where_a_transfer_broke(
 
 def test_an_agent_without_control_goes_to_the_highest(enrol: Enrol) -> None:
     one = enrol("cam10")
-    line = Line(one.settings)
+    line = ControlChannel(one.settings)
     with Agent(one.config, fetcher=ControlFetcher(line)) as agent:
         assert agent.update_once().version == 2
     line.reset()

@@ -13,19 +13,18 @@ from typing import Any
 import pytest
 from tuf.api.exceptions import DownloadError
 
-from prunecast.client.edge import (
-    Agent,
-    AgentConfig,
-    ControlProblem,
-    EdgeModel,
-    Order,
-    StateError,
-    UpdateResult,
+from prunecast.client.edge import Agent, AgentConfig, EdgeModel
+from prunecast.client.edge.config import Order, UpdateResult
+from prunecast.client.edge.control import (
+    ControlChannel,
+    ControlFetcher,
+    Controller,
+    ControlSettings,
 )
-from prunecast.client.edge.control import ControlFetcher, Controller, ControlSettings, Line
-from prunecast.client.edge.control.backoff import Backoff
-from prunecast.client.edge.control.store import Answer, ControlStore, Directive
-from prunecast.client.edge.store import StateFolder
+from prunecast.client.edge.control.channel import Backoff
+from prunecast.client.edge.control.store import ControlStore, StoredAnswer, StoredDirective
+from prunecast.client.edge.errors import ControlProblem, StateError
+from prunecast.client.edge.state import StateFolder
 
 
 @pytest.fixture
@@ -37,10 +36,10 @@ def open_store(tmp_path: Path) -> Callable[[], ControlStore]:
 def test_it_outlives_the_process(open_store: Callable[[], ControlStore]) -> None:
     store = open_store()
     store.welcome("cam", "print")
-    directive = Directive(3, "toy", 2, True, "r2")
+    directive = StoredDirective(3, "toy", 2, True, "r2")
     assert store.accept(directive)
     assert not store.accept(directive)
-    answer = Answer(3, 2, "succeeded", "fine")
+    answer = StoredAnswer(3, 2, "succeeded", "fine")
     store.report("0.1.0", 2, answer=answer, error="hot", figures={"a": 1.0}, made=5.0)
     again = open_store()
     assert (again.directive, again.device, again.first()) == (directive, "cam", store.first())
@@ -56,7 +55,7 @@ def test_an_answer_is_due_once_and_a_failure_once_more(
     open_store: Callable[[], ControlStore],
 ) -> None:
     store = open_store()
-    good, bad = Answer(1, 2, "succeeded"), Answer(1, 2, "crash loop")
+    good, bad = StoredAnswer(1, 2, "succeeded"), StoredAnswer(1, 2, "crash loop")
     assert store.is_due(good)
     store.report("", 2, answer=good)
     assert not store.is_due(good)
@@ -64,7 +63,7 @@ def test_an_answer_is_due_once_and_a_failure_once_more(
     store.report("", 1, answer=bad)
     assert not store.is_due(bad)
     assert not store.is_due(good)
-    assert store.is_due(Answer(2, 2, "succeeded"))
+    assert store.is_due(StoredAnswer(2, 2, "succeeded"))
 
 
 def test_the_queue_is_bounded_and_says_last_how_the_device_is(
@@ -73,7 +72,7 @@ def test_the_queue_is_bounded_and_says_last_how_the_device_is(
     numbers = itertools.count()
     store = ControlStore(StateFolder(tmp_path), lambda: f"id{next(numbers):06}", most=8)
     for number in range(12):
-        store.report("", None, answer=Answer(number, 1, "succeeded"))
+        store.report("", None, answer=StoredAnswer(number, 1, "succeeded"))
         store.report("", None, error=f"problem {number}")
     assert len(store) == 8
     kept, answers = [], 0
@@ -91,10 +90,10 @@ def test_what_belongs_to_another_device_is_dropped(
 ) -> None:
     store = open_store()
     store.welcome("cam", "a")
-    store.accept(Directive(1, "toy", 1))
-    store.report("", 1, answer=Answer(1, 1, "succeeded"))
+    store.accept(StoredDirective(1, "toy", 1))
+    store.report("", 1, answer=StoredAnswer(1, 1, "succeeded"))
     store.welcome("cam", "b")  # its token was renewed
-    assert (len(store), store.directive) == (1, Directive(1, "toy", 1))
+    assert (len(store), store.directive) == (1, StoredDirective(1, "toy", 1))
     store.welcome("other", "c")
     assert (len(store), store.directive, store.device) == (0, None, "other")
 
@@ -106,7 +105,7 @@ def test_a_damaged_file_is_none(
     (tmp_path / "control.json").write_bytes(content)
     store = open_store()
     assert (store.directive, store.first()) == (None, None)
-    store.accept(Directive(1))
+    store.accept(StoredDirective(1))
     assert json.loads((tmp_path / "control.json").read_bytes())["directive"]["serial"] == 1
 
 
@@ -116,8 +115,8 @@ def test_a_disk_that_refuses_is_named_and_the_directive_holds(
     store = open_store()
     (tmp_path / "control.json").mkdir()
     with pytest.raises(StateError):
-        store.accept(Directive(1, "toy", 1))
-    assert store.directive == Directive(1, "toy", 1)
+        store.accept(StoredDirective(1, "toy", 1))
+    assert store.directive == StoredDirective(1, "toy", 1)
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:
@@ -162,17 +161,17 @@ def test_directives_of_another_release_are_not_answered(tmp_path: Path) -> None:
             self.model = At3()
 
     settings = ControlSettings("fleet.example:1", token_file=tmp_path / "token")
-    controller = Controller(Held(), Line(settings), wake=threading.Event())
+    controller = Controller(Held(), ControlChannel(settings), wake=threading.Event())
     result = UpdateResult("current", 3)
-    controller.store.accept(Directive(1, "digits", 3))
+    controller.store.accept(StoredDirective(1, "digits", 3))
     assert controller._answer(result) is not None
-    controller.store.accept(Directive(2, "letters", 3))
+    controller.store.accept(StoredDirective(2, "letters", 3))
     assert controller._answer(result) is None
     assert controller.order() == Order()
 
 
 def test_a_server_that_sends_nothing_is_a_failed_download(tmp_path: Path) -> None:
-    class Silent(Line):
+    class Silent(ControlChannel):
         def call(self, method: str, request: object, timeout: float | None = None) -> Any:
             class Call(list[Any]):
                 def cancel(self) -> None: ...

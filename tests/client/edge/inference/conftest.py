@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prunecast.client.edge.slot import LoadedRelease
+from prunecast.client.edge.slots.slot import LoadedRelease
 from support.served import echo_release, loaded_release
 
 

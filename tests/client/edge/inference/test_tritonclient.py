@@ -9,7 +9,7 @@ import pytest
 
 from prunecast.client.edge import EdgeModel
 from prunecast.client.edge.inference import InferenceServer
-from prunecast.client.edge.slot import LoadedRelease
+from prunecast.client.edge.slots.slot import LoadedRelease
 from support.classifier import classifier_inputs
 from support.served import classifier_outputs
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.client.edge import Agent, read_status
+from prunecast.client.edge import Agent
+from prunecast.client.edge.status import read_status
 from prunecast.client.edge.telemetry import (
     LatencyHistogram,
     Telemetry,
@@ -213,11 +214,11 @@ def test_a_failed_self_test_is_told(
 ) -> None:
     publish(1)
     monkeypatch.setattr(
-        "prunecast.client.edge.slot.unpack_arrays",
+        "prunecast.client.edge.slots.slot.unpack_arrays",
         lambda data: {"input": np.zeros((4, 12), np.float32), "output": np.ones((4, 5), "f4")},
     )
     monkeypatch.setattr(
-        "prunecast.client.edge.slot.InferenceSession.run", lambda *_: {}, raising=False
+        "prunecast.client.edge.slots.slot.InferenceSession.run", lambda *_: {}, raising=False
     )
     agent = start()
     assert agent.update_once().outcome == "rejected"

@@ -12,7 +12,9 @@ import pytest
 from tuf.api.exceptions import DownloadError
 
 from benchmarks.loopback.nginx import CONFIGURATION, Nginx, nginx, program, render
-from prunecast.client.edge import Agent, AgentConfig, HttpFetcher, NetworkError, Stream
+from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.errors import NetworkError
+from prunecast.client.edge.updating.transport import HttpFetcher, Stream
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.orm import Session
 
-from prunecast.server.fleet.mapping import (
+from prunecast.server.fleet.machine import AnyEvent, apply
+from prunecast.server.fleet.model import AuditEntry, Fleet, Progress, Release, Status
+from prunecast.server.fleet.step import Decision
+from prunecast.server.fleet.tables import (
+    AuditRow,
+    DeviceRow,
+    GroupRow,
+    RolloutRow,
     device_columns,
     group_columns,
     rollout_columns,
@@ -22,10 +29,13 @@ from prunecast.server.fleet.mapping import (
     to_group,
     to_rollout,
 )
-from prunecast.server.fleet.model import AuditEntry, Fleet, Progress, Release, Status
-from prunecast.server.fleet.tables import AuditRow, DeviceRow, GroupRow, RolloutRow
 
-__all__ = ["Slice", "write_audit"]
+__all__ = [
+    "Slice",
+    "decide",
+    "load_device",
+    "write_audit",
+]
 
 _Row = TypeVar("_Row", GroupRow, RolloutRow, DeviceRow)
 _ACTIVE = (Status.RUNNING.value, Status.PAUSED.value)
@@ -164,3 +174,38 @@ def _assign(row: GroupRow | RolloutRow | DeviceRow, columns: dict[str, object]) 
     for key, value in columns.items():
         if getattr(row, key) != value:
             setattr(row, key, value)
+
+
+def load_device(session: Session, at: float, name: str, *others: str) -> Slice | None:
+    """What an event of one device concerns; None if the device was moved meanwhile.
+
+    Args:
+        session: in a transaction.
+        at: time of the event.
+        name: of the device.
+        others: groups that are concerned besides its own.
+    """
+    group = session.scalar(select(DeviceRow.group).where(DeviceRow.id == name))
+    groups = [*others, *([group] if group is not None else [])]
+    part = Slice.load(session, at, groups=groups, devices=[name])
+    if group is not None and part.devices[name].group != group:
+        return None
+    return part
+
+
+def decide(
+    session: Session, part: Slice, releases: Iterable[Release], *events: AnyEvent
+) -> list[Decision]:
+    """Apply events one after the other; the result is written once.
+
+    Raises:
+        FleetError: an event cannot be; the transaction must be rolled back.
+    """
+    before = part.fleet(releases)
+    state, decisions = before, []
+    for event in events:
+        decisions.append(apply(state, event))
+        state = decisions[-1].fleet
+    part.write(session, before, state)
+    write_audit(session, [entry for decision in decisions for entry in decision.audit])
+    return decisions

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, PayloadKind
-from prunecast.client.edge.download import download
 from prunecast.client.edge.durable import folder_bytes, keep_only, make_folder
 from prunecast.client.edge.errors import (
     AgentTooOld,
@@ -15,9 +14,10 @@ from prunecast.client.edge.errors import (
     ContentRefused,
     StateError,
 )
-from prunecast.client.edge.held import held_model
-from prunecast.client.edge.store import StateFolder
-from prunecast.client.edge.transport import Fetcher
+from prunecast.client.edge.slots.patch_base import patch_base
+from prunecast.client.edge.state import StateFolder
+from prunecast.client.edge.updating.download import download
+from prunecast.client.edge.updating.transport import Fetcher
 from prunecast.compression.codec import Limits
 from prunecast.compression.release import FileRef, PatchRef, ReleaseManifest
 from prunecast.compression.release.files import file_digest
@@ -130,7 +130,7 @@ class Acquirer:
         Raises:
             ContentRefused, NetworkError, StateError: see `download`.
         """
-        held = held_model(self._held) if self._held else None
+        held = patch_base(self._held) if self._held else None
         reason = None
         if held is not None:
             if held.digest.hex() == manifest.model_digest:

@@ -22,7 +22,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION
-from prunecast.client.edge.externals import check_externals
+from prunecast.client.edge.slots.externals import check_externals
 from prunecast.compression.release import (
     InferenceSession,
     ReleaseError,

@@ -21,7 +21,7 @@ from tuf.ngclient import Updater, UpdaterConfig
 
 from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError, TrustError
-from prunecast.client.edge.transport import Fetcher, Stream
+from prunecast.client.edge.updating.transport import Fetcher, Stream
 from prunecast.compression.release import ManifestError, ReleaseManifest
 from prunecast.compression.release.manifest import (
     MAX_MANIFEST_BYTES,

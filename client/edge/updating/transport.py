@@ -18,9 +18,15 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError, SlowRetrievalEr
 from tuf.ngclient import FetcherInterface
 
 from prunecast.client.edge.errors import NetworkError
-from prunecast.client.edge.pace import Pace, TooSlow
 
-__all__ = ["AskLater", "Fetcher", "HttpFetcher", "Stream"]
+__all__ = [
+    "AskLater",
+    "Fetcher",
+    "HttpFetcher",
+    "LeastRate",
+    "Stream",
+    "TooSlow",
+]
 
 _CHUNK = 64 * 1024  # bytes
 _POOLS: dict[str, type[urllib3.HTTPConnectionPool]] = {
@@ -126,7 +132,7 @@ class HttpFetcher(Fetcher):
             ),
             ssl_context=context,
         )
-        connections = _paced(lambda: Pace(least_rate, patience, read_timeout, clock))
+        connections = _paced(lambda: LeastRate(least_rate, patience, read_timeout, clock))
         pools = zip(_POOLS.items(), connections, strict=True)
         self._pool.pool_classes_by_scheme = {
             scheme: type(f"_{pool.__name__}", (pool,), {"ConnectionCls": connection})
@@ -180,9 +186,9 @@ def _range_start(value: str) -> int:
 
 
 class _PacedFile(io.RawIOBase):
-    """What a server sends, one receive at a time, under a `Pace`."""
+    """What a server sends, one receive at a time, under a `LeastRate`."""
 
-    def __init__(self, raw: io.RawIOBase, pace: Pace) -> None:
+    def __init__(self, raw: io.RawIOBase, pace: LeastRate) -> None:
         self._raw, self._pace = raw, pace
 
     def readable(self) -> bool:
@@ -196,7 +202,7 @@ class _PacedFile(io.RawIOBase):
         super().close()
 
 
-def _paced(make: Callable[[], Pace]) -> list[type[urllib3.connection.HTTPConnection]]:
+def _paced(make: Callable[[], LeastRate]) -> list[type[urllib3.connection.HTTPConnection]]:
     """urllib3's connections for HTTP and HTTPS, whose answers keep a pace from the first byte.
 
     It is measured below http.client, because a server can trickle everywhere: in the status line,
@@ -240,3 +246,53 @@ def _inner(error: BaseException) -> BaseException | None:
         return reason
     given = next((a for a in reversed(error.args) if isinstance(a, BaseException)), None)
     return given or error.__cause__ or error.__context__
+
+
+class TooSlow(TimeoutError):
+    """A server sends less than the least rate."""
+
+
+class LeastRate:
+    """Watches that one answer of a server keeps a least average rate.
+
+    Args:
+        least_rate: bytes per second.
+        patience: seconds of waiting before the rate counts.
+        silence: seconds without any byte; how long one receive may last, for the message.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        least_rate: float,
+        patience: float,
+        silence: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._least_rate, self._patience, self._silence = least_rate, patience, silence
+        self._clock = clock
+        self._waited, self._received = 0.0, 0
+
+    def receive(self, read: Callable[[], int | None]) -> int | None:
+        """Call `read` and return its number of bytes.
+
+        Only the time inside `read` counts, so a receiver that is slow itself blames nobody.
+
+        Raises:
+            TooSlow: the rate fell below the least one, or nothing came at all.
+        """
+        begun = self._clock()
+        try:
+            count = read()
+        except TimeoutError as error:
+            raise TooSlow(
+                f"it stopped sending ({self._silence:g} seconds without a byte)"
+            ) from error
+        self._waited += self._clock() - begun
+        self._received += count or 0
+        if count and self._waited > max(self._patience, self._received / self._least_rate):
+            raise TooSlow(
+                f"{self._received / self._waited:.0f} bytes per second came, least is "
+                f"{self._least_rate:.0f}"
+            )
+        return count

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentRefused, StateError
-from prunecast.client.edge.externals import check_externals
-from prunecast.client.edge.held import REST, save_rest
-from prunecast.client.edge.optimised import may_optimise, open_and_seal, open_sealed
+from prunecast.client.edge.slots.externals import check_externals
+from prunecast.client.edge.slots.optimised import may_optimise, open_and_seal, open_sealed
+from prunecast.client.edge.slots.patch_base import REST, save_rest
 from prunecast.compression.release import (
     InferenceSession,
     LayoutError,

@@ -1,16 +1,23 @@
-"""TLS of the control server; renewed certificates are taken without a restart."""
+"""Who calls, and over which connection: TLS of the server, credentials of devices."""
 
 from __future__ import annotations
 
+import re
 import ssl
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from prunecast.server.control.errors import Unbindable
+from prunecast.server.fleet.errors import TokenRefused
+from prunecast.server.fleet.reports import Certified, Credential
 
-__all__ = ["server_credentials"]
+__all__ = [
+    "credential_of",
+    "server_credentials",
+]
 
 
 def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> Any:
@@ -66,3 +73,41 @@ def _configuration(certificate: Path, key: Path, client_ca: Path | None) -> Any:
 def _stamps(files: list[Path]) -> list[tuple[int, int, int]]:
     found = [path.stat() for path in files]
     return [(s.st_ino, s.st_mtime_ns, s.st_size) for s in found]
+
+
+_BEARER = re.compile(r"Bearer ([A-Za-z0-9_-]{43})")
+"""What `FleetService.enrol` makes; anything else need not be looked up."""
+
+
+def credential_of(
+    metadata: Iterable[tuple[str, str | bytes]],
+    transport: Mapping[str, Iterable[bytes]],
+    *,
+    certificates: bool,
+) -> Credential:
+    """The credential of a call.
+
+    Args:
+        metadata: of the call.
+        transport: gRPC's authentication context of the connection.
+        certificates: whether devices authenticate by client certificates, which the transport has
+            then verified against the authority; their token, if any, is not looked at.
+
+    Raises:
+        TokenRefused: there is none.
+    """
+    if certificates:
+        names = [name.decode("utf-8", "replace") for name in transport.get("x509_common_name", ())]
+        if len(names) != 1 or not names[0]:
+            raise TokenRefused(
+                "the client certificate names no device: its subject needs one common name"
+            )
+        return Certified(names[0])
+    given = [str(value) for key, value in metadata if key == "authorization"]
+    found = _BEARER.fullmatch(given[0]) if len(given) == 1 else None
+    if found is None:
+        raise TokenRefused(
+            "a device token is needed: the one that `prunecast fleet device add` printed, "
+            "as metadata authorization: Bearer TOKEN"
+        )
+    return found[1]

@@ -10,9 +10,10 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Literal, TypeVar
 
-from prunecast.server.fleet import AuditEntry, FleetService, Release
+from prunecast.server.fleet.model import AuditEntry, Release
+from prunecast.server.fleet.service import FleetService
 
-__all__ = ["Hub", "Watcher", "concerned"]
+__all__ = ["OpenWatch", "WatchRegistry", "concerned_devices"]
 
 _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ _OF_ONE_DEVICE = ("device ", "release failed", "token renewed")
 Ended = Literal["replaced", "closed"]
 
 
-class Watcher:
+class OpenWatch:
     """One open Watch of a device.
 
     Attributes:
@@ -50,7 +51,7 @@ class Watcher:
         return True
 
 
-class Hub:
+class WatchRegistry:
     """Follows the fleet and wakes whom a change may concern; lives in one event loop.
 
     Args:
@@ -73,7 +74,7 @@ class Hub:
     ) -> None:
         self.service, self.clock = service, clock
         self._live, self._executor, self._interval = live, executor, interval
-        self._watchers: dict[str, Watcher] = {}
+        self._watchers: dict[str, OpenWatch] = {}
         self._closed = False
 
     def __len__(self) -> int:
@@ -84,9 +85,9 @@ class Hub:
         """Do something that waits for the database in another thread."""
         return asyncio.get_running_loop().run_in_executor(self._executor, work)
 
-    def enter(self, device: str) -> Watcher:
+    def enter(self, device: str) -> OpenWatch:
         """Begin a watch; an earlier one of the same device ends, as its connection may be dead."""
-        watcher = Watcher()
+        watcher = OpenWatch()
         if (earlier := self._watchers.get(device)) is not None:
             earlier.end("replaced")
         self._watchers[device] = watcher
@@ -94,7 +95,7 @@ class Hub:
             watcher.end("closed")
         return watcher
 
-    def leave(self, device: str, watcher: Watcher) -> None:
+    def leave(self, device: str, watcher: OpenWatch) -> None:
         """A watch has ended."""
         if self._watchers.get(device) is watcher:
             del self._watchers[device]
@@ -116,7 +117,7 @@ class Hub:
                 await self.call(partial(self.service.tick, self.clock()))
                 listed = await self.call(self._live)
                 last, entries = await self.call(partial(self.service.changes, last))
-                self._wake(None if listed != live else concerned(entries))
+                self._wake(None if listed != live else concerned_devices(entries))
                 live = listed
             except Exception as error:  # whatever it is, devices must not be left alone
                 _LOG.warning("the fleet cannot be read, trying again: %s", error)
@@ -129,12 +130,12 @@ class Hub:
                 watcher.wake()
 
 
-def concerned(entries: Iterable[AuditEntry]) -> set[str] | None:
+def concerned_devices(entries: Iterable[AuditEntry]) -> set[str] | None:
     """Devices whose directive may have changed by what the audit log says; None: all of them.
 
-    >>> concerned([AuditEntry(0, "ada", "device pinned", "cam")])
+    >>> concerned_devices([AuditEntry(0, "ada", "device pinned", "cam")])
     {'cam'}
-    >>> concerned([AuditEntry(0, "fleet", "rollout paused", "r2")]) is None
+    >>> concerned_devices([AuditEntry(0, "fleet", "rollout paused", "r2")]) is None
     True
     """
     devices = set()

@@ -5,29 +5,24 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import func, select, update
 
-from prunecast.server.fleet import (
-    Answer,
+from prunecast.server.fleet.database import Database
+from prunecast.server.fleet.errors import NotFound, SchemaMismatch, TokenRefused, Unusable
+from prunecast.server.fleet.events import AddGroup, RevokeDevice, StartRollout
+from prunecast.server.fleet.model import Outcome, Release, RolloutPolicy
+from prunecast.server.fleet.reports import (
     Certified,
     DeviceReport,
     DeviceState,
-    FleetService,
+    DirectiveAnswer,
     Health,
     Identity,
-    NotFound,
-    Outcome,
-    Policy,
     Receipt,
-    Release,
-    SchemaMismatch,
-    TokenRefused,
-    Unusable,
 )
-from prunecast.server.fleet.database import Database
-from prunecast.server.fleet.events import AddGroup, RevokeDevice, StartRollout
+from prunecast.server.fleet.service import FleetService
 from prunecast.server.fleet.tables import Base, HealthRow, MetaRow, ReceiptRow
 from support.fleet import open_service
 
-FAILED = Answer(2, 2, Outcome.SELFTEST_FAILED, "off by\n0.5")
+FAILED = DirectiveAnswer(2, 2, Outcome.SELFTEST_FAILED, "off by\n0.5")
 
 
 @pytest.fixture
@@ -42,7 +37,7 @@ def token(service: FleetService) -> str:
             rollout="r2",
             release=Release("digits", 2),
             groups=("lab",),
-            policy=Policy(max_error_rate=1.0),
+            policy=RolloutPolicy(max_error_rate=1.0),
             stages=(50, 100),
         )
     )
@@ -120,7 +115,7 @@ def test_health_is_the_last_one_and_bounded(service: FleetService, token: str) -
 
 
 def test_a_state_in_a_report_is_what_the_device_runs(service: FleetService, token: str) -> None:
-    answer = Answer(2, 2, Outcome.SUCCEEDED)
+    answer = DirectiveAnswer(2, 2, Outcome.SUCCEEDED)
     assert service.receive(token, DeviceReport("up000001", DeviceState(2, "1"), answer), 4).counted
     assert service.devices()[0].running == 2
     assert not service.poll(token, None, 5).downgrade

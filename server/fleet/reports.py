@@ -11,11 +11,11 @@ from prunecast.server.fleet.errors import Unusable
 from prunecast.server.fleet.model import Outcome
 
 __all__ = [
-    "Answer",
     "Certified",
     "Credential",
     "DeviceReport",
     "DeviceState",
+    "DirectiveAnswer",
     "Health",
     "Identity",
     "Receipt",
@@ -70,7 +70,7 @@ class DeviceState:
 
 
 @dataclass(frozen=True)
-class Answer:
+class DirectiveAnswer:
     """A device's answer to a directive.
 
     Attributes:
@@ -130,7 +130,7 @@ class DeviceReport:
 
     id: str | None = None
     state: DeviceState | None = None
-    answer: Answer | None = None
+    answer: DirectiveAnswer | None = None
     health: Health | None = None
 
     def __post_init__(self) -> None:

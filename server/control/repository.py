@@ -1,8 +1,9 @@
-"""Files of the release repository, in chunks; nothing else of the disk can be reached."""
+"""What devices may have of the release repository: its live releases, its public files."""
 
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,9 +11,15 @@ from typing import Self
 
 from prunecast.common.fleet_protocol import CHUNK_BYTES
 from prunecast.server.control.errors import BadPath, FileTooLarge, NoSuchFile, OffsetBehindEnd
+from prunecast.server.fleet.model import Release
+from prunecast.server.repository import RepositoryReader
 from prunecast.server.repository.serving.names import family, open_public
 
-__all__ = ["OpenFile", "open_file"]
+__all__ = [
+    "LiveReleases",
+    "OpenFile",
+    "open_file",
+]
 
 
 @dataclass
@@ -82,3 +89,37 @@ def open_file(repository: Path, name: str, offset: int, *, most_bytes: int) -> O
         os.close(descriptor)
         raise
     return OpenFile(descriptor, size, offset)
+
+
+class LiveReleases:
+    """Callable that gives the live releases; cheap while the repository stays as it is.
+
+    Args:
+        repository: its folder.
+
+    Raises:
+        RepositoryCorrupt: no repository there, or it is damaged.
+    """
+
+    def __init__(self, repository: Path) -> None:
+        self._reader = RepositoryReader(repository)
+        self._lock = threading.Lock()
+        self._stamp: tuple[int, int, int] | None = None
+        self._releases: tuple[Release, ...] = ()
+        self()
+
+    def __call__(self) -> tuple[Release, ...]:
+        """The releases, by name and number.
+
+        Raises:
+            RepositoryCorrupt: the repository is damaged.
+        """
+        # every publication replaces this file, as the last one
+        found = (self._reader.path / "metadata" / "timestamp.json").stat()
+        stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+        with self._lock:
+            if stamp != self._stamp:
+                listed = self._reader.releases()
+                self._releases = tuple(Release(e.name, e.version) for e in listed)
+                self._stamp = stamp
+            return self._releases

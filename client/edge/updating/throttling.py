@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time as clocks
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, time
 
-from prunecast.client.edge.pace import TokenBucket
-from prunecast.client.edge.transport import Fetcher, Stream
+from prunecast.client.edge.updating.transport import Fetcher, Stream
 
-__all__ = ["LimitedFetcher", "QuietHours"]
+__all__ = [
+    "LimitedFetcher",
+    "QuietHours",
+    "TokenBucket",
+]
 
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
@@ -50,6 +54,37 @@ class QuietHours:
         if self.begin < self.end:
             return self.begin <= at < self.end
         return at >= self.begin or at < self.end
+
+
+class TokenBucket:
+    """Limits an average rate; a burst of one second may pass at once.
+
+    Args:
+        rate: bytes per second.
+        clock: monotonic seconds.
+        sleep: waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        clock: Callable[[], float] = clocks.monotonic,
+        sleep: Callable[[float], None] = clocks.sleep,
+    ) -> None:
+        if not rate > 0:
+            raise ValueError(f"a rate is above zero, not {rate}")
+        self.rate = rate
+        self._clock, self._sleep = clock, sleep
+        self._held, self._seen = rate, clock()
+
+    def take(self, count: int) -> None:
+        """Account for `count` bytes that have come; sleeps until the average is kept again."""
+        now = self._clock()
+        self._held = min(self.rate, self._held + (now - self._seen) * self.rate) - count
+        self._seen = now
+        if self._held < 0:
+            self._sleep(-self._held / self.rate)
 
 
 class LimitedFetcher(Fetcher):

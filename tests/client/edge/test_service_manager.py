@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from prunecast.cli.main import app
 from prunecast.client.edge.inference import answers
-from prunecast.client.edge.notify import ServiceManager
+from prunecast.client.edge.service_manager import ServiceManager
 
 UNIT = Path(__file__).parents[3] / "deploy" / "systemd" / "prunecast-edge@.service"
 

@@ -27,7 +27,7 @@ from prunecast.compression.versions import (
     save_model,
 )
 
-__all__ = ["REST", "held_model", "save_rest"]
+__all__ = ["REST", "patch_base", "save_rest"]
 
 REST = "rest.model"
 
@@ -51,7 +51,7 @@ def save_rest(model: PublishedModel, layout: WeightsLayout, path: Path) -> None:
     save_model(PublishedModel(tensors, model.counter), path)
 
 
-def held_model(folder: Path, *, weights: str = "weights.bin") -> PublishedModel | None:
+def patch_base(folder: Path, *, weights: str = "weights.bin") -> PublishedModel | None:
     """The published model of a slot; None when unreadable.
 
     Its arrays are views of the mapped file. Nothing is verified here: whether it is the model that

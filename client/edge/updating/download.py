@@ -11,7 +11,7 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
 from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError, StateError
-from prunecast.client.edge.transport import AskLater, Fetcher
+from prunecast.client.edge.updating.transport import AskLater, Fetcher
 from prunecast.compression.release import FileRef
 from prunecast.compression.release.files import file_digest, sync_folder
 

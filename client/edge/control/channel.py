@@ -1,0 +1,242 @@
+"""The connection to the control server: where it is, a channel that is made anew, and waits."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from prunecast.client.edge.errors import ControlProblem
+from prunecast.common.fleet_protocol import make_stub
+
+__all__ = [
+    "Backoff",
+    "ControlChannel",
+    "ControlSettings",
+    "describe",
+    "watched",
+]
+
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """Connection of a device to its fleet; always over TLS.
+
+    Files are read at every connection, so what is renewed is taken without a restart.
+
+    Attributes:
+        address: ``HOST:PORT``.
+        ca_file: PEM file of the authorities to trust; None: those that gRPC brings along.
+        token_file: file with the device's token.
+        certificate: PEM files of the device's certificate and key, instead of a token.
+        first_wait: seconds that the first wait for a new connection lasts at most.
+        most_wait: seconds that any wait lasts at most.
+        report_every: seconds after which a device says how it is when nothing has happened.
+
+    Raises:
+        ControlProblem: no address, or not exactly one credential.
+    """
+
+    address: str
+    ca_file: Path | None = None
+    token_file: Path | None = None
+    certificate: tuple[Path, Path] | None = None
+    first_wait: float = 5.0
+    most_wait: float = 120.0
+    report_every: float = 300.0
+
+    def __post_init__(self) -> None:
+        found = _ADDRESS.fullmatch(self.address)
+        if not found or not 1 <= int(found[2]) <= 65535:
+            raise ControlProblem(f"{self.address!r} is no HOST:PORT of a control server")
+        if (self.token_file is None) == (self.certificate is None):
+            raise ControlProblem(
+                "a device shows its fleet either a token or a certificate with its key"
+            )
+
+    @property
+    def url(self) -> str:
+        """What names the release repository when it is reached through the control server."""
+        return f"grpcs://{self.address}/"
+
+    def token(self) -> str | None:
+        """The device's token; None: it has a certificate.
+
+        Raises:
+            ControlProblem: the file is missing or holds no token.
+        """
+        if self.token_file is None:
+            return None
+        text = self.read(self.token_file).decode("ascii", "replace").strip()
+        if not _TOKEN.fullmatch(text):
+            raise ControlProblem(
+                f"{self.token_file} holds no device token: one channel, as printed by "
+                "`prunecast fleet device add`"
+            )
+        return text
+
+    def fingerprint(self) -> str:
+        """Tells one credential from another without holding it: SHA-256 in hex.
+
+        Raises:
+            ControlProblem: a file is missing.
+        """
+        shown = self.token()
+        data = shown.encode() if shown else self.read(self.certificate[0])  # type: ignore[index]
+        return hashlib.sha256(b"prunecast credential\0" + data).hexdigest()
+
+    def read(self, path: Path) -> bytes:
+        """Content of one of the files.
+
+        Raises:
+            ControlProblem: it cannot be read.
+        """
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ControlProblem(f"cannot read {path}: {error.strerror or error}") from error
+
+
+_OPTIONS = [
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.max_receive_message_length", 4 * 2**20),
+    ("grpc.enable_retries", 0),  # the agent does that itself
+    ("grpc.use_local_subchannel_pool", 1),  # or a new channel would wait as the old one did
+]
+
+
+class ControlChannel:
+    """One channel for everything; may be used by several threads.
+
+    Args:
+        settings: see `ControlSettings`.
+    """
+
+    def __init__(self, settings: ControlSettings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._channel: Any = None
+        self._stub: Any = None
+
+    def call(self, method: str, request: Any, timeout: float | None = None) -> Any:
+        """Begin a call of a method with the device's credential.
+
+        Raises:
+            ControlProblem: a file with a credential is unusable.
+        """
+        token = self.settings.token()
+        metadata = [("authorization", f"Bearer {token}")] if token else []
+        begun = getattr(self._connected(), method)
+        if method == "Report":
+            begun = begun.future  # a call that can be ended
+        try:
+            return begun(request, metadata=metadata, timeout=timeout)
+        except ValueError as error:  # another thread has just closed the channel
+            raise ControlProblem("the connection to the control server was dropped") from error
+
+    def reset(self) -> None:
+        """Drop the channel: calls in progress end, the next one connects anew."""
+        with self._lock:
+            channel, self._channel, self._stub = self._channel, None, None
+        if channel is not None:
+            channel.close()
+
+    def _connected(self) -> Any:
+        with self._lock:
+            if self._stub is None:
+                self._channel = grpc.secure_channel(
+                    self.settings.address, self._credentials(), options=_OPTIONS
+                )
+                self._stub = make_stub(self._channel)
+            return self._stub
+
+    def _credentials(self) -> Any:
+        settings = self.settings
+        authorities = settings.read(settings.ca_file) if settings.ca_file else None
+        chain = key = None
+        if settings.certificate:
+            chain, key = map(settings.read, settings.certificate)
+        return grpc.ssl_channel_credentials(authorities, key, chain)
+
+
+@contextmanager
+def watched(call: Any, seconds: float) -> Iterator[Callable[[float], None]]:
+    """End a call if it stays silent; the body gets a function that allows it more seconds."""
+    timer = threading.Timer(seconds, call.cancel)
+
+    def allow(more: float) -> None:
+        nonlocal timer
+        timer.cancel()
+        timer = threading.Timer(more, call.cancel)
+        timer.daemon = True
+        timer.start()
+
+    timer.daemon = True
+    timer.start()
+    try:
+        yield allow
+    finally:
+        timer.cancel()
+        call.cancel()
+
+
+def describe(error: Exception) -> ControlProblem:
+    """A failed call in one sentence that names the remedy as far as one is known."""
+    if isinstance(error, ControlProblem):
+        return error
+    code = error.code() if hasattr(error, "code") else None
+    details = (error.details() if hasattr(error, "details") else "") or str(error)
+    if code is grpc.StatusCode.CANCELLED:
+        details = "it fell silent"
+    if code is grpc.StatusCode.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in details:
+        details = "its TLS certificate is refused: see --control-ca"
+    words = " ".join(details.split())[:300]
+    name = code.name.lower().replace("_", " ") if code else type(error).__name__
+    return ControlProblem(f"the control server ({name}): {words}")
+
+
+class Backoff:
+    """Waits that grow, each drawn evenly from zero to a bound that doubles.
+
+    Full jitter: after a server's restart its devices come back spread over the bound, not in
+    step (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
+
+    Args:
+        first: bound of the first wait in seconds.
+        most: bound of any wait.
+        rng: source of the jitter.
+
+    >>> backoff = Backoff(1.0, 4.0, random.Random(1))
+    >>> [round(backoff.next(), 2) for _ in range(4)]
+    [0.13, 1.69, 3.06, 1.02]
+    """
+
+    def __init__(self, first: float, most: float, rng: random.Random) -> None:
+        self._first, self._most, self._rng = first, most, rng
+        self._bound = first
+
+    def next(self) -> float:
+        """Seconds to wait."""
+        bound, self._bound = self._bound, min(self._most, self._bound * 2)
+        return self._rng.uniform(0, bound)
+
+    def long(self) -> float:
+        """Seconds to wait for what time alone does not heal."""
+        self._bound = self._most
+        return self._rng.uniform(self._most / 2, self._most)
+
+    def reset(self) -> None:
+        """It works again."""
+        self._bound = self._first

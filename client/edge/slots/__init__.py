@@ -1,0 +1,1 @@
+"""Slots: folders that hold one complete release each, and how its model is opened."""
