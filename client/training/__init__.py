@@ -3,6 +3,20 @@
 from prunecast.client.training.errors import ModError, StoreError
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.scheme_mod import scheme_mod
-from prunecast.compression.pruning import current_masks
+from prunecast.compression.pruning import (
+    StatisticsError,
+    contribute_statistics,
+    current_masks,
+    wanted_statistics,
+)
 
-__all__ = ["ModError", "StoreError", "compression_mod", "current_masks", "scheme_mod"]
+__all__ = [
+    "ModError",
+    "StatisticsError",
+    "StoreError",
+    "compression_mod",
+    "contribute_statistics",
+    "current_masks",
+    "scheme_mod",
+    "wanted_statistics",
+]

@@ -32,7 +32,12 @@ from prunecast.client.training.trainer import Batch, evaluate, train
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
 from prunecast.compression.flower.references import load_callable
-from prunecast.compression.pruning import current_masks
+from prunecast.compression.pruning import (
+    SQUARED_GRADIENT,
+    contribute_statistics,
+    current_masks,
+    wanted_statistics,
+)
 
 __all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]
 
@@ -138,7 +143,9 @@ def build_client_app(
             device=None if chosen.device == "auto" else chosen.device,
             mixed_precision={"auto": None, "on": True, "off": False}[chosen.mixed_precision],
             seed=training_seed(chosen.seed, server_round, context),
+            squared_gradients=SQUARED_GRADIENT in wanted_statistics(),
         )
+        contribute_statistics(SQUARED_GRADIENT, outcome.squared_gradients)
         metrics = MetricRecord({"num-examples": outcome.examples, "train-loss": outcome.loss})
         arrays = ArrayRecord({k: v.cpu() for k, v in module.state_dict().items()})
         return Message(RecordDict({key: arrays, "metrics": metrics}), reply_to=message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from prunecast.client.training.errors import TrainerError
 
 __all__ = ["Evaluation", "TensorBatches", "Training", "best_device", "evaluate", "train"]
+
+_LARGEST_SQUARE = 1e30  # sums of a statistic must stay finite
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -29,12 +31,15 @@ class Training:
         examples: examples seen in one epoch.
         steps: optimiser steps taken.
         precision: "float32", "bfloat16" or "float16", the dtype that matrix products ran in.
+        squared_gradients: parameter name to the mean over all steps of the squared gradient,
+            float32, pruned weights included; empty unless it was asked for.
     """
 
     loss: float
     examples: int
     steps: int
     precision: str
+    squared_gradients: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ def train(
     mixed_precision: bool | None = None,
     seed: int,
     loss_fn: Loss = nn.functional.cross_entropy,
+    squared_gradients: bool = False,
 ) -> Training:
     """Train `model` in place with SGD.
 
@@ -122,6 +128,7 @@ def train(
         seed: of torch's generators during the call (dropout, a shuffling loader). The global
             state is put back afterwards.
         loss_fn: of (outputs, targets), the mean over the batch.
+        squared_gradients: also return their mean, of use to some pruning criteria.
 
     Raises:
         TrainerError: a mask does not fit, the loader is empty, or the loss is not finite.
@@ -137,6 +144,11 @@ def train(
     )
     scaler = torch.amp.GradScaler(target.type, enabled=precision is torch.float16)
     steps, total, examples = 0, torch.zeros((), device=target), 0
+    squares = {
+        name: torch.zeros_like(parameter)
+        for name, parameter in model.named_parameters()
+        if squared_gradients
+    }
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -150,6 +162,8 @@ def train(
                     loss = loss_fn(model(inputs), targets)
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimiser)
+                if squares:
+                    _add_squares(model, squares)
                 for parameter, dropped in held:
                     if parameter.grad is not None:
                         parameter.grad.masked_fill_(dropped, 0.0)
@@ -165,7 +179,13 @@ def train(
         raise TrainerError(
             f"the training loss is {mean}: lower the learning rate ({lr}) or clip gradients"
         )
-    return Training(mean, examples, steps, str(precision or torch.float32).removeprefix("torch."))
+    return Training(
+        mean,
+        examples,
+        steps,
+        str(precision or torch.float32).removeprefix("torch."),
+        {name: (square / steps).cpu().numpy() for name, square in squares.items()},
+    )
 
 
 def evaluate(
@@ -203,6 +223,15 @@ def evaluate(
     if not examples:
         raise TrainerError("the loader is empty: there is nothing to evaluate on")
     return Evaluation(total / examples, correct / examples, examples)
+
+
+@torch.no_grad()
+def _add_squares(model: nn.Module, squares: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            square = parameter.grad.float().square()
+            # a step that overflows in float16: the scaler leaves it out as well
+            squares[name] += square.nan_to_num_(nan=0.0, posinf=0.0).clamp_(max=_LARGEST_SQUARE)
 
 
 def _precision(device: torch.device, wanted: bool | None) -> torch.dtype | None:

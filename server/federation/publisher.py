@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits, quantise, spread
 from prunecast.compression.flower import payload_record
-from prunecast.compression.pruning import Knowledge, PruningPlan
+from prunecast.compression.pruning import Knowledge, PruningPlan, Statistics
 from prunecast.compression.versions import (
     InvalidModel,
     Kind,
@@ -78,7 +78,7 @@ class Publisher:
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
         self.policy, self.stream, self._plan = policy, stream, plan
         self._before: dict[str, NDArray[Any]] = {}
-        self._statistics: Mapping[str, Mapping[str, NDArray[np.floating]]] = {}
+        self._statistics: Statistics = {}
         self._steps: dict[str, float] = {}
         self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
         self._counter = 0
@@ -118,7 +118,7 @@ class Publisher:
     def publish(
         self,
         master: Mapping[str, NDArray[Any]],
-        statistics: Mapping[str, Mapping[str, NDArray[np.floating]]] | None = None,
+        statistics: Statistics | None = None,
     ) -> Version:
         """Make the next version.
 
