@@ -1,8 +1,7 @@
-"""The Flower mods, the node's store and the torch trainer."""
+"""The Flower mod, the node's store and the torch trainer."""
 
 from prunecast.client.training.errors import ModError, StoreError
 from prunecast.client.training.mod import compression_mod
-from prunecast.client.training.scheme_mod import scheme_mod
 from prunecast.compression.pruning import (
     StatisticsError,
     contribute_statistics,
@@ -17,6 +16,5 @@ __all__ = [
     "compression_mod",
     "contribute_statistics",
     "current_masks",
-    "scheme_mod",
     "wanted_statistics",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
-from prunecast.client.training.errors import ModError
+from prunecast.client.training.errors import ModError, NonFiniteUpdate
 from prunecast.client.training.store import NodeStore, default_root
 from prunecast.client.training.updates import compress_update
 from prunecast.compression.codec import CodecError
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     array_record,
+    coded_record,
     dense_arrays,
+    float_names,
     is_codable,
     payload_of,
     payload_record,
@@ -26,12 +29,24 @@ from prunecast.compression.flower import (
 )
 from prunecast.compression.flower.internals import ClientAppCallable, Mod, make_message
 from prunecast.compression.pruning import holding
+from prunecast.compression.schemes import (
+    NonFiniteError,
+    Scheme,
+    SchemeError,
+    StateError,
+    layout_of,
+    scheme,
+    state_arrays,
+    state_from,
+)
 from prunecast.compression.versions import (
     BaseMissing,
     Instruction,
     Kind,
+    NodeReport,
     PublishedModel,
-    Report,
+    SchemeRule,
+    UpdateRule,
     VersionsError,
     decode_model,
     encode_plain,
@@ -52,8 +67,8 @@ def compression_mod(store: Path | str | None = None) -> Mod:
 
         app = ClientApp(mods=[compression_mod()])
 
-    With a server that does not compress, messages pass through unchanged, so the same client
-    serves both.
+    How arrays come and go is the server's choice, told with every message. With a server that does
+    not compress, messages pass through unchanged, so the same client serves both.
 
     Args:
         store: directory for held models and residuals. Default: ``prunecast-store`` of the node
@@ -68,14 +83,14 @@ def compression_mod(store: Path | str | None = None) -> Mod:
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         control = message.content.config_records.get(CONTROL_RECORD)
-        data = control.get("instruction") if control is not None else None
-        if not isinstance(data, bytes):
+        if control is None:
             return call_next(message, context)
         root = Path(store or str(context.node_config.get("prunecast-store", "")) or default_root())
         node = NodeStore(root, message.metadata.run_id, context.node_id)
         try:
-            exchange = _Exchange(message, Instruction.from_bytes(data), node)
-        except (VersionsError, CodecError) as error:
+            instruction = Instruction.from_bytes(control.get("instruction"))
+            exchange = _Exchange(message, instruction, node)
+        except (VersionsError, CodecError, SchemeError) as error:
             raise ModError(f"message from the server was refused: {error}") from error
         if exchange.missing:
             return Message(exchange.wrap(RecordDict()), reply_to=message)
@@ -95,6 +110,8 @@ class _Exchange:
         self._metadata = message.metadata
         self._instruction = instruction
         self._store = store
+        rule = instruction.rule
+        self._scheme = scheme(rule.name, **rule.options) if isinstance(rule, SchemeRule) else None
         self._models: dict[str, PublishedModel] = {}
         self.missing: list[str] = []
         self.content = RecordDict()
@@ -141,32 +158,61 @@ class _Exchange:
     def wrap(self, content: RecordDict, encode_ms: float = 0.0) -> RecordDict:
         """Add the report of what this node holds."""
         held = {key: short(model.digest) for key, model in self._models.items()}
-        report = Report(held, tuple(self.missing), encode_ms)
+        report = NodeReport(held, tuple(self.missing), encode_ms)
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content
 
     def encode(self, reply: RecordDict) -> RecordDict:
-        """The reply's array records as payloads, everything else as it is."""
+        """The reply's array records as the server asked for them, everything else as it is."""
         started = time.perf_counter()
         content = RecordDict()
         for key, record in reply.items():
-            if isinstance(record, ArrayRecord) and is_codable(record):
-                content[key] = payload_record(self._encode(key, dense_arrays(record)))
-            else:
-                content[key] = record
+            content[key] = record
+            if not isinstance(record, ArrayRecord):
+                continue
+            if self._scheme is not None:
+                content[key] = self._by_scheme(self._scheme, key, record)
+            elif isinstance(self._instruction.rule, UpdateRule) and is_codable(record):
+                payload = self._on_lattice(key, dense_arrays(record), self._instruction.rule)
+                content[key] = payload_record(payload)
         return self.wrap(content, (time.perf_counter() - started) * 1e3)
 
-    def _encode(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    def _on_lattice(self, key: str, arrays: Mapping[str, NDArray[Any]], rule: UpdateRule) -> bytes:
+        """A quantised update of the version received, or the exact arrays where there is none."""
         base_key = self._base_for(key, arrays)
         if base_key is None:
             return encode_plain(arrays, stream=self._stream(key))
         base = self._models[base_key]
         residual = self._store.residual(base_key, self._instruction.accepted)
-        change = compress_update(base, arrays, residual, self._instruction.rule)
+        change = compress_update(base, arrays, residual, rule)
         payload = encode_update(base, change.changes, stream=self._stream(base_key))
         if change.residual:
-            self._store.stage(base_key, reply_tag(self._metadata.message_id), change.residual)
+            self._store.stage(base_key, self._tag, change.residual)
         return payload
+
+    def _by_scheme(self, chosen: Scheme, key: str, record: ArrayRecord) -> ArrayRecord:
+        """*Trained - received* by a scheme, where the reply has the arrays that were received."""
+        base = self.content.array_records.get(key)
+        if base is None or not float_names(base) or _layout(record) != _layout(base):
+            return record
+        names = float_names(base)
+        update = {name: record[name].numpy() - base[name].numpy() for name in names}
+        state, kept = chosen.init(layout_of(update)), f"{key} by {chosen.name}"
+        with suppress(StateError):  # nothing was kept yet, or of another model
+            state = state_from(self._store.residual(kept, self._instruction.accepted), state)
+        assert isinstance(self._instruction.rule, SchemeRule)
+        try:
+            payload, state = chosen.encode(update, state, key=self._instruction.rule.key)
+        except NonFiniteError as error:
+            raise NonFiniteUpdate(f"the update was not sent: {error}") from error
+        except SchemeError as error:
+            raise ModError(f"the update was not sent: {error}") from error
+        self._store.stage(kept, self._tag, state_arrays(state))
+        return coded_record(payload, {n: a for n, a in record.items() if n not in names})
+
+    @property
+    def _tag(self) -> str:
+        return reply_tag(self._metadata.message_id)
 
     def _base_for(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> str | None:
         """The received record a reply's record is an update of: same key or same layout."""
@@ -179,3 +225,7 @@ class _Exchange:
         if key in matching:
             return key
         return matching[0] if len(matching) == 1 and key not in self._models else None
+
+
+def _layout(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], str]]:
+    return [(name, a.dtype, tuple(a.shape), a.stype) for name, a in record.items()]

@@ -22,6 +22,7 @@ import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,13 +112,13 @@ class NodeStore:
         arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
         self._write(self._path(key, "model"), arrays)
 
-    def residual(self, key: str, accepted: str) -> dict[str, NDArray[np.floating]]:
-        """What earlier quantisation dropped, by tensor name; empty at first.
+    def residual(self, key: str, accepted: str) -> dict[str, NDArray[Any]]:
+        """What was kept with the last accepted reply, by name; empty at first.
 
         Args:
             key: record key.
-            accepted: tag of the last reply the server accepted; the residual staged with that
-                reply is committed now.
+            accepted: tag of the last reply the server accepted; what was staged with that reply
+                is committed now.
         """
         committed = self._path(key, "residual")
         pending = self._pending(key, accepted)
@@ -133,7 +134,7 @@ class NodeStore:
         except _DAMAGED:
             return {}
 
-    def stage(self, key: str, tag: str, residual: Mapping[str, NDArray[np.floating]]) -> None:
+    def stage(self, key: str, tag: str, residual: Mapping[str, NDArray[Any]]) -> None:
         """Write the residual that holds if the reply with this tag is accepted.
 
         Raises:

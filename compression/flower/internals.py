@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import cast
+from typing import TypeVar, cast
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -39,8 +39,11 @@ __all__ = [
     "set_message_id",
     "set_reply_to",
     "set_source",
+    "uncached",
     "unsent",
 ]
+
+_Inflatable = TypeVar("_Inflatable", bound=InflatableObject)
 
 
 # -- envelopes ------------------------------------------------------------------------------------
@@ -106,3 +109,19 @@ def over_the_wire(message: Message) -> Message:
     built = cast(Message, inflate_object_from_contents(message.object_id, contents))
     set_message_id(built, message.metadata.message_id)
     return built
+
+
+def uncached(item: _Inflatable) -> _Inflatable:
+    """The same message, content or record without Flower's caches; shares the arrays' bytes.
+
+    Measuring fills caches. An engine in this process pickles what it is handed, caches and all, so
+    what is or will be pushed is measured on such a copy.
+    """
+    if isinstance(item, ArrayRecord):
+        return ArrayRecord(dict(item))  # type: ignore[return-value]
+    if isinstance(item, RecordDict):
+        copies = {key: uncached(record) for key, record in item.items()}
+        return RecordDict(copies)  # type: ignore[return-value]
+    if isinstance(item, Message) and not item.has_error():
+        return make_message(item.metadata, uncached(item.content))  # type: ignore[return-value]
+    return item

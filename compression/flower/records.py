@@ -14,8 +14,11 @@ __all__ = [
     "NUMPY",
     "STYPE",
     "array_record",
+    "coded_record",
     "dense_arrays",
+    "float_names",
     "is_codable",
+    "open_coded",
     "payload_of",
     "payload_record",
     "stated_round",
@@ -27,7 +30,7 @@ NUMPY = "numpy.ndarray"
 STYPE = "prunecast/1 (ClientApp needs compression_mod())"
 """Serialisation type of a payload; a client without the mod shows it in Flower's own error."""
 CONTROL_RECORD = "prunecast"
-"""Key of the config record that carries an `Instruction` or a `Report`."""
+"""Key of the config record that carries an `Instruction` or a `NodeReport`."""
 _ARRAY_NAME = "prunecast"
 
 
@@ -84,6 +87,34 @@ def payload_of(record: object) -> bytes | None:
     if not isinstance(record, ArrayRecord) or list(record) != [_ARRAY_NAME]:
         return None
     return record[_ARRAY_NAME].data if record[_ARRAY_NAME].stype == STYPE else None
+
+
+def float_names(record: ArrayRecord) -> list[str]:
+    """Names of the arrays that a scheme can code: NumPy's floating point, float16 to float64."""
+    return [
+        name
+        for name, array in record.items()
+        if array.stype == NUMPY and array.dtype in ("float16", "float32", "float64")
+    ]
+
+
+def coded_record(payload: bytes, exact: Mapping[str, Array]) -> ArrayRecord:
+    """A record of a scheme's payload and, as they are, the arrays that no scheme codes."""
+    record = payload_record(payload)
+    for name, array in exact.items():
+        record[f"={name}"] = array
+    return record
+
+
+def open_coded(record: ArrayRecord) -> tuple[bytes, dict[str, Array]] | None:
+    """Inverse of `coded_record`; None for any other record."""
+    names = list(record)
+    if not names or names[0] != _ARRAY_NAME or any(name[:1] != "=" for name in names[1:]):
+        return None
+    payload = payload_of(ArrayRecord({_ARRAY_NAME: record[_ARRAY_NAME]}))
+    if payload is None:
+        return None
+    return payload, {name[1:]: record[name] for name in names[1:]}
 
 
 def stated_round(content: RecordDict) -> int:

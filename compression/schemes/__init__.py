@@ -35,7 +35,7 @@ from .layout import Layout, layout_of
 from .qsgd import Qsgd
 from .registry import SCHEMES, PayloadInfo, decode_payload, inspect, scheme
 from .signsgd import SignSgd, majority_vote
-from .state import State, pack_state, unpack_state
+from .state import State, pack_state, state_arrays, state_from, unpack_state
 from .stc import Stc
 from .topk import TopK
 
@@ -74,5 +74,7 @@ __all__ = [
     "majority_vote",
     "pack_state",
     "scheme",
+    "state_arrays",
+    "state_from",
     "unpack_state",
 ]

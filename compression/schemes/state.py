@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import CodecError, Limits, TensorSpec, decode, encode
+from prunecast.compression.codec import CodecError, Limits, decode, encode
 from prunecast.compression.codec import Context as CodecContext
 
 from .errors import StateError
 from .layout import Arrays, Layout
 
-__all__ = ["State", "pack_state", "unpack_state"]
+__all__ = ["State", "pack_state", "state_arrays", "state_from", "unpack_state"]
 
 _COUNTER = "step"
 
@@ -35,29 +35,29 @@ class State:
     buffers: Mapping[str, Arrays] = field(default_factory=dict)
 
 
-def pack_state(state: State) -> bytes:
-    """The state as bytes, exactly: one payload of the codec."""
-    return encode(_arrays(state))
+def state_arrays(state: State) -> dict[str, NDArray[Any]]:
+    """The state as named arrays, exactly: what to put into a file."""
+    arrays: dict[str, NDArray[Any]] = {_COUNTER: np.asarray(state.step, np.int64)}
+    for buffer, tensors in state.buffers.items():
+        for name, tensor in tensors.items():
+            arrays[f"{buffer}/{name}"] = tensor
+    return arrays
 
 
-def unpack_state(data: bytes, like: State, *, limits: Limits | None = None) -> State:
-    """Inverse of `pack_state`.
+def state_from(arrays: Mapping[str, NDArray[Any]], like: State) -> State:
+    """Inverse of `state_arrays`.
 
     Args:
-        data: what `pack_state` returned.
+        arrays: what `state_arrays` returned.
         like: any state of the same scheme and layout, such as that of ``init``.
-        limits: what is accepted.
 
     Raises:
-        StateError: damaged, or of another scheme or layout.
+        StateError: of another scheme or layout.
     """
-    expected = {name: TensorSpec(a.dtype, a.shape) for name, a in _arrays(like).items()}
-    try:
-        arrays = decode(data, context=CodecContext(), limits=limits or Limits())
-    except CodecError as error:
-        raise StateError(f"the stored state is damaged: {error}; start with init()") from error
-    found = {name: TensorSpec(a.dtype, a.shape) for name, a in arrays.items()}
-    step = int(arrays[_COUNTER]) if found == expected else -1
+    expected = {name: (a.dtype, a.shape) for name, a in state_arrays(like).items()}
+    step = -1
+    if {name: (a.dtype, a.shape) for name, a in arrays.items()} == expected:
+        step = int(arrays[_COUNTER])
     if step < 0:
         raise StateError(
             "the stored state belongs to another scheme, configuration or layout; start with init()"
@@ -69,9 +69,19 @@ def unpack_state(data: bytes, like: State, *, limits: Limits | None = None) -> S
     return State(like.layout, step, buffers)
 
 
-def _arrays(state: State) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {_COUNTER: np.asarray(state.step, np.int64)}
-    for buffer, tensors in state.buffers.items():
-        for name, tensor in tensors.items():
-            arrays[f"{buffer}/{name}"] = tensor
-    return arrays
+def pack_state(state: State) -> bytes:
+    """The state as bytes, exactly: one payload of the codec."""
+    return encode(state_arrays(state))
+
+
+def unpack_state(data: bytes, like: State, *, limits: Limits | None = None) -> State:
+    """Inverse of `pack_state`; `like` as in `state_from`.
+
+    Raises:
+        StateError: damaged, or of another scheme or layout.
+    """
+    try:
+        arrays = decode(data, context=CodecContext(), limits=limits or Limits())
+    except CodecError as error:
+        raise StateError(f"the stored state is damaged: {error}; start with init()") from error
+    return state_from(arrays, like)

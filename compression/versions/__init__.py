@@ -5,6 +5,13 @@ integers on a lattice, one step per tensor, and the mask. Everything here is pur
 standard library, no sockets, no Flower. The byte formats are written down in ``docs/format.md``.
 """
 
+from prunecast.compression.versions.control import (
+    Instruction,
+    NodeReport,
+    SchemeRule,
+    UpdateRule,
+    reply_tag,
+)
 from prunecast.compression.versions.errors import (
     BadPayload,
     BaseMissing,
@@ -33,7 +40,6 @@ from prunecast.compression.versions.payloads import (
     open_plain,
 )
 from prunecast.compression.versions.seeded import Seed, draw_like
-from prunecast.compression.versions.session import Instruction, Report, UpdateRule, reply_tag
 from prunecast.compression.versions.storage import (
     load_model,
     replacing,
@@ -55,11 +61,12 @@ __all__ = [
     "InvalidModel",
     "Kind",
     "LatticeTensor",
+    "NodeReport",
     "PayloadInfo",
     "PublishedModel",
     "QuantisedTensor",
     "RawTensor",
-    "Report",
+    "SchemeRule",
     "Seed",
     "StorageError",
     "Tensor",

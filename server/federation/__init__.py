@@ -11,11 +11,9 @@ from prunecast.server.federation.errors import (
 )
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Entry, Ledger, Tally, Totals, serialised_bytes
-from prunecast.server.federation.metering import MeteringGrid
 from prunecast.server.federation.policy import PRESETS, Policy
 from prunecast.server.federation.release_rule import ReleaseRule
 from prunecast.server.federation.releasing import AutomaticReleases
-from prunecast.server.federation.scheme_grid import SchemeGrid
 
 __all__ = [
     "PRESETS",
@@ -27,13 +25,11 @@ __all__ = [
     "FederationError",
     "Ledger",
     "LedgerError",
-    "MeteringGrid",
     "NonFiniteModel",
     "Policy",
     "PolicyError",
     "ReleaseRule",
     "ReleaseRuleError",
-    "SchemeGrid",
     "Tally",
     "Totals",
     "serialised_bytes",

@@ -1,9 +1,9 @@
-"""`CompressedGrid`: any Flower strategy, a fraction of the bytes."""
+"""`CompressedGrid`: any Flower strategy, a fraction of the bytes, all of them counted."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
 from pathlib import Path
 
@@ -11,17 +11,29 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from prunecast.compression.flower import array_record, dense_arrays
-from prunecast.compression.flower.internals import log, make_message, set_reply_to, unsent
+from prunecast.compression.flower.internals import (
+    log,
+    make_message,
+    serialised_objects,
+    set_reply_to,
+    uncached,
+    unsent,
+)
+from prunecast.compression.schemes import SchemeError
 from prunecast.compression.versions import PublishedModel, VersionsError, reply_tag
 from prunecast.server.federation.checkpoints import Checkpoint
-from prunecast.server.federation.inbound import decode_reply, refuse, report_of
-from prunecast.server.federation.ledger import Entry, Ledger, serialised_bytes
-from prunecast.server.federation.outbound import Batch, Prepared
+from prunecast.server.federation.errors import FederationError
+from prunecast.server.federation.inbound import decode_reply, refuse, report_of, up_of
+from prunecast.server.federation.ledger import Entry, Ledger
+from prunecast.server.federation.outbound import Batch, Outbound, Prepared
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.streams import Streams
-from prunecast.server.federation.wrapper import PollingGrid
+from prunecast.server.federation.wrapper import GridWrapper
 
-__all__ = ["CompressedGrid"]
+__all__ = ["CompressedGrid", "Recode"]
+
+Recode = Callable[[bytes], int]
+"""From the bytes of a message to how many bytes it has under another coding."""
 
 _NO_MOD = (
     "answered through Prunecast's mod, so it cannot have read the published model: add "
@@ -29,22 +41,27 @@ _NO_MOD = (
 )
 
 
-class CompressedGrid(PollingGrid):
+class CompressedGrid(GridWrapper):
     """A Flower grid that prunes, quantises and codes every array record in both directions.
 
     It wraps the grid Flower hands to the ServerApp; strategies and custom loops use it unchanged::
 
         strategy.start(grid=CompressedGrid(grid, "balanced"), initial_arrays=arrays)
 
-    The clients need ``ClientApp(mods=[compression_mod()])``.
+    The clients need ``ClientApp(mods=[compression_mod()])``. With the policy "dense" it changes
+    nothing, needs no mod, and records what plain Flower costs.
 
     Args:
         grid: the grid to wrap.
-        policy: a `Policy`, or the name of a preset: "lossless", "balanced" or "small".
+        policy: a `Policy`, or the name of a preset: "dense", "lossless", "balanced" or "small".
         ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file that is
             appended to, or None to count only.
+        seed: decides, with the number of the message, everything random in replies by a scheme.
+        alternatives: other codings to measure on the very same messages, by name, such as
+            ``{"zstd-3": lambda data: len(zstandard.compress(data, 3))}``. Each is given the
+            objects of one message, joined.
         verify_replies: decode every reply once on arrival. A damaged reply then becomes an error
-            of its own instead of stopping the aggregation it takes part in; costs one decoding.
+            of its own instead of stopping the aggregation it takes part in.
         poll_interval: seconds between looking for replies in `send_and_receive`.
     """
 
@@ -54,14 +71,19 @@ class CompressedGrid(PollingGrid):
         policy: Policy | str = "balanced",
         *,
         ledger: Ledger | Path | None = None,
+        seed: int = 0,
+        alternatives: Mapping[str, Recode] | None = None,
         verify_replies: bool = True,
         poll_interval: float = 0.2,
     ) -> None:
-        super().__init__(grid, poll_interval=poll_interval)
+        super().__init__(grid)
         self.policy = Policy.preset(policy) if isinstance(policy, str) else policy
         self.ledger = Ledger(ledger) if ledger is None or isinstance(ledger, Path) else ledger
-        self._verify = verify_replies
+        self._poll_interval = poll_interval
+        self._alternatives = dict(alternatives or {})
         self._streams = Streams(self.policy)
+        self._outbound = Outbound(self._streams, seed)
+        self._up = up_of(self.policy, verify=verify_replies)
         self._sent: dict[str, Prepared] = {}
         self._retries: dict[str, str] = {}  # message id of a retry -> id the caller knows
 
@@ -73,18 +95,17 @@ class CompressedGrid(PollingGrid):
         """
         self.ledger.flush()
         self._forget(self._expired())
-        batch = Batch(self._streams, messages)
-        prepared = [batch.prepare(message) for message in batch.messages]
-        return self._push(prepared)
+        batch = Batch(messages)
+        return self._push([self._outbound.prepare(batch, message) for message in batch.messages])
 
     def _push(self, prepared: list[Prepared]) -> list[str]:
-        # before they are pushed: measuring fills caches in the messages, and an engine in this
-        # process may be reading them as soon as they are in its hands
-        sizes = [serialised_bytes(item.message) for item in prepared]
+        # before they are pushed: an engine in this process may be reading them as soon as they
+        # are in its hands
+        measured = [self._measured(item.message) for item in prepared]
         # a list: the HTTP grid goes over the messages twice
         ids = list(self._grid.push_messages([p.message for p in prepared]))
         pushed = set(ids)
-        for item, size in zip(prepared, sizes, strict=True):
+        for item, (size, alternatives) in zip(prepared, measured, strict=True):
             metadata = item.message.metadata
             if metadata.message_id not in pushed:
                 continue
@@ -99,9 +120,17 @@ class CompressedGrid(PollingGrid):
                     payload_bytes=size,
                     dense_bytes=item.dense_bytes,
                     encode_ms=item.encode_ms,
+                    alternatives=alternatives,
                 )
             )
         return ids
+
+    def _measured(self, message: Message) -> tuple[int, dict[str, int]]:
+        """Serialised bytes of a message, and under the alternatives, without touching it."""
+        objects = list(serialised_objects(uncached(message)))
+        joined = b"".join(objects) if self._alternatives else b""
+        alternatives = {name: recode(joined) for name, recode in self._alternatives.items()}
+        return sum(map(len, objects)), alternatives
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Fetch and decode the replies that have arrived.
@@ -116,6 +145,29 @@ class CompressedGrid(PollingGrid):
         received = (self._receive(reply) for reply in replies)
         return [reply for reply in received if reply is not None]
 
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages and wait for the replies, `timeout` seconds at most (None: for ever).
+
+        Replies come in the order of the messages, whichever arrived first, so that sums of
+        floats do not depend on timing.
+        """
+        sent = [message_id for message_id in self.push_messages(messages) if message_id]
+        waiting = dict.fromkeys(sent)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            arrived = list(self.pull_messages(waiting))
+            replies.extend(arrived)
+            for reply in arrived:
+                waiting.pop(reply.metadata.reply_to_message_id, None)
+            if waiting and not arrived:
+                time.sleep(self._poll_interval)
+        self._forget(waiting)
+        order = {message_id: position for position, message_id in enumerate(sent)}
+        return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
+
     # -- replies ------------------------------------------------------------------------------
 
     def _receive(self, reply: Message) -> Message | None:
@@ -124,7 +176,7 @@ class CompressedGrid(PollingGrid):
         if sent is None:
             return reply
         origin = self._retries.pop(message_id, message_id)
-        size = serialised_bytes(reply)
+        size, alternatives = self._measured(reply)
         entry = Entry(
             round=sent.round,
             # an error reply made for a dead node names no useful source: the instruction does
@@ -134,6 +186,7 @@ class CompressedGrid(PollingGrid):
             message_type=sent.original.metadata.message_type,
             payload_bytes=size,
             dense_bytes=size,
+            alternatives=alternatives,
         )
         self.ledger.add(entry)
         if reply.has_error():
@@ -143,7 +196,7 @@ class CompressedGrid(PollingGrid):
         else:
             try:
                 result = self._understand(reply, sent, entry, retried=origin != message_id)
-            except VersionsError as error:
+            except (VersionsError, SchemeError) as error:
                 entry.kind = "error"
                 result = refuse(reply, f"reply of node {entry.node} was refused: {error}")
         if result is None:
@@ -158,33 +211,31 @@ class CompressedGrid(PollingGrid):
         """The reply as the strategy sees it; None when the node needs a keyframe first."""
         node = self._streams.node(entry.node)
         report = report_of(reply)
-        if report is None:
-            if sent.coded:
-                return refuse(reply, f"node {entry.node} has not {_NO_MOD}")
-            entry.kind = "none"
-            return reply
-        node.speaks = True
-        node.held.update(report.held)
-        for key in report.missing:
-            node.held.pop(key, None)
-        entry.encode_ms = report.encode_ms
-        if report.missing:
-            entry.kind = "error" if retried else "base-missing"
-            if retried:
-                return refuse(
-                    reply,
-                    f"node {entry.node} cannot keep the base of {report.missing[0]!r}: check that "
-                    "its store directory is writable and belongs to it alone",
-                )
-            return None
-        content, has_update = decode_reply(reply, sent, entry, verify=self._verify)
+        if report is None and sent.coded:
+            return refuse(reply, f"node {entry.node} has not {_NO_MOD}")
+        if report is not None:
+            node.speaks = True
+            node.held.update(report.held)
+            for key in report.missing:
+                node.held.pop(key, None)
+            entry.encode_ms = report.encode_ms
+            if report.missing:
+                entry.kind = "error" if retried else "base-missing"
+                if retried:
+                    return refuse(
+                        reply,
+                        f"node {entry.node} cannot keep the base of {report.missing[0]!r}: check "
+                        "that its store directory is writable and belongs to it alone",
+                    )
+                return None
+        content, has_update = decode_reply(reply, sent, entry, self._up)
         if has_update:
             node.accepted = reply_tag(reply.metadata.reply_to_message_id)
         return make_message(reply.metadata, content)
 
     def _retry(self, sent: Prepared, origin: str) -> None:
         """Send the same message again, with keyframes for what the node does not hold."""
-        prepared = sent.batch.prepare(unsent(sent.original))
+        prepared = self._outbound.prepare(sent.batch, unsent(sent.original))
         self._push([prepared])
         self._retries[prepared.message.metadata.message_id] = origin
 
@@ -216,7 +267,13 @@ class CompressedGrid(PollingGrid):
 
         Raises:
             NonFiniteModel: an array holds NaN or infinity.
+            FederationError: models travel densely, so that no version is published.
         """
+        if self.policy.down != "lattice":
+            raise FederationError(
+                "nothing is published where models travel densely: choose a policy with "
+                "down = 'lattice'"
+            )
         stream = self._streams.stream(self.run.run_id, key)
         return stream.version_of(arrays, arrays.object_id).model
 
@@ -267,7 +324,10 @@ class CompressedGrid(PollingGrid):
         """Wrap a strategy's `evaluate_fn` so that it measures the published model.
 
         Flower hands `evaluate_fn` the master weights, which no client and no device ever runs.
+        Where models travel densely they are what clients run, and are measured.
         """
+        if self.policy.down != "lattice":
+            return evaluate_fn
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             dense = self.published(arrays, key=key).arrays()

@@ -1,22 +1,37 @@
-"""Replies on their way to the strategy: payloads become arrays that decode when read."""
+"""Replies on their way to the strategy: how arrays come back, by update, scheme or as they are."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import CodecError, Payload
-from prunecast.compression.flower import CONTROL_RECORD, payload_of, stream_id
-from prunecast.compression.flower.internals import ErrorCode, make_message, object_bytes, own_bytes
+from prunecast.compression.flower import (
+    CONTROL_RECORD,
+    float_names,
+    open_coded,
+    payload_of,
+    stream_id,
+)
+from prunecast.compression.flower.internals import (
+    ErrorCode,
+    make_message,
+    object_bytes,
+    own_bytes,
+    uncached,
+)
+from prunecast.compression.schemes import Scheme
 from prunecast.compression.versions import (
     BadPayload,
     Kind,
-    Report,
+    NodeReport,
     Update,
     VersionsError,
     decode_update,
@@ -27,8 +42,147 @@ from prunecast.compression.versions import (
 from prunecast.server.federation.lazy import LazyArray
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.outbound import Prepared
+from prunecast.server.federation.policy import Policy
 
-__all__ = ["decode_reply", "refuse", "report_of"]
+__all__ = [
+    "DenseUp",
+    "LatticeUp",
+    "Read",
+    "SchemeUp",
+    "Up",
+    "decode_reply",
+    "refuse",
+    "report_of",
+    "up_of",
+]
+
+
+@dataclass(frozen=True)
+class Read:
+    """One array record of a reply, understood.
+
+    Attributes:
+        arrays: what the strategy sees.
+        kind: how it travelled, as the ledger calls it.
+        dense: serialised bytes of the record in plain Flower; None for as many as it has.
+        update: whether the node staged something with it that acceptance commits.
+    """
+
+    arrays: ArrayRecord
+    kind: str
+    dense: int | None = None
+    update: bool = False
+
+
+class Up(Protocol):
+    """How array records come back from the nodes."""
+
+    def read(self, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
+        """Understand one array record of a reply to `sent`; decoding time goes into `entry`.
+
+        Raises:
+            VersionsError: it is damaged, or of another run, version or model.
+            SchemeError: a scheme's payload is damaged, or of another scheme.
+        """
+        ...
+
+
+class DenseUp:
+    """As in plain Flower."""
+
+    def read(self, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
+        """See `Up.read`."""
+        return Read(record, "dense")
+
+
+class LatticeUp:
+    """Updates on the version that was sent; other arrays losslessly.
+
+    Args:
+        verify: decode every array once now, so that a damaged reply is refused alone.
+    """
+
+    def __init__(self, verify: bool) -> None:
+        self._verify = verify
+
+    def read(self, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
+        """See `Up.read`."""
+        payload = payload_of(record)
+        if payload is None:
+            return Read(record, "verbatim")
+        kind = inspect(payload).kind
+        if kind is Kind.UPDATE:
+            sent_key, update = _open_update(payload, key, sent)
+            arrays, dense = _update_arrays(update, sent, sent_key, entry), sent.dense[sent_key]
+        elif kind is Kind.PLAIN:
+            run_id = sent.original.metadata.run_id
+            opened = open_plain(payload, stream=stream_id(run_id, key))
+            arrays = _plain_arrays(opened, entry)
+            # 128 bytes of NumPy header and about 300 of Flower's objects surround every array
+            dense = sum(
+                s.dtype.itemsize * int(np.prod(s.shape)) + 428 for s in opened.specs.values()
+            )
+        else:
+            raise BadPayload(f"a node does not send {kind.name.lower()} payloads")
+        if self._verify:
+            for name, array in arrays.items():
+                _check(name, array, exact=kind is Kind.PLAIN or not sent.versions)
+        return Read(arrays, kind.name.lower(), dense, update=kind is Kind.UPDATE)
+
+
+class SchemeUp:
+    """Updates of what was sent by a scheme of the literature; strategies see *sent + update*."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+
+    def read(self, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
+        """See `Up.read`."""
+        base = sent.original.content.array_records.get(key)
+        coded = open_coded(record)
+        if coded is None:
+            if base is not None and float_names(base) and list(record) == list(base):
+                raise BadPayload(f"record {key!r} came without the scheme")
+            return Read(record, "verbatim")
+        if base is None:
+            raise BadPayload(f"record {key!r} is an update of something that was not sent")
+        started = time.perf_counter()
+        payload, exact = coded
+        arrays = self._updated(key, base, payload, exact)
+        entry.decode_ms += (time.perf_counter() - started) * 1e3
+        return Read(arrays, self._scheme.name, object_bytes(uncached(arrays)), update=True)
+
+    def _updated(
+        self, key: str, base: ArrayRecord, payload: bytes, exact: dict[str, Array]
+    ) -> ArrayRecord:
+        """*Sent + update* for every array that the scheme coded, the others as they came."""
+        update = self._scheme.decode(payload)
+        names = float_names(base)
+        shapes = {name: tuple(base[name].shape) for name in names}
+        if {n: a.shape for n, a in update.items()} != shapes or list(update) != names:
+            raise BadPayload(f"record {key!r}: the update is not of the arrays that were sent")
+        others = {n: (a.dtype, tuple(a.shape)) for n, a in base.items() if n not in shapes}
+        if {n: (a.dtype, tuple(a.shape)) for n, a in exact.items()} != others:
+            raise BadPayload(f"record {key!r}: other arrays came than were sent")
+        result = ArrayRecord()
+        for name, array in base.items():
+            if name not in update:
+                result[name] = exact[name]
+                continue
+            held = array.numpy()
+            with np.errstate(over="ignore"):
+                value = np.asarray(held + update[name].astype(held.dtype), held.dtype)
+            if not np.isfinite(value).all():
+                raise BadPayload(f"update of {name!r} makes NaN or infinity")
+            result[name] = Array(value)
+        return result
+
+
+def up_of(policy: Policy, *, verify: bool) -> Up:
+    """The coding that a policy asks for; `verify` as in `LatticeUp`."""
+    if policy.scheme is not None:
+        return SchemeUp(policy.scheme)
+    return LatticeUp(verify) if policy.up == "lattice" else DenseUp()
 
 
 def refuse(reply: Message, reason: str) -> Message:
@@ -37,7 +191,7 @@ def refuse(reply: Message, reason: str) -> Message:
     return make_message(reply.metadata, error=error)
 
 
-def report_of(reply: Message) -> Report | None:
+def report_of(reply: Message) -> NodeReport | None:
     """What the node's mod says of itself; None when the reply did not pass through the mod.
 
     Raises:
@@ -46,60 +200,38 @@ def report_of(reply: Message) -> Report | None:
     control = reply.content.config_records.get(CONTROL_RECORD)
     if control is None:
         return None
-    data = control.get("report")
-    if not isinstance(data, bytes):
-        raise BadPayload("control record from the node carries no report")
-    return Report.from_bytes(data)
+    return NodeReport.from_bytes(control.get("report"))
 
 
-def decode_reply(
-    reply: Message, sent: Prepared, entry: Entry, *, verify: bool
-) -> tuple[RecordDict, bool]:
+def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[RecordDict, bool]:
     """The content the strategy sees.
 
     Args:
-        reply: a reply that passed through the mod.
+        reply: a reply that passed through the mod, or needs none.
         sent: the message it answers.
         entry: ledger entry; kind, dense bytes and decoding time are set here.
-        verify: decode every array once now, so that a damaged reply is refused alone.
+        up: how array records come back.
 
     Returns:
         The content, and whether it holds an update.
 
     Raises:
         VersionsError: a payload is damaged, of another run or of another version.
+        SchemeError: a scheme's payload is damaged, or of another scheme.
     """
     content, kinds, has_update = RecordDict(), [], False
     for key, record in reply.content.items():
         if key == CONTROL_RECORD and isinstance(record, ConfigRecord):
             entry.dense_bytes -= object_bytes(record) + _mention(reply.content, key)
             continue
-        payload = payload_of(record) if isinstance(record, ArrayRecord) else None
-        if payload is None:
-            if isinstance(record, ArrayRecord):
-                kinds.append("verbatim")
-            content[key] = record
-            continue
-        kind = inspect(payload).kind
-        if kind is Kind.UPDATE:
-            sent_key, update = _open_update(payload, key, sent)
-            arrays = _update_arrays(update, sent, sent_key, entry)
-            dense, has_update = sent.dense[sent_key], True
-        elif kind is Kind.PLAIN:
-            opened = open_plain(payload, stream=stream_id(reply.metadata.run_id, key))
-            arrays = _plain_arrays(opened, entry)
-            # 128 bytes of NumPy header and about 300 of Flower's objects surround every array
-            dense = sum(
-                s.dtype.itemsize * int(np.prod(s.shape)) + 428 for s in opened.specs.values()
-            )
-        else:
-            raise BadPayload(f"a node does not send {kind.name.lower()} payloads")
-        entry.dense_bytes += dense - object_bytes(record)
-        kinds.append(kind.name.lower())
-        if verify:
-            for name, array in arrays.items():
-                _check(name, array, exact=kind is Kind.PLAIN or not sent.versions)
-        content[key] = arrays
+        content[key] = record
+        if isinstance(record, ArrayRecord):
+            read = up.read(key, record, sent, entry)
+            if read.dense is not None:
+                entry.dense_bytes += read.dense - object_bytes(record)
+            content[key] = read.arrays
+            kinds.append(read.kind)
+            has_update = has_update or read.update
     entry.kind = "+".join(kinds) or "none"
     return content, has_update
 

@@ -1,29 +1,39 @@
-"""Messages on their way to the nodes: records become payloads."""
+"""Messages on their way to the nodes: how models travel down, and what nodes are told."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     dense_arrays,
+    float_names,
     is_codable,
     payload_record,
     stated_round,
     stream_id,
 )
-from prunecast.compression.flower.internals import make_message, object_bytes, own_bytes
-from prunecast.compression.versions import Instruction, encode_plain, short
+from prunecast.compression.flower.internals import make_message, object_bytes, own_bytes, uncached
+from prunecast.compression.versions import (
+    Instruction,
+    SchemeRule,
+    UpdateRule,
+    encode_plain,
+    short,
+)
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.publisher import Version
-from prunecast.server.federation.streams import Streams
+from prunecast.server.federation.streams import NodeState, Streams
 
-__all__ = ["Batch", "Prepared"]
+__all__ = ["Batch", "DenseDown", "Down", "LatticeDown", "Outbound", "Prepared"]
 
 
 @dataclass
@@ -41,6 +51,7 @@ class Prepared:
         dense_bytes: serialised bytes of `original`.
         encode_ms: time spent on payloads that did not exist before.
         round: Flower's ``server-round`` where a config record states it, else version number.
+        rule: how the node is told to code its reply; None for not at all.
     """
 
     batch: Batch
@@ -53,92 +64,101 @@ class Prepared:
     dense_bytes: int = 0
     encode_ms: float = 0.0
     round: int = 0
+    rule: UpdateRule | SchemeRule | None = None
 
     @property
     def coded(self) -> bool:
-        """Whether a client without the mod cannot have understood the message."""
-        return any(kind != "verbatim" for kind in self.kinds)
+        """Whether a client without the mod cannot answer it as it is meant."""
+        if any(kind not in ("verbatim", "dense") for kind in self.kinds):
+            return True
+        return isinstance(self.rule, SchemeRule)
 
 
 class Batch:
-    """Messages that are sent together.
+    """Messages that are sent together, and which of their records several nodes share.
 
-    A content that all messages with a record key share, or that several of them share, becomes a
-    version of that key's stream. A content that only one of several nodes receives (a
-    personalised model) cannot be shared and goes losslessly, outside the stream.
+    A content that all messages with a record key share, or that several of them share, is one
+    model for many. A content that only one of several nodes receives is a personalised model.
     """
 
-    def __init__(self, streams: Streams, messages: Iterable[Message]) -> None:
-        self._streams = streams
+    def __init__(self, messages: Iterable[Message]) -> None:
         self._content_ids: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
-        self._encoded: set[int] = set()
         self.messages = list(messages)
+
+    @cached_property
+    def _shared(self) -> dict[str, set[str]]:
         counts: dict[str, Counter[str]] = {}
         for message in self.messages:
             for key, record in message.content.array_records.items():
-                counts.setdefault(key, Counter())[self._content_id(record)] += 1
-        self._shared = {
+                counts.setdefault(key, Counter())[self.content_id(record)] += 1
+        return {
             key: {c for c, n in counter.items() if n > 1 or len(counter) == 1}
             for key, counter in counts.items()
         }
 
-    def _content_id(self, record: ArrayRecord) -> str:
+    def content_id(self, record: ArrayRecord) -> str:
+        """Digest of a record's content, computed once."""
         # the batch keeps the messages alive, so an id() names one record throughout
         if id(record) not in self._content_ids:
-            self._content_ids[id(record)] = record.object_id
+            self._content_ids[id(record)] = uncached(record).object_id
         return self._content_ids[id(record)]
 
-    def _size(self, record: ArrayRecord | RecordDict) -> int:
-        if id(record) not in self._sizes:
-            self._sizes[id(record)] = object_bytes(record)
-        return self._sizes[id(record)]
+    def is_shared(self, key: str, record: ArrayRecord) -> bool:
+        """Whether a record is not a personalised one."""
+        return self.content_id(record) in self._shared[key]
 
-    def prepare(self, original: Message) -> Prepared:
-        """Replace the array records of one message by payloads for its node.
+    def size(self, item: ArrayRecord | RecordDict) -> int:
+        """Serialised bytes of a record or content, measured once and on a copy."""
+        if id(item) not in self._sizes:
+            self._sizes[id(item)] = object_bytes(uncached(item))
+        return self._sizes[id(item)]
+
+
+class Down(Protocol):
+    """How array records travel to the nodes."""
+
+    def code(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
+        """The record that takes the place of `record`; notes in `prepared` what it became.
 
         Raises:
-            FederationError: the message already has a record under our control key.
             NonFiniteModel: the model holds NaN or infinity.
         """
-        if CONTROL_RECORD in original.content:
-            raise FederationError(
-                f"a message has a record named {CONTROL_RECORD!r}, which Prunecast uses itself: "
-                "rename it, or wrap the grid only once"
-            )
-        node = self._streams.node(original.metadata.dst_node_id)
-        content = RecordDict()
-        prepared = Prepared(self, original, original, round=stated_round(original.content))
-        for key, record in original.content.items():
-            if isinstance(record, ArrayRecord):
-                content[key] = self._payload(prepared, key, record)
-            else:
-                content[key] = record
-        rule = self._streams.policy.update_rule
-        instruction = Instruction(rule, node.accepted, prepared.reuse)
-        content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
-        prepared.message = make_message(original.metadata, content)
-        if not prepared.round and prepared.versions:
-            prepared.round = max(v.model.counter for v in prepared.versions.values())
-        # the envelope of both messages is the same but for one record key
-        prepared.dense_bytes = self._size(original.content) + own_bytes(prepared.message)
-        return prepared
+        ...
 
-    def _payload(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
-        metadata = prepared.original.metadata
-        prepared.dense[key] = self._size(record)
+
+class DenseDown:
+    """As in plain Flower."""
+
+    def code(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
+        """See `Down.code`."""
+        prepared.kinds.append("dense")
+        return record
+
+
+class LatticeDown:
+    """Versions of a published model: keyframe, delta or reuse, whatever the node holds.
+
+    A personalised model cannot be shared and goes losslessly, outside the stream.
+    """
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+
+    def code(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
+        """See `Down.code`."""
+        metadata, batch = prepared.original.metadata, prepared.batch
         if not is_codable(record):
             prepared.kinds.append("verbatim")
             return record
-        if self._content_id(record) not in self._shared[key]:
-            started = time.perf_counter()
+        started = time.perf_counter()
+        if not batch.is_shared(key, record):
             data = encode_plain(dense_arrays(record), stream=stream_id(metadata.run_id, key))
             prepared.encode_ms += (time.perf_counter() - started) * 1e3
             prepared.kinds.append("plain")
             return payload_record(data)
         stream = self._streams.stream(metadata.run_id, key)
-        started = time.perf_counter()
-        version = stream.version_of(record, self._content_id(record))
+        version = stream.version_of(record, batch.content_id(record))
         held = self._streams.node(metadata.dst_node_id).held.get(key)
         prepared.versions[key] = version
         if held == short(version.model.digest):
@@ -150,3 +170,61 @@ class Batch:
         prepared.encode_ms += (time.perf_counter() - started) * 1e3
         prepared.kinds.append(payload.kind.name.lower())
         return payload.record
+
+
+class Outbound:
+    """Prepares messages by a policy.
+
+    Args:
+        streams: versions and nodes of the run, with its policy.
+        seed: decides, with the number of the message, what is random in replies by a scheme.
+    """
+
+    def __init__(self, streams: Streams, seed: int) -> None:
+        self._streams, self._seed, self._count = streams, seed, 0
+        self._policy, self._scheme = streams.policy, streams.policy.scheme
+        lattice = self._policy.down == "lattice"
+        self._down: Down = LatticeDown(streams) if lattice else DenseDown()
+
+    def prepare(self, batch: Batch, original: Message) -> Prepared:
+        """Code the array records of one message for its node.
+
+        Raises:
+            FederationError: the message already has a record under our control key.
+            NonFiniteModel: the model holds NaN or infinity.
+        """
+        if CONTROL_RECORD in original.content:
+            raise FederationError(
+                f"a message has a record named {CONTROL_RECORD!r}, which Prunecast uses itself: "
+                "rename it, or wrap the grid only once"
+            )
+        prepared = Prepared(batch, original, original, round=stated_round(original.content))
+        content = RecordDict()
+        for key, record in original.content.items():
+            content[key] = record
+            if isinstance(record, ArrayRecord):
+                prepared.dense[key] = batch.size(record)
+                content[key] = self._down.code(prepared, key, record)
+        instruction = self._instruction(prepared, self._streams.node(original.metadata.dst_node_id))
+        if instruction is not None:
+            prepared.rule = instruction.rule
+            content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
+            prepared.message = make_message(original.metadata, content)
+        if not prepared.round and prepared.versions:
+            prepared.round = max(v.model.counter for v in prepared.versions.values())
+        # the envelope of both messages is the same but for one record key
+        envelope = make_message(original.metadata, RecordDict())
+        prepared.dense_bytes = batch.size(original.content) + own_bytes(envelope)
+        return prepared
+
+    def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:
+        if self._policy.up == "lattice":
+            return Instruction(self._policy.update_rule, node.accepted, prepared.reuse)
+        records = prepared.original.content.array_records.values()
+        if self._scheme is not None and any(float_names(record) for record in records):
+            label = f"prunecast scheme {self._seed}/{self._count}".encode()
+            self._count += 1
+            key = int.from_bytes(hashlib.sha256(label).digest()[:8], "little")
+            rule = SchemeRule(self._scheme.name, self._scheme.config(), key)
+            return Instruction(rule, node.accepted, prepared.reuse)
+        return Instruction(None, "", prepared.reuse) if self._policy.down == "lattice" else None

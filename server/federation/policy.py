@@ -6,13 +6,14 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from prunecast.compression.pruning import ALLOCATIONS, CRITERIA, SCHEDULES, PruningPlan
+from prunecast.compression.schemes import SCHEMES, Option, Scheme, SchemeError, scheme
 from prunecast.compression.versions import UpdateRule, VersionsError
 from prunecast.server.federation.errors import PolicyError
 
@@ -37,6 +38,11 @@ class Policy:
         PolicyError: a value outside its range; names the knob, as configured, and the remedy.
 
     Attributes:
+        down: how models travel to nodes: "lattice" as versions of a published model, "dense" as in
+            plain Flower.
+        up: how they come back: "lattice" as quantised updates on the version that was sent, the
+            name of a scheme of `prunecast.compression.schemes`, or "dense".
+        up_options: options of that scheme.
         down_step: lattice step of the published model, in standard deviations of each tensor;
             0 publishes the exact arrays.
         up_step: quantisation step of updates, in standard deviations of each tensor's update;
@@ -58,6 +64,9 @@ class Policy:
             keyframe.
     """
 
+    down: str = "lattice"
+    up: str = "lattice"
+    up_options: Mapping[str, Option] = field(default_factory=dict)
     down_step: float = 0.1
     up_step: float = 3.0
     dead_zone: float = 0.6
@@ -75,8 +84,9 @@ class Policy:
     history: int = 16
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), field.default)
+        for knob in dataclasses.fields(self):
+            _check_type(knob.name, getattr(self, knob.name), _default(knob))
+        self._check_codings()
         for name, example in (("down_step", "0.1"), ("up_step", "3.0")):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -131,6 +141,32 @@ class Policy:
             self.pruning_records,
         )
 
+    def _check_codings(self) -> None:
+        if self.down not in ("lattice", "dense"):
+            raise _refused("down", self.down, "choose 'lattice' or 'dense'")
+        if self.up not in ("lattice", "dense", *SCHEMES):
+            known = ", ".join(map(repr, ("lattice", "dense", *SCHEMES)))
+            raise _refused("up", self.up, f"choose one of {known}")
+        if self.up == "lattice" and self.down != "lattice":
+            raise _refused(
+                "up", self.up, f"it needs {_key('down')} = 'lattice'; choose 'dense' or a scheme"
+            )
+        if self.sparsity and self.down != "lattice":
+            raise _refused("sparsity", self.sparsity, f"pruning needs {_key('down')} = 'lattice'")
+        if self.up_options and self.up not in SCHEMES:
+            raise _refused(
+                "up_options", dict(self.up_options), f"they belong to a scheme: set {_key('up')}"
+            )
+        try:
+            _ = self.scheme
+        except SchemeError as error:
+            raise PolicyError(f"{_key('up_options')}: {error}") from error
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme that updates travel by, with its options; None for "lattice" and "dense"."""
+        return scheme(self.up, **self.up_options) if self.up in SCHEMES else None
+
     @property
     def update_rule(self) -> UpdateRule:
         """What nodes are told about their updates."""
@@ -156,7 +192,7 @@ class Policy:
             raise PolicyError(
                 f"{_PREFIX}preset = {name!r} is unknown: choose one of {', '.join(PRESETS)}"
             )
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {knob.name for knob in dataclasses.fields(cls)}
         for knob in knobs:
             if knob not in known:
                 raise PolicyError(
@@ -169,8 +205,8 @@ class Policy:
         """Read ``prunecast.*`` keys of Flower's run config; other keys are ignored.
 
         ``prunecast.preset`` chooses the preset; every other key is a field with dashes for
-        underscores. Lists of patterns are one comma-separated string, since Flower's run config
-        has no lists.
+        underscores. Lists of patterns, and options as ``name=value``, are one comma-separated
+        string, since Flower's run config has no lists and tables.
 
         Args:
             run_config: `context.run_config` of the ServerApp.
@@ -183,7 +219,7 @@ class Policy:
             >>> Policy.from_run_config({"prunecast.preset": "small", "lr": 0.1}).sparsity
             0.9
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        fields = {knob.name: knob for knob in dataclasses.fields(cls)}
         knobs: dict[str, Any] = {}
         for key, value in run_config.items():
             if not key.startswith(_PREFIX):
@@ -195,7 +231,7 @@ class Policy:
             if name not in fields:
                 known = ", ".join(_PREFIX + n.replace("_", "-") for n in ["preset", *fields])
                 raise PolicyError(f"unknown run config key {key!r}: choose one of {known}")
-            knobs[name] = _coerce(key, value, fields[name].default)
+            knobs[name] = _coerce(key, value, _default(fields[name]))
         return cls.preset(preset, **knobs)
 
 
@@ -208,12 +244,20 @@ def _refused(name: str, value: Any, remedy: str) -> PolicyError:
     return PolicyError(f"{_key(name)} (policy {name}) = {value!r}: {remedy}")
 
 
+def _default(knob: dataclasses.Field[Any]) -> Any:
+    made = knob.default_factory
+    return knob.default if made is dataclasses.MISSING else made()
+
+
 def _check_type(name: str, value: Any, default: Any) -> None:
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     wanted = type(default)
     if wanted is tuple:
         if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
             raise _refused(name, value, "give a list of name patterns")
+    elif wanted is dict:
+        if not isinstance(value, Mapping):
+            raise _refused(name, value, "give options by name")
     elif wanted is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise _refused(name, value, "give a number (a float)")
@@ -223,18 +267,34 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 
 def _coerce(key: str, value: Any, default: Any) -> Any:
     """A value of the run config as the field's type; other types are left to the checks."""
-    if isinstance(default, tuple):
+    if isinstance(default, tuple | dict):
+        what = "name patterns" if isinstance(default, tuple) else "options (name=value)"
         if not isinstance(value, str):
-            raise PolicyError(
-                f"{key} = {value!r}: give name patterns as one comma-separated string"
-            )
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+            raise PolicyError(f"{key} = {value!r}: give {what} as one comma-separated string")
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        return tuple(parts) if isinstance(default, tuple) else dict(_option(key, p) for p in parts)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
 
 
+def _option(key: str, text: str) -> tuple[str, Option]:
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not (name and equals and value):
+        raise PolicyError(f"{key}: {text!r} is not of the form name=value")
+    if value in ("true", "false"):
+        return name, value == "true"
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
 PRESETS: dict[str, dict[str, Any]] = {
+    # plain Flower, measured
+    "dense": {"down": "dense", "up": "dense"},
     "lossless": {"down_step": 0.0, "up_step": 0.0},
     "balanced": {"down_step": 0.1, "up_step": 3.0, "dead_zone": 0.6},
     # ranked over the whole model: layers that matter little give more

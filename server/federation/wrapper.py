@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 from flwr.app import Message, RecordDict
@@ -10,7 +9,7 @@ from flwr.serverapp import Grid
 
 from prunecast.compression.flower.internals import NodeInfo, Run
 
-__all__ = ["GridWrapper", "PollingGrid"]
+__all__ = ["GridWrapper"]
 
 
 class GridWrapper(Grid):
@@ -64,42 +63,3 @@ class GridWrapper(Grid):
     ) -> Iterable[Message]:
         """Send messages and wait for the replies, `timeout` seconds at most (None: for ever)."""
         return self._grid.send_and_receive(messages, timeout=timeout)
-
-
-class PollingGrid(GridWrapper):
-    """A wrapper whose `send_and_receive` goes through its own `push_messages` and `pull_messages`.
-
-    Args:
-        grid: the grid to wrap.
-        poll_interval: seconds between looking for replies.
-    """
-
-    def __init__(self, grid: Grid, *, poll_interval: float = 0.2) -> None:
-        super().__init__(grid)
-        self._poll_interval = poll_interval
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages and wait for the replies, `timeout` seconds at most (None: for ever).
-
-        Replies come in the order of the messages, whichever arrived first, so that sums of
-        floats do not depend on timing.
-        """
-        sent = [message_id for message_id in self.push_messages(messages) if message_id]
-        waiting = dict.fromkeys(sent)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
-        while waiting and (deadline is None or time.monotonic() < deadline):
-            arrived = list(self.pull_messages(waiting))
-            replies.extend(arrived)
-            for reply in arrived:
-                waiting.pop(reply.metadata.reply_to_message_id, None)
-            if waiting and not arrived:
-                time.sleep(self._poll_interval)
-        self._forget(waiting)
-        order = {message_id: position for position, message_id in enumerate(sent)}
-        return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
-
-    def _forget(self, message_ids: Iterable[str]) -> None:
-        """Release what is kept for messages whose replies nobody will ask for any more."""

@@ -19,13 +19,11 @@ from torch import nn
 from prunecast.client.training.trainer import TensorBatches, evaluate
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.flower.references import load_callable
-from prunecast.compression.schemes import scheme
 from prunecast.compression.versions import PublishedModel, save_model
-from prunecast.server.federation import CompressedGrid, Ledger, Policy, SchemeGrid
-from prunecast.server.federation.metering import MeteringGrid, Recode
+from prunecast.server.federation import CompressedGrid, Ledger, Policy
+from prunecast.server.federation.grid import Recode
 from prunecast.server.federation.server_app import initial_arrays
 from prunecast.server.federation.strategies import build_strategy
-from prunecast.server.federation.wrapper import PollingGrid
 from prunecast.simulations.runner import EngineFailed
 from prunecast.simulations.runner.automatic import automatic_releases, rule_of
 from prunecast.simulations.runner.nodes import OrderedGrid, nodes_by_partition
@@ -58,11 +56,15 @@ class ArmOutcome:
 
 
 def policy_of(arm: ArmSpec) -> Policy:
-    """The policy of a prunecast arm.
+    """The policy of an arm that trains.
 
     Raises:
         PolicyError: unknown preset or knob, or a value outside its range.
     """
+    if arm.kind == "dense":
+        return Policy.preset("dense")
+    if arm.kind == "scheme":
+        return Policy.preset("dense", up=arm.scheme, up_options=arm.options)
     knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in arm.policy.items()}
     return Policy.preset(arm.preset, **knobs)
 
@@ -158,32 +160,22 @@ def _run_arm(
     module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
     outcome, measure = ArmOutcome(name), _Measure(prepared, module)
     ledger = Ledger(prepared.ledger(name), name=name, seed=scenario.seed)
-    wrapped: CompressedGrid | MeteringGrid | SchemeGrid
-    if arm.kind == "prunecast":
-        wrapped = CompressedGrid(grid, policy_of(arm), ledger=ledger, poll_interval=_POLL_SECONDS)
-    elif arm.kind == "scheme":
-        wrapped = SchemeGrid(
-            grid,
-            scheme(arm.scheme, **arm.options),
-            seed=scenario.seed,
-            ledger=ledger,
-            poll_interval=_POLL_SECONDS,
-        )
-    else:
-        recodings = scenario.recodings_of(name)
-        wrapped = MeteringGrid(
-            grid,
-            ledger=ledger,
-            alternatives={other: _recode(spec) for other, spec in recodings.items()},
-            poll_interval=_POLL_SECONDS,
-        )
+    wrapped = CompressedGrid(
+        grid,
+        policy_of(arm),
+        ledger=ledger,
+        seed=scenario.seed,
+        alternatives={n: _recode(spec) for n, spec in scenario.recodings_of(name).items()},
+        poll_interval=_POLL_SECONDS,
+    )
+    published = wrapped.policy.down == "lattice"
     if scenario.model.initial == "drawn":
         arrays = _drawn(grid, wrapped, scenario, arrays)
     emit({"event": "arm", "arm": name, "rounds": scenario.rounds})
 
     def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:
         _refuse_failures(ledger, server_round, name)
-        model = wrapped.published(received) if isinstance(wrapped, CompressedGrid) else None
+        model = wrapped.published(received) if published else None
         accuracy, loss = measure(received, model)
         totals = ledger.totals()
         row = {
@@ -202,7 +194,7 @@ def _run_arm(
     strategy = strategy_of(scenario)
     watched: Callable[[int, ArrayRecord], MetricRecord | None] = evaluate_fn
     releases = automatic_releases(prepared, name)
-    if releases is not None and isinstance(wrapped, CompressedGrid):
+    if releases is not None and published:
         watched = releases.watch(strategy, wrapped, evaluate_fn)
     try:
         strategy.start(
@@ -223,8 +215,10 @@ def _run_arm(
     return outcome
 
 
-def _drawn(grid: Grid, wrapped: PollingGrid, scenario: Scenario, like: ArrayRecord) -> ArrayRecord:
-    if not isinstance(wrapped, CompressedGrid):
+def _drawn(
+    grid: Grid, wrapped: CompressedGrid, scenario: Scenario, like: ArrayRecord
+) -> ArrayRecord:
+    if wrapped.policy.down != "lattice":
         compressed = [arm for arm in scenario.arms.values() if arm.kind == "prunecast"]
         if not compressed:
             return like

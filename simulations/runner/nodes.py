@@ -15,7 +15,6 @@ from torch import nn
 
 from prunecast.client.training.client_app import Loader, LocalTraining, build_client_app
 from prunecast.client.training.mod import compression_mod
-from prunecast.client.training.scheme_mod import scheme_mod
 from prunecast.client.training.trainer import TensorBatches
 from prunecast.compression.flower.internals import NodeInfo
 from prunecast.compression.flower.references import load_callable
@@ -47,7 +46,7 @@ def simulated_client(prepared: PreparedRun) -> ClientApp:
         partial(_model, scenario.model.factory, scenario.engine.cpus),
         partial(_data, str(prepared.work), chosen.batch_size),
         settings,
-        mods=[compression_mod(prepared.store), scheme_mod(prepared.store)],
+        mods=[compression_mod(prepared.store)],
     )
     client.query()(_identify)
     return client

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 from prunecast.client.training import compression_mod
 from prunecast.compression.flower import payload_of, payload_record
 from prunecast.compression.flower.internals import make_message
-from prunecast.server.federation import NonFiniteModel, Policy, PolicyError
+from prunecast.server.federation import FederationError, NonFiniteModel, Policy, PolicyError
 from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record
 
 
@@ -238,6 +238,22 @@ def test_an_error_reply_for_a_dead_node_passes_and_is_in_the_ledger(federation):
         ({"prunecast.pruning-begin": -1}, "prunecast.pruning-begin .*= -1: give 0 or more"),
         ({"prunecast.history": 0}, "prunecast.history .*= 0: give 1 or more"),
         ({"prunecast.history": 1.5}, "prunecast.history .*= 1.5: give a whole number"),
+        ({"prunecast.down": "sparse"}, "prunecast.down .*= 'sparse': choose 'lattice' or 'dense'"),
+        (
+            {"prunecast.up": "zip"},
+            "prunecast.up .*= 'zip': choose one of 'lattice', 'dense', 'topk'",
+        ),
+        ({"prunecast.down": "dense"}, "prunecast.up .*= 'lattice': it needs prunecast.down"),
+        (
+            {"prunecast.preset": "dense", "prunecast.sparsity": 0.5},
+            "prunecast.sparsity .*= 0.5: pruning needs prunecast.down = 'lattice'",
+        ),
+        ({"prunecast.up-options": "density=1"}, "prunecast.up-options .*belong to a scheme"),
+        (
+            {"prunecast.up": "stc", "prunecast.up-options": "density=9"},
+            "prunecast.up-options: option 'density' of scheme 'stc' is 9.0",
+        ),
+        ({"prunecast.up": "stc", "prunecast.up-options": "dense"}, "not of the form name=value"),
     ],
 )
 def test_policies_that_cannot_be_name_their_key_and_the_remedy(config, words):
@@ -272,6 +288,29 @@ def test_every_knob_can_be_set_from_the_run_config():
         error_feedback=False,
         up_step=2.0,
     )
+
+
+def test_a_scheme_and_its_options_can_be_set_from_the_run_config():
+    config = {
+        "prunecast.up": "topk",
+        "prunecast.up-options": "density=0.1, momentum=0,scope=payload",
+    }
+    assert Policy.from_run_config(config) == Policy.preset(
+        "balanced", up="topk", up_options={"density": 0.1, "momentum": 0, "scope": "payload"}
+    )
+    config = {"prunecast.preset": "dense", "prunecast.up": "stc"}
+    config["prunecast.up-options"] = "error_feedback=false"
+    scheme = Policy.from_run_config(config).scheme
+    assert scheme is not None
+    assert scheme.config()["error_feedback"] is False
+
+
+def test_nothing_is_published_where_models_travel_densely(federation):
+    grid, _, _ = federation("dense", app=make_app(None))
+    with pytest.raises(FederationError, match="travel densely"):
+        grid.published(to_record(initial_arrays()))
+    arrays = to_record(initial_arrays())
+    assert grid.evaluate_published(lambda _, received: received)(1, arrays) is arrays
 
 
 def test_quantisation_error_is_fed_back(federation, tmp_path):

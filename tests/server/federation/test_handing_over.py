@@ -4,7 +4,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from prunecast.compression.flower.internals import set_message_id
-from prunecast.server.federation import CompressedGrid, MeteringGrid
+from prunecast.server.federation import CompressedGrid
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import initial_arrays, make_app, to_record
 
@@ -27,10 +27,10 @@ class Keeping(InProcessGrid):
         return ids
 
 
-@pytest.mark.parametrize("wrap", [MeteringGrid, lambda grid: CompressedGrid(grid, "small")])
-def test_nothing_is_added_to_a_message_after_it_was_pushed(tmp_path, wrap):
+@pytest.mark.parametrize("policy", ["dense", "small"])
+def test_nothing_is_added_to_a_message_after_it_was_pushed(tmp_path, policy):
     inner = Keeping(make_app(tmp_path / "store"), 3)
-    grid = wrap(inner)
+    grid = CompressedGrid(inner, policy)
     content = RecordDict({"arrays": to_record(initial_arrays()), "config": ConfigRecord({"a": 1})})
     messages = [Message(content, node, "train") for node in (1, 2, 3)]
     list(grid.push_messages(messages))

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import (
     Krum,
 )
 
-from prunecast.server.federation import MeteringGrid, Policy
+from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import initial_arrays, make_app, to_arrays, to_record
 
@@ -66,7 +66,7 @@ def test_strategy(federation, name, policy):
 
 @pytest.mark.parametrize("policy", ["lossless", "small"])
 def test_the_ledger_says_exactly_what_plain_flower_would_have_sent(federation, policy):
-    plain = MeteringGrid(InProcessGrid(make_app(None), 3))
+    plain = CompressedGrid(InProcessGrid(make_app(None), 3), "dense")
     run(plain, FedAvg(), rounds=2)
     grid, _, _ = federation(policy)
     run(grid, FedAvg(), rounds=2)

@@ -1,4 +1,4 @@
-"""The plain arm's grid counts what the compressed arm's grid counts."""
+"""The policy "dense": plain Flower, counted as everything else is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from prunecast.server.federation import Ledger, serialised_bytes
-from prunecast.server.federation.metering import MeteringGrid
+from prunecast.server.federation import CompressedGrid, Ledger, serialised_bytes
 from prunecast.simulations.runner.inprocess import InProcessGrid
 
 app = ClientApp()
@@ -32,8 +31,9 @@ def messages(grid, server_round):
 
 def test_every_message_is_counted_both_ways(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    grid = MeteringGrid(
+    grid = CompressedGrid(
         InProcessGrid(app, 3),
+        "dense",
         ledger=Ledger(path, keep=100),
         alternatives={"half": lambda data: len(data) // 2},
     )
@@ -55,7 +55,7 @@ def test_every_message_is_counted_both_ways(tmp_path):
 
 def test_a_wrapped_grid_answers_as_before():
     inner = InProcessGrid(app, 2, run_id=9)
-    grid = MeteringGrid(inner, ledger=Ledger())
+    grid = CompressedGrid(inner, "dense", ledger=Ledger())
     assert list(grid.get_node_ids()) == list(inner.get_node_ids())
     assert [n.node_id for n in grid.get_nodes()] == list(inner.get_node_ids())
     assert grid.run.run_id == 9

@@ -1,4 +1,4 @@
-"""Updates by the schemes of the literature: dense down, coded up, and nothing that fails open."""
+"""Updates by the schemes of the literature, and nothing that fails open."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
-from prunecast.client.training import compression_mod, scheme_mod
-from prunecast.compression.flower.schemes import (
-    SCHEME_RECORD,
-    SchemeInstruction,
-    SchemeReport,
-    coded_record,
-    open_coded,
-)
+from prunecast.client.training import compression_mod
+from prunecast.compression.flower import CONTROL_RECORD, coded_record, open_coded
 from prunecast.compression.schemes import SCHEMES, Stc, decode_payload, layout_of, scheme
-from prunecast.compression.versions import BadPayload
-from prunecast.server.federation import CompressedGrid, Ledger, MeteringGrid, SchemeGrid
+from prunecast.compression.versions import (
+    BadPayload,
+    Instruction,
+    NodeReport,
+    SchemeRule,
+    UpdateRule,
+)
+from prunecast.server.federation import CompressedGrid, Ledger, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, initial_arrays, local_step, make_app, to_arrays, to_record
 
@@ -29,11 +29,11 @@ def arrays_with_counter():
 
 def client(store, *, seed=None):
     """Trains by `local_step`; every round otherwise, unless a seed is given."""
-    app = ClientApp(mods=[compression_mod(store), scheme_mod(store)] if store else [])
+    app = ClientApp(mods=[compression_mod(store)] if store else [])
 
     @app.train()
     def train(message, context):
-        assert store is None or SCHEME_RECORD not in message.content
+        assert store is None or CONTROL_RECORD not in message.content
         config = message.content.get("config", ConfigRecord())
         chosen = (
             int(config.get("server-round", 0)) + 100 * context.node_id if seed is None else seed
@@ -45,6 +45,10 @@ def client(store, *, seed=None):
         return Message(RecordDict(content), reply_to=message)
 
     return app
+
+
+def by(one, down="dense"):
+    return Policy(down=down, up=one.name, up_options=one.config())
 
 
 def messages(grid, arrays, server_round=1):
@@ -60,9 +64,10 @@ def exchange(grid, arrays, server_round=1):
     return list(grid.send_and_receive(messages(grid, arrays, server_round)))
 
 
+@pytest.mark.parametrize("down", ["dense", "lattice"])
 @pytest.mark.parametrize("coding", ["paper", "prunecast"])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_strategies_see_sent_plus_update(tmp_path, name, coding):
+def test_strategies_see_sent_plus_update(tmp_path, name, coding, down):
     payloads = []
     inner = InProcessGrid(client(tmp_path), 2, run_id=RUN_ID)
 
@@ -71,9 +76,14 @@ def test_strategies_see_sent_plus_update(tmp_path, name, coding):
         return reply
 
     inner.on_reply = note
-    grid = SchemeGrid(inner, scheme(name, coding=coding), seed=5, poll_interval=0.01)
+    policy = by(scheme(name, coding=coding), down)
+    grid = CompressedGrid(inner, policy, ledger=Ledger(keep=10), seed=5, poll_interval=0.01)
     sent = arrays_with_counter()
     replies = exchange(grid, sent)
+    received = sent if down == "dense" else grid.published(to_record(sent)).arrays()
+    assert [e.kind for e in grid.ledger.entries] == [
+        "dense" if down == "dense" else "keyframe"
+    ] * 2 + [name] * 2
     assert len(replies) == len(payloads) == 2
     for reply, payload in zip(replies, payloads, strict=True):
         assert set(reply.content) == {"arrays", "metrics"}
@@ -84,8 +94,8 @@ def test_strategies_see_sent_plus_update(tmp_path, name, coding):
             assert got[key].dtype == sent[key].dtype
             assert np.array_equal(got[key], sent[key] + change)
         # it is what the scheme makes of trained - received
-        trained = local_step(initial_arrays(), 1 + 100 * reply.metadata.src_node_id)
-        change = {k: trained[k] - sent[k] for k in update}
+        trained = local_step(received, 1 + 100 * reply.metadata.src_node_id)
+        change = {k: trained[k] - received[k] for k in update}
         one = scheme(name, coding="paper")
         for key in range(1 if name not in ("qsgd", "signsgd") else 0):
             expected = one.decode(one.encode(change, one.init(layout_of(change)), key=key)[0])
@@ -96,8 +106,9 @@ def test_strategies_see_sent_plus_update(tmp_path, name, coding):
 def test_any_strategy_and_nearly_the_dense_result(tmp_path, strategy):
     """int8 is close to exact: three rounds end near plain Flower's."""
     ends = []
-    for wrap in (MeteringGrid, lambda g: SchemeGrid(g, scheme("int8"), poll_interval=0.01)):
-        grid = wrap(InProcessGrid(client(tmp_path / "store"), 3, run_id=RUN_ID))
+    for policy in (Policy.preset("dense"), by(scheme("int8"))):
+        inner = InProcessGrid(client(tmp_path / "store"), 3, run_id=RUN_ID)
+        grid = CompressedGrid(inner, policy, poll_interval=0.01)
         chosen = strategy(fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
         result = chosen.start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=3)
         ends.append(to_arrays(result.arrays))
@@ -108,11 +119,11 @@ def test_any_strategy_and_nearly_the_dense_result(tmp_path, strategy):
 
 def test_ledger_counts_what_plain_flower_would_have_sent(tmp_path):
     inner = InProcessGrid(client(tmp_path / "a"), 2, run_id=RUN_ID)
-    dense = MeteringGrid(inner, ledger=Ledger(keep=10))
+    dense = CompressedGrid(inner, "dense", ledger=Ledger(keep=10))
     exchange(dense, arrays_with_counter(), 4)
-    grid = SchemeGrid(
+    grid = CompressedGrid(
         InProcessGrid(client(tmp_path / "b"), 2, run_id=RUN_ID),
-        Stc(density=0.05),
+        by(Stc(density=0.05)),
         ledger=Ledger(tmp_path / "ledger.jsonl", keep=10),
         poll_interval=0.01,
     )
@@ -140,7 +151,7 @@ def test_same_seed_same_payloads_and_every_message_another_key(tmp_path):
             return reply
 
         inner.on_reply = note
-        grid = SchemeGrid(inner, scheme("qsgd"), seed=seed, poll_interval=0.01)
+        grid = CompressedGrid(inner, by(scheme("qsgd")), seed=seed, poll_interval=0.01)
         for _ in range(2):
             exchange(grid, initial_arrays())
         runs.append(payloads)
@@ -154,7 +165,7 @@ def test_what_a_scheme_keeps_belongs_to_accepted_replies(tmp_path):
     stc = Stc(density=0.02)
     wanted = received = None
     inner = InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)
-    grid = SchemeGrid(inner, stc, poll_interval=0.01)
+    grid = CompressedGrid(inner, by(stc), poll_interval=0.01)
     state = None
     sent = initial_arrays()
     for server_round in range(1, 7):
@@ -183,7 +194,7 @@ def test_a_state_of_another_scheme_or_shape_starts_afresh(tmp_path):
     inner = InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)
     for one in (Stc(), scheme("topk", momentum=0.9), scheme("topk")):
         for arrays in (initial_arrays(), {"w": np.ones((4, 4), np.float32)}):
-            (reply,) = exchange(SchemeGrid(inner, one, poll_interval=0.01), arrays)
+            (reply,) = exchange(CompressedGrid(inner, by(one), poll_interval=0.01), arrays)
             assert not reply.has_error()
 
 
@@ -200,21 +211,15 @@ def refusal(reply, *words):
 def test_a_client_without_the_mod_is_refused():
     for app in (client(None), make_app(None)):
         inner = InProcessGrid(app, 1, run_id=RUN_ID)
-        grid = SchemeGrid(inner, Stc(), ledger=Ledger(keep=10), poll_interval=0.01)
+        grid = CompressedGrid(inner, by(Stc()), ledger=Ledger(keep=10), poll_interval=0.01)
         (reply,) = exchange(grid, initial_arrays())
-        assert refusal(reply, "scheme_mod()", "node 1")
+        assert refusal(reply, "compression_mod()", "node 1")
         assert grid.ledger.entries[-1].kind == "error"
-
-
-def test_a_client_with_the_other_mod_alone_is_refused(tmp_path):
-    grid = SchemeGrid(InProcessGrid(make_app(tmp_path), 1, run_id=RUN_ID), Stc())
-    (reply,) = exchange(grid, initial_arrays())
-    assert refusal(reply, "scheme_mod()")
 
 
 def test_a_server_without_schemes_is_served_plainly(tmp_path):
     for grid in (
-        MeteringGrid(InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)),
+        CompressedGrid(InProcessGrid(client(tmp_path), 1, run_id=RUN_ID), "dense"),
         CompressedGrid(InProcessGrid(client(tmp_path), 1, run_id=RUN_ID), "lossless"),
     ):
         (reply,) = exchange(grid, initial_arrays())
@@ -227,11 +232,11 @@ def test_a_server_without_schemes_is_served_plainly(tmp_path):
 def test_a_coded_reply_cannot_be_read_without_the_grid(tmp_path):
     """A strategy that gets one past the grid stops, and does not average bytes."""
     inner = InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)
-    instruction = SchemeInstruction("stc").to_bytes()
+    instruction = Instruction(SchemeRule("stc")).to_bytes()
     content = RecordDict(
         {
             "arrays": to_record(initial_arrays()),
-            SCHEME_RECORD: ConfigRecord({"instruction": instruction}),
+            CONTROL_RECORD: ConfigRecord({"instruction": instruction}),
         }
     )
     (reply,) = inner.send_and_receive([Message(content, 1, "train")])
@@ -243,9 +248,9 @@ def test_a_coded_reply_cannot_be_read_without_the_grid(tmp_path):
 @pytest.mark.parametrize(
     "instruction",
     [
-        SchemeInstruction("zip").to_bytes(),
-        SchemeInstruction("stc", {"density": 9}).to_bytes(),
-        SchemeInstruction("stc", {"speed": 9}).to_bytes(),
+        Instruction(SchemeRule("zip")).to_bytes(),
+        Instruction(SchemeRule("stc", {"density": 9})).to_bytes(),
+        Instruction(SchemeRule("stc", {"speed": 9})).to_bytes(),
         b"{}",
         b"nothing",
     ],
@@ -255,15 +260,15 @@ def test_a_node_refuses_an_instruction_it_does_not_understand(tmp_path, instruct
     content = RecordDict(
         {
             "arrays": to_record(initial_arrays()),
-            SCHEME_RECORD: ConfigRecord({"instruction": instruction}),
+            CONTROL_RECORD: ConfigRecord({"instruction": instruction}),
         }
     )
     (reply,) = inner.send_and_receive([Message(content, 1, "train")])
-    assert refusal(reply, "scheme was refused")
+    assert refusal(reply, "message from the server was refused")
 
 
 def test_training_that_diverges_is_an_error_of_the_node(tmp_path):
-    app = ClientApp(mods=[scheme_mod(tmp_path)])
+    app = ClientApp(mods=[compression_mod(tmp_path)])
 
     @app.train()
     def train(message, context):
@@ -271,7 +276,7 @@ def test_training_that_diverges_is_an_error_of_the_node(tmp_path):
         arrays["fc.bias"][3] = np.nan
         return Message(RecordDict({"arrays": to_record(arrays)}), reply_to=message)
 
-    grid = SchemeGrid(InProcessGrid(app, 1, run_id=RUN_ID), Stc(), poll_interval=0.01)
+    grid = CompressedGrid(InProcessGrid(app, 1, run_id=RUN_ID), by(Stc()), poll_interval=0.01)
     (reply,) = exchange(grid, initial_arrays())
     assert refusal(reply, "NonFiniteUpdate", "fc.bias")
 
@@ -298,11 +303,6 @@ TAMPERED = {
         "other arrays",
     ),
     "dense": (lambda a: to_record(a), {}, "without the scheme"),
-    "says another scheme": (
-        lambda a: coded_record(stc_payload(a), {}),
-        {"report": SchemeReport("int8").to_bytes()},
-        "coded by 'int8'",
-    ),
     "says nothing": (lambda a: coded_record(stc_payload(a), {}), {"report": b"[]"}, "understood"),
     "beyond float32": (lambda a: coded_record(stc_payload(HUGE), {}), {}, "NaN or infinity"),
 }
@@ -316,11 +316,11 @@ def test_replies_that_are_refused(tmp_path, case):
     def tamper(reply):
         reply.content["arrays"] = make(initial_arrays())
         if control:
-            reply.content[SCHEME_RECORD] = ConfigRecord(control)
+            reply.content[CONTROL_RECORD] = ConfigRecord(control)
         return reply
 
     inner.on_reply = tamper
-    grid = SchemeGrid(inner, Stc(density=1.0), ledger=Ledger(keep=10), poll_interval=0.01)
+    grid = CompressedGrid(inner, by(Stc(density=1.0)), ledger=Ledger(keep=10), poll_interval=0.01)
     start = HUGE if case == "beyond float32" else initial_arrays()
     (reply,) = exchange(grid, start)
     assert refusal(reply, says)
@@ -331,25 +331,33 @@ def test_replies_that_are_refused(tmp_path, case):
     push = inner.push_messages
     inner.push_messages = lambda m: push(seen.append(x) or x for x in m)
     exchange(grid, initial_arrays())
-    told = SchemeInstruction.from_bytes(seen[0].content[SCHEME_RECORD]["instruction"])
+    told = Instruction.from_bytes(seen[0].content[CONTROL_RECORD]["instruction"])
     assert told.accepted == ""
 
 
 def test_messages_without_floats_pass_as_they_are(tmp_path):
     app = make_app(None)
-    grid = SchemeGrid(InProcessGrid(app, 1, run_id=RUN_ID), Stc(), poll_interval=0.01)
+    grid = CompressedGrid(InProcessGrid(app, 1, run_id=RUN_ID), by(Stc()), poll_interval=0.01)
     (reply,) = grid.send_and_receive([Message(RecordDict(), 1, "query")])
     assert reply.content["answer"]["n"] == 42
 
 
 def test_records_of_the_wire():
-    instruction = SchemeInstruction("stc", {"density": 0.5, "scope": "tensor"}, 2**64 - 1, "ab")
-    assert SchemeInstruction.from_bytes(instruction.to_bytes()) == instruction
-    report = SchemeReport("stc", 1.25)
-    assert SchemeReport.from_bytes(report.to_bytes()) == report
-    assert len(SchemeReport("stc", 0.0).to_bytes()) == len(SchemeReport("stc", 1e9).to_bytes())
-    for data in (b"", b"[", b"{}", b'{"s":1,"t":"000000000"}', b'{"s":"stc","t":"1"}', None, 3):
-        for kind in (SchemeInstruction, SchemeReport):
+    rule = SchemeRule("stc", {"density": 0.5, "scope": "tensor"}, 2**64 - 1)
+    for instruction in (
+        Instruction(rule, "ab"),
+        Instruction(UpdateRule(3.0, 0.6, False), "ab", {"arrays": bytes(range(16))}),
+        Instruction(None),
+    ):
+        assert Instruction.from_bytes(instruction.to_bytes()) == instruction
+    report = NodeReport({"arrays": bytes(16)}, ("control",), 1.25)
+    assert NodeReport.from_bytes(report.to_bytes()) == report
+    assert len(NodeReport(encode_ms=0.0).to_bytes()) == len(NodeReport(encode_ms=1e9).to_bytes())
+    for data in (
+        *(b"", b"[", b"{}", b'{"r":[1],"a":"","u":{}}', b'{"r":["stc",{},"1"],"a":"","u":{}}'),
+        *(b'{"h":{},"m":[],"t":"1"}', b'{"h":{"a":"b"},"m":[],"t":"000000000"}', None, 3),
+    ):
+        for kind in (Instruction, NodeReport):
             with pytest.raises(BadPayload):
                 kind.from_bytes(data)
     exact = {"n": Array(np.arange(3))}

@@ -1,8 +1,9 @@
 """The small control record that accompanies every message between grid and mod.
 
-Server to node: the last reply that was accepted (so that the node commits the residual that
-belongs to it) and how updates are to be quantised. Node to server: which version it holds of each
-record's stream, and which records it cannot decode because the base is missing.
+Server to node: the last reply that was accepted (so that the node commits what it staged with it)
+and how arrays are to come back: as updates on a version, by a scheme of the literature, or as they
+are. Node to server: which version it holds of each record's stream, and which records it cannot
+decode because the base is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.frame import SHORT_DIGEST
 
-__all__ = ["Instruction", "Report", "UpdateRule", "reply_tag"]
+__all__ = ["Instruction", "NodeReport", "SchemeRule", "UpdateRule", "reply_tag"]
 
 _MAX_BYTES = 1 << 20
 
@@ -45,46 +46,60 @@ class UpdateRule:
 
 
 @dataclass(frozen=True)
+class SchemeRule:
+    """How a node codes its update by a scheme, see `prunecast.compression.schemes`.
+
+    Attributes:
+        name: of the scheme.
+        options: of the scheme.
+        key: decides what is random in the reply; another one in every message.
+    """
+
+    name: str
+    options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+    key: int = 0
+
+
+@dataclass(frozen=True)
 class Instruction:
     """Server to node.
 
     Attributes:
-        rule: how to quantise updates.
+        rule: how arrays come back; None for as they are.
         accepted: `reply_tag` of the node's last reply the server accepted; "" for none.
         reuse: record key to short digest of the version to use, where the node holds it already.
     """
 
-    rule: UpdateRule
+    rule: UpdateRule | SchemeRule | None
     accepted: str = ""
     reuse: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Compact JSON."""
-        rule = [self.rule.step, self.rule.dead_zone, int(self.rule.error_feedback)]
+        rule: list[object] = []
+        if isinstance(self.rule, UpdateRule):
+            rule = [self.rule.step, self.rule.dead_zone, int(self.rule.error_feedback)]
+        elif self.rule is not None:
+            rule = [self.rule.name, dict(self.rule.options), self.rule.key]
         reuse = {key: digest.hex() for key, digest in self.reuse.items()}
         return _dump({"r": rule, "a": self.accepted, "u": reuse})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Instruction:
+    def from_bytes(cls, data: object) -> Instruction:
         """Parse and check.
 
         Raises:
             BadPayload: not an instruction.
         """
-        value = _load(data)
-        match value:
-            case {
-                "r": [int() | float() as step, int() | float() as zone, 0 | 1 as feedback],
-                "a": str() as accepted,
-                "u": dict() as reuse,
-            }:
-                rule = UpdateRule(float(step), float(zone), bool(feedback))
-                return cls(rule, accepted, {str(k): _digest(v) for k, v in reuse.items()})
+        match _load(data):
+            case {"r": list() as rule, "a": str() as accepted, "u": dict() as reuse}:
+                held = {str(k): _digest(v) for k, v in reuse.items()}
+                return cls(_rule(rule), accepted, held)
         raise BadPayload("control record from the server is not understood: versions differ?")
 
 
 @dataclass(frozen=True)
-class Report:
+class NodeReport:
     """Node to server.
 
     Attributes:
@@ -105,14 +120,13 @@ class Report:
         return _dump({"h": held, "m": list(self.missing), "t": micros})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Report:
+    def from_bytes(cls, data: object) -> NodeReport:
         """Parse and check.
 
         Raises:
             BadPayload: not a report.
         """
-        value = _load(data)
-        match value:
+        match _load(data):
             case {"h": dict() as held, "m": list() as missing, "t": str() as micros} if (
                 all(isinstance(k, str) for k in missing)
                 and len(micros) == 9
@@ -129,6 +143,20 @@ def reply_tag(message_id: str) -> str:
     return hashlib.sha256(message_id.encode()).hexdigest()[:16]
 
 
+def _rule(value: list[object]) -> UpdateRule | SchemeRule | None:
+    match value:
+        case []:
+            return None
+        case [int() | float() as step, int() | float() as zone, 0 | 1 as feedback]:
+            return UpdateRule(float(step), float(zone), bool(feedback))
+        case [str() as name, dict() as options, int() as key]:
+            return SchemeRule(name, options, key)
+    raise BadPayload(
+        "control record from the server asks for updates in an unknown way: update "
+        "Prunecast on this side"
+    )
+
+
 def _digest(value: object) -> bytes:
     try:
         raw = bytes.fromhex(value) if isinstance(value, str) else b""
@@ -143,9 +171,9 @@ def _dump(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _load(data: bytes) -> object:
-    if len(data) > _MAX_BYTES:
-        raise BadPayload(f"control record of {len(data)} bytes is above {_MAX_BYTES}")
+def _load(data: object) -> object:
+    if not isinstance(data, bytes) or len(data) > _MAX_BYTES:
+        raise BadPayload(f"control record carries no text, or more than {_MAX_BYTES} bytes of it")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
