@@ -18,6 +18,7 @@ from prunecast.client.training.updates import compress_update
 from prunecast.compression.codec import CodecError
 from prunecast.compression.flower import (
     CONTROL_RECORD,
+    STATISTICS_RECORD,
     array_record,
     coded_record,
     dense_arrays,
@@ -28,7 +29,12 @@ from prunecast.compression.flower import (
     stream_id,
 )
 from prunecast.compression.flower.internals import ClientAppCallable, Mod, make_message
-from prunecast.compression.pruning import holding
+from prunecast.compression.pruning import (
+    Statistics,
+    collecting,
+    holding,
+    pack_statistics,
+)
 from prunecast.compression.schemes import (
     NonFiniteError,
     Scheme,
@@ -94,11 +100,12 @@ def compression_mod(store: Path | str | None = None) -> Mod:
             raise ModError(f"message from the server was refused: {error}") from error
         if exchange.missing:
             return Message(exchange.wrap(RecordDict()), reply_to=message)
-        with holding(exchange.masks()):
+        asked = collecting(instruction.statistics, exchange.shapes())
+        with holding(exchange.masks()), asked as statistics:
             reply = call_next(make_message(message.metadata, exchange.content), context)
         if reply.has_error():
             return reply
-        return make_message(reply.metadata, exchange.encode(reply.content))
+        return make_message(reply.metadata, exchange.encode(reply.content, statistics))
 
     return mod
 
@@ -155,6 +162,11 @@ class _Exchange:
             name: mask for model in self._models.values() for name, mask in model.masks().items()
         }
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of all received models together."""
+        models = self._models.values()
+        return {name: t.shape for model in models for name, t in model.tensors.items()}
+
     def wrap(self, content: RecordDict, encode_ms: float = 0.0) -> RecordDict:
         """Add the report of what this node holds."""
         held = {key: short(model.digest) for key, model in self._models.items()}
@@ -162,8 +174,11 @@ class _Exchange:
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content
 
-    def encode(self, reply: RecordDict) -> RecordDict:
-        """The reply's array records as the server asked for them, everything else as it is."""
+    def encode(self, reply: RecordDict, statistics: Statistics) -> RecordDict:
+        """The reply's array records as the server asked for them, everything else as it is.
+
+        Statistics that were contributed are added in a record of their own.
+        """
         started = time.perf_counter()
         content = RecordDict()
         for key, record in reply.items():
@@ -175,6 +190,9 @@ class _Exchange:
             elif isinstance(self._instruction.rule, UpdateRule) and is_codable(record):
                 payload = self._on_lattice(key, dense_arrays(record), self._instruction.rule)
                 content[key] = payload_record(payload)
+        if statistics:
+            stream = self._stream(STATISTICS_RECORD)
+            content[STATISTICS_RECORD] = payload_record(pack_statistics(statistics, stream=stream))
         return self.wrap(content, (time.perf_counter() - started) * 1e3)
 
     def _on_lattice(self, key: str, arrays: Mapping[str, NDArray[Any]], rule: UpdateRule) -> bytes:

@@ -32,7 +32,7 @@ class Training:
         steps: optimiser steps taken.
         precision: "float32", "bfloat16" or "float16", the dtype that matrix products ran in.
         squared_gradients: parameter name to the mean over all steps of the squared gradient,
-            float32, pruned weights included; empty unless it was asked for.
+            float32, pruned weights included, frozen parameters not; empty unless asked for.
     """
 
     loss: float
@@ -147,7 +147,7 @@ def train(
     squares = {
         name: torch.zeros_like(parameter)
         for name, parameter in model.named_parameters()
-        if squared_gradients
+        if squared_gradients and parameter.requires_grad
     }
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -228,7 +228,7 @@ def evaluate(
 @torch.no_grad()
 def _add_squares(model: nn.Module, squares: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
+        if parameter.grad is not None and name in squares:
             square = parameter.grad.float().square()
             # a step that overflows in float16: the scaler leaves it out as well
             squares[name] += square.nan_to_num_(nan=0.0, posinf=0.0).clamp_(max=_LARGEST_SQUARE)

@@ -5,6 +5,7 @@ The only place below client and server that knows Flower; `versions` stays free 
 
 from prunecast.compression.flower.records import (
     CONTROL_RECORD,
+    STATISTICS_RECORD,
     STYPE,
     array_record,
     coded_record,
@@ -20,6 +21,7 @@ from prunecast.compression.flower.records import (
 
 __all__ = [
     "CONTROL_RECORD",
+    "STATISTICS_RECORD",
     "STYPE",
     "array_record",
     "coded_record",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 __all__ = [
     "CONTROL_RECORD",
     "NUMPY",
+    "STATISTICS_RECORD",
     "STYPE",
     "array_record",
     "coded_record",
@@ -31,6 +32,8 @@ STYPE = "prunecast/1 (ClientApp needs compression_mod())"
 """Serialisation type of a payload; a client without the mod shows it in Flower's own error."""
 CONTROL_RECORD = "prunecast"
 """Key of the config record that carries an `Instruction` or a `NodeReport`."""
+STATISTICS_RECORD = "prunecast-statistics"
+"""Key of the record with what a node contributes to pruning, in a reply whose message asked."""
 _ARRAY_NAME = "prunecast"
 
 

@@ -24,7 +24,7 @@ __all__ = [
 
 SQUARED_GRADIENT = "squared-gradient"
 """The statistic *mean over steps of the squared gradient of the loss*, one value per weight."""
-_UNMOVED = 1e-3  # part of a tensor's root mean square update that a weight no client moved is given
+_UNMOVED = 1e-3  # part of the root mean square update that weights no client moved are given
 
 Arrays = Mapping[str, NDArray[np.floating]]
 
@@ -83,8 +83,9 @@ class Taylor(Criterion):
 
     Molchanov et al. 2019 ("Importance Estimation for Neural Network Pruning", equation 8, without
     the square, which ranks the same). The gradient is the last aggregated update, as server
-    optimisers take it (Reddi et al. 2021). A weight that the update left alone is ranked by its
-    magnitude, below most of those that moved. Before there is an update: `Magnitude`.
+    optimisers take it (Reddi et al. 2021). Weights that the update left alone are ranked among
+    themselves by magnitude, and so are all before there is an update; a tensor that has none
+    counts as moved as much as the others on average.
     """
 
     uses_update: ClassVar[bool] = True
@@ -92,12 +93,11 @@ class Taylor(Criterion):
     def scores(self, known: Knowledge) -> dict[str, NDArray[np.floating]]:
         """As `Criterion.scores`."""
         found = Magnitude().scores(known)
-        if not set(found) <= set(known.update):
-            return found
-        for name, magnitude in found.items():
-            moved = np.abs(known.update[name], dtype=np.float64)
-            least = _UNMOVED * float(np.sqrt(np.mean(np.square(moved)))) if moved.size else 0.0
-            found[name] = magnitude * np.maximum(moved, least)
+        typical = float(np.sqrt(_mean(known.update, np.square)))
+        if typical:
+            for name, magnitude in found.items():
+                moved = np.abs(known.update.get(name, np.float64(typical)), dtype=np.float64)
+                found[name] = magnitude * np.maximum(moved, _UNMOVED * typical)
         return found
 
 
@@ -106,7 +106,8 @@ class Fisher(Criterion):
 
     ``w**2 * mean(gradient**2) / 2`` (Theis et al. 2018, "Faster gaze prediction with dense networks
     and Fisher pruning", equation 9), as its square root, which ranks the same and does not
-    underflow. Nodes send `SQUARED_GRADIENT`; before any has: `Magnitude`.
+    underflow. Nodes send `SQUARED_GRADIENT`; a tensor of which none has is given the mean of the
+    others, and before there is any, magnitude ranks.
     """
 
     statistics: ClassVar[tuple[str, ...]] = (SQUARED_GRADIENT,)
@@ -115,11 +116,17 @@ class Fisher(Criterion):
         """As `Criterion.scores`."""
         found = Magnitude().scores(known)
         squares = known.statistics.get(SQUARED_GRADIENT, {})
-        if not set(found) <= set(squares):
-            return found
-        return {
-            n: m * np.sqrt(np.maximum(squares[n], 0), dtype=np.float64) for n, m in found.items()
-        }
+        if typical := _mean(squares, np.abs):
+            for name, magnitude in found.items():
+                curvature = np.abs(squares.get(name, np.float64(typical)), dtype=np.float64)
+                found[name] = magnitude * np.sqrt(curvature)
+        return found
+
+
+def _mean(arrays: Arrays, of: np.ufunc) -> float:
+    """The mean of a function over all values of all arrays; 0.0 without any."""
+    total = sum(float(of(array, dtype=np.float64).sum()) for array in arrays.values())
+    return total / max(1, sum(array.size for array in arrays.values()))
 
 
 CRITERIA: dict[str, Criterion] = {

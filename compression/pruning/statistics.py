@@ -1,8 +1,8 @@
 """What nodes contribute to a criterion: named arrays, one value per weight, in one small record.
 
 A statistic only ranks weights, so a value travels as its sign and its magnitude's logarithm in
-quarters of an octave below the tensor's largest: one byte, 31 octaves deep, within 9 %, and a few
-bits after the codec. On the server the nodes' values become one weighted mean.
+quarters of an octave below the tensor's largest: one byte, 31 octaves deep, within 9 %, and about
+six bits after the codec. On the server the nodes' values become one weighted mean.
 """
 
 from __future__ import annotations

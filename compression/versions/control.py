@@ -68,11 +68,13 @@ class Instruction:
         rule: how arrays come back; None for as they are.
         accepted: `reply_tag` of the node's last reply the server accepted; "" for none.
         reuse: record key to short digest of the version to use, where the node holds it already.
+        statistics: names of the statistics that the node may contribute to pruning.
     """
 
     rule: UpdateRule | SchemeRule | None
     accepted: str = ""
     reuse: Mapping[str, bytes] = field(default_factory=dict)
+    statistics: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Compact JSON."""
@@ -82,7 +84,8 @@ class Instruction:
         elif self.rule is not None:
             rule = [self.rule.name, dict(self.rule.options), self.rule.key]
         reuse = {key: digest.hex() for key, digest in self.reuse.items()}
-        return _dump({"r": rule, "a": self.accepted, "u": reuse})
+        asked = {"s": list(self.statistics)} if self.statistics else {}
+        return _dump({"r": rule, "a": self.accepted, "u": reuse, **asked})
 
     @classmethod
     def from_bytes(cls, data: object) -> Instruction:
@@ -92,9 +95,12 @@ class Instruction:
             BadPayload: not an instruction.
         """
         match _load(data):
-            case {"r": list() as rule, "a": str() as accepted, "u": dict() as reuse}:
+            case {"r": list() as rule, "a": str() as accepted, "u": dict() as reuse, **rest} if (
+                isinstance(asked := rest.get("s", []), list)
+                and all(isinstance(name, str) for name in asked)
+            ):
                 held = {str(k): _digest(v) for k, v in reuse.items()}
-                return cls(_rule(rule), accepted, held)
+                return cls(_rule(rule), accepted, held, tuple(asked))
         raise BadPayload("control record from the server is not understood: versions differ?")
 
 

@@ -229,6 +229,7 @@ class CompressedGrid(GridWrapper):
                     )
                 return None
         content, has_update = decode_reply(reply, sent, entry, self._up)
+        self._streams.contribute(reply, sent.statistics, sent.versions)
         if has_update:
             node.accepted = reply_tag(reply.metadata.reply_to_message_id)
         return make_message(reply.metadata, content)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import CodecError, Payload
 from prunecast.compression.flower import (
     CONTROL_RECORD,
+    STATISTICS_RECORD,
     float_names,
     open_coded,
     payload_of,
@@ -221,7 +222,9 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
     """
     content, kinds, has_update = RecordDict(), [], False
     for key, record in reply.content.items():
-        if key == CONTROL_RECORD and isinstance(record, ConfigRecord):
+        if (key == CONTROL_RECORD and isinstance(record, ConfigRecord)) or (
+            key == STATISTICS_RECORD and sent.statistics
+        ):
             entry.dense_bytes -= object_bytes(record) + _mention(reply.content, key)
             continue
         content[key] = record

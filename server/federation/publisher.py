@@ -168,7 +168,11 @@ class Publisher:
                 if name in weights and weights[name].shape == before.shape:
                     update[name] = np.subtract(weights[name], before, dtype=np.float64)
             self._before = weights
-        return self._plan.masks(self._counter, Knowledge(weights, update, self._statistics))
+        statistics = {
+            name: {t: a for t, a in arrays.items() if t in weights and a.shape == weights[t].shape}
+            for name, arrays in self._statistics.items()
+        }
+        return self._plan.masks(self._counter, Knowledge(weights, update, statistics))
 
     def _on_lattice(
         self, master: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[np.bool_]]

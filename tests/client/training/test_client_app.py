@@ -10,6 +10,7 @@ from torch import nn
 from prunecast.client.training.client_app import LocalTraining, app, training_seed
 from prunecast.client.training.errors import TrainerError
 from prunecast.client.training.trainer import TensorBatches
+from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 
 
@@ -95,3 +96,18 @@ def test_settings_read_the_run_config():
     assert read == LocalTraining(learning_rate=1.0, momentum=0.5)
     with pytest.raises(TrainerError, match="seed"):
         LocalTraining.from_run_config({"seed": True})
+
+
+def test_it_contributes_squared_gradients_where_they_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNECAST_STORE", str(tmp_path))
+    inner = InProcessGrid(app, 2)
+    for context in inner._contexts.values():
+        context.run_config.update(CONFIG)
+    knobs = {"sparsity": 0.5, "pruning_begin": 0, "pruning_end": 2, "pruning_min_size": 1}
+    grid = CompressedGrid(inner, Policy(pruning_criterion="fisher", **knobs), poll_interval=0.01)
+    content = RecordDict({"arrays": ArrayRecord(tiny_model().state_dict())})
+    messages = [Message(content, node, "train") for node in inner.get_node_ids()]
+    assert not any(reply.has_error() for reply in grid.send_and_receive(messages))
+    found = grid._streams.stream(grid.run.run_id, "arrays").statistics.take()
+    assert found["squared-gradient"]["weight"].shape == (2, 4)
+    assert (found["squared-gradient"]["weight"] > 0).all()

@@ -111,7 +111,10 @@ def test_taylor_keeps_what_the_update_needed_and_falls_back_on_magnitude():
     moved = {"w": np.array([0.0, 3.0, -1.0, 0.0])}
     order = np.argsort(taylor.scores(Knowledge(weights, moved))["w"]).tolist()
     assert order == [3, 0, 2, 1]  # what stood still comes first, the smaller of it before
-    assert taylor.scores(Knowledge(weights))["w"].tolist() == [4.0, 1.0, 2.0, 0.5]
+    for nothing in ({}, {"w": np.zeros(4)}):
+        assert taylor.scores(Knowledge(weights, nothing))["w"].tolist() == [4.0, 1.0, 2.0, 0.5]
+    two = {**weights, "v": np.ones(2)}  # of which no update is known: as much as the average
+    assert taylor.scores(Knowledge(two, moved))["v"] == pytest.approx(np.sqrt([2.5, 2.5]))
 
 
 def test_fisher_ranks_by_weight_and_curvature():
@@ -119,6 +122,9 @@ def test_fisher_ranks_by_weight_and_curvature():
     squares = {"squared-gradient": {"w": np.array([0.01, 1.0, 0.09])}}
     found = CRITERIA["fisher"].scores(Knowledge(weights, statistics=squares))["w"]
     assert found == pytest.approx([0.4, 1.0, 0.6])
+    assert CRITERIA["fisher"].scores(Knowledge(weights))["w"].tolist() == [4.0, 1.0, 2.0]
+    two = Knowledge({**weights, "v": np.ones(1)}, statistics=squares)
+    assert CRITERIA["fisher"].scores(two)["v"] == pytest.approx(np.sqrt([1.1 / 3]))
 
 
 def test_what_is_prunable():

@@ -10,10 +10,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 
-from prunecast.compression.pruning import CRITERIA
+from prunecast.client.training import (
+    compression_mod,
+    contribute_statistics,
+    wanted_statistics,
+)
+from prunecast.compression.flower import payload_of, payload_record, stream_id
+from prunecast.compression.pruning import CRITERIA, pack_statistics
 from prunecast.server.federation import Policy
 from prunecast.server.federation.publisher import Publisher
+from support.federation import (
+    RUN_ID,
+    initial_arrays,
+    local_step,
+    seed_of,
+    to_arrays,
+    to_record,
+)
 
 SHAPES: dict[str, tuple[tuple[int, ...], str]] = {
     "conv.weight": ((16, 3, 5, 5), "f4"),
@@ -122,6 +139,8 @@ def test_fisher_prunes_by_the_last_statistics_that_nodes_sent() -> None:
         assert kept[:, :32].sum() > 0.95 * 40 * 32
         assert not kept[:, 32:].any()
         assert publisher.wanted == ()
+    shorter = {**master, "fc.weight": master["fc.weight"][:30]}  # its statistics are not known
+    assert publisher.publish(shorter).model.masks()["fc.weight"].shape == (30, 64)
 
 
 def test_the_documentation_adds_a_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,3 +153,76 @@ def test_the_documentation_adds_a_criterion(monkeypatch: pytest.MonkeyPatch) -> 
     for master in masters(4):
         model = publisher.publish(master).model
     assert 0 < model.sparsity() < 0.1 + publisher._plan.schedule(4)
+
+
+def fisher_app(store: Path) -> ClientApp:
+    """Trains a little, and measures that the first half of every row is what matters."""
+    app = ClientApp(mods=[compression_mod(store)])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        arrays = to_arrays(message.content["arrays"])
+        asked = wanted_statistics()
+        content = RecordDict({"metrics": MetricRecord({"num-examples": context.node_id})})
+        content["arrays"] = to_record(local_step(arrays, seed_of(message, context)))
+        content["asked"] = ConfigRecord({"names": list(asked)})
+        found = {n: np.full(a.shape, 1e-6) for n, a in arrays.items() if a.ndim > 1}
+        for array in found.values():
+            array[..., : array.shape[-1] // 2] = context.node_id
+        contribute_statistics("squared-gradient", found)
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def test_nodes_contribute_what_the_criterion_asks_for(federation, tmp_path):
+    policy = Policy.preset(
+        "balanced", sparsity=0.5, pruning_criterion="fisher", pruning_begin=1, pruning_end=3
+    )
+    grid, _, _ = federation(policy, app=fisher_app(tmp_path / "fisher"))
+    asked, replies = [], grid.send_and_receive
+
+    def observed(messages, **options):
+        found = list(replies(messages, **options))
+        asked.extend(list(reply.content["asked"]["names"]) for reply in found)
+        assert all("prunecast-statistics" not in reply.content for reply in found)
+        return found
+
+    grid.send_and_receive = observed
+    strategy = FedAvg(fraction_evaluate=0.0)
+    result = strategy.start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=4)
+    # while the sparsity of the next version is higher, in versions 1 and 2
+    assert asked == [["squared-gradient"]] * 6 + [[]] * 6
+    mask = grid.published(result.arrays).masks()["fc.weight"]
+    assert mask[:, :20].mean() > 0.9  # the rest lies at zero on the lattice
+    assert mask[:, 20:].mean() < 0.05
+    (mean,) = grid._streams.stream(RUN_ID, "arrays").publisher._statistics.values()
+    assert mean["fc.weight"][0, 0] == pytest.approx((1 + 4 + 9) / 6, rel=0.1)  # by examples
+    replied = [e.dense_bytes for e in grid.ledger.entries if e.direction == "up"]
+    assert max(replied) - min(replied) < 100  # plain Flower has no such record
+
+
+@pytest.mark.parametrize("hostile", ["damaged", "foreign"])
+def test_statistics_that_are_none_are_refused_with_their_reply_alone(federation, tmp_path, hostile):
+    policy = Policy.preset(
+        "balanced", sparsity=0.5, pruning_criterion="fisher", pruning_begin=0, pruning_end=3
+    )
+    grid, inner, _ = federation(policy, app=fisher_app(tmp_path / "fisher"))
+
+    def spoil(reply):
+        if reply.metadata.src_node_id == 2:
+            payload = payload_of(reply.content["prunecast-statistics"])[:-20] + bytes(20)
+            if hostile == "foreign":
+                other = {"squared-gradient": {"fc.weight": np.ones((1 << 12, 1 << 12))}}
+                payload = pack_statistics(other, stream=stream_id(RUN_ID, "prunecast-statistics"))
+            reply.content["prunecast-statistics"] = payload_record(payload)
+        return reply
+
+    inner.on_reply = spoil
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    replies = grid.send_and_receive(
+        [Message(content, dst_node_id=node, message_type="train") for node in (1, 2, 3)]
+    )
+    assert [reply.has_error() for reply in replies] == [False, True, False]
+    taken = grid._streams.stream(RUN_ID, "arrays").statistics.take()
+    assert taken["squared-gradient"]["fc.weight"][0, 0] == pytest.approx((1 + 9) / 4, rel=0.1)

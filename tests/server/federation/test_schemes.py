@@ -347,6 +347,7 @@ def test_records_of_the_wire():
     for instruction in (
         Instruction(rule, "ab"),
         Instruction(UpdateRule(3.0, 0.6, False), "ab", {"arrays": bytes(range(16))}),
+        Instruction(None, statistics=("squared-gradient",)),
         Instruction(None),
     ):
         assert Instruction.from_bytes(instruction.to_bytes()) == instruction
@@ -355,6 +356,7 @@ def test_records_of_the_wire():
     assert len(NodeReport(encode_ms=0.0).to_bytes()) == len(NodeReport(encode_ms=1e9).to_bytes())
     for data in (
         *(b"", b"[", b"{}", b'{"r":[1],"a":"","u":{}}', b'{"r":["stc",{},"1"],"a":"","u":{}}'),
+        *(b'{"r":[],"a":"","u":{},"s":3}', b'{"r":[],"a":"","u":{},"s":[3]}'),
         *(b'{"h":{},"m":[],"t":"1"}', b'{"h":{"a":"b"},"m":[],"t":"000000000"}', None, 3),
     ):
         for kind in (Instruction, NodeReport):
