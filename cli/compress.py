@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecast.cli.console import make_console
-from prunecast.cli.tables import (
-    Column,
-    bits_text,
-    count_text,
-    file_progress,
-    print_table,
-    say,
-    shape_text,
-)
+from prunecast.cli.tables import Column, file_progress, print_table, say, shape_text
+from prunecast.common.text import bits_text, bytes_text, count_text, ratio_text
 
 if TYPE_CHECKING:
     from prunecast.compression.files import Compressed, Lossy, TensorFile
@@ -139,8 +132,6 @@ def _document(source: TensorFile, target: Path, result: Compressed) -> dict[str,
 
 
 def _show(source: TensorFile, target: Path, result: Compressed) -> None:
-    from prunecast.simulations.report.text import bytes_text, ratio_text
-
     console = make_console()
     lossy = result.lossy
     columns = [

@@ -10,7 +10,8 @@ import typer
 
 from prunecast.cli.compress import AsJson, Force, refuse_to_overwrite
 from prunecast.cli.console import make_console
-from prunecast.cli.tables import count_text, file_progress, say
+from prunecast.cli.tables import file_progress, say
+from prunecast.common.text import count_text
 
 __all__ = ["decompress"]
 

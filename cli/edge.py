@@ -234,8 +234,8 @@ def infer(
     import time
 
     from prunecast.client.edge import open_model
+    from prunecast.common.files import write_atomically
     from prunecast.compression.release import pack_arrays, unpack_arrays
-    from prunecast.compression.versions import write_atomically
 
     arrays = unpack_arrays(inputs.read_bytes(), max_bytes=2**34)
     model = open_model(state, threads=threads)

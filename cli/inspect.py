@@ -10,16 +10,8 @@ import typer
 
 from prunecast.cli.compress import AsJson
 from prunecast.cli.console import make_console
-from prunecast.cli.tables import (
-    Column,
-    bits_text,
-    count_text,
-    file_progress,
-    print_table,
-    say,
-    shape_text,
-    short_dtype,
-)
+from prunecast.cli.tables import Column, file_progress, print_table, say, shape_text, short_dtype
+from prunecast.common.text import bits_text, bytes_text, count_text, percent, ratio_text
 
 if TYPE_CHECKING:
     from prunecast.compression.codec import Outline
@@ -129,12 +121,10 @@ def _show_outlines(file: Path, outlines: list[Outline], as_json: bool) -> None:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{100 * part / max(whole, 1):.1f} %"
+    return percent(part / max(whole, 1))
 
 
 def _show_tensors(source: TensorFile, found: Inspection) -> None:
-    from prunecast.simulations.report.text import bytes_text, ratio_text
-
     console = make_console()
     columns = [
         Column("tensor"), Column("shape"), Column("dtype"), Column("zeros"), Column("H0"),
@@ -143,7 +133,7 @@ def _show_tensors(source: TensorFile, found: Inspection) -> None:
     rows = [
         [
             name, shape_text(t.spec.shape), short_dtype(t.spec.dtype),
-            f"{100 * (t.zeros or 0):.1f} %", f"{t.entropy or 0:.2f}", bytes_text(t.spec.nbytes),
+            percent(t.zeros or 0), f"{t.entropy or 0:.2f}", bytes_text(t.spec.nbytes),
             bytes_text(t.nbytes), bits_text(t.nbytes, t.spec.size), _share(t.nbytes, found.nbytes),
         ]
         for name, t in found.tensors.items()
@@ -177,8 +167,6 @@ def _show_tensors(source: TensorFile, found: Inspection) -> None:
 
 
 def _show_archive(source: TensorFile, found: Inspection, outlines: list[Outline]) -> None:
-    from prunecast.simulations.report.text import bytes_text, ratio_text
-
     console = make_console()
     version = ".".join(map(str, outlines[0].version))
     say(

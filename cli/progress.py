@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from prunecast.common.text import bytes_text, percent
+
 __all__ = ["RunProgress"]
 
 _LINES_PER_ARM = 6
@@ -76,7 +78,5 @@ class RunProgress:
 
 
 def _detail(event: Mapping[str, Any], rounds: int) -> str:
-    from prunecast.simulations.report.text import bytes_text, percent
-
     spent = bytes_text(event["bytes_up"] + event["bytes_down"])
     return f"round {event['round']:>2}/{rounds}  {percent(event['accuracy']):>6}  {spent:>8}"

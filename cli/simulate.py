@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecast.cli.console import make_console
+from prunecast.common.text import percent
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
@@ -101,7 +102,7 @@ def show(folder: Path, result: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from prunecast.simulations.report import PAGE, arm_rows, percent, release_rows
+    from prunecast.simulations.report import PAGE, arm_rows, release_rows
 
     console = make_console()
     scenario = result["scenario"]

@@ -14,8 +14,6 @@ from rich.text import Text
 
 __all__ = [
     "Column",
-    "bits_text",
-    "count_text",
     "file_progress",
     "print_table",
     "printable",
@@ -84,19 +82,6 @@ def short_dtype(dtype: str) -> str:
         return _SHORT[dtype]
     kind = "f" if dtype.startswith("float") else dtype[0]
     return kind + dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
-
-
-def count_text(count: int, what: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def bits_text(nbytes: float, size: int) -> str:
-    """Bits for each element, with three significant digits."""
-    if not size:
-        return "–"
-    bits = 8 * nbytes / size
-    return f"{bits:.1f}" if bits >= 9.995 else f"{bits:.2f}" if bits >= 0.995 else f"{bits:.3f}"
 
 
 @contextmanager

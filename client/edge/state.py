@@ -14,7 +14,6 @@ a complete version to start from.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -23,9 +22,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import AgentBusy, StateError
-from prunecast.compression.versions import StorageError, write_atomically
+from prunecast.common.files import StorageError, make_folder, write_atomically
+from prunecast.common.locks import lock_file
 
 __all__ = ["Failure", "FailureKind", "SlotRecord", "State", "StateFolder"]
 
@@ -249,16 +248,14 @@ class StateFolder:
         """
         try:
             make_folder(self.path)
-            file = open(self.path / "lock", "w")  # noqa: SIM115
+            lock = lock_file(self.path / "lock")
+        except BlockingIOError as error:
+            raise AgentBusy(
+                f"another agent works in {self.path}: stop it or use another state folder"
+            ) from error
         except OSError as error:
             raise StateError(f"cannot write {self.path}: {error.strerror or error}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise AgentBusy(
-                    f"another agent works in {self.path}: stop it or use another state folder"
-                ) from error
+        with lock:
             yield
 
 

@@ -29,9 +29,9 @@ from torch import nn
 from prunecast.client.training.errors import TrainerError
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import Batch, evaluate, train
+from prunecast.common.references import load_callable
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
-from prunecast.compression.flower.references import load_callable
 from prunecast.compression.pruning import (
     SQUARED_GRADIENT,
     contribute_statistics,

@@ -28,14 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.client.training.errors import StoreError
+from prunecast.common.files import StorageError, cache_folder, write_atomically
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,
     RawTensor,
-    StorageError,
     Tensor,
     VersionsError,
-    write_atomically,
 )
 
 __all__ = ["NodeStore", "default_root"]
@@ -48,8 +47,7 @@ def default_root() -> Path:
     """``$PRUNECAST_STORE``, else ``prunecast/nodes`` in the user's cache directory."""
     if explicit := os.environ.get("PRUNECAST_STORE"):
         return Path(explicit)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "prunecast" / "nodes"
+    return cache_folder("nodes")
 
 
 class NodeStore:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from prunecast.common.files import replacing
 from prunecast.compression.codec import Limits, measure_costs, relative_error
 from prunecast.compression.files.archive import PART_BYTES, Archive, plan_parts
 from prunecast.compression.files.codings import Coded, keep, put_on_lattice, restore
@@ -13,7 +14,6 @@ from prunecast.compression.files.lossy import Lossy, choose_steps
 from prunecast.compression.files.parts import held_name, pack_part
 from prunecast.compression.files.sources import write_tensors
 from prunecast.compression.files.tensors import FileSpec, FileTensor, TensorFile
-from prunecast.compression.versions import replacing
 
 __all__ = [
     "Compressed",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from prunecast.common.files import replacing
 from prunecast.compression.files.errors import UnknownFormat, UnreadableFile
 from prunecast.compression.files.npz_files import open_npz, write_npz
 from prunecast.compression.files.onnx_files import open_onnx
 from prunecast.compression.files.safetensors_files import open_safetensors, write_safetensors
 from prunecast.compression.files.tensors import FileTensor, TensorFile
-from prunecast.compression.versions import replacing
 
 __all__ = ["open_tensors", "writable_format", "write_tensors"]
 

@@ -22,17 +22,12 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from prunecast.common.files import write_atomically
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import BindError
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release.layout import Segment, WeightsLayout, place
-from prunecast.compression.versions import (
-    LatticeTensor,
-    PublishedModel,
-    RawTensor,
-    Tensor,
-    write_atomically,
-)
+from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 
 __all__ = ["BoundModel", "Variant", "bind_weights", "save_single_file", "single_file_size"]
 

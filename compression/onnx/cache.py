@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from prunecast.common.files import cache_folder
 from prunecast.compression.onnx.export import check_graph, export_graph
 from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
 from prunecast.compression.release import ReleaseError
@@ -29,7 +29,7 @@ _EDITION = 1  # raised when the same module would be exported to another graph
 
 def default_cache() -> Path:
     """``$XDG_CACHE_HOME/prunecast/graphs``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunecast" / "graphs"
+    return cache_folder("graphs")
 
 
 def export_cached(

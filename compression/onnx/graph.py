@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from prunecast.common.files import write_atomically
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import ExportError
-from prunecast.compression.versions import write_atomically
 
 __all__ = ["ExportedGraph", "load_graph", "read_note", "save_graph", "with_note"]
 

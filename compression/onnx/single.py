@@ -7,9 +7,10 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError
 
+from prunecast.common.files import write_atomically
 from prunecast.compression.onnx.errors import BindError
 from prunecast.compression.release.layout import WeightsLayout
-from prunecast.compression.versions import PublishedModel, write_atomically
+from prunecast.compression.versions import PublishedModel
 
 __all__ = ["export_single"]
 

@@ -17,7 +17,6 @@ from prunecast.compression.versions.errors import (
     BaseMissing,
     DigestMismatch,
     InvalidModel,
-    StorageError,
     VersionsError,
     WrongStream,
 )
@@ -42,9 +41,7 @@ from prunecast.compression.versions.payloads import (
 from prunecast.compression.versions.seeded import Seed, draw_like
 from prunecast.compression.versions.storage import (
     load_model,
-    replacing,
     save_model,
-    write_atomically,
 )
 from prunecast.compression.versions.updates import (
     QuantisedTensor,
@@ -68,7 +65,6 @@ __all__ = [
     "RawTensor",
     "SchemeRule",
     "Seed",
-    "StorageError",
     "Tensor",
     "Update",
     "UpdateRule",
@@ -85,10 +81,8 @@ __all__ = [
     "load_model",
     "open_plain",
     "refine",
-    "replacing",
     "reply_tag",
     "save_model",
     "short",
     "stream_tag",
-    "write_atomically",
 ]

@@ -5,14 +5,13 @@ __all__ = [
     "BaseMissing",
     "DigestMismatch",
     "InvalidModel",
-    "StorageError",
     "VersionsError",
     "WrongStream",
 ]
 
 
 class VersionsError(ValueError):
-    """Base of every error that `prunecast.compression.versions` raises."""
+    """Base of every error that `prunecast.compression.versions` raises, but for files'."""
 
 
 class InvalidModel(VersionsError):
@@ -33,7 +32,3 @@ class BaseMissing(VersionsError):
 
 class DigestMismatch(VersionsError):
     """The rebuilt model is not the one the payload announces."""
-
-
-class StorageError(VersionsError):
-    """A model file is missing, damaged or cannot be written."""

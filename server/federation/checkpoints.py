@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.versions import write_atomically
+from prunecast.common.files import write_atomically
 from prunecast.server.federation.errors import CheckpointError
 
 __all__ = ["Checkpoint"]

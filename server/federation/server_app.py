@@ -41,8 +41,8 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
+from prunecast.common.references import load_callable
 from prunecast.compression.flower.internals import log
-from prunecast.compression.flower.references import load_callable
 from prunecast.compression.versions import save_model
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.grid import CompressedGrid

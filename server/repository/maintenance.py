@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -12,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root
 
-from prunecast.compression.versions import write_atomically
+from prunecast.common.files import write_atomically
+from prunecast.common.locks import lock_file
 from prunecast.server.repository.errors import (
     CeremonyError,
     KeyFileError,
@@ -208,13 +208,13 @@ class MaintainedRepository(RepositoryReader):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RepositoryError(
-                    f"{self.path} is being changed by another process: try again when it is done"
-                ) from error
+        try:
+            lock = lock_file(self.path / ".lock")
+        except BlockingIOError as error:
+            raise RepositoryError(
+                f"{self.path} is being changed by another process: try again when it is done"
+            ) from error
+        with lock:
             yield
 
 

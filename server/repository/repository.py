@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tuf.api.metadata import TargetFile
 
+from prunecast.common.files import write_atomically
 from prunecast.compression.release import ReleaseManifest, Tolerance
 from prunecast.compression.release.manifest import blob_path, check_release_name, manifest_path
 from prunecast.compression.release.selftest import Arrays
-from prunecast.compression.versions import PublishedModel, write_atomically
+from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository.errors import CeremonyError, RepositoryExists
 from prunecast.server.repository.garbage import collect
 from prunecast.server.repository.keys.ceremony import Ceremony

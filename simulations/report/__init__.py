@@ -2,22 +2,13 @@
 
 from prunecast.simulations.report.figure import accuracy_figure
 from prunecast.simulations.report.page import FIGURE, PAGE, render_page, write_report
-from prunecast.simulations.report.text import (
-    arm_rows,
-    bytes_text,
-    percent,
-    ratio_text,
-    release_rows,
-)
+from prunecast.simulations.report.text import arm_rows, release_rows
 
 __all__ = [
     "FIGURE",
     "PAGE",
     "accuracy_figure",
     "arm_rows",
-    "bytes_text",
-    "percent",
-    "ratio_text",
     "release_rows",
     "render_page",
     "write_report",

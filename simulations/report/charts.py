@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from prunecast.simulations.report.text import bytes_text
+from prunecast.common.text import bytes_text
 
 __all__ = ["bytes_per_round", "where_bytes_went"]
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from prunecast.simulations.report.text import bytes_text
+from prunecast.common.text import bytes_text
 
 __all__ = ["COLOURS", "accuracy_figure"]
 

@@ -8,16 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from prunecast.compression.versions import write_atomically
+from prunecast.common.files import write_atomically
+from prunecast.common.text import bytes_text, percent, ratio_text
 from prunecast.simulations.report.charts import bytes_per_round, where_bytes_went
 from prunecast.simulations.report.figure import COLOURS, accuracy_figure
-from prunecast.simulations.report.text import (
-    arm_rows,
-    bytes_text,
-    percent,
-    ratio_text,
-    release_rows,
-)
+from prunecast.simulations.report.text import arm_rows, release_rows
 
 __all__ = ["FIGURE", "PAGE", "render_page", "write_report"]
 

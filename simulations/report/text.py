@@ -1,38 +1,13 @@
-"""Figures as people read them."""
+"""Rows of the tables that a run's figures are shown in."""
 
 from __future__ import annotations
-
-__all__ = ["arm_rows", "bytes_text", "percent", "ratio_text", "release_rows"]
 
 from collections.abc import Mapping
 from typing import Any
 
+from prunecast.common.text import bytes_text, percent, ratio_text
 
-def bytes_text(count: float | None) -> str:
-    """Bytes in decimal units with three significant digits: ``984 MB``, ``6.53 MB``, ``812 B``."""
-    if count is None:
-        return "–"
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if round(value, 0 if unit == "B" else 1) < 1000:
-            break
-        value /= 1000
-    else:
-        unit = "TB"
-    digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {unit}"
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction as a percentage."""
-    return f"{100 * fraction:.{digits}f} %"
-
-
-def ratio_text(ratio: float | None) -> str:
-    """How many times smaller."""
-    if ratio is None:
-        return "–"
-    return f"{ratio:.0f}×" if ratio >= 99.5 else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
+__all__ = ["arm_rows", "release_rows"]
 
 
 def arm_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.flower.references import load_callable
+from prunecast.common.references import load_callable
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.release_config import repository_releaser

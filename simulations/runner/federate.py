@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunecast.client.training.trainer import TensorBatches, evaluate
+from prunecast.common.references import load_callable
 from prunecast.compression.flower import dense_arrays
-from prunecast.compression.flower.references import load_callable
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, Ledger, Policy
 from prunecast.server.federation.grid import Recode

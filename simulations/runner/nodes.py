@@ -16,8 +16,8 @@ from torch import nn
 from prunecast.client.training.client_app import Loader, LocalTraining, build_client_app
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TensorBatches
+from prunecast.common.references import load_callable
 from prunecast.compression.flower.internals import NodeInfo
-from prunecast.compression.flower.references import load_callable
 from prunecast.server.federation.wrapper import GridWrapper
 from prunecast.simulations.runner import EngineFailed
 from prunecast.simulations.runner.prepared import PreparedRun, training_tensors

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prunecast.compression.versions import write_atomically
+from prunecast.common.files import write_atomically
 from prunecast.server.federation import Entry, Ledger, LedgerError
 from prunecast.simulations.runner import ResultError
 from prunecast.simulations.runner.prepared import PreparedRun

@@ -17,14 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.cli.tables import (
-    Column,
-    bits_text,
-    count_text,
-    print_table,
-    shape_text,
-    short_dtype,
-)
+from prunecast.cli.tables import Column, print_table, shape_text, short_dtype
 from prunecast.compression.codec import Context, encode
 from prunecast.compression.files import open_tensors, write_tensors
 from support.checkpoints import assert_same, every_kind
@@ -326,8 +319,3 @@ def test_figures_as_people_read_them() -> None:
     assert shape_text(()) == "–"
     names = ("float32", "bfloat16", "int64", "uint8", "bool", "float8_e4m3fn")
     assert [short_dtype(n) for n in names] == ["f32", "bf16", "i64", "u8", "bool", "f8_e4m3fn"]
-    assert [bits_text(b, 8) for b in (12.34, 9.999, 1.006, 0.9949)] == [
-        "12.3", "10.0", "1.01", "0.995",
-    ]  # fmt: skip
-    assert bits_text(3, 0) == "–"
-    assert [count_text(n, "part") for n in (0, 1, 12_000)] == ["0 parts", "1 part", "12,000 parts"]

@@ -10,9 +10,6 @@ import pytest
 from prunecast.simulations.report import (
     accuracy_figure,
     arm_rows,
-    bytes_text,
-    percent,
-    ratio_text,
     release_rows,
     render_page,
     write_report,
@@ -97,35 +94,6 @@ def result(tiny) -> dict[str, Any]:
             "foreign_modules": [],
         },
     }
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.00 kB"),
-        (9_996, "10.0 kB"),
-        (99_960, "100 kB"),
-        (999_960, "1.00 MB"),
-        (984_155_520, "984 MB"),
-        (3.2e12, "3.20 TB"),
-        (None, "–"),
-    ],
-)
-def test_bytes_are_read_easily(count, text):
-    assert bytes_text(count) == text
-
-
-def test_other_figures_are_read_easily():
-    assert [ratio_text(r) for r in (1, 9.996, 41.26, 168.4, None)] == [
-        "1.00×",
-        "10.00×",
-        "41.3×",
-        "168×",
-        "–",
-    ]
-    assert percent(0.9549) == "95.5 %"
 
 
 def test_tables_have_a_row_per_arm_and_per_download(result):

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION
 from prunecast.client.edge.slots.externals import check_externals
+from prunecast.common.files import file_digest, sync
 from prunecast.compression.release import (
     InferenceSession,
     ReleaseError,
@@ -30,7 +31,6 @@ from prunecast.compression.release import (
     RuntimeFailure,
     open_session,
 )
-from prunecast.compression.release.files import file_digest, sync_file, sync_folder
 from prunecast.compression.release.runtime import computes_in_integers, import_onnxruntime
 
 __all__ = ["may_optimise", "open_and_seal", "open_sealed"]
@@ -76,12 +76,12 @@ def open_and_seal(
             raise OSError("the optimised model is too large")
         _check(new)
         for name in _FILES:
-            sync_file(new / name)
-        sync_folder(new)
+            sync(new / name)
+        sync(new)
         seal = _seal(folder, new)
         shutil.rmtree(folder / _FOLDER, ignore_errors=True)
         new.rename(folder / _FOLDER)
-        sync_folder(folder)
+        sync(folder)
         return session, seal
     except (OSError, RuntimeFailure):
         shutil.rmtree(new, ignore_errors=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.common.files import StorageError
 from prunecast.compression.release import LayoutError, WeightsLayout
 from prunecast.compression.release.layout import Segment
 from prunecast.compression.versions import (
@@ -71,7 +72,7 @@ def patch_base(folder: Path, *, weights: str = "weights.bin") -> PublishedModel 
             if tensor is not None:
                 tensors[segment.tensor] = _filled(tensor, _values(mapped, segment))
         return PublishedModel(tensors, rest.counter)
-    except (VersionsError, LayoutError, OSError):
+    except (VersionsError, LayoutError, StorageError, OSError):
         return None  # not needed for inference; the next update takes the keyframe
 
 

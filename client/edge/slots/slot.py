@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentRefused, StateError
 from prunecast.client.edge.slots.externals import check_externals
 from prunecast.client.edge.slots.optimised import may_optimise, open_and_seal, open_sealed
 from prunecast.client.edge.slots.patch_base import REST, save_rest
+from prunecast.common.files import StorageError, file_digest, make_folder, sync, write_synced
 from prunecast.compression.release import (
     InferenceSession,
     LayoutError,
@@ -23,7 +23,6 @@ from prunecast.compression.release import (
     open_session,
     unpack_arrays,
 )
-from prunecast.compression.release.files import file_digest, sync_folder, write_synced
 from prunecast.compression.release.manifest import RELEASE_FILES
 from prunecast.compression.versions import PublishedModel, VersionsError
 
@@ -68,7 +67,7 @@ def clear_slot(folder: Path) -> None:
             folder.unlink()  # what it leads to is none of the agent's business
         elif folder.exists():
             shutil.rmtree(folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
         folder.mkdir()
     except OSError as error:
         raise StateError(f"cannot clear {folder}: {error.strerror or error}") from error
@@ -101,11 +100,11 @@ def build_slot(
             raise ContentRefused("the rebuilt weights.bin is not the one that was signed")
         save_rest(model, layout, folder / REST)
         write_synced(folder / _MANIFEST, manifest)
-        sync_folder(folder)
-        sync_folder(folder.parent)
+        sync(folder)
+        sync(folder.parent)
     except LayoutError as error:
         raise ContentRefused(f"the release contradicts itself: {error}") from error
-    except VersionsError as error:
+    except (VersionsError, StorageError) as error:
         raise StateError(str(error)) from error
     except OSError as error:
         raise StateError(f"cannot write {folder}: {error.strerror or error}") from error

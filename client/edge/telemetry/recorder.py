@@ -17,7 +17,7 @@ from prunecast.client.edge.errors import StateError
 from prunecast.client.edge.model import Outcome
 from prunecast.client.edge.telemetry.figures import ReleaseFigures, TelemetrySnapshot
 from prunecast.client.edge.telemetry.histogram import LatencyHistogram
-from prunecast.compression.versions import StorageError, write_atomically
+from prunecast.common.files import StorageError, write_atomically
 
 __all__ = ["Telemetry", "read_telemetry", "resident_bytes"]
 

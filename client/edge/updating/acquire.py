@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, PayloadKind
-from prunecast.client.edge.durable import folder_bytes, keep_only, make_folder
 from prunecast.client.edge.errors import (
     AgentTooOld,
     ContentMissing,
@@ -18,9 +17,9 @@ from prunecast.client.edge.slots.patch_base import patch_base
 from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.updating.download import download
 from prunecast.client.edge.updating.transport import Fetcher
+from prunecast.common.files import file_digest, folder_bytes, keep_only, make_folder
 from prunecast.compression.codec import Limits
 from prunecast.compression.release import FileRef, PatchRef, ReleaseManifest
-from prunecast.compression.release.files import file_digest
 from prunecast.compression.release.manifest import blob_path
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
-from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError, StateError
 from prunecast.client.edge.updating.transport import AskLater, Fetcher
+from prunecast.common.files import file_digest, make_folder, sync
 from prunecast.compression.release import FileRef
-from prunecast.compression.release.files import file_digest, sync_folder
 
 __all__ = ["download"]
 
@@ -66,7 +65,7 @@ def download(
                 part.unlink()
                 raise ContentRefused(f"{url} is not the file that was signed: digest differs")
         os.replace(part, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise StateError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -19,16 +19,15 @@ from tuf.api.metadata import DelegatedRole, Metadata, Root, Snapshot, TargetFile
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 
-from prunecast.client.edge.durable import make_folder
 from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError, TrustError
 from prunecast.client.edge.updating.transport import Fetcher, Stream
+from prunecast.common.files import StorageError, make_folder, write_atomically
 from prunecast.compression.release import ManifestError, ReleaseManifest
 from prunecast.compression.release.manifest import (
     MAX_MANIFEST_BYTES,
     manifest_path,
     parse_manifest_path,
 )
-from prunecast.compression.versions import StorageError, write_atomically
 
 __all__ = ["TrustedListing"]
 

@@ -6,7 +6,6 @@ also sees what devices do not: keys, permissions, leftovers of a publication tha
 
 from __future__ import annotations
 
-import fcntl
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import SSlibKey
 from tuf.api.metadata import Root, Targets
 
+from prunecast.common.locks import is_locked
 from prunecast.server.repository.checks.files import (
     check_leftovers,
     check_permissions,
@@ -71,7 +71,7 @@ def examine(
     at = now()
     state, found = check_metadata(path / "metadata", at)
     found += check_releases(path, state)
-    if _busy(path):
+    if is_locked(path / ".lock"):
         found.append(
             Finding(
                 *("note", "busy", str(path), "is being changed by another process"),
@@ -86,18 +86,6 @@ def examine(
         found += check_keys(keys, state)
     found += check_offline(path, keys, state)
     return sorted(found, key=lambda f: f.severity != "problem")
-
-
-def _busy(path: Path) -> bool:
-    """Whether a publication holds the lock; a repository that nobody may write has none."""
-    try:
-        with open(path / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 _MOST_FILES, _MOST_BYTES = 2000, 16_384  # looked at beside the repository

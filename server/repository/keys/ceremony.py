@@ -26,8 +26,8 @@ from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, Root, Targets
 from tuf.api.serialization.json import JSONSerializer
 
+from prunecast.common.files import write_atomically
 from prunecast.compression.release.manifest import parse_manifest_path
-from prunecast.compression.versions import write_atomically
 from prunecast.server.repository.errors import CeremonyError
 from prunecast.server.repository.keys.keyholders import describe_key, fingerprint
 from prunecast.server.repository.keys.signatures import HolderSignature, sign_request

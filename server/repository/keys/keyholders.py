@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
-from prunecast.compression.versions import write_atomically
+from prunecast.common.files import write_atomically
 from prunecast.server.repository.errors import KeyFileError
 from prunecast.server.repository.keys.keyring import write_private
 from prunecast.server.repository.roles import HOLDER, HOLDER_NAME, holder_of

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib.signer import CryptoSigner
 
+from prunecast.common.files import write_new
 from prunecast.server.repository.errors import KeyFileError, RepositoryExists
 from prunecast.server.repository.roles import ROLES
 
@@ -109,11 +110,7 @@ def write_private(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(path, content)
     except FileExistsError as error:
         raise RepositoryExists(f"{path} exists: keys are not overwritten") from error
     except OSError as error:

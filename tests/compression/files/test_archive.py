@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prunecast.common.files import StorageError
 from prunecast.compression.codec import Context, decode, encode, payload_length
 from prunecast.compression.files import (
     FilesError,
@@ -29,7 +30,6 @@ from prunecast.compression.files import (
     restore_file,
 )
 from prunecast.compression.files.archive import plan_parts
-from prunecast.compression.versions import StorageError
 from support.checkpoints import assert_same
 
 

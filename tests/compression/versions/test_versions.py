@@ -1,5 +1,4 @@
 import dataclasses
-import os
 import struct
 
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prunecast.common.files import StorageError
 from prunecast.compression.codec import CodecError, Limits
 from prunecast.compression.versions import (
     BadPayload,
@@ -18,7 +18,6 @@ from prunecast.compression.versions import (
     PublishedModel,
     QuantisedTensor,
     RawTensor,
-    StorageError,
     VersionsError,
     WrongStream,
     decode_model,
@@ -32,7 +31,6 @@ from prunecast.compression.versions import (
     open_plain,
     refine,
     save_model,
-    write_atomically,
 )
 
 STREAM = b"run 7/arrays"
@@ -332,24 +330,3 @@ def test_damaged_or_missing_files_are_named(tmp_path):
 def test_limits_reach_the_decoder(tmp_path):
     with pytest.raises(BadPayload):
         decode_model(encode_keyframe(model_of(1)), limits=Limits(elements=100))
-
-
-def test_written_files_have_the_usual_permissions(tmp_path):
-    plain = tmp_path / "plain"
-    plain.write_bytes(b"")
-    write_atomically(tmp_path / "file", b"x")
-    assert (tmp_path / "file").stat().st_mode == plain.stat().st_mode
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(StorageError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]

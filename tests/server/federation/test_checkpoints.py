@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
 
-from prunecast.compression.versions import StorageError
+from prunecast.common.files import StorageError
 from prunecast.server.federation import Checkpoint, CheckpointError, Policy
 from support.federation import initial_arrays, to_record
 

@@ -9,13 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prunecast.compression.versions import (
-    LatticeTensor,
-    PublishedModel,
-    RawTensor,
-    StorageError,
-    save_model,
-)
+from prunecast.common.files import StorageError
+from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, save_model
 from prunecast.server.repository import RepositoryError
 from prunecast.server.repository.authoring import from_arrays, read_checkpoint
 

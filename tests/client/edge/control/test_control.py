@@ -16,9 +16,9 @@ from prunecast.client.edge import Agent
 from prunecast.client.edge.control import ControlChannel, ControlFetcher
 from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.updating.download import download
+from prunecast.common.files import file_digest
 from prunecast.common.fleet_protocol import CHUNK_BYTES
 from prunecast.compression.release import FileRef
-from prunecast.compression.release.files import file_digest
 from prunecast.compression.release.manifest import blob_path
 from prunecast.server.control import ControlServer
 from prunecast.server.fleet.events import Abort, PinDevice, StartRollout

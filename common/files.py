@@ -1,0 +1,169 @@
+"""Files that survive a power cut: written whole or not at all, and known by their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = [
+    "StorageError",
+    "cache_folder",
+    "file_digest",
+    "folder_bytes",
+    "keep_only",
+    "make_folder",
+    "replacing",
+    "sync",
+    "write_atomically",
+    "write_new",
+    "write_synced",
+]
+
+
+class StorageError(ValueError):
+    """A file is missing, damaged or cannot be written."""
+
+
+def cache_folder(name: str) -> Path:
+    """``$XDG_CACHE_HOME/prunecast/NAME``, by default under ``~/.cache``; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunecast" / name
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file, read a piece at a time.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 when there is none."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# -- replacing a file -----------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace `path` by what the block writes: temporary file, fsync, rename, fsync of the folder.
+
+    A crash at any moment leaves either the old file or the new one, never a mixture; so does an
+    exception in the block.
+
+    Yields:
+        An empty file beside `path`, to be written.
+
+    Raises:
+        StorageError: the file system refuses; the old file is untouched.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # opened by hand and not by tempfile, so that the file gets the user's usual permissions
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, see `replacing`.
+
+    Raises:
+        StorageError: the file system refuses; the old file is untouched.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+# -- files and folders that nothing refers to yet -------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, durable.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and fsync it; its name is durable once its folder is synced.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    with open(path, "wb") as file:
+        _write(file.fileno(), data)
+
+
+def write_new(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write and fsync a file that is not there yet, with the given permissions from the start.
+
+    Raises:
+        FileExistsError: it is there.
+        OSError: the file system refuses.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        _write(handle, data)
+    finally:
+        os.close(handle)
+
+
+def _write(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+    os.fsync(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, each one's name durable in its own parent.
+
+    A file that is fsynced inside a folder is still lost with it when the folder's name is not.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def keep_only(folder: Path, names: Collection[str]) -> None:
+    """Remove the files of a folder that are not in `names`; a missing folder is empty.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name not in names:
+                path.unlink()

@@ -1,0 +1,49 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+__all__ = ["bits_text", "bytes_text", "count_text", "percent", "ratio_text"]
+
+
+def bytes_text(count: float | None) -> str:
+    """Bytes in decimal units with three significant digits; ``–`` for None.
+
+    >>> bytes_text(812), bytes_text(6_526_000), bytes_text(984e6)
+    ('812 B', '6.53 MB', '984 MB')
+    """
+    if count is None:
+        return "–"
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if round(value, 0 if unit == "B" else 1) < 1000:
+            break
+        value /= 1000
+    else:
+        unit = "TB"
+    digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {unit}"
+
+
+def bits_text(nbytes: float, size: int) -> str:
+    """Bits for each of `size` elements, with three significant digits; ``–`` for no elements."""
+    if not size:
+        return "–"
+    bits = 8 * nbytes / size
+    return f"{bits:.1f}" if bits >= 9.995 else f"{bits:.2f}" if bits >= 0.995 else f"{bits:.3f}"
+
+
+def count_text(count: int, what: str) -> str:
+    """``1 tensor``, ``2 tensors``, ``12,000 tensors``."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """A fraction as a percentage, such as ``12.5 %``."""
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def ratio_text(ratio: float | None) -> str:
+    """How many times smaller, such as ``57.1×``; ``–`` for None."""
+    if ratio is None:
+        return "–"
+    return f"{ratio:.0f}×" if ratio >= 99.5 else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
