@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from prunecast.cli.console import make_console
 from prunecast.cli.release_options import AsJson, Folder, Keys, Name, show_result
-from prunecast.cli.release_source import Chosen, from_checkpoint, from_file
+from prunecast.common.references import load_callable
 
 __all__ = ["create"]
-
-_VARIANTS = ("fp32", "int8", "int8-qdq", "structured")
 
 
 def create(
@@ -110,45 +111,47 @@ def create(
 ) -> None:
     """Publish a model as the next release: keyframe, patches from live releases, self-test."""
     from prunecast.compression.onnx import save_graph
-    from prunecast.server.repository import KeyRing, Repository
-    from prunecast.server.repository.authoring import export_release
+    from prunecast.server.repository import KeyRing, RecipeError, Repository
+    from prunecast.server.repository.authoring import (
+        NewestRelease,
+        export_release,
+        read_checkpoint,
+        read_recipe,
+    )
 
-    if variant not in (*_VARIANTS, "lattice"):  # as int8 was called
-        raise typer.BadParameter(f"must be {', '.join(_VARIANTS)}", param_hint="--variant")
+    if source is None and (model is None or (selftest is None and calibration is None)):
+        raise typer.BadParameter(
+            "give --model and --selftest (or --calibration), or an .onnx file with --from"
+        )
+    if source is not None and (model, module, graph) != (None, None, None):
+        raise typer.BadParameter("--from has graph and weights: no --model, --module, --graph")
     metrics = dict(map(_metric, metric or []))
     target = Repository(repository, KeyRing(*keys), window=window)
-    chosen = Chosen(
-        name=name,
-        variant=variant,
-        model=model,
-        source=source,
-        selftest=selftest,
-        calibration=calibration,
-        module=module,
-        graph=graph,
-        graph_cache=graph_cache,
-        bits=bits,
-        steps=steps,
-        channels=channels,
-        most_difference=most_difference,
-        seed=seed,
-    )
-    made = from_checkpoint(target, chosen) if source is None else from_file(target, chosen)
-    if save_graph_to:
+    try:
+        recipe = read_recipe(
+            graph=graph,
+            module=None if module is None else _factory(module),
+            onnx=source,
+            selftest=selftest,
+            calibration=calibration,
+            variant=variant,
+            channels=channels,
+            bits=bits,
+            steps=steps,
+            most_difference=most_difference,
+            seed=seed,
+            licence=licence,
+            cache=graph_cache,
+        )
+        weights = None if model is None else read_checkpoint(model)
+        with make_console(stderr=True).status(f"making {name} from {source or module or graph}"):
+            made = recipe.make(weights, metrics, newest=NewestRelease(target, name))
+    except RecipeError as error:
+        raise typer.BadParameter(error.message, param_hint=f"--{error.option}") from error
+    if save_graph_to and made.exported:
         save_graph(made.exported, save_graph_to)
-    published = target.publish(
-        name,
-        made.model,
-        made.graph,
-        selftest_inputs=made.inputs,
-        metrics={**made.metrics, **metrics},
-        variant=made.variant,  # type: ignore[arg-type]
-        licence=licence,
-        kind=made.kind,
-        numerics=made.numerics,
-        at_least=at_least,
-    )
-    result = {
+    published = target.publish_contents(name, made, at_least=at_least)
+    result: dict[str, Any] = {
         "name": published.name,
         "version": published.version,
         "onnx_bytes": published.onnx_bytes,
@@ -157,17 +160,24 @@ def create(
         "patch_bytes": {str(base): size for base, size in published.patch_bytes.items()},
         "file_bytes": dict(published.file_bytes),
         "retired": list(published.retired),
-    }
-    result |= {
         "variant": made.variant,
         "kind": made.kind,
-        "numerics": made.numerics,
+        "numerics": dict(made.numerics),
         "notes": list(made.notes),
-        **made.metrics,
+        **{key: value for key, value in made.metrics.items() if key not in metrics},
     }
     if export is not None:
         result["exported_bytes"] = export_release(target, published.manifest, export)
     show_result(result, as_json, lambda: _created(result))
+
+
+def _factory(reference: str) -> Callable[[], Any]:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module in the current folder, as `python -m` finds it
+    try:
+        return load_callable(reference)
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error), param_hint="--module") from error
 
 
 def _metric(text: str) -> tuple[str, float]:

@@ -6,7 +6,12 @@
 ``release.name``             of the release
 ``release.selftest``         ``.npz`` with a few real inputs, one array per input of the model
 ``release.graph``            "" (the model is exported, some seconds) or a graph that was exported
-``release.variant``          "int8" (the published integers) or "fp32"
+``release.graph-cache``      "" (in the user's cache) or a folder that keeps exported graphs
+``release.variant``          "int8" (the published integers), "fp32", "int8-qdq" or "structured"
+``release.calibration``      "" or ``.npz`` with real samples, and labels where they are known: the
+                             last two variants need it, and every release then states how far it is
+                             from the published model in float32
+``release.channels``         share of the channels that remain, with any variant
 ``release.window``           16: how many releases stay live
 ``release.licence``          "" or the SPDX expression of the weights
 ``release.every``            0: release after every so many rounds
@@ -25,65 +30,21 @@ from typing import TYPE_CHECKING, Any
 
 from prunecast.server.federation.errors import ReleaseRuleError
 from prunecast.server.federation.release_rule import ReleaseRule
-from prunecast.server.federation.releasing import AutomaticReleases, Releaser
+from prunecast.server.federation.releasing import AutomaticReleases, recipe_releaser
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import nn
 
-    from prunecast.compression.onnx import ExportedGraph, Variant
-    from prunecast.compression.release.selftest import Arrays
-    from prunecast.compression.versions import PublishedModel
-    from prunecast.server.repository import Repository
-
-__all__ = ["releases_from_config", "repository_releaser"]
+__all__ = ["releases_from_config"]
 
 _PREFIX = "release."
-_VARIANTS: Mapping[str, Variant] = {"int8": "lattice", "fp32": "fp32"}
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("repository", "keys", "name", "selftest", "graph", "metric"), str),
-    **dict.fromkeys(("variant", "licence"), str),
+    **dict.fromkeys(("repository", "keys", "name", "selftest", "graph", "graph-cache"), str),
+    **dict.fromkeys(("variant", "calibration", "licence", "metric"), str),
     **dict.fromkeys(("window", "every"), int),
-    **dict.fromkeys(("reach", "improve"), float),
+    **dict.fromkeys(("channels", "reach", "improve"), float),
     "lower-is-better": bool,
 }
-
-
-def repository_releaser(
-    repository: Repository,
-    name: str,
-    graph: ExportedGraph,
-    selftest_inputs: Arrays | NDArray[np.generic],
-    *,
-    variant: str = "int8",
-    licence: str | None = None,
-) -> Releaser:
-    """Publishes into a repository on this machine, under one name.
-
-    Raises:
-        RepositoryError: the keys at hand cannot publish this name.
-        ReleaseRuleError: an unknown variant.
-    """
-    if variant not in _VARIANTS:
-        raise ReleaseRuleError(
-            f"release.variant = {variant!r} is unknown here: choose one of {', '.join(_VARIANTS)}"
-        )
-    repository.check_publishable(name)
-
-    def publish(model: PublishedModel, metrics: Mapping[str, float]) -> int:
-        made = repository.publish(
-            name,
-            model,
-            graph,
-            selftest_inputs=selftest_inputs,
-            metrics=metrics,
-            variant=_VARIANTS[variant],
-            licence=licence,
-        )
-        return made.version
-
-    return publish
 
 
 def releases_from_config(
@@ -112,7 +73,7 @@ def releases_from_config(
                 "`prunecast release init` or `prunecast release keys`"
             )
         return None
-    for key in ("keys", "name", "selftest"):
+    for key in ("keys", "name"):
         if key not in given:
             raise ReleaseRuleError(f"release.{key} is missing: releases need it")
     rule = ReleaseRule(
@@ -128,49 +89,45 @@ def releases_from_config(
 def _open(
     given: Mapping[str, Any], rule: ReleaseRule, model: Callable[[], nn.Module]
 ) -> AutomaticReleases:
-    from prunecast.compression.onnx import load_graph
-    from prunecast.compression.release import ReleaseError, unpack_arrays
-    from prunecast.server.repository import KeyRing, ReleaseNotFound, Repository, RepositoryError
+    from prunecast.compression.release import ReleaseError
+    from prunecast.server.repository import KeyRing, RecipeError, Repository, RepositoryError
+    from prunecast.server.repository.authoring import NewestRelease, read_recipe
 
-    key = "release.repository"
+    def path(key: str) -> Path | None:
+        return Path(given[key]) if key in given else None
+
+    option = "repository"
     try:
         folders = [part.strip() for part in given["keys"].split(",") if part.strip()]
         ring = KeyRing(*folders)
         repository = Repository(Path(given["repository"]), ring, window=given.get("window", 16))
         repository.check_publishable(given["name"])
-        key = "release.selftest"
-        inputs = unpack_arrays(Path(given["selftest"]).read_bytes())
-        key = "release.graph"
-        graph = load_graph(Path(given["graph"])) if "graph" in given else _export(model, inputs)
-        key = "release.repository"
-        releaser = repository_releaser(
-            repository,
-            given["name"],
-            graph,
-            inputs,
+        recipe = read_recipe(
+            graph=path("graph"),
+            module=None if "graph" in given else model,
+            selftest=path("selftest"),
+            calibration=path("calibration"),
             variant=given.get("variant", "int8"),
+            channels=given.get("channels"),
             licence=given.get("licence"),
+            cache=path("graph-cache"),
         )
-        try:
-            held = repository.show(given["name"]).metrics.get(rule.metric)
-        except ReleaseNotFound:
-            held = None
+        measured = recipe.share is not None or recipe.variant == "int8-qdq"
+        if measured and recipe.samples is None:
+            raise RecipeError(
+                "calibration", "is missing: nothing else says how far such a variant is off"
+            )
+        option = "graph"
+        recipe = recipe.prepared()
+        option = "repository"
+        newest = NewestRelease(repository, given["name"]).manifest
     except (RepositoryError, ReleaseError, OSError) as error:
-        raise ReleaseRuleError(
-            f"{key} = {given.get(key.removeprefix(_PREFIX), '')!r}: {error}"
-        ) from error
-    return AutomaticReleases(rule, releaser, held)
-
-
-def _export(model: Callable[[], nn.Module], inputs: Mapping[str, Any]) -> ExportedGraph:
-    import torch
-
-    from prunecast.compression.onnx.export import export_graph
-
-    examples = tuple(torch.from_numpy(values.copy()) for values in inputs.values())
-    with torch.random.fork_rng(devices=[]):
-        module = model()
-    return export_graph(module, examples, input_names=list(inputs))
+        wrong, reason = option, str(error)
+        if isinstance(error, RecipeError):
+            wrong, reason = error.option, error.message
+        raise ReleaseRuleError(f"{_PREFIX}{wrong} = {given.get(wrong, '')!r}: {reason}") from error
+    held = newest.metrics.get(rule.metric) if newest else None
+    return AutomaticReleases(rule, recipe_releaser(recipe, repository, given["name"]), held)
 
 
 def _typed(key: str, value: Any) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
@@ -17,13 +17,17 @@ from prunecast.server.federation.errors import ReleaseRuleError
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.release_rule import ReleaseRule, ReleaseWatch
 
-__all__ = ["AutomaticReleases", "Released", "Releaser"]
+if TYPE_CHECKING:
+    from prunecast.server.repository import Repository
+    from prunecast.server.repository.authoring import ReleaseRecipe
+
+__all__ = ["AutomaticReleases", "Released", "Releaser", "recipe_releaser"]
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class Releaser(Protocol):
-    """Publishes a model as the next release; `repository_releaser` makes one."""
+    """Publishes a model as the next release; `recipe_releaser` makes one."""
 
     def __call__(self, model: PublishedModel, metrics: Mapping[str, float]) -> int:
         """Publish and return the number of the release.
@@ -31,6 +35,20 @@ class Releaser(Protocol):
         Raises:
             ValueError: it could not be published; nothing was.
         """
+
+
+def recipe_releaser(recipe: ReleaseRecipe, repository: Repository, name: str) -> Releaser:
+    """Makes every release by one recipe and publishes it into a repository on this machine.
+
+    Raises:
+        RepositoryError: the keys at hand cannot publish this name.
+    """
+    repository.check_publishable(name)
+
+    def release(model: PublishedModel, metrics: Mapping[str, float]) -> int:
+        return recipe.release(repository, name, model, metrics).version
+
+    return release
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from prunecast.server.repository.checks.verify import VerifiedRelease, verify_re
 from prunecast.server.repository.errors import (
     CeremonyError,
     KeyFileError,
+    RecipeError,
     ReleaseNotFound,
     RepositoryCorrupt,
     RepositoryError,
@@ -42,6 +43,7 @@ __all__ = [
     "KeyFileError",
     "KeyRing",
     "PublishedRelease",
+    "RecipeError",
     "ReleaseEntry",
     "ReleaseNotFound",
     "Repository",

@@ -3,6 +3,7 @@
 __all__ = [
     "CeremonyError",
     "KeyFileError",
+    "RecipeError",
     "ReleaseNotFound",
     "RepositoryCorrupt",
     "RepositoryError",
@@ -15,6 +16,19 @@ __all__ = [
 
 class RepositoryError(ValueError):
     """Base of every error that `prunecast.server.repository` raises."""
+
+
+class RecipeError(RepositoryError):
+    """A recipe cannot work.
+
+    Args:
+        option: the field that is missing or wrong.
+        message: what is wrong with it.
+    """
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(f"{option}: {message}")
+        self.option, self.message = option, message
 
 
 class KeyFileError(RepositoryError):

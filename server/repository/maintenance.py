@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -28,6 +29,8 @@ from prunecast.server.repository.roles import ONLINE_ROLES, ROLES, Expiry
 
 __all__ = ["MaintainedRepository", "check_outside", "utc_now"]
 
+_RETRY = 0.05  # seconds between tries for the lock; a writer holds it for less than a second
+
 
 def utc_now() -> datetime:
     """The time, in UTC."""
@@ -43,6 +46,7 @@ class MaintainedRepository(RepositoryReader):
         window: how many releases of one name stay live; publishing one more retires the oldest.
         expiry: lifetimes of the signed metadata.
         grace: how long files stay after nothing live refers to them, for devices in mid-download.
+        patience: how long to wait while another process writes.
         now: the clock, for tests.
 
     Raises:
@@ -58,13 +62,14 @@ class MaintainedRepository(RepositoryReader):
         window: int = 16,
         expiry: Expiry | None = None,
         grace: timedelta = timedelta(days=1),
+        patience: timedelta = timedelta(seconds=10),
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         if window < 1:
             raise RepositoryError("the window holds at least one release")
         super().__init__(path)
         check_outside(keys, self.path)
-        self.window, self.grace = window, grace
+        self.window, self.grace, self.patience = window, grace, patience
         self._keys, self._expiry, self._now = keys, expiry or Expiry(), now
 
     def enact(self, ceremony: Ceremony) -> list[str]:
@@ -208,12 +213,18 @@ class MaintainedRepository(RepositoryReader):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        try:
-            lock = lock_file(self.path / ".lock")
-        except BlockingIOError as error:
-            raise RepositoryError(
-                f"{self.path} is being changed by another process: try again when it is done"
-            ) from error
+        until = time.monotonic() + self.patience.total_seconds()
+        while True:
+            try:
+                lock = lock_file(self.path / ".lock")
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    raise RepositoryError(
+                        f"{self.path} is being changed by another process: try again when it is "
+                        "done"
+                    ) from error
+                time.sleep(_RETRY)
         with lock:
             yield
 

@@ -13,7 +13,7 @@ replaces ``timestamp.json`` last, by rename: a reader sees the old state or the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,11 +34,11 @@ from prunecast.server.repository.keys.ceremony import Ceremony
 from prunecast.server.repository.keys.keyring import KeyRing
 from prunecast.server.repository.maintenance import MaintainedRepository, check_outside, utc_now
 from prunecast.server.repository.metadata import MetadataSet
-from prunecast.server.repository.reading import ReleaseEntry
 from prunecast.server.repository.roles import ONLINE_ROLES, Expiry
 
 if TYPE_CHECKING:
     from prunecast.compression.onnx import ExportedGraph, Variant
+    from prunecast.server.repository.authoring.build import ReleaseContents
 
 __all__ = ["PublishedRelease", "Repository"]
 
@@ -155,13 +155,40 @@ class Repository(MaintainedRepository):
             model: the weights.
             graph: the architecture.
             selftest_inputs: a few real inputs by name, or one array when there is one input.
-            metrics: figures measured on this very model, such as ``{"accuracy": 0.97}``.
-            variant: ``lattice`` (integers and ``DequantizeLinear``) or ``fp32``.
-            licence: SPDX expression of the weights, if stated.
-            minimum_agent: lowest agent version that can run it.
-            tolerance: of the self-test; default 1e-4 of the largest output, 1e-3 of each value.
-            kind: which variant of the model this is, in a word for people.
-            numerics: how far it computes from the float32 reference, see `authoring.variants`.
+            metrics: see `ReleaseContents`; and so the others but the last.
+            at_least: see `publish_contents`.
+
+        Raises:
+            RepositoryError, ReleaseError, VersionsError: see `publish_contents`.
+        """
+        from prunecast.server.repository.authoring.build import ReleaseContents
+
+        contents = ReleaseContents(
+            model,
+            graph,
+            selftest_inputs,
+            variant,
+            metrics=metrics or {},
+            licence=licence,
+            minimum_agent=minimum_agent,
+            tolerance=tolerance,
+            kind=kind,
+            numerics=numerics or {},
+        )
+        return self.publish_contents(name, contents, at_least=at_least)
+
+    def publish_contents(
+        self, name: str, contents: ReleaseContents, *, at_least: int = 1
+    ) -> PublishedRelease:
+        """Publish what `ReleaseRecipe.make` made as the next release of `name`.
+
+        Everything that takes time happens while others may publish; they are kept out only while
+        finished files and metadata are written. Where somebody else has published this name
+        meanwhile, the payload from that release is coded before the next try.
+
+        Args:
+            name: 1 to 64 of ``a-z 0-9 . _ -``.
+            contents: what to release.
             at_least: lowest number of the release: devices that took one which was published with
                 a stolen key, far ahead, take only a higher one.
 
@@ -171,48 +198,35 @@ class Repository(MaintainedRepository):
             VersionsError: the model cannot be coded, or a file cannot be written.
                 Nothing was published in any of these cases.
         """
-        from prunecast.server.repository.authoring.build import ReleaseRequest, build_release
+        from prunecast.server.repository.authoring.build import BuiltRelease
 
-        check_release_name(name)
-        request = ReleaseRequest(
-            model,
-            graph,
-            selftest_inputs,
-            metrics or {},
-            variant,
-            licence,
-            minimum_agent,
-            tolerance,
-            kind,
-            numerics or {},
-        )
-        with self._locked():
-            state = self._load()
-            self._require(state, state.publisher_of(name), *ONLINE_ROLES)
-            live = [e for e in self._entries(state) if e.name == name]
-            kept = live[max(0, len(live) + 1 - self.window) :]
-            now = self._now()
-            built = build_release(
-                request,
-                name=name,
-                version=max(state.next_version(name), at_least),
-                created=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-                bases=self._bases(live),
-            )
-            manifest = built.manifest
-            data = manifest.to_bytes()
-            sha256 = hashlib.sha256(data).hexdigest()
-            for digest, blob in built.blobs.items():
-                self._write_once(self.path / blob_path(digest), blob)
-            path = manifest_path(name, manifest.version)
-            self._write_once(self._target_file(path, sha256), data)
-            target = TargetFile(len(data), {"sha256": sha256}, path)
-            state.list_release(name, manifest.version, target)
-            retired = [e for e in live if e not in kept]
-            for entry in retired:
-                state.unlist_release(entry.name, entry.version)
-            self._commit(state.sign_releases(name, self._signers, self._expiry, now))
-            collect(self.path, now, self.grace)
+        self.check_publishable(name)
+        built = BuiltRelease(contents, name)
+        while True:
+            for base in self._live(self._load(), name):
+                if not built.starts_from(base.model_digest):
+                    built.add_patch(self.model(base))
+            with self._locked():
+                state = self._load()
+                self._require(state, state.publisher_of(name), *ONLINE_ROLES)
+                live, now = self._live(state, name), self._now()
+                if not all(built.starts_from(base.model_digest) for base in live):
+                    continue
+                version = max(state.next_version(name), at_least)
+                manifest, blobs = built.finish(version, now.strftime("%Y-%m-%dT%H:%M:%SZ"), live)
+                data = manifest.to_bytes()
+                sha256 = hashlib.sha256(data).hexdigest()
+                for digest, blob in blobs.items():
+                    self._write_once(self.path / blob_path(digest), blob)
+                path = manifest_path(name, version)
+                self._write_once(self._target_file(path, sha256), data)
+                state.list_release(name, version, TargetFile(len(data), {"sha256": sha256}, path))
+                retired = live[: max(0, len(live) + 1 - self.window)]
+                for old in retired:
+                    state.unlist_release(name, old.version)
+                self._commit(state.sign_releases(name, self._signers, self._expiry, now))
+                collect(self.path, now, self.grace)
+                break
         return PublishedRelease(
             name=name,
             version=manifest.version,
@@ -225,7 +239,7 @@ class Repository(MaintainedRepository):
                 **{file: ref.length for file, ref in manifest.files.items()},
                 "release.json": len(data),
             },
-            retired=tuple(e.version for e in retired),
+            retired=tuple(old.version for old in retired),
         )
 
     def retire(self, name: str, version: int) -> None:
@@ -256,9 +270,8 @@ class Repository(MaintainedRepository):
         state = self._load()
         self._require(state, state.publisher_of(name), *ONLINE_ROLES)
 
-    def _bases(self, live: Sequence[ReleaseEntry]) -> Iterator[tuple[int, PublishedModel]]:
-        for entry in live:
-            yield entry.version, self.model(self._manifest(entry))
+    def _live(self, state: MetadataSet, name: str) -> list[ReleaseManifest]:
+        return [self._manifest(entry) for entry in self._entries(state) if entry.name == name]
 
     def _write_once(self, path: Path, data: bytes) -> None:
         if not path.is_file() or path.read_bytes() != data:

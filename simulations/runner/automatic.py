@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from prunecast.common.references import load_callable
-from prunecast.compression.onnx import ExportedGraph
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
-from prunecast.server.federation.release_config import repository_releaser
+from prunecast.server.federation.releasing import recipe_releaser
 from prunecast.server.repository import KeyRing, Repository
+from prunecast.server.repository.authoring import ReleaseRecipe
 from prunecast.simulations.runner.prepared import PreparedRun, held_out
 from prunecast.simulations.scenarios import ReleaseSpec
 
-__all__ = ["automatic_releases", "export_factory", "repository_of", "rule_of"]
+__all__ = ["automatic_releases", "release_recipe", "repository_of", "rule_of"]
 
 
 def rule_of(spec: ReleaseSpec) -> ReleaseRule | None:
@@ -40,11 +37,19 @@ def automatic_releases(prepared: PreparedRun, arm: str) -> AutomaticReleases | N
     rule = rule_of(spec) if spec is not None and arm == prepared.scenario.released_arm() else None
     if spec is None or rule is None:
         return None
+    recipe = release_recipe(prepared).prepared()
+    return AutomaticReleases(rule, recipe_releaser(recipe, repository_of(prepared), spec.name))
+
+
+def release_recipe(prepared: PreparedRun) -> ReleaseRecipe:
+    """How a scenario's releases are made, during the run and after it."""
+    spec = prepared.scenario.release
+    assert spec is not None
     inputs, _ = held_out(prepared)
-    graph = export_factory(prepared.scenario.model.factory, inputs[:2])
-    tests = inputs[: spec.selftest_images]
-    return AutomaticReleases(
-        rule, repository_releaser(repository_of(prepared), spec.name, graph, tests)
+    return ReleaseRecipe(
+        module=load_callable(prepared.scenario.model.factory),
+        selftest=inputs[: spec.selftest_images],
+        cache=prepared.work / "graphs",
     )
 
 
@@ -54,12 +59,3 @@ def repository_of(prepared: PreparedRun) -> Repository:
     if path.is_dir():
         return Repository(path, KeyRing(keys))
     return Repository.create(path, KeyRing.create(keys))
-
-
-def export_factory(factory: str, examples: NDArray[np.float32]) -> ExportedGraph:
-    """Export what a scenario's model factory makes."""
-    import torch
-
-    from prunecast.compression.onnx.export import export_graph
-
-    return export_graph(load_callable(factory)(), (torch.from_numpy(examples),))

@@ -19,7 +19,7 @@ from prunecast.compression.versions import PublishedModel, load_model
 from prunecast.server.repository import PublishedRelease
 from prunecast.server.repository.serving import ReleaseServer
 from prunecast.simulations.runner import DeviceMismatch, SimulationError
-from prunecast.simulations.runner.automatic import export_factory, repository_of
+from prunecast.simulations.runner.automatic import release_recipe, repository_of
 from prunecast.simulations.runner.prepared import PreparedRun, held_out
 
 __all__ = ["deliver"]
@@ -57,24 +57,19 @@ def deliver(
     spec, arm = prepared.scenario.release, prepared.scenario.released_arm()
     if spec is None or arm is None:
         raise SimulationError("the scenario has no [release]: add one")
-    inputs, labels = held_out(prepared)
+    _, labels = held_out(prepared)
     versions = [_published(prepared.work / f"{arm}-{place}") for place in (1, 2)]
     if versions[0].model.digest == versions[1].model.digest:
         raise SimulationError("the last round changed nothing: train for more rounds")
     on_step("exporting the network to ONNX")
-    graph = export_factory(prepared.scenario.model.factory, inputs[:2])
+    recipe = release_recipe(prepared).prepared()
     repository = repository_of(prepared)  # automatic releases may be there already
     root = prepared.folder / "root.json"
     root.write_bytes(repository.trusted_root())
 
     def publish(version: _Published) -> PublishedRelease:
-        return repository.publish(
-            spec.name,
-            version.model,
-            graph,
-            selftest_inputs=inputs[: spec.selftest_images],
-            metrics={"accuracy": version.accuracy},
-        )
+        metrics = {"accuracy": version.accuracy}
+        return recipe.release(repository, spec.name, version.model, metrics)
 
     on_step("signing the release before the last round")
     first = publish(versions[0])

@@ -1,43 +1,33 @@
 """What a release is made from, and how it is built; needs onnx and onnxruntime."""
 
+from prunecast.server.repository.authoring.build import ReleaseContents
+from prunecast.server.repository.authoring.modules import plan_of
+from prunecast.server.repository.authoring.recipe import (
+    VARIANTS,
+    NewestRelease,
+    ReleaseRecipe,
+    read_recipe,
+)
 from prunecast.server.repository.authoring.sources import (
-    ForeignRelease,
     export_release,
     from_arrays,
     from_onnx,
     read_checkpoint,
-    run_original,
 )
-from prunecast.server.repository.authoring.variants import (
-    KINDS,
-    Narrowed,
-    Samples,
-    VariantRelease,
-    make_narrow,
-    make_variant,
-    module_outputs,
-    plan_of,
-    reference_outputs,
-    split_samples,
-    with_weights,
-)
+from prunecast.server.repository.authoring.variants import Samples, make_variant, split_samples
 
 __all__ = [
-    "KINDS",
-    "ForeignRelease",
-    "Narrowed",
+    "VARIANTS",
+    "NewestRelease",
+    "ReleaseContents",
+    "ReleaseRecipe",
     "Samples",
-    "VariantRelease",
     "export_release",
     "from_arrays",
     "from_onnx",
-    "make_narrow",
     "make_variant",
-    "module_outputs",
     "plan_of",
     "read_checkpoint",
-    "reference_outputs",
-    "run_original",
+    "read_recipe",
     "split_samples",
-    "with_weights",
 ]

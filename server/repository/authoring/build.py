@@ -1,11 +1,16 @@
-"""Build everything a release consists of, in memory; nothing is published here."""
+"""Build everything that a release consists of, in memory and without the repository's lock.
+
+What a release holds and what it is called are apart: binding the weights, running the self-test
+and coding payloads take seconds to minutes, so they happen while others publish. Only `finish`
+needs to know the release's number and which releases are live, and it takes no time.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,132 +42,144 @@ from prunecast.compression.versions import (
 )
 from prunecast.server.repository.errors import RepositoryError
 
-__all__ = ["BuiltRelease", "ReleaseRequest", "build_release"]
+__all__ = ["BuiltRelease", "ReleaseContents"]
 
 
 @dataclass(frozen=True)
-class ReleaseRequest:
-    """What to release.
+class ReleaseContents:
+    """What a release holds; `ReleaseRecipe` makes it, whatever the model comes from.
 
     Attributes:
         model: the weights.
         graph: the architecture.
-        selftest_inputs: a few real inputs by name, or one array when the model has one input.
-        metrics: figures measured on this very model, such as ``{"accuracy": 0.97}``.
+        inputs: a few real inputs by name, or one array when the model has one input.
         variant: ``lattice`` (integers and ``DequantizeLinear``) or ``fp32``.
+        metrics: figures measured on this very model, such as ``{"accuracy": 0.97}``.
         licence: SPDX expression of the weights, if stated.
         minimum_agent: lowest agent version that can run it.
         tolerance: of the self-test; default 1e-4 of the largest output and 1e-3 of each value,
             and for a graph that computes in integers twice what it differs from floats, too.
         kind: which variant of the model this is, in a word for people.
         numerics: how far it computes from the float32 reference.
+        notes: what a user should know, a sentence each; not part of the release.
+        exported: the architecture before it was quantised, for another time.
     """
 
     model: PublishedModel
     graph: ExportedGraph
-    selftest_inputs: Arrays | NDArray[np.generic]
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    inputs: Arrays | NDArray[np.generic]
     variant: Variant = "lattice"
+    metrics: Mapping[str, float] = field(default_factory=dict)
     licence: str | None = None
     minimum_agent: str = "0.1.0"
     tolerance: Tolerance | None = None
     kind: str = ""
     numerics: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    exported: ExportedGraph | None = None
 
 
-@dataclass(frozen=True)
 class BuiltRelease:
-    """A release ready to be stored.
-
-    Attributes:
-        manifest: content of `release.json`.
-        blobs: every file that travels, by SHA-256 (hex).
-        onnx_bytes: size of the same model as one fp32 ``.onnx`` file; None above 2 GiB.
-    """
-
-    manifest: ReleaseManifest
-    blobs: Mapping[str, bytes]
-    onnx_bytes: int | None
-
-
-def build_release(
-    request: ReleaseRequest,
-    *,
-    name: str,
-    version: int,
-    created: str,
-    bases: Iterable[tuple[int, PublishedModel]],
-) -> BuiltRelease:
-    """Bind the weights, run the self-test inputs, and code the keyframe and the patches.
+    """A release that only lacks its number: weights bound, self-test run, keyframe coded.
 
     Args:
-        request: what to release.
-        name: name of the release.
-        version: its number.
-        created: UTC time, ISO 8601.
-        bases: live releases that devices may hold: number and model.
+        contents: what to release.
+        name: of the release.
+
+    Attributes:
+        onnx_bytes: size of the same model as one fp32 ``.onnx`` file; None above 2 GiB.
 
     Raises:
         ReleaseError: the model does not fit the graph, or onnxruntime refuses it or its inputs.
         RepositoryError: the self-test inputs are unusable.
     """
-    model, stream = request.model, name.encode()
-    blobs: dict[str, bytes] = {}
 
-    def keep(data: bytes) -> FileRef:
-        ref = FileRef(hashlib.sha256(data).hexdigest(), len(data))
-        blobs[ref.sha256] = data
-        return ref
-
-    with tempfile.TemporaryDirectory() as folder:
-        bound = bind_weights(request.graph, model, Path(folder), variant=request.variant)
-        session = open_session(bound.model)
-        inputs = _inputs(session, request.selftest_inputs)
-        expected = session.run(inputs)
-        spread = _spread(bound.model, inputs, expected)
-        files = {
-            "model.onnx": keep(bound.model.read_bytes()),
-            "layout.json": keep(bound.layout.to_bytes()),
-            "selftest.npz": keep(pack_arrays(inputs)),
-            "expected.npz": keep(pack_arrays(expected)),
-        }
-    keyframe = keep(encode_keyframe(model, stream=stream))
-    patches = []
-    for base_version, base in bases:
-        if base.digest == model.digest:
-            continue  # a device that holds the same model needs no payload
+    def __init__(self, contents: ReleaseContents, name: str) -> None:
+        self._contents, self._name = contents, name
+        self._blobs: dict[str, bytes] = {}
+        model = contents.model
+        with tempfile.TemporaryDirectory() as folder:
+            bound = bind_weights(contents.graph, model, Path(folder), variant=contents.variant)
+            session = open_session(bound.model)
+            inputs = _inputs(session, contents.inputs)
+            expected = session.run(inputs)
+            tolerance = contents.tolerance or _tolerance(
+                expected, _spread(bound.model, inputs, expected)
+            )
+            files = {
+                "model.onnx": self._keep(bound.model.read_bytes()),
+                "layout.json": self._keep(bound.layout.to_bytes()),
+                "selftest.npz": self._keep(pack_arrays(inputs)),
+                "expected.npz": self._keep(pack_arrays(expected)),
+            }
+        self._unnumbered = ReleaseManifest(
+            name=name,
+            version=1,
+            created="",
+            model_digest=model.digest.hex(),
+            counter=model.counter,
+            variant=contents.variant,
+            inputs=session.inputs,
+            outputs=session.outputs,
+            files=files,
+            weights=FileRef(bound.weights_sha256, bound.layout.size),
+            keyframe=self._keep(encode_keyframe(model, stream=name.encode())),
+            patches=(),
+            tolerance=tolerance,
+            metrics={key: float(value) for key, value in contents.metrics.items()},
+            licence=contents.licence,
+            minimum_agent=contents.minimum_agent,
+            kind=contents.kind,
+            numerics={key: float(value) for key, value in contents.numerics.items()},
+        )
+        # what a device would refuse is refused here
+        ReleaseManifest.from_bytes(self._unnumbered.to_bytes())
+        # a device that holds the same model needs no payload
+        self._patches: dict[str, FileRef | None] = {self._unnumbered.model_digest: None}
         try:
-            patch = encode_delta(base, model, stream=stream)
+            self.onnx_bytes: int | None = single_file_size(contents.graph, model)
+        except BindError:
+            self.onnx_bytes = None
+
+    def starts_from(self, digest: str) -> bool:
+        """Whether the payload from a model, by its digest (hex), has been coded."""
+        return digest in self._patches
+
+    def add_patch(self, base: PublishedModel) -> None:
+        """Code the payload for devices that hold `base`, unless the keyframe is smaller."""
+        digest = base.digest.hex()
+        self._patches[digest] = None
+        try:
+            data = encode_delta(base, self._contents.model, stream=self._name.encode())
         except InvalidModel:
-            continue  # another architecture: devices take the keyframe
-        if len(patch) < keyframe.length:
-            patches.append(PatchRef(base_version, base.digest.hex(), keep(patch)))
-    manifest = ReleaseManifest(
-        name=name,
-        version=version,
-        created=created,
-        model_digest=model.digest.hex(),
-        counter=model.counter,
-        variant=request.variant,
-        inputs=session.inputs,
-        outputs=session.outputs,
-        files=files,
-        weights=FileRef(bound.weights_sha256, bound.layout.size),
-        keyframe=keyframe,
-        patches=tuple(patches),
-        tolerance=request.tolerance or _tolerance(expected, spread),
-        metrics={key: float(value) for key, value in request.metrics.items()},
-        licence=request.licence,
-        minimum_agent=request.minimum_agent,
-        kind=request.kind,
-        numerics={key: float(value) for key, value in request.numerics.items()},
-    )
-    ReleaseManifest.from_bytes(manifest.to_bytes())  # what a device would refuse is refused here
-    try:
-        onnx_bytes = single_file_size(request.graph, model)
-    except BindError:
-        onnx_bytes = None
-    return BuiltRelease(manifest, blobs, onnx_bytes)
+            return  # another architecture: devices take the keyframe
+        if len(data) < self._unnumbered.keyframe.length:
+            self._patches[digest] = self._keep(data)
+
+    def finish(
+        self, version: int, created: str, live: Iterable[ReleaseManifest]
+    ) -> tuple[ReleaseManifest, dict[str, bytes]]:
+        """The manifest, and every file that travels by its SHA-256 (hex).
+
+        Args:
+            version: number of the release.
+            created: UTC time, ISO 8601.
+            live: releases that devices may hold; the payloads from them have been coded.
+        """
+        patches = tuple(
+            PatchRef(base.version, base.model_digest, file)
+            for base in live
+            if (file := self._patches[base.model_digest]) is not None
+        )
+        manifest = replace(self._unnumbered, version=version, created=created, patches=patches)
+        ReleaseManifest.from_bytes(manifest.to_bytes())
+        refs = manifest.references().values()
+        return manifest, {ref.sha256: self._blobs[ref.sha256] for ref in refs}
+
+    def _keep(self, data: bytes) -> FileRef:
+        ref = FileRef(hashlib.sha256(data).hexdigest(), len(data))
+        self._blobs[ref.sha256] = data
+        return ref
 
 
 def _inputs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ from prunecast.compression.release import ReleaseManifest, WeightsLayout, open_s
 from prunecast.compression.release.runtime import fit_inputs
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, load_model
+from prunecast.server.repository.authoring.build import ReleaseContents
 from prunecast.server.repository.authoring.variants import Samples, run_samples
 from prunecast.server.repository.errors import RepositoryError
 from prunecast.server.repository.reading import RepositoryReader
 
 __all__ = [
-    "ForeignRelease",
     "export_release",
     "from_arrays",
     "from_onnx",
@@ -46,41 +46,6 @@ _DEQUANTISES_INT8, _DEQUANTISES_INT16 = 10, 21  # opsets
 _NARROW = (np.dtype(np.int8), np.dtype(np.int32))
 
 
-@dataclass(frozen=True)
-class ForeignRelease:
-    """What `Repository.publish` takes, made of an ``.onnx`` file.
-
-    Attributes:
-        model: the weights.
-        graph: the architecture.
-        inputs: self-test inputs, given or drawn.
-        variant: what `weights.bin` can hold.
-        difference: outputs of the release against those of the original, on the inputs.
-        notes: what a user should know, a sentence each.
-    """
-
-    model: PublishedModel
-    graph: ExportedGraph
-    inputs: Mapping[str, NDArray[np.generic]]
-    variant: Variant
-    difference: Difference
-    notes: tuple[str, ...]
-
-    @property
-    def kind(self) -> str:
-        """``int8`` if integers are stored, else ``fp32``."""
-        return "int8" if self.variant == "lattice" else "fp32"
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The difference as metrics of a manifest."""
-        return {
-            "onnx_max_difference": self.difference.absolute,
-            "onnx_relative_difference": self.difference.relative,
-            "onnx_classes_changed": self.difference.classes,
-        }
-
-
 def from_onnx(
     path: Path,
     *,
@@ -91,8 +56,11 @@ def from_onnx(
     inputs: Arrays | None = None,
     seed: int = 0,
     most_difference: float | None = None,
-) -> ForeignRelease:
+) -> ReleaseContents:
     """Take a model apart, quantise it, and compare it with the original in onnxruntime.
+
+    The metrics state the difference between the outputs, on the inputs: ``onnx_max_difference``,
+    ``onnx_relative_difference`` (of the largest value), ``onnx_classes_changed``.
 
     Args:
         path: the ``.onnx`` file; external data in its folder or below.
@@ -135,7 +103,20 @@ def from_onnx(
     if inputs is None:
         notes.append(f"the self-test holds drawn inputs (seed {seed}): give real ones if you can")
     graph = replace(lifted.graph, max_difference=moved.absolute)
-    return ForeignRelease(model, graph, given, chosen, difference, (*lifted.notes, *notes))
+    return ReleaseContents(
+        model,
+        graph,
+        given,
+        chosen,
+        metrics={
+            "onnx_max_difference": difference.absolute,
+            "onnx_relative_difference": difference.relative,
+            "onnx_classes_changed": difference.classes,
+        },
+        kind="int8" if chosen == "lattice" else "fp32",
+        notes=(*lifted.notes, *notes),
+        exported=graph,
+    )
 
 
 def run_original(path: Path, samples: Samples) -> dict[str, NDArray[np.generic]]:

@@ -1,25 +1,12 @@
-"""Variants of a release, and how far each computes from the float32 reference.
-
-============== ===================================================== ==========================
-kind           the device computes                                   its weights
-============== ===================================================== ==========================
-``fp32``       in floats                                             float32 in `weights.bin`
-``int8``       in floats, the same values                            the published integers
-``int8-qdq``   convolutions and linear layers in integers            the published integers
-``structured`` ``int8`` on fewer channels, see `structured`          the published integers
-============== ===================================================== ==========================
-
-A variant is a release of its own name: a device follows one of them.
-"""
+"""Variants of a model, and how far each computes from the float32 reference."""
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,39 +16,29 @@ from prunecast.compression.onnx import (
     Variant,
     bind_weights,
     quantise,
-    read_note,
-    with_note,
 )
 from prunecast.compression.onnx.calibration import batches
 from prunecast.compression.onnx.compare import differ
-from prunecast.compression.pruning import ChannelPlan, PlanError
 from prunecast.compression.release import InferenceSession, open_session
 from prunecast.compression.release.runtime import fit_inputs
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
+from prunecast.server.repository.authoring.build import ReleaseContents
 from prunecast.server.repository.errors import RepositoryError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 __all__ = [
     "KINDS",
-    "Kind",
-    "Narrowed",
     "Samples",
-    "VariantRelease",
-    "make_narrow",
     "make_variant",
-    "module_outputs",
-    "plan_of",
     "reference_outputs",
     "run_samples",
     "split_samples",
-    "with_weights",
 ]
 
-Kind = Literal["fp32", "int8", "int8-qdq"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = ("fp32", "int8", "int8-qdq")
 _LABELS = "labels"
 
 
@@ -76,27 +53,6 @@ class Samples:
 
     inputs: Arrays
     labels: NDArray[np.integer] | None = None
-
-
-@dataclass(frozen=True)
-class VariantRelease:
-    """What `Repository.publish` takes.
-
-    Attributes:
-        model: the weights.
-        graph: the architecture.
-        variant: what `weights.bin` holds.
-        kind: the variant.
-        numerics: how far it computes from the reference; see `make_variant`.
-        notes: what a user should know, a sentence each.
-    """
-
-    model: PublishedModel
-    graph: ExportedGraph
-    variant: Variant
-    kind: str
-    numerics: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def split_samples(arrays: Arrays) -> Samples:
@@ -117,15 +73,14 @@ def split_samples(arrays: Arrays) -> Samples:
 
 
 def make_variant(
-    kind: Kind,
-    model: PublishedModel,
-    graph: ExportedGraph,
+    contents: ReleaseContents,
+    kind: str,
     samples: Samples | None,
     *,
     reference: Arrays | None = None,
     held: PublishedModel | None = None,
-) -> VariantRelease:
-    """Make a variant of a model and measure it.
+) -> ReleaseContents:
+    """Make a variant of what would be released and measure it.
 
     The numerics are, over all samples: ``samples`` (how many), ``max_difference`` (largest absolute
     difference of an output), ``relative_difference`` (that over the output's largest value),
@@ -134,9 +89,8 @@ def make_variant(
     when it was exported.
 
     Args:
-        kind: which.
-        model: the weights.
-        graph: the architecture.
+        contents: weights and architecture.
+        kind: one of `KINDS`.
         samples: what is measured on; ``int8-qdq`` cannot be made without.
         reference: outputs to compare with, for all samples; default those of `graph` with the
             values of `model` in float32.
@@ -148,7 +102,7 @@ def make_variant(
     """
     if kind not in KINDS:
         raise RepositoryError(f"variants are {', '.join(KINDS)}, not {kind!r}")
-    notes: list[str] = []
+    model, graph, notes = contents.model, contents.graph, list(contents.notes)
     variant: Variant = "fp32" if kind == "fp32" else "lattice"
     label: str = kind
     if kind == "int8" and not any(isinstance(t, LatticeTensor) for t in model.tensors.values()):
@@ -173,7 +127,15 @@ def make_variant(
     numerics = {"export_difference": graph.max_difference}
     if samples is not None and reference is not None:
         numerics |= _measure(model, graph, variant, reference, samples)
-    return VariantRelease(model, graph, variant, label, numerics, tuple(notes))
+    return replace(
+        contents,
+        model=model,
+        graph=graph,
+        variant=variant,
+        kind=label,
+        numerics=numerics,
+        notes=tuple(notes),
+    )
 
 
 def _inputs(graph: ExportedGraph) -> dict[str, str]:
@@ -238,111 +200,3 @@ def _accuracy(outputs: NDArray[np.generic], labels: NDArray[np.integer]) -> floa
             f"labels need an output of one row of classes a sample, not {list(outputs.shape)}"
         )
     return float((outputs.argmax(axis=1) == labels[: len(outputs)]).mean())
-
-
-_NOTE = "prunecast.channels"
-_BATCH = 32
-
-
-@dataclass(frozen=True)
-class Narrowed:
-    """A network on fewer channels.
-
-    Attributes:
-        plan: which remain.
-        graph: the smaller architecture; the plan travels in it, for the versions to come.
-        held: whether the plan is that of the newest live release.
-    """
-
-    plan: ChannelPlan
-    graph: ExportedGraph
-    held: bool
-
-
-def plan_of(graph: bytes) -> ChannelPlan | None:
-    """The plan that a graph was narrowed by; None for any other graph.
-
-    Raises:
-        PlanError: it is damaged.
-    """
-    text = read_note(graph, _NOTE)
-    return None if text is None else ChannelPlan.from_text(text)
-
-
-def with_weights(module: torch.nn.Module, model: PublishedModel) -> torch.nn.Module:
-    """A copy of a module, in evaluation mode, with the values of a model.
-
-    Raises:
-        RepositoryError: the model does not fit the module.
-    """
-    import torch
-
-    copied = copy.deepcopy(module).eval()
-    state = {name: torch.from_numpy(np.array(a)) for name, a in model.arrays().items()}
-    try:
-        copied.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise RepositoryError(
-            f"the model does not fit {type(module).__name__}: {reason}"
-        ) from error
-    return copied
-
-
-def make_narrow(
-    module: torch.nn.Module,
-    inputs: Mapping[str, torch.Tensor],
-    share: float,
-    *,
-    held: ChannelPlan | None = None,
-    cache: Path,
-) -> Narrowed:
-    """Choose channels, or keep to the choice that devices hold, and export what remains.
-
-    Args:
-        module: with weights, in evaluation mode.
-        inputs: examples by name, in the order of the module's arguments.
-        share: of the channels that remain.
-        held: the plan of the newest live release; used if it is for the same share and fits.
-        cache: folder of exported graphs.
-
-    Raises:
-        PlanError: channels of this module cannot be removed.
-        ExportError: what remains cannot be exported.
-    """
-    from prunecast.compression.onnx.cache import export_cached
-    from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
-
-    example = tuple(inputs.values())
-    narrow = None
-    if held is not None and held.share == share:
-        try:
-            narrow = narrow_module(module, example, held)
-        except PlanError:
-            narrow = None  # another architecture: choose anew
-    plan = held if narrow is not None and held is not None else None
-    if plan is None:
-        plan = choose_channels(module, example, share)
-    if narrow is None:
-        narrow = narrow_module(module, example, plan)
-    graph, _ = export_cached(narrow, example, list(inputs), cache)
-    return Narrowed(plan, with_note(graph, _NOTE, plan.to_text()), plan is held)
-
-
-def module_outputs(
-    module: torch.nn.Module, inputs: Arrays, names: tuple[str, ...]
-) -> dict[str, NDArray[np.generic]]:
-    """Outputs of a torch module for all samples, by the names that its graph gives them."""
-    import torch
-
-    count = len(next(iter(inputs.values())))
-    parts = []
-    with torch.no_grad():
-        for start in range(0, count, _BATCH):
-            part = [torch.from_numpy(np.array(a[start : start + _BATCH])) for a in inputs.values()]
-            made = module(*part)
-            parts.append(list(made) if isinstance(made, tuple | list) else [made])
-    return {
-        name: np.concatenate([np.atleast_1d(part[i].numpy()) for part in parts])
-        for i, name in enumerate(names)
-    }

@@ -320,16 +320,16 @@ def test_rebuilt_weights_that_differ_from_the_signed_digest(
     agent: Agent, publish: Publish, monkeypatch: pytest.MonkeyPatch, images: np.ndarray
 ) -> None:
     from prunecast.compression.release import FileRef
-    from prunecast.server.repository import repository as module
+    from prunecast.server.repository.authoring.build import BuiltRelease
 
-    real = module.build_release
+    real = BuiltRelease.finish
 
-    def wrong(*args, **options):
-        built = real(*args, **options)
-        weights = FileRef("00" * 32, built.manifest.weights.length)
-        return replace(built, manifest=replace(built.manifest, weights=weights))
+    def wrong(*arguments):
+        manifest, blobs = real(*arguments)
+        weights = FileRef("00" * 32, manifest.weights.length)
+        return replace(manifest, weights=weights), blobs
 
-    monkeypatch.setattr(module, "build_release", wrong)
+    monkeypatch.setattr(BuiltRelease, "finish", wrong)
     publish(2)
     with pytest.raises(ContentRefused, match=r"weights\.bin is not the one"):
         agent.update_once()

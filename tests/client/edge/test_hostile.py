@@ -48,16 +48,15 @@ def agent(start: Start, publish: Publish) -> Agent:
 @pytest.fixture
 def publish_changed(monkeypatch: pytest.MonkeyPatch, publish: Publish) -> Callable[..., Any]:
     """A function: a publisher who signs what `change(manifest, blobs)` makes of a release."""
-    from prunecast.server.repository import repository as module
+    real = build.BuiltRelease.finish
 
     def publish_changed(change: Change) -> ReleaseManifest:
-        def changed(*args: Any, **options: Any) -> build.BuiltRelease:
-            made = build.build_release(*args, **options)
-            blobs = dict(made.blobs)
-            return replace(made, manifest=change(made.manifest, blobs), blobs=blobs)
+        def changed(*arguments: Any) -> tuple[ReleaseManifest, dict[str, bytes]]:
+            manifest, blobs = real(*arguments)
+            return change(manifest, blobs), blobs
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "build_release", changed)
+            patch.setattr(build.BuiltRelease, "finish", changed)
             return publish(2)
 
     return publish_changed

@@ -9,12 +9,10 @@ import pytest
 
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.compression.release import computes_in_integers
-from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Repository, verify_repository
-from prunecast.server.repository.authoring import Samples, make_variant, reference_outputs
+from prunecast.server.repository.authoring import ReleaseRecipe, Samples
 from support.convolutional import (
     convolutional,
-    convolutional_arrays,
     convolutional_graph,
     convolutional_images,
 )
@@ -27,24 +25,11 @@ LABELS = np.arange(len(IMAGES)) % 5
 def test_an_agent_goes_from_one_quantised_release_to_the_next_by_patch(
     start: Callable[..., Agent], repository: Repository, config: AgentConfig, network: Network
 ) -> None:
-    held: PublishedModel | None = None
+    samples = Samples({"image": IMAGES.astype(np.float64)}, LABELS)
+    recipe = ReleaseRecipe(graph=convolutional_graph(), samples=samples, variant="int8-qdq")
     manifests, agent = [], start()
     for number in (1, 2):
-        made = make_variant(
-            "int8-qdq",
-            convolutional(number),
-            convolutional_graph(),
-            Samples({"image": IMAGES.astype(np.float64)}, LABELS),
-            reference=reference_outputs(
-                convolutional_graph(), convolutional_arrays(number), Samples({"image": IMAGES})
-            ),
-            held=held,
-        )
-        held = made.model
-        published = repository.publish(
-            "toy", made.model, made.graph, selftest_inputs=IMAGES[:4], variant=made.variant,
-            kind=made.kind, numerics=made.numerics,
-        )  # fmt: skip
+        published = recipe.release(repository, "toy", convolutional(number))
         manifests.append(published.manifest)
         result = agent.update_once()
         assert (result.outcome, result.version) == ("updated", number)
@@ -67,7 +52,8 @@ def test_an_agent_goes_from_one_quantised_release_to_the_next_by_patch(
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_other_variants_compute_the_published_values(kind: str) -> None:
-    made = make_variant(kind, convolutional(1), convolutional_graph(), Samples({"image": IMAGES}))  # type: ignore[arg-type]
+    graph, samples = convolutional_graph(), Samples({"image": IMAGES})
+    made = ReleaseRecipe(graph=graph, samples=samples, variant=kind).make(convolutional(1))
     assert made.variant == ("lattice" if kind == "int8" else "fp32")
     assert made.numerics["max_difference"] < 1e-6
     assert "accuracy" not in made.numerics

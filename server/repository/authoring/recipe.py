@@ -1,0 +1,327 @@
+"""What releases are made from: one recipe for people, for running federations and simulations.
+
+The architecture is a graph, a torch module or an ``.onnx`` file; the weights are a published model
+or a dense checkpoint, or lie in that file; samples and inputs say what is measured and tested. A
+recipe holds whatever stays the same from release to release.
+
+============== ===================================================== ==========================
+variant        the device computes                                   its weights
+============== ===================================================== ==========================
+``fp32``       in floats                                             float32 in `weights.bin`
+``int8``       in floats, the same values                            the published integers
+``int8-qdq``   convolutions and linear layers in integers            the published integers
+``structured`` ``int8`` on fewer channels                            the published integers
+============== ===================================================== ==========================
+
+A variant is a release of its own name: a device follows one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.compression.onnx import ExportedGraph, load_graph
+from prunecast.compression.onnx.lattice import STEPS, Steps
+from prunecast.compression.release import ReleaseManifest, unpack_arrays
+from prunecast.compression.release.selftest import Arrays
+from prunecast.compression.versions import LatticeTensor, PublishedModel
+from prunecast.server.repository.authoring.build import ReleaseContents
+from prunecast.server.repository.authoring.modules import Architecture, export_module, plan_of
+from prunecast.server.repository.authoring.sources import from_arrays, from_onnx, run_original
+from prunecast.server.repository.authoring.variants import (
+    Samples,
+    make_variant,
+    reference_outputs,
+    split_samples,
+)
+from prunecast.server.repository.errors import RecipeError
+from prunecast.server.repository.reading import RepositoryReader
+from prunecast.server.repository.repository import PublishedRelease, Repository
+
+__all__ = ["VARIANTS", "NewestRelease", "ReleaseRecipe", "read_recipe"]
+
+VARIANTS = ("fp32", "int8", "int8-qdq", "structured")
+_SELFTEST = 4  # samples, where no inputs are given
+_HALF = 0.5  # of the channels, where a structured variant does not say
+
+
+@dataclass(frozen=True)
+class NewestRelease:
+    """What devices that follow a name hold: the next release keeps to it where that saves bytes.
+
+    Attributes:
+        repository: where it is published.
+        name: of the releases; there need not be one yet.
+    """
+
+    repository: RepositoryReader
+    name: str
+
+    @cached_property
+    def manifest(self) -> ReleaseManifest | None:
+        """Of the newest live release."""
+        live = [entry for entry in self.repository.releases() if entry.name == self.name]
+        return self.repository.show(self.name, live[-1].version) if live else None
+
+    @cached_property
+    def model(self) -> PublishedModel | None:
+        """Its weights."""
+        return self.repository.model(self.manifest) if self.manifest else None
+
+    @cached_property
+    def graph(self) -> bytes | None:
+        """Its `model.onnx`."""
+        return self.repository.blob(self.manifest.files["model.onnx"]) if self.manifest else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseRecipe:
+    """How releases are made, apart from their weights.
+
+    Attributes:
+        graph: the architecture; give this, `module` or `onnx`.
+        module: makes a torch module, which is exported.
+        onnx: an ``.onnx`` file with its weights.
+        selftest: a few real inputs by name, or one array where there is one input; by default the
+            first `samples`, for an ``.onnx`` file drawn ones.
+        samples: real inputs that activations and the distance from float32 are measured on.
+        variant: one of `VARIANTS`; ``lattice`` is what ``int8`` was called.
+        channels: share of the channels that remain of a module, with any variant.
+        bits: 2 to 16, puts dense weights on a lattice; None leaves them as they are.
+        steps: how its steps are chosen, see `prunecast.compression.onnx.lattice`.
+        most_difference: of an ``.onnx`` file's outputs, relative; more is refused.
+        seed: of drawn inputs.
+        licence: SPDX expression of the weights.
+        cache: folder of exported graphs; None for the user's own.
+
+    Raises:
+        RecipeError: names the field that is missing or does not go with the others.
+    """
+
+    graph: ExportedGraph | None = None
+    module: Callable[[], object] | None = None
+    onnx: Path | None = None
+    selftest: Arrays | NDArray[np.generic] | None = None
+    samples: Samples | None = None
+    variant: str = "int8"
+    channels: float | None = None
+    bits: int | None = None
+    steps: Steps = "held"
+    most_difference: float | None = None
+    seed: int = 0
+    licence: str | None = None
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant not in (*VARIANTS, "lattice"):
+            raise RecipeError("variant", f"must be {', '.join(VARIANTS)}, not {self.variant!r}")
+        if self.steps not in STEPS:
+            raise RecipeError("steps", f"must be {', '.join(STEPS)}, not {self.steps!r}")
+        if sum(part is not None for part in (self.graph, self.module, self.onnx)) != 1:
+            raise RecipeError("module", "give either a module or a graph, or an .onnx file")
+        if self.onnx is None and self.selftest is None and self.samples is None:
+            raise RecipeError("selftest", "a release needs inputs for its self-test, or samples")
+        if self.onnx is not None and self.share is not None:
+            raise RecipeError("channels", "are removed from a torch module: give that")
+
+    @property
+    def share(self) -> float | None:
+        """Share of the channels that remain; None for all."""
+        structured = self.variant == "structured" and self.channels is None
+        return _HALF if structured else self.channels
+
+    def prepared(self) -> ReleaseRecipe:
+        """The same recipe with its module exported, where every release has the same graph.
+
+        Raises:
+            RecipeError, ExportError: it cannot be exported.
+        """
+        if self.module is None or self.share is not None:
+            return self
+        made = export_module(self.module, None, self._named_inputs(), cache=self._cache)
+        return replace(self, module=None, graph=made.graph)
+
+    def make(
+        self,
+        model: PublishedModel | None = None,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        newest: NewestRelease | None = None,
+    ) -> ReleaseContents:
+        """Everything that is released but payloads: takes seconds to minutes, publishes nothing.
+
+        Args:
+            model: the weights; None where an ``.onnx`` file holds them.
+            metrics: measured on the model.
+            newest: what devices hold.
+
+        Raises:
+            RecipeError: weights are missing, or on a lattice already when `bits` is given.
+            RepositoryError, ReleaseError, PlanError: the parts do not fit together.
+        """
+        made = self._from_file(newest) if self.onnx else self._from_model(model, newest)
+        return replace(made, metrics={**made.metrics, **(metrics or {})}, licence=self.licence)
+
+    def release(
+        self,
+        repository: Repository,
+        name: str,
+        model: PublishedModel | None = None,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        at_least: int = 1,
+    ) -> PublishedRelease:
+        """Make a release and publish it as the next one of `name`.
+
+        Raises:
+            RepositoryError, ReleaseError, PlanError, VersionsError: nothing was published.
+        """
+        contents = self.make(model, metrics, newest=NewestRelease(repository, name))
+        return repository.publish_contents(name, contents, at_least=at_least)
+
+    def _from_model(
+        self, model: PublishedModel | None, newest: NewestRelease | None
+    ) -> ReleaseContents:
+        if model is None:
+            raise RecipeError("model", "is missing: a graph or a module has no weights")
+        held = newest.model if newest is not None and self._wants_held else None
+        found = self._architecture(model, newest)
+        weights, reference = found.weights, found.reference
+        if reference is None and self.samples is not None:
+            reference = reference_outputs(found.graph, weights.arrays(), self.samples)
+        if self.bits is not None:
+            if any(isinstance(t, LatticeTensor) for t in model.tensors.values()):
+                raise RecipeError("bits", "the model is on a lattice already")
+            weights = from_arrays(
+                weights.arrays(),
+                bits=self.bits,
+                steps=self.steps,
+                held=held,
+                counter=model.counter,
+            )
+        selftest = self._named_inputs() if self.selftest is None else self.selftest
+        contents = ReleaseContents(
+            weights, found.graph, selftest, notes=found.notes, exported=found.graph
+        )
+        kind = {"structured": "int8", "lattice": "int8"}.get(self.variant, self.variant)
+        made = make_variant(contents, kind, self.samples, reference=reference, held=held)
+        if not found.narrow:
+            return made
+        return replace(
+            made, kind="structured int8-qdq" if made.kind == "int8-qdq" else "structured"
+        )
+
+    def _architecture(self, model: PublishedModel, newest: NewestRelease | None) -> Architecture:
+        share = self.share
+        if self.module is not None:
+            held = newest.graph if newest is not None and share is not None else None
+            return export_module(
+                self.module,
+                model,
+                self._named_inputs(),
+                cache=self._cache,
+                share=share,
+                held=plan_of(held) if held else None,
+                samples=self.samples.inputs if self.samples else None,
+            )
+        assert self.graph is not None
+        plan = plan_of(self.graph.skeleton)
+        if plan is None:
+            if share is not None:
+                raise RecipeError("channels", "the graph has all channels: give the module")
+            return Architecture(self.graph, model)
+        if share not in (None, plan.share):
+            raise RecipeError("channels", f"the graph has {plan.share:.0%} of them")
+        notes = (
+            f"{plan.share:.0%} of the channels remain, as the graph says",
+            "numerics compare with the same channels in float32: give the module to compare with "
+            "all",
+        )
+        return Architecture(self.graph, plan.narrow(model), narrow=True, notes=notes)
+
+    def _from_file(self, newest: NewestRelease | None) -> ReleaseContents:
+        assert self.onnx is not None
+        held = newest.model if newest is not None and self._wants_held else None
+        inputs = self._named_inputs() if self.selftest is not None or self.samples else None
+        made = from_onnx(
+            self.onnx,
+            bits=self.bits,
+            steps=self.steps,
+            variant="fp32" if self.variant == "fp32" else "lattice",
+            held=held,
+            inputs=inputs,
+            seed=self.seed,
+            most_difference=self.most_difference,
+        )
+        kind = "int8-qdq" if self.variant == "int8-qdq" else made.kind
+        if self.samples is None and kind != "int8-qdq":
+            return made
+        reference = run_original(self.onnx, self.samples) if self.samples is not None else None
+        return make_variant(made, kind, self.samples, reference=reference, held=held)
+
+    @property
+    def _wants_held(self) -> bool:
+        return self.bits is not None or self.variant == "int8-qdq" or self.onnx is not None
+
+    @property
+    def _cache(self) -> Path:
+        from prunecast.compression.onnx.cache import default_cache
+
+        return self.cache or default_cache()
+
+    def _named_inputs(self) -> Arrays:
+        if isinstance(self.selftest, Mapping):
+            return self.selftest
+        if self.selftest is not None:
+            return {"input": self.selftest}  # as a module's only input is named
+        assert self.samples is not None
+        return {name: values[:_SELFTEST] for name, values in self.samples.inputs.items()}
+
+
+def read_recipe(
+    *,
+    graph: Path | None = None,
+    selftest: Path | None = None,
+    calibration: Path | None = None,
+    **options: Any,
+) -> ReleaseRecipe:
+    """A recipe whose parts lie in files.
+
+    Args:
+        graph: that `save_graph` wrote.
+        selftest: ``.npz``, one array per input.
+        calibration: ``.npz`` with samples, one array per input, and ``labels`` where known.
+        options: the other fields of `ReleaseRecipe`.
+
+    Raises:
+        RecipeError: names the file that cannot be used, or the field that does not go with others.
+    """
+    with _file("graph"):
+        loaded = load_graph(graph) if graph is not None else None
+    with _file("selftest"):
+        inputs = unpack_arrays(selftest.read_bytes()) if selftest is not None else None
+    samples = None
+    with _file("calibration"):
+        if calibration is not None:
+            arrays = unpack_arrays(calibration.read_bytes(), max_bytes=2**33)
+            samples = split_samples(arrays)
+    return ReleaseRecipe(graph=loaded, selftest=inputs, samples=samples, **options)
+
+
+@contextmanager
+def _file(option: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot read {error.filename}: {error.strerror or error}"
+        raise RecipeError(option, reason) from error
+    except ValueError as error:
+        raise RecipeError(option, str(error)) from error
