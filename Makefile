@@ -19,7 +19,7 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export ORT_DISABLE_TELEMETRY ?= 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
 
-.PHONY: help demo test test-fast test-engine lint format proto fuzz fuzz-corpus clean
+.PHONY: help demo test test-fast test-engine gpu-check lint format proto fuzz fuzz-corpus clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test         install everything and run the whole test suite"
 	@echo "make test-fast    the tests that start no engine"
 	@echo "make test-engine  the tests that start Flower, servers and agents"
+	@echo "make gpu-check    what needs a CUDA device, in one run; says so where there is none"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       rewrite the sources in ruff's format"
 	@echo "make proto        generate the code of common/fleet_protocol/fleet.proto anew"
@@ -43,6 +44,11 @@ test-fast: $(VENV)/.installed-dev
 
 test-engine: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m engine -n $(WORKERS) --dist loadfile
+
+# Under eight minutes; writes runs/gpu-check.json. A plain `torch` has CUDA, constraints.txt's may not.
+gpu-check: $(VENV)/.installed-sim
+	mkdir -p runs
+	$(BIN)/python benchmarks/gpu_check.py --json runs/gpu-check.json
 
 # mypy follows import names to folders; this link is the folder named prunecast.
 lint: $(VENV)/.installed-dev
