@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("compression", "server", "client", "simulations", "cli")
+FOLDERS = ("common", "compression", "server", "client", "simulations", "cli")
 WITH_EXAMPLES = [
     ".".join(["prunecast", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
     for folder in FOLDERS

@@ -23,8 +23,9 @@ LAYERS = (
     {"compression.pruning", "compression.files", "compression.release", "compression.flower"},
     {"compression.onnx"},
     {"client.training", "client.edge", "server.repository", "server.fleet"},
-    {"server.federation"},
+    {"client", "server.federation"},
     {"server.control"},
+    {"server"},
     {"simulations"},
     {"cli"},
 )
@@ -32,7 +33,7 @@ LAYER = {component: depth for depth, layer in enumerate(LAYERS) for component in
 
 PURE = ("compression.codec", "compression.schemes", "compression.versions")
 FLOWER = {
-    *("flwr", "flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"),
+    *("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"),
     "flwr.simulation",
 }
 NEVER_ON_A_DEVICE = {"torch", "flwr", "ray", "onnx", "onnxscript", "mlxtend", "matplotlib"}
@@ -40,7 +41,7 @@ NEVER_ON_A_DEVICE = {"torch", "flwr", "ray", "onnx", "onnxscript", "mlxtend", "m
 
 def component_of(module: str) -> str:
     """Component of a module path below `prunecast`; common, simulations and cli are one each."""
-    first, *rest = module.split(".")
+    first, *rest = module.removesuffix(".__init__").split(".")
     return first if first in ("common", "simulations", "cli") else ".".join([first, *rest[:1]])
 
 
@@ -102,6 +103,13 @@ def test_one_module_touches_the_insides_of_flower(path: Path) -> None:
         assert inside not in path.read_text(encoding="utf-8"), f"{identity(path)}: {inside}"
 
 
+@pytest.mark.parametrize(("mine", "theirs"), [("client", "server"), ("server", "client")])
+def test_client_and_server_never_import_each_other(mine: str, theirs: str) -> None:
+    for path in sorted((ROOT / mine).rglob("*.py")):
+        for line, component in own_imports(path):
+            assert component.split(".")[0] != theirs, f"{identity(path)}:{line}: {component}"
+
+
 @pytest.mark.parametrize("component", PURE)
 def test_core_needs_numpy_and_the_standard_library_only(component: str) -> None:
     for path in sorted((ROOT / component.replace(".", "/")).rglob("*.py")):
@@ -148,10 +156,41 @@ def test_imports_where_training_libraries_are_not_installed(package: str) -> Non
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("folder", ["compression", "server", "client", "simulations"])
-def test_top_folders_are_namespaces(folder: str) -> None:
+@pytest.mark.parametrize("folder", ["compression", "simulations"])
+def test_top_folders_without_a_face_are_namespaces(folder: str) -> None:
     """Python 3.14 owns a package `compression`; one of ours would shadow it."""
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("face", "names"),
+    [
+        ("server", ["Checkpoint", "CompressedGrid", "Ledger", "Policy"]),
+        ("client", ["compression_mod", "current_masks"]),
+    ],
+)
+def test_public_names(face: str, names: list[str]) -> None:
+    """What users import; nothing of it is imported before it is asked for."""
+    program = (
+        f"import sys, prunecast.{face} as face\n"
+        f"assert face.__all__ == {names}, face.__all__\n"
+        "assert set(face.__all__) <= set(dir(face))\n"
+        "assert not {'flwr', 'torch', 'numpy'} & set(sys.modules)\n"
+        "assert not hasattr(face, 'Nothing')\n"
+        f"from prunecast.{face} import *\n"
+        f"for name in {names}: assert globals()[name] is getattr(face, name), name\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT.parent
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_agent_has_a_face() -> None:
+    from prunecast.client.edge import Agent, EdgeModel
+
+    assert Agent.__module__.startswith("prunecast.client.edge.")
+    assert EdgeModel.__module__.startswith("prunecast.client.edge.")
 
 
 def test_every_component_is_packaged() -> None:

@@ -5,7 +5,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from prunecast.server.federation import CompressedGrid, Policy
+from prunecast.server import CompressedGrid, Policy
 from quickstart.task import Net
 
 app = ServerApp()

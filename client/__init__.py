@@ -1,0 +1,22 @@
+"""The client: what a ClientApp imports. Each name is imported when it is first asked for.
+
+The parts are `prunecast.client.training` and, on devices, `prunecast.client.edge`.
+"""
+
+from typing import TYPE_CHECKING
+
+from prunecast.common.lazy import face
+
+if TYPE_CHECKING:
+    from prunecast.client.training.mod import compression_mod
+    from prunecast.compression.pruning.masks import current_masks
+
+__all__ = ["compression_mod", "current_masks"]
+
+__getattr__, __dir__ = face(
+    __name__,
+    {
+        "compression_mod": "prunecast.client.training.mod",
+        "current_masks": "prunecast.compression.pruning.masks",
+    },
+)

@@ -1,0 +1,27 @@
+"""The server: what a ServerApp imports. Each name is imported when it is first asked for.
+
+The parts are `prunecast.server.federation`, `prunecast.server.repository`,
+`prunecast.server.fleet` and `prunecast.server.control`.
+"""
+
+from typing import TYPE_CHECKING
+
+from prunecast.common.lazy import face
+
+if TYPE_CHECKING:
+    from prunecast.server.federation.checkpoints import Checkpoint
+    from prunecast.server.federation.grid import CompressedGrid
+    from prunecast.server.federation.ledger import Ledger
+    from prunecast.server.federation.policy import Policy
+
+__all__ = ["Checkpoint", "CompressedGrid", "Ledger", "Policy"]
+
+__getattr__, __dir__ = face(
+    __name__,
+    {
+        "Checkpoint": "prunecast.server.federation.checkpoints",
+        "CompressedGrid": "prunecast.server.federation.grid",
+        "Ledger": "prunecast.server.federation.ledger",
+        "Policy": "prunecast.server.federation.policy",
+    },
+)
