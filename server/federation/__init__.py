@@ -5,15 +5,19 @@ from prunecast.server.federation.errors import (
     CheckpointError,
     FederationError,
     LedgerError,
+    NodesFailed,
     NonFiniteModel,
     PolicyError,
     ReleaseRuleError,
+    RunError,
 )
+from prunecast.server.federation.events import read_events
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Entry, Ledger, Tally, Totals, serialised_bytes
 from prunecast.server.federation.policy import PRESETS, Policy
 from prunecast.server.federation.release_rule import ReleaseRule
 from prunecast.server.federation.releasing import AutomaticReleases
+from prunecast.server.federation.run import Run
 
 __all__ = [
     "PRESETS",
@@ -25,12 +29,16 @@ __all__ = [
     "FederationError",
     "Ledger",
     "LedgerError",
+    "NodesFailed",
     "NonFiniteModel",
     "Policy",
     "PolicyError",
     "ReleaseRule",
     "ReleaseRuleError",
+    "Run",
+    "RunError",
     "Tally",
     "Totals",
+    "read_events",
     "serialised_bytes",
 ]

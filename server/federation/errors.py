@@ -4,9 +4,11 @@ __all__ = [
     "CheckpointError",
     "FederationError",
     "LedgerError",
+    "NodesFailed",
     "NonFiniteModel",
     "PolicyError",
     "ReleaseRuleError",
+    "RunError",
 ]
 
 
@@ -32,3 +34,11 @@ class LedgerError(FederationError):
 
 class ReleaseRuleError(FederationError):
     """Automatic releases are configured in a way that cannot work."""
+
+
+class RunError(FederationError):
+    """A run cannot begin, or the file of its events cannot be read."""
+
+
+class NodesFailed(FederationError):
+    """Nodes answered with an error, or not in time, in a run that stops then."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from prunecast.server.repository import Repository
     from prunecast.server.repository.authoring import ReleaseRecipe
 
-__all__ = ["AutomaticReleases", "Released", "Releaser", "recipe_releaser"]
+__all__ = [
+    "AutomaticReleases",
+    "EvaluateFn",
+    "Released",
+    "Releaser",
+    "finite_numbers",
+    "recipe_releaser",
+]
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -123,14 +130,14 @@ class AutomaticReleases:
 
         def observed(server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
             found = aggregate(server_round, replies)
-            self._of_clients = _numbers(found)
+            self._of_clients = finite_numbers(found)
             return found
 
         strategy.aggregate_evaluate = observed  # type: ignore[method-assign]
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             measured = evaluate_fn(server_round, arrays) if evaluate_fn else None
-            metrics = {**self._of_clients, **_numbers(measured)}
+            metrics = {**self._of_clients, **finite_numbers(measured)}
             self._of_clients = {}
             self.after_round(server_round, metrics, lambda: grid.published(arrays, key=key))
             return measured
@@ -175,10 +182,10 @@ class AutomaticReleases:
         return self.made[-1]
 
 
-def _numbers(record: MetricRecord | None) -> dict[str, float]:
+def finite_numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     """The metrics that are finite numbers; lists and NaN are left out."""
     found = {}
-    for name, value in (record or {}).items():
+    for name, value in (metrics or {}).items():
         if isinstance(value, int | float) and math.isfinite(value):
             found[name] = float(value)
     return found

@@ -21,6 +21,9 @@ Keys, with defaults:
                           given the *published* model before the first and after each round
 ``seed``                  0: of the initial weights and of the sampling of nodes
 ``timeout``               3600 seconds to wait for the replies of a round
+``folder``                "" or the folder that gets ledger, events, checkpoint and final model,
+                          see `prunecast.server.federation.run`
+``name``                  "": what people call the run
 ``ledger``                "" or the path of a JSON Lines file for the byte ledger
 ``output``                "" or the path of a file for the final published model
 ``prunecast.<knob>``      see `Policy.from_run_config`
@@ -30,40 +33,25 @@ Keys, with defaults:
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
-from logging import INFO
-from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
-from torch import nn
 
 from prunecast.common.references import load_callable
-from prunecast.compression.flower.internals import log
-from prunecast.compression.versions import save_model
 from prunecast.server.federation.errors import FederationError
-from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.release_config import releases_from_config
+from prunecast.server.federation.run import Run, initial_arrays
 from prunecast.server.federation.strategies import build_strategy
 
-__all__ = ["app", "initial_arrays"]
+__all__ = ["app"]
 
 app = ServerApp()
 """The ready ServerApp, configured by Flower's run config alone."""
 
 _OPTION = "strategy."
-
-
-def initial_arrays(model: Callable[[], nn.Module], *, seed: int) -> tuple[nn.Module, ArrayRecord]:
-    """A model with weights drawn from `seed`, and its arrays; torch's global state is kept."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = model()
-    return module, ArrayRecord(module.state_dict())
 
 
 @app.main()  # type: ignore[untyped-decorator, unused-ignore]
@@ -75,50 +63,37 @@ def main(grid: Grid, context: Context) -> None:
     """
     config = context.run_config
     seed = _get(config, "seed", 0)
-    random.seed(seed)  # Flower samples nodes with it
     module, arrays = initial_arrays(_function(config, "model"), seed=seed)
     strategy = build_strategy(
         _get(config, "strategy", "fedavg"),
         {k.removeprefix(_OPTION): v for k, v in config.items() if k.startswith(_OPTION)},
     )
-    releases = releases_from_config(config, _function(config, "model"))
-    ledger = _get(config, "ledger", "")
-    compressed = CompressedGrid(
-        grid, Policy.from_run_config(config), ledger=Path(ledger) if ledger else None
-    )
     evaluate_fn = None
     if _get(config, "evaluate", ""):
         measure = _function(config, "evaluate")
 
-        def evaluate(server_round: int, received: ArrayRecord) -> MetricRecord:
-            module.load_state_dict(received.to_torch_state_dict())
+        def evaluate(server_round: int, published: ArrayRecord) -> MetricRecord:
+            module.load_state_dict(published.to_torch_state_dict())
             return MetricRecord(dict(measure(module, context)))
 
-        evaluate_fn = compressed.evaluate_published(evaluate)
-    if releases is not None:
-        evaluate_fn = releases.watch(strategy, compressed, evaluate_fn)
-    try:
-        result = strategy.start(
-            grid=compressed,
-            initial_arrays=arrays,
-            num_rounds=_get(config, "num-server-rounds", 3),
-            timeout=float(_get(config, "timeout", 3600)),
-            evaluate_fn=evaluate_fn,
-        )
-    finally:
-        compressed.ledger.close()
-    totals = compressed.ledger.totals()
-    log(
-        INFO,
-        "Prunecast: %d bytes down, %d up; plain Flower: %d down, %d up",
-        totals.bytes_down,
-        totals.bytes_up,
-        totals.dense_bytes_down,
-        totals.dense_bytes_up,
+        evaluate_fn = evaluate
+    run = Run(
+        grid,
+        strategy,
+        policy=Policy.from_run_config(config),
+        folder=_get(config, "folder", "") or None,
+        evaluate_fn=evaluate_fn,
+        releases=releases_from_config(config, _function(config, "model")),
+        seed=seed,
+        name=_get(config, "name", ""),
+        ledger=_get(config, "ledger", "") or None,
+        output=_get(config, "output", "") or None,
     )
-    output = _get(config, "output", "")
-    if output and result.arrays:
-        save_model(compressed.published(result.arrays), Path(output))
+    run.start(
+        arrays,
+        num_rounds=_get(config, "num-server-rounds", 3),
+        timeout=float(_get(config, "timeout", 3600)),
+    )
 
 
 def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:

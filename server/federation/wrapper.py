@@ -22,6 +22,11 @@ class GridWrapper(Grid):
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
+    @property
+    def wrapped(self) -> Grid:
+        """The grid it wraps."""
+        return self._grid
+
     def set_run(self, run: Run) -> None:
         """See `flwr.serverapp.Grid.set_run`."""
         self._grid.set_run(run)

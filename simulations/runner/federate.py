@@ -22,7 +22,7 @@ from prunecast.compression.flower import dense_arrays
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, Ledger, Policy
 from prunecast.server.federation.grid import Recode
-from prunecast.server.federation.server_app import initial_arrays
+from prunecast.server.federation.run import initial_arrays
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.simulations.runner import EngineFailed
 from prunecast.simulations.runner.automatic import automatic_releases, rule_of

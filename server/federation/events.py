@@ -1,0 +1,117 @@
+"""What happens in a run, as it happens: ``events.jsonl``, for everything that follows it.
+
+docs/run.md lists the events and their fields.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prunecast.common.journal import Journal, JournalError, new_run_id, read_run
+from prunecast.server.federation.errors import RunError
+
+__all__ = ["EventLog", "OnEvent", "read_events"]
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+"""Told of every event: a mapping of JSON values with the keys ``event``, ``run`` and ``time``."""
+
+_SCHEMA = 1
+_LONGEST = 500  # characters of a warning
+
+
+class EventLog(logging.Handler):
+    """Passes the events of one run on: to the end of a file, and to a listener.
+
+    As a handler of a logger it passes warnings on as events. What cannot be written is left out
+    of the file, and never ends the training.
+
+    Args:
+        path: of the file; None for the listener alone.
+        on_event: the listener.
+        run: id of the run, by default a new one.
+        begin: fields of the event ``run-started``, which begins the run in the file.
+
+    Raises:
+        RunError: the file cannot be written, or another run is writing it.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        on_event: OnEvent | None = None,
+        *,
+        run: str = "",
+        **begin: Any,
+    ) -> None:
+        super().__init__(logging.WARNING)
+        self.run = run or new_run_id()
+        self._on_event = on_event
+        self._journal: Journal | None = None
+        header = {"schema": _SCHEMA, **self._event("run-started", begin)}
+        if path is not None:
+            try:
+                self._journal = Journal(path, header)
+            except JournalError as error:
+                raise RunError(str(error)) from error
+        if on_event is not None:
+            on_event(header)
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Pass one event on; numbers that JSON cannot express become null."""
+        whole = self._event(event, fields)
+        if self._journal is not None:
+            try:
+                self._journal.append([whole])
+            except JournalError as error:
+                self._journal.close()  # a warning about every event would be no help
+                self._journal = None
+                logging.getLogger("flwr").warning("Events end here: %s", error)
+        if self._on_event is not None:
+            self._on_event(whole)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a warning on."""
+        self.write("warning", text=record.getMessage()[:_LONGEST])
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        super().close()
+
+    def _event(self, event: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        made: dict[str, Any] = _plain({"event": event, "run": self.run, "time": now, **fields})
+        return made
+
+
+def read_events(path: Path, run: str | None = None) -> Iterator[dict[str, Any]]:
+    """Events of one run, as they are read from a file; the run may go on.
+
+    Args:
+        path: of a file that an `EventLog` wrote.
+        run: id or name of the run; None for the last one.
+
+    Raises:
+        RunError: the file cannot be read, is damaged or of a newer schema, or has no such run.
+    """
+    try:
+        yield from read_run(path, schema=_SCHEMA, run=run)
+    except JournalError as error:
+        raise RunError(str(error)) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)

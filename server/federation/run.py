@@ -1,0 +1,336 @@
+"""One federation from its first weights to the files it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from logging import INFO, WARNING, getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from prunecast.compression.flower import array_record
+from prunecast.compression.flower.internals import log
+from prunecast.compression.versions import PublishedModel, VersionsError, save_model
+from prunecast.server.federation.checkpoints import Checkpoint
+from prunecast.server.federation.errors import FederationError, NodesFailed
+from prunecast.server.federation.events import EventLog, OnEvent
+from prunecast.server.federation.grid import CompressedGrid
+from prunecast.server.federation.ledger import Ledger
+from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.releasing import AutomaticReleases, EvaluateFn, finite_numbers
+from prunecast.server.federation.wrapper import GridWrapper
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["CHECKPOINT", "EVENTS", "LEDGER", "MODEL", "Run", "initial_arrays"]
+
+LEDGER, EVENTS = "ledger.jsonl", "events.jsonl"
+CHECKPOINT, MODEL = "checkpoint.safetensors", "final.model"
+
+
+def initial_arrays(model: Callable[[], nn.Module], *, seed: int) -> tuple[nn.Module, ArrayRecord]:
+    """A model with weights drawn from `seed`, and its arrays; generators keep their state."""
+    import torch
+
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            module = model()
+    finally:
+        random.setstate(state)
+    return module, ArrayRecord(module.state_dict())
+
+
+class Run:
+    """Trains one federation: any strategy of Flower, compressed, recorded and measured.
+
+    ::
+
+        run = Run(grid, FedAvg(), policy="small", folder="runs/digits", evaluate_fn=evaluate)
+        result = run.start(arrays, num_rounds=30)
+
+    What is evaluated and released is the *published* model, which nodes and devices run. The
+    folder gets the ledger, the events, a checkpoint after every round and the final model, see
+    docs/run.md; what fails to be written while the run goes on is logged and does not end it.
+
+    Args:
+        grid: the grid that Flower hands to the ServerApp; or a `CompressedGrid`, which may be
+            wrapped again, whose policy is used, and its ledger if no other is named.
+        strategy: any strategy.
+        policy: how `grid` is wrapped: a `Policy` or the name of a preset.
+        folder: of the run; None to leave no files.
+        evaluate_fn: (round, published arrays) -> metrics or None, called before the first round
+            and after each.
+        releases: when the published model is released, and where to.
+        seed: of the sampling of nodes, and of a drawn model.
+        name: what people call the run.
+        ledger: file of the ledger instead of the folder's.
+        output: file of the final published model instead of the folder's.
+        on_event: told of every event, see `prunecast.server.federation.events`.
+        stop_on_failure: end the run with `NodesFailed` if a node fails, instead of going on
+            without it as Flower does.
+        key: key of the model's record in the strategy's messages.
+
+    Attributes:
+        grid: the compressed grid; `grid.ledger.totals()` tells the bytes so far.
+        published: the version that was measured last; None before, and where models travel dense.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        strategy: Strategy,
+        *,
+        policy: Policy | str = "balanced",
+        folder: Path | str | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+        releases: AutomaticReleases | None = None,
+        seed: int = 0,
+        name: str = "",
+        ledger: Path | str | None = None,
+        output: Path | str | None = None,
+        on_event: OnEvent | None = None,
+        stop_on_failure: bool = False,
+        key: str = "arrays",
+    ) -> None:
+        found: Grid = grid
+        while isinstance(found, GridWrapper) and not isinstance(found, CompressedGrid):
+            found = found.wrapped
+        if isinstance(found, CompressedGrid):
+            self.grid, self._outermost = found, grid
+        else:
+            self.grid = self._outermost = CompressedGrid(grid, policy, seed=seed)
+        self.strategy = strategy
+        self.folder = None if folder is None else Path(folder)
+        self.seed, self.name, self.key = seed, name, key
+        self.evaluate_fn, self.releases = evaluate_fn, releases
+        self.stop_on_failure = stop_on_failure
+        self.lattice = self.grid.policy.down == "lattice"
+        if releases is not None and not self.lattice:
+            raise FederationError(
+                "where models travel densely nothing is published that could be released: choose "
+                "a policy with down = 'lattice'"
+            )
+        self.published: PublishedModel | None = None
+        self._ledger = self._file(LEDGER, ledger)
+        self._output = self._file(MODEL, output)
+        self._on_event = on_event
+
+    def start(
+        self,
+        initial: ArrayRecord | Checkpoint,
+        num_rounds: int = 3,
+        *,
+        drawn: bool = False,
+        timeout: float = 3600.0,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+    ) -> Result:
+        """Train, and write what the run leaves; what the strategy's own `start` returns.
+
+        Args:
+            initial: the first weights, or the checkpoint of a run to go on from.
+            num_rounds: how many rounds to train.
+            drawn: draw the first weights from the seed, like those given, so that the first
+                keyframe takes a few bytes.
+            timeout: seconds to wait for the replies of a round.
+            train_config: for the nodes' training, as in Flower.
+            evaluate_config: for the nodes' evaluation, as in Flower.
+
+        Raises:
+            FederationError: a file cannot be written to begin with; nodes failed and the run was
+                to stop then; the model diverged; the metric to release by is not measured.
+            StorageError: the final model cannot be written.
+        """
+        if isinstance(initial, Checkpoint):
+            arrays = self.grid.resume(initial)
+        else:
+            like = initial
+            arrays = self.grid.draw_initial(like, self.seed, key=self.key) if drawn else like
+        random.seed(self.seed)  # Flower samples nodes with it
+        events = EventLog(
+            self._file(EVENTS),
+            self._on_event,
+            name=self.name,
+            seed=self.seed,
+            rounds=num_rounds,
+            strategy=type(self.strategy).__name__,
+            policy=dataclasses.asdict(self.grid.policy),
+            flower_run=str(self.grid.run.run_id),
+            resumed=isinstance(initial, Checkpoint),
+        )
+        getLogger("flwr").addHandler(events)
+        try:
+            if self._ledger is not None:
+                self.grid.ledger.close()
+                self.grid.ledger = Ledger(
+                    self._ledger, run=events.run, name=self.name, seed=self.seed
+                )
+            rounds = _Rounds(self, self._outermost, events)
+            with rounds.observing(self.strategy):
+                result = self.strategy.start(
+                    grid=rounds,
+                    initial_arrays=arrays,
+                    num_rounds=num_rounds,
+                    timeout=timeout,
+                    train_config=train_config,
+                    evaluate_config=evaluate_config,
+                    evaluate_fn=rounds.after,
+                )
+            if self._output is not None and self.lattice and result.arrays:
+                save_model(self.grid.published(result.arrays, key=self.key), self._output)
+            self.grid.ledger.flush()
+            events.write("run-finished", **rounds.cost())
+        except BaseException as error:
+            events.write("run-failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.grid.ledger.close()
+            getLogger("flwr").removeHandler(events)
+            events.close()
+        totals = self.grid.ledger.totals()
+        log(
+            INFO,
+            "Prunecast: %d bytes down, %d up; plain Flower: %d down, %d up",
+            totals.bytes_down,
+            totals.bytes_up,
+            totals.dense_bytes_down,
+            totals.dense_bytes_up,
+        )
+        return result
+
+    def _file(self, name: str, instead: Path | str | None = None) -> Path | None:
+        if instead is not None:
+            return Path(instead)
+        return None if self.folder is None else self.folder / name
+
+
+class _Rounds(GridWrapper):
+    """The grid as the strategy of a run sees it: tells what a round asks, gets and reaches."""
+
+    def __init__(self, run: Run, grid: Grid, events: EventLog) -> None:
+        super().__init__(grid)
+        self._run, self._events = run, events
+        self._began = time.monotonic()
+        self._begin(0)
+
+    def _begin(self, number: int) -> None:
+        self._number, self._asked, self._trained = number, 0, 0
+        self._failed: list[dict[str, str]] = []
+        self._metrics: dict[str, dict[str, Any]] = {}
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Pass messages on and note who answered.
+
+        Raises:
+            NodesFailed: a node did not, and the run stops then.
+        """
+        batch = list(messages)
+        training = sum(m.metadata.message_type == MessageType.TRAIN for m in batch)
+        if training and not self._asked:
+            self._events.write("round-begun", round=self._number, nodes=training)
+        self._asked += training
+        replies = list(self._grid.send_and_receive(batch, timeout=timeout))
+        answers = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        failed: list[dict[str, str]] = []
+        for message in batch:
+            reply = answers.get(message.metadata.message_id)
+            if reply is not None and not reply.has_error():
+                self._trained += message.metadata.message_type == MessageType.TRAIN
+                continue
+            reason = "no reply in time" if reply is None else str(reply.error.reason)
+            # as text: JavaScript rounds integers of 64 bits
+            failed.append({"node": str(message.metadata.dst_node_id), "reason": reason})
+        self._failed += failed
+        if failed and self._run.stop_on_failure:
+            raise NodesFailed(
+                f"round {self._number}: {len(failed)} clients answered with an error, the first: "
+                f"{failed[0]['reason']}"
+            )
+        return replies
+
+    @contextmanager
+    def observing(self, strategy: Strategy) -> Iterator[None]:
+        """Note the metrics that a strategy aggregates while it runs."""
+        train, evaluate = strategy.aggregate_train, strategy.aggregate_evaluate
+
+        def aggregate_train(
+            server_round: int, replies: Iterable[Message]
+        ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+            arrays, metrics = train(server_round, replies)
+            self._metrics["train"] = dict(metrics or {})
+            return arrays, metrics
+
+        def aggregate_evaluate(
+            server_round: int, replies: Iterable[Message]
+        ) -> MetricRecord | None:
+            metrics = evaluate(server_round, replies)
+            self._metrics["evaluate"] = dict(metrics or {})
+            return metrics
+
+        before = dict(vars(strategy))
+        vars(strategy).update(
+            aggregate_train=aggregate_train, aggregate_evaluate=aggregate_evaluate
+        )
+        try:
+            yield
+        finally:
+            for name in ("aggregate_train", "aggregate_evaluate"):
+                if name in before:
+                    vars(strategy)[name] = before[name]
+                else:
+                    del vars(strategy)[name]
+
+    def after(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """What Flower calls before the first round (0) and at the end of each."""
+        run = self._run
+        run.grid.ledger.flush()
+        published = run.grid.published(arrays, key=run.key) if run.lattice else None
+        run.published, measured = published, None
+        if run.evaluate_fn is not None:
+            given = array_record(published.arrays()) if published else arrays
+            measured = run.evaluate_fn(server_round, given)
+        self._events.write(
+            "round-finished",
+            round=server_round,
+            metrics=dict(measured or {}),
+            client_metrics=self._metrics,
+            sparsity=published.sparsity() if published else 0.0,
+            nodes={"asked": self._asked, "trained": self._trained, "failed": self._failed},
+            **self.cost(),
+        )
+        if server_round and run.folder is not None:
+            try:
+                run.grid.checkpoint(arrays, key=run.key).save(run.folder / CHECKPOINT)
+            except VersionsError as error:
+                log(WARNING, "No checkpoint of round %d: %s", server_round, error)
+        if run.releases is not None and published is not None:
+            metrics = finite_numbers({**self._metrics.get("evaluate", {}), **(measured or {})})
+            made = run.releases.after_round(server_round, metrics, lambda: published)
+            if made is not None:
+                self._events.write("release", **dataclasses.asdict(made))
+        self._begin(server_round + 1)
+        return measured
+
+    def cost(self) -> dict[str, float]:
+        """Bytes of the run so far, and its seconds."""
+        totals = self._run.grid.ledger.totals()
+        return {
+            "bytes_down": totals.bytes_down,
+            "bytes_up": totals.bytes_up,
+            "dense_bytes_down": totals.dense_bytes_down,
+            "dense_bytes_up": totals.dense_bytes_up,
+            "seconds": round(time.monotonic() - self._began, 3),
+        }

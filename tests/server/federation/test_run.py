@@ -1,0 +1,262 @@
+"""A run: what it leaves, what it tells while it goes on, and how it ends."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAdam, FedAvg
+
+from prunecast.compression.versions import load_model
+from prunecast.server.federation import (
+    AutomaticReleases,
+    Checkpoint,
+    CompressedGrid,
+    FederationError,
+    Ledger,
+    NodesFailed,
+    Policy,
+    ReleaseRule,
+    Run,
+    RunError,
+    read_events,
+    server_app,
+)
+from prunecast.simulations.runner.inprocess import InProcessGrid
+from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
+
+SMALL = Policy.preset("small", pruning_begin=1, pruning_end=3)
+
+
+def arrays() -> Any:
+    return to_record(initial_arrays())
+
+
+@pytest.fixture
+def inner(tmp_path: Path) -> InProcessGrid:
+    return InProcessGrid(make_app(tmp_path / "store"), 3, run_id=RUN_ID)
+
+
+def norm(server_round: int, published: Any) -> MetricRecord:
+    weights = to_arrays(published)["fc.weight"]
+    zeros = float((weights == 0).mean())
+    return MetricRecord({"norm": float(np.linalg.norm(weights)), "zeros": zeros})
+
+
+def test_a_folder_holds_what_the_run_did(inner: InProcessGrid, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "run"
+    run = Run(inner, FedAvg(), policy=SMALL, folder=folder, evaluate_fn=norm, seed=4, name="digits")
+    result = run.start(arrays(), num_rounds=3)
+    assert {path.name for path in folder.iterdir()} == {
+        "ledger.jsonl", "events.jsonl", "checkpoint.safetensors", "final.model",
+    }  # fmt: skip
+
+    begin, *middle, end = read_events(folder / "events.jsonl")
+    assert begin["event"] == "run-started"
+    assert begin["schema"] == 1
+    assert (begin["name"], begin["seed"], begin["rounds"]) == ("digits", 4, 3)
+    assert (begin["strategy"], begin["flower_run"], begin["resumed"]) == (
+        "FedAvg",
+        str(RUN_ID),
+        False,
+    )
+    assert begin["policy"]["sparsity"] == 0.9
+    kinds = [event["event"] for event in middle]
+    assert kinds == ["round-finished", *["round-begun", "round-finished"] * 3]
+    rounds = [event for event in middle if event["event"] == "round-finished"]
+    assert [event["round"] for event in rounds] == [0, 1, 2, 3]
+    assert rounds[0]["nodes"] == {"asked": 0, "trained": 0, "failed": []}
+    assert rounds[2]["nodes"] == {"asked": 3, "trained": 3, "failed": []}
+    assert rounds[3]["client_metrics"].keys() == {"train", "evaluate"}
+    assert rounds[3]["client_metrics"]["evaluate"] == dict(result.evaluate_metrics_clientapp[3])
+    assert [event["metrics"] for event in rounds] == [
+        dict(result.evaluate_metrics_serverapp[number]) for number in range(4)
+    ]
+    assert all(event["run"] == begin["run"] for event in (*middle, end))
+    times = [event["time"] for event in (begin, *middle, end)]
+    assert times == sorted(times)
+
+    # what was measured is what nodes get, and what the last event says is what the ledger says
+    assert rounds[3]["metrics"]["zeros"] > 0.5
+    assert rounds[3]["sparsity"] == pytest.approx(0.9, abs=0.05)
+    entries = list(Ledger.read(folder / "ledger.jsonl", begin["run"]))
+    assert end["event"] == "run-finished"
+    for way in ("down", "up"):
+        chosen = [entry for entry in entries if entry.direction == way]
+        assert end[f"bytes_{way}"] == sum(entry.payload_bytes for entry in chosen) > 0
+        assert end[f"dense_bytes_{way}"] == sum(entry.dense_bytes for entry in chosen)
+        assert [e[f"bytes_{way}"] for e in rounds] == sorted(e[f"bytes_{way}"] for e in rounds)
+    model = load_model(folder / "final.model")
+    assert run.published is not None
+    assert model.digest == run.published.digest
+    saved = Checkpoint.load(folder / "checkpoint.safetensors").arrays
+    for name, array in to_arrays(result.arrays).items():
+        assert saved[name].tobytes() == array.tobytes()
+
+
+def test_a_run_trains_what_the_strategy_alone_trains(tmp_path: Path) -> None:
+    def grid(number: int) -> InProcessGrid:
+        return InProcessGrid(make_app(tmp_path / f"store{number}"), 4, run_id=RUN_ID)
+
+    random.seed(0)
+    options = {"fraction_train": 0.5, "eta": 0.01}
+    alone = FedAdam(**options).start(CompressedGrid(grid(0), "small"), arrays(), num_rounds=3)
+    strategy = FedAdam(**options)
+    before = dict(vars(strategy))
+    run = Run(grid(1), strategy, policy="small", folder=tmp_path / "run", evaluate_fn=norm)
+    within = run.start(arrays(), num_rounds=3)
+    for name, array in to_arrays(alone.arrays).items():
+        assert to_arrays(within.arrays)[name].tobytes() == array.tobytes()
+    assert "aggregate_train" not in before
+    assert not {"aggregate_train", "aggregate_evaluate"} & vars(strategy).keys()
+
+
+def test_a_second_run_goes_on_from_the_checkpoint_below_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for number, name in enumerate(("first", "second")):
+        grid = InProcessGrid(make_app(tmp_path / f"store{number}"), 3, run_id=RUN_ID + number)
+        run = Run(grid, FedAvg(), policy=SMALL, folder=folder, name=name)
+        path = folder / "checkpoint.safetensors"
+        start = Checkpoint.load(path) if path.exists() else arrays()
+        run.start(start, num_rounds=2)
+    events = [list(read_events(folder / "events.jsonl", name)) for name in ("first", "second")]
+    assert [found[0]["resumed"] for found in events] == [False, True]
+    assert events[1][1]["sparsity"] >= events[0][-2]["sparsity"]  # the schedule goes on
+    assert Checkpoint.load(folder / "checkpoint.safetensors").counter > 3
+    ledgers = [list(Ledger.read(folder / "ledger.jsonl", found[0]["run"])) for found in events]
+    assert all(len(entries) == 2 * 2 * 2 * 3 for entries in ledgers)
+
+
+def test_a_drawn_model_begins_with_a_tiny_keyframe(inner: InProcessGrid) -> None:
+    grid = CompressedGrid(inner, "balanced", ledger=Ledger(keep=100))
+    Run(grid, FedAvg(), seed=3).start(arrays(), num_rounds=1, drawn=True)
+    first = next(e for e in grid.ledger.entries if e.kind == "keyframe")
+    assert first.payload_bytes * 3 < first.dense_bytes
+
+
+def test_the_grids_own_ledger_is_used_unless_another_is_named(
+    inner: InProcessGrid, tmp_path: Path
+) -> None:
+    grid = CompressedGrid(inner, ledger=tmp_path / "own.jsonl")
+    Run(grid, FedAvg(), ledger=tmp_path / "other.jsonl").start(arrays(), num_rounds=1)
+    assert len(list(Ledger.read(tmp_path / "other.jsonl"))) == 12
+    assert list(Ledger.read(tmp_path / "own.jsonl")) == []
+
+
+def test_failed_nodes_are_told_and_left_out(inner: InProcessGrid, tmp_path: Path) -> None:
+    broken = ClientApp()
+    inner = InProcessGrid({1: make_app(tmp_path / "store"), 2: broken}, 2, run_id=RUN_ID)
+    heard: list[Any] = []
+    run = Run(inner, FedAvg(), on_event=heard.append)
+    run.start(arrays(), num_rounds=1)
+    [failed, again] = heard[-2]["nodes"]["failed"]
+    assert heard[-2]["nodes"]["asked"] == 2
+    assert heard[-2]["nodes"]["trained"] == 1
+    assert failed["node"] == again["node"] == "2"
+    assert failed["reason"]
+    warnings = [event["text"] for event in heard if event["event"] == "warning"]
+    assert any("has never answered through Prunecast's mod" in text for text in warnings)
+
+
+def test_a_run_that_must_not_lose_a_node_stops(tmp_path: Path) -> None:
+    inner = InProcessGrid({1: make_app(tmp_path / "store"), 2: ClientApp()}, 2, run_id=RUN_ID)
+    run = Run(inner, FedAvg(), folder=tmp_path / "run", stop_on_failure=True)
+    with pytest.raises(NodesFailed, match=r"round 1: 1 clients answered with an error"):
+        run.start(arrays(), num_rounds=2)
+    *_, last = read_events(tmp_path / "run" / "events.jsonl")
+    assert last["event"] == "run-failed"
+    assert "NodesFailed: round 1" in last["reason"]
+    entries = list(Ledger.read(tmp_path / "run" / "ledger.jsonl"))
+    assert {e.node: e.kind for e in entries if e.direction == "up"} == {1: "update", 2: "error"}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_an_evaluation_that_fails_ends_the_run_in_order(
+    inner: InProcessGrid, tmp_path: Path, number: int
+) -> None:
+    def evaluate(server_round: int, published: Any) -> None:
+        if server_round == number:
+            raise KeyboardInterrupt
+
+    run = Run(inner, FedAvg(), folder=tmp_path / "run", evaluate_fn=evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        run.start(arrays(), num_rounds=3)
+    *_, last = read_events(tmp_path / "run" / "events.jsonl")
+    assert last["event"] == "run-failed"
+    assert len(list(Ledger.read(tmp_path / "run" / "ledger.jsonl"))) == number * 12
+    # everything is closed, the strategy is as it was: the next run can begin
+    inner = InProcessGrid(make_app(tmp_path / "another"), 3, run_id=RUN_ID + 1)
+    Run(inner, run.strategy, folder=tmp_path / "run").start(arrays(), num_rounds=1)
+
+
+def test_two_runs_cannot_share_a_folder_at_a_time(inner: InProcessGrid, tmp_path: Path) -> None:
+    second = InProcessGrid(make_app(tmp_path / "another"), 3, run_id=RUN_ID + 1)
+
+    def meanwhile(server_round: int, published: Any) -> None:
+        with pytest.raises(RunError, match="another run is writing"):
+            Run(second, FedAvg(), folder=tmp_path / "run").start(arrays(), num_rounds=1)
+
+    Run(inner, FedAvg(), folder=tmp_path / "run", evaluate_fn=meanwhile).start(arrays(), 1)
+
+
+def test_releases_are_events(inner: InProcessGrid) -> None:
+    heard: list[Any] = []
+    versions = itertools.count(1)
+    releases = AutomaticReleases(ReleaseRule(every=2), lambda model, metrics: next(versions))
+    run = Run(inner, FedAvg(), evaluate_fn=norm, releases=releases, on_event=heard.append)
+    run.start(arrays(), num_rounds=4)
+    told = [event for event in heard if event["event"] == "release"]
+    assert [(event["round"], event["version"]) for event in told] == [(2, 1), (4, 2)]
+    assert [event["metrics"] for event in told] == [dict(m.metrics) for m in releases.made]
+    assert told[0]["metrics"].keys() == {"norm", "zeros"}
+
+
+def test_numbers_that_json_lacks_become_null(inner: InProcessGrid, tmp_path: Path) -> None:
+    def evaluate(server_round: int, published: Any) -> MetricRecord:
+        return MetricRecord({"loss": float("nan"), "per class": [1.0, float("inf")]})
+
+    Run(inner, FedAvg(), folder=tmp_path, evaluate_fn=evaluate).start(arrays(), num_rounds=1)
+    text = (tmp_path / "events.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    [*_, last, _] = read_events(tmp_path / "events.jsonl")
+    assert last["metrics"] == {"loss": None, "per class": [1.0, None]}
+
+
+def test_events_of_a_newer_schema_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(json.dumps({"schema": 2, "event": "run-started"}) + "\n")
+    with pytest.raises(RunError, match="update Prunecast"):
+        next(read_events(path))
+    with pytest.raises(FederationError, match="cannot read"):
+        next(read_events(tmp_path / "none"))
+
+
+def test_the_ready_server_app_keeps_a_folder(
+    inner: InProcessGrid, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config: dict[str, Any] = {
+        "model": "support.torch_classifier:Classifier",
+        "evaluate": "support.torch_classifier:spread",
+        "num-server-rounds": 2,
+        "folder": str(tmp_path / "run"),
+        "name": "toy",
+        "ledger": "",
+        "output": "",
+        "seed": 5,
+    }
+    caplog.set_level("INFO")
+    server_app.app(inner, Context(RUN_ID, 0, {}, RecordDict(), config))
+    begin, *_, last, end = read_events(tmp_path / "run" / "events.jsonl", "toy")
+    assert (begin["seed"], begin["rounds"]) == (5, 2)
+    assert last["metrics"]["spread"] > 0
+    assert load_model(tmp_path / "run" / "final.model").arrays()
+    said = f"Prunecast: {end['bytes_down']} bytes down, {end['bytes_up']} up; plain Flower: "
+    assert said in caplog.text
