@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from prunecast.server.federation import (
     read_events,
     server_app,
 )
+from prunecast.server.federation.wrapper import GridWrapper
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
 
@@ -260,3 +262,63 @@ def test_the_ready_server_app_keeps_a_folder(
     assert load_model(tmp_path / "run" / "final.model").arrays()
     said = f"Prunecast: {end['bytes_down']} bytes down, {end['bytes_up']} up; plain Flower: "
     assert said in caplog.text
+
+
+@pytest.mark.parametrize("up", ["dense", "stc"])
+def test_where_models_travel_densely_plain_arrays_are_measured(tmp_path: Path, up: str) -> None:
+    inner = InProcessGrid(make_app(tmp_path / "store"), 2, run_id=RUN_ID)
+    measured: list[Any] = []
+
+    def evaluate(server_round: int, received: Any) -> None:
+        measured.append(to_arrays(received))
+
+    policy = Policy.preset("dense", up=up)
+    run = Run(inner, FedAvg(), policy=policy, folder=tmp_path / "run", evaluate_fn=evaluate)
+    result = run.start(arrays(), num_rounds=2)
+    for name, array in to_arrays(result.arrays).items():
+        assert measured[2][name].tobytes() == array.tobytes()
+    assert run.published is None
+    assert not (tmp_path / "run" / "final.model").exists()
+    saved = Checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")
+    assert saved.arrays["fc.weight"].tobytes() == measured[2]["fc.weight"].tobytes()
+    releases = AutomaticReleases(ReleaseRule(every=1), lambda model, metrics: 1)
+    with pytest.raises(FederationError, match="down = 'lattice'"):
+        Run(inner, FedAvg(), policy=policy, releases=releases)
+
+
+def test_a_wrapper_around_the_compressed_grid_stays_outermost(inner: InProcessGrid) -> None:
+    class Counting(GridWrapper):
+        batches = 0
+
+        def send_and_receive(self, messages: Any, **options: Any) -> Any:
+            self.batches += 1
+            return super().send_and_receive(messages, **options)
+
+    compressed = CompressedGrid(inner, "small")
+    outermost = Counting(Counting(compressed))
+    run = Run(outermost, FedAvg(), policy="lossless")
+    assert run.grid is compressed
+    run.start(arrays(), num_rounds=2)
+    assert outermost.batches == 4
+
+
+def test_the_blocks_of_its_page_run(
+    inner: InProcessGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "run.md").read_text()
+    other = InProcessGrid(make_app(tmp_path / "another"), 2, run_id=RUN_ID + 1)
+    scope: dict[str, Any] = {
+        "grid": inner,
+        "new_grid": lambda: other,
+        "arrays": arrays(),
+        "evaluate_fn": norm,
+    }
+    for block in re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL):
+        exec(block, scope)
+    assert scope["totals"].bytes_up > 0
+    assert scope["kinds"] >= {"keyframe", "update"}
+    event_kinds = set(re.findall(r"^\| `(r[a-z-]+|warning)` \|", page, flags=re.MULTILINE))
+    assert event_kinds >= {
+        event["event"] for event in read_events(Path("runs/digits/events.jsonl"))
+    }
