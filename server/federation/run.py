@@ -15,9 +15,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from prunecast.common.files import StorageError
 from prunecast.compression.flower import array_record
 from prunecast.compression.flower.internals import log
-from prunecast.compression.versions import PublishedModel, VersionsError, save_model
+from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError, NodesFailed
 from prunecast.server.federation.events import EventLog, OnEvent
@@ -314,7 +315,7 @@ class _Rounds(GridWrapper):
         if server_round and run.folder is not None:
             try:
                 run.grid.checkpoint(arrays, key=run.key).save(run.folder / CHECKPOINT)
-            except VersionsError as error:
+            except StorageError as error:
                 log(WARNING, "No checkpoint of round %d: %s", server_round, error)
         if run.releases is not None and published is not None:
             metrics = finite_numbers({**self._metrics.get("evaluate", {}), **(measured or {})})

@@ -322,3 +322,14 @@ def test_the_blocks_of_its_page_run(
     assert event_kinds >= {
         event["event"] for event in read_events(Path("runs/digits/events.jsonl"))
     }
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_nothing(
+    inner: InProcessGrid, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "checkpoint.safetensors").mkdir(parents=True)
+    Run(inner, FedAvg(), folder=tmp_path / "run").start(arrays(), num_rounds=2)
+    events = list(read_events(tmp_path / "run" / "events.jsonl"))
+    warned = [event["text"] for event in events if event["event"] == "warning"]
+    assert [text[:31] for text in warned] == [f"No checkpoint of round {n}: cannot" for n in (1, 2)]
+    assert events[-1]["event"] == "run-finished"
