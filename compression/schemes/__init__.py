@@ -11,6 +11,7 @@ integers coded by `prunecast.compression.codec`. See ``docs/schemes.md``.
 [2.0, -2.0, 0.0, 0.0]
 """
 
+from .dense import Fp16, Int4, Int8
 from .errors import (
     BadConfig,
     ChecksumMismatch,
@@ -28,14 +29,11 @@ from .errors import (
     UnsupportedVersion,
     WrongScheme,
 )
-from .half import Fp16
-from .integers import Int4, Int8
 from .interface import Option, Scheme
-from .layout import Layout, layout_of
+from .layout import Layout, State, layout_of, pack_state, state_arrays, state_from, unpack_state
 from .qsgd import Qsgd
 from .registry import SCHEMES, PayloadInfo, decode_payload, inspect, scheme
 from .signsgd import SignSgd, majority_vote
-from .state import State, pack_state, state_arrays, state_from, unpack_state
 from .stc import Stc
 from .topk import TopK
 

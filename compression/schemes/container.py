@@ -13,21 +13,22 @@ All integers are little-endian; docs/schemes.md has the whole format::
     layout    4  bytes of the layout section
     layout    …  per tensor: length of the name (2), name (UTF-8), dimensions (1), each (8)
     body      …  the scheme's own
-    crc       4  CRC-32 of everything before it
-"""
+    crc       4  CRC-32 of everything before it"""
 
 from __future__ import annotations
 
 import math
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits
+from prunecast.compression.codec import CodecError, Context, Limits, TensorSpec, decode, encode
+from prunecast.compression.codec import LimitExceeded as CodecLimitExceeded
 
 from .errors import (
     ChecksumMismatch,
@@ -40,7 +41,7 @@ from .errors import (
 )
 from .layout import Layout, total_size
 
-__all__ = ["CODINGS", "Envelope", "Reader", "seal", "unseal"]
+__all__ = ["CODINGS", "Envelope", "Reader", "coded", "decoded", "seal", "unseal"]
 
 MAGIC = b"PCS"
 MAJOR, MINOR = 1, 0
@@ -219,3 +220,27 @@ def _check_size(layout: Layout, limits: Limits, payload_bytes: int) -> None:
             f"Limits.free_bytes = {limits.free_bytes} + Limits.expansion = {limits.expansion} "
             "for each; raise a limit if you trust the sender"
         )
+
+
+def coded(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Arrays as a payload of the codec, their names, dtypes and shapes left out."""
+    plain = {str(i): array for i, array in enumerate(arrays.values())}
+    specs = {name: TensorSpec(array.dtype, array.shape) for name, array in plain.items()}
+    return encode(plain, context=Context(layout=specs))
+
+
+def decoded(data: bytes, layout: Layout, dtype: str, limits: Limits) -> dict[str, NDArray[Any]]:
+    """Inverse of `coded`, for arrays of one dtype.
+
+    Raises:
+        MalformedPayload: the codec refuses the bytes.
+        LimitExceeded: a limit of the codec is passed.
+    """
+    specs = {str(i): TensorSpec(np.dtype(dtype), shape) for i, shape in enumerate(layout.values())}
+    try:
+        arrays = decode(data, context=Context(layout=specs), limits=limits)
+    except CodecLimitExceeded as error:
+        raise LimitExceeded(str(error)) from error
+    except CodecError as error:
+        raise MalformedPayload(f"the codec cannot read the body: {error}") from error
+    return dict(zip(layout, arrays.values(), strict=True))

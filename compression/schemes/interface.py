@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits
 
-from .arithmetic import added
 from .container import CODINGS, Envelope, Reader, seal, unseal
 from .draws import Draws
 from .errors import (
@@ -29,8 +28,7 @@ from .errors import (
     StateError,
     WrongScheme,
 )
-from .layout import Arrays, Layout, checked
-from .state import State
+from .layout import Arrays, Layout, State, added, checked
 
 __all__ = ["Option", "Quantised", "Scheme"]
 

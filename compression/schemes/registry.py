@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from prunecast.compression.codec import Limits
 
 from .container import unseal
+from .dense import Fp16, Int4, Int8
 from .errors import UnknownScheme, UnsupportedVersion
-from .half import Fp16
-from .integers import Int4, Int8
 from .interface import Option, Scheme
 from .layout import Arrays
 from .qsgd import Qsgd

@@ -12,14 +12,11 @@ from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits
 
-from .arithmetic import scaled
-from .container import CODINGS, Reader, seal, unseal
+from .container import CODINGS, Reader, coded, decoded, seal, unseal
 from .draws import Draws
 from .errors import BadConfig, LayoutMismatch, WrongScheme
 from .interface import Quantised, Scheme
-from .layout import Arrays, Layout, concatenated, split, total_size
-from .recoding import coded, decoded
-from .state import State
+from .layout import Arrays, Layout, State, concatenated, scaled, split, total_size
 
 __all__ = ["SignSgd", "majority_vote"]
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .arithmetic import scaled
 from .errors import MalformedPayload
 from .interface import Quantised
-from .layout import Arrays, Layout
+from .layout import Arrays, Layout, scaled
 
 __all__ = ["SCOPES", "groups", "kept", "read_scope", "restored", "top_k"]
 

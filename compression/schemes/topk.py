@@ -13,15 +13,12 @@ from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits
 
-from .arithmetic import added, step_of
-from .container import Reader
+from .container import Reader, coded, decoded
 from .draws import Draws
 from .errors import MalformedPayload
 from .interface import Quantised, Scheme
-from .layout import Arrays, Layout, concatenated, split
-from .recoding import coded, decoded
+from .layout import Arrays, Layout, State, added, concatenated, split, step_of
 from .sparse import SCOPES, groups, kept, read_scope, restored, top_k
-from .state import State
 
 __all__ = ["TopK"]
 
