@@ -36,6 +36,7 @@ from rollouts.processes import Processes
 from rollouts.repository import NAME, make_repository
 
 from prunecast.server.control import LiveReleases
+from prunecast.server.fleet.audit import AuditKind
 from prunecast.server.fleet.cohorts import assign
 from prunecast.server.fleet.events import AddGroup, PinGroup, StartRollout
 from prunecast.server.fleet.model import Outcome, Release, RolloutPolicy, Status
@@ -140,9 +141,9 @@ class Lab:
 
     def stages(self, name: str) -> list[float]:
         """Seconds from the start of a rollout to the end of each of its stages."""
-        begun = next(e.at for e in self.audit(name) if e.action == "rollout started")
-        ends = ("rollout promoted", "rollout completed")
-        return [round(e.at - begun, 2) for e in self.audit(name) if e.action in ends]
+        begun = next(e.at for e in self.audit(name) if e.kind is AuditKind.ROLLOUT_STARTED)
+        ends = (AuditKind.ROLLOUT_PROMOTED, AuditKind.ROLLOUT_COMPLETED)
+        return [round(e.at - begun, 2) for e in self.audit(name) if e.kind in ends]
 
     def audit(self, subject: str) -> list[Any]:
         """What happened to something."""
@@ -176,8 +177,8 @@ def run(lab: Lab) -> dict[str, Any]:
     live = [name for name in lab.names if name not in silent]
     lab.processes.signal(silent, signal.SIGSTOP)
     lab.roll_out("to-2", 2)
-    lab.wait(lambda: not lab.fleet.rollout("to-2")[0].status.active, "release 2 is rolled out")
-    rollout, devices = lab.fleet.rollout("to-2")
+    lab.wait(lambda: not lab.fleet.rollout("to-2").status.active, "release 2 is rolled out")
+    rollout, devices = lab.fleet.rollout("to-2"), lab.fleet.devices(rollout="to-2")
     progress = Counter(str(d.part.progress) for d in devices if d.part)
     found["rollout"] = {
         "status": str(rollout.status),
@@ -194,10 +195,10 @@ def run(lab: Lab) -> dict[str, Any]:
 
     lab.roll_out("to-3", 3, roll_back_on_error=True)
     seconds = lab.wait(
-        lambda: not lab.fleet.rollout("to-3")[0].status.active and lab.answered(2, lab.names),
+        lambda: not lab.fleet.rollout("to-3").status.active and lab.answered(2, lab.names),
         "release 3 is stopped",
     )
-    rollout, devices = lab.fleet.rollout("to-3")
+    rollout, devices = lab.fleet.rollout("to-3"), lab.fleet.devices(rollout="to-3")
     found["bad"] = {
         "status": str(rollout.status),
         "told": rollout.told,

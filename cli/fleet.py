@@ -6,7 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,27 +14,26 @@ from prunecast.cli import fleet_device
 from prunecast.cli.console import make_console
 from prunecast.cli.fleet_common import (
     DEFAULT,
+    AfterDevice,
     AsJson,
     Database,
     GroupName,
+    Limit,
     OneDevice,
     OneGroup,
     Reason,
     RolloutName,
-    actor,
-    device_row,
     operate,
     service_of,
+    show_document,
     show_rows,
-    text_of,
-    when,
+    stamp,
 )
 from prunecast.cli.fleet_serve import serve
 from prunecast.cli.tables import say
 
 if TYPE_CHECKING:
-    from prunecast.server.fleet.machine import AnyEvent
-    from prunecast.server.fleet.model import Rollout
+    from prunecast.server.fleet.events import Abort, Pause, Promote, Resume
 
 __all__ = ["app"]
 
@@ -86,7 +85,7 @@ def add_group(
     from prunecast.server.fleet.events import AddGroup
 
     event = AddGroup(
-        at=time.time(), actor=actor(), group=name, release=release, stable=stable
+        group=name, release=release, stable=stable, **stamp()
     )  # fmt: skip
     operate(database, event)
     say(make_console(), f"group {name} follows {release}")
@@ -95,22 +94,14 @@ def add_group(
 @group_app.command(name="list")
 def list_groups(database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show every group and the version in force."""
+    from prunecast.server.fleet.views import GroupView
+
     with service_of(database) as service:
         service.tick(time.time())
-        found, devices = service.groups(), service.devices()
-    rows = [
-        {
-            "group": group.id,
-            "release": group.release,
-            "stable": stable,
-            "pin": group.pin,
-            "last rollout": group.rollout,
-            "devices": sum(d.group == group.id and not d.revoked for d in devices),
-        }
-        for group, stable in found
-    ]
-    columns = ("group", "release", "stable", "pin", "last rollout", "devices")
-    show_rows(rows, columns, as_json)
+        counts = service.device_counts()
+        found = [GroupView.of(g, stable, counts.get(g.id, 0)) for g, stable in service.groups()]
+    columns = ("group", "release", "stable", "pin", "last_rollout", "devices")
+    show_rows([view.to_mapping() for view in found], columns, as_json)
 
 
 @rollout_app.command(name="start")
@@ -148,6 +139,7 @@ def start_rollout(
 
     from prunecast.server.fleet.events import StartRollout
     from prunecast.server.fleet.model import Release, RolloutPolicy
+    from prunecast.server.fleet.views import RolloutView
 
     policy = RolloutPolicy(
         max_error_rate=max_error_rate,
@@ -164,20 +156,19 @@ def start_rollout(
     except ValueError:
         raise typer.BadParameter("must be numbers, as in 5,25,100", param_hint="--stages") from None
     event = StartRollout(
-        at=time.time(),
-        actor=actor(),
         rollout=name or f"{release[:40]}-{version}-{secrets.token_hex(3)}",
         release=Release(release, version),
         groups=tuple(group),
         stages=percentages,
         policy=policy,
+        **stamp(),
     )
     with service_of(database) as service:
         service.operate(event)
-        rollout, _ = service.rollout(event.rollout)
+        rollout = service.rollout(event.rollout)
     text = f"started {rollout.id}: {rollout.expected} of {sum(rollout.cohorts)} devices first"
     if as_json:
-        print(json.dumps(_rollout(rollout)))  # noqa: T201
+        print(json.dumps(RolloutView.of(rollout).to_mapping()))  # noqa: T201
     else:
         say(make_console(), text)
 
@@ -185,31 +176,36 @@ def start_rollout(
 @rollout_app.command(name="list")
 def list_rollouts(database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show every rollout, oldest first."""
+    from prunecast.server.fleet.views import RolloutView
+
     with service_of(database) as service:
         service.tick(time.time())
-        found = service.rollouts()
+        rows = [RolloutView.of(found).to_mapping() for found in service.rollouts()]
     columns = ("rollout", "release", "version", "status", "percent", "told", "reason")
-    show_rows([_rollout(r) for r in found], columns, as_json)
+    show_rows(rows, columns, as_json)
 
 
 @rollout_app.command(name="show")
-def show_rollout(name: RolloutName, database: Database = DEFAULT, as_json: AsJson = False) -> None:
+def show_rollout(
+    name: RolloutName,
+    after: AfterDevice = None,
+    limit: Limit = None,
+    database: Database = DEFAULT,
+    as_json: AsJson = False,
+) -> None:
     """Show how far a rollout is, device by device."""
+    from prunecast.server.fleet.views import MemberView, RolloutView
+
     with service_of(database) as service:
         service.tick(time.time())
-        rollout, devices = service.rollout(name)
-    document = _rollout(rollout)
-    rows = [
-        {**device_row(d), "stage": d.part.stage + 1, "progress": d.part.progress.value}
-        for d in devices
-        if d.part
-    ]
+        document = RolloutView.of(service.rollout(name)).to_mapping()
+        members = service.devices(rollout=name, after=after, limit=limit)
+    rows = [MemberView.of(device).to_mapping() for device in members]
     if as_json:
-        print(json.dumps({**document, "devices": rows}))  # noqa: T201
+        print(json.dumps({**document, "members": rows}))  # noqa: T201
         return
-    console = make_console()
-    for key, value in document.items():
-        say(console, f"{key:<10} {text_of(value)}")
+    show_document(document, 10)
+    rows.sort(key=lambda row: (row["stage"], row["device"]))
     show_rows(rows, ("device", "stage", "progress", "runs", "told", "answer", "seen"), False)
 
 
@@ -218,7 +214,7 @@ def promote(rollout: RolloutName, database: Database = DEFAULT) -> None:
     """Begin the next stage at once, paused or not; after the last one the release is stable."""
     from prunecast.server.fleet.events import Promote
 
-    _steer(database, Promote(at=time.time(), actor=actor(), rollout=rollout), rollout)
+    _steer(database, Promote(rollout=rollout, **stamp()))
 
 
 @app.command()
@@ -228,8 +224,7 @@ def pause(
     """Tell nobody new; devices that were told stay told."""
     from prunecast.server.fleet.events import Pause
 
-    event = Pause(at=time.time(), actor=actor(), rollout=rollout, reason=reason)
-    _steer(database, event, rollout)
+    _steer(database, Pause(rollout=rollout, reason=reason, **stamp()))
 
 
 @app.command()
@@ -237,7 +232,7 @@ def resume(rollout: RolloutName, database: Database = DEFAULT) -> None:
     """Go on with the stage and count anew: accept failures so far, wait again for the silent."""
     from prunecast.server.fleet.events import Resume
 
-    _steer(database, Resume(at=time.time(), actor=actor(), rollout=rollout), rollout)
+    _steer(database, Resume(rollout=rollout, **stamp()))
 
 
 @app.command()
@@ -247,8 +242,7 @@ def abort(
     """End a rollout and roll back: devices that were told are told the previous release."""
     from prunecast.server.fleet.events import Abort
 
-    event = Abort(at=time.time(), actor=actor(), rollout=rollout, reason=reason)
-    _steer(database, event, rollout)
+    _steer(database, Abort(rollout=rollout, reason=reason, **stamp()))
 
 
 @app.command()
@@ -275,30 +269,29 @@ def audit(
     subject: Annotated[
         str | None, typer.Option(help="Only what concerns this device, group or rollout.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="How many entries, the last ones.", min=1)] = 100,
+    limit: Annotated[
+        int,
+        typer.Option(help="How many: the last ones, or the first after --after.", min=1),
+    ] = 100,
+    after: Annotated[
+        int | None, typer.Option(help="Begin after the entry of this number.", min=0)
+    ] = None,
     database: Database = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
     """Show who did what and when, oldest first."""
+    from prunecast.server.fleet.views import AuditView
+
     with service_of(database) as service:
-        entries = service.audit(subject=subject, limit=limit)
-    rows = [
-        {
-            "at": when(e.at),
-            "actor": e.actor,
-            "action": e.action,
-            "subject": e.subject,
-            "detail": e.detail,
-        }
-        for e in entries
-    ]
-    show_rows(rows, ("at", "actor", "action", "subject", "detail"), as_json)
+        entries = service.audit(subject=subject, after=after, limit=limit)
+    rows = [AuditView.of(entry).to_mapping() for entry in entries]
+    show_rows(rows, ("number", "at", "actor", "action", "subject", "detail"), as_json)
 
 
-def _steer(database: str, event: AnyEvent, name: str) -> None:
+def _steer(database: str, event: Promote | Pause | Resume | Abort) -> None:
     with service_of(database) as service:
         service.operate(event)
-        rollout, _ = service.rollout(name)
+        rollout = service.rollout(event.rollout)
     percent = rollout.stages[rollout.stage]
     say(make_console(), f"{rollout.id} ({rollout.release}) is {rollout.status} at {percent:g} %")
 
@@ -306,11 +299,10 @@ def _steer(database: str, event: AnyEvent, name: str) -> None:
 def _pin(database: str, device: str | None, group: str | None, version: int | None) -> None:
     from prunecast.server.fleet.events import PinDevice, PinGroup
 
-    common: dict[str, Any] = {"at": time.time(), "actor": actor(), "version": version}
     if device is not None and group is None:
-        operate(database, PinDevice(device=device, **common))
+        operate(database, PinDevice(device=device, version=version, **stamp()))
     elif group is not None and device is None:
-        operate(database, PinGroup(group=group, **common))
+        operate(database, PinGroup(group=group, version=version, **stamp()))
     else:
         raise typer.BadParameter("give either --device or --group")
 
@@ -320,24 +312,3 @@ def _seconds(text: str, option: str) -> float:
     if found is None:
         raise typer.BadParameter(f"{text!r}: give 90s, 30m, 2h or 1d", param_hint=option)
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-def _rollout(rollout: Rollout) -> dict[str, Any]:
-    tally = rollout.tally
-    return {
-        "rollout": rollout.id,
-        "release": rollout.release.name,
-        "version": rollout.release.version,
-        "groups": list(rollout.groups),
-        "status": rollout.status.value,
-        "percent": rollout.stages[rollout.stage],
-        "stages": list(rollout.stages),
-        "since": when(rollout.since),
-        "devices": sum(rollout.cohorts),
-        "told": rollout.told,
-        "expected": rollout.expected,
-        "succeeded": tally.succeeded,
-        "failed": tally.failed,
-        "silent": tally.silent,
-        "reason": rollout.reason,
-    }

@@ -4,37 +4,40 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Iterable
-from datetime import UTC, datetime
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunecast.cli.console import make_console
-from prunecast.cli.tables import Column, print_table
+from prunecast.cli.tables import Column, print_table, say
 
 if TYPE_CHECKING:
     from prunecast.server.fleet.machine import AnyEvent
-    from prunecast.server.fleet.model import Device
     from prunecast.server.fleet.service import FleetService
 
 __all__ = [
     "DEFAULT",
+    "AfterDevice",
     "AsJson",
     "Database",
     "DeviceName",
     "GroupName",
+    "Limit",
     "OneDevice",
     "OneGroup",
     "Reason",
     "RolloutName",
     "actor",
-    "device_row",
     "operate",
+    "repository_of",
     "service_of",
+    "show_document",
     "show_rows",
+    "stamp",
     "text_of",
-    "when",
 ]
 
 Database = Annotated[
@@ -50,6 +53,10 @@ RolloutName = Annotated[str, typer.Argument(help="Name of the rollout.")]
 Reason = Annotated[str, typer.Option(help="For the audit log.")]
 OneDevice = Annotated[str | None, typer.Option("--device", help="A single device.")]
 OneGroup = Annotated[str | None, typer.Option("--group", help="All devices of a group.")]
+AfterDevice = Annotated[
+    str | None, typer.Option("--after", help="Begin after this device: the last one shown before.")
+]
+Limit = Annotated[int | None, typer.Option(help="How many at most; default all.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DEFAULT = "sqlite:///fleet.db"
@@ -57,7 +64,6 @@ DEFAULT = "sqlite:///fleet.db"
 
 def service_of(database: str) -> FleetService:
     """The service, with the live releases of the repository that `init` was given."""
-    from prunecast.server.fleet.errors import FleetError
     from prunecast.server.fleet.model import Release
     from prunecast.server.fleet.service import FleetService
     from prunecast.server.repository import RepositoryReader
@@ -65,20 +71,12 @@ def service_of(database: str) -> FleetService:
     live: list[Release] = []
     service = FleetService(database, lambda: live)
     try:
-        folder = service.settings().get("repository")
-        if folder is None:
-            raise FleetError(f"{database} names no release repository: make it with --repository")
-        live += [Release(e.name, e.version) for e in RepositoryReader(folder).releases()]
+        found = RepositoryReader(repository_of(service, database)).releases()
+        live += [Release(e.name, e.version) for e in found]
     except BaseException:
         service.close()
         raise
     return service
-
-
-def operate(database: str, event: AnyEvent) -> None:
-    """Apply what an operator wants."""
-    with service_of(database) as service:
-        service.operate(event)
 
 
 def actor() -> str:
@@ -89,25 +87,29 @@ def actor() -> str:
         return "operator"
 
 
-def when(at: float | None) -> str | None:
-    """A time in UTC, ISO 8601."""
-    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+def repository_of(service: FleetService, database: str) -> Path:
+    """The repository that `init` was given.
+
+    Raises:
+        FleetError: none was.
+    """
+    from prunecast.server.fleet.errors import FleetError
+
+    folder = service.settings().get("repository")
+    if folder is None:
+        raise FleetError(f"{database} names no release repository: make it with --repository")
+    return Path(folder)
 
 
-def device_row(device: Device) -> dict[str, Any]:
-    """A device as tables and JSON show it."""
-    return {
-        "device": device.id,
-        "group": device.group,
-        "runs": device.running,
-        "told": device.told.version,
-        "answer": "revoked" if device.revoked else device.told.outcome,
-        "rollout": device.told.rollout,
-        "pin": device.pin,
-        "refused": sorted(device.refused),
-        "agent": device.agent,
-        "seen": when(device.last_seen),
-    }
+def stamp() -> dict[str, Any]:
+    """When and by whom, as every event says."""
+    return {"at": time.time(), "actor": actor()}
+
+
+def operate(database: str, event: AnyEvent) -> None:
+    """Apply what an operator wants."""
+    with service_of(database) as service:
+        service.operate(event)
 
 
 def show_rows(rows: list[dict[str, Any]], columns: Iterable[str], as_json: bool) -> None:
@@ -117,7 +119,14 @@ def show_rows(rows: list[dict[str, Any]], columns: Iterable[str], as_json: bool)
         return
     shown = tuple(columns)
     texts = [[text_of(row[name]) for name in shown] for row in rows]
-    print_table(make_console(), [Column(name) for name in shown], texts)
+    print_table(make_console(), [Column(name.replace("_", " ")) for name in shown], texts)
+
+
+def show_document(document: Mapping[str, Any], width: int) -> None:
+    """Print one thing, a line for each of its properties."""
+    console = make_console()
+    for key, value in document.items():
+        say(console, f"{key:<{width}} {text_of(value)}")
 
 
 def text_of(value: object) -> str:

@@ -11,17 +11,18 @@ import typer
 from prunecast.cli.console import make_console
 from prunecast.cli.fleet_common import (
     DEFAULT,
+    AfterDevice,
     AsJson,
     Database,
     DeviceName,
+    Limit,
     OneGroup,
     actor,
-    device_row,
     operate,
     service_of,
+    show_document,
     show_rows,
-    text_of,
-    when,
+    stamp,
 )
 from prunecast.cli.tables import say
 
@@ -46,13 +47,19 @@ def add_device(
 
 @app.command(name="list")
 def list_devices(
-    group: OneGroup = None, database: Database = DEFAULT, as_json: AsJson = False
+    group: OneGroup = None,
+    after: AfterDevice = None,
+    limit: Limit = None,
+    database: Database = DEFAULT,
+    as_json: AsJson = False,
 ) -> None:
     """Show every device: what it was told, what it runs, what it answered, when."""
+    from prunecast.server.fleet.views import DeviceView
+
     with service_of(database) as service:
-        devices = service.devices(group)
+        devices = service.devices(group, after=after, limit=limit)
     columns = ("device", "group", "runs", "told", "answer", "rollout", "pin", "seen")
-    show_rows([device_row(d) for d in devices], columns, as_json)
+    show_rows([DeviceView.of(device).to_mapping() for device in devices], columns, as_json)
 
 
 @app.command(name="revoke")
@@ -60,7 +67,7 @@ def revoke_device(name: DeviceName, database: Database = DEFAULT) -> None:
     """Refuse a device's token from now on; its name is not used again."""
     from prunecast.server.fleet.events import RevokeDevice
 
-    operate(database, RevokeDevice(at=time.time(), actor=actor(), device=name))
+    operate(database, RevokeDevice(device=name, **stamp()))
     say(make_console(), f"revoked {name}; it keeps the release that it runs")
 
 
@@ -80,27 +87,21 @@ def move_device(
     """Put a device into another group; in a rollout there it is a late joiner."""
     from prunecast.server.fleet.events import MoveDevice
 
-    operate(database, MoveDevice(at=time.time(), actor=actor(), device=name, group=group))
+    operate(database, MoveDevice(device=name, group=group, **stamp()))
     say(make_console(), f"{name} is in group {group}")
 
 
 @app.command(name="show")
 def show_device(name: DeviceName, database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show a device: what it was told, and how it last said it is."""
-    from prunecast.server.fleet.errors import NotFound
+    from prunecast.server.fleet.views import DeviceView, HealthView
 
     with service_of(database) as service:
-        health = service.health(name)
-        found = next((d for d in service.devices() if d.id == name), None)
-    if found is None:
-        raise NotFound(f"there is no device named {name!r}")
-    document = device_row(found)
-    if health is not None:
-        said, at = health
-        document |= {"reported": when(at), "problem": said.error, "figures": dict(said.figures)}
+        document = DeviceView.of(service.device(name)).to_mapping()
+        if (health := service.health(name)) is not None:
+            document |= HealthView.of(*health).to_mapping()
     if as_json:
         print(json.dumps(document))  # noqa: T201
         return
     figures = document.pop("figures", {})
-    for key, value in [*document.items(), *sorted(figures.items())]:
-        say(make_console(), f"{key:<20} {text_of(value)}")
+    show_document({**document, **dict(sorted(figures.items()))}, 20)

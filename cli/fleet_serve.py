@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from prunecast.cli.fleet_common import DEFAULT, AsJson, Database, repository_of
+
 __all__ = ["serve"]
 
 
@@ -38,14 +40,8 @@ def serve(
     drain: Annotated[
         float, typer.Option(help="Seconds that calls may take when the server ends.", min=0.0)
     ] = 10.0,
-    database: Annotated[
-        str,
-        typer.Option(
-            envvar="PRUNECAST_FLEET",
-            help="Database: sqlite:///fleet.db or postgresql://user@host/name.",
-        ),
-    ] = "sqlite:///fleet.db",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the address as JSON.")] = False,
+    database: Database = DEFAULT,
+    as_json: AsJson = False,
 ) -> None:
     """Bring directives to agents and their reports back, over gRPC and TLS, until interrupted.
 
@@ -53,15 +49,12 @@ def serve(
     repository is the one that `prunecast fleet init` was given.
     """
     from prunecast.server.control import ControlLimits, ControlServer
-    from prunecast.server.fleet.errors import FleetError
     from prunecast.server.fleet.service import FleetService
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
 
     with FleetService(database, list) as service:
-        repository = service.settings().get("repository")
-    if repository is None:
-        raise FleetError(f"{database} names no release repository: make it with --repository")
+        repository = repository_of(service, database)
 
     def ready(address: str) -> None:
         shown = json.dumps({"address": address, "port": server.port}) if as_json else address
@@ -69,7 +62,7 @@ def serve(
 
     server = ControlServer(
         database,
-        Path(repository),
+        repository,
         certificate=certificate,
         key=key,
         client_ca=client_ca,

@@ -10,14 +10,15 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Literal, TypeVar
 
-from prunecast.server.fleet.model import AuditEntry, Release
+from prunecast.server.fleet.audit import AuditEntry
+from prunecast.server.fleet.model import Release
 from prunecast.server.fleet.service import FleetService
 
 __all__ = ["OpenWatch", "WatchRegistry", "concerned_devices"]
 
 _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
-_OF_ONE_DEVICE = ("device ", "release failed", "token renewed")
+_LOOKED_AT = 1000  # entries of the log at a time
 Ended = Literal["replaced", "closed"]
 
 
@@ -113,10 +114,13 @@ class WatchRegistry:
         while True:
             try:
                 if last is None:
-                    last, _ = await self.call(self.service.changes)
+                    newest = await self.call(partial(self.service.audit, limit=1))
+                    last = newest[0].number if newest else 0
                 await self.call(partial(self.service.tick, self.clock()))
                 listed = await self.call(self._live)
-                last, entries = await self.call(partial(self.service.changes, last))
+                look = partial(self.service.audit, after=last, limit=_LOOKED_AT)
+                if entries := await self.call(look):
+                    last = entries[-1].number
                 self._wake(None if listed != live else concerned_devices(entries))
                 live = listed
             except Exception as error:  # whatever it is, devices must not be left alone
@@ -133,14 +137,15 @@ class WatchRegistry:
 def concerned_devices(entries: Iterable[AuditEntry]) -> set[str] | None:
     """Devices whose directive may have changed by what the audit log says; None: all of them.
 
-    >>> concerned_devices([AuditEntry(0, "ada", "device pinned", "cam")])
+    >>> from prunecast.server.fleet.audit import AuditKind
+    >>> concerned_devices([AuditEntry(0, "ada", AuditKind.DEVICE_PINNED, "cam")])
     {'cam'}
-    >>> concerned_devices([AuditEntry(0, "fleet", "rollout paused", "r2")]) is None
+    >>> concerned_devices([AuditEntry(0, "fleet", AuditKind.ROLLOUT_PAUSED, "r2")]) is None
     True
     """
     devices = set()
     for entry in entries:
-        if not entry.action.startswith(_OF_ONE_DEVICE):
+        if not entry.kind.of_one_device:
             return None
         devices.add(entry.subject)
     return devices

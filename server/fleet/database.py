@@ -1,7 +1,7 @@
 """The connection: SQLite or PostgreSQL, the schema's version, and what a transaction means.
 
 SQLite: every transaction begins with ``BEGIN IMMEDIATE``, so one writer at a time. PostgreSQL:
-READ COMMITTED with row locks, always in the order groups, rollouts, devices (`loading`).
+READ COMMITTED with row locks, always in the order groups, rollouts, devices (`transactions`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, Table, create_engine, event, inspect, select, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    String,
+    column,
+    create_engine,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    table,
+)
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -23,13 +35,15 @@ from prunecast.server.fleet.errors import (
     SchemaMismatch,
     Unusable,
 )
-from prunecast.server.fleet.tables import SCHEMA, Base, HealthRow, MetaRow, ReceiptRow
+from prunecast.server.fleet.tables import REVISION, REVISION_TABLE, MetaRow
 
 __all__ = ["Database"]
 
 _WAIT = 30.0
 """Seconds that a SQLite transaction waits for another one."""
-_SINCE_2 = [row.__table__ for row in (ReceiptRow, HealthRow) if isinstance(row.__table__, Table)]
+_LOCK = 0x5072756E65636173
+"""Of PostgreSQL, for whoever changes tables."""
+_MIGRATIONS = Path(__file__).with_name("migrations")
 
 
 class Database:
@@ -65,18 +79,14 @@ class Database:
             DatabaseError: it cannot be reached, or refuses.
         """
         parsed = _parse(url)
-        shown = parsed.render_as_string(hide_password=True)
-        engine = _engine(parsed)
-        try:
-            with _translated(shown):
-                if inspect(engine).has_table(MetaRow.__tablename__):
-                    raise AlreadyExists(f"{shown} holds a fleet already: use it, or another one")
-                Base.metadata.create_all(engine)
-                with Session(engine) as session, session.begin():
-                    rows = {"schema": str(SCHEMA), **settings}
-                    session.add_all(MetaRow(key=k, value=v) for k, v in rows.items())
-        finally:
-            engine.dispose()
+        with _changing(parsed) as connection:
+            if inspect(connection).has_table(MetaRow.__tablename__):
+                shown = parsed.render_as_string(hide_password=True)
+                raise AlreadyExists(f"{shown} holds a fleet already: use it, or another one")
+            _migrate(connection)
+            if settings:
+                rows = [{"key": key, "value": value} for key, value in settings.items()]
+                connection.execute(insert(MetaRow), rows)
         return cls(url)
 
     @classmethod
@@ -89,19 +99,11 @@ class Database:
             DatabaseError: it cannot be reached, or refuses.
         """
         parsed = _parse(url)
-        shown = parsed.render_as_string(hide_password=True)
-        _check_file(parsed, shown)
-        engine = _engine(parsed)
-        schema = select(MetaRow.value).where(MetaRow.key == "schema")
-        try:
-            with _translated(shown), engine.begin() as connection:
-                found = inspect(connection).has_table(MetaRow.__tablename__)
-                if found and connection.scalar(schema.with_for_update()) == "1":
-                    Base.metadata.create_all(connection, tables=_SINCE_2)
-                    moved = update(MetaRow).where(MetaRow.key == "schema")
-                    connection.execute(moved.values(value="2"))
-        finally:
-            engine.dispose()
+        _check_file(parsed, parsed.render_as_string(hide_password=True))
+        with _changing(parsed) as connection:
+            held = _revision(connection)
+            if held is not None and held < REVISION:
+                _migrate(connection, held)
         return cls(url)
 
     def close(self) -> None:
@@ -127,18 +129,67 @@ class Database:
         with self.transaction() as session:
             return {row.key: row.value for row in session.scalars(select(MetaRow))}
 
+    @property
+    def revision(self) -> str | None:
+        """Number of the schema that is there; None: no fleet.
+
+        Raises:
+            DatabaseError: the database refuses.
+        """
+        with _translated(self.shown), self._engine.begin() as connection:
+            return _revision(connection)
+
     def _check_schema(self) -> None:
-        with _translated(self.shown):
-            found = inspect(self._engine).has_table(MetaRow.__tablename__)
-        held = self.settings().get("schema") if found else None
+        held = self.revision
         if held is None:
             raise DatabaseMissing(_missing(self.shown))
-        if held != str(SCHEMA):
-            older = held.isdigit() and int(held) < SCHEMA
+        if held != REVISION:
+            older = held < REVISION
             remedy = "run `prunecast fleet upgrade`" if older else "install a later prunecast"
             raise SchemaMismatch(
-                f"{self.shown} has fleet schema {held}, this version needs {SCHEMA}: {remedy}"
+                f"{self.shown} has fleet schema {held}, this version needs {REVISION}: {remedy}"
             )
+
+
+def _revision(connection: Connection) -> str | None:
+    """The schema's number; before Alembic the settings had it, as 1 or 2."""
+    tables = inspect(connection)
+    if tables.has_table(REVISION_TABLE):
+        number = column("version_num", String)
+        return connection.scalar(select(number).select_from(table(REVISION_TABLE)))
+    if not tables.has_table(MetaRow.__tablename__):
+        return None
+    schema = connection.scalar(select(MetaRow.value).where(MetaRow.key == "schema"))
+    return None if schema is None else schema.zfill(len(REVISION))
+
+
+def _migrate(connection: Connection, held: str | None = None) -> None:
+    """Apply the revisions after the one that is there, within the caller's transaction."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    if held is not None and not inspect(connection).has_table(REVISION_TABLE):
+        command.stamp(config, held)
+    command.upgrade(config, "head")
+
+
+@contextmanager
+def _changing(url: URL) -> Iterator[Connection]:
+    """A connection in one transaction that changes tables; only one process does so at a time."""
+    engine = _engine(url)
+    try:
+        with (
+            _translated(url.render_as_string(hide_password=True)),
+            engine.begin() as connection,
+        ):
+            if url.get_backend_name() == "postgresql":  # SQLite's transactions exclude each other
+                connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+            yield connection
+    finally:
+        engine.dispose()
 
 
 def _parse(url: str) -> URL:

@@ -12,15 +12,16 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from prunecast.server.fleet.database import Database
-from prunecast.server.fleet.errors import DatabaseError, NotFound, TokenRefused
+from prunecast.server.fleet.errors import DatabaseError, TokenRefused
 from prunecast.server.fleet.events import Poll, ReportOutcome
 from prunecast.server.fleet.machine import AnyEvent
-from prunecast.server.fleet.model import Directive, Release
+from prunecast.server.fleet.model import Directive, Outcome, Release
 from prunecast.server.fleet.reports import (
     Certified,
     Credential,
     DeviceReport,
     DeviceState,
+    DirectiveAnswer,
     Health,
     Identity,
     Receipt,
@@ -36,7 +37,7 @@ from prunecast.server.fleet.tables import (
 )
 from prunecast.server.fleet.transactions import Slice, decide, load_device
 
-__all__ = ["BUSY", "TRIES", "DeviceSide", "token_hash"]
+__all__ = ["BUSY", "TRIES", "DeviceService", "token_hash"]
 
 _T = TypeVar("_T")
 TRIES = 5
@@ -55,19 +56,24 @@ def token_hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-class DeviceSide:
+class DeviceService:
     """Answers devices; every method is one transaction.
 
     Args:
         database: of the fleet.
-        releases: gives the live releases.
+        releases: gives the live releases; called in every operation, so it should be quick.
     """
 
     def __init__(self, database: Database, releases: Callable[[], Iterable[Release]]) -> None:
         self._database, self._releases = database, releases
 
     def identify(self, credential: Credential) -> Identity:
-        """See `FleetService.identify`."""
+        """Whom a credential stands for.
+
+        Raises:
+            TokenRefused: nobody, or a revoked device.
+            DatabaseError: try again later.
+        """
         with self._database.transaction() as session:
             name = _device_of(session, credential)
             wanted = (
@@ -81,7 +87,18 @@ class DeviceSide:
             return Identity(name, release)
 
     def poll(self, credential: Credential, state: DeviceState | None, now: float) -> Directive:
-        """See `FleetService.poll`."""
+        """What a device shall run.
+
+        Args:
+            credential: a token as `FleetService.enrol` returned it, or a name that a certificate
+                proves.
+            state: what the device says about itself; None: as it said before.
+            now: seconds since the epoch.
+
+        Raises:
+            TokenRefused: the token is unknown or was revoked.
+            DatabaseError: try again later; the device keeps what it runs.
+        """
 
         def work(session: Session, part: Slice, device: str) -> Directive:
             event = _poll(part, device, state, now)
@@ -89,44 +106,58 @@ class DeviceSide:
 
         return self._with_device(credential, now, work)
 
+    def report(
+        self,
+        credential: Credential,
+        *,
+        serial: int,
+        version: int,
+        outcome: Outcome,
+        now: float,
+        detail: str = "",
+    ) -> bool:
+        """Take a device's answer to a directive: `receive` with nothing else.
+
+        Returns:
+            Whether it changed anything. False: it was known already, or answers another directive
+            than the present one. Either way the device need not send it again.
+
+        Raises:
+            TokenRefused: the token is unknown or was revoked.
+            DatabaseError: send it again later.
+        """
+        answer = DirectiveAnswer(serial, version, Outcome(outcome), detail)
+        return self.receive(credential, DeviceReport(answer=answer), now).counted
+
     def receive(self, credential: Credential, report: DeviceReport, now: float) -> Receipt:
-        """See `FleetService.receive`."""
+        """Take everything that a device reports at once.
+
+        A report whose id was taken before changes nothing; of each device the last 256 ids are
+        remembered. Apart from that an answer counts once per serial, and once more if a success
+        turns into a failure.
+
+        Raises:
+            TokenRefused: the token is unknown or was revoked.
+            DatabaseError: send it again later.
+        """
 
         def work(session: Session, part: Slice, device: str) -> Receipt:
             if report.id is not None and not _remember(session, device, report.id, now):
                 return Receipt(counted=False, replayed=True)
             if report.health is not None:
                 _store(session, device, report.health, now)
-            events: list[AnyEvent] = []
-            counted = False
-            if report.answer is not None:
-                given = report.answer
-                event = ReportOutcome(
-                    at=now,
-                    device=device,
-                    serial=given.serial,
-                    version=given.version,
-                    outcome=given.outcome,
-                    detail=printable(given.detail),
-                )
-                events.append(event)
+            answer = _outcome(device, report.answer, now) if report.answer else None
+            events: list[AnyEvent] = [answer] if answer else []
             if report.state is not None:
                 events.append(_poll(part, device, report.state, now))
             decisions = decide(session, part, self._releases(), *events) if events else []
-            if report.answer is not None and (counted := decisions[0].accepted):
+            counted = answer is not None and decisions[0].accepted
+            if answer is not None and counted:
                 rollout = decisions[0].fleet.devices[device].told.rollout
-                session.add(_report_row(event, rollout))
+                session.add(_report_row(answer, rollout))
             return Receipt(counted, replayed=False)
 
         return self._with_device(credential, now, work)
-
-    def health(self, device: str) -> tuple[Health, float] | None:
-        """See `FleetService.health`."""
-        with self._database.transaction() as session:
-            if session.get(DeviceRow, device) is None:
-                raise NotFound(f"there is no device named {device!r}")
-            row = session.get(HealthRow, device)
-            return None if row is None else (Health(**row.document), row.at)
 
     def _with_device(
         self, credential: Credential, now: float, work: Callable[[Session, Slice, str], _T]
@@ -165,6 +196,17 @@ def _poll(part: Slice, device: str, state: DeviceState | None, now: float) -> Po
     row = part.devices[device]
     running, agent = (row.running, row.agent) if state is None else (state.running, state.agent)
     return Poll(at=now, device=device, running=running, agent=agent)
+
+
+def _outcome(device: str, answer: DirectiveAnswer, now: float) -> ReportOutcome:
+    return ReportOutcome(
+        at=now,
+        device=device,
+        serial=answer.serial,
+        version=answer.version,
+        outcome=answer.outcome,
+        detail=printable(answer.detail),
+    )
 
 
 def _remember(session: Session, device: str, report: str, now: float) -> bool:

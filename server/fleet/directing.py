@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from prunecast.server.fleet.audit import AuditKind
 from prunecast.server.fleet.errors import NotPossible
 from prunecast.server.fleet.events import Poll, ReportOutcome
 from prunecast.server.fleet.model import Device, Directive, Progress, Release, Status, Told
@@ -31,8 +32,8 @@ def poll(step: Step, event: Poll) -> Directive:
     told = device.told
     anew = rollout is not None and rollout != told.rollout  # its report counts for the rollout
     if version != told.version or anew:
-        detail = f"{name} {version}" if version is not None else "keep what runs"
-        step.log("device told", device.id, detail, actor="fleet")
+        said = {"release": name, "version": version}
+        step.log(AuditKind.DEVICE_TOLD, device.id, actor="fleet", **said)
         told = Told(told.serial + 1, version, step.at, rollout)
     else:
         told = replace(told, rollout=rollout)  # the rollout's release became the stable one, say
@@ -72,10 +73,15 @@ def report(step: Step, event: ReportOutcome) -> bool:
     else:
         step.put(device)
     if event.outcome.failed:
-        name = step.fleet.group(device.group).release
-        words = " ".join(event.detail.split())[:200]
-        detail = f"{name} {event.version}: {event.outcome}" + (f": {words}" if words else "")
-        step.log("release failed", device.id, detail, actor=f"device:{device.id}")
+        step.log(
+            AuditKind.RELEASE_FAILED,
+            device.id,
+            actor=f"device:{device.id}",
+            release=step.fleet.group(device.group).release,
+            version=event.version,
+            outcome=event.outcome.value,
+            detail=" ".join(event.detail.split())[:200],
+        )
     return True
 
 

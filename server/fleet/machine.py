@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from prunecast.server.fleet.audit import AuditKind, Cause
 from prunecast.server.fleet.cohorts import assign, check_stages, join, leave, takes_part
 from prunecast.server.fleet.directing import poll, report
 from prunecast.server.fleet.errors import AlreadyExists, NotPossible, ReleaseUnknown, RolloutOverlap
@@ -136,8 +137,14 @@ def _start(step: Step, event: StartRollout) -> None:
         step.put(replace(group, stable=fleet.stable(group), rollout=made.id))
     for name, device in members.items():
         step.put(replace(device, part=Part(made.id, stage_of[name])))
-    shares = ", ".join(f"{s:g} %" for s in stages)
-    step.log("rollout started", made.id, f"{release} to {', '.join(names)}: {shares}")
+    step.log(
+        AuditKind.ROLLOUT_STARTED,
+        made.id,
+        release=release.name,
+        version=release.version,
+        groups=list(names),
+        stages=list(stages),
+    )
 
 
 def _check_startable(fleet: Fleet, group: Group, release: Release) -> None:
@@ -169,21 +176,21 @@ def _steer(step: Step, event: Promote | Pause | Resume | Abort) -> None:
         )
     match event:
         case Promote():
-            advance(step, rollout, "by an operator")
+            advance(step, rollout, {"cause": Cause.OPERATOR, "words": "by an operator"})
         case Pause():
             if rollout.status is Status.PAUSED:
                 raise NotPossible(f"rollout {rollout.id} is paused already: {rollout.reason}")
             step.end(rollout, Status.PAUSED, event.reason)
-            step.log("rollout paused", rollout.id, event.reason)
+            step.log(AuditKind.ROLLOUT_PAUSED, rollout.id, **_by_operator(event))
         case Resume():
             if rollout.status is Status.RUNNING:
                 raise NotPossible(f"rollout {rollout.id} is running already")
             rollout = wait_again(step, rollout)
             step.begin_window(rollout, stage=rollout.stage)
-            step.log("rollout resumed", rollout.id, f"was paused: {rollout.reason}")
+            step.log(AuditKind.ROLLOUT_RESUMED, rollout.id, was=rollout.reason)
         case Abort():
             step.end(rollout, Status.ABORTED, event.reason)
-            step.log("rollout aborted", rollout.id, event.reason)
+            step.log(AuditKind.ROLLOUT_ABORTED, rollout.id, **_by_operator(event))
 
 
 def _enrol(step: Step, event: AddGroup | AddDevice | MoveDevice | RevokeDevice) -> None:
@@ -202,7 +209,7 @@ def _enrol(step: Step, event: AddGroup | AddDevice | MoveDevice | RevokeDevice) 
                     " publish one first"
                 )
             step.put(Group(event.group, event.release, event.stable))
-            step.log("group added", event.group, f"follows {event.release}")
+            step.log(AuditKind.GROUP_ADDED, event.group, release=event.release, stable=event.stable)
         case AddDevice():
             check_name(event.device, "device")
             if event.device in fleet.devices:
@@ -213,7 +220,7 @@ def _enrol(step: Step, event: AddGroup | AddDevice | MoveDevice | RevokeDevice) 
             device = Device(event.device, event.group)
             step.put(device)
             join(step, device)
-            step.log("device added", event.device, f"to group {event.group}")
+            step.log(AuditKind.DEVICE_ADDED, event.device, group=event.group)
         case MoveDevice():
             device = _living(fleet, event.device)
             new, old = fleet.group(event.group), fleet.group(device.group)
@@ -225,11 +232,11 @@ def _enrol(step: Step, event: AddGroup | AddDevice | MoveDevice | RevokeDevice) 
             moved = replace(leave(step, device), group=new.id)
             step.put(moved)
             join(step, moved)
-            step.log("device moved", device.id, f"from {old.id} to {new.id}")
+            step.log(AuditKind.DEVICE_MOVED, device.id, was=old.id, group=new.id)
         case RevokeDevice():
             device = _living(fleet, event.device)
             step.put(replace(leave(step, device), revoked=True))
-            step.log("device revoked", device.id)
+            step.log(AuditKind.DEVICE_REVOKED, device.id)
 
 
 def _pin(step: Step, event: PinDevice | PinGroup) -> None:
@@ -245,6 +252,7 @@ def _pin(step: Step, event: PinDevice | PinGroup) -> None:
             unpinned = replace(device, pin=None)
             step.put(unpinned)
             join(step, unpinned)
+        kinds = AuditKind.DEVICE_PINNED, AuditKind.DEVICE_UNPINNED
         subject = device.id
     else:
         group = fleet.group(event.group)
@@ -258,10 +266,16 @@ def _pin(step: Step, event: PinDevice | PinGroup) -> None:
                     f"end it with `prunecast fleet abort {current.id}`, or pin single devices"
                 )
         step.put(replace(group, pin=version))
+        kinds = AuditKind.GROUP_PINNED, AuditKind.GROUP_UNPINNED
         subject = group.id
-    what = "device" if isinstance(event, PinDevice) else "group"
-    action = f"{what} unpinned" if version is None else f"{what} pinned"
-    step.log(action, subject, "" if version is None else f"to version {version}")
+    if version is None:
+        step.log(kinds[1], subject)
+    else:
+        step.log(kinds[0], subject, version=version)
+
+
+def _by_operator(event: Pause | Abort) -> dict[str, str]:
+    return {"cause": Cause.OPERATOR, "words": event.reason}
 
 
 def _living(fleet: Fleet, name: str) -> Device:

@@ -15,7 +15,6 @@ from typing import TypeVar
 from prunecast.server.fleet.errors import NotFound, Unusable
 
 __all__ = [
-    "AuditEntry",
     "Device",
     "Directive",
     "Fleet",
@@ -312,25 +311,6 @@ class Directive:
     release: Release | None
     downgrade: bool = False
     rollout: str | None = None
-
-
-@dataclass(frozen=True)
-class AuditEntry:
-    """One line of the audit log.
-
-    Attributes:
-        at: when.
-        actor: an operator, a device (``device:NAME``) or ``fleet`` for what it did by itself.
-        action: what happened, such as ``rollout paused``.
-        subject: to what.
-        detail: why, and with which figures.
-    """
-
-    at: float
-    actor: str
-    action: str
-    subject: str
-    detail: str = ""
 
 
 @dataclass(frozen=True)

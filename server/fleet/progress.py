@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
+from prunecast.server.fleet.audit import AuditKind, Cause, reason_text
 from prunecast.server.fleet.model import Progress, Rollout, Status
 from prunecast.server.fleet.step import Step
 
@@ -24,7 +27,7 @@ def expire(step: Step) -> None:
             overdue = step.at - part.told_at >= rollout.policy.report_deadline
             if overdue:
                 step.settle(device, Progress.SILENT)
-                step.log("device silent", device.id, f"rollout {rollout.id}", actor="fleet")
+                step.log(AuditKind.DEVICE_SILENT, device.id, actor="fleet", rollout=rollout.id)
 
 
 def evaluate(step: Step) -> None:
@@ -47,15 +50,22 @@ def wait_again(step: Step, rollout: Rollout) -> Rollout:
     return rollout
 
 
-def advance(step: Step, rollout: Rollout, why: str, *, actor: str = "") -> None:
-    """The next stage, or the end of the last one."""
+def advance(step: Step, rollout: Rollout, reason: Mapping[str, Any], *, actor: str = "") -> None:
+    """The next stage, or the end of the last one.
+
+    Args:
+        step: the working copy.
+        rollout: which.
+        reason: see `reason_text`.
+        actor: who did it; empty: the event's actor.
+    """
     if rollout.stage + 1 == len(rollout.stages):
-        step.end(rollout, Status.COMPLETED, why)
-        step.log("rollout completed", rollout.id, why, actor=actor)
+        step.end(rollout, Status.COMPLETED, reason_text(reason))
+        step.log(AuditKind.ROLLOUT_COMPLETED, rollout.id, actor=actor, **reason)
     else:
         step.begin_window(rollout, stage=rollout.stage + 1)
         percent = rollout.stages[rollout.stage + 1]
-        step.log("rollout promoted", rollout.id, f"to {percent:g} %: {why}", actor=actor)
+        step.log(AuditKind.ROLLOUT_PROMOTED, rollout.id, actor=actor, percent=percent, **reason)
 
 
 def _evaluate(step: Step, rollout: Rollout) -> None:
@@ -64,29 +74,26 @@ def _evaluate(step: Step, rollout: Rollout) -> None:
     policy, tally = rollout.policy, rollout.tally
     # a stage that expects fewer devices than min_reports is decided by all of them
     least = max(0, min(policy.min_reports, rollout.expected))
-    figures = (
-        f"{tally.succeeded} succeeded, {tally.failed} failed, {tally.silent} silent "
-        f"of {rollout.expected}"
-    )
+    figures = {**asdict(tally), "expected": rollout.expected}
     if tally.failed > policy.max_error_rate * max(tally.reports, least):
-        if policy.roll_back_on_error:
-            _stop(step, rollout, Status.ABORTED, f"error rate: {figures}")
-        else:
-            _stop(step, rollout, Status.PAUSED, f"error rate: {figures}")
+        status = Status.ABORTED if policy.roll_back_on_error else Status.PAUSED
+        _stop(step, rollout, status, {"cause": Cause.ERROR_RATE, **figures})
         return
     if tally.silent > policy.max_silent_rate * max(tally.settled, least):
-        _stop(step, rollout, Status.PAUSED, f"silence: {figures}")
+        _stop(step, rollout, Status.PAUSED, {"cause": Cause.SILENCE, **figures})
         return
     elapsed = max(0.0, step.at - rollout.since)  # the clocks of two servers may differ
     complete = tally.settled >= rollout.expected and elapsed >= policy.soak
     if not complete and elapsed < policy.timeout:
         return
     if tally.reports < least:
-        _stop(step, rollout, Status.PAUSED, f"too few reports, {least} are needed: {figures}")
+        reason = {"cause": Cause.TOO_FEW_REPORTS, "needed": least, **figures}
+        _stop(step, rollout, Status.PAUSED, reason)
     elif policy.automatic:
-        advance(step, rollout, figures, actor="fleet")
+        advance(step, rollout, {"cause": Cause.SETTLED, **figures}, actor="fleet")
 
 
-def _stop(step: Step, rollout: Rollout, status: Status, reason: str) -> None:
-    step.end(rollout, status, reason)
-    step.log(f"rollout {status}", rollout.id, reason, actor="fleet")
+def _stop(step: Step, rollout: Rollout, status: Status, reason: Mapping[str, Any]) -> None:
+    step.end(rollout, status, reason_text(reason))
+    kind = AuditKind.ROLLOUT_PAUSED if status is Status.PAUSED else AuditKind.ROLLOUT_ABORTED
+    step.log(kind, rollout.id, actor="fleet", **reason)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from prunecast.server.fleet.audit import AuditEntry, AuditKind
 from prunecast.server.fleet.database import Database
-from prunecast.server.fleet.devices import BUSY, TRIES, DeviceSide, token_hash
+from prunecast.server.fleet.devices import BUSY, TRIES, DeviceService, token_hash
 from prunecast.server.fleet.errors import DatabaseError, NotFound, Unusable
 from prunecast.server.fleet.events import (
     Abort,
@@ -32,32 +32,25 @@ from prunecast.server.fleet.events import (
 )
 from prunecast.server.fleet.machine import AnyEvent
 from prunecast.server.fleet.model import (
-    AuditEntry,
     Device,
-    Directive,
     Fleet,
     Group,
-    Outcome,
     Release,
     Rollout,
     Status,
 )
 from prunecast.server.fleet.reports import (
-    Credential,
-    DeviceReport,
-    DeviceState,
-    DirectiveAnswer,
     Health,
-    Identity,
-    Receipt,
 )
 from prunecast.server.fleet.tables import (
     AuditRow,
     DeviceRow,
     GroupRow,
+    HealthRow,
     RolloutRow,
     TokenRow,
     to_device,
+    to_entry,
     to_group,
     to_rollout,
 )
@@ -65,8 +58,10 @@ from prunecast.server.fleet.transactions import Slice, decide, load_device, writ
 
 __all__ = ["FleetService"]
 
+_Row = TypeVar("_Row", DeviceRow, RolloutRow)
 
-class FleetService:
+
+class FleetService(DeviceService):
     """Devices, groups and rollouts in a database; several processes may share one.
 
     Args:
@@ -80,8 +75,7 @@ class FleetService:
     """
 
     def __init__(self, url: str, releases: Callable[[], Iterable[Release]]) -> None:
-        self._database, self._releases = Database(url), releases
-        self._devices = DeviceSide(self._database, releases)
+        super().__init__(Database(url), releases)
 
     @classmethod
     def create(
@@ -100,89 +94,22 @@ class FleetService:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close all connections."""
         self._database.close()
 
-    def identify(self, credential: Credential) -> Identity:
-        """Whom a credential stands for.
-
-        Raises:
-            TokenRefused: nobody, or a revoked device.
-            DatabaseError: try again later.
-        """
-        return self._devices.identify(credential)
-
-    def poll(self, credential: Credential, state: DeviceState | None, now: float) -> Directive:
-        """What a device shall run.
-
-        Args:
-            credential: a token as `enrol` returned it, or a name that a certificate proves.
-            state: what the device says about itself; None: as it said before.
-            now: seconds since the epoch.
-
-        Raises:
-            TokenRefused: the token is unknown or was revoked.
-            DatabaseError: try again later; the device keeps what it runs.
-        """
-        return self._devices.poll(credential, state, now)
-
-    def report(
-        self,
-        credential: Credential,
-        *,
-        serial: int,
-        version: int,
-        outcome: Outcome,
-        now: float,
-        detail: str = "",
-    ) -> bool:
-        """Take a device's answer to a directive: `receive` with nothing else.
-
-        Returns:
-            Whether it changed anything. False: it was known already, or answers another directive
-            than the present one. Either way the device need not send it again.
-
-        Raises:
-            TokenRefused: the token is unknown or was revoked.
-            DatabaseError: send it again later.
-        """
-        answer = DirectiveAnswer(serial, version, Outcome(outcome), detail)
-        return self._devices.receive(credential, DeviceReport(answer=answer), now).counted
-
-    def receive(self, credential: Credential, report: DeviceReport, now: float) -> Receipt:
-        """Take everything that a device reports at once.
-
-        A report whose id was taken before changes nothing; of each device the last 256 ids are
-        remembered. Apart from that an answer counts once per serial, and once more if a success
-        turns into a failure.
-
-        Raises:
-            TokenRefused: the token is unknown or was revoked.
-            DatabaseError: send it again later.
-        """
-        return self._devices.receive(credential, report, now)
-
-    def health(self, device: str) -> tuple[Health, float] | None:
-        """What a device last said about how it is, and when that arrived; None: nothing yet.
-
-        Raises:
-            NotFound: there is no such device.
-        """
-        return self._devices.health(device)
-
     def tick(self, now: float) -> None:
         """Look at deadlines; polls and reports do so as well, for their own rollout."""
-        for rollout in self.rollouts():
-            if rollout.status is Status.RUNNING:
-                with self._database.transaction() as session:
-                    part = Slice.load(session, now, groups=rollout.groups)
-                    decide(session, part, self._releases(), Tick(at=now))
+        running = select(RolloutRow.groups).where(RolloutRow.status == Status.RUNNING.value)
+        with self._database.transaction() as session:
+            found = list(session.scalars(running.order_by(RolloutRow.started, RolloutRow.id)))
+        for groups in found:
+            with self._database.transaction() as session:
+                part = Slice.load(session, now, groups=groups)
+                decide(session, part, self._releases(), Tick(at=now))
 
     def enrol(self, device: str, group: str, *, now: float, actor: str) -> str:
         """Add a device; only a hash of its token is kept.
@@ -220,7 +147,7 @@ class FleetService:
                 raise NotFound(f"there is no device {device!r}, or it is revoked: enrol a new one")
             session.execute(delete(TokenRow).where(TokenRow.device == device))
             session.add(TokenRow(hash=token_hash(token), device=device, created=now))
-            write_audit(session, [AuditEntry(now, actor, "token renewed", device)])
+            write_audit(session, [AuditEntry(now, actor, AuditKind.TOKEN_RENEWED, device)])
         return token
 
     def operate(self, event: AnyEvent) -> None:
@@ -242,28 +169,8 @@ class FleetService:
                 return
         raise DatabaseError(BUSY)
 
-    def changes(self, since: int | None = None) -> tuple[int, list[AuditEntry]]:
-        """What has happened after an entry of the audit log, in this or another process.
-
-        Whatever changes a directive is in the log. PostgreSQL may show an entry only after a later
-        one, so who follows the log should also look by itself from time to time.
-
-        Args:
-            since: number of the last known entry; None: only the present last number is wanted.
-
-        Returns:
-            Number of the last entry, and the entries after `since`, at most 1000.
-        """
-        with self._database.transaction() as session:
-            if since is None:
-                return session.scalar(select(func.max(AuditRow.number))) or 0, []
-            wanted = select(AuditRow).where(AuditRow.number > since).order_by(AuditRow.number)
-            rows = list(session.scalars(wanted.limit(1000)))
-        entries = [AuditEntry(r.at, r.actor, r.action, r.subject, r.detail) for r in rows]
-        return (rows[-1].number if rows else since), entries
-
     def settings(self) -> dict[str, str]:
-        """What was stored with the tables: the schema's version, the repository's folder."""
+        """What was stored with the tables: the repository's folder."""
         return self._database.settings()
 
     def groups(self) -> list[tuple[Group, int | None]]:
@@ -275,11 +182,55 @@ class FleetService:
             fleet = Fleet(rollouts={r.id: to_rollout(r) for r in found})
             return [(group, fleet.stable(group)) for group in map(to_group, rows)]
 
-    def devices(self, group: str | None = None) -> list[Device]:
-        """All devices by name, or those of one group."""
-        wanted = select(DeviceRow).order_by(DeviceRow.id)
+    def device_counts(self) -> dict[str, int]:
+        """How many devices that are not revoked each group has; a group without any is left out."""
+        wanted = select(DeviceRow.group, func.count()).where(DeviceRow.revoked.is_(False))
+        with self._database.transaction() as session:
+            return dict(session.execute(wanted.group_by(DeviceRow.group)).tuples().all())
+
+    def device(self, name: str) -> Device:
+        """A device.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        with self._database.transaction() as session:
+            return to_device(_found(session, DeviceRow, name, "device"))
+
+    def health(self, device: str) -> tuple[Health, float] | None:
+        """What a device last said about how it is, and when that arrived; None: nothing yet.
+
+        Raises:
+            NotFound: there is no such device.
+        """
+        with self._database.transaction() as session:
+            _found(session, DeviceRow, device, "device")
+            row = session.get(HealthRow, device)
+            return None if row is None else (Health(**row.document), row.at)
+
+    def devices(
+        self,
+        group: str | None = None,
+        *,
+        rollout: str | None = None,
+        after: str | None = None,
+        limit: int | None = None,
+    ) -> list[Device]:
+        """Devices by name, page by page.
+
+        Args:
+            group: only those of this group.
+            rollout: only those that take, or last took, part in this rollout.
+            after: begin after this name: the last one of the page before.
+            limit: how many at most; None: all.
+        """
+        wanted = select(DeviceRow).order_by(DeviceRow.id).limit(limit)
         if group is not None:
             wanted = wanted.where(DeviceRow.group == group)
+        if rollout is not None:
+            wanted = wanted.where(DeviceRow.part_rollout == rollout)
+        if after is not None:
+            wanted = wanted.where(DeviceRow.id > after)
         with self._database.transaction() as session:
             return [to_device(row) for row in session.scalars(wanted)]
 
@@ -289,28 +240,38 @@ class FleetService:
         with self._database.transaction() as session:
             return [to_rollout(row) for row in session.scalars(wanted)]
 
-    def rollout(self, name: str) -> tuple[Rollout, list[Device]]:
-        """A rollout and the devices that take, or last took, part in it.
+    def rollout(self, name: str) -> Rollout:
+        """A rollout; who takes part in it is said by `devices`.
 
         Raises:
             NotFound: there is none of that name.
         """
         with self._database.transaction() as session:
-            row = session.get(RolloutRow, name)
-            if row is None:
-                raise NotFound(_NO_ROLLOUT.format(name))
-            wanted = select(DeviceRow).where(DeviceRow.part_rollout == name)
-            rows = session.scalars(wanted.order_by(DeviceRow.part_stage, DeviceRow.id))
-            return to_rollout(row), [to_device(r) for r in rows]
+            return to_rollout(_found(session, RolloutRow, name, "rollout"))
 
-    def audit(self, *, subject: str | None = None, limit: int = 100) -> list[AuditEntry]:
-        """The last entries of the audit log, oldest first."""
-        wanted = select(AuditRow).order_by(AuditRow.number.desc()).limit(limit)
+    def audit(
+        self, *, subject: str | None = None, after: int | None = None, limit: int = 100
+    ) -> list[AuditEntry]:
+        """Entries of the audit log, oldest first: what this or another process did.
+
+        Whatever changes a directive is in the log. PostgreSQL may show an entry only after a later
+        one, so who follows the log should also look by itself from time to time.
+
+        Args:
+            subject: only what concerns this device, group or rollout.
+            after: the first entries after this number; None: the last ones.
+            limit: how many at most.
+        """
+        newest = after is None
+        order = AuditRow.number.desc() if newest else AuditRow.number
+        wanted = select(AuditRow).order_by(order).limit(limit)
         if subject is not None:
             wanted = wanted.where(AuditRow.subject == subject)
+        if after is not None:
+            wanted = wanted.where(AuditRow.number > after)
         with self._database.transaction() as session:
-            rows = list(session.scalars(wanted))
-        return [AuditEntry(r.at, r.actor, r.action, r.subject, r.detail) for r in reversed(rows)]
+            found = [to_entry(row) for row in session.scalars(wanted)]
+        return found[::-1] if newest else found
 
     def _load(self, session: Session, event: AnyEvent) -> Slice | None:
         """What an operator's event concerns; None if it changed while it was being locked."""
@@ -325,9 +286,7 @@ class FleetService:
                     part.rollouts[taken.id] = taken
                 return part
             case Promote() | Pause() | Resume() | Abort():
-                row = session.get(RolloutRow, event.rollout)
-                if row is None:
-                    raise NotFound(_NO_ROLLOUT.format(event.rollout))
+                row = _found(session, RolloutRow, event.rollout, "rollout")
                 resumed = isinstance(event, Resume)
                 part = Slice.load(session, event.at, groups=row.groups, silent=resumed)
                 part.rollouts.setdefault(row.id, row)  # a later one may have the groups by now
@@ -339,4 +298,9 @@ class FleetService:
         raise AssertionError(event)
 
 
-_NO_ROLLOUT = "there is no rollout named {!r}: list them with `prunecast fleet rollout list`"
+def _found(session: Session, kind: type[_Row], name: str, what: str) -> _Row:
+    row = session.get(kind, name)
+    if row is None:
+        remedy = f"list them with `prunecast fleet {what} list`"
+        raise NotFound(f"there is no {what} named {name!r}: {remedy}")
+    return row

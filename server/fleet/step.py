@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prunecast.server.fleet.audit import AuditEntry, AuditKind
 from prunecast.server.fleet.events import Event
 from prunecast.server.fleet.model import (
-    AuditEntry,
     Device,
     Directive,
     Fleet,
@@ -70,9 +70,9 @@ class Step:
         else:
             self._rollouts[item.id] = item
 
-    def log(self, action: str, subject: str, detail: str = "", *, actor: str = "") -> None:
+    def log(self, kind: AuditKind, subject: str, *, actor: str = "", **fields: Any) -> None:
         """Add an audit entry; by default the event's actor did it."""
-        entry = AuditEntry(self.at, actor or self.event.actor, action, subject, detail)
+        entry = AuditEntry(self.at, actor or self.event.actor, kind, subject, fields)
         self.audit.append(entry)
 
     def decision(self, *directives: Directive, accepted: bool = True) -> Decision:

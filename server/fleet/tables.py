@@ -1,13 +1,25 @@
-"""The fleet's tables, and rows as values; any change of them raises `SCHEMA`."""
+"""The fleet's tables, and rows as values; a change of them is a revision in `migrations`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from enum import StrEnum
+from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from prunecast.server.fleet.audit import AuditEntry, AuditKind
 from prunecast.server.fleet.model import (
     Device,
     Group,
@@ -23,7 +35,8 @@ from prunecast.server.fleet.model import (
 )
 
 __all__ = [
-    "SCHEMA",
+    "REVISION",
+    "REVISION_TABLE",
     "AuditRow",
     "Base",
     "DeviceRow",
@@ -34,24 +47,29 @@ __all__ = [
     "ReportRow",
     "RolloutRow",
     "TokenRow",
-    "device_columns",
-    "group_columns",
-    "rollout_columns",
+    "columns_of",
     "to_device",
+    "to_entry",
     "to_group",
     "to_rollout",
 ]
 
-SCHEMA = 2
+REVISION = "0003"
+"""The latest in `migrations`; so a service need not load Alembic to see that all is well."""
+
+REVISION_TABLE = "fleet_revision"
+
 _Name = String(64)
 
 
 class Base(DeclarativeBase):
     """Base of all tables; all names begin with ``fleet_``, as the database may hold others."""
 
+    type_annotation_map: ClassVar[dict[Any, Any]] = {float: Double()}
+
 
 class MetaRow(Base):
-    """Settings: the schema's version, where the release repository is."""
+    """Settings: where the release repository is."""
 
     __tablename__ = "fleet_meta"
     key: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -146,7 +164,7 @@ class ReportRow(Base):
 
 
 class ReceiptRow(Base):
-    """Identifier of a report that has arrived: a replay is recognised. Since schema 2."""
+    """Identifier of a report that has arrived: a replay is recognised."""
 
     __tablename__ = "fleet_receipts"
     number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
@@ -158,7 +176,7 @@ class ReceiptRow(Base):
 
 
 class HealthRow(Base):
-    """What a device last said about how it is. Since schema 2."""
+    """What a device last said about how it is."""
 
     __tablename__ = "fleet_health"
     device: Mapped[str] = mapped_column(ForeignKey("fleet_devices.id"), primary_key=True)
@@ -173,9 +191,9 @@ class AuditRow(Base):
     number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
     at: Mapped[float]
     actor: Mapped[str] = mapped_column(String(80))
-    action: Mapped[str] = mapped_column(String(32))
+    kind: Mapped[str] = mapped_column(String(32))
     subject: Mapped[str] = mapped_column(_Name, index=True)
-    detail: Mapped[str] = mapped_column(Text)
+    fields: Mapped[dict[str, Any]] = mapped_column(JSON)
 
 
 def to_group(row: GroupRow) -> Group:
@@ -183,108 +201,61 @@ def to_group(row: GroupRow) -> Group:
     return Group(row.id, row.release, row.stable, row.pin, row.rollout)
 
 
-def group_columns(group: Group) -> dict[str, Any]:
-    """The columns of a group."""
-    return asdict(group)
-
-
 def to_device(row: DeviceRow) -> Device:
     """The device of a row."""
     part = None
     if row.part_rollout is not None and row.part_progress is not None:
-        part = Part(
-            row.part_rollout,
-            row.part_stage or 0,
-            Progress(row.part_progress),
-            row.part_told_at,
-            row.part_epoch or 0,
-        )
-    told = Told(
-        row.serial,
-        row.told_version,
-        row.told_at,
-        row.told_rollout,
-        Outcome(row.told_outcome) if row.told_outcome else None,
-    )
+        stage, epoch, progress = row.part_stage or 0, row.part_epoch or 0, row.part_progress
+        part = Part(row.part_rollout, stage, Progress(progress), row.part_told_at, epoch)
+    outcome = Outcome(row.told_outcome) if row.told_outcome else None
     return Device(
-        id=row.id,
-        group=row.group,
-        pin=row.pin,
-        revoked=row.revoked,
-        running=row.running,
-        agent=row.agent,
-        last_seen=row.last_seen,
+        **_same(row, "id", "group", "pin", "revoked", "running", "agent", "last_seen"),
         refused=frozenset(row.refused),
-        told=told,
+        told=Told(row.serial, row.told_version, row.told_at, row.told_rollout, outcome),
         part=part,
     )
-
-
-def device_columns(device: Device) -> dict[str, Any]:
-    """The columns of a device."""
-    told, part = device.told, device.part
-    return {
-        "id": device.id,
-        "group": device.group,
-        "pin": device.pin,
-        "revoked": device.revoked,
-        "running": device.running,
-        "agent": device.agent,
-        "last_seen": device.last_seen,
-        "refused": sorted(device.refused),
-        "serial": told.serial,
-        "told_version": told.version,
-        "told_at": told.at,
-        "told_rollout": told.rollout,
-        "told_outcome": told.outcome.value if told.outcome else None,
-        "part_rollout": part.rollout if part else None,
-        "part_stage": part.stage if part else None,
-        "part_progress": part.progress.value if part else None,
-        "part_told_at": part.told_at if part else None,
-        "part_epoch": part.epoch if part else None,
-    }
 
 
 def to_rollout(row: RolloutRow) -> Rollout:
     """The rollout of a row."""
     return Rollout(
-        id=row.id,
+        **_same(row, "id", "since", "stage", "epoch", "expected", "told", "settled", "reason"),
         release=Release(row.release, row.version),
         groups=tuple(row.groups),
         stages=tuple(row.stages),
         policy=RolloutPolicy(**row.policy),
         cohorts=tuple(row.cohorts),
-        since=row.since,
         status=Status(row.status),
-        stage=row.stage,
-        epoch=row.epoch,
-        expected=row.expected,
         tally=Tally(row.succeeded, row.failed, row.silent),
-        told=row.told,
-        settled=row.settled,
-        reason=row.reason,
     )
 
 
-def rollout_columns(rollout: Rollout) -> dict[str, Any]:
-    """The columns of a rollout, but for `started`, which is set once."""
-    return {
-        "id": rollout.id,
-        "release": rollout.release.name,
-        "version": rollout.release.version,
-        "groups": list(rollout.groups),
-        "stages": list(rollout.stages),
-        "policy": asdict(rollout.policy),
-        "cohorts": list(rollout.cohorts),
-        "since": rollout.since,
-        "status": rollout.status.value,
-        "stage": rollout.stage,
-        "epoch": rollout.epoch,
-        "expected": rollout.expected,
-        "succeeded": rollout.tally.succeeded,
-        "failed": rollout.tally.failed,
-        "silent": rollout.tally.silent,
-        "told": rollout.told,
-        "settled": rollout.settled,
-        "reason": rollout.reason,
-    }
+def to_entry(row: AuditRow) -> AuditEntry:
+    """The audit entry of a row."""
+    return AuditEntry(row.at, row.actor, AuditKind(row.kind), row.subject, row.fields, row.number)
+
+
+def columns_of(item: Group | Device | Rollout) -> dict[str, Any]:
+    """The columns of a value, but for a rollout's `started`, which is set once."""
+    made = dict(vars(item))
+    if isinstance(item, Device):
+        told, part = vars(made.pop("told")), vars(made["part"]) if item.part else {}
+        del made["part"]
+        made |= {"refused": sorted(item.refused), "serial": told["serial"]}
+        made |= {f"told_{key}": told[key] for key in ("version", "at", "rollout", "outcome")}
+        keys = ("rollout", "stage", "progress", "told_at", "epoch")
+        made |= {f"part_{key}": part.get(key) for key in keys}
+    elif isinstance(item, Rollout):
+        made |= {"release": item.release.name, "version": item.release.version}
+        made |= {"policy": asdict(item.policy), **vars(made.pop("tally"))}
+    return {key: _plain(value) for key, value in made.items()}
+
+
+def _same(row: Base, *names: str) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, StrEnum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value

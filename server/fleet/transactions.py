@@ -7,24 +7,23 @@ locked for writing, which makes all decisions about it one after the other, in w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.orm import Session
 
+from prunecast.server.fleet.audit import AuditEntry
 from prunecast.server.fleet.machine import AnyEvent, apply
-from prunecast.server.fleet.model import AuditEntry, Fleet, Progress, Release, Status
+from prunecast.server.fleet.model import Device, Fleet, Group, Progress, Release, Rollout, Status
 from prunecast.server.fleet.step import Decision
 from prunecast.server.fleet.tables import (
     AuditRow,
     DeviceRow,
     GroupRow,
     RolloutRow,
-    device_columns,
-    group_columns,
-    rollout_columns,
+    columns_of,
     to_device,
     to_group,
     to_rollout,
@@ -38,6 +37,8 @@ __all__ = [
 ]
 
 _Row = TypeVar("_Row", GroupRow, RolloutRow, DeviceRow)
+_AnyRow = GroupRow | RolloutRow | DeviceRow
+_Items = Mapping[str, Group] | Mapping[str, Device] | Mapping[str, Rollout]
 _ACTIVE = (Status.RUNNING.value, Status.PAUSED.value)
 
 
@@ -117,28 +118,24 @@ class Slice:
 
     def write(self, session: Session, before: Fleet, after: Fleet) -> None:
         """Write what differs between two states: referred-to rows first."""
-        for name, rollout in after.rollouts.items():
-            if rollout is not before.rollouts.get(name):
-                columns = rollout_columns(rollout)
-                if name in self.rollouts:
-                    _assign(self.rollouts[name], columns)
-                else:
-                    session.add(RolloutRow(**columns, started=rollout.since))
+        kinds: tuple[tuple[Mapping[str, _AnyRow], type[_AnyRow], _Items, _Items], ...] = (
+            (self.rollouts, RolloutRow, before.rollouts, after.rollouts),
+            (self.groups, GroupRow, before.groups, after.groups),
+            (self.devices, DeviceRow, before.devices, after.devices),
+        )
+        for rows, kind, old, new in kinds:
+            for name, item in new.items():
+                if item is old.get(name):
+                    continue
+                columns = columns_of(item)
+                if (row := rows.get(name)) is None:
+                    once = {"started": item.since} if isinstance(item, Rollout) else {}
+                    session.add(kind(**columns, **once))
                     session.flush()
-        for name, group in after.groups.items():
-            if group is not before.groups.get(name):
-                if name in self.groups:
-                    _assign(self.groups[name], group_columns(group))
-                else:
-                    session.add(GroupRow(**group_columns(group)))
-                    session.flush()
-        for name, device in after.devices.items():
-            if device is not before.devices.get(name):
-                if name in self.devices:
-                    _assign(self.devices[name], device_columns(device))
-                else:
-                    session.add(DeviceRow(**device_columns(device)))
-                    session.flush()
+                    continue
+                for key, value in columns.items():
+                    if getattr(row, key) != value:
+                        setattr(row, key, value)
 
     def _load_foreign_groups(self, session: Session) -> None:
         """Groups of overdue devices elsewhere in the same rollout; read only."""
@@ -150,16 +147,11 @@ class Slice:
 
 def write_audit(session: Session, entries: Sequence[AuditEntry]) -> None:
     """Add to the audit log."""
-    for entry in entries:
-        session.add(
-            AuditRow(
-                at=entry.at,
-                actor=entry.actor[:80],
-                action=entry.action,
-                subject=entry.subject,
-                detail=entry.detail,
-            )
+    for e in entries:
+        row = AuditRow(
+            at=e.at, actor=e.actor[:80], kind=e.kind.value, subject=e.subject, fields=dict(e.fields)
         )
+        session.add(row)
 
 
 def _locked(
@@ -168,12 +160,6 @@ def _locked(
     locked = wanted.order_by(row.id).with_for_update(read=share)
     found: Iterable[_Row] = session.scalars(locked.execution_options(populate_existing=True))
     return {item.id: item for item in found}
-
-
-def _assign(row: GroupRow | RolloutRow | DeviceRow, columns: dict[str, object]) -> None:
-    for key, value in columns.items():
-        if getattr(row, key) != value:
-            setattr(row, key, value)
 
 
 def load_device(session: Session, at: float, name: str, *others: str) -> Slice | None:

@@ -86,13 +86,24 @@ def test_a_rollout_from_enrolment_to_the_stable_release(fleet: Fleet) -> None:
         "release": "digits",
         "stable": 2,
         "pin": None,
-        "last rollout": "r",
+        "last_rollout": "r",
         "devices": 4,
     }
     shown = fleet.json("rollout", "show", "r")
-    assert sorted(d["stage"] for d in shown["devices"]) == [1, 2, 2, 2]
-    actions = [entry["action"] for entry in fleet.json("audit", "--subject", "r")]
+    assert sorted(d["stage"] for d in shown["members"]) == [1, 2, 2, 2]
+    entries = fleet.json("audit", "--subject", "r")
+    actions = [entry["action"] for entry in entries]
     assert actions == ["rollout started", "rollout promoted", "rollout completed"]
+    assert [e["kind"] for e in entries] == [action.replace(" ", "_") for action in actions]
+    assert entries[0]["detail"] == "digits 2 to lab: 25 %, 100 %"
+    assert entries[1]["detail"] == "to 100 %: 1 succeeded, 0 failed, 0 silent of 1"
+    assert (entries[1]["fields"]["cause"], entries[1]["fields"]["percent"]) == ("settled", 100)
+    first, after = entries[0]["number"], ("--subject", "r", "--after", entries[0]["number"])
+    assert [e["number"] > first for e in fleet.json("audit", *after)] == [True, True]
+    assert fleet.json("audit", *after, "--limit", 1) == entries[1:2]
+    page = fleet.json("device", "list", "--after", "cam-0", "--limit", 2)
+    assert [row["device"] for row in page] == ["cam-1", "cam-2"]
+    assert len(fleet.json("rollout", "show", "r", "--limit", 3)["members"]) == 3
     for command in (("device", "list"), ("rollout", "list"), ("rollout", "show", "r"), ("audit",)):
         assert "cam-" in fleet(*command) or "digits" in fleet(*command)
 

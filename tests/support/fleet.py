@@ -91,7 +91,7 @@ def poll_all(url: str, tokens: Mapping[str, str], version: int, at: float, fail:
 
 def tallied(service: FleetService, rollout: str) -> dict[str, Any]:
     """A rollout's counters, and the same counted from its devices."""
-    found, devices = service.rollout(rollout)
+    found, devices = service.rollout(rollout), service.devices(rollout=rollout)
     parts = [d.part for d in devices if d.part]
     return {
         "told": (found.told, sum(p.told_at is not None for p in parts)),

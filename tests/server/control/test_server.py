@@ -143,7 +143,7 @@ def test_reports_count_once_and_say_what_runs(
     assert (reply.counted, reply.replayed) == (True, False)
     reply = client.call("Report", request)
     assert (reply.counted, reply.replayed) == (False, True)
-    (device,) = [d for d in fleet.devices() if d.id == "cam2"]
+    device = fleet.device("cam2")
     assert (device.running, device.told.outcome) == (1, "succeeded")
     health = fleet.health("cam2")
     assert health is not None

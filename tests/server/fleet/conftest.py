@@ -28,11 +28,13 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'fleet.db'}"
     from sqlalchemy import create_engine, make_url
 
-    from prunecast.server.fleet.tables import Base
+    from prunecast.server.fleet.tables import REVISION_TABLE, Base
 
     cluster: str = request.getfixturevalue("cluster")
     engine = create_engine(make_url(cluster).set(drivername="postgresql+psycopg"))
     Base.metadata.drop_all(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP TABLE IF EXISTS {REVISION_TABLE}")
     engine.dispose()
     return cluster
 

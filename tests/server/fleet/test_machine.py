@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from prunecast.server.fleet.audit import audit_text
 from prunecast.server.fleet.errors import (
     AlreadyExists,
     NotFound,
@@ -53,7 +54,7 @@ class Play:
     def do(self, event: AnyEvent) -> Decision:
         decision = apply(self.fleet, event)
         self.fleet = decision.fleet
-        self.log += [f"{a.action} {a.subject}: {a.detail}" for a in decision.audit]
+        self.log += [f"{a.kind.words} {a.subject}: {audit_text(a)}" for a in decision.audit]
         return decision
 
     def start(self, version: int = 2, stages=(10.0, 50.0, 100.0), **policy) -> None:

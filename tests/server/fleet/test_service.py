@@ -9,8 +9,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select
 
+from prunecast.server.fleet.audit import AuditKind, audit_text
 from prunecast.server.fleet.database import Database
 from prunecast.server.fleet.errors import (
     AlreadyExists,
@@ -19,7 +20,6 @@ from prunecast.server.fleet.errors import (
     FleetError,
     NotFound,
     RolloutOverlap,
-    SchemaMismatch,
     TokenRefused,
     Unusable,
 )
@@ -43,8 +43,8 @@ from prunecast.server.fleet.machine import apply
 from prunecast.server.fleet.model import Fleet, Outcome, Release, RolloutPolicy, Status
 from prunecast.server.fleet.reports import DeviceState
 from prunecast.server.fleet.service import FleetService
-from prunecast.server.fleet.tables import MetaRow, TokenRow
-from support.fleet import RELEASES, open_service, poll_all, releases, tallied
+from prunecast.server.fleet.tables import TokenRow
+from support.fleet import RELEASES, open_service, poll_all, tallied
 
 
 def fill(service: FleetService, count: int, group: str = "lab") -> dict[str, str]:
@@ -107,8 +107,8 @@ def test_what_a_device_says_is_bounded(service: FleetService) -> None:
     assert not service.report(token, serial=2**80, version=2**80, **answer)
     assert service.report(token, serial=1, version=1, detail="\0\n" + "y" * 9999, **answer)
     (entry,) = service.audit(subject="lab0", limit=1)
-    assert (entry.actor, entry.action) == ("device:lab0", "release failed")
-    assert entry.detail.startswith("digits 1: crash loop: yyy")
+    assert (entry.actor, entry.kind) == ("device:lab0", AuditKind.RELEASE_FAILED)
+    assert audit_text(entry).startswith("digits 1: crash loop: yyy")
 
 
 def test_a_refused_operation_leaves_no_trace(service: FleetService) -> None:
@@ -139,15 +139,6 @@ def test_a_database_outlives_its_process(service: FleetService, url: str) -> Non
     assert len(told) == 2
 
 
-def test_schema_versions_are_compared(service: FleetService, url: str) -> None:
-    with pytest.raises(AlreadyExists, match="holds a fleet already"):
-        FleetService.create(url, releases)
-    with service._database.transaction() as session:
-        session.execute(update(MetaRow).where(MetaRow.key == "schema").values(value="99"))
-    with pytest.raises(SchemaMismatch, match="has fleet schema 99, this version needs 2: install"):
-        open_service(url)
-
-
 def test_a_database_without_a_fleet(url: str) -> None:
     with pytest.raises(DatabaseMissing, match="prunecast fleet init"):
         open_service(url)
@@ -164,6 +155,34 @@ def test_urls_are_checked(tmp_path: Path) -> None:
     with pytest.raises(DatabaseError) as raised:
         Database(f"postgresql://u:secret@/x?host={tmp_path}")
     assert "secret" not in str(raised.value)
+
+
+def test_devices_and_entries_come_in_pages(service: FleetService) -> None:
+    tokens = fill(service, 25)
+    assert service.device_counts() == {"lab": 25}
+    service.operate(RevokeDevice(at=1, device="lab7"))
+    assert service.device_counts() == {"lab": 24}
+    names, after = [], None
+    while page := service.devices("lab", after=after, limit=10):
+        assert len(page) <= 10
+        names += [device.id for device in page]
+        after = names[-1]
+    assert names == sorted(tokens)
+    assert service.device("lab7").revoked
+    with pytest.raises(NotFound, match="no device named 'lab70'"):
+        service.device("lab70")
+    service.operate(start(2))
+    revoked = {"lab7"}
+    assert {d.id for d in service.devices(rollout="r2")} == set(tokens) - revoked
+    assert [d.id for d in service.devices(rollout="r2", limit=2)] == ["lab0", "lab1"]
+    entries, number = [], 0
+    while log := service.audit(after=number, limit=10):
+        entries += log
+        number = log[-1].number
+    assert entries == service.audit(limit=1000)
+    assert [e.number for e in entries] == sorted({e.number for e in entries})
+    assert service.audit(limit=3) == entries[-3:]
+    assert service.audit(subject="r2", after=0)[0].kind is AuditKind.ROLLOUT_STARTED
 
 
 def test_the_database_decides_as_the_state_alone(service: FleetService) -> None:
@@ -279,7 +298,7 @@ def test_processes_at_once_tell_nobody_too_many(
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         runs = [pool.submit(poll_all, url, order, 2, 1.0, fail) for order in orders]
         told = set().union(*(run.result(timeout=120) for run in runs))
-    rollout, _ = service.rollout("r2")
+    rollout = service.rollout("r2")
     counted = tallied(service, "r2")
     assert all(a == b for a, b in counted.values()), counted
     if fail:

@@ -88,7 +88,8 @@ class World:
         self.rng.shuffle(self.devices)
         for device in self.devices:
             device.poll(self.service, self.now, broken)
-        rollout, devices = self.service.rollout(f"r{version}")
+        rollout = self.service.rollout(f"r{version}")
+        devices = self.service.devices(rollout=rollout.id)
         told = sum(d.part is not None and d.part.told_at is not None for d in devices)
         assert told == rollout.told <= math.ceil(STAGES[rollout.stage] / 100 * COUNT)
         return [(rollout.stage, told)]
@@ -108,9 +109,9 @@ def test_a_good_release_reaches_everybody_though_a_tenth_is_silent(world: World)
     history = []
     for _ in range(10):
         history += world.round(set(), 2)
-        if world.service.rollout("r2")[0].status is not Status.RUNNING:
+        if world.service.rollout("r2").status is not Status.RUNNING:
             break
-    rollout, _ = world.service.rollout("r2")
+    rollout = world.service.rollout("r2")
     assert rollout.status is Status.COMPLETED, history
     assert {(0, 25), (1, 125), (2, 500)} <= set(history)
     assert world.running(2) == COUNT
@@ -121,7 +122,7 @@ def test_a_release_that_fails_its_self_test_stops_at_the_canary(world: World) ->
     world.start(3)
     for _ in range(4):
         world.round({3}, 3)
-    rollout, _ = world.service.rollout("r3")
+    rollout = world.service.rollout("r3")
     assert rollout.status is Status.ABORTED
     assert rollout.stage == 0
     assert rollout.told <= 25
@@ -142,7 +143,7 @@ def test_a_release_that_crashes_later_is_rolled_back_everywhere(world: World) ->
         world.service.report(
             device.token, serial=held.serial, version=4, outcome=Outcome.CRASH_LOOP, now=world.now
         )
-    assert world.service.rollout("r4")[0].status is Status.ABORTED
+    assert world.service.rollout("r4").status is Status.ABORTED
     world.round(set(), 4)
     assert world.running(1) == COUNT
     assert {tuple(d.installed) for d in canaries} == {(4, 1)}

@@ -115,7 +115,7 @@ def wait_until() -> Callable[..., None]:
 
 @pytest.fixture
 def device(fleet: FleetService) -> Callable[[str], Device]:
-    return lambda name: next(d for d in fleet.devices() if d.id == name)
+    return fleet.device
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from prunecast.common.fleet_protocol import CHUNK_BYTES
 from prunecast.compression.release import FileRef
 from prunecast.compression.release.manifest import blob_path
 from prunecast.server.control import ControlServer
+from prunecast.server.fleet.audit import AuditKind
 from prunecast.server.fleet.events import Abort, PinDevice, StartRollout
 from prunecast.server.fleet.model import Device, Release, RolloutPolicy
 from prunecast.server.fleet.service import FleetService
@@ -52,7 +53,7 @@ def test_up_by_a_rollout_and_down_when_it_is_aborted(
             policy=RolloutPolicy(automatic=False),
         )
     )
-    wait_until(lambda: fleet.rollout("r2")[0].tally.succeeded, "it reports success")
+    wait_until(lambda: fleet.rollout("r2").tally.succeeded, "it reports success")
     assert (one.version, device("cam1").running) == (2, 2)
     fleet.operate(Abort(at=time.time(), rollout="r2"))
     wait_until(lambda: device("cam1").running == 1, "it goes down")
@@ -116,8 +117,8 @@ def test_a_server_that_comes_back_gets_what_happened_meanwhile_once(
     with ControlServer(database, repository.path, port=first.port, **options):
         wait_until(lambda: told() == (2, "rolled back"), "the failure arrives")
         wait_until(lambda: len(one.controller.store) == 0, "and is crossed off")
-        actions = [e.action for e in fleet.audit(subject="cam4")]
-        assert actions.count("release failed") == 1
+        kinds = [e.kind for e in fleet.audit(subject="cam4")]
+        assert kinds.count(AuditKind.RELEASE_FAILED) == 1
         assert device("cam4").refused == {2}
         one.end()
 

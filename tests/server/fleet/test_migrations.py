@@ -1,0 +1,160 @@
+"""Databases that earlier versions made, and whether the revisions lead to the tables of today."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, text
+
+from prunecast.server.fleet import database as module
+from prunecast.server.fleet.audit import AuditKind, audit_text
+from prunecast.server.fleet.database import Database
+from prunecast.server.fleet.errors import AlreadyExists, SchemaMismatch, TokenRefused
+from prunecast.server.fleet.events import Resume
+from prunecast.server.fleet.model import Outcome, Status
+from prunecast.server.fleet.reports import (
+    Certified,
+    DeviceReport,
+    DeviceState,
+    DirectiveAnswer,
+    Health,
+)
+from prunecast.server.fleet.service import FleetService
+from prunecast.server.fleet.tables import REVISION, REVISION_TABLE, Base
+from support.fleet import open_service, releases
+
+SCHEMA_2 = Path(__file__).with_name("schema2.sql")
+"""Dump of a database that prunecast made before it used Alembic."""
+TOKEN = "token-of-a-device-1-".ljust(43, "x")
+OTHER = "token-of-a-device-2-".ljust(43, "x")
+
+
+def on(url: str, work: Callable[[Connection], object]) -> object:
+    engine = module._engine(module._parse(url))
+    try:
+        with engine.begin() as connection:
+            return work(connection)
+    finally:
+        engine.dispose()
+
+
+def differences(connection: Connection) -> list[object]:
+    options = {"version_table": REVISION_TABLE, "compare_server_default": True}
+    context = MigrationContext.configure(connection, opts=options)
+    return list(compare_metadata(context, Base.metadata))
+
+
+def as_before(url: str, monkeypatch: pytest.MonkeyPatch, schema: str) -> None:
+    """A database of schema 1 or 2 with one device, which was told release 2."""
+
+    def make(connection: Connection) -> None:
+        with monkeypatch.context() as patch:
+            upgrade = command.upgrade
+            patch.setattr(command, "upgrade", lambda given, _: upgrade(given, f"000{schema}"))
+            module._migrate(connection)
+        for statement in (
+            f"DROP TABLE {REVISION_TABLE}",
+            f"INSERT INTO fleet_meta VALUES ('schema', '{schema}')",
+            "INSERT INTO fleet_groups VALUES ('lab', 'digits', 1, NULL, NULL)",
+            "INSERT INTO fleet_devices"
+            " (id, group_id, revoked, agent, refused, serial, told_version)"
+            " VALUES ('cam', 'lab', false, '', '[]', 2, 2)",
+            "INSERT INTO fleet_audit (at, actor, action, subject, detail)"
+            " VALUES (1, 'ada', 'group added', 'lab', 'follows digits')",
+        ):
+            connection.execute(text(statement))
+
+    on(url, make)
+
+
+def test_the_revisions_make_the_tables_of_today(service: FleetService, url: str) -> None:
+    assert on(url, differences) == []
+    assert service._database.revision == REVISION
+    script = ScriptDirectory(str(module._MIGRATIONS))
+    assert script.get_current_head() == REVISION
+    assert [r.revision for r in script.walk_revisions()] == ["0003", "0002", "0001"]
+
+
+@pytest.mark.parametrize("schema", ["1", "2"])
+def test_a_fleet_from_before_alembic_is_refused_and_upgraded(
+    url: str, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_before(url, monkeypatch, schema)
+    with pytest.raises(SchemaMismatch, match=rf"has fleet schema 000{schema}.*fleet upgrade`"):
+        open_service(url)
+    with pytest.raises(AlreadyExists, match="holds a fleet already"):
+        FleetService.create(url, releases)
+    for _ in range(2):
+        Database.upgrade(url).close()
+    assert on(url, differences) == []
+    with open_service(url) as upgraded:
+        assert upgraded._database.revision == REVISION
+        assert upgraded.settings() == {}
+        (entry,) = upgraded.audit()
+        assert (entry.kind, audit_text(entry)) == (AuditKind.GROUP_ADDED, "follows digits")
+        failed = DirectiveAnswer(2, 2, Outcome.SELFTEST_FAILED, "off by\n0.5")
+        report = DeviceReport("12345678", None, failed)
+        assert upgraded.receive(Certified("cam"), report, 4).counted
+        assert [e.kind for e in upgraded.audit()][1:] == [AuditKind.RELEASE_FAILED]
+
+
+def test_what_an_earlier_version_stored_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "100 %.db"  # a percent sign means something to Alembic's configuration
+    with sqlite3.connect(path) as connection:
+        connection.executescript(SCHEMA_2.read_text())
+    connection.close()
+    url = f"sqlite:///{path}"
+    with pytest.raises(SchemaMismatch, match="has fleet schema 0002, this version needs 0003: run"):
+        open_service(url)
+    Database.upgrade(url).close()
+    assert on(url, differences) == []
+    with open_service(url) as service:
+        assert service.settings() == {"repository": "/srv/repository"}
+        assert service.identify(TOKEN).device == "cam-1"
+        rollout = service.rollout("r2")
+        assert (rollout.status, rollout.reason, rollout.told) == (Status.PAUSED, "lunch", 2)
+        said = [(e.kind.words, e.subject, audit_text(e)) for e in service.audit(limit=3)]
+        assert said == [
+            ("release failed", "cam-2", "digits 2: self-test failed: off by 0.5"),
+            ("device told", "cam-2", "digits 1"),
+            ("rollout paused", "r2", "lunch"),
+        ]
+        assert service.health("cam-2") == (Health("hot", {"celsius": 71.5}, 6.0), 6.0)
+        replayed = DeviceReport("report01", DeviceState(1))
+        assert service.receive(OTHER, replayed, 8).replayed
+        service.operate(Resume(at=9, actor="ada", rollout="r2"))
+        assert audit_text(service.audit(limit=1)[0]) == "was paused: lunch"
+        assert service.poll(TOKEN, DeviceState(1), 10).serial == 2
+        with pytest.raises(TokenRefused):
+            service.identify("x" * 43)
+
+
+def test_a_later_schema_is_refused(service: FleetService, url: str) -> None:
+    with service._database.transaction() as session:
+        session.execute(text(f"UPDATE {REVISION_TABLE} SET version_num = '0099'"))
+    for opened in (open_service, Database.upgrade):
+        with pytest.raises(SchemaMismatch, match="schema 0099, this version needs 0003: install"):
+            opened(url)
+
+
+def test_an_upgrade_that_fails_changes_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_before(url, monkeypatch, "2")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the power is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Connection, "_commit_impl", fail)
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            Database.upgrade(url)
+    with pytest.raises(SchemaMismatch, match="schema 0002"):
+        open_service(url)
+    Database.upgrade(url).close()
+    assert on(url, differences) == []
