@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,16 @@ from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation import AutomaticReleases, ReleaseRule, ReleaseRuleError, server_app
 from prunecast.server.federation.release_config import releases_from_config
 from prunecast.server.federation.release_rule import ReleaseWatch
-from prunecast.server.repository import Change, KeyRing, Repository, RepositoryError
+from prunecast.server.repository import (
+    Change,
+    KeyRing,
+    Repository,
+    RepositoryError,
+    verify_repository,
+)
+from prunecast.server.repository.authoring import ReleaseRecipe, Samples, from_arrays
 from prunecast.simulations.runner.inprocess import InProcessGrid
+from support import narrowable
 from support.ceremonies import Circle
 from support.classifier import classifier_graph, classifier_inputs
 from support.federation import RUN_ID, initial_arrays, make_app, to_record
@@ -251,6 +260,58 @@ def test_the_newest_release_is_what_an_improvement_is_measured_from(
     assert [(r.round, r.version) for r in releases.made] == [(3, 2)]
 
 
+@pytest.mark.parametrize("variant", ["fp32", "int8", "int8-qdq", "structured"])
+@pytest.mark.parametrize("source", ["module", "graph"])
+def test_every_variant_comes_by_itself(
+    config: dict[str, Any], tmp_path: Path, variant: str, source: str
+) -> None:
+    images = np.random.default_rng(9).random((40, 1, 6, 6))
+    labels = np.arange(40) % 3
+    np.savez(tmp_path / "samples.npz", x=images, labels=labels)
+    del config["release.selftest"], config["release.graph"]
+    config |= {
+        "release.every": 1,
+        "release.variant": variant,
+        "release.calibration": str(tmp_path / "samples.npz"),
+        "release.graph-cache": str(tmp_path / "graphs"),
+        "release.licence": "MIT",
+    }
+    if source == "graph":  # as `release create --save-graph` keeps it
+        recipe = ReleaseRecipe(
+            module=narrowable.make,
+            samples=Samples({"x": images}, labels),
+            variant=variant,
+            cache=tmp_path / "graphs",
+        )
+        exported = recipe.make(_narrowable(1)).exported
+        assert exported is not None
+        save_graph(exported, tmp_path / "narrowable.onnx")
+        config["release.graph"] = str(tmp_path / "narrowable.onnx")
+    releases = releases_from_config(config, narrowable.make)
+    assert releases is not None
+    for number in (1, 2):
+        made = releases.after_round(number, {"accuracy": number / 4}, partial(_narrowable, number))
+        assert made is not None
+        assert made.version == number
+    repository = Repository(config["release.repository"], None)
+    first, second = (repository.show("toy", number) for number in (1, 2))
+    assert [m.kind for m in (first, second)] == [variant] * 2
+    assert [p.base_version for p in second.patches] == [1]
+    assert second.metrics["accuracy"] == 0.5
+    assert second.licence == "MIT"
+    assert second.numerics["samples"] == 40
+    assert {"accuracy", "reference_accuracy", "classes_changed"} <= set(second.numerics)
+    assert first.files["model.onnx"] == second.files["model.onnx"]
+    same = second.model_digest == _narrowable(2).digest.hex()
+    assert same == (variant in ("fp32", "int8"))
+    assert len(verify_repository(repository, repository.trusted_root())) == 2
+
+
+def _narrowable(number: int) -> PublishedModel:
+    arrays = {name: tensor.numpy() for name, tensor in narrowable.weights(number).items()}
+    return from_arrays(arrays, bits=8, counter=number)
+
+
 def test_no_repository_means_no_releases() -> None:
     assert releases_from_config({"lr": 0.1}, _factory) is None
     off = {"release.repository": "", "release.every": 0, "release.reach": ""}
@@ -268,6 +329,10 @@ def test_no_repository_means_no_releases() -> None:
         ({"release.graph": "nowhere.onnx"}, "release.graph = 'nowhere.onnx'"),
         ({"release.every": 2.5}, "release.every = 2.5 in the run config is no int"),
         ({"release.variant": "int4"}, "release.variant = 'int4': must be fp32, int8"),
+        ({"release.variant": "int8-qdq"}, "release.calibration = '': is missing"),
+        ({"release.channels": 0.5}, "release.calibration = '': is missing"),
+        ({"release.calibration": "nowhere.npz"}, "release.calibration = 'nowhere.npz'"),
+        ({"release.selftest": ""}, "release.selftest = '': a release needs inputs"),
         ({"release.evry": 2}, "unknown run config key release.evry"),
         ({"release.reach": 0.5}, "set release.metric"),
     ],
