@@ -1,10 +1,9 @@
-"""What the README says is so: its code runs, its diff is the diff, its tables are the defaults."""
+"""What README and first pages say is so: code runs, the diff is the diff, tables are defaults."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import re
 import shlex
 import subprocess
@@ -15,21 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import MetricRecord
-from flwr.serverapp.strategy import FedAvg
 
 from prunecast.compression.pruning import holding
-from prunecast.server.federation import PRESETS, CompressedGrid, Policy
-from prunecast.simulations.runner.inprocess import InProcessGrid
-from support.federation import initial_arrays, make_app, to_record
+from prunecast.server.federation import PRESETS, Policy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+POLICY = (ROOT / "docs/policy.md").read_text(encoding="utf-8")
+PAGES = README + POLICY + (ROOT / "docs/edge.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = PAGES) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -39,33 +36,16 @@ def commands() -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All Python blocks, run one after the other in an app's place."""
-    folder = tmp_path_factory.mktemp("readme")
-
-    def in_process(run_id: int) -> InProcessGrid:
-        return InProcessGrid(make_app(folder / "store"), 2, run_id=run_id)
-
-    runs = itertools.count(6)
-    scope: dict[str, Any] = {
-        "grid": in_process(5),
-        "new_grid": lambda: CompressedGrid(in_process(next(runs)), "small"),
-        "strategy": FedAvg(),
-        "arrays": to_record(initial_arrays()),
-        "evaluate_fn": lambda server_round, arrays: MetricRecord({"arrays": len(arrays)}),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for number, block in enumerate(blocks("python")):
-            exec(compile(block, f"README.md, Python block {number}", "exec"), scope)
-    scope["folder"] = folder
+def names() -> dict[str, Any]:
+    """All Python blocks of the page on policies, run one after the other."""
+    scope: dict[str, Any] = {}
+    for number, block in enumerate(blocks("python", POLICY)):
+        exec(compile(block, f"docs/policy.md, Python block {number}", "exec"), scope)
     return scope
 
 
 def test_python_blocks_run(names: dict[str, Any]) -> None:
-    assert names["model"].sparsity() > 0
-    assert (names["folder"] / "digits.model").is_file()
-    assert all(names["tally"].totals(direction=way).messages for way in ("up", "down"))
+    assert names["policy"].sparsity == 0.8
 
 
 def test_mask_block_holds_pruned_weights_at_zero(names: dict[str, Any]) -> None:
@@ -94,9 +74,9 @@ def test_diff_is_the_difference_of_the_examples() -> None:
 
 
 def test_knob_table_is_complete_and_states_the_defaults() -> None:
-    rows = re.findall(r"^\| `prunecast\.([a-z-]+)` \| (.+?) \|", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `prunecast\.([a-z-]+)` \| (.+?) \|", POLICY, flags=re.MULTILINE)
     stated = {key.replace("-", "_"): value for key, value in rows}
-    fields = {field.name: field.default for field in dataclasses.fields(Policy)}
+    fields = {field.name: getattr(Policy(), field.name) for field in dataclasses.fields(Policy)}
     assert stated.keys() == fields.keys()
     for name, default in fields.items():
         value = tomllib.loads("value = " + stated[name].replace("\\*", "*"))["value"]
@@ -106,7 +86,7 @@ def test_knob_table_is_complete_and_states_the_defaults() -> None:
 
 
 def test_preset_table_is_complete() -> None:
-    table = README.split("| preset |")[1].split("\n\n")[0]
+    table = POLICY.split("| preset |")[1].split("\n\n")[0]
     assert set(re.findall(r"^\| `([a-z]+)` \|", table, flags=re.MULTILINE)) == set(PRESETS)
 
 

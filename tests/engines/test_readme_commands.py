@@ -1,4 +1,4 @@
-"""The README's commands for edge devices, as they stand there."""
+"""The commands that bring a release to a device, as they stand in docs/edge.md."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLE = ROOT / "examples" / "quickstart-prunecast"
 
 
 def commands() -> list[list[str]]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/edge.md").read_text(encoding="utf-8")
     section = text.split("<!-- edge:begin -->")[1].split("<!-- edge:end -->")[0]
     blocks = re.findall(r"^```console\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
     return [shlex.split(line) for line in "".join(blocks).replace("\\\n", " ").splitlines()]

@@ -307,10 +307,11 @@ def test_the_blocks_of_its_page_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[3] / "docs" / "run.md").read_text()
-    other = InProcessGrid(make_app(tmp_path / "another"), 2, run_id=RUN_ID + 1)
+    runs = itertools.count(RUN_ID + 1)
     scope: dict[str, Any] = {
         "grid": inner,
-        "new_grid": lambda: other,
+        "new_grid": lambda: InProcessGrid(make_app(tmp_path / "other"), 2, run_id=next(runs)),
+        "strategy": FedAvg(),
         "arrays": arrays(),
         "evaluate_fn": norm,
     }
@@ -318,6 +319,9 @@ def test_the_blocks_of_its_page_run(
         exec(block, scope)
     assert scope["totals"].bytes_up > 0
     assert scope["kinds"] >= {"keyframe", "update"}
+    assert scope["model"].sparsity() > 0
+    assert Path("digits.model").is_file()
+    assert all(scope["tally"].totals(direction=way).messages for way in ("up", "down"))
     event_kinds = set(re.findall(r"^\| `(r[a-z-]+|warning)` \|", page, flags=re.MULTILINE))
     assert event_kinds >= {
         event["event"] for event in read_events(Path("runs/digits/events.jsonl"))
