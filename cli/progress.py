@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from prunecast.common.text import bytes_text, percent
+from prunecast.common.text import bytes_text
 
 __all__ = ["RunProgress"]
 
@@ -79,4 +79,4 @@ class RunProgress:
 
 def _detail(event: Mapping[str, Any], rounds: int) -> str:
     spent = bytes_text(event["bytes_up"] + event["bytes_down"])
-    return f"round {event['round']:>2}/{rounds}  {percent(event['accuracy']):>6}  {spent:>8}"
+    return f"round {event['round']:>2}/{rounds}  {event['score']:>6}  {spent:>8}"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecast.cli.console import make_console
-from prunecast.common.text import percent
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
@@ -43,7 +42,8 @@ def simulate(
     rounds: Rounds = None,
     output: Output = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only check the scenario and print it in full.")
+        bool,
+        typer.Option("--check", help="Only check scenario and data; print it in full."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,10 +53,10 @@ def simulate(
     docs/scenarios.md explains every key. The run's folder gets result.json, a ledger with one
     line per message, a picture and a page.
     """
-    chosen = load(scenario, seed, rounds, output)
     _import_from_here()
+    chosen = load(scenario, seed, rounds, output)
     if check:
-        from prunecast.simulations.runner.federate import check_scenario
+        from prunecast.simulations.runner.run import check_scenario
 
         check_scenario(chosen)
         typer.echo(json.dumps(chosen.to_mapping(), indent=None if as_json else 2))
@@ -102,7 +102,7 @@ def show(folder: Path, result: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from prunecast.simulations.report import PAGE, arm_rows, release_rows
+    from prunecast.simulations.report import PAGE, arm_rows, release_rows, score_text
 
     console = make_console()
     scenario = result["scenario"]
@@ -124,11 +124,12 @@ def show(folder: Path, result: dict[str, Any]) -> None:
             table.add_row(*row)
         console.print()
         console.print(table)
-    release = result["release"]
+    release, task = result["release"], result["task"]
     if release:
+        reached = score_text(result, release[f"device_{task['metric']}"])
         console.print(
-            f"The device (onnxruntime; no torch, no Flower) classified "
-            f"{release['identical_images']} of {release['images']} images exactly as the server: "
-            f"accuracy {percent(release['device_accuracy'])} on both."
+            f"The device (onnxruntime; no torch, no Flower) {task['verb']} "
+            f"{release['identical_examples']} of {release['examples']} examples exactly as the "
+            f"server: {task['metric']} {reached} on both."
         )
     console.print(f"\n{folder}  (open {folder / PAGE})", soft_wrap=True)

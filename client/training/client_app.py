@@ -28,7 +28,7 @@ from torch import nn
 
 from prunecast.client.training.errors import TrainerError
 from prunecast.client.training.mod import compression_mod
-from prunecast.client.training.trainer import Batch, evaluate, train
+from prunecast.client.training.trainer import Batch, Loss, evaluate, train
 from prunecast.common.references import load_callable
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
@@ -112,6 +112,7 @@ def build_client_app(
     data: DataFactory,
     settings: LocalTraining | None = None,
     *,
+    loss_fn: Loss = nn.functional.cross_entropy,
     mods: Sequence[Mod] | None = None,
 ) -> ClientApp:
     """A ClientApp that trains and evaluates `model` on `data`.
@@ -120,6 +121,7 @@ def build_client_app(
         model: called with the context for every message; the received arrays are loaded into it.
         data: loaders of the node whose context it is given; cache what is costly.
         settings: of local training; None reads the run config.
+        loss_fn: of (outputs, targets), the mean over the batch.
         mods: Flower mods; default ``[compression_mod()]``.
     """
     client = ClientApp(mods=[compression_mod()] if mods is None else list(mods))
@@ -144,6 +146,7 @@ def build_client_app(
             mixed_precision={"auto": None, "on": True, "off": False}[chosen.mixed_precision],
             seed=training_seed(chosen.seed, server_round, context),
             squared_gradients=SQUARED_GRADIENT in wanted_statistics(),
+            loss_fn=loss_fn,
         )
         contribute_statistics(SQUARED_GRADIENT, outcome.squared_gradients)
         metrics = MetricRecord({"num-examples": outcome.examples, "train-loss": outcome.loss})
@@ -159,14 +162,11 @@ def build_client_app(
             module,
             training if validation is None else validation,
             device=None if chosen.device == "auto" else chosen.device,
+            loss_fn=loss_fn,
         )
-        metrics = MetricRecord(
-            {
-                "num-examples": outcome.examples,
-                "eval-loss": outcome.loss,
-                "eval-accuracy": outcome.accuracy,
-            }
-        )
+        metrics = MetricRecord({"num-examples": outcome.examples, "eval-loss": outcome.loss})
+        if outcome.accuracy is not None:
+            metrics["eval-accuracy"] = outcome.accuracy
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     return client

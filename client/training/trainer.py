@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -18,8 +18,10 @@ __all__ = ["Evaluation", "TensorBatches", "Training", "best_device", "evaluate",
 
 _LARGEST_SQUARE = 1e30  # sums of a statistic must stay finite
 
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""What a model is called with: one tensor, several in order, or several by name."""
 Loss = Callable[[Tensor, Tensor], Tensor]
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Inputs, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,44 +50,55 @@ class Evaluation:
 
     Attributes:
         loss: mean loss per example.
-        accuracy: fraction of examples whose largest output is the label.
+        accuracy: fraction of examples whose largest output is the label; None where targets are
+            no labels.
         examples: number of examples.
     """
 
     loss: float
-    accuracy: float
+    accuracy: float | None
     examples: int
 
 
 class TensorBatches:
-    """Mini-batches of two tensors: a loader without worker processes, for data held in memory.
+    """Mini-batches of tensors: a loader without worker processes, for data held in memory.
 
     Args:
-        inputs: first dimension is the example.
-        targets: the labels, as many as inputs.
+        inputs: one tensor, or one for each input of the model (batches then hold tuples); the
+            first dimension is the example.
+        targets: as many as inputs.
         batch_size: examples in a batch; the last one may be smaller.
         shuffle: reshuffle in every pass, with torch's generator, which `train` seeds.
     """
 
     def __init__(
-        self, inputs: Tensor, targets: Tensor, *, batch_size: int, shuffle: bool = False
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
     ) -> None:
-        if len(inputs) != len(targets):
-            raise TrainerError(f"{len(inputs)} inputs but {len(targets)} targets")
+        for tensor in [inputs] if isinstance(inputs, Tensor) else inputs:
+            if len(tensor) != len(targets):
+                raise TrainerError(f"{len(tensor)} inputs but {len(targets)} targets")
         if batch_size < 1:
             raise TrainerError(f"batch_size must be at least 1, not {batch_size}")
         self._inputs, self._targets = inputs, targets
         self._size, self._shuffle = batch_size, shuffle
 
     def __len__(self) -> int:
-        return math.ceil(len(self._inputs) / self._size)
+        return math.ceil(len(self._targets) / self._size)
 
     def __iter__(self) -> Iterator[Batch]:
-        count = len(self._inputs)
+        count = len(self._targets)
         order = torch.randperm(count) if self._shuffle else torch.arange(count)
         for first in range(0, count, self._size):
             chosen = order[first : first + self._size]
-            yield self._inputs[chosen], self._targets[chosen]
+            if isinstance(self._inputs, Tensor):
+                yield self._inputs[chosen], self._targets[chosen]
+            else:
+                yield tuple(tensor[chosen] for tensor in self._inputs), self._targets[chosen]
 
 
 def best_device() -> torch.device:
@@ -156,10 +169,10 @@ def train(
             total.zero_()
             examples = 0
             for inputs, targets in loader:
-                inputs, targets = _move(inputs, target), _move(targets, target)
+                targets = _move(targets, target)
                 optimiser.zero_grad(set_to_none=True)
                 with _autocast(target, precision):
-                    loss = loss_fn(model(inputs), targets)
+                    loss = loss_fn(_outputs(model, inputs, target), targets)
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimiser)
                 if squares:
@@ -195,7 +208,7 @@ def evaluate(
     device: torch.device | str | None = None,
     loss_fn: Loss = nn.functional.cross_entropy,
 ) -> Evaluation:
-    """Mean loss and accuracy of a classifier, in float32 and evaluation mode.
+    """Mean loss, and accuracy of a classifier, in float32 and evaluation mode.
 
     Args:
         model: moved to `device` and left there; its training mode is put back.
@@ -209,20 +222,23 @@ def evaluate(
     target = torch.device(device) if device is not None else best_device()
     training = model.training
     model.to(target).eval()
-    total, correct, examples = 0.0, 0, 0
+    total, correct, examples, labelled = 0.0, 0, 0, True
     try:
         with torch.inference_mode():
             for inputs, targets in loader:
-                inputs, targets = _move(inputs, target), _move(targets, target)
-                outputs = model(inputs)
+                targets = _move(targets, target)
+                outputs = _outputs(model, inputs, target)
                 total += float(loss_fn(outputs, targets)) * len(targets)
-                correct += int((outputs.argmax(1) == targets).sum())
+                if targets.ndim != 1 or targets.is_floating_point():
+                    labelled = False
+                else:
+                    correct += int((outputs.argmax(1) == targets).sum())
                 examples += len(targets)
     finally:
         model.train(training)
     if not examples:
         raise TrainerError("the loader is empty: there is nothing to evaluate on")
-    return Evaluation(total / examples, correct / examples, examples)
+    return Evaluation(total / examples, correct / examples if labelled else None, examples)
 
 
 @torch.no_grad()
@@ -250,6 +266,18 @@ def _autocast(
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def _outputs(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
+    """The model of a batch, its inputs moved to the device."""
+    outputs: Tensor
+    if isinstance(inputs, Tensor):
+        outputs = model(_move(inputs, device))
+    elif isinstance(inputs, Mapping):
+        outputs = model(**{name: _move(tensor, device) for name, tensor in inputs.items()})
+    else:
+        outputs = model(*(_move(tensor, device) for tensor in inputs))
+    return outputs
 
 
 def _held(

@@ -2,7 +2,7 @@
 
 from prunecast.simulations.report.figure import accuracy_figure
 from prunecast.simulations.report.page import FIGURE, PAGE, render_page, write_report
-from prunecast.simulations.report.text import arm_rows, release_rows
+from prunecast.simulations.report.text import arm_rows, release_rows, score_text
 
 __all__ = [
     "FIGURE",
@@ -11,5 +11,6 @@ __all__ = [
     "arm_rows",
     "release_rows",
     "render_page",
+    "score_text",
     "write_report",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from prunecast.common.files import write_atomically
 from prunecast.common.text import bytes_text, percent, ratio_text
 from prunecast.simulations.report.charts import bytes_per_round, where_bytes_went
 from prunecast.simulations.report.figure import COLOURS, accuracy_figure
-from prunecast.simulations.report.text import arm_rows, release_rows
+from prunecast.simulations.report.text import arm_rows, release_rows, score_text
 
 __all__ = ["FIGURE", "PAGE", "render_page", "write_report"]
 
@@ -33,7 +34,9 @@ def render_page(result: Mapping[str, Any], figure: bytes) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(bytes=bytes_text, percent=percent, ratio=ratio_text)
+    environment.filters["score"] = partial(score_text, result)
     arms = result["arms"]
+    trained = {name: arm for name, arm in arms.items() if arm["trained"]}
     colours = dict(zip(arms, COLOURS * 4, strict=False))
     return environment.from_string(folder.joinpath("report.html").read_text()).render(
         result=result,
@@ -44,28 +47,31 @@ def render_page(result: Mapping[str, Any], figure: bytes) -> str:
         release_table=release_rows(result),
         colours=colours,
         rounds_chart=bytes_per_round(arms, colours),
-        kinds={
-            n: where_bytes_went(a["by_kind"]) for n, a in arms.items() if a["kind"] != "recoded"
-        },
-        headline=_headline(arms),
+        trained=trained,
+        kinds={name: where_bytes_went(arm["by_kind"]) for name, arm in trained.items()},
+        metric=result["task"]["metric"],
+        headline=_headline(result),
     )
 
 
-def _headline(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The best compressed arm against the dense one, where there are both."""
-    dense = next(((n, a) for n, a in arms.items() if a["kind"] == "dense"), None)
-    compressed = [(n, a) for n, a in arms.items() if a["kind"] == "prunecast"]
-    if dense is None or not compressed:
+def _headline(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The best arm that publishes versions against the baseline, where there are both."""
+    arms, task = result["arms"], result["task"]
+    baseline = next(((name, arm) for name, arm in arms.items() if arm["baseline"]), None)
+    published = [arm for arm in arms.values() if arm["published"]]
+    if baseline is None or not published:
         return None
-    name, arm = max(compressed, key=lambda item: float(item[1]["reduction"]))
+    arm = max(published, key=lambda arm: float(arm["reduction"]))
+    name, dense = baseline
+    gained = arm[task["metric"]] - dense[task["metric"]]
     return {
-        "arm": name,
+        "arm": arm["label"],
         "reduction": arm["reduction"],
         "total": arm["bytes_up"] + arm["bytes_down"],
-        "accuracy": arm["accuracy"],
-        "points": 100 * (arm["accuracy"] - dense[1]["accuracy"]),
-        "dense": dense[0],
-        "dense_total": dense[1]["bytes_up"] + dense[1]["bytes_down"],
+        "score": arm[task["metric"]],
+        "gained": f"{100 * gained:+.1f} points" if task["percent"] else f"{gained:+.3g}",
+        "dense": name,
+        "dense_total": dense["bytes_up"] + dense["bytes_down"],
     }
 
 

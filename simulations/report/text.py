@@ -7,21 +7,24 @@ from typing import Any
 
 from prunecast.common.text import bytes_text, percent, ratio_text
 
-__all__ = ["arm_rows", "release_rows"]
+__all__ = ["arm_rows", "release_rows", "score_text"]
+
+
+def score_text(result: Mapping[str, Any], value: float) -> str:
+    """A value of the metric of a result's task."""
+    return percent(value) if result["task"]["percent"] else f"{value:.4g}"
 
 
 def arm_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of arms."""
-    header = ["arm", "accuracy", "sparsity", "bytes up", "bytes down", "total", "reduction"]
+    metric = result["task"]["metric"]
+    header = ["arm", metric, "sparsity", "bytes up", "bytes down", "total", "reduction"]
     rows = []
-    for name, arm in result["arms"].items():
-        label = name
-        if arm["kind"] == "recoded":
-            label = f"{name} (level {arm['level']})"
+    for arm in result["arms"].values():
         rows.append(
             [
-                label,
-                percent(arm["accuracy"]),
+                arm["label"],
+                score_text(result, arm[metric]),
                 percent(arm["sparsity"], 0) if arm["sparsity"] else "–",
                 bytes_text(arm["bytes_up"]),
                 bytes_text(arm["bytes_down"]),

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from prunecast.compression.versions import PublishedModel, load_model
 from prunecast.server.repository import PublishedRelease
 from prunecast.server.repository.serving import ReleaseServer
+from prunecast.simulations.data import Examples
 from prunecast.simulations.runner import DeviceMismatch, SimulationError
 from prunecast.simulations.runner.automatic import release_recipe, repository_of
-from prunecast.simulations.runner.prepared import PreparedRun, held_out
+from prunecast.simulations.runner.prepared import PreparedRun
 
 __all__ = ["deliver"]
 
@@ -30,8 +31,8 @@ class _Published:
     """A model as the federation left it, and what the server measured with it."""
 
     model: PublishedModel
-    predictions: NDArray[np.int64]
-    accuracy: float
+    outputs: NDArray[Any]
+    score: float
 
 
 def deliver(
@@ -50,14 +51,15 @@ def deliver(
         The ``release`` part of ``result.json``.
 
     Raises:
-        DeviceMismatch: an image is classified otherwise than on the server, or the device
+        DeviceMismatch: an example is answered otherwise than on the server, or the device
             process imported a training framework.
         SimulationError: fewer than two models were published, or the device failed.
     """
-    spec, arm = prepared.scenario.release, prepared.scenario.released_arm()
+    scenario = prepared.scenario
+    spec, arm, task = scenario.release, scenario.released_arm(), scenario.task
     if spec is None or arm is None:
         raise SimulationError("the scenario has no [release]: add one")
-    _, labels = held_out(prepared)
+    held_out = Examples.load(prepared.held_out)
     versions = [_published(prepared.work / f"{arm}-{place}") for place in (1, 2)]
     if versions[0].model.digest == versions[1].model.digest:
         raise SimulationError("the last round changed nothing: train for more rounds")
@@ -68,7 +70,7 @@ def deliver(
     root.write_bytes(repository.trusted_root())
 
     def publish(version: _Published) -> PublishedRelease:
-        metrics = {"accuracy": version.accuracy}
+        metrics = {task.metric: version.score}
         return recipe.release(repository, spec.name, version.model, metrics)
 
     on_step("signing the release before the last round")
@@ -84,7 +86,7 @@ def deliver(
     made = (first, second)
     for release, version, report in zip(made, versions, reports, strict=True):
         _compare(prepared, release.version, version, report, patched=release is second)
-    last, found = versions[1], _predictions(prepared, second.version)
+    last, found = versions[1], _answers(prepared, second.version)
     return {
         "name": spec.name,
         "arm": arm,
@@ -93,10 +95,10 @@ def deliver(
         "keyframe_bytes": second.keyframe_bytes,
         "patch_bytes": reports[1]["downloaded"]["patch"],
         "first_keyframe_bytes": first.keyframe_bytes,
-        "published_accuracy": last.accuracy,
-        "device_accuracy": float(np.mean(found == labels)),
-        "images": len(labels),
-        "identical_images": int(np.sum(found == last.predictions)),
+        f"published_{task.metric}": last.score,
+        f"device_{task.metric}": task.score(found, held_out.targets),
+        "examples": len(held_out),
+        "identical_examples": len(held_out) - len(task.different(last.outputs, found)),
         "downloads": [
             {
                 "version": report["version"],
@@ -115,13 +117,13 @@ def _published(path: Path) -> _Published:
     if not path.with_suffix(".model").is_file():
         raise SimulationError("two published models are needed: train for at least one round")
     with np.load(path.with_suffix(".npz")) as file:
-        predictions, accuracy = file["predictions"], float(file["accuracy"])
-    return _Published(load_model(path.with_suffix(".model")), predictions, accuracy)
+        outputs, score = file["outputs"], float(file["score"])
+    return _Published(load_model(path.with_suffix(".model")), outputs, score)
 
 
-def _predictions(prepared: PreparedRun, version: int) -> NDArray[np.int64]:
+def _answers(prepared: PreparedRun, version: int) -> NDArray[Any]:
     with np.load(prepared.work / f"device-{version}.npz") as file:
-        found: NDArray[np.int64] = file["predictions"]
+        found: NDArray[Any] = file["outputs"]
     return found
 
 
@@ -139,13 +141,13 @@ def _compare(
         raise SimulationError(f"release {number} came without a patch: {report['reason']}")
     if report["imported"]:
         raise DeviceMismatch(f"the device process imported {', '.join(report['imported'])}")
-    found = _predictions(prepared, number)
-    different = np.flatnonzero(found != version.predictions)
+    found, task = _answers(prepared, number), prepared.scenario.task
+    different = task.different(version.outputs, found)
     if len(different):
         raise DeviceMismatch(
-            f"release {number}: {len(different)} of {len(found)} images are classified otherwise "
-            f"than on the server, first image {different[0]}: the device does not run what the "
-            "federation measured"
+            f"release {number}: {len(different)} of {len(found)} examples are {task.verb} "
+            f"otherwise than on the server, first example {different[0]}: the device does not run "
+            "what the federation measured"
         )
 
 
@@ -157,7 +159,7 @@ def _device(prepared: PreparedRun, url: str, name: str) -> Iterator[Callable[[],
         "url": url,
         "name": name,
         "root": str(prepared.folder / "root.json"),
-        "inputs": str(prepared.work / "held-out.npz"),
+        "examples": str(prepared.held_out),
         "output": str(prepared.work),
     }
     settings.write_text(json.dumps(document), encoding="utf-8")

@@ -1,9 +1,9 @@
-"""An edge device in a process of its own: follow a release, run images through it, report.
+"""An edge device in a process of its own: follow a release, run examples through it, report.
 
 Started as ``python -m prunecast.simulations.runner.device SETTINGS``, a JSON file with ``state``,
-``url``, ``name``, ``root``, ``inputs`` (an ``.npz`` whose ``x`` are the examples) and ``output``
-(a folder). For every line on standard input it checks for an update, runs all examples and prints
-one JSON line. Imports what a device has, and says what it has imported.
+``url``, ``name``, ``root``, ``examples`` (a file of `Examples`) and ``output`` (a folder). For
+every line on standard input it checks for an update, runs all examples and prints one JSON line.
+Imports what a device has, and says what it has imported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from prunecast.client.edge import Agent, AgentConfig
+from prunecast.simulations.data import Examples
 
 __all__ = ["FOREIGN", "main"]
 
@@ -26,8 +27,7 @@ FOREIGN = ("torch", "flwr", "onnx", "ray")
 def main(arguments: list[str]) -> int:
     """Entry point of the process."""
     settings = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    with np.load(settings["inputs"]) as file:
-        examples = file["x"]
+    examples = Examples.load(Path(settings["examples"]))
     output = Path(settings["output"])
     config = AgentConfig(
         state=Path(settings["state"]),
@@ -40,12 +40,13 @@ def main(arguments: list[str]) -> int:
         for _ in sys.stdin:
             update = agent.update_once()
             agent.confirm()
-            [signature] = agent.model.manifest.inputs
+            names = [signature.name for signature in agent.model.manifest.inputs]
             parts = []
-            for batch in np.array_split(examples, max(1, len(examples) // 250)):
-                [logits] = agent.model.run({signature.name: batch}).values()
-                parts.append(logits.argmax(1))
-            np.savez(output / f"device-{update.version}.npz", predictions=np.concatenate(parts))
+            for chosen in np.array_split(np.arange(len(examples)), -(-len(examples) // 250)):
+                batch = examples.take(chosen).inputs.values()
+                [outputs] = agent.model.run(dict(zip(names, batch, strict=True))).values()
+                parts.append(outputs)
+            np.savez(output / f"device-{update.version}.npz", outputs=np.concatenate(parts))
             report = {
                 **asdict(update),
                 "imported": [name for name in FOREIGN if name in sys.modules],

@@ -16,25 +16,25 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import nn
 
-from prunecast.client.training.trainer import TensorBatches, evaluate
+from prunecast.client.training.trainer import TensorBatches
 from prunecast.common.references import load_callable
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.versions import PublishedModel, save_model
-from prunecast.server.federation import CompressedGrid, Ledger, Policy
-from prunecast.server.federation.grid import Recode
+from prunecast.server.federation import CompressedGrid, Ledger
 from prunecast.server.federation.run import initial_arrays
 from prunecast.server.federation.strategies import build_strategy
+from prunecast.simulations.arms import Arm
+from prunecast.simulations.data import Examples
 from prunecast.simulations.runner import EngineFailed
-from prunecast.simulations.runner.automatic import automatic_releases, rule_of
+from prunecast.simulations.runner.automatic import automatic_releases
 from prunecast.simulations.runner.nodes import OrderedGrid, nodes_by_partition
-from prunecast.simulations.runner.prepared import PreparedRun, held_out
-from prunecast.simulations.scenarios import ArmSpec, Scenario, ScenarioError
+from prunecast.simulations.runner.prepared import PreparedRun
+from prunecast.simulations.scenarios import Scenario
 
-__all__ = ["ArmOutcome", "Emit", "check_scenario", "policy_of", "run_arms", "strategy_of"]
+__all__ = ["ArmOutcome", "Emit", "run_arms", "strategy_of"]
 
 Emit = Callable[[dict[str, Any]], None]
 """Told of progress: mappings of plain values with a key ``event``."""
-_POLL_SECONDS = 0.05
 
 
 @dataclass
@@ -43,8 +43,8 @@ class ArmOutcome:
 
     Attributes:
         name: of the arm.
-        rounds: per round, 0 for the initial model: accuracy, loss, sparsity, cumulative bytes
-            in each direction, seconds since the arm began.
+        rounds: per round, 0 for the initial model: the task's metric, loss, sparsity,
+            cumulative bytes in each direction, seconds since the arm began.
         seconds: that the arm took.
         releases: that it made while it trained: round, version, reason, metrics.
     """
@@ -53,20 +53,6 @@ class ArmOutcome:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     releases: list[dict[str, Any]] = field(default_factory=list)
-
-
-def policy_of(arm: ArmSpec) -> Policy:
-    """The policy of an arm that trains.
-
-    Raises:
-        PolicyError: unknown preset or knob, or a value outside its range.
-    """
-    if arm.kind == "dense":
-        return Policy.preset("dense")
-    if arm.kind == "scheme":
-        return Policy.preset("dense", up=arm.scheme, up_options=arm.options)
-    knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in arm.policy.items()}
-    return Policy.preset(arm.preset, **knobs)
 
 
 def strategy_of(scenario: Scenario) -> Any:
@@ -86,30 +72,6 @@ def strategy_of(scenario: Scenario) -> Any:
     return build_strategy(scenario.strategy.name, {**options, **scenario.strategy.options})
 
 
-def check_scenario(scenario: Scenario) -> None:
-    """Find out before anything is started whether all names in a scenario mean something.
-
-    Raises:
-        FederationError: a preset, knob, strategy, option or release rule is unknown or out of
-            range.
-        ScenarioError: the model's factory cannot be imported.
-    """
-    for arm in scenario.arms.values():
-        if arm.kind == "prunecast":
-            policy_of(arm)
-    strategy_of(scenario)
-    if scenario.release is not None:
-        rule_of(scenario.release)
-    try:
-        load_callable(scenario.model.factory)
-    except ValueError as error:
-        raise ScenarioError(
-            "model.factory",
-            str(error),
-            "name a function as package.module:function, installed or in the current folder",
-        ) from error
-
-
 def run_arms(grid: Grid, prepared: PreparedRun, emit: Emit) -> list[ArmOutcome]:
     """Train every arm, with the same seeds, on the nodes of `grid`.
 
@@ -123,64 +85,75 @@ def run_arms(grid: Grid, prepared: PreparedRun, emit: Emit) -> list[ArmOutcome]:
     ]
 
 
-class _Measure:
-    """Evaluates models on the held-out examples and keeps the latest two published ones."""
+class _HeldOut:
+    """Measures models on the held-out examples and keeps the latest two published ones."""
 
     def __init__(self, prepared: PreparedRun, module: nn.Module) -> None:
-        inputs, targets = held_out(prepared)
-        self._module = module
+        self._task, self._module = prepared.scenario.task, module
+        examples = Examples.load(prepared.held_out)
+        self._targets = examples.targets
         self._batches = TensorBatches(
-            torch.from_numpy(inputs), torch.from_numpy(targets), batch_size=250
+            [torch.from_numpy(values) for values in examples.inputs.values()],
+            torch.from_numpy(examples.targets),
+            batch_size=250,
         )
-        self.latest: list[tuple[PublishedModel, NDArray[np.int64], float]] = []
+        self._latest: list[tuple[PublishedModel, NDArray[Any], float]] = []
 
-    def __call__(self, arrays: ArrayRecord, model: PublishedModel | None) -> tuple[float, float]:
-        """Accuracy and loss of the published model, or of plain arrays where there is none."""
+    def measure(self, arrays: ArrayRecord, model: PublishedModel | None) -> tuple[float, float]:
+        """The task's metric and the loss of a published model, or of plain arrays without one."""
         dense = model.arrays() if model else dense_arrays(arrays)
         state = {k: torch.from_numpy(np.array(v)) for k, v in dense.items()}
         self._module.load_state_dict(state)
-        found = evaluate(self._module, self._batches, device="cpu")
-        if model is not None:
-            self.latest = [*self.latest[-1:], (model, self._predict(), found.accuracy)]
-        return found.accuracy, found.loss
-
-    def _predict(self) -> NDArray[np.int64]:
         self._module.eval()
+        parts, total = [], 0.0
         with torch.inference_mode():
-            parts = [self._module(inputs).argmax(1) for inputs, _ in self._batches]
-        return np.asarray(torch.cat(parts).numpy(), dtype=np.int64)
+            for inputs, targets in self._batches:
+                parts.append(self._module(*inputs))
+                total += float(self._task.training_loss(parts[-1], targets)) * len(targets)
+        outputs = torch.cat(parts).numpy()
+        score = self._task.score(outputs, self._targets)
+        if model is not None:
+            self._latest = [*self._latest[-1:], (model, outputs, score)]
+        return score, total / len(self._targets)
+
+    def save(self, prepared: PreparedRun, arm: str) -> None:
+        """Leave the latest published models, and what they answered, to the delivery."""
+        for place, (model, outputs, score) in enumerate(self._latest, start=1):
+            target = prepared.work / f"{arm}-{place}"
+            save_model(model, target.with_suffix(".model"))
+            np.savez(target.with_suffix(".npz"), outputs=outputs, score=score)
 
 
 def _run_arm(
-    grid: Grid, nodes: list[int], prepared: PreparedRun, name: str, arm: ArmSpec, emit: Emit
+    grid: Grid, nodes: list[int], prepared: PreparedRun, name: str, arm: Arm, emit: Emit
 ) -> ArmOutcome:
     scenario, started = prepared.scenario, time.monotonic()
+    task = scenario.task
     shutil.rmtree(prepared.store, ignore_errors=True)  # nothing is carried over from another arm
     random.seed(scenario.seed)  # Flower samples nodes with it
     module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
-    outcome, measure = ArmOutcome(name), _Measure(prepared, module)
+    outcome, held_out = ArmOutcome(name), _HeldOut(prepared, module)
     ledger = Ledger(prepared.ledger(name), name=name, seed=scenario.seed)
     wrapped = CompressedGrid(
         grid,
-        policy_of(arm),
+        arm.grid_policy(),
         ledger=ledger,
         seed=scenario.seed,
-        alternatives={n: _recode(spec) for n, spec in scenario.recodings_of(name).items()},
-        poll_interval=_POLL_SECONDS,
+        alternatives={n: other.recode() for n, other in scenario.recodings_of(name).items()},
+        poll_interval=0.05,  # nodes are near
     )
-    published = wrapped.policy.down == "lattice"
     if scenario.model.initial == "drawn":
         arrays = _drawn(grid, wrapped, scenario, arrays)
     emit({"event": "arm", "arm": name, "rounds": scenario.rounds})
 
     def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:
         _refuse_failures(ledger, server_round, name)
-        model = wrapped.published(received) if published else None
-        accuracy, loss = measure(received, model)
+        model = wrapped.published(received) if arm.publishes else None
+        score, loss = held_out.measure(received, model)
         totals = ledger.totals()
         row = {
             "round": server_round,
-            "accuracy": accuracy,
+            task.metric: score,
             "loss": loss,
             "sparsity": model.sparsity() if model else 0.0,
             "bytes_up": totals.bytes_up,
@@ -188,13 +161,13 @@ def _run_arm(
             "seconds": round(time.monotonic() - started, 3),
         }
         outcome.rounds.append(row)
-        emit({"event": "round", "arm": name, **row})
-        return MetricRecord({"accuracy": accuracy, "loss": loss})
+        emit({"event": "round", "arm": name, "score": task.text(score), **row})
+        return MetricRecord({task.metric: score, "loss": loss})
 
     strategy = strategy_of(scenario)
     watched: Callable[[int, ArrayRecord], MetricRecord | None] = evaluate_fn
     releases = automatic_releases(prepared, name)
-    if releases is not None and published:
+    if releases is not None:
         watched = releases.watch(strategy, wrapped, evaluate_fn)
     try:
         strategy.start(
@@ -207,10 +180,7 @@ def _run_arm(
         ledger.close()
     outcome.releases = [asdict(made) for made in releases.made] if releases else []
     outcome.seconds = time.monotonic() - started
-    for place, (model, predictions, accuracy) in enumerate(measure.latest, start=1):
-        target = prepared.work / f"{name}-{place}"
-        save_model(model, target.with_suffix(".model"))
-        np.savez(target.with_suffix(".npz"), predictions=predictions, accuracy=accuracy)
+    held_out.save(prepared, name)
     emit({"event": "arm-done", "arm": name, "seconds": outcome.seconds})
     return outcome
 
@@ -219,11 +189,11 @@ def _drawn(
     grid: Grid, wrapped: CompressedGrid, scenario: Scenario, like: ArrayRecord
 ) -> ArrayRecord:
     if wrapped.policy.down != "lattice":
-        compressed = [arm for arm in scenario.arms.values() if arm.kind == "prunecast"]
-        if not compressed:
+        publishing = list(scenario.publishing_arms().values())
+        if not publishing:
             return like
         # never used to send anything: this arm gets the same weights, in plain messages
-        wrapped = CompressedGrid(grid, policy_of(compressed[0]))
+        wrapped = CompressedGrid(grid, publishing[0].grid_policy())
     return wrapped.draw_initial(like, scenario.seed)
 
 
@@ -235,10 +205,3 @@ def _refuse_failures(ledger: Ledger, server_round: int, arm: str) -> None:
         raise EngineFailed(
             f"arm {arm!r}, round {server_round}: {failed} clients answered with an error"
         )
-
-
-def _recode(spec: ArmSpec) -> Recode:
-    import zstandard
-
-    compressor = zstandard.ZstdCompressor(level=spec.level)
-    return lambda data: len(compressor.compress(data))

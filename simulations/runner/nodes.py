@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
@@ -46,6 +45,7 @@ def simulated_client(prepared: PreparedRun) -> ClientApp:
         partial(_model, scenario.model.factory, scenario.engine.cpus),
         partial(_data, str(prepared.work), chosen.batch_size),
         settings,
+        loss_fn=scenario.task.training_loss,
         mods=[compression_mod(prepared.store)],
     )
     client.query()(_identify)
@@ -60,7 +60,7 @@ def _model(reference: str, threads: int, context: Context) -> nn.Module:
 
 def _data(work: str, batch_size: int, context: Context) -> tuple[Loader, Loader | None]:
     number = int(context.node_config["partition-id"])
-    inputs, targets = training_tensors(str(Path(work)), number)
+    inputs, targets = training_tensors(work, number)
     return TensorBatches(inputs, targets, batch_size=batch_size, shuffle=True), None
 
 

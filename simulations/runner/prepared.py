@@ -11,18 +11,48 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.simulations.data import load_dataset, partition
+from prunecast.simulations.data import Examples, load_examples
 from prunecast.simulations.scenarios import Scenario, scenario_from_mapping
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PreparedRun", "held_out", "prepare", "training_tensors"]
+__all__ = ["PartitionedData", "PreparedRun", "partition_data", "prepare", "training_tensors"]
+
+
+@dataclass(frozen=True)
+class PartitionedData:
+    """The data of a scenario, spread over its clients.
+
+    Attributes:
+        training: the examples that clients hold.
+        held_out: those that none of them does.
+        clients: for each client, the numbers of its training examples.
+    """
+
+    training: Examples
+    held_out: Examples
+    clients: list[NDArray[np.int64]]
+
+
+def partition_data(scenario: Scenario) -> PartitionedData:
+    """Load the data of a scenario, hold examples out, and spread the others.
+
+    Raises:
+        DataError: the data cannot be had, do not suit the task, or cannot be partitioned.
+    """
+    training, held_out = load_examples(scenario.data, scenario.task, seed=scenario.seed)
+    clients = scenario.partition.split(
+        scenario.task.groups(training.targets),
+        clients=scenario.clients.count,
+        seed=scenario.seed,
+    )
+    return PartitionedData(training, held_out, clients)
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A prepared run.
+    """A run whose data lie on disk.
 
     Attributes:
         folder: of the run; results stay here.
@@ -44,10 +74,14 @@ class PreparedRun:
         """What the simulated nodes keep between messages."""
         return self.work / "store"
 
+    @property
+    def held_out(self) -> Path:
+        """File of the examples that no client sees; `Examples.load` reads it."""
+        return self.work / "held-out.npz"
+
     def ledger(self, arm: str) -> Path:
-        """Ledger of a trained arm; the first prunecast arm has the plain name."""
-        compressed = [n for n, a in self.scenario.arms.items() if a.kind == "prunecast"]
-        main = arm == (compressed[0] if compressed else "")
+        """Ledger of a trained arm; the first one that publishes versions has the plain name."""
+        main = arm == next(iter(self.scenario.publishing_arms()), None)
         return self.folder / ("ledger.jsonl" if main else f"ledger-{arm}.jsonl")
 
     @classmethod
@@ -58,38 +92,38 @@ class PreparedRun:
         return cls(folder, scenario, tuple(document["sizes"]))
 
 
-def prepare(scenario: Scenario, folder: Path) -> PreparedRun:
-    """Load and partition the data and write them into ``<folder>/work``.
+def prepare(scenario: Scenario, folder: Path, data: PartitionedData | None = None) -> PreparedRun:
+    """Write the data of a run into ``<folder>/work``.
+
+    Args:
+        scenario: what to run.
+        folder: of the run.
+        data: what `partition_data` gave for the scenario; None loads them.
 
     Raises:
-        DataError: the data cannot be had or cannot be partitioned.
+        DataError: see `partition_data`.
     """
-    work = folder / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    data = load_dataset(scenario.data, seed=scenario.seed)
-    indices = partition(
-        data.y, scenario.partition, clients=scenario.clients.count, seed=scenario.seed
-    )
-    arrays: dict[str, NDArray[np.generic]] = {"x": data.held_out_x, "y": data.held_out_y}
-    np.savez(work / "held-out.npz", **arrays)  # type: ignore[arg-type]
-    for number, chosen in enumerate(indices):
-        np.savez(work / f"client-{number}.npz", x=data.x[chosen], y=data.y[chosen])
-    sizes = tuple(len(chosen) for chosen in indices)
+    data = data or partition_data(scenario)
+    sizes = tuple(len(chosen) for chosen in data.clients)
+    prepared = PreparedRun(folder, scenario, sizes)
+    prepared.work.mkdir(parents=True, exist_ok=True)
+    data.held_out.save(prepared.held_out)
+    for number, chosen in enumerate(data.clients):
+        data.training.take(chosen).save(_client_file(prepared.work, number))
     document = {"scenario": scenario.to_mapping(), "sizes": sizes}
-    (work / "prepared.json").write_text(json.dumps(document), encoding="utf-8")
-    return PreparedRun(folder, scenario, sizes)
+    (prepared.work / "prepared.json").write_text(json.dumps(document), encoding="utf-8")
+    return prepared
 
 
-def held_out(prepared: PreparedRun) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Inputs and labels that no client sees."""
-    with np.load(prepared.work / "held-out.npz") as file:
-        return file["x"], file["y"]
+def _client_file(work: Path, number: int) -> Path:
+    return work / f"client-{number}.npz"
 
 
 @lru_cache(maxsize=64)
-def training_tensors(work: str, number: int) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of one client, kept in the process that trains it."""
+def training_tensors(work: str, number: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Inputs and targets of one client, kept in the process that trains it."""
     import torch
 
-    with np.load(Path(work) / f"client-{number}.npz") as file:
-        return torch.from_numpy(file["x"]), torch.from_numpy(file["y"])
+    found = Examples.load(_client_file(Path(work), number))
+    inputs = tuple(torch.from_numpy(values) for values in found.inputs.values())
+    return inputs, torch.from_numpy(found.targets)

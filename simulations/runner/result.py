@@ -10,12 +10,13 @@ from typing import Any
 
 from prunecast.common.files import write_atomically
 from prunecast.server.federation import Entry, Ledger, LedgerError
+from prunecast.simulations.arms import ARMS
 from prunecast.simulations.runner import ResultError
 from prunecast.simulations.runner.prepared import PreparedRun
 
 __all__ = ["SCHEMA", "build_arms", "read_ledger", "read_result", "write_result"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def read_ledger(path: Path) -> list[Entry]:
@@ -41,11 +42,12 @@ def build_arms(
     """
     arms: dict[str, dict[str, Any]] = {}
     by_name = {outcome["name"]: outcome for outcome in outcomes}
-    for name, spec in prepared.scenario.arms.items():
-        source = spec.of if spec.kind == "recoded" else name
+    metric = prepared.scenario.task.metric
+    for name, arm in prepared.scenario.arms.items():
+        source = arm.source(name)
         outcome, path = by_name[source], prepared.ledger(source)
         entries = read_ledger(path)
-        size = _size_of(name if spec.kind == "recoded" else None)
+        size = _size_of(None if arm.trains else name)
         rounds = [dict(row) for row in outcome["rounds"]]
         for row in rounds:
             done = [e for e in entries if e.round <= row["round"]]
@@ -53,8 +55,13 @@ def build_arms(
             row["bytes_down"] = sum(size(e) for e in done if e.direction == "down")
         last = rounds[-1]
         arms[name] = {
-            "kind": spec.kind,
-            "accuracy": last["accuracy"],
+            **ARMS.write(arm),
+            "label": arm.label(name),
+            "text": arm.text(),
+            "trained": arm.trains,
+            "published": arm.publishes,
+            "baseline": arm.baseline,
+            metric: last[metric],
             "loss": last["loss"],
             "sparsity": last["sparsity"],
             "bytes_up": sum(size(e) for e in entries if e.direction == "up"),
@@ -62,20 +69,17 @@ def build_arms(
             "messages": len(entries),
             "encode_ms": round(sum(e.encode_ms for e in entries), 3),
             "decode_ms": round(sum(e.decode_ms for e in entries), 3),
-            "seconds": None if spec.kind == "recoded" else round(outcome["seconds"], 3),
+            "seconds": round(outcome["seconds"], 3) if arm.trains else None,
             "ledger": path.name,
             "by_kind": _by_kind(entries, size),
             "rounds": rounds,
         }
-        if spec.kind == "scheme":
-            arms[name].update(scheme=spec.scheme, options=dict(spec.options))
-        if spec.kind == "recoded":
-            arms[name].update(of=spec.of, codec=spec.codec, level=spec.level)
-    baseline = next((n for n, a in arms.items() if a["kind"] == "dense"), None)
+    baseline = next((n for n, a in arms.items() if a["baseline"]), None)
     if baseline is not None:
         base = arms[baseline]["bytes_up"] + arms[baseline]["bytes_down"]
-        for arm in arms.values():
-            arm["reduction"] = round(base / (arm["bytes_up"] + arm["bytes_down"]), 3)
+        for figures in arms.values():
+            total = figures["bytes_up"] + figures["bytes_down"]
+            figures["reduction"] = round(base / total, 3)
     return arms
 
 
@@ -119,7 +123,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise ResultError(f"{path} is damaged ({error}): run the scenario again") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise ResultError(f"{path} is not of schema {SCHEMA}: render it with the version it is of")
-    missing = [key for key in ("scenario", "arms", "seconds") if key not in document]
+    missing = [key for key in ("scenario", "task", "arms", "seconds") if key not in document]
     if missing:
         raise ResultError(f"{path} has no {missing[0]!r}: run the scenario again")
     return document

@@ -9,19 +9,20 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from prunecast.common.references import load_callable
 from prunecast.simulations.runner import SimulationError
 from prunecast.simulations.runner.engine import ENVIRONMENT, run_engine
-from prunecast.simulations.runner.prepared import prepare
+from prunecast.simulations.runner.prepared import PartitionedData, partition_data, prepare
 from prunecast.simulations.runner.result import SCHEMA, build_arms, write_result
-from prunecast.simulations.scenarios import Scenario
+from prunecast.simulations.scenarios import Scenario, ScenarioError
 
-__all__ = ["new_run_folder", "run_scenario"]
+__all__ = ["check_scenario", "new_run_folder", "run_scenario"]
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -47,6 +48,40 @@ def new_run_folder(output: Path | str, name: str) -> Path:
     raise SimulationError(f"too many runs named {name!r} in one second")
 
 
+def check_scenario(scenario: Scenario) -> PartitionedData:
+    """Find out before anything is started whether a scenario can be run.
+
+    Returns:
+        Its data, spread over the clients.
+
+    Raises:
+        FederationError: a preset, knob, strategy, option or release rule is unknown or out of
+            range.
+        ScenarioError: the model's factory cannot be imported.
+        DataError: the data cannot be had, do not suit the task, or cannot be partitioned.
+    """
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)  # before flwr is imported
+    from prunecast.simulations.runner.automatic import rule_of
+    from prunecast.simulations.runner.federate import strategy_of
+
+    for arm in scenario.trained_arms().values():
+        arm.grid_policy()
+    with _quiet_flower():
+        strategy_of(scenario)
+    if scenario.release is not None:
+        rule_of(scenario.release, scenario.task)
+    try:
+        load_callable(scenario.model.factory)
+    except ValueError as error:
+        raise ScenarioError(
+            "model.factory",
+            str(error),
+            "name a function as package.module:function, installed or in the current folder",
+        ) from error
+    return partition_data(scenario)
+
+
 def run_scenario(
     scenario: Scenario, folder: Path, *, on_event: OnEvent = lambda event: None
 ) -> dict[str, Any]:
@@ -62,22 +97,14 @@ def run_scenario(
         The content of ``result.json``.
 
     Raises:
-        DataError: the data cannot be had or partitioned.
-        FederationError: a preset, knob, strategy or option is unknown.
+        DataError, FederationError, ScenarioError: see `check_scenario`; the folder is removed.
         SimulationError: the engine or the device failed.
-        ValueError: the model's factory cannot be imported.
     """
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)  # before flwr is imported
+    task = scenario.task
     started, clock = datetime.now(UTC), time.monotonic()
-    on_event({"event": "step", "text": "checking the scenario"})
-    from prunecast.simulations.runner.federate import check_scenario
-
-    with _quiet_flower():
-        check_scenario(scenario)
-    on_event({"event": "step", "text": "loading and partitioning the data"})
-    prepared = prepare(scenario, folder)
     try:
+        on_event({"event": "step", "text": "checking the scenario and its data"})
+        prepared = prepare(scenario, folder, check_scenario(scenario))
         on_event({"event": "step", "text": "starting the engine"})
         outcomes: list[dict[str, Any]] = []
         for event in run_engine(prepared, folder / "engine.log"):
@@ -99,7 +126,14 @@ def run_scenario(
             "seconds": round(time.monotonic() - clock, 3),
             "software": _software(),
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
+            "task": {
+                "metric": task.metric,
+                "percent": task.percent,
+                "lower_is_better": task.lower_is_better,
+                "verb": task.verb,
+            },
             "data": {
+                "partition": scenario.partition.text(),
                 "training": sum(prepared.sizes),
                 "held_out": scenario.data.held_out,
                 "per_client": list(prepared.sizes),
@@ -109,7 +143,9 @@ def run_scenario(
         }
         write_result(folder, document)
     finally:
-        shutil.rmtree(prepared.work, ignore_errors=True)
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()  # where the run failed before it wrote anything
     return json.loads(json.dumps(document))  # type: ignore[no-any-return]
 
 

@@ -1,6 +1,6 @@
 """Scenario files: what a simulation trains, on what data, with which arms."""
 
-from prunecast.simulations.scenarios.errors import ScenarioError
+from prunecast.simulations.kinds.tables import ScenarioError
 from prunecast.simulations.scenarios.load import (
     load_scenario,
     packaged_scenarios,
@@ -8,12 +8,9 @@ from prunecast.simulations.scenarios.load import (
 )
 from prunecast.simulations.scenarios.schema import (
     SCHEMA,
-    ArmSpec,
     ClientsSpec,
-    DataSpec,
     EngineSpec,
     ModelSpec,
-    PartitionSpec,
     ReleaseSpec,
     Scenario,
     StrategySpec,
@@ -22,12 +19,9 @@ from prunecast.simulations.scenarios.schema import (
 
 __all__ = [
     "SCHEMA",
-    "ArmSpec",
     "ClientsSpec",
-    "DataSpec",
     "EngineSpec",
     "ModelSpec",
-    "PartitionSpec",
     "ReleaseSpec",
     "Scenario",
     "ScenarioError",

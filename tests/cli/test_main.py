@@ -93,6 +93,17 @@ def test_a_wrong_policy_is_a_usage_error(run, tmp_path):
     assert "prunecast.preset = 'tiny' is unknown: choose one of" in result.output
 
 
+def test_check_looks_at_the_data_too(run, tmp_path):
+    path = tmp_path / "greedy.toml"
+    path.write_text("schema = 1\n[data]\nheld_out = 5000\n")
+    result = run("simulate", "--check", path)
+    assert result.exit_code == 1
+    assert "data.held_out = 5000, but there are 5000 examples: lower it" in result.output
+    result = run("simulate", path, "--output", tmp_path / "runs")
+    assert result.exit_code == 1
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_check_prints_the_whole_scenario(run):
     result = run("simulate", "demo", "--check", "--json", "--seed", 5, "--rounds", 7)
     assert result.exit_code == 0

@@ -31,6 +31,11 @@ def arm(kind: str, scale: int, reduction: float) -> dict[str, Any]:
     ]
     return {
         "kind": kind,
+        "label": kind,
+        "text": "preset small" if kind == "prunecast" else "",
+        "trained": kind != "recoded",
+        "published": kind == "prunecast",
+        "baseline": kind == "dense",
         "accuracy": 0.7,
         "loss": 0.8,
         "sparsity": rounds[-1]["sparsity"],
@@ -56,17 +61,24 @@ def result(tiny) -> dict[str, Any]:
 
     scenario = scenario_from_mapping({**tiny, "name": "x<script>alert(1)</script>"[:1]})
     return {
-        "schema": 1,
+        "schema": 2,
+        "task": {
+            "metric": "accuracy",
+            "percent": True,
+            "lower_is_better": False,
+            "verb": "classified",
+        },
         "scenario": {**scenario.to_mapping(), "description": "<script>alert(1)</script>"},
         "started": "2026-01-01T00:00:00+00:00",
         "seconds": 12.5,
         "software": {"python": "3.11"},
         "machine": {"system": "Linux", "cpus": 2},
-        "data": {"training": 180, "held_out": 60, "per_client": [50, 60, 70]},
+        "data": {"partition": "iid", "training": 180, "held_out": 60, "per_client": [50, 60, 70]},
         "arms": {
             "dense": arm("dense", 1_000_000, 1.0),
             "dense-zstd": {
                 **arm("recoded", 900_000, 1.111),
+                "label": "dense-zstd (level 3)",
                 "seconds": None,
                 "of": "dense",
                 "codec": "zstd",
@@ -84,8 +96,8 @@ def result(tiny) -> dict[str, Any]:
             "first_keyframe_bytes": 61_000,
             "published_accuracy": 0.7,
             "device_accuracy": 0.7,
-            "images": 60,
-            "identical_images": 60,
+            "examples": 60,
+            "identical_examples": 60,
             "downloads": [
                 {"version": 1, "payload": "keyframe", "bytes": {"keyframe": 61_000}, "seconds": 1},
                 {"version": 2, "payload": "patch", "bytes": {"patch": 4_000}, "seconds": 1},

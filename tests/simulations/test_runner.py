@@ -11,6 +11,7 @@ import pytest
 
 from prunecast.compression.flower import payload_of
 from prunecast.server.federation import FederationError
+from prunecast.simulations.data import DataError
 from prunecast.simulations.report import FIGURE, PAGE, write_report
 from prunecast.simulations.runner import (
     DeviceMismatch,
@@ -145,7 +146,7 @@ def test_a_run_from_data_to_device(tiny, tmp_path):
 
     release = result["release"]
     assert release["device_accuracy"] == release["published_accuracy"] == ours["accuracy"]
-    assert release["identical_images"] == release["images"] == 60
+    assert release["identical_examples"] == release["examples"] == 60
     assert release["patch_bytes"] < release["keyframe_bytes"] < release["onnx_bytes"]
     assert [d["payload"] for d in release["downloads"]] == ["keyframe", "patch"]
     assert release["foreign_modules"] == []
@@ -191,18 +192,22 @@ def test_names_are_checked_before_anything_starts(tiny, tmp_path):
         ({"strategy": {"name": "fedsgd"}}, FederationError, "unknown strategy"),
         ({"strategy": {"name": "fedavg", "options": {"eta": 1}}}, FederationError, "no option"),
         ({"model": {"factory": "nope:net"}}, ValueError, "no module 'nope'"),
+        ({"data": {**tiny["data"], "held_out": 240}}, DataError, "there are 240 examples"),
+        ({"data": {**tiny["data"], "path": "none.npz"}}, DataError, "cannot read"),
+        ({"clients": {"count": 100}}, DataError, r"lower partition\.min_size"),
     ]
     for change, error, message in cases:
+        scenario, folder = scenario_from_mapping({**tiny, **change}), new_run_folder(tmp_path, "x")
         with pytest.raises(error, match=message):
-            run_scenario(scenario_from_mapping({**tiny, **change}), tmp_path)
+            run_scenario(scenario, folder)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_image_that_differs_is_an_error(tiny, tmp_path):
+def test_one_example_that_differs_is_an_error(tiny, tmp_path):
     prepared = PreparedRun(tmp_path, scenario_from_mapping(tiny), (1,))
     prepared.work.mkdir()
-    predictions = np.arange(60) % 3
-    published = _Published(None, predictions, 1.0)  # type: ignore[arg-type]
+    outputs = np.eye(10, dtype=np.float32)[np.arange(60) % 3]
+    published = _Published(None, outputs, 1.0)  # type: ignore[arg-type]
     report = {
         "version": 2,
         "outcome": "updated",
@@ -210,12 +215,12 @@ def test_one_image_that_differs_is_an_error(tiny, tmp_path):
         "imported": [],
         "reason": None,
     }
-    np.savez(prepared.work / "device-2.npz", predictions=predictions)
+    np.savez(prepared.work / "device-2.npz", outputs=outputs)
     _compare(prepared, 2, published, report, patched=True)
-    changed = predictions.copy()
-    changed[17] = 9
-    np.savez(prepared.work / "device-2.npz", predictions=changed)
-    with pytest.raises(DeviceMismatch, match=r"1 of 60 images .* first image 17"):
+    changed = outputs.copy()
+    changed[17, 9] = 2
+    np.savez(prepared.work / "device-2.npz", outputs=changed)
+    with pytest.raises(DeviceMismatch, match=r"1 of 60 examples .* first example 17"):
         _compare(prepared, 2, published, report, patched=True)
     with pytest.raises(SimulationError, match="without a patch"):
         _compare(prepared, 2, published, {**report, "payload": "keyframe"}, patched=True)
@@ -241,7 +246,7 @@ def test_results_of_other_schemas_are_refused(tmp_path):
     with pytest.raises(ResultError, match="damaged"):
         read_result(tmp_path)
     (tmp_path / "result.json").write_text(json.dumps({"schema": 99}))
-    with pytest.raises(ResultError, match="not of schema 1"):
+    with pytest.raises(ResultError, match="not of schema 2"):
         read_result(tmp_path)
 
 

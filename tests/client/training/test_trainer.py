@@ -122,6 +122,40 @@ def test_momentum_and_gradients_off_the_mask_stay_zero(monkeypatch):
     assert not weight.grad.numpy()[~mask].any()
 
 
+class TwoInputs(nn.Module):
+    """A number from a vector and an index."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 12)
+        self.last = nn.Linear(12, 1)
+
+    def forward(self, place, index):
+        return self.last(place * self.table(index))
+
+
+def test_inputs_may_be_several_of_any_dtype_and_targets_numbers():
+    rng = torch.Generator().manual_seed(1)
+    place, index = torch.randn(40, 12, generator=rng), torch.arange(40) % 4
+    targets = place.sum(1, keepdim=True) * (index + 1)[:, None]
+    in_order = TensorBatches([place, index], targets, batch_size=8)
+    by_name = [({"index": i, "place": p}, t) for (p, i), t in in_order]
+    losses = []
+    for loader in (in_order, by_name):
+        torch.manual_seed(2)
+        model = TwoInputs()
+        keys = {"device": "cpu", "loss_fn": nn.functional.mse_loss}
+        before = evaluate(model, loader, **keys)
+        train(model, loader, epochs=5, lr=0.05, seed=1, **keys)
+        after = evaluate(model, loader, **keys)
+        assert after.loss < 0.5 * before.loss
+        assert after.accuracy is None
+        losses.append(after.loss)
+    assert losses[0] == losses[1]
+    with pytest.raises(TrainerError, match="39 inputs but 40 targets"):
+        TensorBatches([place, index[:39]], targets, batch_size=8)
+
+
 def test_training_is_a_function_of_its_seed():
     outcomes = []
     for seed in (3, 3, 4):

@@ -1,0 +1,63 @@
+"""Arms: ways of doing the same training that a scenario compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from prunecast.simulations.kinds import Kind, Registry
+
+if TYPE_CHECKING:
+    from prunecast.server.federation import Policy
+
+__all__ = ["ARMS", "Arm"]
+
+
+@dataclass(frozen=True)
+class Arm(Kind):
+    """``[arms.<name>]``: one way of doing the same training.
+
+    Attributes:
+        trains: whether it trains; one that does not measures the messages of another arm.
+        baseline: whether it is plain Flower, to which others are compared.
+    """
+
+    trains: ClassVar[bool] = True
+    baseline: ClassVar[bool] = False
+
+    @property
+    def publishes(self) -> bool:
+        """Whether it publishes versions: they are what is measured and what devices can run."""
+        return False
+
+    def check(self, key: str, arms: Mapping[str, Arm]) -> None:
+        """Raise `ScenarioError` for what is wrong below `key` of this arm, among all arms."""
+
+    def grid_policy(self) -> Policy:
+        """How its messages travel, if it trains.
+
+        Raises:
+            FederationError: a preset or knob is unknown, or out of range.
+        """
+        raise NotImplementedError
+
+    def source(self, name: str) -> str:
+        """The arm whose messages this one, called `name`, measures: its own where it trains."""
+        return name
+
+    def recode(self) -> Callable[[bytes], int]:
+        """How it measures a message of its source, if it does not train."""
+        raise NotImplementedError
+
+    def label(self, name: str) -> str:
+        """How tables call the arm `name`."""
+        return name
+
+    def text(self) -> str:
+        """What was chosen, for the page of a run; empty for nothing."""
+        return ""
+
+
+ARMS: Registry[Arm] = Registry(Arm, default="prunecast")
+"""The kinds of arm: the modules beside this one."""
