@@ -61,13 +61,13 @@ def serve(
     a certificate the transfer is readable by others, though never forgeable. `/healthz` answers
     200 when the metadata verify and are in force, else 503 and why.
     """
-    from prunecast.server.repository.serving import Limits, ReleaseServer
+    from prunecast.server.repository.serving import ReleaseServer, ServingLimits
 
     def ready(url: str) -> None:
         found = {"url": url, "port": server.port, "metrics_port": server.metrics_port}
         print(json.dumps(found) if as_json else f"serving {url}", flush=True)  # noqa: T201
 
-    limits = Limits(
+    limits = ServingLimits(
         connections=connections,
         header_bytes=header_bytes,
         request_timeout=request_timeout,

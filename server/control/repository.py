@@ -13,7 +13,7 @@ from prunecast.common.fleet_protocol import CHUNK_BYTES
 from prunecast.server.control.errors import BadPath, FileTooLarge, NoSuchFile, OffsetBehindEnd
 from prunecast.server.fleet.model import Release
 from prunecast.server.repository import RepositoryReader
-from prunecast.server.repository.serving.names import family, open_public
+from prunecast.server.repository.serving.files import family, open_public
 
 __all__ = [
     "LiveReleases",

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from prunecast.cli.serve import serve
-from prunecast.server.repository.serving import Limits
+from prunecast.server.repository.serving import ServingLimits
 
 TEXT = (Path(__file__).parents[2] / "docs" / "releases.md").read_text(encoding="utf-8")
 DEFAULTS = {
@@ -28,4 +28,4 @@ def test_documented_defaults_are_those_of_server_and_command() -> None:
     assert len(rows) == 6
     rows["header-bytes"] = str(int(rows["header-bytes"]) * 1024)
     for name, value in rows.items():
-        assert float(value) == DEFAULTS[name] == getattr(Limits(), name.replace("-", "_"))
+        assert float(value) == DEFAULTS[name] == getattr(ServingLimits(), name.replace("-", "_"))

@@ -1,4 +1,4 @@
-"""One connection of HTTP/1.1; h11 parses and keeps the rules of the protocol."""
+"""One connection of HTTP/1.1: h11 keeps the protocol's rules, and every wait has a deadline."""
 
 from __future__ import annotations
 
@@ -8,22 +8,42 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import IO
 
 import h11
 
-from prunecast.server.repository.serving.answers import Answer, FilePart, Request, plain
-from prunecast.server.repository.serving.limits import Limits
-from prunecast.server.repository.serving.metrics import Metrics
-from prunecast.server.repository.serving.sending import Outlet
+from prunecast.server.repository.serving.files import FilePart, Reply, in_words
+from prunecast.server.repository.serving.limits import ServingLimits
+from prunecast.server.repository.serving.monitoring import Metrics
 
-__all__ = ["Connection", "Respond"]
-
-Respond = Callable[[Request, str], Awaitable[Answer]]
-"""From a request and the client's address to the answer."""
+__all__ = ["Connection", "Request", "Respond"]
 
 _READ = 64 * 1024  # bytes
 _GOODBYE = 1.0  # seconds
 _LINGER, _LINGER_BYTES = 2.0, 256 * 1024  # seconds, bytes
+_LEAST = 16 * 1024  # bytes handed over at once, if the client is slow
+_MOST_KERNEL, _MOST_TLS = 4 * 2**20, 128 * 1024  # likewise, if it is quick
+_FIRST = 64 * 1024
+_QUICK = 1.0  # seconds: the next piece is twice as large
+_IN_MEMORY = 128 * 1024  # bytes up to which one write with the head is cheaper than sendfile
+
+
+class Request:
+    """A request without body: method, target as it came, headers by lower-case name."""
+
+    def __init__(self, event: h11.Request) -> None:
+        self.method, self.target = event.method.decode("ascii"), event.target.decode("ascii")
+        self.headers: dict[str, str] = {}
+        # as large as it came, about: h11 itself bounds only what it must wait for
+        self.size = len(event.method) + len(event.target) + len(" HTTP/1.1\r\n\r\n")
+        for raw, text in event.headers:
+            name, value = raw.decode("ascii"), text.decode("latin-1")
+            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
+            self.size += len(raw) + len(text) + len(": \r\n")
+
+
+Respond = Callable[[Request, str], Awaitable[Reply]]
+"""From a request and the client's address to the reply."""
 
 
 class _Length:
@@ -41,33 +61,34 @@ class Connection:
 
     Args:
         reader: what it sends.
-        writer: where answers go.
-        limits: see `Limits`.
-        metrics: where answers are counted.
-        respond: makes the answers.
+        writer: where replies go.
+        limits: what it may take.
+        metrics: where replies are counted.
+        respond: makes the replies.
     """
 
     def __init__(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        limits: Limits,
+        limits: ServingLimits,
         metrics: Metrics,
         respond: Respond,
     ) -> None:
         self._reader, self._writer = reader, writer
         self._limits, self._metrics, self._respond = limits, metrics, respond
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.header_bytes)
-        self._outlet = Outlet(writer, limits.stall_timeout)
-        self._idle = True
-        self._last = False
-        self._head_only = False
-        self._answered = False
+        self._idle, self._last, self._head_only, self._answered = True, False, False, False
+        self._sent = 0  # bytes of the reply's body that are on their way
         peer = writer.get_extra_info("peername")
         self._address = str(peer[0]) if peer else ""
+        self._tls = writer.get_extra_info("ssl_object") is not None
+        # drain waits until the kernel has it all (over TLS, all but a piece; there a high-water
+        # mark of 0 would stop the flow for good)
+        writer.transport.set_write_buffer_limits(high=int(self._tls), low=0)
 
     def finish(self) -> None:
-        """End after the answer in progress; at once if there is none."""
+        """End after the reply in progress; at once if there is none."""
         self._last = True
         if self._idle:
             self._writer.close()
@@ -77,37 +98,34 @@ class Connection:
 
     async def serve(self) -> None:
         """Answer requests until one side ends the connection."""
+        await self._until_closed(self._requests)
+
+    async def refuse(self, reply: Reply) -> None:
+        """Answer without waiting for a request, and end."""
+        await self._until_closed(lambda: self._say_last(reply))
+
+    async def _until_closed(self, talk: Callable[[], Awaitable[None]]) -> None:
         try:
-            while await self._one():
-                self._http.start_next_cycle()
-        except (OSError, TimeoutError, EOFError):
+            await talk()
+        except (OSError, TimeoutError, EOFError, asyncio.SendfileNotAvailableError):
             # the client is gone or stalls, or a file became shorter
             self._writer.transport.abort()
         except BaseException:  # cancelled, or an error of ours
             self._writer.transport.abort()
             raise
-        finally:
-            await self._closed()
+        finally:  # what the kernel has not taken yet goes out before
+            self._writer.close()
+            with suppress(OSError):
+                await self._writer.wait_closed()
 
-    async def refuse(self, answer: Answer) -> None:
-        """Answer without waiting for a request, and end."""
-        self._last = True
-        try:
-            await self._send(answer, time.monotonic())
-            await self._linger()
-        except (OSError, TimeoutError):
-            self._writer.transport.abort()
-        finally:
-            await self._closed()
-
-    async def _closed(self) -> None:
-        """Close; what the kernel has not taken yet goes out before."""
-        self._writer.close()
-        with suppress(OSError):
-            await self._writer.wait_closed()
+    async def _requests(self) -> None:
+        while await self._one():
+            self._http.start_next_cycle()
+            # neither reading nor writing gives others a turn where a client has sent many at once
+            await asyncio.sleep(0)
 
     async def _one(self) -> bool:
-        """One request and its answer; False when it was the last."""
+        """One request and its reply; False when it was the last."""
         try:
             request = await self._request()
             whole = request is None or isinstance(self._http.next_event(), h11.EndOfMessage)
@@ -120,14 +138,16 @@ class Connection:
             return await self._wrong(408, "the request took too long")
         if request is None:
             return False
-        if not whole:
+        if request.size > self._limits.header_bytes:
+            return await self._wrong(431, "the request's headers are too long")
+        if not whole or "transfer-encoding" in request.headers:
             return await self._wrong(413, "requests have no body here")
         begun = time.monotonic()
         if request.method in ("GET", "HEAD"):
-            answer = await self._respond(request, self._address)
+            reply = await self._respond(request, self._address)
         else:
-            answer = plain(405, "only GET and HEAD", allow="GET, HEAD")
-        await self._send(answer, begun)
+            reply = in_words(405, "only GET and HEAD", allow="GET, HEAD")
+        await self._send(reply, begun)
         self._idle = self._answered = True
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
 
@@ -154,60 +174,90 @@ class Connection:
         if not isinstance(event, h11.Request):
             return None
         self._idle, self._head_only = False, event.method == b"HEAD"
-        headers: dict[str, str] = {}
-        for raw, text in event.headers:
-            name, value = raw.decode("ascii"), text.decode("latin-1")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        return Request(event.method.decode("ascii"), event.target.decode("ascii"), headers)
+        return Request(event)
 
     async def _wrong(self, status: int, text: str) -> bool:
         """Say what was wrong with a request that cannot be followed by another."""
-        self._last = True
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            await self._send(plain(status, text), time.monotonic())
-            await self._linger()
+            await self._say_last(in_words(status, text))
         return False
 
-    async def _linger(self) -> None:
-        """Read on for a moment: closing with unread bytes would take the answer away again."""
+    async def _say_last(self, reply: Reply) -> None:
+        """Reply, and read on for a moment: closing with unread bytes would take it away again."""
+        self._last = True
+        await self._send(reply, time.monotonic())
         if self._writer.can_write_eof():
             self._writer.write_eof()
         left = _LINGER_BYTES
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(_LINGER):
                 while left > 0 and (data := await self._reader.read(_READ)):
                     left -= len(data)
-        except TimeoutError:
-            return
 
-    async def _send(self, answer: Answer, begun: float) -> None:
-        complete = False
-        self._outlet.sent = 0
+    async def _send(self, reply: Reply, begun: float) -> None:
+        self._sent, complete = 0, False
         try:
-            head, body = self._framed(answer)
-            await self._outlet.send(head, body)
+            await self._in_order(self._head(reply), b"" if self._head_only else reply.body)
             complete = True
         finally:
-            if isinstance(answer.body, FilePart):
-                answer.body.close()
+            reply.close()
             seconds = time.monotonic() - begun
-            self._metrics.answered(
-                answer.kind, answer.status, self._outlet.sent, seconds, complete=complete
-            )
-            answer.settle(self._outlet.sent)
+            self._metrics.answered(reply.kind, reply.status, self._sent, seconds, complete=complete)
+            reply.settle(self._sent)
 
-    def _framed(self, answer: Answer) -> tuple[bytes, bytes | FilePart]:
-        """The bytes of the head, and the body that follows it."""
-        headers = [("date", formatdate(usegmt=True)), *answer.headers.items()]
-        if answer.status != 304:
-            headers.append(("content-length", str(answer.length)))
+    def _head(self, reply: Reply) -> bytes:
+        """The bytes of the head; h11 then takes the body as sent."""
+        headers = [("date", formatdate(usegmt=True)), *reply.headers.items()]
+        if reply.status != 304:
+            headers.append(("content-length", str(reply.length)))
         if self._last:
             headers.append(("connection", "close"))
-        reason = HTTPStatus(answer.status).phrase
-        response = h11.Response(status_code=answer.status, headers=headers, reason=reason)
+        reason = HTTPStatus(reply.status).phrase
+        response = h11.Response(status_code=reply.status, headers=headers, reason=reason)
         head = self._http.send(response) or b""
-        body = b"" if self._head_only else answer.body
-        if body and answer.length:
-            self._http.send_with_data_passthrough(h11.Data(data=_Length(answer.length)))  # type: ignore[arg-type]
+        if reply.length and not self._head_only:
+            self._http.send_with_data_passthrough(h11.Data(data=_Length(reply.length)))  # type: ignore[arg-type]
         self._http.send(h11.EndOfMessage())
-        return head, body
+        return head
+
+    async def _in_order(self, head: bytes, body: bytes | FilePart) -> None:
+        """Head, then body: through the kernel where that is cheaper.
+
+        Raises:
+            OSError: the client is gone, or takes nothing.
+            EOFError: the file became shorter.
+        """
+        if isinstance(body, FilePart) and body.length > _IN_MEMORY:
+            await self._write(head)
+            await self._in_pieces(body)
+            return
+        data = body.read(0, body.length) if isinstance(body, FilePart) else body
+        await self._write(head + data)
+        self._sent = len(data)
+
+    async def _in_pieces(self, body: FilePart) -> None:
+        """In pieces that a client of its speed takes within seconds."""
+        clock, size = asyncio.get_running_loop().time, _FIRST
+        most = _MOST_TLS if self._tls else _MOST_KERNEL
+        with open(body.file, "rb", buffering=0, closefd=False) as file:
+            while self._sent < body.length:
+                size, begun = min(size, body.length - self._sent), clock()
+                if self._tls:
+                    await self._write(body.read(self._sent, size))
+                else:
+                    await self._sendfile(file, body.start + self._sent, size)
+                self._sent += size
+                size = min(2 * size, most) if clock() - begun < _QUICK else max(size // 2, _LEAST)
+
+    async def _write(self, data: bytes) -> None:
+        self._writer.write(data)
+        async with asyncio.timeout(self._limits.stall_timeout):
+            await self._writer.drain()
+
+    async def _sendfile(self, file: IO[bytes], start: int, length: int) -> None:
+        """sendfile(2): the content never enters this process."""
+        loop, transport = asyncio.get_running_loop(), self._writer.transport
+        async with asyncio.timeout(self._limits.stall_timeout):
+            done = await loop.sendfile(transport, file, start, length, fallback=False)
+        if done < length:
+            raise EOFError

@@ -8,14 +8,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Limits", "Quota", "client_of"]
+__all__ = ["Quota", "ServingLimits", "client_of"]
 
 _BURST = 10.0  # seconds of the rate that may come at once
 _ADDRESSES = 65_536  # remembered; the one that asked least recently is forgotten first
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServingLimits:
     """Limits of a release server; times in seconds.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The release server: sockets, threads, signals; what is answered stands in `site`."""
+"""The release server: sockets, TLS, threads, signals; `application` says what is answered."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from prunecast.server.repository.errors import ServerError
-from prunecast.server.repository.serving.answers import plain
+from prunecast.server.repository.serving.application import Application
 from prunecast.server.repository.serving.connection import Connection, Respond
-from prunecast.server.repository.serving.limits import Limits
-from prunecast.server.repository.serving.names import TIMESTAMP
-from prunecast.server.repository.serving.site import Site
-from prunecast.server.repository.serving.tls import load_certificate, tls_context
+from prunecast.server.repository.serving.files import TIMESTAMP, in_words
+from prunecast.server.repository.serving.limits import ServingLimits
 
 __all__ = ["ReleaseServer"]
 
@@ -62,16 +60,16 @@ class ReleaseServer:
         port: int = 0,
         certificate: Path | None = None,
         key: Path | None = None,
-        limits: Limits | None = None,
+        limits: ServingLimits | None = None,
         metrics_host: str = "127.0.0.1",
         metrics_port: int | None = None,
     ) -> None:
         folder = Path(folder)
         if not (folder / TIMESTAMP).is_file():
             raise ServerError(f"{folder} is not a release repository: prunecast release init")
-        self._limits = limits or Limits()
+        self._limits = limits or ServingLimits()
         _allow_files(2 * self._limits.connections + _OTHER_FILES)
-        self._tls = tls_context(certificate, key)
+        self._tls = _tls_context(certificate, key)
         self._pair = (certificate, key) if certificate and key else None
         self._socket = _bind(host, port)
         self._metrics_socket = None
@@ -86,7 +84,7 @@ class ReleaseServer:
         self.host, self.port = host, _port(self._socket)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"{'https' if self._tls else 'http'}://{shown}:{self.port}/"
-        self._site = Site(folder, self._limits)
+        self._app = Application(folder, self._limits)
         self._connections: dict[Connection, asyncio.Task[None]] = {}
         self._asked = 0  # how often the server was asked to end
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -96,8 +94,8 @@ class ReleaseServer:
     def run(self, ready: Callable[[str], None] | None = None) -> None:
         """Serve in this thread until SIGINT, SIGTERM or `stop`.
 
-        Downloads in progress then have `Limits.drain` seconds to finish; a second signal ends
-        them at once. SIGHUP loads the certificate again.
+        Downloads in progress then have `ServingLimits.drain` seconds to finish; a second signal
+        ends them at once. SIGHUP loads the certificate again.
 
         Args:
             ready: called with the URL; connections are accepted from then on.
@@ -105,8 +103,10 @@ class ReleaseServer:
         previous = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, self._on_signal)
-            previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hangup)
+                previous[number] = signal.signal(number, lambda *_: self._end())
+            previous[signal.SIGHUP] = signal.signal(
+                signal.SIGHUP, lambda *_: self.reload_certificate()
+            )
         try:
             if ready:
                 ready(self.url)  # the socket listens: early requests wait in its backlog
@@ -136,14 +136,12 @@ class ReleaseServer:
     ) -> None:
         self.stop()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._end()
-
-    def _on_hangup(self, number: int, frame: FrameType | None) -> None:
+    def reload_certificate(self) -> None:
+        """Use the certificate's files as they are now for new connections, if they are usable."""
         if self._tls is None or self._pair is None:
             return
         try:
-            load_certificate(self._tls, *self._pair)
+            _load_certificate(self._tls, *self._pair)
         except ServerError as error:
             _log.error("the old certificate stays: %s", error)
 
@@ -154,10 +152,10 @@ class ReleaseServer:
 
     async def _main(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
-        servers = [await self._listen(self._socket, self._site.public, self._tls)]
+        servers = [await self._listen(self._socket, self._app.public, self._tls)]
         if self._metrics_socket is not None:
-            servers.append(await self._listen(self._metrics_socket, self._site.private, None))
-        self._site.look()
+            servers.append(await self._listen(self._metrics_socket, self._app.private, None))
+        self._app.look()
         while not self._asked:  # it may have been asked before there was an event
             await self._wake.wait()
         # a connection that is accepted while its server closes would stay open, without a task:
@@ -174,7 +172,7 @@ class ReleaseServer:
     async def _drain(self) -> None:
         """Let downloads in progress finish, for a while."""
         assert self._wake is not None
-        self._site.draining = True
+        self._app.draining = True
         for connection in list(self._connections):
             connection.finish()
         deadline = asyncio.get_running_loop().time() + self._limits.drain
@@ -198,7 +196,7 @@ class ReleaseServer:
     ) -> asyncio.Server:
         # no coroutine: a connection must be known from its first moment on, also to `_drain`
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            connection = Connection(reader, writer, self._limits, self._site.metrics, respond)
+            connection = Connection(reader, writer, self._limits, self._app.metrics, respond)
             # whoever watches the server must reach it when it is full, too
             limited = bound is self._socket
             self._connections[connection] = asyncio.create_task(self._serve(connection, limited))
@@ -213,12 +211,12 @@ class ReleaseServer:
         )
 
     async def _serve(self, connection: Connection, limited: bool) -> None:
-        metrics = self._site.metrics
+        metrics = self._app.metrics
         metrics.connections += limited
         try:
             if limited and metrics.connections > self._limits.connections:
                 metrics.refused("connections")
-                await connection.refuse(plain(503, "too many connections", retry_after="10"))
+                await connection.refuse(in_words(503, "too many connections", retry_after="10"))
             else:
                 await connection.serve()
         except Exception:
@@ -251,3 +249,37 @@ def _allow_files(count: int) -> None:
             "raise the limit (ulimit -n) or allow fewer connections"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+def _tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """TLS 1.2 or newer with a certificate; None without one.
+
+    Raises:
+        ServerError: one of the two is missing or unusable.
+    """
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ServerError("TLS needs both a certificate and its key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    _load_certificate(context, certificate, key)
+    return context
+
+
+def _load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """Use a certificate for connections from now on; those that are open keep theirs.
+
+    Raises:
+        ServerError: a file is missing or unusable; the context keeps what it had.
+    """
+    for file in (certificate, key):
+        if not file.is_file():
+            raise ServerError(f"{file} does not exist")
+    try:
+        # a throw-away context first: a failure must not leave a certificate without its key
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise ServerError(f"the certificate or its key is unusable: {error}") from error

@@ -24,7 +24,7 @@ from prunecast.client.edge import Agent, AgentConfig
 from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository, ServerError
-from prunecast.server.repository.serving import Limits, ReleaseServer
+from prunecast.server.repository.serving import ReleaseServer, ServingLimits
 from support.authority import self_signed
 
 pytestmark = pytest.mark.engine
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.engine
 LARGE = np.random.default_rng(0).bytes(8_000_000)  # more than the kernel buffers on loopback
 SHA = hashlib.sha256(LARGE).hexdigest()
 BLOB = f"/blobs/{SHA}"
+_BOTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"  # two lengths: where does the next request begin?
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 
 @pytest.fixture(scope="module")
 def server(repository: Repository) -> Iterator[ReleaseServer]:
-    limits = Limits(header_bytes=2000, request_timeout=0.5)
+    limits = ServingLimits(header_bytes=2000, request_timeout=0.5)
     with ReleaseServer(repository.path, limits=limits, metrics_port=0) as running:
         yield running
 
@@ -123,9 +124,12 @@ def test_a_connection_is_used_again_and_pipelined(server: ReleaseServer) -> None
         (b"nonsense\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 4000, 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 4000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 400 + b"\r\n", 431),
         (b"POST /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
         (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", 413),
         (b"GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", 413),
+        (_BOTH + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 413),
         (b"GET / HTTP/1.1\r\nHost", 408),
         (b"", None),
     ],
@@ -153,6 +157,26 @@ def test_what_is_malformed_is_answered_and_no_error_of_the_server(
     assert not caplog.records
 
 
+def test_a_client_with_many_requests_lets_others_have_their_turn(server: ReleaseServer) -> None:
+    """Thousands of requests in one go: another client is answered before half of them are."""
+    many, got, begun = 4000, bytearray(), threading.Event()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as greedy:
+
+        def read() -> None:
+            while got.count(b"HTTP/1.1 404") < many and (data := greedy.recv(1 << 16)):
+                got.extend(data)
+                begun.set()
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        greedy.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n" * many)
+        assert begun.wait(timeout=10)
+        assert _get(server.port, "/nothing")[0] == 404
+        assert got.count(b"HTTP/1.1 404") < many / 2
+        reading.join(timeout=60)
+        assert not reading.is_alive()
+
+
 def test_health_is_public_and_metrics_are_not(server: ReleaseServer) -> None:
     status, headers, body = _get(server.port, "/healthz")
     assert (status, headers["cache-control"]) == (200, "no-store")
@@ -160,7 +184,7 @@ def test_health_is_public_and_metrics_are_not(server: ReleaseServer) -> None:
     assert _get(server.port, "/metrics")[0] == 404
     status, headers, body = _get(server.metrics_port, "/metrics")
     assert (status, headers["content-type"].split(";")[0]) == (200, "text/plain")
-    assert b"\nprunecast_serve_ready 1\n" in body
+    assert b"\nprunecast_serve_ready 1.0\n" in body
     assert _get(server.metrics_port, BLOB)[0] == 404
 
 
@@ -201,7 +225,7 @@ def test_patches_and_keyframes_are_counted_apart(
 
 
 def test_clients_that_stall_or_leave_are_let_go(repository: Repository) -> None:
-    limits = Limits(stall_timeout=0.3)
+    limits = ServingLimits(stall_timeout=0.3)
     interrupted = 'prunecast_serve_interrupted_total{kind="blob"}'
     with ReleaseServer(repository.path, limits=limits, metrics_port=0) as server:
         _slow(server.port).close()
@@ -213,7 +237,7 @@ def test_clients_that_stall_or_leave_are_let_go(repository: Repository) -> None:
 
 
 def test_quotas_and_connections_are_limited(repository: Repository) -> None:
-    limits = Limits(connections=2, requests_per_second=0.2, bytes_per_second=1000.0)
+    limits = ServingLimits(connections=2, requests_per_second=0.2, bytes_per_second=1000.0)
     with ReleaseServer(repository.path, limits=limits, metrics_port=0) as server:
         assert len(_get(server.port, BLOB)[2]) == len(LARGE)  # begun with credit
         status, headers, body = _get(server.port, "/metadata/1.root.json")
@@ -250,7 +274,7 @@ def test_downloads_in_progress_finish(repository: Repository) -> None:
         assert got.endswith(LARGE[-1000:])
         ending.join(timeout=10)
         assert not ending.is_alive()
-    with ReleaseServer(repository.path, limits=Limits(drain=0.2)) as server:
+    with ReleaseServer(repository.path, limits=ServingLimits(drain=0.2)) as server:
         connection = _slow(server.port)
         server.stop()
         got = b"".join(iter(lambda: connection.recv(1 << 20), b""))
@@ -291,7 +315,7 @@ def test_wrong_calls_are_refused(repository: Repository, tmp_path: Path) -> None
     with pytest.raises(ServerError, match="unusable"):
         ReleaseServer(repository.path, certificate=tmp_path / "c.pem", key=tmp_path / "c.pem")
     with pytest.raises(ServerError, match="open files"):
-        ReleaseServer(repository.path, limits=Limits(connections=2**40))
+        ReleaseServer(repository.path, limits=ServingLimits(connections=2**40))
 
 
 def test_tls(repository: Repository, tmp_path: Path) -> None:
@@ -318,10 +342,10 @@ def test_tls(repository: Repository, tmp_path: Path) -> None:
             old.wrap_socket(plain)
 
         key.write_text("broken")
-        server._on_hangup(signal.SIGHUP, None)
+        server.reload_certificate()
         before = _peer(server)
         self_signed(tmp_path)
-        server._on_hangup(signal.SIGHUP, None)
+        server.reload_certificate()
         assert before != _peer(server) == ssl.PEM_cert_to_DER_cert(certificate.read_text())
 
 

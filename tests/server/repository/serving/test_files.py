@@ -1,4 +1,4 @@
-"""From requests to answers, without a network: names, links, conditions, ranges."""
+"""From requests to replies, without a network: names, links, conditions, ranges."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunecast.server.repository.serving.answers import Answer, FilePart, Request, repository_answer
-from prunecast.server.repository.serving.conditions import part
-from prunecast.server.repository.serving.names import family
+from prunecast.server.repository.serving.files import (
+    FilePart,
+    Reply,
+    family,
+    file_reply,
+    path_of,
+    selected_range,
+)
 
 DATA = bytes(range(256)) * 8
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -30,22 +35,22 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def ask(root: Path, target: str, method: str = "GET", **headers: str) -> tuple[Answer, bytes]:
+def ask(root: Path, target: str, **headers: str) -> tuple[Reply, bytes]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    answer = repository_answer(root, Request(method, target, named))
-    if not isinstance(answer.body, FilePart):
-        return answer, answer.body
-    with open(answer.body.file, "rb") as file:
-        file.seek(answer.body.start)
-        return answer, file.read(answer.body.length)
+    reply = file_reply(root, path_of(target), named)
+    if not isinstance(reply.body, FilePart):
+        return reply, reply.body
+    with open(reply.body.file, "rb") as file:
+        file.seek(reply.body.start)
+        return reply, file.read(reply.body.length)
 
 
 def test_a_file_is_immutable_and_its_name_is_its_tag(root: Path) -> None:
-    answer, body = ask(root, BLOB)
-    assert (answer.status, body, answer.kind) == (200, DATA, "blob")
-    assert answer.headers["etag"] == TAG
-    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
-    assert answer.headers["accept-ranges"] == "bytes"
+    reply, body = ask(root, BLOB)
+    assert (reply.status, body, reply.kind) == (200, DATA, "blob")
+    assert reply.headers["etag"] == TAG
+    assert reply.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert reply.headers["accept-ranges"] == "bytes"
     assert ask(root, f"http://any.example{BLOB}?x=1")[1] == DATA
 
 
@@ -61,9 +66,9 @@ def test_the_timestamp_is_kept_for_a_minute_and_tagged_by_content(root: Path) ->
 
 
 def test_what_is_missing_must_not_be_remembered(root: Path) -> None:
-    answer, _ = ask(root, "/metadata/2.root.json")
-    assert (answer.status, answer.kind) == (404, "metadata")
-    assert answer.headers["cache-control"] == "no-store"
+    reply, _ = ask(root, "/metadata/2.root.json")
+    assert (reply.status, reply.kind) == (404, "metadata")
+    assert reply.headers["cache-control"] == "no-store"
 
 
 @pytest.mark.parametrize(
@@ -82,14 +87,14 @@ def test_what_is_missing_must_not_be_remembered(root: Path) -> None:
     ],
 )
 def test_ranges(root: Path, value: str, status: int, wanted: bytes | None) -> None:
-    answer, body = ask(root, BLOB, range=value)
-    assert answer.status == status
+    reply, body = ask(root, BLOB, range=value)
+    assert reply.status == status
     if wanted is None:
-        assert answer.headers["content-range"] == f"bytes */{len(DATA)}"
+        assert reply.headers["content-range"] == f"bytes */{len(DATA)}"
     else:
         assert body == wanted
     if status == 206:
-        positions, _, size = answer.headers["content-range"].removeprefix("bytes ").partition("/")
+        positions, _, size = reply.headers["content-range"].removeprefix("bytes ").partition("/")
         first, last = map(int, positions.split("-"))
         assert (DATA[first : last + 1], int(size)) == (body, len(DATA))
 
@@ -97,17 +102,19 @@ def test_ranges(root: Path, value: str, status: int, wanted: bytes | None) -> No
 @given(st.text(max_size=30), st.integers(0, 50))
 def test_any_range_header_selects_positions_of_the_file(value: str, size: int) -> None:
     for header in (value, f"bytes={value}"):
-        found = part(header, size)
+        found = selected_range(header, size)
         assert found is None or (found.step == 1 and set(found) <= set(range(size)))
 
 
 @given(st.integers(0, 50), st.integers(0, 60), st.integers(0, 60))
 def test_ranges_are_those_of_the_standard(size: int, first: int, last: int) -> None:
     everything = range(size)
-    assert list(part(f"bytes={first}-", size) or ()) == list(everything[first:])
-    assert list(part(f"bytes=-{last}", size) or ()) == list(everything[-last:] if last else ())
+    assert list(selected_range(f"bytes={first}-", size) or ()) == list(everything[first:])
+    suffix = everything[-last:] if last else ()
+    assert list(selected_range(f"bytes=-{last}", size) or ()) == list(suffix)
     if first <= last:
-        assert list(part(f"bytes={first}-{last}", size) or ()) == list(everything[first : last + 1])
+        wanted = everything[first : last + 1]
+        assert list(selected_range(f"bytes={first}-{last}", size) or ()) == list(wanted)
 
 
 def test_conditions_come_before_ranges(root: Path) -> None:
@@ -121,8 +128,8 @@ def test_conditions_come_before_ranges(root: Path) -> None:
 
 @pytest.mark.parametrize("other", ['"x"', f"W/{TAG}", "Mon, 23 Nov 2026 06:00:00 GMT"])
 def test_if_range_of_another_file_gives_the_whole(root: Path, other: str) -> None:
-    answer, body = ask(root, BLOB, range="bytes=4-", if_range=other)
-    assert (answer.status, body) == (200, DATA)
+    reply, body = ask(root, BLOB, range="bytes=4-", if_range=other)
+    assert (reply.status, body) == (200, DATA)
     assert ask(root, BLOB, range="bytes=4-", if_range=TAG)[0].status == 206
 
 

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from prunecast.server.repository import KeyRing, Repository
-from prunecast.server.repository.serving.health import check_health
-from prunecast.server.repository.serving.kinds import BlobKinds
 from prunecast.server.repository.serving.limits import Quota
-from prunecast.server.repository.serving.metrics import Metrics
+from prunecast.server.repository.serving.monitoring import BlobKinds, Metrics, check_health
 
 
 @pytest.fixture
@@ -67,21 +65,21 @@ def test_metrics_are_what_prometheus_reads() -> None:
         metrics.answered("patch", 206, 1000, seconds, complete=seconds < 1)
     metrics.answered("keyframe", 200, 7, 0.001, complete=True)
     metrics.refused("bytes")
-    lines = metrics.text(ready=True, expires={"root": 1.5e9}).splitlines()
-    assert 'prunecast_serve_requests_total{kind="patch",status="206"} 3' in lines
-    assert 'prunecast_serve_sent_bytes_total{kind="patch"} 3000' in lines
-    assert 'prunecast_serve_interrupted_total{kind="patch"} 1' in lines
-    assert 'prunecast_serve_interrupted_total{kind="keyframe"} 0' in lines
-    assert 'prunecast_serve_refused_total{reason="bytes"} 1' in lines
+    lines = metrics.text(ready=True, expires={"root": 1.5e9}).decode().splitlines()
+    assert 'prunecast_serve_requests_total{kind="patch",status="206"} 3.0' in lines
+    assert 'prunecast_serve_sent_bytes_total{kind="patch"} 3000.0' in lines
+    assert 'prunecast_serve_interrupted_total{kind="patch"} 1.0' in lines
+    assert 'prunecast_serve_interrupted_total{kind="keyframe"} 0.0' in lines
+    assert 'prunecast_serve_refused_total{reason="bytes"} 1.0' in lines
     buckets = [line for line in lines if "request_seconds_bucket" in line and "patch" in line]
-    counts = {line.split('le="')[1].split('"')[0]: int(line.split()[1]) for line in buckets}
+    counts = {line.split('le="')[1].split('"')[0]: float(line.split()[1]) for line in buckets}
     assert list(counts.values()) == sorted(counts.values())
     assert (counts["0.001"], counts["0.025"], counts["300.0"], counts["+Inf"]) == (1, 2, 2, 3)
-    assert 'prunecast_serve_request_seconds_bucket{kind="keyframe",le="0.001"} 1' in lines
-    assert 'prunecast_serve_request_seconds_count{kind="patch"} 3' in lines
+    assert 'prunecast_serve_request_seconds_bucket{kind="keyframe",le="0.001"} 1.0' in lines
+    assert 'prunecast_serve_request_seconds_count{kind="patch"} 3.0' in lines
     assert 'prunecast_serve_request_seconds_sum{kind="patch"} 400.0205' in lines
-    assert 'prunecast_metadata_expires_seconds{role="root"} 1500000000.0' in lines
-    assert "prunecast_serve_ready 1" in lines
+    assert 'prunecast_metadata_expires_seconds{role="root"} 1.5e+09' in lines
+    assert "prunecast_serve_ready 1.0" in lines
     named = {line.split()[2] for line in lines if line.startswith("# TYPE")}
     assert all(
         line.split("{")[0].split()[0].startswith(tuple(named)) for line in lines if line[0] != "#"

@@ -8,37 +8,31 @@ import math
 from functools import partial
 from pathlib import Path
 
-from prunecast.server.repository.serving.answers import (
-    Answer,
-    FilePart,
-    Request,
-    path_of,
-    plain,
-    repository_answer,
-)
-from prunecast.server.repository.serving.health import HealthCheck
-from prunecast.server.repository.serving.kinds import BlobKinds
-from prunecast.server.repository.serving.limits import Limits, Quota, client_of
-from prunecast.server.repository.serving.metrics import CONTENT_TYPE, Metrics
+from prometheus_client import CONTENT_TYPE_LATEST
 
-__all__ = ["Site"]
+from prunecast.server.repository.serving.connection import Request
+from prunecast.server.repository.serving.files import Reply, file_reply, in_words, path_of
+from prunecast.server.repository.serving.limits import Quota, ServingLimits, client_of
+from prunecast.server.repository.serving.monitoring import BlobKinds, HealthCheck, Metrics
+
+__all__ = ["Application"]
 
 _log = logging.getLogger(__name__)
 
 
-class Site:
+class Application:
     """A repository as clients see it.
 
     Args:
         root: the repository.
-        limits: see `Limits`.
+        limits: what clients may take.
 
     Attributes:
         metrics: what is counted.
         draining: the server is about to end; health says so.
     """
 
-    def __init__(self, root: Path, limits: Limits) -> None:
+    def __init__(self, root: Path, limits: ServingLimits) -> None:
         self._root = root
         self.metrics = Metrics()
         self.draining = False
@@ -48,72 +42,68 @@ class Site:
         self._quotas = {name: Quota(rate) for name, rate in rates.items() if rate is not None}
         self._looking: asyncio.Task[None] | None = None
 
-    async def public(self, request: Request, address: str) -> Answer:
+    async def public(self, request: Request, address: str) -> Reply:
         """Files of the repository, and its health."""
-        client = client_of(address)
+        client, name = client_of(address), path_of(request.target)
         if refusal := self._over(client, "requests", 1):
             return refusal
-        if path_of(request.target) == "healthz":
+        if name == "healthz":
             return await self._healthz()
         try:
-            answer = repository_answer(self._root, request)
+            reply = file_reply(self._root, name, request.headers)
         except OSError as error:
             _log.error("%s: %s", request.target[:200], error.strerror or error)
-            return plain(503, "the file cannot be read now", retry_after="60")
-        answer.kind = self._kind(answer, path_of(request.target))
-        if request.method == "GET" and answer.status in (200, 206) and "bytes" in self._quotas:
-            length = answer.length
+            return in_words(503, "the file cannot be read now", retry_after="60")
+        reply.kind = self._kind(reply, name)
+        if request.method == "GET" and reply.status in (200, 206) and "bytes" in self._quotas:
+            length = reply.length
             if refusal := self._over(client, "bytes", length):
-                if isinstance(answer.body, FilePart):
-                    answer.body.close()
+                reply.close()
                 return refusal
             give_back = partial(self._quotas["bytes"].give_back, client)
-            answer.settle = lambda sent: give_back(length - sent)
-        return answer
+            reply.settle = lambda sent: give_back(length - sent)
+        return reply
 
-    async def private(self, request: Request, address: str) -> Answer:
+    async def private(self, request: Request, address: str) -> Reply:
         """Metrics, and the same health."""
         path = path_of(request.target)
         if path == "healthz":
             return await self._healthz()
         if path != "metrics":
-            return plain(404, "see /metrics and /healthz")
+            return in_words(404, "see /metrics and /healthz")
         health = await self._health.get()
         expires = {role: at.timestamp() for role, at in health.expires.items()}
         text = self.metrics.text(ready=health.ready, expires=expires)
-        headers = {"content-type": CONTENT_TYPE, "cache-control": "no-store"}
-        return Answer(200, text.encode(), headers, "metrics")
+        headers = {"content-type": CONTENT_TYPE_LATEST, "cache-control": "no-store"}
+        return Reply(200, text, headers, "metrics")
 
     def look(self) -> None:
         """Learn what blobs are for, beside everything else."""
         if self._kinds.stale and (self._looking is None or self._looking.done()):
             self._looking = asyncio.create_task(asyncio.to_thread(self._kinds.look))
 
-    def _over(self, client: str, quota: str, amount: int) -> Answer | None:
+    def _over(self, client: str, quota: str, amount: int) -> Reply | None:
         """The refusal, if a client has used up its quota."""
-        if quota not in self._quotas:
-            return None
-        wait = self._quotas[quota].take(client, amount)
-        if not wait:
+        if quota not in self._quotas or not (wait := self._quotas[quota].take(client, amount)):
             return None
         self.metrics.refused(quota)
         seconds = max(1, math.ceil(wait))
         text = f"this address has used up its {quota}; ask again in {seconds} s"
-        return plain(429, text, retry_after=str(seconds))
+        return in_words(429, text, retry_after=str(seconds))
 
-    def _kind(self, answer: Answer, name: str) -> str:
-        if answer.kind == "manifest" and answer.status < 400:
+    def _kind(self, reply: Reply, name: str) -> str:
+        if reply.kind == "manifest" and reply.status < 400:
             self._kinds.read(name)  # devices ask for a manifest before its blobs
-        if answer.kind != "blob":
-            return answer.kind
+        if reply.kind != "blob":
+            return reply.kind
         kind = self._kinds.of(name.rpartition("/")[2])
         if kind == "blob":
             self.look()
         return kind
 
-    async def _healthz(self) -> Answer:
+    async def _healthz(self) -> Reply:
         health = await self._health.get()
         headers = {"content-type": "application/json", "cache-control": "no-store"}
         if self.draining:
-            return plain(503, "the server is about to end", "health")
-        return Answer(200 if health.ready else 503, health.json(), headers, "health")
+            return in_words(503, "the server is about to end", "health")
+        return Reply(200 if health.ready else 503, health.json(), headers, "health")
