@@ -3,7 +3,6 @@
 from prunecast.client.training.errors import ModError, StoreError
 from prunecast.client.training.mod import compression_mod
 from prunecast.compression.pruning import (
-    StatisticsError,
     contribute_statistics,
     current_masks,
     wanted_statistics,
@@ -11,7 +10,6 @@ from prunecast.compression.pruning import (
 
 __all__ = [
     "ModError",
-    "StatisticsError",
     "StoreError",
     "compression_mod",
     "contribute_statistics",

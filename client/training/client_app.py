@@ -33,7 +33,7 @@ from prunecast.common.references import load_callable
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
 from prunecast.compression.pruning import (
-    SQUARED_GRADIENT,
+    GRADIENT,
     contribute_statistics,
     current_masks,
     wanted_statistics,
@@ -145,10 +145,10 @@ def build_client_app(
             device=None if chosen.device == "auto" else chosen.device,
             mixed_precision={"auto": None, "on": True, "off": False}[chosen.mixed_precision],
             seed=training_seed(chosen.seed, server_round, context),
-            squared_gradients=SQUARED_GRADIENT in wanted_statistics(),
+            gradients=GRADIENT in wanted_statistics(),
             loss_fn=loss_fn,
         )
-        contribute_statistics(SQUARED_GRADIENT, outcome.squared_gradients)
+        contribute_statistics(GRADIENT, outcome.gradients)
         metrics = MetricRecord({"num-examples": outcome.examples, "train-loss": outcome.loss})
         arrays = ArrayRecord({k: v.cpu() for k, v in module.state_dict().items()})
         return Message(RecordDict({key: arrays, "metrics": metrics}), reply_to=message)

@@ -29,12 +29,7 @@ from prunecast.compression.flower import (
     stream_id,
 )
 from prunecast.compression.flower.internals import ClientAppCallable, Mod, make_message
-from prunecast.compression.pruning import (
-    Statistics,
-    collecting,
-    holding,
-    pack_statistics,
-)
+from prunecast.compression.pruning import Statistics, holding, pack_statistics
 from prunecast.compression.schemes import (
     NonFiniteError,
     Scheme,
@@ -100,8 +95,7 @@ def compression_mod(store: Path | str | None = None) -> Mod:
             raise ModError(f"message from the server was refused: {error}") from error
         if exchange.missing:
             return Message(exchange.wrap(RecordDict()), reply_to=message)
-        asked = collecting(instruction.statistics, exchange.shapes())
-        with holding(exchange.masks()), asked as statistics:
+        with holding(exchange.masks(), instruction.statistics) as statistics:
             reply = call_next(make_message(message.metadata, exchange.content), context)
         if reply.has_error():
             return reply
@@ -162,11 +156,6 @@ class _Exchange:
             name: mask for model in self._models.values() for name, mask in model.masks().items()
         }
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of all received models together."""
-        models = self._models.values()
-        return {name: t.shape for model in models for name, t in model.tensors.items()}
-
     def wrap(self, content: RecordDict, encode_ms: float = 0.0) -> RecordDict:
         """Add the report of what this node holds."""
         held = {key: short(model.digest) for key, model in self._models.items()}
@@ -191,8 +180,7 @@ class _Exchange:
                 payload = self._on_lattice(key, dense_arrays(record), self._instruction.rule)
                 content[key] = payload_record(payload)
         if statistics:
-            stream = self._stream(STATISTICS_RECORD)
-            content[STATISTICS_RECORD] = payload_record(pack_statistics(statistics, stream=stream))
+            content[STATISTICS_RECORD] = payload_record(pack_statistics(statistics))
         return self.wrap(content, (time.perf_counter() - started) * 1e3)
 
     def _on_lattice(self, key: str, arrays: Mapping[str, NDArray[Any]], rule: UpdateRule) -> bytes:

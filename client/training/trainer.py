@@ -16,8 +16,6 @@ from prunecast.client.training.errors import TrainerError
 
 __all__ = ["Evaluation", "TensorBatches", "Training", "best_device", "evaluate", "train"]
 
-_LARGEST_SQUARE = 1e30  # sums of a statistic must stay finite
-
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """What a model is called with: one tensor, several in order, or several by name."""
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -33,15 +31,15 @@ class Training:
         examples: examples seen in one epoch.
         steps: optimiser steps taken.
         precision: "float32", "bfloat16" or "float16", the dtype that matrix products ran in.
-        squared_gradients: parameter name to the mean over all steps of the squared gradient,
-            float32, pruned weights included, frozen parameters not; empty unless asked for.
+        gradients: parameter name to the root mean square over all steps of the gradient, float32,
+            pruned weights included, frozen parameters not; empty unless asked for.
     """
 
     loss: float
     examples: int
     steps: int
     precision: str
-    squared_gradients: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    gradients: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def train(
     mixed_precision: bool | None = None,
     seed: int,
     loss_fn: Loss = nn.functional.cross_entropy,
-    squared_gradients: bool = False,
+    gradients: bool = False,
 ) -> Training:
     """Train `model` in place with SGD.
 
@@ -141,7 +139,7 @@ def train(
         seed: of torch's generators during the call (dropout, a shuffling loader). The global
             state is put back afterwards.
         loss_fn: of (outputs, targets), the mean over the batch.
-        squared_gradients: also return their mean, of use to some pruning criteria.
+        gradients: also measure their size, which some pruning criteria need.
 
     Raises:
         TrainerError: a mask does not fit, the loader is empty, or the loss is not finite.
@@ -157,11 +155,8 @@ def train(
     )
     scaler = torch.amp.GradScaler(target.type, enabled=precision is torch.float16)
     steps, total, examples = 0, torch.zeros((), device=target), 0
-    squares = {
-        name: torch.zeros_like(parameter)
-        for name, parameter in model.named_parameters()
-        if squared_gradients and parameter.requires_grad
-    }
+    trained = {n: p for n, p in model.named_parameters() if gradients and p.requires_grad}
+    squares = {name: torch.zeros_like(parameter.detach()) for name, parameter in trained.items()}
     devices = [target] if target.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -175,8 +170,9 @@ def train(
                     loss = loss_fn(_outputs(model, inputs, target), targets)
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimiser)
-                if squares:
-                    _add_squares(model, squares)
+                for name, square in squares.items():
+                    if (gradient := trained[name].grad) is not None:
+                        square += gradient.square().nan_to_num_(0.0, posinf=0.0)  # float16 may
                 for parameter, dropped in held:
                     if parameter.grad is not None:
                         parameter.grad.masked_fill_(dropped, 0.0)
@@ -197,7 +193,7 @@ def train(
         examples,
         steps,
         str(precision or torch.float32).removeprefix("torch."),
-        {name: (square / steps).cpu().numpy() for name, square in squares.items()},
+        {name: (square / steps).sqrt().cpu().numpy() for name, square in squares.items()},
     )
 
 
@@ -239,15 +235,6 @@ def evaluate(
     if not examples:
         raise TrainerError("the loader is empty: there is nothing to evaluate on")
     return Evaluation(total / examples, correct / examples if labelled else None, examples)
-
-
-@torch.no_grad()
-def _add_squares(model: nn.Module, squares: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and name in squares:
-            square = parameter.grad.float().square()
-            # a step that overflows in float16: the scaler leaves it out as well
-            squares[name] += square.nan_to_num_(nan=0.0, posinf=0.0).clamp_(max=_LARGEST_SQUARE)
 
 
 def _precision(device: torch.device, wanted: bool | None) -> torch.dtype | None:

@@ -5,47 +5,33 @@ channels of a torch module (needs torch and torch-pruning).
 """
 
 from prunecast.compression.pruning.channels import ChannelPlan
-from prunecast.compression.pruning.criteria import CRITERIA, SQUARED_GRADIENT, Criterion, Knowledge
-from prunecast.compression.pruning.masks import ALLOCATIONS, Allocation, current_masks, holding
-from prunecast.compression.pruning.plan import (
-    SCHEDULES,
-    CubicSchedule,
-    PlanError,
-    PruningPlan,
-    Schedule,
-)
-from prunecast.compression.pruning.statistics import (
-    Statistics,
-    StatisticsError,
-    StatisticsMean,
-    collecting,
+from prunecast.compression.pruning.criteria import CRITERIA, GRADIENT, Criterion, Knowledge
+from prunecast.compression.pruning.masks import (
+    ALLOCATIONS,
     contribute_statistics,
-    pack_statistics,
-    unpack_statistics,
+    current_masks,
+    holding,
     wanted_statistics,
 )
+from prunecast.compression.pruning.plan import SCHEDULES, CubicSchedule, PlanError, PruningPlan
+from prunecast.compression.pruning.statistics import Statistics, StatisticsMean, pack_statistics
 
 __all__ = [
     "ALLOCATIONS",
     "CRITERIA",
+    "GRADIENT",
     "SCHEDULES",
-    "SQUARED_GRADIENT",
-    "Allocation",
     "ChannelPlan",
     "Criterion",
     "CubicSchedule",
     "Knowledge",
     "PlanError",
     "PruningPlan",
-    "Schedule",
     "Statistics",
-    "StatisticsError",
     "StatisticsMean",
-    "collecting",
     "contribute_statistics",
     "current_masks",
     "holding",
     "pack_statistics",
-    "unpack_statistics",
     "wanted_statistics",
 ]

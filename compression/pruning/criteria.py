@@ -1,32 +1,24 @@
 """What to remove: criteria, which score weights by what the server knows.
 
-A new criterion is a subclass of `Criterion` and an entry in `CRITERIA`; a policy names it.
+A new criterion is a function of `Knowledge` and an entry in `CRITERIA`; a policy names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "CRITERIA",
-    "SQUARED_GRADIENT",
-    "Criterion",
-    "Fisher",
-    "Knowledge",
-    "Magnitude",
-    "Taylor",
-]
+from prunecast.compression.pruning.masks import Scores
+from prunecast.compression.pruning.statistics import Statistics
 
-SQUARED_GRADIENT = "squared-gradient"
-"""The statistic *mean over steps of the squared gradient of the loss*, one value per weight."""
+__all__ = ["CRITERIA", "GRADIENT", "Criterion", "Knowledge"]
+
+GRADIENT = "gradient"
+"""The statistic *root mean square over steps of the loss's gradient*, one value per weight."""
 _UNMOVED = 1e-3  # part of the root mean square update that weights no client moved are given
-
-Arrays = Mapping[str, NDArray[np.floating]]
 
 
 @dataclass(frozen=True)
@@ -36,102 +28,74 @@ class Knowledge:
     Attributes:
         weights: the prunable tensors of the master, finite.
         update: the last aggregated update of them, *this master - the one published before*, for a
-            criterion that `uses_update`; lacks tensors that have no predecessor.
-        statistics: name of a statistic to tensor to the nodes' mean, for those that the criterion
-            names; what no node has sent is missing.
+            criterion that uses it; lacks tensors that have no predecessor.
+        statistics: the nodes' means of what the criterion asks for, where any node has sent it.
     """
 
-    weights: Arrays
-    update: Arrays = field(default_factory=dict)
-    statistics: Mapping[str, Arrays] = field(default_factory=dict)
+    weights: Mapping[str, NDArray[np.floating]]
+    update: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
+    statistics: Statistics = field(default_factory=dict)
 
 
-class Criterion(Protocol):
+@dataclass(frozen=True)
+class Criterion:
     """Scores weights; those that score lowest are removed first.
 
     Attributes:
-        uses_update: whether `Knowledge.update` is needed; the server then keeps one master more.
+        scores: for every tensor of `Knowledge.weights` scores of 0 or above, same shape, no NaN. A
+            function of what is known alone, which gives some ranking while that lacks the update
+            or statistics, as at the first version.
+        uses_update: whether it needs the update; the server then keeps one master more.
         statistics: what nodes are asked to contribute, by name.
     """
 
-    uses_update: ClassVar[bool] = False
-    statistics: ClassVar[tuple[str, ...]] = ()
-
-    def scores(self, known: Knowledge) -> dict[str, NDArray[np.floating]]:
-        """A score of 0 or above for every weight of every tensor, same shapes, no NaN.
-
-        It must be a function of `known` alone, and give some ranking while `known` lacks the update
-        and statistics, as at the first version.
-        """
+    scores: Callable[[Knowledge], Scores]
+    uses_update: bool = False
+    statistics: tuple[str, ...] = ()
 
 
-class Magnitude(Criterion):
-    """The weight's absolute value (Han et al. 2015, section 3).
-
-    Examples:
-        >>> Magnitude().scores(Knowledge({"w": np.array([3.0, -1.0])}))["w"].tolist()
-        [3.0, 1.0]
-    """
-
-    def scores(self, known: Knowledge) -> dict[str, NDArray[np.floating]]:
-        """As `Criterion.scores`."""
-        return {name: np.abs(weight) for name, weight in known.weights.items()}
+def _magnitude(known: Knowledge) -> Scores:
+    """The weight's absolute value (Han et al. 2015, section 3)."""
+    return {name: np.abs(weight) for name, weight in known.weights.items()}
 
 
-class Taylor(Criterion):
+def _taylor(known: Knowledge) -> Scores:
     """First-order estimate of the loss that removing a weight costs: ``|w * gradient|``.
 
     Molchanov et al. 2019 ("Importance Estimation for Neural Network Pruning", equation 8, without
     the square, which ranks the same). The gradient is the last aggregated update, as server
-    optimisers take it (Reddi et al. 2021). Weights that the update left alone are ranked among
-    themselves by magnitude, and so are all before there is an update; a tensor that has none
-    counts as moved as much as the others on average.
+    optimisers take it (Reddi et al. 2021). Weights it left alone rank among themselves by size.
     """
-
-    uses_update: ClassVar[bool] = True
-
-    def scores(self, known: Knowledge) -> dict[str, NDArray[np.floating]]:
-        """As `Criterion.scores`."""
-        found = Magnitude().scores(known)
-        typical = float(np.sqrt(_mean(known.update, np.square)))
-        if typical:
-            for name, magnitude in found.items():
-                moved = np.abs(known.update.get(name, np.float64(typical)), dtype=np.float64)
-                found[name] = magnitude * np.maximum(moved, _UNMOVED * typical)
-        return found
+    return _weighted(known, known.update, least=_UNMOVED)
 
 
-class Fisher(Criterion):
+def _fisher(known: Knowledge) -> Scores:
     """Second-order estimate of that cost, curvature taken from the nodes' gradients.
 
     ``w**2 * mean(gradient**2) / 2`` (Theis et al. 2018, "Faster gaze prediction with dense networks
-    and Fisher pruning", equation 9), as its square root, which ranks the same and does not
-    underflow. Nodes send `SQUARED_GRADIENT`; a tensor of which none has is given the mean of the
-    others, and before there is any, magnitude ranks.
+    and Fisher pruning", equation 9), as its square root, which ranks the same.
     """
-
-    statistics: ClassVar[tuple[str, ...]] = (SQUARED_GRADIENT,)
-
-    def scores(self, known: Knowledge) -> dict[str, NDArray[np.floating]]:
-        """As `Criterion.scores`."""
-        found = Magnitude().scores(known)
-        squares = known.statistics.get(SQUARED_GRADIENT, {})
-        if typical := _mean(squares, np.abs):
-            for name, magnitude in found.items():
-                curvature = np.abs(squares.get(name, np.float64(typical)), dtype=np.float64)
-                found[name] = magnitude * np.sqrt(curvature)
-        return found
+    return _weighted(known, known.statistics.get(GRADIENT, {}))
 
 
-def _mean(arrays: Arrays, of: np.ufunc) -> float:
-    """The mean of a function over all values of all arrays; 0.0 without any."""
-    total = sum(float(of(array, dtype=np.float64).sum()) for array in arrays.values())
-    return total / max(1, sum(array.size for array in arrays.values()))
+def _weighted(
+    known: Knowledge, factors: Mapping[str, NDArray[np.floating]], least: float = 0.0
+) -> Scores:
+    """Magnitudes times factors; a tensor without any gets the root mean square of the others'."""
+    scores = _magnitude(known)
+    squares = sum(float(np.square(f, dtype=np.float64).sum()) for f in factors.values())
+    typical = np.float64((squares / max(1, sum(f.size for f in factors.values()))) ** 0.5)
+    if not typical:
+        return scores
+    return {
+        name: magnitude * np.maximum(np.abs(factors.get(name, typical)), least * typical)
+        for name, magnitude in scores.items()
+    }
 
 
 CRITERIA: dict[str, Criterion] = {
-    "magnitude": Magnitude(),
-    "taylor": Taylor(),
-    "fisher": Fisher(),
+    "magnitude": Criterion(_magnitude),
+    "taylor": Criterion(_taylor, uses_update=True),
+    "fisher": Criterion(_fisher, statistics=(GRADIENT,)),
 }
 """By the name that a policy's `pruning_criterion` has."""

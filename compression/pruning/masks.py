@@ -2,43 +2,36 @@
 
 A mask is a boolean array of its tensor's shape, True where a weight is kept. The server makes masks
 from a criterion's scores by an *allocation*. They never travel: in a published model the mask of a
-pruned tensor is where its integers are not zero (`PublishedModel.masks`). A node holds them as
-the current ones while its ClientApp handles a message.
+pruned tensor is where its integers are not zero (`PublishedModel.masks`). A node holds them while
+its ClientApp handles a message, and takes the statistics that the ClientApp contributes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ALLOCATIONS", "Allocation", "Masks", "Scores", "current_masks", "holding"]
+__all__ = [
+    "ALLOCATIONS",
+    "Allocation",
+    "Masks",
+    "Scores",
+    "contribute_statistics",
+    "current_masks",
+    "holding",
+    "wanted_statistics",
+]
 
 Masks = Mapping[str, NDArray[np.bool_]]
 Scores = Mapping[str, NDArray[np.floating]]
-
-
-class Allocation(Protocol):
-    """How a sparsity is spread over tensors: masks that keep what scores highest.
-
-    Ties are broken by position, earlier first, so the number of removed weights is exact and two
-    machines with the same scores make the same masks.
-    """
-
-    def __call__(self, scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
-        """A mask per tensor, same shapes.
-
-        Args:
-            scores: of the prunable tensors, any shapes, no NaN.
-            sparsity: fraction to remove, 0 <= sparsity < 1; rounded down to whole weights.
-
-        Raises:
-            ValueError: the sparsity is outside its range.
-        """
+Allocation = Callable[[Scores, float], dict[str, NDArray[np.bool_]]]
+"""From scores of 0 or above and a sparsity, 0 <= sparsity < 1, to a mask per tensor."""
 
 
 def _per_layer(scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
@@ -55,6 +48,7 @@ def _globally(scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
 
 
 def _keep_highest(scores: NDArray[np.floating], sparsity: float) -> NDArray[np.bool_]:
+    """Ties go by position, earlier first: the number is exact, and every machine agrees."""
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), not {sparsity}")
     remove = int(sparsity * scores.size)
@@ -72,7 +66,17 @@ def _keep_highest(scores: NDArray[np.floating], sparsity: float) -> NDArray[np.b
 ALLOCATIONS: dict[str, Allocation] = {"layer": _per_layer, "global": _globally}
 """By the name that a policy's `pruning_scope` has."""
 
-_current: ContextVar[Masks | None] = ContextVar("prunecast_masks", default=None)
+
+@dataclass(frozen=True)
+class _Handled:
+    """What belongs to the message being handled."""
+
+    masks: Masks = field(default_factory=dict)
+    wanted: tuple[str, ...] = ()
+    contributed: dict[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+
+
+_current: ContextVar[_Handled] = ContextVar("prunecast_pruning", default=_Handled())  # noqa: B039
 
 
 def current_masks() -> dict[str, NDArray[np.bool_]]:
@@ -82,14 +86,41 @@ def current_masks() -> dict[str, NDArray[np.bool_]]:
         Tensor name to boolean array, True where a weight is kept; empty without the mod, or
         while nothing is pruned yet.
     """
-    return dict(_current.get() or {})
+    return dict(_current.get().masks)
+
+
+def wanted_statistics() -> tuple[str, ...]:
+    """Names of the statistics that the server asks for with the message being handled."""
+    return _current.get().wanted
+
+
+def contribute_statistics(name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Send a statistic with the reply to the message being handled; ignored unless it is wanted.
+
+    Args:
+        name: of the statistic, see `wanted_statistics`.
+        arrays: tensor name to one finite value per weight, in the tensor's shape; the server
+            refuses the reply otherwise. Tensors may be left out.
+    """
+    if name in wanted_statistics():
+        _current.get().contributed[name] = dict(arrays)
 
 
 @contextmanager
-def holding(masks: Masks) -> Iterator[None]:
-    """Make `masks` the current ones for the duration of a ClientApp's function."""
-    token = _current.set(masks)
+def holding(
+    masks: Masks, wanted: tuple[str, ...] = ()
+) -> Iterator[dict[str, Mapping[str, NDArray[Any]]]]:
+    """Make `masks` the current ones for the duration of a ClientApp's function.
+
+    Args:
+        masks: of the model that it is given.
+        wanted: names of the statistics that the server asked for.
+
+    Yields:
+        What has been contributed, by statistic and tensor.
+    """
+    token = _current.set(handled := _Handled(masks, wanted))
     try:
-        yield
+        yield handled.contributed
     finally:
         _current.reset(token)

@@ -1,7 +1,7 @@
 """The plan: what is pruned, by which criterion, when, and how much of each tensor.
 
-Criterion, schedule and allocation are small objects behind protocols, each with a registry by name
-(`CRITERIA`, `SCHEDULES`, `ALLOCATIONS`), so that run configs and scenario files can name them.
+Criteria, schedules and allocations are functions, each kind with a registry by name (`CRITERIA`,
+`SCHEDULES`, `ALLOCATIONS`), so that run configs and scenario files can name them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,8 @@ class PlanError(ValueError):
     """A plan asks for what cannot be done, or does not fit a model."""
 
 
-class Schedule(Protocol):
-    """When to prune: sparsity as a function of the version number, which counts from 1."""
-
-    def __call__(self, version: int) -> float:
-        """Fraction of zeros in the prunable tensors, 0 <= sparsity < 1."""
+Schedule = Callable[[int], float]
+"""When to prune: sparsity, 0 <= sparsity < 1, of a version by its number, which counts from 1."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +120,10 @@ class PruningPlan:
         return self.allocation(self.criterion.scores(known), sparsity)
 
     def wanted(self, version: int, known: Mapping[str, Any]) -> tuple[str, ...]:
-        """Statistics to ask of the nodes that train from a version, by name.
+        """Names of the statistics to ask of the nodes that train from a version.
 
-        They cost bytes, so they are asked for only while the version to come prunes more than this
-        one, or where it prunes by a statistic that is not known yet.
-
-        Args:
-            version: number of the version.
-            known: statistics that have been received, by name.
+        They cost bytes: only while the version to come prunes more than this one, or prunes by
+        what is not `known` yet.
         """
         now, then = self.schedule(version), self.schedule(version + 1)
         return tuple(

@@ -10,7 +10,12 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from prunecast.compression.flower import array_record, dense_arrays
+from prunecast.compression.flower import (
+    STATISTICS_RECORD,
+    array_record,
+    dense_arrays,
+    payload_of,
+)
 from prunecast.compression.flower.internals import (
     log,
     make_message,
@@ -229,7 +234,13 @@ class CompressedGrid(GridWrapper):
                     )
                 return None
         content, has_update = decode_reply(reply, sent, entry, self._up)
-        self._streams.contribute(reply, sent.statistics, sent.versions)
+        statistics = payload_of(reply.content.get(STATISTICS_RECORD))
+        if sent.wanted and statistics is not None:
+            shapes = {n: t.shape for n, t in sent.versions[sent.pruned].model.tensors.items()}
+            stated = [m.get("num-examples") for m in reply.content.metric_records.values()]
+            weight = next((n for n in stated if isinstance(n, int | float)), 1.0)
+            mean = self._streams.stream(reply.metadata.run_id, sent.pruned).statistics
+            mean.add(statistics, sent.wanted, shapes, weight)
         if has_update:
             node.accepted = reply_tag(reply.metadata.reply_to_message_id)
         return make_message(reply.metadata, content)

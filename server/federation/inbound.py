@@ -223,7 +223,7 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
     content, kinds, has_update = RecordDict(), [], False
     for key, record in reply.content.items():
         if (key == CONTROL_RECORD and isinstance(record, ConfigRecord)) or (
-            key == STATISTICS_RECORD and sent.statistics
+            key == STATISTICS_RECORD and sent.wanted
         ):
             entry.dense_bytes -= object_bytes(record) + _mention(reply.content, key)
             continue

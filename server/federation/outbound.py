@@ -52,7 +52,8 @@ class Prepared:
         encode_ms: time spent on payloads that did not exist before.
         round: Flower's ``server-round`` where a config record states it, else version number.
         rule: how the node is told to code its reply; None for not at all.
-        statistics: record key to the statistics that the node is asked to contribute, by name.
+        wanted: the statistics that the node is asked to contribute, by name.
+        pruned: key of the record that they are of.
     """
 
     batch: Batch
@@ -66,7 +67,8 @@ class Prepared:
     encode_ms: float = 0.0
     round: int = 0
     rule: UpdateRule | SchemeRule | None = None
-    statistics: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    wanted: tuple[str, ...] = ()
+    pruned: str = ""
 
     @property
     def coded(self) -> bool:
@@ -163,8 +165,8 @@ class LatticeDown:
         version = stream.version_of(record, batch.content_id(record))
         held = self._streams.node(metadata.dst_node_id).held.get(key)
         prepared.versions[key] = version
-        if wanted := stream.publisher.wanted:
-            prepared.statistics[key] = wanted
+        if stream.publisher.wanted and not prepared.wanted:
+            prepared.wanted, prepared.pruned = stream.publisher.wanted, key
         if held == short(version.model.digest):
             prepared.reuse[key] = held
             prepared.kinds.append("reuse")
@@ -222,16 +224,14 @@ class Outbound:
         return prepared
 
     def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:
-        asked = tuple(dict.fromkeys(n for names in prepared.statistics.values() for n in names))
+        told = node.accepted, prepared.reuse, prepared.wanted
         if self._policy.up == "lattice":
-            return Instruction(self._policy.update_rule, node.accepted, prepared.reuse, asked)
+            return Instruction(self._policy.update_rule, *told)
         records = prepared.original.content.array_records.values()
         if self._scheme is not None and any(float_names(record) for record in records):
             label = f"prunecast scheme {self._seed}/{self._count}".encode()
             self._count += 1
             key = int.from_bytes(hashlib.sha256(label).digest()[:8], "little")
             rule = SchemeRule(self._scheme.name, self._scheme.config(), key)
-            return Instruction(rule, node.accepted, prepared.reuse, asked)
-        return (
-            Instruction(None, "", prepared.reuse, asked) if self._policy.down == "lattice" else None
-        )
+            return Instruction(rule, *told)
+        return Instruction(None, "", *told[1:]) if self._policy.down == "lattice" else None

@@ -14,13 +14,14 @@ import numpy as np
 
 from prunecast.compression.pruning import ALLOCATIONS, CRITERIA, SCHEDULES, PruningPlan
 from prunecast.compression.schemes import SCHEMES, Option, Scheme, SchemeError, scheme
-from prunecast.compression.versions import UpdateRule, VersionsError
+from prunecast.compression.versions import UpdateRule
 from prunecast.server.federation.errors import PolicyError
 
 __all__ = ["PRESETS", "Policy"]
 
 _PREFIX = "prunecast."
 _STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
+_STEP = "give a number of 0 or above, such as {}; 0 is exact"
 _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
@@ -86,47 +87,55 @@ class Policy:
     def __post_init__(self) -> None:
         for knob in dataclasses.fields(self):
             _check_type(knob.name, getattr(self, knob.name), _default(knob))
-        self._check_codings()
-        for name, example in (("down_step", "0.1"), ("up_step", "3.0")):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise _refused(
-                    name, value, f"give a number of 0 or above, such as {example}; 0 is exact"
-                )
-        if not 0.5 <= self.dead_zone <= 1:
-            raise _refused("dead_zone", self.dead_zone, "give a number from 0.5 to 1")
-        if not 0 <= self.sparsity < 1:
-            raise _refused(
-                "sparsity", self.sparsity, "give the fraction of zeros, 0 or above and below 1"
-            )
-        for name, known in _NAMED.items():
-            if getattr(self, name) not in known:
-                choices = " or ".join(map(repr, known))
-                raise _refused(name, getattr(self, name), f"choose {choices}")
-        if self.sparsity and not self.down_step:
-            raise _refused(
+        schemes = ", ".join(map(repr, ("lattice", "dense", *SCHEMES)))
+        lattice, down = self.down == "lattice", _key("down")
+        for name, fits, remedy in (
+            ("down", self.down in ("lattice", "dense"), "choose 'lattice' or 'dense'"),
+            ("up", self.up in ("lattice", "dense", *SCHEMES), f"choose one of {schemes}"),
+            (
+                "up",
+                lattice or self.up != "lattice",
+                f"it needs {down} = 'lattice'; choose 'dense' or a scheme",
+            ),
+            ("sparsity", lattice or not self.sparsity, f"pruning needs {down} = 'lattice'"),
+            (
+                "up_options",
+                self.up in SCHEMES or not self.up_options,
+                f"they belong to a scheme: set {_key('up')}",
+            ),
+            ("down_step", 0 <= self.down_step < math.inf, _STEP.format("0.1")),
+            ("up_step", 0 <= self.up_step < math.inf, _STEP.format("3.0")),
+            ("dead_zone", 0.5 <= self.dead_zone <= 1, "give a number from 0.5 to 1"),
+            (
                 "sparsity",
-                self.sparsity,
+                0 <= self.sparsity < 1,
+                "give the fraction of zeros, 0 or above and below 1",
+            ),
+            (
+                "sparsity",
+                self.down_step > 0 or not self.sparsity,
                 f"pruning needs a lattice: set {_key('down_step')} above 0, or "
                 f"{_key('sparsity')} = 0",
-            )
-        for name, least in (("pruning_begin", 0), ("pruning_min_size", 0), ("history", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise _refused(name, value, f"give {least} or more")
-        if self.pruning_end <= self.pruning_begin:
-            raise _refused(
+            ),
+            ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),
+            ("pruning_min_size", self.pruning_min_size >= 0, "give 0 or more"),
+            ("history", self.history >= 1, "give 1 or more"),
+            (
                 "pruning_end",
-                self.pruning_end,
+                self.pruning_end > self.pruning_begin,
                 f"it must lie after {_key('pruning_begin')} = {self.pruning_begin}",
-            )
+            ),
+            *(
+                (name, getattr(self, name) in known, f"choose {' or '.join(map(repr, known))}")
+                for name, known in _NAMED.items()
+            ),
+        ):
+            if not fits:
+                raise _refused(name, getattr(self, name), remedy)
         try:
-            _ = self.pruning, self.update_rule
-        except (ValueError, VersionsError) as error:
-            raise PolicyError(
-                f"{error}: correct the knobs {_key('sparsity')}, {_key('pruning_begin')}, "
-                f"{_key('pruning_end')}, {_key('up_step')}, {_key('dead_zone')}"
-            ) from error
+            _ = self.scheme
+        except SchemeError as error:
+            raise PolicyError(f"{_key('up_options')}: {error}") from error
 
     @cached_property
     def pruning(self) -> PruningPlan:
@@ -140,27 +149,6 @@ class Policy:
             self.pruning_exclude,
             self.pruning_records,
         )
-
-    def _check_codings(self) -> None:
-        if self.down not in ("lattice", "dense"):
-            raise _refused("down", self.down, "choose 'lattice' or 'dense'")
-        if self.up not in ("lattice", "dense", *SCHEMES):
-            known = ", ".join(map(repr, ("lattice", "dense", *SCHEMES)))
-            raise _refused("up", self.up, f"choose one of {known}")
-        if self.up == "lattice" and self.down != "lattice":
-            raise _refused(
-                "up", self.up, f"it needs {_key('down')} = 'lattice'; choose 'dense' or a scheme"
-            )
-        if self.sparsity and self.down != "lattice":
-            raise _refused("sparsity", self.sparsity, f"pruning needs {_key('down')} = 'lattice'")
-        if self.up_options and self.up not in SCHEMES:
-            raise _refused(
-                "up_options", dict(self.up_options), f"they belong to a scheme: set {_key('up')}"
-            )
-        try:
-            _ = self.scheme
-        except SchemeError as error:
-            raise PolicyError(f"{_key('up_options')}: {error}") from error
 
     @property
     def scheme(self) -> Scheme | None:
@@ -296,13 +284,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # plain Flower, measured
     "dense": {"down": "dense", "up": "dense"},
     "lossless": {"down_step": 0.0, "up_step": 0.0},
-    "balanced": {"down_step": 0.1, "up_step": 3.0, "dead_zone": 0.6},
+    "balanced": {},  # every knob's default
     # ranked over the whole model: layers that matter little give more
-    "small": {
-        "down_step": 0.1,
-        "up_step": 3.0,
-        "dead_zone": 0.6,
-        "sparsity": 0.9,
-        "pruning_scope": "global",
-    },
+    "small": {"sparsity": 0.9, "pruning_scope": "global"},
 }

@@ -116,9 +116,7 @@ class Publisher:
         return model.arrays()
 
     def publish(
-        self,
-        master: Mapping[str, NDArray[Any]],
-        statistics: Statistics | None = None,
+        self, master: Mapping[str, NDArray[Any]], statistics: Statistics | None = None
     ) -> Version:
         """Make the next version.
 
@@ -162,17 +160,18 @@ class Publisher:
         if self._plan is None:
             return {}
         weights = self._plan.prunable(lattice)
-        update: dict[str, NDArray[Any]] = {}
-        if self._plan.criterion.uses_update:
-            for name, before in self._before.items():
-                if name in weights and weights[name].shape == before.shape:
-                    update[name] = np.subtract(weights[name], before, dtype=np.float64)
-            self._before = weights
-        statistics = {
-            name: {t: a for t, a in arrays.items() if t in weights and a.shape == weights[t].shape}
+        shapes = {name: array.shape for name, array in weights.items()}
+        update = {
+            name: np.subtract(weights[name], array, dtype=np.float64)
+            for name, array in self._before.items()
+            if array.shape == shapes.get(name)
+        }
+        self._before = weights if self._plan.criterion.uses_update else {}
+        known = {
+            name: {t: array for t, array in arrays.items() if array.shape == shapes.get(t)}
             for name, arrays in self._statistics.items()
         }
-        return self._plan.masks(self._counter, Knowledge(weights, update, statistics))
+        return self._plan.masks(self._counter, Knowledge(weights, update, known))
 
     def _on_lattice(
         self, master: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[np.bool_]]

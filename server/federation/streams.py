@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from logging import WARNING
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord
 
-from prunecast.compression.flower import STATISTICS_RECORD, dense_arrays, payload_of, stream_id
+from prunecast.compression.flower import dense_arrays, stream_id
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning import StatisticsMean, unpack_statistics
+from prunecast.compression.pruning import StatisticsMean
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publisher import Publisher, Version
 
@@ -88,47 +87,3 @@ class Streams:
     def node(self, node_id: int) -> NodeState:
         """What is known of a node; nothing at first."""
         return self._nodes.setdefault(node_id, NodeState())
-
-    def contribute(
-        self,
-        reply: Message,
-        wanted: Mapping[str, tuple[str, ...]],
-        versions: Mapping[str, Version],
-    ) -> None:
-        """Count the statistics that came with a reply, as often as the node has examples.
-
-        Args:
-            reply: of a node.
-            wanted: record key to the statistics that were asked for, by name.
-            versions: record key to the version that the node trained from.
-
-        Raises:
-            BadPayload: damaged, or not what was asked for; nothing was counted.
-        """
-        payload = payload_of(reply.content.get(STATISTICS_RECORD))
-        if payload is None or not wanted:
-            return
-        run_id, models = reply.metadata.run_id, {key: versions[key].model for key in wanted}
-        found = unpack_statistics(
-            payload,
-            tuple({name for names in wanted.values() for name in names}),
-            {name: t.shape for model in models.values() for name, t in model.tensors.items()},
-            stream=stream_id(run_id, STATISTICS_RECORD),
-        )
-        weight = _examples(reply)
-        for key, names in wanted.items():
-            shapes = {name: tensor.shape for name, tensor in models[key].tensors.items()}
-            mine = {
-                name: {t: a for t, a in arrays.items() if shapes.get(t) == a.shape}
-                for name, arrays in found.items()
-                if name in names
-            }
-            self.stream(run_id, key).statistics.add(mine, weight)
-
-
-def _examples(reply: Message) -> float:
-    """The number of examples that Flower's strategies weigh a reply by; 1 where none is stated."""
-    for metrics in reply.content.metric_records.values():
-        if isinstance(stated := metrics.get("num-examples"), int | float):
-            return stated
-    return 1.0

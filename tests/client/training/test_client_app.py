@@ -98,7 +98,7 @@ def test_settings_read_the_run_config():
         LocalTraining.from_run_config({"seed": True})
 
 
-def test_it_contributes_squared_gradients_where_they_are_asked_for(tmp_path, monkeypatch):
+def test_it_contributes_gradients_where_they_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNECAST_STORE", str(tmp_path))
     inner = InProcessGrid(app, 2)
     for context in inner._contexts.values():
@@ -109,5 +109,5 @@ def test_it_contributes_squared_gradients_where_they_are_asked_for(tmp_path, mon
     messages = [Message(content, node, "train") for node in inner.get_node_ids()]
     assert not any(reply.has_error() for reply in grid.send_and_receive(messages))
     found = grid._streams.stream(grid.run.run_id, "arrays").statistics.take()
-    assert found["squared-gradient"]["weight"].shape == (2, 4)
-    assert (found["squared-gradient"]["weight"] > 0).all()
+    assert found["gradient"]["weight"].shape == (2, 4)
+    assert (found["gradient"]["weight"] > 0).all()

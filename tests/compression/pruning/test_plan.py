@@ -107,6 +107,7 @@ def test_every_plan_prunes_as_much_as_it_says(criterion, schedule, scope, inform
 
 def test_taylor_keeps_what_the_update_needed_and_falls_back_on_magnitude():
     taylor = CRITERIA["taylor"]
+    assert taylor.uses_update
     weights = {"w": np.array([4.0, 1.0, 2.0, 0.5])}
     moved = {"w": np.array([0.0, 3.0, -1.0, 0.0])}
     order = np.argsort(taylor.scores(Knowledge(weights, moved))["w"]).tolist()
@@ -119,11 +120,11 @@ def test_taylor_keeps_what_the_update_needed_and_falls_back_on_magnitude():
 
 def test_fisher_ranks_by_weight_and_curvature():
     weights = {"w": np.array([4.0, -1.0, 2.0])}
-    squares = {"squared-gradient": {"w": np.array([0.01, 1.0, 0.09])}}
-    found = CRITERIA["fisher"].scores(Knowledge(weights, statistics=squares))["w"]
+    sizes = {"gradient": {"w": np.array([0.1, 1.0, 0.3])}}
+    found = CRITERIA["fisher"].scores(Knowledge(weights, statistics=sizes))["w"]
     assert found == pytest.approx([0.4, 1.0, 0.6])
     assert CRITERIA["fisher"].scores(Knowledge(weights))["w"].tolist() == [4.0, 1.0, 2.0]
-    two = Knowledge({**weights, "v": np.ones(1)}, statistics=squares)
+    two = Knowledge({**weights, "v": np.ones(1)}, statistics=sizes)
     assert CRITERIA["fisher"].scores(two)["v"] == pytest.approx(np.sqrt([1.1 / 3]))
 
 

@@ -347,7 +347,7 @@ def test_records_of_the_wire():
     for instruction in (
         Instruction(rule, "ab"),
         Instruction(UpdateRule(3.0, 0.6, False), "ab", {"arrays": bytes(range(16))}),
-        Instruction(None, statistics=("squared-gradient",)),
+        Instruction(None, statistics=("gradient",)),
         Instruction(None),
     ):
         assert Instruction.from_bytes(instruction.to_bytes()) == instruction
