@@ -1,40 +1,44 @@
-"""What the agent needs on a device: whether every requirement is there as a wheel, and their size.
+"""What the agent takes on a device: an empty environment filled from the index, and its byte code.
 
     python benchmarks/footprint.py [--extra NAME] [--python 3.11] [--machine aarch64] [--json FILE]
 
-Builds our wheel and lets pip resolve `prunecast[edge]` for another machine, wheels only, with the
-versions of constraints.txt. Nothing is installed: sizes are those of the files in the wheels, as
-they are downloaded and as they are unpacked, without the byte code that Python writes later. It
-needs a package index, and fails where a requirement has no wheel for that machine.
+Builds our wheel and installs `prunecast[edge]` and `prunecast[edge-fleet]` with the versions of
+constraints.txt, each into an environment of its own that holds nothing else, not even pip. For
+another machine or another Python the wheels are unpacked there instead, wheels only, so it fails
+where a requirement has none; byte code is then that of the Python that runs this.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import asdict, dataclass
+from importlib.metadata import Distribution, distributions
+from importlib.util import cache_from_source
 from pathlib import Path
 
-__all__ = ["Wheel", "platforms", "total", "wheel_of"]
+__all__ = ["Installed", "installed", "platforms", "total"]
 
 ROOT = Path(__file__).parents[1]
-_PARTS = ("compression", "server", "client", "simulations", "cli")
+_PARTS = ("common", "compression", "server", "client", "simulations", "cli")
 _GLIBC = (28, 27, 26, 24, 17)  # Debian 10 and newer; pip takes each tag literally
+_HERE = (f"{sys.version_info[0]}.{sys.version_info[1]}", platform.machine())
 
 
 @dataclass(frozen=True)
-class Wheel:
-    """A wheel: what it holds, bytes to download, bytes on the disk."""
+class Installed:
+    """A distribution in an environment: bytes of its files, and of their byte code."""
 
     name: str
     version: str
-    packed: int
-    installed: int
+    files: int
+    byte_code: int
 
 
 def platforms(machine: str) -> list[str]:
@@ -46,18 +50,24 @@ def platforms(machine: str) -> list[str]:
     return [*(f"manylinux_2_{n}_{machine}" for n in _GLIBC), f"manylinux2014_{machine}"]
 
 
-def wheel_of(path: Path) -> Wheel:
-    """Measure a wheel."""
-    name, version = path.name.split("-")[:2]
-    with zipfile.ZipFile(path) as archive:
-        installed = sum(entry.file_size for entry in archive.infolist())
-    return Wheel(name, version, path.stat().st_size, installed)
+def installed(packages: Path) -> list[Installed]:
+    """What lies in a folder of packages, by distribution; largest first."""
+    found = [_measured(one) for one in distributions(path=[str(packages)])]
+    return sorted(found, key=lambda one: -(one.files + one.byte_code))
 
 
-def total(wheels: list[Wheel]) -> Wheel:
-    """All of them together."""
-    packed, installed = (sum(getattr(w, key) for w in wheels) for key in ("packed", "installed"))
-    return Wheel("together", str(len(wheels)), packed, installed)
+def _measured(one: Distribution) -> Installed:
+    paths = {Path(str(one.locate_file(file))).resolve() for file in one.files or ()}
+    code = {Path(cache_from_source(str(path))) for path in paths if path.suffix == ".py"}
+    sizes = [
+        sum(path.stat().st_size for path in kind if path.is_file()) for kind in (paths - code, code)
+    ]
+    return Installed(one.metadata["Name"], one.version, sizes[0], sizes[1])
+
+
+def total(folder: Path) -> int:
+    """Bytes of all files below a folder; links are not followed."""
+    return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
 
 
 def build(folder: Path) -> Path:
@@ -73,15 +83,20 @@ def build(folder: Path) -> Path:
     return built
 
 
-def resolve(wheel: Path, extra: str, python: str, machine: str, folder: Path) -> list[Wheel]:
-    """Download what an extra of our wheel needs on another machine; largest first."""
+def fill(environment: Path, wheel: Path, extra: str, python: str, machine: str) -> Path:
+    """Install an extra of our wheel into an empty environment; the folder of its packages."""
+    wanted = ("-c", str(ROOT / "constraints.txt"), f"prunecast[{extra}] @ {wheel.as_uri()}")
+    if (python, machine) == _HERE:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+        _pip("--python", str(environment / "bin" / "python"), "install", "--compile", *wanted)
+        return environment / "lib" / f"python{python}" / "site-packages"
     tags = [part for tag in platforms(machine) for part in ("--platform", tag)]
     _pip(
-        *("download", "--dest", str(folder), "--only-binary=:all:", "--implementation", "cp"),
-        *("--python-version", python, *tags, "-c", str(ROOT / "constraints.txt")),
-        f"prunecast[{extra}] @ {wheel.as_uri()}",
+        *("install", "--target", str(environment), "--no-compile", "--only-binary=:all:"),
+        *("--implementation", "cp", "--python-version", python, *tags, *wanted),
     )
-    return sorted(map(wheel_of, folder.glob("*.whl")), key=lambda w: -w.installed)
+    compileall.compile_dir(environment, quiet=2)
+    return environment
 
 
 def _pip(*arguments: str) -> None:
@@ -90,35 +105,32 @@ def _pip(*arguments: str) -> None:
 
 
 def main() -> None:
-    """Build, resolve, report."""
+    """Build, install, report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--extra", default="edge", help="of the package (default: edge)")
-    add("--python", default="3.11", help="version on the device (default: 3.11)")
-    add("--machine", default="aarch64", help="of the device (default: aarch64)")
+    add("--extra", action="append", help="of the package (default: edge and edge-fleet)")
+    add("--python", default=_HERE[0], help="version on the device (default: this one's)")
+    add("--machine", default=_HERE[1], help="of the device (default: this one's)")
     add("--json", type=Path, metavar="FILE", help="write the figures")
     chosen = parser.parse_args()
+    extras = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "device").mkdir()
-        wheels = resolve(
-            *(build(folder), chosen.extra, chosen.python, chosen.machine, folder / "device")
-        )
-    print(f"prunecast[{chosen.extra}], Python {chosen.python}, {chosen.machine}")
-    print(f"  {'wheel':26}{'version':14}{'download MB':>12}{'on disk MB':>12}")
-    for wheel in (*wheels, total(wheels)):
-        sizes = f"{wheel.packed / 1e6:12.1f}{wheel.installed / 1e6:12.1f}"
-        print(f"  {wheel.name:26}{wheel.version:14}{sizes}")
+        wheel = build(Path(scratch))
+        for extra in chosen.extra or ("edge", "edge-fleet"):
+            environment = Path(scratch) / extra
+            packages = fill(environment, wheel, extra, chosen.python, chosen.machine)
+            whole, found = total(environment), installed(packages)
+            print(f"prunecast[{extra}], Python {chosen.python}, {chosen.machine}")
+            print(f"  {'distribution':26}{'version':14}{'files MB':>10}{'byte code MB':>14}")
+            for one in found:
+                sizes = f"{one.files / 1e6:10.1f}{one.byte_code / 1e6:14.1f}"
+                print(f"  {one.name:26}{one.version:14}{sizes}")
+            print(f"  {'the whole environment':40}{whole / 1e6:24.1f}")
+            extras[extra] = {"bytes": whole, "distributions": [asdict(one) for one in found]}
     if chosen.json:
-        document = {
-            "extra": chosen.extra,
-            "python": chosen.python,
-            "machine": chosen.machine,
-            "wheels": [asdict(wheel) for wheel in wheels],
-            "together": asdict(total(wheels)),
-        }
+        document = {"python": chosen.python, "machine": chosen.machine, "extras": extras}
         chosen.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

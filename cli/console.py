@@ -41,6 +41,8 @@ def explain(error: BaseException, command: str | None) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("prunecast"):
         extra = _EXTRAS.get(command or "", "sim")
+        if extra == "edge" and (error.name or "").partition(".")[0] in ("grpc", "google"):
+            extra = "edge-fleet"
         return f"{error.name} is not installed: pip install 'prunecast[{extra}]'"
     if type(error).__module__.startswith("prunecast."):
         return text

@@ -1,10 +1,13 @@
-"""A device installs numpy, onnxruntime and tuf; nothing else may be needed."""
+"""A device installs numpy, onnxruntime and tuf, and grpcio for a fleet; nothing else is needed."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import textwrap
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -12,7 +15,7 @@ BLOCK = """
 import sys
 
 class Block:
-    names = {"torch", "flwr", "onnx", "onnxscript", "ray", "starlette", "uvicorn"}
+    names = {"torch", "flwr", "onnx", "onnxscript", "ray", "starlette", "uvicorn", "grpc"}
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
@@ -21,9 +24,10 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def _run(code: str) -> subprocess.CompletedProcess[str]:
+def _run(code: str, *, grpc: bool = False) -> subprocess.CompletedProcess[str]:
+    block = BLOCK if not grpc else BLOCK.replace('"grpc"', "")
     return subprocess.run(
-        [sys.executable, "-c", BLOCK + textwrap.dedent(code)],
+        [sys.executable, "-c", block + textwrap.dedent(code)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -34,12 +38,13 @@ def test_the_agent_imports_without_torch_flwr_and_onnx() -> None:
     done = _run(
         """
         import prunecast.client.edge as edge
-        import prunecast.client.edge.control
         import prunecast.client.edge.inference, prunecast.client.edge.telemetry
         assert all(hasattr(edge, name) for name in edge.__all__)
-        assert not {"torch", "flwr", "onnx"} & set(sys.modules)
+        assert not {"torch", "flwr", "onnx", "grpc"} & set(sys.modules)
         """
     )
+    assert done.returncode == 0, done.stderr
+    done = _run("import prunecast.client.edge.control", grpc=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -89,3 +94,46 @@ def test_help_works_with_only_the_edge_extra(arguments: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+def test_control_without_grpc_names_the_extra(tmp_path) -> None:
+    (tmp_path / "root.json").write_text("{}")
+    done = _run(
+        f"""
+        import os
+        os.chdir({str(tmp_path)!r})
+        given = "--state s --name toy --root root.json --control h:1 --control-token t".split()
+        sys.argv = ["prunecast", "edge", "run", *given]
+        from prunecast.cli.main import run
+        run()
+        """
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: grpc is not installed: pip install 'prunecast[edge-fleet]'\n"
+
+
+def test_a_repository_is_followed_over_http_without_grpc(
+    publish, repository, config, tmp_path
+) -> None:
+    publish(1)
+    (tmp_path / "root.json").write_bytes(config.root)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(repository.path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            done = _run(
+                f"""
+                url = "http://127.0.0.1:{server.server_port}/"
+                given = ["--state", {str(config.state)!r}, "--name", "toy", "--url", url]
+                given += ["--root", {str(tmp_path / "root.json")!r}, "--threads", "1"]
+                sys.argv = ["prunecast", "edge", "update", *given]
+                from prunecast.cli.main import run
+                run()
+                """
+            )
+        finally:
+            server.shutdown()
+            thread.join()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("release 1 is active, came as keyframe")
