@@ -4,7 +4,7 @@ Needs neither torch nor onnx. What makes a release is `authoring`, what delivers
 """
 
 from prunecast.server.repository.checks.doctor import examine
-from prunecast.server.repository.checks.metadata import Finding
+from prunecast.server.repository.checks.findings import Finding
 from prunecast.server.repository.checks.verify import VerifiedRelease, verify_repository
 from prunecast.server.repository.errors import (
     CeremonyError,

@@ -25,17 +25,16 @@ from prunecast.server.repository.checks.files import (
     check_releases,
     check_served_keys,
 )
-from prunecast.server.repository.checks.metadata import (
-    Finding,
-    RepositoryState,
-    check_metadata,
-    listed,
-)
+from prunecast.server.repository.checks.findings import Finding, Findings
+from prunecast.server.repository.checks.metadata import RepositoryState, check_metadata
 from prunecast.server.repository.errors import KeyFileError
 from prunecast.server.repository.keys.keyring import KeyRing
 from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, delegations_of
 
 __all__ = ["Finding", "check_keys", "check_offline", "examine"]
+
+_MOST_FILES, _MOST_BYTES = 2000, 16_384  # looked at beside the repository
+_KEY_ID = re.compile(rb"^Key-Id: ([0-9a-f]{64})$", re.MULTILINE)
 
 
 def _utc_now() -> datetime:
@@ -61,38 +60,30 @@ def examine(
         Findings, problems first; empty when all is well.
     """
     path = Path(path)
+    found = Findings(path)
     if not (path / "metadata").is_dir():
-        return [
-            Finding(
-                *("problem", "no-repository", str(path), "has no metadata folder"),
-                "name the folder that `release init` made, or restore it from a copy",
-            )
-        ]
+        remedy = "name the folder that `release init` made, or restore it from a copy"
+        found.problem("no-repository", path, "has no metadata folder", remedy)
+        return found.all
     at = now()
-    state, found = check_metadata(path / "metadata", at)
-    found += check_releases(path, state)
+    state, found.all[:] = check_metadata(path / "metadata", at)
+    check_releases(path, state, found)
     if is_locked(path / ".lock"):
-        found.append(
-            Finding(
-                *("note", "busy", str(path), "is being changed by another process"),
-                "run this again when it is done; leftovers were not looked for",
-            )
-        )
+        remedy = "run this again when it is done; leftovers were not looked for"
+        found.note("busy", path, "is being changed by another process", remedy)
     else:
-        found += check_leftovers(path, state, at, grace)
-    found += check_served_keys(path)
-    found += check_permissions(path)
+        check_leftovers(path, state, at, grace, found)
+    check_served_keys(path, found)
+    check_permissions(path, found)
     if keys is not None:
-        found += check_keys(keys, state)
-    found += check_offline(path, keys, state)
-    return sorted(found, key=lambda f: f.severity != "problem")
+        check_keys(keys, state, found)
+    check_offline(path, keys, state, found)
+    return sorted(found.all, key=lambda finding: finding.severity != "problem")
 
 
-_MOST_FILES, _MOST_BYTES = 2000, 16_384  # looked at beside the repository
-_KEY_ID = re.compile(rb"^Key-Id: ([0-9a-f]{64})$", re.MULTILINE)
-
-
-def check_offline(path: Path, keys: KeyRing | None, state: RepositoryState) -> list[Finding]:
+def check_offline(
+    path: Path, keys: KeyRing | None, state: RepositoryState, found: Findings
+) -> None:
     """Private keys of root and targets on the machine that serves.
 
     Looks into the folder that holds the repository, one level below it, and into the key folders.
@@ -100,7 +91,7 @@ def check_offline(path: Path, keys: KeyRing | None, state: RepositoryState) -> l
     share a role, somebody brought a key that must not be here.
     """
     if state.root is None:
-        return []
+        return
     root = state.root.signed
     alone: list[str] = []
     shared: list[str] = []
@@ -111,13 +102,11 @@ def check_offline(path: Path, keys: KeyRing | None, state: RepositoryState) -> l
             (alone if single else shared).append(f"{file} ({', '.join(roles)})")
     what = "is an offline private key on the machine that serves: whoever breaks in can sign"
     remedy = "move it to a medium of its own; only online keys are needed here"
-    found = []
     if shared:
         away = f"{remedy}. If others use this machine, have the key revoked: `release keys change`"
-        found.append(Finding("problem", "offline-key-here", listed(shared), what, away))
+        found.problem("offline-key-here", shared, what, away)
     if alone:
-        found.append(Finding("note", "offline-key-here", listed(alone), what, remedy))
-    return found
+        found.note("offline-key-here", alone, what, remedy)
 
 
 def _candidates(path: Path, keys: KeyRing | None) -> Iterator[Path]:
@@ -153,9 +142,8 @@ def _key_id(file: Path) -> str | None:
     return SSlibKey.from_crypto(key.public_key()).keyid
 
 
-def check_keys(keys: KeyRing, state: RepositoryState) -> list[Finding]:
+def check_keys(keys: KeyRing, state: RepositoryState, found: Findings) -> None:
     """Compare the keys at hand with those that root and targets name."""
-    found: list[Finding] = []
     targets = state.targets.signed if state.targets else None
     delegated = tuple(delegations_of(targets)) if targets else ()
     for role in (*ROLES, *delegated):
@@ -165,54 +153,46 @@ def check_keys(keys: KeyRing, state: RepositoryState) -> list[Finding]:
         try:
             keys.path(role)
         except KeyFileError as error:
-            found.append(_missing(role, str(error)))
+            _missing(role, str(error), found)
             continue
         try:
             signer = keys.signer(role)
         except KeyFileError as error:
             remedy = f"restore {role}.pem or its mode; its owner alone may read it"
-            found.append(Finding("problem", "key-unusable", role, str(error), remedy))
+            found.problem("key-unusable", role, str(error), remedy)
             continue
         trusted = delegator.get_delegated_role(role).keyids if delegator else None
         if trusted is not None and signer.public_key.keyid not in trusted:
-            found.append(
-                Finding(
-                    *("problem", "key-foreign", role),
-                    f"{keys.path(role)} is not the key that this repository trusts",
-                    "use the key folder of this repository; after a rotation, the new key",
-                )
+            found.problem(
+                "key-foreign",
+                role,
+                f"{keys.path(role)} is not the key that this repository trusts",
+                "use the key folder of this repository; after a rotation, the new key",
             )
-    return found + _leftovers(keys)
+    _leftovers(keys, found)
 
 
-def _missing(role: str, what: str) -> Finding:
-    if role not in OFFLINE_ROLES:
-        remedy = (
-            f"put {role}.pem there, or have it replaced: `release rotate-key` with the root key, "
-            "`release keys change` where several holders sign"
-        )
-        return Finding("problem", "key-missing", role, what, remedy)
-    return Finding("note", "key-offline", role, what, "nothing: it belongs on another medium")
+def _missing(role: str, what: str, found: Findings) -> None:
+    if role in OFFLINE_ROLES:
+        found.note("key-offline", role, what, "nothing: it belongs on another medium")
+        return
+    remedy = (
+        f"put {role}.pem there, or have it replaced: `release rotate-key` with the root key, "
+        "`release keys change` where several holders sign"
+    )
+    found.problem("key-missing", role, what, remedy)
 
 
-def _leftovers(keys: KeyRing) -> list[Finding]:
-    found: list[Finding] = []
+def _leftovers(keys: KeyRing, found: Findings) -> None:
     for folder in keys.folders:
         for role in ROLES:
             fresh, old = folder / f"{role}.pem.new", folder / f"{role}.pem.old"
             if fresh.exists():
-                found.append(
-                    Finding(
-                        *("problem", "unfinished-rotation", str(fresh)),
-                        "a rotation of this key was cut off before anything was published",
-                        "delete it and rotate again",
-                    )
+                found.problem(
+                    "unfinished-rotation",
+                    fresh,
+                    "a rotation of this key was cut off before anything was published",
+                    "delete it and rotate again",
                 )
             if old.exists():
-                found.append(
-                    Finding(
-                        *("note", "old-key", str(old), "is a rotated key that nothing needs"),
-                        "destroy it",
-                    )
-                )
-    return found
+                found.note("old-key", old, "is a rotated key that nothing needs", "destroy it")

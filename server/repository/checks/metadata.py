@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets
 
+from prunecast.server.repository.checks.findings import Finding, Findings
 from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, Expiry, delegations_of, tally
 
-__all__ = ["Finding", "RepositoryState", "check_metadata", "listed"]
+__all__ = ["RepositoryState", "check_metadata"]
 
 _ROOT = re.compile(r"([1-9][0-9]*)\.root\.json")
 _RESTORE = "restore it from a copy of the repository"
@@ -39,7 +40,7 @@ class RepositoryState:
 
 def check_metadata(folder: Path, now: datetime) -> tuple[RepositoryState, list[Finding]]:
     """Read what `timestamp.json` names, and say what is wrong on the way."""
-    found: list[Finding] = []
+    found = Findings(folder.parent)
     state = RepositoryState(_roots(folder, found))
     timestamp = _read(folder, "timestamp.json", "timestamp", None, state.root, found)
     snapshot = None
@@ -64,21 +65,19 @@ def check_metadata(folder: Path, now: datetime) -> tuple[RepositoryState, list[F
     }
     for role, metadata in {**read, **state.delegated}.items():
         if metadata is not None:
-            found += _expiry(role, metadata.signed.expires, now)
-    return state, found
+            _expiry(role, metadata.signed.expires, now, found)
+    return state, found.all
 
 
-def _delegated(
-    folder: Path, state: RepositoryState, snapshot: Snapshot, found: list[Finding]
-) -> None:
+def _delegated(folder: Path, state: RepositoryState, snapshot: Snapshot, found: Findings) -> None:
     for role in delegations_of(state.targets.signed) if state.targets else ():
         meta = snapshot.meta.get(f"{role}.json")
         if meta is None:
-            found.append(
-                Finding(
-                    *("problem", "metadata-mismatch", role, "is delegated to, but has no list"),
-                    f"{_RESTORE}, or have the delegation withdrawn: devices of its names stop",
-                )
+            found.problem(
+                "metadata-mismatch",
+                role,
+                "is delegated to, but has no list",
+                f"{_RESTORE}, or have the delegation withdrawn: devices of its names stop",
             )
             continue
         state.versions[role] = meta.version
@@ -88,21 +87,19 @@ def _delegated(
             state.delegated[role] = listing
 
 
-def _roots(folder: Path, found: list[Finding]) -> Metadata[Root] | None:
+def _roots(folder: Path, found: Findings) -> Metadata[Root] | None:
     names = (_ROOT.fullmatch(path.name) for path in folder.iterdir())
     versions = sorted(int(m[1]) for m in names if m)
     if not versions:
-        found.append(
-            Finding("problem", "metadata-missing", "root.json", "there is no root", _RESTORE)
-        )
+        found.problem("metadata-missing", "root.json", "there is no root", _RESTORE)
         return None
     gaps = sorted({*range(versions[0], versions[-1])} - {*versions})
     if gaps:
-        found.append(
-            Finding(
-                *("problem", "root-gap", f"{gaps[0]}.root.json", "is missing between other roots"),
-                f"{_RESTORE}: devices go from root to root and cannot skip one",
-            )
+        found.problem(
+            "root-gap",
+            f"{gaps[0]}.root.json",
+            "is missing between other roots",
+            f"{_RESTORE}: devices go from root to root and cannot skip one",
         )
     roots = {v: _load(folder / f"{v}.root.json", found) for v in versions}
     for before, after in pairwise(versions):
@@ -115,7 +112,7 @@ def _roots(folder: Path, found: list[Finding]) -> Metadata[Root] | None:
     return last
 
 
-def _load(path: Path, found: list[Finding]) -> Metadata[Any] | None:
+def _load(path: Path, found: Findings) -> Metadata[Any] | None:
     try:
         return Metadata.from_bytes(path.read_bytes())
     except FileNotFoundError:
@@ -124,7 +121,7 @@ def _load(path: Path, found: list[Finding]) -> Metadata[Any] | None:
         what, code = f"cannot be read: {error.strerror or error}", "metadata-unreadable"
     except (tuf_errors.RepositoryError, ValueError, KeyError, TypeError) as error:
         what, code = f"is damaged: {error}", "metadata-unreadable"
-    found.append(Finding("problem", code, path.name, what, _RESTORE))
+    found.problem(code, path.name, what, _RESTORE)
     return None
 
 
@@ -133,7 +130,7 @@ def _signed(
     delegator: Metadata[Root] | Metadata[Targets],
     role: str,
     metadata: Metadata[Any],
-    found: list[Finding],
+    found: Findings,
 ) -> None:
     try:
         counted = tally(delegator.signed, role, metadata)
@@ -156,7 +153,7 @@ def _signed(
         else "sign it with `release renew` and the right keys, or restore it from a copy: devices "
         "refuse it"
     )
-    found.append(Finding("problem", code, name, said, remedy))
+    found.problem(code, name, said, remedy)
 
 
 def _read(
@@ -165,16 +162,14 @@ def _read(
     role: str,
     meta: MetaFile | None,
     delegator: Metadata[Root] | Metadata[Targets] | None,
-    found: list[Finding],
+    found: Findings,
 ) -> Metadata[Any] | None:
     """One role's metadata, compared with what names it."""
     metadata = _load(folder / name, found)
     if metadata is None:
         return None
     if metadata.signed.type != (role if role in ROLES else Targets.type):
-        found.append(
-            Finding("problem", "metadata-mismatch", name, f"holds {metadata.signed.type}", _RESTORE)
-        )
+        found.problem("metadata-mismatch", name, f"holds {metadata.signed.type}", _RESTORE)
         return None
     if meta is not None:
         wrong = []
@@ -185,19 +180,18 @@ def _read(
         if metadata.signed.version != meta.version:
             wrong.append(f"it says version {metadata.signed.version}")
         if wrong:
-            found.append(
-                Finding(
-                    *("problem", "metadata-mismatch", name),
-                    f"is not the file that the role above it names: {'; '.join(wrong)}",
-                    f"{_RESTORE}: devices refuse it",
-                )
+            found.problem(
+                "metadata-mismatch",
+                name,
+                f"is not the file that the role above it names: {'; '.join(wrong)}",
+                f"{_RESTORE}: devices refuse it",
             )
     if delegator is not None:
         _signed(name, delegator, role, metadata, found)
     return metadata
 
 
-def _expiry(role: str, expires: datetime, now: datetime) -> list[Finding]:
+def _expiry(role: str, expires: datetime, now: datetime, found: Findings) -> None:
     left = expires - now
     if role in OFFLINE_ROLES:
         renew = (
@@ -208,41 +202,8 @@ def _expiry(role: str, expires: datetime, now: datetime) -> list[Finding]:
         renew = f"prunecast release renew --role {role} (from a timer, it needs no offline key)"
     if left <= timedelta(0):
         what = f"expired on {expires:%Y-%m-%d %H:%M} UTC: devices keep what they run"
-        return [Finding("problem", "expired", role, what, renew)]
-    if Expiry().soon(role, expires, now):
+        found.problem("expired", role, what, renew)
+    elif Expiry().soon(role, expires, now):
         hours = int(left.total_seconds() // 3600)
         what = f"expires in {hours // 24} days and {hours % 24} hours"
-        return [Finding("problem", "expires-soon", role, what, renew)]
-    return []
-
-
-_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know.
-
-    Attributes:
-        severity: ``problem`` when something must be done, ``note`` when nothing need be.
-        code: stable name of the kind of finding, for scripts.
-        subject: the file, role or release.
-        what: what is wrong with it.
-        remedy: what to do.
-    """
-
-    severity: Literal["problem", "note"]
-    code: str
-    subject: str
-    what: str
-    remedy: str
-
-
-def listed(names: list[str]) -> str:
-    """The first few names and how many more there are.
-
-    >>> listed(["a", "b"]), listed(list("abcdefgh"))
-    ('a, b', 'a, b, c, d, e and 3 more')
-    """
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+        found.problem("expires-soon", role, what, renew)
