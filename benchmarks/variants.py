@@ -131,7 +131,7 @@ def variants(trained: Path, graphs: Path) -> list[Made]:
     from delivery import wide_narrow
 
     from prunecast.compression.onnx import quantise
-    from prunecast.compression.onnx.cache import export_cached
+    from prunecast.compression.onnx.export import export_cached
     from prunecast.compression.onnx.lattice import snap
     from prunecast.compression.pruning import ChannelPlan
     from prunecast.compression.pruning.narrowing import narrow_module

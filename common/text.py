@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bits_text", "bytes_text", "count_text", "percent", "ratio_text"]
+__all__ = ["bits_text", "bytes_text", "count_text", "first_line", "percent", "ratio_text"]
 
 
 def bytes_text(count: float | None) -> str:
@@ -47,3 +47,8 @@ def ratio_text(ratio: float | None) -> str:
     if ratio is None:
         return "–"
     return f"{ratio:.0f}×" if ratio >= 99.5 else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of somebody else says, without its details; its name where it is silent."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,13 +1,14 @@
 """The tools that build a release: a module or an ``.onnx`` file, a published model, a graph.
 
-What a device reads of the result is `compression.release`. `compression.onnx.export` and
-`compression.onnx.cache` need torch and are imported by name.
+What a device reads of the result is `compression.release`. `compression.onnx.export` needs torch
+and is imported by name.
 """
 
 from prunecast.compression.onnx.bind import (
     BoundModel,
     Variant,
     bind_weights,
+    export_single,
     save_single_file,
     single_file_size,
 )
@@ -31,7 +32,6 @@ from prunecast.compression.onnx.graph import (
 from prunecast.compression.onnx.lattice import snap
 from prunecast.compression.onnx.lift import LiftedModel, lift_model
 from prunecast.compression.onnx.qdq import QuantisedModel, quantise
-from prunecast.compression.onnx.single import export_single
 
 __all__ = [
     "BindError",

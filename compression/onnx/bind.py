@@ -20,16 +20,25 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import helper
 
 from prunecast.common.files import write_atomically
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import BindError
 from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.onnx.walk import replace_items
 from prunecast.compression.release.layout import Segment, WeightsLayout, place
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 
-__all__ = ["BoundModel", "Variant", "bind_weights", "save_single_file", "single_file_size"]
+__all__ = [
+    "BoundModel",
+    "Variant",
+    "bind_weights",
+    "export_single",
+    "save_single_file",
+    "single_file_size",
+]
 
 Variant = Literal["lattice", "fp32"]
 _WEIGHTS = "weights.bin"
@@ -74,13 +83,17 @@ def bind_weights(
         StorageError: a file cannot be written.
     """
     directory = Path(directory)
-    chosen = _resolve(graph, model)
-    layout = place(_rows(graph, chosen, variant))
-    proto = _proto(graph, chosen, layout, inline=None)
+    proto, layout = _bound(graph, model, variant)
     path = directory / "model.onnx"
     write_atomically(path, proto.SerializeToString(deterministic=True))
     sha256 = layout.write(model, directory / _WEIGHTS)
     return BoundModel(path, directory / _WEIGHTS, layout, sha256)
+
+
+def bind_arrays(graph: ExportedGraph, arrays: dict[str, Any], directory: Path) -> Path:
+    """Bind plain arrays losslessly; returns the path of `model.onnx`. For checks at export."""
+    model = PublishedModel({name: RawTensor(values) for name, values in arrays.items()})
+    return bind_weights(graph, model, directory, variant="fp32").model
 
 
 def save_single_file(
@@ -92,33 +105,62 @@ def save_single_file(
         BindError: the model does not fit the graph, or would exceed protobuf's 2 GiB.
         StorageError: the file cannot be written.
     """
-    chosen = _resolve(graph, model)
-    layout = place(_rows(graph, chosen, variant))
-    if layout.size + len(graph.skeleton) > _PROTOBUF_LIMIT:
-        raise BindError(
-            f"{layout.size} bytes of weights do not fit into one protobuf file: use bind_weights"
-        )
-    proto = _proto(graph, chosen, layout, inline=model)
-    data = proto.SerializeToString(deterministic=True)
-    write_atomically(Path(path), data)
-    return len(data)
-
-
-def bind_arrays(graph: ExportedGraph, arrays: dict[str, Any], directory: Path) -> Path:
-    """Bind plain arrays losslessly; returns the path of `model.onnx`. For checks at export."""
-    model = PublishedModel({name: RawTensor(values) for name, values in arrays.items()})
-    return bind_weights(graph, model, directory, variant="fp32").model
+    proto, layout = _bound(graph, model, variant)
+    return export_single(proto.SerializeToString(), layout, model, path)
 
 
 def single_file_size(graph: ExportedGraph, model: PublishedModel, variant: Variant = "fp32") -> int:
     """Size in bytes of the file that `save_single_file` would write, without writing it.
 
     Raises:
-        BindError: the model does not fit the graph.
+        BindError: as there.
     """
-    chosen = _resolve(graph, model)
-    layout = place(_rows(graph, chosen, variant))
-    return int(_proto(graph, chosen, layout, inline=model).ByteSize())
+    proto, layout = _bound(graph, model, variant)
+    return int(_inlined(proto, layout, model).ByteSize())
+
+
+def export_single(graph: bytes, layout: WeightsLayout, model: PublishedModel, path: Path) -> int:
+    """Put the weights of a release into its graph and write one file; returns its size in bytes.
+
+    The values are those a device runs, bit for bit, in the release's own variant.
+
+    Args:
+        graph: content of `model.onnx`.
+        layout: content of `layout.json`.
+        model: the published model.
+        path: file to write.
+
+    Raises:
+        BindError: graph and layout do not belong together, or the result exceeds 2 GiB.
+        LayoutError: layout and model do not belong together.
+        StorageError: the file cannot be written.
+    """
+    try:
+        proto = onnx.ModelProto.FromString(graph)
+    except DecodeError as error:
+        raise BindError(f"model.onnx of the release is damaged: {error}") from error
+    data = _inlined(proto, layout, model).SerializeToString(deterministic=True)
+    write_atomically(Path(path), data)
+    return len(data)
+
+
+def _inlined(proto: Any, layout: WeightsLayout, model: PublishedModel) -> Any:
+    if layout.size + proto.ByteSize() > _PROTOBUF_LIMIT:
+        raise BindError(f"{layout.size} bytes of weights do not fit into one protobuf file")
+    segments = {segment.name: segment for segment in layout.segments}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        segment = segments.get(tensor.name)
+        if segment is None:
+            raise BindError(
+                f"layout.json does not place {tensor.name!r}, which model.onnx refers to"
+            )
+        values = segment.values(model)
+        tensor.raw_data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+        del tensor.external_data[:]
+        tensor.ClearField("data_location")
+    return proto
 
 
 def resolve(graph: ExportedGraph, model: PublishedModel) -> list[tuple[str, str, Tensor]]:
@@ -127,19 +169,6 @@ def resolve(graph: ExportedGraph, model: PublishedModel) -> list[tuple[str, str,
     Raises:
         BindError: the model does not fit the graph.
     """
-    return [(c.parameter, c.source, c.tensor) for c in _resolve(graph, model)]
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """The tensor of the published model that fills one initialiser."""
-
-    parameter: str
-    source: str
-    tensor: Tensor
-
-
-def _resolve(graph: ExportedGraph, model: PublishedModel) -> list[_Chosen]:
     known = {*graph.parameters, *graph.aliases, *graph.unused}
     unknown = [name for name in model.tensors if name not in known]
     if unknown:
@@ -165,7 +194,7 @@ def _resolve(graph: ExportedGraph, model: PublishedModel) -> list[_Chosen]:
                     f"{names[0]!r} and {other!r} are one tied weight but have different values: "
                     "untie them in the module and export again, or publish one of them"
                 )
-        chosen.append(_Chosen(parameter, names[0], tensor))
+        chosen.append((parameter, names[0], tensor))
     return chosen
 
 
@@ -176,52 +205,47 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return left.dtype == right.dtype and left.tobytes() == right.tobytes()
 
 
+def _bound(
+    graph: ExportedGraph, model: PublishedModel, variant: Variant
+) -> tuple[Any, WeightsLayout]:
+    """The graph that refers to `weights.bin`, and where each tensor lies in there."""
+    chosen = resolve(graph, model)
+    layout = place(_rows(graph, chosen, variant))
+    proto = onnx.ModelProto.FromString(graph.skeleton)
+    placed = {segment.name for segment in layout.segments}
+    nodes = []
+    for name, _, tensor in chosen:
+        if name in graph.integers:
+            continue  # the graph dequantises them itself
+        if f"{name}::q" in placed and isinstance(tensor, LatticeTensor):
+            nodes += _dequantise(name, tensor)
+        elif name not in placed:
+            empty = helper.make_tensor(name, _onnx_type(tensor.dtype), tensor.shape, [])
+            proto.graph.initializer.append(empty)
+    proto.graph.initializer.extend(map(_initialiser, layout.segments))
+    replace_items(proto.graph.node, [*nodes, *proto.graph.node])
+    return proto, layout
+
+
 def _rows(
-    graph: ExportedGraph, chosen: list[_Chosen], variant: Variant
+    graph: ExportedGraph, chosen: list[tuple[str, str, Tensor]], variant: Variant
 ) -> Iterator[tuple[str, str, str, str, tuple[int, ...]]]:
     if variant not in ("lattice", "fp32"):
         raise BindError(f"unknown variant {variant!r}: use 'lattice' or 'fp32'")
-    for c in chosen:
-        tensor, name = c.tensor, c.parameter
+    for name, source, tensor in chosen:
         if name in graph.integers:
             if not isinstance(tensor, LatticeTensor) or tensor.q.dtype != np.int8:
-                raise BindError(f"the graph reads {c.source!r} as int8: quantise the model anew")
-            yield f"{name}::q", c.source, "q", "int8", tensor.shape
+                raise BindError(f"the graph reads {source!r} as int8: quantise the model anew")
+            yield f"{name}::q", source, "q", "int8", tensor.shape
             continue
         if not tensor.dense().size if isinstance(tensor, RawTensor) else not tensor.q.size:
             continue  # an empty tensor has no bytes; it is written into the graph
         if isinstance(tensor, LatticeTensor) and variant == "lattice":
-            yield f"{name}::q", c.source, "q", tensor.q.dtype.name, tensor.shape
-            yield f"{name}::step", c.source, "step", "float32", ()
+            yield f"{name}::q", source, "q", tensor.q.dtype.name, tensor.shape
+            yield f"{name}::step", source, "step", "float32", ()
         else:
             part = "dense" if isinstance(tensor, LatticeTensor) else "raw"
-            yield name, c.source, part, np.dtype(tensor.dtype).name, tensor.shape
-
-
-def _proto(
-    graph: ExportedGraph,
-    chosen: list[_Chosen],
-    layout: WeightsLayout,
-    *,
-    inline: PublishedModel | None,
-) -> Any:
-    proto = onnx.ModelProto.FromString(graph.skeleton)
-    placed = {segment.name for segment in layout.segments}
-    nodes = []
-    for c in chosen:
-        name = c.parameter
-        if name in graph.integers:
-            continue  # the graph dequantises them itself
-        if f"{name}::q" in placed and isinstance(c.tensor, LatticeTensor):
-            nodes += _dequantise(name, c.tensor)
-        elif name not in placed:
-            empty = helper.make_tensor(name, _onnx_type(c.tensor.dtype), c.tensor.shape, [])
-            proto.graph.initializer.append(empty)
-    proto.graph.initializer.extend(_initialiser(s, inline) for s in layout.segments)
-    body = list(proto.graph.node)
-    del proto.graph.node[:]
-    proto.graph.node.extend([*nodes, *body])
-    return proto
+            yield name, source, part, np.dtype(tensor.dtype).name, tensor.shape
 
 
 def _dequantise(name: str, tensor: LatticeTensor) -> list[Any]:
@@ -243,15 +267,11 @@ def _onnx_type(dtype: Any) -> int:
     return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
-def _initialiser(segment: Segment, inline: PublishedModel | None) -> Any:
+def _initialiser(segment: Segment) -> Any:
     tensor = onnx.TensorProto()
     tensor.name = segment.name
     tensor.data_type = _onnx_type(segment.dtype)
     tensor.dims.extend(segment.shape)
-    if inline is not None:
-        values = segment.values(inline)
-        tensor.raw_data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
-        return tensor
     tensor.data_location = onnx.TensorProto.EXTERNAL
     entries = {"location": _WEIGHTS, "offset": segment.offset, "length": segment.length}
     for key, value in entries.items():

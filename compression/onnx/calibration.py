@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from prunecast.common.text import first_line
 from prunecast.compression.onnx.errors import QuantisationError
 from prunecast.compression.release.selftest import Arrays
 
@@ -133,8 +134,9 @@ def calibrate(
                 extra_options=dict(_OPTIONS),
             )
         except Exception as error:  # the tool raises its own, onnx's and plain errors
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise QuantisationError(f"onnxruntime cannot quantise the model: {reason}") from error
+            raise QuantisationError(
+                f"onnxruntime cannot quantise the model: {first_line(error)}"
+            ) from error
         made = onnx.load(path)
     del made.metadata_props[:]
     made.metadata_props.extend(proto.metadata_props)

@@ -11,12 +11,15 @@ module's weights and with perturbed ones: a value frozen into the graph would sh
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,17 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper
 
+from prunecast.common.text import first_line
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.bind import bind_arrays
 from prunecast.compression.onnx.errors import ExportError, FoldedParameter, NumericsError
-from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
+from prunecast.compression.release import ReleaseError
 from prunecast.compression.release.runtime import open_session
 
-__all__ = ["check_graph", "export_graph"]
+__all__ = ["check_graph", "export_cached", "export_graph"]
 
+_EDITION = 1  # raised when the same module would be exported to another graph
 _LOWEST_OPSET = 21  # DequantizeLinear on int16
 _BATCH = "batch"
 
@@ -119,6 +125,60 @@ def check_graph(
         )
 
 
+def export_cached(
+    module: torch.nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    input_names: Sequence[str],
+    folder: Path,
+) -> tuple[ExportedGraph, bool]:
+    """The graph of a module with a free batch: from `folder`, or exported and put there.
+
+    A graph is found again by what the module looks like: its class and configuration, the names
+    and shapes of its tensors, the inputs, and the versions of the exporter. What its code does
+    cannot be seen that way, so a graph that is found is run against the module before it is used,
+    with the module's weights and with perturbed ones; one that computes something else is exported
+    anew.
+
+    Args:
+        module: in evaluation mode.
+        example_inputs: positional inputs, the batch first.
+        input_names: names of the inputs.
+        folder: of the kept graphs; created when missing.
+
+    Returns:
+        The graph, its `max_difference` measured now, and whether it was found.
+
+    Raises:
+        ExportError: the module cannot be exported.
+        StorageError: the graph cannot be kept.
+    """
+    path = Path(folder) / f"{_key(module, example_inputs, input_names)}.onnx"
+    if path.is_file():
+        try:
+            graph = load_graph(path)
+            worst = check_graph(graph, module, example_inputs, input_names)
+        except ReleaseError:
+            path.unlink(missing_ok=True)  # damaged, or the code has changed
+        else:
+            return replace(graph, max_difference=worst), True
+    graph = export_graph(module, example_inputs, input_names=input_names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_graph(graph, path)
+    return graph, False
+
+
+def _key(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: Sequence[str]) -> str:
+    look = [
+        _EDITION,
+        [version(name) for name in ("torch", "onnx", "onnxscript")],
+        f"{type(module).__module__}.{type(module).__qualname__}",
+        repr(module),
+        [[n, str(t.dtype), list(t.shape)] for n, t in module.state_dict().items()],
+        [[n, str(x.dtype), list(x.shape[1:])] for n, x in zip(names, inputs, strict=True)],
+    ]
+    return hashlib.sha256(json.dumps(look).encode()).hexdigest()
+
+
 def _at_least_two(x: torch.Tensor) -> torch.Tensor:
     # torch.export specialises a dimension whose example size is 0 or 1
     if x.dim() == 0:
@@ -166,9 +226,10 @@ def _trace(
                 opset_version=opset,
             )
     except Exception as error:  # the exporter raises its own, torch.export's and plain errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "; if its batch size is fixed, pass dynamic_batch=False" if dynamic_batch else ""
-        raise ExportError(f"{type(module).__name__} cannot be exported: {reason}{hint}") from error
+        raise ExportError(
+            f"{type(module).__name__} cannot be exported: {first_line(error)}{hint}"
+        ) from error
     if program is None:
         raise ExportError(f"{type(module).__name__} cannot be exported")
     return program

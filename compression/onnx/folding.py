@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from prunecast.compression.onnx.graph import ExportedGraph
-from prunecast.compression.onnx.walk import uses_of
+from prunecast.compression.onnx.walk import replace_items, uses_of
 
 __all__ = ["Kernel", "Norm", "Prepared", "prepare"]
 
@@ -140,7 +140,7 @@ def prepare(graph: ExportedGraph) -> Prepared:
     norms = {k.node: k for k in _fold_norms(body, kernels, graph)}
     kernels = tuple(norms.get(k.node, k) for k in kernels)
     transposed = {k.weight for k in kernels if k.perm is not None}
-    _keep(body, [n for n in body.node if not transposed.intersection(n.output)])
+    replace_items(body.node, [n for n in body.node if not transposed.intersection(n.output)])
     _remove_dead(body)
     folded = {name for k in kernels for name in (k.weight, k.bias) if name}
     read = {name for name in uses_of(body) if name in graph.parameters and name not in folded}
@@ -193,17 +193,8 @@ def _remove_dead(body: Any) -> None:
         kept = [node for node in body.node if any(o in read for o in node.output)]
         if len(kept) == len(body.node):
             break
-        _keep(body, kept)
-    constants = [i for i in body.initializer if i.name in read]
-    copied = [type(i).FromString(i.SerializeToString()) for i in constants]
-    del body.initializer[:]
-    body.initializer.extend(copied)
-
-
-def _keep(body: Any, nodes: list[Any]) -> None:
-    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del body.node[:]
-    body.node.extend(copies)
+        replace_items(body.node, kept)
+    replace_items(body.initializer, [i for i in body.initializer if i.name in read])
 
 
 def _kernels(body: Any, graph: ExportedGraph) -> Iterator[Kernel]:

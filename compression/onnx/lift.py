@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from prunecast.common.text import first_line
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.errors import ForeignModel
 from prunecast.compression.onnx.external import TensorReader, read_proto
@@ -29,6 +30,7 @@ from prunecast.compression.onnx.walk import (
     initialisers,
     inner_graphs,
     rename,
+    replace_items,
     subgraphs,
     tensors,
     uses_of,
@@ -107,8 +109,7 @@ def lift_model(path: Path) -> LiftedModel:
         raise ForeignModel(f"{path}: tensor {taken[0]!r} collides with a reserved name")
     if dropped:
         inputs = [i for i in proto.graph.input if i.name not in dropped]
-        del proto.graph.input[:]
-        proto.graph.input.extend(inputs)
+        replace_items(proto.graph.input, inputs)
         if proto.ir_version >= _LOWEST_IR:
             notes.append(f"{len(dropped)} inputs with a default value are constants now")
     proto.ir_version = max(proto.ir_version, _LOWEST_IR)
@@ -168,8 +169,8 @@ class _Lifting:
                 for old, new in renamed.items()
                 if old in outputs
             ]
-        _replace(graph.initializer, kept)
-        _replace(graph.node, nodes)
+        replace_items(graph.initializer, kept)
+        replace_items(graph.node, nodes)
         if inner:
             rename(graph, renamed)
         for node in graph.node:
@@ -247,12 +248,6 @@ def _multiplied(name: str, uses: Uses, depth: int = 8) -> bool:
     )
 
 
-def _replace(field_: Any, items: list[Any]) -> None:
-    copies = [type(item).FromString(item.SerializeToString()) for item in items]
-    del field_[:]
-    field_.extend(copies)
-
-
 def _densified(graph: Any, reader: TensorReader) -> list[Any]:
     made = []
     for sparse in graph.sparse_initializer:
@@ -281,8 +276,9 @@ def _inlined(proto: Any, path: Path) -> Any:
     try:
         return inliner.inline_local_functions(proto)
     except Exception as error:  # onnx raises its checker's and plain RuntimeError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ForeignModel(f"{path}: its functions cannot be inlined: {reason}") from error
+        raise ForeignModel(
+            f"{path}: its functions cannot be inlined: {first_line(error)}"
+        ) from error
 
 
 def _tidy(graph: Any) -> None:

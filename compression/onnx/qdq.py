@@ -43,6 +43,7 @@ from prunecast.compression.onnx.errors import QuantisationError
 from prunecast.compression.onnx.folding import Kernel, prepare
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.lattice import channel_steps
+from prunecast.compression.onnx.walk import replace_items
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import (
     LatticeTensor,
@@ -308,9 +309,8 @@ class _Parts:
         read = {name for node in [*self._early, *body.node] for name in node.input}
         kept = [i for i in constants if i.name in read]
         kept += [numpy_helper.from_array(v, n) for n, v in sorted(self._zeros.items())]
-        nodes = [type(n).FromString(n.SerializeToString()) for n in [*self._early, *body.node]]
-        del body.initializer[:], body.node[:], body.value_info[:]
-        body.initializer.extend(sorted(kept, key=lambda i: str(i.name)))
-        body.node.extend(nodes)
+        replace_items(body.initializer, sorted(kept, key=lambda i: str(i.name)))
+        replace_items(body.node, [*self._early, *body.node])
+        del body.value_info[:]
         self._proto.producer_name, self._proto.producer_version = "prunecast", ""
         return bytes(self._proto.SerializeToString(deterministic=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ __all__ = [
     "initialisers",
     "inner_graphs",
     "rename",
+    "replace_items",
     "subgraphs",
     "tensors",
     "uses_of",
@@ -123,3 +124,10 @@ def rename(graph: Any, renamed: Mapping[str, str]) -> None:
         for _, sub in subgraphs(node):
             own = _defined(sub)
             rename(sub, {old: new for old, new in renamed.items() if old not in own})
+
+
+def replace_items(field: Any, items: Iterable[Any]) -> None:
+    """Let a repeated field of messages hold `items`, of which some may be in it already."""
+    copies = [type(item).FromString(item.SerializeToString()) for item in items]
+    del field[:]
+    field.extend(copies)

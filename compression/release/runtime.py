@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.common.text import first_line
 from prunecast.compression.release.errors import InputRefused, RuntimeFailure
 
 __all__ = [
@@ -76,7 +77,7 @@ class InferenceSession:
         try:
             values = self._session.run(None, dict(inputs))
         except Exception as error:  # onnxruntime raises its own and RuntimeError
-            raise RuntimeFailure(f"inference failed: {_first_line(error)}") from error
+            raise RuntimeFailure(f"inference failed: {first_line(error)}") from error
         return {s.name: np.asarray(v) for s, v in zip(self.outputs, values, strict=True)}
 
     def _check(self, inputs: Mapping[str, NDArray[np.generic]]) -> None:
@@ -214,7 +215,7 @@ def open_session(
             str(path), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime raises its own and RuntimeError
-        raise RuntimeFailure(f"onnxruntime refuses {path}: {_first_line(error)}") from error
+        raise RuntimeFailure(f"onnxruntime refuses {path}: {first_line(error)}") from error
     return InferenceSession(session)
 
 
@@ -224,7 +225,3 @@ def _signature(node: Any) -> Signature:
         raise RuntimeFailure(f"{node.name!r} is a {node.type}, which is not supported")
     shape = tuple(n if isinstance(n, int) else str(n or "dynamic") for n in node.shape)
     return Signature(str(node.name), dtype, shape)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

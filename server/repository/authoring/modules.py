@@ -83,7 +83,7 @@ def export_module(
     """
     import torch
 
-    from prunecast.compression.onnx.cache import export_cached
+    from prunecast.compression.onnx.export import export_cached
     from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
 
     with torch.random.fork_rng(devices=[]):

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.common.files import cache_folder
 from prunecast.compression.onnx import ExportedGraph, load_graph
 from prunecast.compression.onnx.lattice import STEPS, Steps
 from prunecast.compression.release import ReleaseManifest, unpack_arrays
@@ -273,9 +274,7 @@ class ReleaseRecipe:
 
     @property
     def _cache(self) -> Path:
-        from prunecast.compression.onnx.cache import default_cache
-
-        return self.cache or default_cache()
+        return self.cache or cache_folder("graphs")
 
     def _named_inputs(self) -> Arrays:
         if isinstance(self.selftest, Mapping):

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.compression.onnx.cache import export_cached
+from prunecast.compression.onnx.export import export_cached
 from prunecast.compression.release import open_session
 from prunecast.compression.versions import LatticeTensor
 from prunecast.server.repository import KeyRing, Repository, RepositoryError, verify_repository
