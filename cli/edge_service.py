@@ -30,7 +30,7 @@ def serving(
     Yields:
         A function that shows the manager one line about what the agent does.
     """
-    from prunecast.client.edge.inference import InferenceServer, answers
+    from prunecast.client.edge.inference import InferenceServer, is_answering
     from prunecast.client.edge.service_manager import ServiceManager
 
     manager = ServiceManager()
@@ -44,7 +44,7 @@ def serving(
             print(shown, flush=True)  # noqa: T201
 
         def alive() -> bool:
-            return all(answers(address, _PROBE_SECONDS) for address in listening)
+            return all(is_answering(address, _PROBE_SECONDS) for address in listening)
 
         with manager.watching(alive):
             yield lambda line: manager.tell(STATUS=line)

@@ -1,17 +1,16 @@
 """The active release for other programs on the device, in the Open Inference Protocol (REST)."""
 
-from prunecast.client.edge.inference.errors import EndpointError, RequestRefused
-from prunecast.client.edge.inference.limits import EndpointLimits
-from prunecast.client.edge.inference.probe import answers
-from prunecast.client.edge.inference.protocol import Answer, InferenceProtocol
+from prunecast.client.edge.inference.address import is_answering
+from prunecast.client.edge.inference.limits import EndpointError, EndpointLimits, RequestRefused
+from prunecast.client.edge.inference.protocol import EndpointReply, InferenceProtocol
 from prunecast.client.edge.inference.server import InferenceServer
 
 __all__ = [
-    "Answer",
     "EndpointError",
     "EndpointLimits",
+    "EndpointReply",
     "InferenceProtocol",
     "InferenceServer",
     "RequestRefused",
-    "answers",
+    "is_answering",
 ]

@@ -1,4 +1,4 @@
-"""Where the endpoint listens: a Unix socket, or TCP that never leaves the device."""
+"""Where the endpoint listens, a Unix socket or TCP that stays on the device, and if it answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunecast.client.edge.inference.errors import EndpointError
+from prunecast.client.edge.inference.limits import EndpointError
 
-__all__ = ["Listener", "listen"]
+__all__ = ["Listener", "is_answering", "listen"]
 
 _TCP = re.compile(r"(localhost|\d+\.\d+\.\d+\.\d+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
+_PROBE = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 _BACKLOG = 64
 _MOST_PATH = 107  # bytes, see unix(7)
 
@@ -123,3 +124,30 @@ def _check_free(path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def is_answering(address: str, seconds: float) -> bool:
+    """Whether HTTP comes back within so many seconds; a refusal for being busy is an answer.
+
+    Args:
+        address: of an `InferenceServer`: ``unix:PATH`` or ``http://HOST:PORT``.
+        seconds: for each step of the exchange.
+    """
+    with suppress(OSError), _connected(address, seconds) as probe:
+        probe.sendall(_PROBE)
+        return probe.recv(7) == b"HTTP/1."
+    return False
+
+
+def _connected(address: str, seconds: float) -> socket.socket:
+    if not address.startswith("unix:"):
+        host, _, port = address.removeprefix("http://").rpartition(":")
+        return socket.create_connection((host.strip("[]"), int(port)), timeout=seconds)
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.settimeout(seconds)
+        probe.connect(address.removeprefix("unix:"))
+    except OSError:
+        probe.close()
+        raise
+    return probe

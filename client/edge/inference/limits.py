@@ -1,4 +1,4 @@
-"""What requests to the endpoint may cost, all of them together."""
+"""What requests to the endpoint may cost, all of them together, and how they are refused."""
 
 from __future__ import annotations
 
@@ -7,9 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from prunecast.client.edge.inference.errors import RequestRefused
+from prunecast.client.edge.errors import EdgeError
 
-__all__ = ["Budget", "EndpointLimits"]
+__all__ = ["Budget", "EndpointError", "EndpointLimits", "RequestRefused"]
+
+
+class EndpointError(EdgeError):
+    """The endpoint cannot be served at the address that was asked for."""
+
+
+class RequestRefused(EdgeError):
+    """One request cannot be answered.
+
+    Args:
+        status: of HTTP.
+        message: what is wrong with the request and what would be right.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)

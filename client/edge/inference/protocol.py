@@ -13,14 +13,12 @@ from urllib.parse import unquote
 
 from prunecast.client.edge.config import AGENT_VERSION
 from prunecast.client.edge.errors import NoModel, VersionNotActive
-from prunecast.client.edge.inference.errors import RequestRefused
-from prunecast.client.edge.inference.limits import Budget, EndpointLimits
-from prunecast.client.edge.inference.messages import encode_response, parse_request
-from prunecast.client.edge.inference.tensors import datatype_of
+from prunecast.client.edge.inference.limits import Budget, EndpointLimits, RequestRefused
+from prunecast.client.edge.inference.messages import datatype_of, encode_response, parse_request
 from prunecast.client.edge.model import EdgeModel
 from prunecast.compression.release import InputRefused, ReleaseError, Signature
 
-__all__ = ["Answer", "InferenceProtocol"]
+__all__ = ["EndpointReply", "InferenceProtocol"]
 
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer))?")
 _LARGE_JSON = 64 * 2**10
@@ -29,7 +27,7 @@ _JSON = "application/json"
 
 
 @dataclass(frozen=True)
-class Answer:
+class EndpointReply:
     """What goes back to the client."""
 
     status: int
@@ -37,12 +35,12 @@ class Answer:
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": _JSON})
 
     @classmethod
-    def json(cls, status: int, document: object) -> Answer:
+    def json(cls, status: int, document: object) -> EndpointReply:
         """An answer of one JSON document."""
         return cls(status, json.dumps(document).encode())
 
     @classmethod
-    def error(cls, status: int, message: str) -> Answer:
+    def error(cls, status: int, message: str) -> EndpointReply:
         """An error as the protocol wants it."""
         return cls.json(status, {"error": message[:_MOST_TEXT]})
 
@@ -67,7 +65,7 @@ class InferenceProtocol:
 
     def answer(
         self, method: str, path: str, body: memoryview, json_bytes: str | None = None
-    ) -> Answer:
+    ) -> EndpointReply:
         """Answer one request; whatever is wrong with it becomes an answer too.
 
         Args:
@@ -79,22 +77,24 @@ class InferenceProtocol:
         try:
             return self._route(method, unquote(path), body, json_bytes)
         except RequestRefused as error:
-            return Answer.error(error.status, str(error))
+            return EndpointReply.error(error.status, str(error))
         except InputRefused as error:
-            return Answer.error(400, str(error))
+            return EndpointReply.error(400, str(error))
         except NoModel as error:
-            return Answer.error(503, str(error))
+            return EndpointReply.error(503, str(error))
         except VersionNotActive as error:
-            return Answer.error(404, str(error))
+            return EndpointReply.error(404, str(error))
         except ReleaseError as error:
-            return Answer.error(500, str(error))
+            return EndpointReply.error(500, str(error))
         except MemoryError:
-            return Answer.error(503, "the device is out of memory: send less at a time")
+            return EndpointReply.error(503, "the device is out of memory: send less at a time")
 
-    def _route(self, method: str, path: str, body: memoryview, json_bytes: str | None) -> Answer:
-        fixed: dict[str, Callable[[], Answer]] = {
+    def _route(
+        self, method: str, path: str, body: memoryview, json_bytes: str | None
+    ) -> EndpointReply:
+        fixed: dict[str, Callable[[], EndpointReply]] = {
             "/v2": self._server,
-            "/v2/health/live": lambda: Answer.json(200, {"live": True}),
+            "/v2/health/live": lambda: EndpointReply.json(200, {"live": True}),
             "/v2/health/ready": self._ready,
         }
         path = path.rstrip("/")
@@ -114,8 +114,8 @@ class InferenceProtocol:
         _only("GET", method)
         return self._model_ready(number) if verb == "ready" else self._metadata(number)
 
-    def _server(self) -> Answer:
-        return Answer.json(
+    def _server(self) -> EndpointReply:
+        return EndpointReply.json(
             200,
             {
                 "name": "prunecast",
@@ -124,24 +124,24 @@ class InferenceProtocol:
             },
         )
 
-    def _ready(self) -> Answer:
+    def _ready(self) -> EndpointReply:
         ready = self._model.version is not None
         # the specification's text calls the field "live", its servers call it "ready"
-        return Answer.json(200 if ready else 503, {"ready": ready, "live": True})
+        return EndpointReply.json(200 if ready else 503, {"ready": ready, "live": True})
 
-    def _model_ready(self, version: int | None) -> Answer:
+    def _model_ready(self, version: int | None) -> EndpointReply:
         active = self._model.version
         if version is not None and active is not None and version != active:
             raise VersionNotActive(f"release {version} is not active: release {active} is")
         ready = active is not None
-        return Answer.json(200 if ready else 503, {"name": self._name, "ready": ready})
+        return EndpointReply.json(200 if ready else 503, {"name": self._name, "ready": ready})
 
-    def _metadata(self, version: int | None) -> Answer:
+    def _metadata(self, version: int | None) -> EndpointReply:
         loaded = self._model.current()
         active = loaded.manifest.version
         if version not in (None, active):
             raise VersionNotActive(f"release {version} is not active: release {active} is")
-        return Answer.json(
+        return EndpointReply.json(
             200,
             {
                 "name": self._name,
@@ -152,7 +152,9 @@ class InferenceProtocol:
             },
         )
 
-    def _infer(self, version: int | None, body: memoryview, json_bytes: str | None) -> Answer:
+    def _infer(
+        self, version: int | None, body: memoryview, json_bytes: str | None
+    ) -> EndpointReply:
         size = len(body)
         if json_bytes is not None:
             if not (json_bytes.isascii() and json_bytes.isdigit() and len(json_bytes) < 16):
@@ -170,8 +172,8 @@ class InferenceProtocol:
             served = self._model.infer(request.inputs, version=version)
         text, binary = encode_response(request, served.outputs, self._name, served.version)
         if not binary and not any((request.outputs or {"": request.binary}).values()):
-            return Answer(200, text)
-        return Answer(
+            return EndpointReply(200, text)
+        return EndpointReply(
             200,
             text + binary,
             {

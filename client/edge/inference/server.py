@@ -1,19 +1,31 @@
-"""The endpoint's HTTP: one thread for each connection, everything bounded."""
+"""The endpoint's HTTP: one thread for each connection, everything bounded.
+
+The standard library reads request line and headers; deadlines and bounds are ours.
+"""
 
 from __future__ import annotations
 
+import io
+import re
 import socket
 import threading
 import time
-from typing import Self
+from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from typing import Any, Self
 
 from prunecast.client.edge.inference.address import listen
-from prunecast.client.edge.inference.connection import Connection
-from prunecast.client.edge.inference.limits import Budget, EndpointLimits
-from prunecast.client.edge.inference.protocol import InferenceProtocol
+from prunecast.client.edge.inference.limits import Budget, EndpointLimits, RequestRefused
+from prunecast.client.edge.inference.protocol import EndpointReply, InferenceProtocol
 from prunecast.client.edge.model import EdgeModel
 
 __all__ = ["InferenceServer"]
+
+_LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
+_LINGER = 2.0  # seconds in which the rest of a refused request is read and dropped
+_EMPTY = memoryview(b"")
 
 
 class InferenceServer:
@@ -43,7 +55,7 @@ class InferenceServer:
         self._listener = listen(address)
         self.address = self._listener.address
         self._lock = threading.Lock()
-        self._open: dict[Connection, threading.Thread] = {}
+        self._open: dict[_Connection, threading.Thread] = {}
         self._closing = False
         self._accepting = threading.Thread(target=self._accept, name="endpoint", daemon=True)
         self._accepting.start()
@@ -86,7 +98,7 @@ class InferenceServer:
             self._take(accepted)
 
     def _take(self, accepted: socket.socket) -> None:
-        connection = Connection(accepted, self, self._forget)
+        connection = _Connection(accepted, self, self._forget)
         thread = threading.Thread(target=connection.serve, name="connection", daemon=True)
         with self._lock:
             full = len(self._open) >= self.limits.connections
@@ -103,6 +115,215 @@ class InferenceServer:
                 self._forget(connection)
                 connection.turn_away()
 
-    def _forget(self, connection: Connection) -> None:
+    def _forget(self, connection: _Connection) -> None:
         with self._lock:
             self._open.pop(connection, None)
+
+
+class _Deadline(io.RawIOBase):
+    """Reads from a socket until a moment in time, however slowly the bytes trickle in."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self.at = 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request is too slow")
+        self._socket.settimeout(left)
+        return self._socket.recv_into(buffer)
+
+
+class _Connection:
+    """One accepted connection."""
+
+    def __init__(
+        self,
+        accepted: socket.socket,
+        server: InferenceServer,
+        forget: Callable[[_Connection], None],
+    ) -> None:
+        self._socket, self._server, self._forget = accepted, server, forget
+        self._lock = threading.Lock()
+        self._busy = False
+        self.lingers = False
+
+    def serve(self) -> None:
+        """Answer requests until the connection ends."""
+        try:
+            if self._socket.family != socket.AF_UNIX:
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _Handler(self._socket, self, self._server)
+            if self.lingers:
+                self._drop_rest()
+        except (OSError, ValueError):
+            pass  # the other side has gone, or speaks no HTTP
+        finally:
+            self._socket.close()
+            self._forget(self)
+
+    def _drop_rest(self) -> None:
+        """Read what the client still sends: closing at once could lose the answer on its way."""
+        self._socket.shutdown(socket.SHUT_WR)
+        rest, scratch = _Deadline(self._socket), bytearray(1 << 16)
+        rest.at = time.monotonic() + _LINGER
+        while rest.readinto(scratch):
+            pass
+
+    def turn_away(self) -> None:
+        """Answer 503 without reading, and close."""
+        with suppress(OSError):
+            self._socket.setblocking(False)
+            self._socket.send(
+                _raw(EndpointReply.error(503, "busy: too many connections"), close=True)
+            )
+        self._socket.close()
+
+    def begin(self) -> bool:
+        """A request begins; False when it comes too late."""
+        with self._lock:
+            self._busy = not self._server.closing
+            return self._busy
+
+    def end(self) -> None:
+        """The request was answered."""
+        with self._lock:
+            self._busy = False
+
+    def end_if_idle(self) -> None:
+        """Wake the thread if it waits for a request, so that it ends."""
+        with self._lock:
+            if not self._busy:
+                self.break_off()
+
+    def break_off(self) -> None:
+        """End the connection now."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """HTTP of one connection; the standard library reads request line and headers."""
+
+    protocol_version = "HTTP/1.1"
+    server: InferenceServer  # type: ignore[assignment]
+
+    def __init__(
+        self, accepted: socket.socket, connection: _Connection, server: InferenceServer
+    ) -> None:
+        self._state, self._limits = connection, server.limits
+        super().__init__(accepted, ("", 0), server)  # type: ignore[arg-type]
+
+    def setup(self) -> None:
+        self.connection = self.request
+        self._raw = _Deadline(self.connection)
+        self.rfile = io.BufferedReader(self._raw)
+        self.wfile = io.BytesIO()  # only errors of the base class
+
+    def finish(self) -> None:
+        self.rfile.close()
+
+    def handle_one_request(self) -> None:
+        self.close_connection = True
+        self._raw.at = time.monotonic() + self._limits.idle_seconds
+        if not self.rfile.peek(1) or not self._state.begin():  # type: ignore[attr-defined]
+            return
+        try:
+            self._raw.at = time.monotonic() + self._limits.request_seconds
+            super().handle_one_request()
+        finally:
+            self._state.end()
+
+    def do_GET(self) -> None:
+        """Health and metadata."""
+        if self.headers.get("content-length", "0") != "0" or "transfer-encoding" in self.headers:
+            self._refuse(RequestRefused(400, "a GET has no body"))
+        elif self._is_local():
+            self._send(self.server.protocol.answer("GET", self._path(), _EMPTY))
+
+    def do_POST(self) -> None:
+        """Inference."""
+        if not self._is_local():
+            return
+        try:
+            size = self._body_size()
+            with self.server.memory.take(size, self._limits.waiting_seconds):
+                body = bytearray(size)
+                if self.rfile.readinto(body) != size:
+                    self.close_connection = True
+                    return
+                stated = self.headers.get("inference-header-content-length")
+                protocol = self.server.protocol
+                answer = protocol.answer("POST", self._path(), memoryview(body), stated)
+                self._send(answer)
+        except RequestRefused as error:
+            self._refuse(error)
+
+    def handle_expect_100(self) -> bool:
+        try:
+            self._body_size()
+        except RequestRefused as error:
+            self._refuse(error)
+            return False
+        self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        self._refuse(RequestRefused(code, message or HTTPStatus(code).phrase))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _body_size(self) -> int:
+        if "transfer-encoding" in self.headers:
+            raise RequestRefused(411, "send Content-Length instead of Transfer-Encoding")
+        if self.headers.get("content-encoding", "identity") != "identity":
+            raise RequestRefused(415, "compressed bodies are not accepted")
+        stated = self.headers.get_all("content-length", [])
+        if not stated:
+            raise RequestRefused(411, "Content-Length is missing")
+        (text, *more) = stated
+        if more or not (text.isascii() and text.isdigit() and len(text) < 16):
+            raise RequestRefused(400, "Content-Length must be one number")
+        if int(text) > self._limits.body_bytes:
+            raise RequestRefused(413, f"a body may have {self._limits.body_bytes} bytes")
+        return int(text)
+
+    def _is_local(self) -> bool:
+        """Keep web pages out, which a browser on the device would let ask the loopback address."""
+        if self.connection.family == socket.AF_UNIX:
+            return True
+        hosts = self.headers.get_all("host", [])
+        if "origin" in self.headers or not all(_LOCAL.fullmatch(host) for host in hosts):
+            self._refuse(RequestRefused(403, "not for web pages: call 127.0.0.1 or localhost"))
+            return False
+        return True
+
+    def _path(self) -> str:
+        return self.path.partition("?")[0]
+
+    def _refuse(self, error: RequestRefused) -> None:
+        self.close_connection = True  # what follows may be the rest of this request
+        self._state.lingers = True
+        self._send(EndpointReply.error(error.status, str(error)))
+
+    def _send(self, answer: EndpointReply) -> None:
+        if self.server.closing:
+            self.close_connection = True
+        self.connection.settimeout(self._limits.request_seconds)
+        self.connection.sendall(_raw(answer, close=self.close_connection))
+
+
+def _raw(answer: EndpointReply, *, close: bool) -> bytes:
+    phrase = HTTPStatus(answer.status).phrase
+    headers = {**answer.headers, "Content-Length": str(len(answer.body))}
+    if close:
+        headers["Connection"] = "close"
+    if answer.status == 503:
+        headers["Retry-After"] = "1"
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 {answer.status} {phrase}\r\n{lines}\r\n".encode() + answer.body

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.client.edge.inference import answers
+from prunecast.client.edge.inference import is_answering
 from prunecast.client.edge.service_manager import ServiceManager
 
 UNIT = Path(__file__).parents[3] / "deploy" / "systemd" / "prunecast-edge@.service"
@@ -79,10 +79,10 @@ def test_an_endpoint_that_hangs_does_not_answer(tmp_path: Path) -> None:
         hanging.bind(f"{tmp_path}/s")
         hanging.listen()
         begun = time.monotonic()
-        assert not answers(f"unix:{tmp_path}/s", 0.05)
+        assert not is_answering(f"unix:{tmp_path}/s", 0.05)
         assert time.monotonic() - begun < 10
-    assert not answers(f"unix:{tmp_path}/s", 1.0)
-    assert not answers("http://127.0.0.1:9", 1.0)
+    assert not is_answering(f"unix:{tmp_path}/s", 1.0)
+    assert not is_answering("http://127.0.0.1:9", 1.0)
 
 
 def test_the_unit_calls_options_that_exist() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import EdgeModel
-from prunecast.client.edge.inference import Answer, EndpointLimits, InferenceProtocol
+from prunecast.client.edge.inference import EndpointLimits, EndpointReply, InferenceProtocol
 from prunecast.client.edge.slots.slot import LoadedRelease
 from support.classifier import classifier_inputs
 from support.served import DTYPES, classifier_outputs
@@ -31,7 +31,7 @@ def get(protocol: InferenceProtocol, path: str) -> tuple[int, Any]:
 
 def post(
     protocol: InferenceProtocol, document: object, binary: bytes = b"", path: str = INFER
-) -> Answer:
+) -> EndpointReply:
     text = json.dumps(document).encode()
     stated = str(len(text)) if binary else None
     return protocol.answer("POST", path, memoryview(text + binary), stated)
@@ -323,7 +323,7 @@ def test_more_inferences_than_turns_wait_and_then_are_told(toys: list[LoadedRele
 
     model = EdgeModel(toys[0], observe=hold)
     protocol = InferenceProtocol(model, "toy", EndpointLimits(running=1, waiting_seconds=0.05))
-    answers: list[Answer] = []
+    answers: list[EndpointReply] = []
     first = threading.Thread(
         target=lambda: answers.append(post(protocol, {"inputs": [tensor()]})), daemon=True
     )
