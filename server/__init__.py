@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from prunecast.server.federation.grid import CompressedGrid
     from prunecast.server.federation.ledger import Ledger
     from prunecast.server.federation.policy import Policy
+    from prunecast.server.federation.run import Run
 
-__all__ = ["Checkpoint", "CompressedGrid", "Ledger", "Policy"]
+__all__ = ["Checkpoint", "CompressedGrid", "Ledger", "Policy", "Run"]
 
 __getattr__, __dir__ = face(
     __name__,
@@ -23,5 +24,6 @@ __getattr__, __dir__ = face(
         "CompressedGrid": "prunecast.server.federation.grid",
         "Ledger": "prunecast.server.federation.ledger",
         "Policy": "prunecast.server.federation.policy",
+        "Run": "prunecast.server.federation.run",
     },
 )

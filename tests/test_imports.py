@@ -165,7 +165,7 @@ def test_top_folders_without_a_face_are_namespaces(folder: str) -> None:
 @pytest.mark.parametrize(
     ("face", "names"),
     [
-        ("server", ["Checkpoint", "CompressedGrid", "Ledger", "Policy"]),
+        ("server", ["Checkpoint", "CompressedGrid", "Ledger", "Policy", "Run"]),
         ("client", ["compression_mod", "current_masks"]),
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.common.files import write_atomically
+from prunecast.common.files import replacing
 from prunecast.server.federation.errors import CheckpointError
 
 __all__ = ["Checkpoint"]
@@ -48,7 +48,8 @@ class Checkpoint:
         Raises:
             StorageError: the file system refuses; an old file is untouched.
         """
-        from safetensors.numpy import save
+        from safetensors import SafetensorError
+        from safetensors.numpy import save_file
 
         meta = {
             "schema": _SCHEMA,
@@ -57,8 +58,12 @@ class Checkpoint:
             "key": self.key,
             "order": list(self.arrays),
         }
-        arrays = {name: np.array(a, order="C", copy=True) for name, a in self.arrays.items()}
-        write_atomically(Path(path), save(arrays, metadata={_METADATA: json.dumps(meta)}))
+        arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
+        with replacing(Path(path)) as temporary:
+            try:
+                save_file(arrays, temporary, metadata={_METADATA: json.dumps(meta)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:

@@ -76,7 +76,10 @@ class EventLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass a warning on."""
-        self.write("warning", text=record.getMessage()[:_LONGEST])
+        try:
+            self.write("warning", text=record.getMessage()[:_LONGEST])
+        except Exception:  # as every handler: logging must not break what logs
+            self.handleError(record)
 
     def close(self) -> None:
         """Close the file."""

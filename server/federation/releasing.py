@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flwr.app import ArrayRecord, Message, MetricRecord
-from flwr.serverapp.strategy import Strategy
-
 from prunecast.compression.flower.internals import log
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation.errors import ReleaseRuleError
-from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.release_rule import ReleaseRule, ReleaseWatch
 
 if TYPE_CHECKING:
@@ -23,14 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutomaticReleases",
-    "EvaluateFn",
     "Released",
     "Releaser",
     "finite_numbers",
     "recipe_releaser",
 ]
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class Releaser(Protocol):
@@ -82,7 +75,7 @@ class AutomaticReleases:
     ::
 
         releases = AutomaticReleases(ReleaseRule(metric="accuracy", improve=0.01), releaser)
-        strategy.start(grid=grid, evaluate_fn=releases.watch(strategy, grid, evaluate_fn), ...)
+        Run(grid, strategy, evaluate_fn=evaluate_fn, releases=releases).start(arrays, num_rounds=30)
 
     A release that fails (a full disk, a repository that another process changes) is logged and
     tried again after the next round; it never ends the training.
@@ -104,45 +97,7 @@ class AutomaticReleases:
     def __post_init__(self) -> None:
         self._watch = ReleaseWatch(self.rule, self.held)
         self._owed: str | None = None
-        self._of_clients: dict[str, float] = {}
         self._digest = b""
-
-    def watch(
-        self,
-        strategy: Strategy,
-        grid: CompressedGrid,
-        evaluate_fn: EvaluateFn | None = None,
-        *,
-        key: str = "arrays",
-    ) -> EvaluateFn:
-        """What to give to `strategy.start` as `evaluate_fn`.
-
-        Metrics are those of `evaluate_fn`, and those that `strategy` aggregates from the clients'
-        evaluation where `evaluate_fn` gives none of that name.
-
-        Args:
-            strategy: the one that will be started; its `aggregate_evaluate` is observed.
-            grid: whose published model is released.
-            evaluate_fn: the server's own evaluation, see `CompressedGrid.evaluate_published`.
-            key: key of the record in the strategy's messages.
-        """
-        aggregate = strategy.aggregate_evaluate
-
-        def observed(server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-            found = aggregate(server_round, replies)
-            self._of_clients = finite_numbers(found)
-            return found
-
-        strategy.aggregate_evaluate = observed  # type: ignore[method-assign]
-
-        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            measured = evaluate_fn(server_round, arrays) if evaluate_fn else None
-            metrics = {**self._of_clients, **finite_numbers(measured)}
-            self._of_clients = {}
-            self.after_round(server_round, metrics, lambda: grid.published(arrays, key=key))
-            return measured
-
-        return evaluate
 
     def after_round(
         self, server_round: int, metrics: Mapping[str, float], model: Callable[[], PublishedModel]

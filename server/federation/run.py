@@ -25,13 +25,16 @@ from prunecast.server.federation.events import EventLog, OnEvent
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Ledger
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.releasing import AutomaticReleases, EvaluateFn, finite_numbers
+from prunecast.server.federation.releasing import AutomaticReleases, finite_numbers
 from prunecast.server.federation.wrapper import GridWrapper
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CHECKPOINT", "EVENTS", "LEDGER", "MODEL", "Run", "initial_arrays"]
+__all__ = ["CHECKPOINT", "EVENTS", "LEDGER", "MODEL", "EvaluateFn", "Run", "initial_arrays"]
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+"""From the round (0: before training) and a model's arrays to metrics, if any."""
 
 LEDGER, EVENTS = "ledger.jsonl", "events.jsonl"
 CHECKPOINT, MODEL = "checkpoint.safetensors", "final.model"

@@ -1,4 +1,5 @@
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -67,3 +68,17 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         Checkpoint({}, 0, {}).save(tmp_path / "file" / "c.safetensors")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "c.safetensors"
+    Checkpoint({"w": np.zeros(4)}, 1, {}).save(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*c\.safetensors"):
+            Checkpoint({"w": np.zeros(40_000)}, 2, {}).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Checkpoint.load(path).counter == 1
+    assert list(tmp_path.iterdir()) == [path]

@@ -17,7 +17,13 @@ from flwr.serverapp.strategy import FedAvg
 from prunecast.compression.onnx import ExportedGraph, save_graph
 from prunecast.compression.release import pack_arrays
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.federation import AutomaticReleases, ReleaseRule, ReleaseRuleError, server_app
+from prunecast.server.federation import (
+    AutomaticReleases,
+    ReleaseRule,
+    ReleaseRuleError,
+    Run,
+    server_app,
+)
 from prunecast.server.federation.release_config import releases_from_config
 from prunecast.server.federation.release_rule import ReleaseWatch
 from prunecast.server.repository import (
@@ -108,14 +114,8 @@ class _Recorder:
 def _train(
     grid: Any, releases: AutomaticReleases, rounds: int = 4, *, evaluate_fn: Any = None
 ) -> Any:
-    random.seed(0)
-    strategy = FedAvg()
-    return strategy.start(
-        grid=grid,
-        initial_arrays=to_record(initial_arrays()),
-        num_rounds=rounds,
-        evaluate_fn=releases.watch(strategy, grid, evaluate_fn),
-    )
+    run = Run(grid, FedAvg(), evaluate_fn=evaluate_fn, releases=releases)
+    return run.start(to_record(initial_arrays()), num_rounds=rounds)
 
 
 def test_every_other_round_the_published_model_is_released(federation: Callable[..., Any]) -> None:
