@@ -21,7 +21,7 @@ class RunProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._rounds = 0
+        self._name, self._rounds = "", 0
         self._arm: TaskID | None = None
         self._step: TaskID | None = None
         self._bars = Progress(
@@ -51,16 +51,16 @@ class RunProgress:
         kind = event["event"]
         if kind == "step":
             self._begin_step(event["text"])
-        elif kind == "arm":
+        elif kind == "run-started":
             self._end_step()
-            self._rounds = event["rounds"]
-            self._arm = self._bars.add_task(event["arm"], total=self._rounds, detail="")
-        elif kind == "round" and self._arm is not None:
+            self._name, self._rounds = event["name"], event["rounds"]
+            self._arm = self._bars.add_task(self._name, total=self._rounds, detail="")
+        elif kind == "round-finished" and self._arm is not None:
             detail = _detail(event, self._rounds)
             self._bars.update(self._arm, completed=event["round"], detail=detail)
             every = max(1, self._rounds // _LINES_PER_ARM)
             if event["round"] % every == 0 or event["round"] == self._rounds:
-                self._line(f"{event['arm']:<12} {detail}")
+                self._line(f"{self._name:<12} {detail}")
 
     def _begin_step(self, text: str) -> None:
         self._end_step()

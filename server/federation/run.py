@@ -80,6 +80,7 @@ class Run:
         name: what people call the run.
         ledger: file of the ledger instead of the folder's.
         output: file of the final published model instead of the folder's.
+        events: file of the events instead of the folder's.
         on_event: told of every event, see `prunecast.server.federation.events`.
         stop_on_failure: end the run with `NodesFailed` if a node fails, instead of going on
             without it as Flower does.
@@ -103,6 +104,7 @@ class Run:
         name: str = "",
         ledger: Path | str | None = None,
         output: Path | str | None = None,
+        events: Path | str | None = None,
         on_event: OnEvent | None = None,
         stop_on_failure: bool = False,
         key: str = "arrays",
@@ -128,6 +130,7 @@ class Run:
         self.published: PublishedModel | None = None
         self._ledger = self._file(LEDGER, ledger)
         self._output = self._file(MODEL, output)
+        self._events = self._file(EVENTS, events)
         self._on_event = on_event
 
     def start(
@@ -163,7 +166,7 @@ class Run:
             arrays = self.grid.draw_initial(like, self.seed, key=self.key) if drawn else like
         random.seed(self.seed)  # Flower samples nodes with it
         events = EventLog(
-            self._file(EVENTS),
+            self._events,
             self._on_event,
             name=self.name,
             seed=self.seed,

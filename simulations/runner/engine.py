@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 from prunecast.simulations.runner import EngineFailed
 
 if TYPE_CHECKING:
-    from prunecast.simulations.runner.federate import Emit
+    from prunecast.server.federation.events import OnEvent
     from prunecast.simulations.runner.prepared import PreparedRun
 
 __all__ = ["ENVIRONMENT", "main", "run_engine", "simulate"]
@@ -107,7 +107,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def simulate(prepared: PreparedRun, emit: Emit) -> None:
+def simulate(prepared: PreparedRun, emit: OnEvent) -> None:
     """Run all arms of a prepared run with the engine its scenario names.
 
     Ends with the event ``outcome``, which holds what every arm gave.
@@ -177,8 +177,8 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _writer(events: IO[str]) -> Emit:
-    def emit(event: dict[str, Any]) -> None:
+def _writer(events: IO[str]) -> OnEvent:
+    def emit(event: Mapping[str, Any]) -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,8 +19,9 @@ from prunecast.client.training.trainer import TensorBatches
 from prunecast.common.references import load_callable
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.versions import PublishedModel, save_model
-from prunecast.server.federation import CompressedGrid, Ledger
-from prunecast.server.federation.run import initial_arrays
+from prunecast.server.federation import CompressedGrid, NodesFailed, Run
+from prunecast.server.federation.events import OnEvent
+from prunecast.server.federation.run import EVENTS, initial_arrays
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.data import Examples
@@ -31,10 +31,7 @@ from prunecast.simulations.runner.nodes import OrderedGrid, nodes_by_partition
 from prunecast.simulations.runner.prepared import PreparedRun
 from prunecast.simulations.scenarios import Scenario
 
-__all__ = ["ArmOutcome", "Emit", "run_arms", "strategy_of"]
-
-Emit = Callable[[dict[str, Any]], None]
-"""Told of progress: mappings of plain values with a key ``event``."""
+__all__ = ["ArmOutcome", "run_arms", "strategy_of"]
 
 
 @dataclass
@@ -72,7 +69,7 @@ def strategy_of(scenario: Scenario) -> Any:
     return build_strategy(scenario.strategy.name, {**options, **scenario.strategy.options})
 
 
-def run_arms(grid: Grid, prepared: PreparedRun, emit: Emit) -> list[ArmOutcome]:
+def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[ArmOutcome]:
     """Train every arm, with the same seeds, on the nodes of `grid`.
 
     Raises:
@@ -125,83 +122,64 @@ class _HeldOut:
 
 
 def _run_arm(
-    grid: Grid, nodes: list[int], prepared: PreparedRun, name: str, arm: Arm, emit: Emit
+    grid: Grid, nodes: list[int], prepared: PreparedRun, name: str, arm: Arm, emit: OnEvent
 ) -> ArmOutcome:
-    scenario, started = prepared.scenario, time.monotonic()
-    task = scenario.task
+    scenario, task = prepared.scenario, prepared.scenario.task
     shutil.rmtree(prepared.store, ignore_errors=True)  # nothing is carried over from another arm
-    random.seed(scenario.seed)  # Flower samples nodes with it
     module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
+    drawn = scenario.model.initial == "drawn"
+    if drawn and not arm.publishes:
+        arrays, drawn = _drawn(grid, scenario, arrays), False
     outcome, held_out = ArmOutcome(name), _HeldOut(prepared, module)
-    ledger = Ledger(prepared.ledger(name), name=name, seed=scenario.seed)
-    wrapped = CompressedGrid(
+    measured: dict[str, float] = {}
+
+    def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:
+        score, loss = held_out.measure(received, run.published)
+        measured.update({task.metric: score, "loss": loss})
+        return MetricRecord(dict(measured))
+
+    def hear(event: Mapping[str, Any]) -> None:
+        if event["event"] == "round-finished":
+            same = ("sparsity", "bytes_up", "bytes_down", "seconds")
+            row = {"round": event["round"], **measured, **{key: event[key] for key in same}}
+            outcome.rounds.append(row)
+            event = {**event, "score": task.text(measured[task.metric])}
+        emit(event)
+
+    compressed = CompressedGrid(
         grid,
         arm.grid_policy(),
-        ledger=ledger,
         seed=scenario.seed,
         alternatives={n: other.recode() for n, other in scenario.recodings_of(name).items()},
         poll_interval=0.05,  # nodes are near
     )
-    if scenario.model.initial == "drawn":
-        arrays = _drawn(grid, wrapped, scenario, arrays)
-    emit({"event": "arm", "arm": name, "rounds": scenario.rounds})
-
-    def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:
-        _refuse_failures(ledger, server_round, name)
-        model = wrapped.published(received) if arm.publishes else None
-        score, loss = held_out.measure(received, model)
-        totals = ledger.totals()
-        row = {
-            "round": server_round,
-            task.metric: score,
-            "loss": loss,
-            "sparsity": model.sparsity() if model else 0.0,
-            "bytes_up": totals.bytes_up,
-            "bytes_down": totals.bytes_down,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        outcome.rounds.append(row)
-        emit({"event": "round", "arm": name, "score": task.text(score), **row})
-        return MetricRecord({task.metric: score, "loss": loss})
-
-    strategy = strategy_of(scenario)
-    watched: Callable[[int, ArrayRecord], MetricRecord | None] = evaluate_fn
-    releases = automatic_releases(prepared, name)
-    if releases is not None:
-        watched = releases.watch(strategy, wrapped, evaluate_fn)
+    run = Run(
+        OrderedGrid(compressed, nodes),
+        strategy_of(scenario),
+        evaluate_fn=evaluate_fn,
+        releases=automatic_releases(prepared, name),
+        seed=scenario.seed,
+        name=name,
+        ledger=prepared.ledger(name),
+        events=prepared.folder / EVENTS,
+        on_event=hear,
+        stop_on_failure=True,  # a client left out silently would make the arms differ
+    )
+    started = time.monotonic()
     try:
-        strategy.start(
-            grid=OrderedGrid(wrapped, nodes),
-            initial_arrays=arrays,
-            num_rounds=scenario.rounds,
-            evaluate_fn=watched,
-        )
-    finally:
-        ledger.close()
-    outcome.releases = [asdict(made) for made in releases.made] if releases else []
+        run.start(arrays, scenario.rounds, drawn=drawn)
+    except NodesFailed as error:
+        raise EngineFailed(f"arm {name!r}, {error}") from None
     outcome.seconds = time.monotonic() - started
+    outcome.releases = [asdict(made) for made in run.releases.made] if run.releases else []
     held_out.save(prepared, name)
-    emit({"event": "arm-done", "arm": name, "seconds": outcome.seconds})
     return outcome
 
 
-def _drawn(
-    grid: Grid, wrapped: CompressedGrid, scenario: Scenario, like: ArrayRecord
-) -> ArrayRecord:
-    if wrapped.policy.down != "lattice":
-        publishing = list(scenario.publishing_arms().values())
-        if not publishing:
-            return like
-        # never used to send anything: this arm gets the same weights, in plain messages
-        wrapped = CompressedGrid(grid, publishing[0].grid_policy())
-    return wrapped.draw_initial(like, scenario.seed)
-
-
-def _refuse_failures(ledger: Ledger, server_round: int, arm: str) -> None:
-    """A client that fails would be left out silently, and the arms would differ."""
-    rounds = range(server_round, server_round + 1)
-    failed = ledger.totals(rounds=rounds, kind="error").messages
-    if failed:
-        raise EngineFailed(
-            f"arm {arm!r}, round {server_round}: {failed} clients answered with an error"
-        )
+def _drawn(grid: Grid, scenario: Scenario, like: ArrayRecord) -> ArrayRecord:
+    """The weights that an arm which publishes draws, for one that does not."""
+    publishing = list(scenario.publishing_arms().values())
+    if not publishing:
+        return like
+    unused = CompressedGrid(grid, publishing[0].grid_policy())  # sends nothing
+    return unused.draw_initial(like, scenario.seed)

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prunecast.common.files import write_atomically
-from prunecast.server.federation import Entry, Ledger, LedgerError
+from prunecast.server.federation import Ledger, Tally
+from prunecast.server.federation.ledger import Direction
 from prunecast.simulations.arms import ARMS
 from prunecast.simulations.runner import ResultError
 from prunecast.simulations.runner.prepared import PreparedRun
 
-__all__ = ["SCHEMA", "build_arms", "read_ledger", "read_result", "write_result"]
+__all__ = ["SCHEMA", "build_arms", "read_result", "write_result"]
 
 SCHEMA = 2
-
-
-def read_ledger(path: Path) -> list[Entry]:
-    """Entries of the last run in a ledger.
-
-    Raises:
-        ResultError: missing or damaged.
-    """
-    try:
-        return list(Ledger.read(path))
-    except LedgerError as error:
-        raise ResultError(str(error)) from error
 
 
 def build_arms(
@@ -37,7 +26,7 @@ def build_arms(
     """The ``arms`` part of the result: what every arm reached, and what it cost.
 
     Args:
-        prepared: the finished prepared, with its ledgers.
+        prepared: the finished run, with its ledgers.
         outcomes: what training each arm gave, as the engine reports it.
     """
     arms: dict[str, dict[str, Any]] = {}
@@ -46,13 +35,12 @@ def build_arms(
     for name, arm in prepared.scenario.arms.items():
         source = arm.source(name)
         outcome, path = by_name[source], prepared.ledger(source)
-        entries = read_ledger(path)
-        size = _size_of(None if arm.trains else name)
+        tally = _tally(path, None if arm.trains else name)
         rounds = [dict(row) for row in outcome["rounds"]]
         for row in rounds:
-            done = [e for e in entries if e.round <= row["round"]]
-            row["bytes_up"] = sum(size(e) for e in done if e.direction == "up")
-            row["bytes_down"] = sum(size(e) for e in done if e.direction == "down")
+            so_far = tally.totals(rounds=range(row["round"] + 1))
+            row.update(bytes_up=so_far.bytes_up, bytes_down=so_far.bytes_down)
+        total = tally.totals()
         last = rounds[-1]
         arms[name] = {
             **ARMS.write(arm),
@@ -64,39 +52,41 @@ def build_arms(
             metric: last[metric],
             "loss": last["loss"],
             "sparsity": last["sparsity"],
-            "bytes_up": sum(size(e) for e in entries if e.direction == "up"),
-            "bytes_down": sum(size(e) for e in entries if e.direction == "down"),
-            "messages": len(entries),
-            "encode_ms": round(sum(e.encode_ms for e in entries), 3),
-            "decode_ms": round(sum(e.decode_ms for e in entries), 3),
+            "bytes_up": total.bytes_up,
+            "bytes_down": total.bytes_down,
+            "messages": total.messages,
+            "encode_ms": round(total.encode_ms, 3),
+            "decode_ms": round(total.decode_ms, 3),
             "seconds": round(outcome["seconds"], 3) if arm.trains else None,
             "ledger": path.name,
-            "by_kind": _by_kind(entries, size),
+            "by_kind": _by_kind(tally),
             "rounds": rounds,
         }
     baseline = next((n for n, a in arms.items() if a["baseline"]), None)
     if baseline is not None:
         base = arms[baseline]["bytes_up"] + arms[baseline]["bytes_down"]
         for figures in arms.values():
-            total = figures["bytes_up"] + figures["bytes_down"]
-            figures["reduction"] = round(base / total, 3)
+            spent = figures["bytes_up"] + figures["bytes_down"]
+            figures["reduction"] = round(base / spent, 3)
     return arms
 
 
-def _size_of(alternative: str | None) -> Any:
-    def size(entry: Entry) -> int:
-        return entry.alternatives[alternative] if alternative else entry.payload_bytes
+def _tally(path: Path, alternative: str | None) -> Tally:
+    """Sums over the last run of a ledger, or over what its messages have under another coding."""
+    entries = Ledger.read(path)
+    if alternative is None:
+        return Tally(entries)
+    return Tally(replace(e, payload_bytes=e.alternatives[alternative]) for e in entries)
 
-    return size
 
-
-def _by_kind(entries: list[Entry], size: Any) -> dict[str, dict[str, dict[str, int]]]:
-    sums: dict[str, dict[str, dict[str, int]]] = {"down": {}, "up": {}}
-    groups = defaultdict(list)
-    for entry in entries:
-        groups[entry.direction, entry.kind].append(size(entry))
-    for (direction, kind), sizes in groups.items():
-        sums[direction][kind] = {"messages": len(sizes), "bytes": sum(sizes)}
+def _by_kind(tally: Tally) -> dict[str, dict[str, dict[str, int]]]:
+    sums: dict[str, dict[str, dict[str, int]]] = {}
+    directions: tuple[Direction, ...] = ("down", "up")
+    for direction in directions:
+        sums[direction] = {}
+        for kind in tally.kinds(direction):
+            found = tally.totals(direction=direction, kind=kind)
+            sums[direction][kind] = {"messages": found.messages, "bytes": found.payload_bytes}
     return sums
 
 

@@ -90,8 +90,8 @@ def run_scenario(
     Args:
         scenario: what to run.
         folder: of the run, see `new_run_folder`.
-        on_event: told of progress: mappings with a key ``event``: ``step`` (``text``), ``arm``
-            (``arm``, ``rounds``), ``round`` (see `ArmOutcome`), ``arm-done``.
+        on_event: told of every arm's events, see docs/run.md, and of ``step`` (``text``); a
+            ``round-finished`` also has ``score``, the task's metric as text.
 
     Returns:
         The content of ``result.json``.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prunecast.compression.flower import payload_of
-from prunecast.server.federation import FederationError
+from prunecast.server.federation import FederationError, Ledger, read_events
 from prunecast.simulations.data import DataError
 from prunecast.simulations.report import FIGURE, PAGE, write_report
 from prunecast.simulations.runner import (
@@ -24,7 +24,7 @@ from prunecast.simulations.runner.federate import run_arms
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from prunecast.simulations.runner.nodes import simulated_client
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
-from prunecast.simulations.runner.result import read_ledger, read_result
+from prunecast.simulations.runner.result import read_result
 from prunecast.simulations.runner.run import new_run_folder, run_scenario
 from prunecast.simulations.scenarios import scenario_from_mapping
 
@@ -90,7 +90,7 @@ def test_a_drawn_model_has_a_tiny_keyframe(tiny, tmp_path):
     for initial in ("factory", "drawn"):
         mapping = {**tiny, "rounds": 1, "model": {"initial": initial}}
         prepared, _, _ = run_inline(mapping, tmp_path / initial)
-        entries = read_ledger(prepared.ledger("prunecast"))
+        entries = list(Ledger.read(prepared.ledger("prunecast")))
         keyframe = next(e for e in entries if e.kind == "keyframe")
         assert (keyframe.payload_bytes < 3000) == (initial == "drawn")
 
@@ -100,7 +100,7 @@ def test_sampled_clients_are_the_same_in_every_run(tiny, tmp_path):
     ledgers = []
     for name in ("one", "two"):
         prepared, _, _ = run_inline(mapping, tmp_path / name)
-        ledgers.append([(e.round, e.node) for e in read_ledger(prepared.ledger("dense"))])
+        ledgers.append([(e.round, e.node) for e in Ledger.read(prepared.ledger("dense"))])
     assert ledgers[0] == ledgers[1]
     assert len({node for _, node in ledgers[0]}) > 1
 
@@ -139,7 +139,7 @@ def test_a_run_from_data_to_device(tiny, tmp_path):
         kinds = [k for sums in arm["by_kind"].values() for k in sums.values()]
         assert sum(k["bytes"] for k in kinds) == arm["bytes_up"] + arm["bytes_down"]
     assert ours["sparsity"] == pytest.approx(0.8, abs=0.02)
-    ledger = read_ledger(folder / "ledger.jsonl")
+    ledger = list(Ledger.read(folder / "ledger.jsonl"))
     assert len(ledger) == ours["messages"] == 3 * 3 * 2
     assert sum(e.payload_bytes for e in ledger if e.direction == "up") == ours["bytes_up"]
     assert (folder / "ledger-dense.jsonl").is_file()
@@ -155,7 +155,16 @@ def test_a_run_from_data_to_device(tiny, tmp_path):
     assert automatic["metrics"]["accuracy"] == ours["rounds"][2]["accuracy"]
     assert [d["version"] for d in release["downloads"]] == [2, 3]
 
-    assert {e["event"] for e in events} == {"step", "arm", "round", "arm-done"}
+    told = ["run-started", "round-begun", "round-finished", "release", "run-finished"]
+    assert {e["event"] for e in events} - {"warning"} == {"step", *told}
+    for arm in ("dense", "prunecast"):  # the same is in the folder
+        kept = list(read_events(folder / "events.jsonl", arm))
+        heard = [e for e in events if e.get("run") == kept[0]["run"]]
+        for event in heard:
+            event.pop("score", None)
+        assert kept == heard
+        reached = [e["metrics"]["accuracy"] for e in kept if e["event"] == "round-finished"]
+        assert reached == [row["accuracy"] for row in result["arms"][arm]["rounds"]]
     assert not (folder / "work").exists()
     documented = (Path(__file__).parents[2] / "docs/result.md").read_text()
     for key in [*result, *dense, *recoded, *release, *dense["rounds"][0]]:

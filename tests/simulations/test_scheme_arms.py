@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from prunecast.compression.schemes import SCHEMES
+from prunecast.server.federation import Ledger
 from prunecast.simulations.runner.federate import run_arms
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from prunecast.simulations.runner.nodes import simulated_client
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
-from prunecast.simulations.runner.result import build_arms, read_ledger
+from prunecast.simulations.runner.result import build_arms
 from prunecast.simulations.scenarios import ScenarioError, scenario_from_mapping
 
 
@@ -50,7 +51,7 @@ def test_every_scheme_trains_as_an_arm(tiny: dict[str, Any], tmp_path: Path) -> 
         assert arm["rounds"][0]["loss"] == dense["rounds"][0]["loss"]
         assert arm["encode_ms"] > 0
         assert arm["decode_ms"] > 0
-        entries = read_ledger(prepared.ledger(name))
+        entries = list(Ledger.read(prepared.ledger(name)))
         assert sum(e.dense_bytes for e in entries) == dense["bytes_up"] + dense["bytes_down"]
     # fp16 and int8 hardly change what is learnt
     for name in ("fp16", "int8"):
