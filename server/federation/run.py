@@ -264,7 +264,7 @@ class _Rounds(GridWrapper):
         if failed and self._run.stop_on_failure:
             raise NodesFailed(
                 f"round {self._number}: {len(failed)} clients answered with an error, the first: "
-                f"{failed[0]['reason']}"
+                f"{failed[0]['reason'][:300]}"
             )
         return replies
 

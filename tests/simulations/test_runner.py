@@ -188,7 +188,10 @@ def test_flowers_engine_gives_what_the_inline_grid_gives(tiny, tmp_path):
 def test_a_failing_engine_names_its_log(tiny, tmp_path):
     mapping = {**tiny, "training": {**tiny["training"], "learning_rate": 1e30}}
     folder = new_run_folder(tmp_path, "tiny")
-    with pytest.raises(EngineFailed, match=r"clients answered with an error \(see .*engine\.log\)"):
+    with pytest.raises(
+        EngineFailed,
+        match=r"clients answered with an error.*lower the learning rate.*\(see .*engine\.log\)",
+    ):
         run_scenario(scenario_from_mapping(mapping), folder)
     assert "lower the learning rate" in (folder / "engine.log").read_text()
     assert not (folder / "work").exists()
