@@ -28,7 +28,7 @@ from .modelling.classes import (
 from .modelling.copies import all_fields, find_copies, may_have_copies
 from .modelling.fields import Field, split_tensor, to_z
 from .modelling.observed import Observed
-from .modelling.parts import Part, histogram, split_phases, symbols_of
+from .modelling.parts import Phase, histogram, split_phases, symbols_of
 from .modelling.planning import build_maps, choose_scheme, entropy_bits, plan_field
 
 __all__ = ["encode", "encode_body"]
@@ -214,7 +214,7 @@ def _group(
     active: list[int],
     fields: list[Field],
     codes: list[FieldCode],
-    parts: dict[int, list[Part]],
+    parts: dict[int, list[Phase]],
     *,
     serial: bool,
 ) -> list[list[int]]:
@@ -244,7 +244,7 @@ def _encode_lanes(
     coder: AdaptiveEncoder,
     body: Body,
     fields: list[Field],
-    parts: dict[int, list[Part]],
+    parts: dict[int, list[Phase]],
 ) -> bytes:
     streams = []
     for segment in body.segments:

@@ -13,7 +13,7 @@ from .container.head import Body
 from .entropy.lanes import rans_tables
 from .modelling.classes import CODED
 from .modelling.fields import Field, split_tensor, to_z
-from .modelling.parts import Part, split_phases, symbols_of
+from .modelling.parts import Phase, split_phases, symbols_of
 from .payload import Payload
 
 __all__ = ["Shares"]
@@ -73,7 +73,7 @@ class Shares:
             result.append(dict(bits))
         return result
 
-    def _parts(self, group: Sequence[int]) -> dict[int, list[Part]]:
+    def _parts(self, group: Sequence[int]) -> dict[int, list[Phase]]:
         """Values and placements of a group's fields, from the decoded tensors."""
         wanted, parts = set(group), {}
         first = 0
@@ -108,7 +108,7 @@ def _phases(body: Body, group: Sequence[int]) -> int:
     return 1 + max(body.codes[i].depth for i in group)
 
 
-def _symbols(body: Body, part: Part) -> tuple[NDArray[Any], NDArray[Any], float]:
+def _symbols(body: Body, part: Phase) -> tuple[NDArray[Any], NDArray[Any], float]:
     """Tables and tokens of a part's dense symbols and sparse values, and their raw bits."""
     symbols, dense = symbols_of([part])
     values = np.repeat(len(body.sparse) + np.cumsum(body.sparse) - 1, symbols.counts)
@@ -118,7 +118,7 @@ def _symbols(body: Body, part: Part) -> tuple[NDArray[Any], NDArray[Any], float]
     return np.concatenate([dense, values]).astype(np.int64), tokens, raw
 
 
-def _table_costs(body: Body, parts: Sequence[Part]) -> NDArray[np.float64]:
+def _table_costs(body: Body, parts: Sequence[Phase]) -> NDArray[np.float64]:
     """Bits of every [table, token]: the payload's tables, or how often a small one has them."""
     if not body.serial:
         tables = rans_tables(body)
@@ -132,7 +132,7 @@ def _table_costs(body: Body, parts: Sequence[Part]) -> NDArray[np.float64]:
 
 
 def _ideal(
-    body: Body, members: Sequence[tuple[int, Part]], cost: NDArray[np.float64]
+    body: Body, members: Sequence[tuple[int, Phase]], cost: NDArray[np.float64]
 ) -> Iterator[tuple[int, float, float]]:
     """For each member: tensor, bits of its symbols, bits of the zeros of its sparse clusters."""
     places, nonzeros = [], []

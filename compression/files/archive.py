@@ -16,7 +16,7 @@ from prunecast.compression.codec import (
     payload_length,
 )
 from prunecast.compression.files.errors import FileTooLarge, UnreadableFile
-from prunecast.compression.files.parts import ESCAPED, MOST_NAME, Part, open_part
+from prunecast.compression.files.parts import ESCAPED, MOST_NAME, FilePart, open_part
 from prunecast.compression.files.tensors import FileSpec, FileTensor, TensorFile
 
 __all__ = [
@@ -59,7 +59,7 @@ class Archive(TensorFile):
         self.places: list[Place] = []
         self.part_of: dict[str, int] = {}
         self.limits = limits
-        self._last: tuple[int, Part] | None = None
+        self._last: tuple[int, FilePart] | None = None
         super().__init__(path, "pcc", {}, self._decoded)
 
     def _decoded(self, name: str) -> FileTensor:
@@ -79,7 +79,7 @@ class Archive(TensorFile):
         except UnreadableFile as error:
             raise UnreadableFile(f"{self.path}: {error}") from error
 
-    def _open(self, payload: bytes) -> Part:
+    def _open(self, payload: bytes) -> FilePart:
         try:
             return open_part(payload, self.limits)
         except LimitExceeded as error:

@@ -26,7 +26,7 @@ from prunecast.compression.files.codings import BITS, HELD, LATTICE, PLAIN, Code
 from prunecast.compression.files.errors import UnreadableFile, UnsupportedTensor
 from prunecast.compression.files.tensors import FileSpec, FileTensor
 
-__all__ = ["ESCAPED", "MOST_NAME", "Part", "held_name", "open_part", "pack_part"]
+__all__ = ["ESCAPED", "MOST_NAME", "FilePart", "held_name", "open_part", "pack_part"]
 
 MOST_NAME = 1 << 16
 """Bytes of the longest name."""
@@ -87,7 +87,7 @@ def pack_part(
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """A part whose tensors are decoded when asked for.
 
     Attributes:
@@ -120,7 +120,7 @@ class Part:
         return restore(Coded(values, self.codings[name], self.steps.get(name, 0.0)))
 
 
-def open_part(payload: bytes, limits: Limits | None = None) -> Part:
+def open_part(payload: bytes, limits: Limits | None = None) -> FilePart:
     """Open a part; every note is checked against the tensors.
 
     Raises:
@@ -157,7 +157,7 @@ def open_part(payload: bytes, limits: Limits | None = None) -> Part:
     if _PART in notes:
         number, count = _note(opened, _PART, "int64", 2).tolist()
     metadata = _metadata(opened) if _METADATA in notes else {}
-    return Part(opened, specs, codings, steps, number, count, metadata)
+    return FilePart(opened, specs, codings, steps, number, count, metadata)
 
 
 def _note(opened: Payload, name: str, dtype: str, size: int) -> NDArray[Any]:

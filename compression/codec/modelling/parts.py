@@ -22,14 +22,14 @@ from .classes import (
 from .fields import PREVIOUS_CLASSES, Field
 from .lookup import CHUNK, look_up
 
-__all__ = ["Part", "histogram", "split_phases", "symbols_of"]
+__all__ = ["Phase", "histogram", "split_phases", "symbols_of"]
 
 
 _TABLE = np.arange(PREVIOUS_CLASSES * ACTIVITIES, dtype=np.uint16)
 
 
 @dataclass
-class Part:
+class Phase:
     """One phase of one field: values (as zigzag) and raw contexts (class * 64 + activity)."""
 
     z: NDArray[Any]
@@ -54,7 +54,7 @@ class Part:
         self.placement = None
 
 
-def split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[Part]:
+def split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[Phase]:
     """Split a field's values by phase, signs aligned with the neighbours' sums."""
     look = Classifier(f, code)
     table = _TABLE.reshape(PREVIOUS_CLASSES, ACTIVITIES)
@@ -65,11 +65,11 @@ def split_phases(f: Field, code: FieldCode, z: NDArray[Any]) -> list[Part]:
         if phase:
             around = neighbour_sums(z, code.depth, phase)
             part = flip_signs(part, around, f.width)
-        parts.append(Part(np.ascontiguousarray(part), look.look_up(table, phase, around)))
+        parts.append(Phase(np.ascontiguousarray(part), look.look_up(table, phase, around)))
     return parts
 
 
-def histogram(parts: Sequence[Part], scheme: TokenScheme) -> NDArray[np.int64]:
+def histogram(parts: Sequence[Phase], scheme: TokenScheme) -> NDArray[np.int64]:
     """Count tokens by raw context, [16 * 64, tokens]."""
     largest = max(int(part.z.max(initial=0)) for part in parts)
     shift = (scheme.alphabet(largest) - 1).bit_length()
@@ -90,7 +90,7 @@ def histogram(parts: Sequence[Part], scheme: TokenScheme) -> NDArray[np.int64]:
     return h.reshape(len(_TABLE), -1)
 
 
-def symbols_of(parts: Sequence[Part]) -> tuple[Symbols, NDArray[np.uint8]]:
+def symbols_of(parts: Sequence[Phase]) -> tuple[Symbols, NDArray[np.uint8]]:
     """Return the symbols of a segment and the clusters of its dense ones."""
     placements = [p.placement for p in parts if p.placement is not None]
     clusters = [p.dense_cluster for p in placements]
