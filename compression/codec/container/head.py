@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from ..context import DTYPE_CODES, Context, Limits, TensorSpec
 from ..entropy.adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
-from ..entropy.states import FEWEST_PACKED
-from ..entropy.streams import LaneStream
+from ..entropy.streams import FEWEST_PACKED, LaneStream
 from ..entropy.tables import TableModel
 from ..entropy.tokens import TokenScheme
 from ..errors import LimitExceeded, MalformedPayload, UnsupportedShape

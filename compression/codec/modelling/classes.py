@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..entropy.tokens import signed
-from .fields import Field, half_octaves
-from .lookup import CHUNK, look_up
+from .fields import CHUNK, Field, half_octaves, look_up
 
 __all__ = [
     "ACTIVITIES",

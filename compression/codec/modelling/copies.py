@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from ..context import Context, TensorSpec
 from ..errors import MalformedPayload
-from .fields import Field, fields_of
-from .lookup import CHUNK
+from .fields import CHUNK, Field, fields_of
 
 __all__ = [
     "all_fields",

@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 from ..context import Context, TensorSpec, spec_of
 from ..entropy.tokens import signed, zigzag
 from ..errors import MalformedPayload, MaskViolation, TensorMismatch
-from .lookup import CHUNK
 
 __all__ = [
+    "CHUNK",
     "PREVIOUS_CLASSES",
     "Field",
     "assemble",
     "fields_of",
     "from_z",
+    "look_up",
     "split_tensor",
     "to_z",
 ]
 
+CHUNK = 1 << 16
+"""Elements that a pass handles at a time."""
 PREVIOUS_CLASSES = 16
 
 
@@ -313,3 +316,11 @@ def check_width(z: NDArray[Any], field: Field) -> None:
     """MalformedPayload where a value exceeds the field's width."""
     if field.width < 8 * z.dtype.itemsize and len(z) and int(z.max()) >> field.width:
         raise MalformedPayload(f"tensor {field.name!r}: a value exceeds {field.width} bits")
+
+
+def look_up(table: NDArray[Any], index: NDArray[Any]) -> NDArray[Any]:
+    """Return ``table[index]``, every index in range, without widening them to 64 bits at once."""
+    out = np.empty(len(index), table.dtype)
+    for s in range(0, len(index), CHUNK):
+        table.take(index[s : s + CHUNK], out=out[s : s + CHUNK], mode="clip")
+    return out

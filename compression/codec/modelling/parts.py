@@ -19,8 +19,7 @@ from .classes import (
     neighbour_sums,
     phase_slice,
 )
-from .fields import PREVIOUS_CLASSES, Field
-from .lookup import CHUNK, look_up
+from .fields import CHUNK, PREVIOUS_CLASSES, Field, look_up
 
 __all__ = ["Phase", "histogram", "split_phases", "symbols_of"]
 
