@@ -19,7 +19,7 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export ORT_DISABLE_TELEMETRY ?= 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
 
-.PHONY: help demo test test-fast test-engine gpu-check lint format proto fuzz fuzz-corpus clean
+.PHONY: help demo test test-fast test-engine test-flower gpu-check lint format proto fuzz fuzz-corpus clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test-fast    the tests that start no engine"
 	@echo "make test-engine  the tests that start Flower, servers and agents"
 	@echo "make gpu-check    what needs a CUDA device, in one run; says so where there is none"
+	@echo "make test-flower  the tests of federations with the oldest Flower that is admitted"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       rewrite the sources in ruff's format"
 	@echo "make proto        generate the code of common/fleet_protocol/fleet.proto anew"
@@ -49,6 +50,24 @@ test-engine: $(VENV)/.installed-dev
 gpu-check: $(VENV)/.installed-sim
 	mkdir -p runs
 	$(BIN)/python benchmarks/gpu_check.py --json runs/gpu-check.json
+
+# An environment that sees everything of .venv, with another Flower in front of it.
+FLOWER := 1.41.0
+FLOWER_VENV := .venv-flower-$(FLOWER)
+
+test-flower: $(FLOWER_VENV)/.installed
+	$(FLOWER_VENV)/bin/python -m pytest -m "engine or not engine" tests/engines tests/simulations \
+		tests/server/federation tests/client/training tests/test_same_model_everywhere.py
+
+$(FLOWER_VENV)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(FLOWER_VENV)
+	$(FLOWER_VENV)/bin/python -m pip uninstall --quiet --yes setuptools
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(FLOWER_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth
+	$(FLOWER_VENV)/bin/python -m pip --disable-pip-version-check install --quiet flwr==$(FLOWER)
+	$(FLOWER_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--no-deps --no-build-isolation -e .
+	@touch $@
 
 # mypy follows import names to folders; this link is the folder named prunecast.
 lint: $(VENV)/.installed-dev
@@ -87,7 +106,7 @@ fuzz-corpus: .venv-fuzz/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-fuzz .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-fuzz .venv-flower-* .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Prunecast needs Python 3.11 or newer with the venv module:" \
