@@ -6,27 +6,12 @@ from prunecast.simulations.scenarios.load import (
     packaged_scenarios,
     scenario_from_mapping,
 )
-from prunecast.simulations.scenarios.schema import (
-    SCHEMA,
-    ClientsSpec,
-    EngineSpec,
-    ModelSpec,
-    ReleaseSpec,
-    Scenario,
-    StrategySpec,
-    TrainingSpec,
-)
+from prunecast.simulations.scenarios.schema import ReleaseSpec, Scenario
 
 __all__ = [
-    "SCHEMA",
-    "ClientsSpec",
-    "EngineSpec",
-    "ModelSpec",
     "ReleaseSpec",
     "Scenario",
     "ScenarioError",
-    "StrategySpec",
-    "TrainingSpec",
     "load_scenario",
     "packaged_scenarios",
     "scenario_from_mapping",
