@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +75,13 @@ def deliver(
     on_step("signing the release before the last round")
     first = publish(versions[0])
     reports = []
-    with ReleaseServer(repository.path) as server, _device(prepared, server.url, spec.name) as ask:
+    with ReleaseServer(repository.path) as server:
         on_step(f"the device downloads release {first.version}")
-        reports.append(ask())
+        reports.append(_update(prepared, server.url, spec.name))
         on_step("signing the release after the last round")
         second = publish(versions[1])
         on_step(f"the device patches itself to release {second.version}")
-        reports.append(ask())
+        reports.append(_update(prepared, server.url, spec.name))
     made = (first, second)
     for release, version, report in zip(made, versions, reports, strict=True):
         _compare(prepared, release.version, version, report, patched=release is second)
@@ -151,10 +150,9 @@ def _compare(
         )
 
 
-@contextmanager
-def _device(prepared: PreparedRun, url: str, name: str) -> Iterator[Callable[[], dict[str, Any]]]:
-    settings = prepared.work / "device.json"
-    document = {
+def _update(prepared: PreparedRun, url: str, name: str) -> dict[str, Any]:
+    """Start the device, let it update itself and answer all examples; what it reports."""
+    settings = {
         "state": str(prepared.folder / "device"),
         "url": url,
         "name": name,
@@ -162,40 +160,16 @@ def _device(prepared: PreparedRun, url: str, name: str) -> Iterator[Callable[[],
         "examples": str(prepared.held_out),
         "output": str(prepared.work),
     }
-    settings.write_text(json.dumps(document), encoding="utf-8")
     log = prepared.folder / "device.log"
     paths = os.pathsep.join(part for part in sys.path if part)
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prunecast.simulations.runner.device", str(settings)],
-            stdin=subprocess.PIPE,
+    with log.open("a") as errors:
+        done = subprocess.run(
+            [sys.executable, "-m", "prunecast.simulations.runner.device", json.dumps(settings)],
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
             env={**os.environ, "PYTHONPATH": paths},
         )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    requests, answers = process.stdin, process.stdout
-
-    def ask() -> dict[str, Any]:
-        try:
-            requests.write("update\n")
-            requests.flush()
-        except BrokenPipeError:
-            pass  # the missing answer tells
-        line = answers.readline()
-        if not line:
-            raise SimulationError(f"the edge agent's process ended: see {log}")
-        report: dict[str, Any] = json.loads(line)
-        return report
-
-    try:
-        yield ask
-        requests.close()
-        process.wait(timeout=30)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        answers.close()
+    if done.returncode:
+        raise SimulationError(f"the edge agent's process ended: see {log}")
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report

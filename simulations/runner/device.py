@@ -1,9 +1,8 @@
 """An edge device in a process of its own: follow a release, run examples through it, report.
 
-Started as ``python -m prunecast.simulations.runner.device SETTINGS``, a JSON file with ``state``,
-``url``, ``name``, ``root``, ``examples`` (a file of `Examples`) and ``output`` (a folder). For
-every line on standard input it checks for an update, runs all examples and prints one JSON line.
-Imports what a device has, and says what it has imported.
+Started as ``python -m prunecast.simulations.runner.device SETTINGS``, JSON with ``state``, ``url``,
+``name``, ``root``, ``examples`` (a file of `Examples`) and ``output`` (a folder). It updates
+itself, runs all examples and prints a line of JSON. Imports what a device has, and says what.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ FOREIGN = ("torch", "flwr", "onnx", "ray")
 
 def main(arguments: list[str]) -> int:
     """Entry point of the process."""
-    settings = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    settings = json.loads(arguments[0])
     examples = Examples.load(Path(settings["examples"]))
-    output = Path(settings["output"])
     config = AgentConfig(
         state=Path(settings["state"]),
         url=settings["url"],
@@ -37,22 +35,18 @@ def main(arguments: list[str]) -> int:
         threads=1,
     )
     with Agent(config) as agent:
-        for _ in sys.stdin:
-            update = agent.update_once()
-            agent.confirm()
-            names = [signature.name for signature in agent.model.manifest.inputs]
-            parts = []
-            for chosen in np.array_split(np.arange(len(examples)), -(-len(examples) // 250)):
-                batch = examples.take(chosen).inputs.values()
-                [outputs] = agent.model.run(dict(zip(names, batch, strict=True))).values()
-                parts.append(outputs)
-            np.savez(output / f"device-{update.version}.npz", outputs=np.concatenate(parts))
-            report = {
-                **asdict(update),
-                "imported": [name for name in FOREIGN if name in sys.modules],
-            }
-            sys.stdout.write(json.dumps(report) + "\n")
-            sys.stdout.flush()
+        update = agent.update_once()
+        agent.confirm()
+        names = [signature.name for signature in agent.model.manifest.inputs]
+        parts = []
+        for chosen in np.array_split(np.arange(len(examples)), -(-len(examples) // 250)):
+            batch = examples.take(chosen).inputs.values()
+            [outputs] = agent.model.run(dict(zip(names, batch, strict=True))).values()
+            parts.append(outputs)
+    answers = Path(settings["output"]) / f"device-{update.version}.npz"
+    np.savez(answers, outputs=np.concatenate(parts))
+    report = {**asdict(update), "imported": [name for name in FOREIGN if name in sys.modules]}
+    sys.stdout.write(json.dumps(report) + "\n")
     return 0
 
 
