@@ -7,7 +7,6 @@ misread the lines below; it also holds ``run`` (an id) and ``name``. What one wr
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -15,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
+
+from prunecast.common.locks import take_lock
 
 __all__ = ["Journal", "JournalError", "new_run_id", "read_headers", "read_run"]
 
@@ -84,7 +85,7 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(self._fd)
         except BlockingIOError as error:
             raise JournalError(
                 f"another run is writing {self.path}: give this one a file of its own"

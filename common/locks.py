@@ -9,19 +9,29 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
-__all__ = ["is_locked", "lock_file"]
+__all__ = ["is_locked", "lock_file", "take_lock"]
+
+
+def take_lock(handle: int) -> None:
+    """Take the lock of an open file; closing the file releases it.
+
+    Raises:
+        BlockingIOError: another process, or another handle in this one, holds it.
+        OSError: the file system has no locks.
+    """
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def lock_file(path: Path) -> IO[str]:
     """Take the lock of a file, which is created if need be; closing the result releases it.
 
     Raises:
-        BlockingIOError: another process, or another call in this one, holds it.
+        BlockingIOError: another process, or another handle in this one, holds it.
         OSError: the file cannot be written.
     """
     file = open(path, "w")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(file.fileno())
     except BaseException:
         file.close()
         raise
