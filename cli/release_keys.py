@@ -67,22 +67,11 @@ def online(
     ] = None,
 ) -> None:
     """Make keys that a machine signs with by itself: <role>.pem, not encrypted, and <role>.pub."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    from prunecast.server.repository import OFFLINE_ROLES, ONLINE_ROLES, CeremonyError
-    from prunecast.server.repository.keys.keyholders import key_of, write_public
-    from prunecast.server.repository.keys.keyring import write_key
+    from prunecast.server.repository import ONLINE_ROLES, make_online
 
     for role in roles or ONLINE_ROLES:
-        if role in OFFLINE_ROLES:
-            raise CeremonyError(
-                f"{role} keys belong to holders, offline: make them with `release keys make`"
-            )
-        private = Ed25519PrivateKey.generate()
-        public = key_of(private.public_key(), role)
-        write_key(folder / f"{role}.pem", private)
-        write_public(folder / f"{role}.pub", public)
-        print(f"{role}: {folder / f'{role}.pem'} and {folder / f'{role}.pub'}")  # noqa: T201
+        private, public = make_online(folder, role)
+        print(f"{role}: {private} and {public}")  # noqa: T201
 
 
 @app.command()

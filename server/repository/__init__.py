@@ -25,7 +25,12 @@ from prunecast.server.repository.keys.changes import (
     changed_metadata,
     first_metadata,
 )
-from prunecast.server.repository.keys.keyholders import load_holder, load_public, make_holder
+from prunecast.server.repository.keys.keyholders import (
+    load_holder,
+    load_public,
+    make_holder,
+    make_online,
+)
 from prunecast.server.repository.keys.keyring import KeyRing
 from prunecast.server.repository.reading import ReleaseEntry, RepositoryReader
 from prunecast.server.repository.repository import PublishedRelease, Repository
@@ -62,5 +67,6 @@ __all__ = [
     "load_holder",
     "load_public",
     "make_holder",
+    "make_online",
     "verify_repository",
 ]

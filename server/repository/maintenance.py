@@ -122,16 +122,7 @@ class MaintainedRepository(RepositoryReader):
             if not chosen or not chosen <= set(known):
                 unknown = ", ".join(sorted(chosen - set(known)))
                 raise RepositoryError(f"roles are {', '.join(known)}, not {unknown}")
-            files: dict[str, bytes] = {}
-            if "root" in chosen:
-                files |= state.sign_root(self._signers, self._expiry, now)
-            lists = [role for role in ("targets", *state.delegated) if role in chosen]
-            if lists:
-                files |= state.sign_lists(lists, self._signers, self._expiry, now)
-            elif "snapshot" in chosen:
-                files |= state.sign_snapshot(self._signers, self._expiry, now)
-            elif "timestamp" in chosen:
-                files |= state.sign_timestamp(self._signers, self._expiry, now)
+            files = state.sign(chosen, self._signers, self._expiry, now)
             self._commit(files)
             collect(self.path, now, self.grace)
         return {name.split(".")[-2]: self._expiry.until(name.split(".")[-2], now) for name in files}
@@ -176,12 +167,8 @@ class MaintainedRepository(RepositoryReader):
                 return [new] if wanted == role else self._signers(wanted)
 
             files = state.replace_key(role, new, self._signers, self._expiry, now)
-            if role == "targets":
-                files |= state.sign_targets(signers, self._expiry, now)
-            elif role == "snapshot":
-                files |= state.sign_snapshot(signers, self._expiry, now)
-            elif role == "timestamp":
-                files |= state.sign_timestamp(signers, self._expiry, now)
+            if role != "root":
+                files |= state.sign([role], signers, self._expiry, now)
             # the key must be safe before anything is visible that only it can renew
             path.replace(path.with_suffix(".pem.old"))
             fresh.replace(path)

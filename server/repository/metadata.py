@@ -8,7 +8,7 @@ visible.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -90,9 +90,7 @@ class MetadataSet:
         )
         for role in ROLES:
             made._role(role).signed.version = 0
-        files = made.sign_root(signers, expiry, now)
-        files |= made.sign_targets(signers, expiry, now)
-        return made, files
+        return made, made.sign(["root", "targets"], signers, expiry, now)
 
     @classmethod
     def found(
@@ -119,7 +117,7 @@ class MetadataSet:
         made.snapshot.signed.version = made.timestamp.signed.version = 0
         files = {f"{root.signed.version}.root.json": root.to_bytes(_SERIALISER)}
         files |= made._listed("targets")
-        return made, files | made.sign_snapshot(signers, expiry, now)
+        return made, files | made.sign(["snapshot"], signers, expiry, now)
 
     @classmethod
     def load(cls, read: Callable[[str], bytes], root_version: int) -> MetadataSet:
@@ -190,32 +188,34 @@ class MetadataSet:
         listing: Targets = self._role(self.publisher_of(name)).signed
         return listing
 
-    def sign_releases(
-        self, name: str, signers: Signers, expiry: Expiry, now: datetime
+    def sign(
+        self, roles: Collection[str], signers: Signers, expiry: Expiry, now: datetime
     ) -> dict[str, bytes]:
-        """A new version of the role that publishes `name`, and of those that name it."""
-        return self.sign_lists([self.publisher_of(name)], signers, expiry, now)
+        """New versions of `roles` and of those that name them, signed with the roles' keys.
 
-    def sign_root(self, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
-        """A new version of root, signed with the role's keys."""
-        self._bump("root", expiry, now)
-        self._sign("root", signers)
-        return {f"{self.root.signed.version}.root.json": self.root.to_bytes(_SERIALISER)}
+        A list of releases is named by snapshot, and snapshot by timestamp.
 
-    def sign_targets(self, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
-        """New versions of targets, snapshot and timestamp."""
-        return self.sign_lists(["targets"], signers, expiry, now)
-
-    def sign_lists(
-        self, roles: Iterable[str], signers: Signers, expiry: Expiry, now: datetime
-    ) -> dict[str, bytes]:
-        """New versions of targets or delegated roles, of snapshot and timestamp."""
+        Raises:
+            KeyFileError, ThresholdNotMet: see `require`.
+        """
         files: dict[str, bytes] = {}
-        for role in roles:
-            self._bump(role, expiry, now)
-            self._sign(role, signers)
+        if "root" in roles:
+            self._renew("root", signers, expiry, now)
+            files[f"{self.root.signed.version}.root.json"] = self.root.to_bytes(_SERIALISER)
+        lists = [role for role in ("targets", *self.delegated) if role in roles]
+        for role in lists:
+            self._renew(role, signers, expiry, now)
             files |= self._listed(role)
-        return files | self.sign_snapshot(signers, expiry, now)
+        above = bool(lists) or "snapshot" in roles
+        if above:
+            self._renew("snapshot", signers, expiry, now)
+            version, data = self.snapshot.signed.version, self.snapshot.to_bytes(_SERIALISER)
+            files[f"{version}.snapshot.json"] = data
+            self.timestamp.signed.snapshot_meta = MetaFile.from_data(version, data, ["sha256"])
+        if above or "timestamp" in roles:
+            self._renew("timestamp", signers, expiry, now)
+            files["timestamp.json"] = self.timestamp.to_bytes(_SERIALISER)
+        return files
 
     def _listed(self, role: str) -> dict[str, bytes]:
         """The file of targets or of a delegated role, noted in snapshot."""
@@ -224,23 +224,6 @@ class MetadataSet:
         meta = MetaFile.from_data(metadata.signed.version, data, ["sha256"])
         self.snapshot.signed.meta[f"{role}.json"] = meta
         return {f"{metadata.signed.version}.{role}.json": data}
-
-    def sign_snapshot(self, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
-        """New versions of snapshot and timestamp."""
-        self._bump("snapshot", expiry, now)
-        self._sign("snapshot", signers)
-        data = self.snapshot.to_bytes(_SERIALISER)
-        files = {f"{self.snapshot.signed.version}.snapshot.json": data}
-        self.timestamp.signed.snapshot_meta = MetaFile.from_data(
-            self.snapshot.signed.version, data, ["sha256"]
-        )
-        return files | self.sign_timestamp(signers, expiry, now)
-
-    def sign_timestamp(self, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
-        """A new version of timestamp."""
-        self._bump("timestamp", expiry, now)
-        self._sign("timestamp", signers)
-        return {"timestamp.json": self.timestamp.to_bytes(_SERIALISER)}
 
     def replace_key(
         self, role: str, new: CryptoSigner, signers: Signers, expiry: Expiry, now: datetime
@@ -329,15 +312,14 @@ class MetadataSet:
                 self.delegated[role].signed.version = known.version if known else 0
             elif not tally(self.targets.signed, role, self.delegated[role]).missing:
                 continue
-            self._bump(role, expiry, now)
-            self._sign(role, signers)
+            self._renew(role, signers, expiry, now)
             files |= self._listed(role)
         if lost := live - set(self.paths()):
             raise CeremonyError(
                 f"{', '.join(sorted(lost))} would be lost, published since the ceremony was "
                 "prepared: prepare it again"
             )
-        files |= self.sign_snapshot(signers, expiry, now)
+        files |= self.sign(["snapshot"], signers, expiry, now)
         if root is not None:  # what it requires lies there already when devices see it
             timestamp = files.pop("timestamp.json")
             files[f"{root.signed.version}.root.json"] = root.to_bytes(_SERIALISER)
@@ -381,7 +363,8 @@ class MetadataSet:
         """
         self._usable(role, signers)
 
-    def _sign(self, role: str, signers: Signers) -> None:
+    def _renew(self, role: str, signers: Signers, expiry: Expiry, now: datetime) -> None:
+        self._bump(role, expiry, now)
         for number, signer in enumerate(self._usable(role, signers)):
             self._role(role).sign(signer, append=number > 0)
 

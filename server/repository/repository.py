@@ -89,10 +89,7 @@ class Repository(MaintainedRepository):
             RepositoryExists: there is a repository already.
             KeyFileError: a key is missing, or lies inside the served folder.
         """
-        path = Path(path)
-        check_outside(keys, path)
-        if (path / "metadata").exists():
-            raise RepositoryExists(f"{path} already is a repository")
+        path = _new_folder(path, keys)
         _, files = MetadataSet.create(keys.signers, expiry or Expiry(), now())
         _lay_out(path, files)
         return cls(path, keys, window=window, expiry=expiry, now=now)
@@ -116,10 +113,7 @@ class Repository(MaintainedRepository):
             RepositoryExists: there is a repository already.
             KeyFileError: an online key is missing, or not the one that root names.
         """
-        path = Path(path)
-        check_outside(keys, path)
-        if (path / "metadata").exists():
-            raise RepositoryExists(f"{path} already is a repository")
+        path = _new_folder(path, keys)
         if ceremony.trusted is not None:
             raise CeremonyError(
                 f"{ceremony.folder} changes a repository, and {path} is none: name that repository"
@@ -208,7 +202,8 @@ class Repository(MaintainedRepository):
                     built.add_patch(self.model(base))
             with self._locked():
                 state = self._load()
-                self._require(state, state.publisher_of(name), *ONLINE_ROLES)
+                publisher = state.publisher_of(name)
+                self._require(state, publisher, *ONLINE_ROLES)
                 live, now = self._live(state, name), self._now()
                 if not all(built.starts_from(base.model_digest) for base in live):
                     continue
@@ -224,7 +219,7 @@ class Repository(MaintainedRepository):
                 retired = live[: max(0, len(live) + 1 - self.window)]
                 for old in retired:
                     state.unlist_release(name, old.version)
-                self._commit(state.sign_releases(name, self._signers, self._expiry, now))
+                self._commit(state.sign([publisher], self._signers, self._expiry, now))
                 collect(self.path, now, self.grace)
                 break
         return PublishedRelease(
@@ -254,10 +249,11 @@ class Repository(MaintainedRepository):
         with self._locked():
             state = self._load()
             entry = self._find(state, name, version)
-            self._require(state, state.publisher_of(name), *ONLINE_ROLES)
+            publisher = state.publisher_of(name)
+            self._require(state, publisher, *ONLINE_ROLES)
             state.unlist_release(entry.name, entry.version)
             now = self._now()
-            self._commit(state.sign_releases(name, self._signers, self._expiry, now))
+            self._commit(state.sign([publisher], self._signers, self._expiry, now))
             collect(self.path, now, self.grace)
 
     def check_publishable(self, name: str) -> None:
@@ -276,6 +272,14 @@ class Repository(MaintainedRepository):
     def _write_once(self, path: Path, data: bytes) -> None:
         if not path.is_file() or path.read_bytes() != data:
             write_atomically(path, data)
+
+
+def _new_folder(path: Path | str, keys: KeyRing) -> Path:
+    path = Path(path)
+    check_outside(keys, path)
+    if (path / "metadata").exists():
+        raise RepositoryExists(f"{path} already is a repository")
+    return path
 
 
 def _lay_out(path: Path, files: Mapping[str, bytes]) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
@@ -28,14 +27,13 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    load_pem_private_key,
 )
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from prunecast.common.files import write_atomically
-from prunecast.server.repository.errors import KeyFileError
-from prunecast.server.repository.keys.keyring import write_private
-from prunecast.server.repository.roles import HOLDER, HOLDER_NAME, holder_of
+from prunecast.server.repository.errors import CeremonyError, KeyFileError
+from prunecast.server.repository.keys.keyring import as_signer, write_key, write_private
+from prunecast.server.repository.roles import HOLDER, HOLDER_NAME, OFFLINE_ROLES, holder_of
 
 __all__ = [
     "HolderFiles",
@@ -46,6 +44,7 @@ __all__ = [
     "load_holder",
     "load_public",
     "make_holder",
+    "make_online",
     "write_public",
 ]
 
@@ -101,13 +100,30 @@ def load_holder(path: Path, passphrase: str) -> CryptoSigner:
         raise KeyFileError(
             f"{path} is not an encrypted private key: make one with `release keys make`"
         )
-    try:
-        private = load_pem_private_key(data, passphrase.encode())
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise KeyFileError(f"{path} does not open: another passphrase, or damaged") from error
-    if not isinstance(private, Ed25519PrivateKey):
-        raise KeyFileError(f"{path} is not an Ed25519 key")
-    return CryptoSigner(private)
+    return as_signer(path, data, passphrase.encode())
+
+
+def make_online(folder: Path, role: str) -> tuple[Path, Path]:
+    """Make a key that a machine signs with by itself: ``<role>.pem``, not encrypted, and its .pub.
+
+    Returns:
+        Where the private and the public key were written.
+
+    Raises:
+        CeremonyError: the role's keys belong to holders.
+        KeyFileError: the folder cannot be written.
+        RepositoryExists: there is such a key already.
+    """
+    if role in OFFLINE_ROLES:
+        raise CeremonyError(
+            f"{role} keys belong to holders, offline: make them with `release keys make`"
+        )
+    private = Ed25519PrivateKey.generate()
+    public = key_of(private.public_key(), role)
+    files = folder / f"{role}.pem", folder / f"{role}.pub"
+    write_key(files[0], private)
+    write_public(files[1], public)
+    return files
 
 
 def key_of(public: Ed25519PublicKey, holder: str) -> SSlibKey:

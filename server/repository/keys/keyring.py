@@ -26,7 +26,7 @@ from prunecast.common.files import write_new
 from prunecast.server.repository.errors import KeyFileError, RepositoryExists
 from prunecast.server.repository.roles import ROLES
 
-__all__ = ["KeyRing", "write_key", "write_private"]
+__all__ = ["KeyRing", "as_signer", "write_key", "write_private"]
 
 
 class KeyRing:
@@ -129,9 +129,20 @@ def _load(path: Path) -> CryptoSigner:
         raise KeyFileError(
             f"{path} is encrypted: its holder signs with it, `prunecast release keys sign`"
         )
+    return as_signer(path, data, None)
+
+
+def as_signer(path: Path, data: bytes, passphrase: bytes | None) -> CryptoSigner:
+    """The signer of a key file's content.
+
+    Raises:
+        KeyFileError: not an Ed25519 key in PEM, or another passphrase.
+    """
     try:
-        key = load_pem_private_key(data, password=None)
+        key = load_pem_private_key(data, passphrase)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        if passphrase is not None:
+            raise KeyFileError(f"{path} does not open: another passphrase, or damaged") from error
         raise KeyFileError(f"{path} is not a private key in PEM: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise KeyFileError(f"{path} is not an Ed25519 key")

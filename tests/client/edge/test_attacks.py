@@ -186,7 +186,7 @@ def test_old_target_signed_under_a_new_name(
     file = repository._target_file(path, target.hashes["sha256"])
     file.parent.mkdir(parents=True)
     file.write_bytes(old)
-    repository._commit(state.sign_targets(keys.signers, repository._expiry, datetime.now(UTC)))
+    repository._commit(state.sign(["targets"], keys.signers, repository._expiry, datetime.now(UTC)))
     with pytest.raises(TrustError, match="old release"):
         agent.update_once()
     _keeps_release_1(agent, images)
@@ -234,7 +234,6 @@ def test_revoked_key(
     stolen = keys.path(role).with_suffix(".pem.old")
     keys.path(role).write_bytes(stolen.read_bytes())
     state = repository._load()
-    sign = {"timestamp": state._sign, "snapshot": state._sign, "targets": state._sign}
     now = datetime.now(UTC)
     if role == "root":
         state._bump("root", repository._expiry, now)
@@ -246,7 +245,6 @@ def test_revoked_key(
         metadata.signed.version += 10
         metadata.sign(keys.signer(role))
         forged = metadata.to_bytes()
-        assert sign
         if role == "timestamp":
             network.replaced["metadata/timestamp.json"] = forged
         else:
@@ -265,10 +263,10 @@ def _forge(state, role, forged, network, repository, keys, now) -> None:
     if role == "targets":
         meta = MetaFile.from_data(version, forged, ["sha256"])
         state.snapshot.signed.meta["targets.json"] = meta
-        files = state.sign_snapshot(keys.signers, repository._expiry, now)
+        files = state.sign(["snapshot"], keys.signers, repository._expiry, now)
     else:
         state.timestamp.signed.snapshot_meta = MetaFile.from_data(version, forged, ["sha256"])
-        files = state.sign_timestamp(keys.signers, repository._expiry, now)
+        files = state.sign(["timestamp"], keys.signers, repository._expiry, now)
     network.replaced |= {f"metadata/{name}": data for name, data in files.items()}
 
 
@@ -366,7 +364,7 @@ def test_path_traversal_in_target_names(
 
     state = repository._load()
     state.targets.signed.targets[path] = TargetFile(10, {"sha256": "00" * 32}, path)
-    repository._commit(state.sign_targets(keys.signers, repository._expiry, datetime.now(UTC)))
+    repository._commit(state.sign(["targets"], keys.signers, repository._expiry, datetime.now(UTC)))
     assert agent.update_once().outcome == "current"
     _keeps_release_1(agent, images)
 

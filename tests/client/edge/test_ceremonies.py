@@ -171,7 +171,7 @@ def test_a_revoked_publisher_cannot_publish(
     listing.sign(circle.signer("host.robot"))
     state.delegated["robot"] = listing
     files = state._listed("robot")
-    files |= state.sign_snapshot(served._signers, served._expiry, utc_now())
+    files |= state.sign(["snapshot"], served._signers, served._expiry, utc_now())
     network.replaced |= {f"metadata/{name}": data for name, data in files.items()}
     with pytest.raises(TrustError, match="robot was signed by 0/1 keys"):
         agent.update_once()
@@ -184,7 +184,7 @@ def test_a_delegated_role_cannot_speak_for_other_names(
     listing = state.delegated["robot"].signed
     [held] = listing.targets.values()
     listing.targets["other/1/release.json"] = held
-    served._commit(state.sign_lists(["robot"], served._signers, served._expiry, utc_now()))
+    served._commit(state.sign(["robot"], served._signers, served._expiry, utc_now()))
     config = replace(agent.config, name="other", state=tmp_path / "other")
     with Agent(config, fetcher=network) as other, pytest.raises(NoRelease, match="it has: toy"):
         other.update_once()
@@ -199,13 +199,13 @@ def test_a_delegated_list_that_is_not_the_one_in_force(
     if attack == "expired list":
         past = utc_now() - timedelta(days=40)
         state = served._load()
-        files = state.sign_lists(["robot"], served._signers, served._expiry, past)
-        files |= state.sign_snapshot(served._signers, served._expiry, utc_now())
+        files = state.sign(["robot"], served._signers, served._expiry, past)
+        files |= state.sign(["snapshot"], served._signers, served._expiry, utc_now())
         served._commit(files)
     elif attack == "handed on":
         state = served._load()
         state.delegated["robot"].signed.delegations = state.targets.signed.delegations
-        served._commit(state.sign_lists(["robot"], served._signers, served._expiry, utc_now()))
+        served._commit(state.sign(["robot"], served._signers, served._expiry, utc_now()))
     else:
         publish(2)
         network.replaced[name] = old.read_bytes() if attack == "old list" else None

@@ -390,7 +390,7 @@ def test_path_traversal_inside_release_json(
     target = TargetFile.from_data(path, data, ["sha256"])
     state.targets.signed.targets[path] = target
     repository._target_file(path, target.hashes["sha256"]).write_bytes(data)
-    repository._commit(state.sign_targets(keys.signers, repository._expiry, datetime.now(UTC)))
+    repository._commit(state.sign(["targets"], keys.signers, repository._expiry, datetime.now(UTC)))
     before = sorted(p for p in tmp_path.rglob("*") if "state" not in p.parts)
     network.asked.clear()
     with pytest.raises(ContentRefused, match=r"release\.json|release name"):
