@@ -1,7 +1,7 @@
 """What nodes contribute to a criterion: named arrays, one value per weight, in one small payload.
 
-A statistic only ranks weights, so its values travel with two bits of mantissa: within 12 %, and
-six to seven bits each after the codec.
+A statistic only ranks weights, so its values travel with one bit of mantissa: within 20 %, and five
+to six bits each after the codec.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pack_statistics(statistics: Statistics) -> bytes:
 
 def _narrow(array: NDArray[Any]) -> NDArray[np.float32]:
     bits = np.clip(array, -_LARGEST, _LARGEST).astype(np.float32).view(np.uint32)
-    rounded: NDArray[np.uint32] = (bits + np.uint32(1 << 20)) & np.uint32(0xFFE00000)
+    rounded: NDArray[np.uint32] = (bits + np.uint32(1 << 21)) & np.uint32(0xFFC00000)
     return rounded.view(np.float32)
 
 

@@ -41,21 +41,21 @@ def unpacked(payload, wanted=("g",), shapes=SHAPES):
         elements=st.floats(-(2.0**99), 2.0**99, width=32),
     )
 )
-def test_values_arrive_within_twelve_percent(values):
+def test_values_arrive_within_twenty_percent(values):
     found = unpacked(pack_statistics({"g": {"w": values}}), shapes={"w": values.shape})["g"]["w"]
-    np.testing.assert_allclose(found, values, rtol=0.12, atol=1e-38)
+    np.testing.assert_allclose(found, values, rtol=0.2001, atol=1e-38)
 
 
 def test_what_is_beyond_is_clipped_and_what_is_not_finite_is_refused():
     found = unpacked(pack_statistics({"g": {"b": np.array([1e300, -np.inf, 1.0])}}))["g"]["b"]
-    assert found == pytest.approx([1e30, -1e30, 1.0], rel=0.12)
+    assert found == pytest.approx([1e30, -1e30, 1.0], rel=0.2001)
     with pytest.raises(BadPayload, match="'b' holds NaN"):
         unpacked(pack_statistics({"g": {"b": np.array([1.0, np.nan, 1.0])}}))
 
 
 def test_a_record_is_small():
     values = np.abs(np.random.default_rng(0).normal(size=(200, 300)))
-    assert len(pack_statistics({"g": {"w": values}})) < 0.85 * values.size
+    assert len(pack_statistics({"g": {"w": values}})) < 0.75 * values.size
 
 
 def test_only_what_was_asked_for_is_counted():
