@@ -38,6 +38,8 @@ class EndpointLimits:
         json_bytes: of the JSON in it; parsed, JSON takes up to twenty times its size, so only one
             large document is parsed at a time.
         total_bytes: of all bodies that are in memory at a time.
+        output_bytes: of all outputs of one inference; where the model's signature tells what
+            an input leads to, it does not even run.
         connections: open at a time; one more is answered 503 and closed.
         running: inferences at a time; others wait.
         waiting_seconds: how long a request waits for memory or for its turn before it is
@@ -50,6 +52,7 @@ class EndpointLimits:
     body_bytes: int = 16 * 2**20
     json_bytes: int = 4 * 2**20
     total_bytes: int = 64 * 2**20
+    output_bytes: int = 64 * 2**20
     connections: int = 32
     running: int = 4
     waiting_seconds: float = 5.0

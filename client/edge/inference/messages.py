@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.client.edge.inference.limits import RequestRefused
+from prunecast.compression.release import Signature
 
 __all__ = ["InferRequest", "datatype_of", "encode_response", "parse_request"]
 
 _MOST_ID = 1024
+_SLICE = 1 << 14  # values: some milliseconds
 _MOST_DIMENSIONS = 16
 _MOST_VALUES = 1 << 40
 _DATATYPES = {
@@ -99,8 +101,8 @@ def parse_request(body: memoryview, json_bytes: int) -> InferRequest:
 
 def encode_response(
     request: InferRequest, outputs: Mapping[str, NDArray[np.generic]], name: str, version: int
-) -> tuple[bytes, bytes]:
-    """The JSON document of a response, and the binary data that follows it.
+) -> tuple[int, bytes]:
+    """A response: bytes of its JSON document, and all of it with the binary data that follows.
 
     Args:
         request: what was asked for.
@@ -114,7 +116,8 @@ def encode_response(
     wanted = request.outputs
     if wanted is None:
         wanted = dict.fromkeys(outputs, request.binary)
-    described, binary = [], []
+    described: list[str] = []
+    binary: list[memoryview] = []
     for output, as_binary in wanted.items():
         array = outputs.get(output)
         if array is None:
@@ -128,21 +131,55 @@ def encode_response(
         }
         if as_binary:
             binary.append(_to_binary(array))
-            tensor["parameters"] = {"binary_data_size": len(binary[-1])}
+            tensor["parameters"] = {"binary_data_size": array.nbytes}
+            described.append(_compact(tensor))
         else:
-            tensor["data"] = array.ravel().tolist()
-        described.append(tensor)
+            described.append(f'{_compact(tensor)[:-1]},"data":[{_values(array)}]}}')
     document: dict[str, Any] = {"model_name": name, "model_version": str(version)}
     if request.id is not None:
         document["id"] = request.id
-    document["outputs"] = described
+    text = f'{_compact(document)[:-1]},"outputs":[{",".join(described)}]}}'
+    encoded = text.encode()
+    return len(encoded), b"".join((encoded, *binary))
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _values(array: NDArray[np.generic]) -> str:
+    """JSON of all values, made in slices: other requests get their turn between two of them."""
+    flat = array.ravel()
+    slices = (flat[at : at + _SLICE].tolist() for at in range(0, flat.size, _SLICE))
     try:
-        text = json.dumps(document, allow_nan=False, separators=(",", ":"))
+        return ",".join(_compact(values)[1:-1] for values in slices)
     except ValueError:
         raise RequestRefused(
             400, "an output is not finite, which JSON cannot say: ask for binary data"
         ) from None
-    return text.encode(), b"".join(binary)
+
+
+def least_output_bytes(
+    inputs: Sequence[Signature], outputs: Sequence[Signature], given: Mapping[str, NDArray[Any]]
+) -> int:
+    """Bytes that the outputs of a model will have at least, told by its signature.
+
+    Args:
+        inputs: of the model.
+        outputs: of the model; a free dimension that an input has, too, is as large as there.
+        given: arrays by name of the input; those that do not fit are left out of account.
+    """
+    free: dict[int | str, int] = {}
+    for one in inputs:
+        array = given.get(one.name)
+        if array is not None and array.ndim == len(one.shape):
+            free |= zip(one.shape, array.shape, strict=True)
+    free.pop("dynamic", None)  # stands for every dimension without a name
+    return sum(
+        math.prod(size if isinstance(size, int) else free.get(size, 1) for size in output.shape)
+        * np.dtype(output.dtype).itemsize
+        for output in outputs
+    )
 
 
 def _load(data: memoryview) -> dict[str, Any]:
@@ -266,9 +303,10 @@ def _from_binary(
     return np.frombuffer(data, dtype).astype(dtype.newbyteorder("=")).reshape(shape)
 
 
-def _to_binary(array: NDArray[np.generic]) -> bytes:
+def _to_binary(array: NDArray[np.generic]) -> memoryview:
     """The bytes of an array as the protocol wants them."""
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 
 
 def _flat(tensor: str, shape: Sequence[int], data: list[Any]) -> list[Any]:

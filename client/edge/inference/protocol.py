@@ -14,7 +14,12 @@ from urllib.parse import unquote
 from prunecast.client.edge.config import AGENT_VERSION
 from prunecast.client.edge.errors import NoModel, VersionNotActive
 from prunecast.client.edge.inference.limits import Budget, EndpointLimits, RequestRefused
-from prunecast.client.edge.inference.messages import datatype_of, encode_response, parse_request
+from prunecast.client.edge.inference.messages import (
+    datatype_of,
+    encode_response,
+    least_output_bytes,
+    parse_request,
+)
 from prunecast.client.edge.model import EdgeModel
 from prunecast.compression.release import InputRefused, ReleaseError, Signature
 
@@ -168,19 +173,28 @@ class InferenceProtocol:
             )
         with self._parsing if size > _LARGE_JSON else nullcontext():
             request = parse_request(body, size)
+        session = self._model.current().session
+        self._check_outputs(least_output_bytes(session.inputs, session.outputs, request.inputs))
         with self._turns.take(1, self.limits.waiting_seconds):
             served = self._model.infer(request.inputs, version=version)
-        text, binary = encode_response(request, served.outputs, self._name, served.version)
-        if not binary and not any((request.outputs or {"": request.binary}).values()):
-            return EndpointReply(200, text)
+            self._check_outputs(sum(array.nbytes for array in served.outputs.values()))
+            length, whole = encode_response(request, served.outputs, self._name, served.version)
+        if not any((request.outputs or {"": request.binary}).values()):
+            return EndpointReply(200, whole)
         return EndpointReply(
             200,
-            text + binary,
+            whole,
             {
                 "Content-Type": "application/octet-stream",
-                "Inference-Header-Content-Length": str(len(text)),
+                "Inference-Header-Content-Length": str(length),
             },
         )
+
+    def _check_outputs(self, size: int) -> None:
+        if size > self.limits.output_bytes:
+            raise RequestRefused(
+                413, f"outputs may have {self.limits.output_bytes} bytes: send fewer rows at a time"
+            )
 
 
 def _only(wanted: str, method: str) -> None:

@@ -11,10 +11,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http import HTTPStatus
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Self
+
+import numpy as np
 
 from prunecast.client.edge.inference.address import listen
 from prunecast.client.edge.inference.limits import Budget, EndpointLimits, RequestRefused
@@ -25,6 +28,8 @@ __all__ = ["InferenceServer"]
 
 _LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _LINGER = 2.0  # seconds in which the rest of a refused request is read and dropped
+_HEAD_BYTES = 80 * 1024  # of request line and headers, a line of 64 KiB among them
+_STEP = 1 << 20  # bytes of a body for which memory is taken before they come
 _EMPTY = memoryview(b"")
 
 
@@ -121,11 +126,17 @@ class InferenceServer:
 
 
 class _Deadline(io.RawIOBase):
-    """Reads from a socket until a moment in time, however slowly the bytes trickle in."""
+    """Reads from a socket until a moment in time, however slowly the bytes trickle in.
+
+    Attributes:
+        at: that moment, in monotonic seconds.
+        head: bytes that request line and headers may still have; None while a body is read.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self.at = 0.0
+        self.head: int | None = None
 
     def readable(self) -> bool:
         return True
@@ -134,8 +145,13 @@ class _Deadline(io.RawIOBase):
         left = self.at - time.monotonic()
         if left <= 0:
             raise TimeoutError("the request is too slow")
+        if self.head is not None and self.head <= 0:
+            raise HTTPException  # the standard library makes a 431 of it
         self._socket.settimeout(left)
-        return self._socket.recv_into(buffer)
+        came = self._socket.recv_into(buffer)
+        if self.head is not None:
+            self.head -= came
+        return came
 
 
 class _Connection:
@@ -178,9 +194,8 @@ class _Connection:
         """Answer 503 without reading, and close."""
         with suppress(OSError):
             self._socket.setblocking(False)
-            self._socket.send(
-                _raw(EndpointReply.error(503, "busy: too many connections"), close=True)
-            )
+            busy = EndpointReply.error(503, "busy: too many connections")
+            self._socket.send(_head(busy, close=True) + busy.body)
         self._socket.close()
 
     def begin(self) -> bool:
@@ -234,9 +249,21 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             self._raw.at = time.monotonic() + self._limits.request_seconds
+            self._raw.head = _HEAD_BYTES
             super().handle_one_request()
         finally:
             self._state.end()
+
+    def parse_request(self) -> bool:
+        """Request line and headers; what could be read in two ways is refused."""
+        if not super().parse_request():
+            return False
+        self._raw.head = None
+        lengths = len(self.headers.get_all("content-length", []))
+        if self.headers.defects or lengths + ("transfer-encoding" in self.headers) > 1:
+            self._refuse(RequestRefused(400, "the headers are malformed, or state two lengths"))
+            return False
+        return True
 
     def do_GET(self) -> None:
         """Health and metadata."""
@@ -251,14 +278,22 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             size = self._body_size()
-            with self.server.memory.take(size, self._limits.waiting_seconds):
-                body = bytearray(size)
-                if self.rfile.readinto(body) != size:
-                    self.close_connection = True
-                    return
+            part = body = np.empty(size, np.uint8).data  # pages that are not written take nothing
+            with ExitStack() as held:
+                for start in range(0, size, _STEP):
+                    # step by step: a client that sends nothing keeps hardly any memory from others
+                    part = body[start : start + _STEP]
+                    held.enter_context(
+                        self.server.memory.take(len(part), self._limits.waiting_seconds)
+                    )
+                    if self.rfile.readinto(part) != len(part):
+                        self.close_connection = True
+                        return
                 stated = self.headers.get("inference-header-content-length")
-                protocol = self.server.protocol
-                answer = protocol.answer("POST", self._path(), memoryview(body), stated)
+                answer = self.server.protocol.answer("POST", self._path(), body, stated)
+            del body, part  # an answer may wait for the memory that they held
+            large = len(answer.body) if len(answer.body) > _STEP else 0
+            with self.server.memory.take(large, self._limits.waiting_seconds):
                 self._send(answer)
         except RequestRefused as error:
             self._refuse(error)
@@ -283,11 +318,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise RequestRefused(411, "send Content-Length instead of Transfer-Encoding")
         if self.headers.get("content-encoding", "identity") != "identity":
             raise RequestRefused(415, "compressed bodies are not accepted")
-        stated = self.headers.get_all("content-length", [])
-        if not stated:
+        text = self.headers.get("content-length")
+        if text is None:
             raise RequestRefused(411, "Content-Length is missing")
-        (text, *more) = stated
-        if more or not (text.isascii() and text.isdigit() and len(text) < 16):
+        if not (text.isascii() and text.isdigit() and len(text) < 16):
             raise RequestRefused(400, "Content-Length must be one number")
         if int(text) > self._limits.body_bytes:
             raise RequestRefused(413, f"a body may have {self._limits.body_bytes} bytes")
@@ -315,10 +349,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.closing:
             self.close_connection = True
         self.connection.settimeout(self._limits.request_seconds)
-        self.connection.sendall(_raw(answer, close=self.close_connection))
+        head = _head(answer, close=self.close_connection)
+        if len(answer.body) <= _STEP:
+            self.connection.sendall(head + answer.body)
+        else:
+            self.connection.sendall(head)
+            self.connection.sendall(answer.body)
 
 
-def _raw(answer: EndpointReply, *, close: bool) -> bytes:
+def _head(answer: EndpointReply, *, close: bool) -> bytes:
     phrase = HTTPStatus(answer.status).phrase
     headers = {**answer.headers, "Content-Length": str(len(answer.body))}
     if close:
@@ -326,4 +365,4 @@ def _raw(answer: EndpointReply, *, close: bool) -> bytes:
     if answer.status == 503:
         headers["Retry-After"] = "1"
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"HTTP/1.1 {answer.status} {phrase}\r\n{lines}\r\n".encode() + answer.body
+    return f"HTTP/1.1 {answer.status} {phrase}\r\n{lines}\r\n".encode()

@@ -11,7 +11,13 @@ import pytest
 
 from prunecast.client.edge import EdgeModel
 from prunecast.client.edge.inference import EndpointLimits, EndpointReply, InferenceProtocol
+from prunecast.client.edge.inference.messages import (
+    InferRequest,
+    encode_response,
+    least_output_bytes,
+)
 from prunecast.client.edge.slots.slot import LoadedRelease
+from prunecast.compression.release import Signature
 from support.classifier import classifier_inputs
 from support.served import DTYPES, classifier_outputs
 
@@ -334,3 +340,36 @@ def test_more_inferences_than_turns_wait_and_then_are_told(toys: list[LoadedRele
     first.join(30)
     assert (refused.status, answers[0].status) == (503, 200)
     assert b"busy" in refused.body
+
+
+def test_outputs_that_are_too_large_are_refused_before_they_are_computed(
+    toys: list[LoadedRelease],
+) -> None:
+    ran: list[int] = []
+    model = EdgeModel(toys[0], observe=lambda version, *_: ran.append(version))
+    limits = EndpointLimits(output_bytes=4 * 5 * 4)  # four rows of five floats
+    protocol = InferenceProtocol(model, "toy", limits)
+    assert post(protocol, {"inputs": [tensor()]}).status == 200
+    rows = {"shape": [5, 12], "data": [0.0] * 60}
+    refused = post(protocol, {"inputs": [tensor(**rows)]})
+    assert (refused.status, ran) == (413, [1])
+    assert b"outputs may have 80 bytes" in refused.body
+
+
+def test_what_a_signature_tells_about_outputs() -> None:
+    inputs = [Signature("x", "float32", ("n", "m")), Signature("y", "int64", ("dynamic",))]
+    outputs = [Signature("a", "float32", ("n", 64)), Signature("b", "float64", ("dynamic", "k", 2))]
+    x, y = np.empty((2**20, 0), np.float32), np.empty(7, np.int64)
+    assert least_output_bytes(inputs, outputs, {"x": x, "y": y}) == 2**20 * 64 * 4 + 16
+    assert least_output_bytes(inputs, outputs, {"x": y, "z": x}) == 64 * 4 + 16
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 14, (1 << 14) + 1, 50_000])
+def test_json_that_is_made_in_slices_is_the_same(size: int) -> None:
+    array = np.random.default_rng(size).normal(size=size)
+    request = InferRequest({}, None, False, None)
+    length, text = encode_response(request, {"a": array, "b": array[::-1]}, "toy", 3)
+    document = json.loads(text)
+    assert length == len(text)
+    assert [one["data"] for one in document["outputs"]] == [array.tolist(), array[::-1].tolist()]
+    assert text == json.dumps(document, separators=(",", ":")).encode()

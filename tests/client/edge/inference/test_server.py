@@ -172,6 +172,18 @@ def test_one_connection_carries_many_requests(server: InferenceServer) -> None:
         (b"GET /v2 HTTP/1.1\r\na: " + b"b" * 70_000 + b"\r\n\r\n", b"431"),
         (b"BREW /v2 HTTP/1.1\r\n\r\n", b"501"),
         (b"GET /v2 HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello", b"400"),
+        (b"GET /v2 HTTP/1.1\r\n" + (b"a: " + b"b" * 60_000 + b"\r\n") * 2, b"431"),
+        (
+            b"GET /v2 HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 45\r\n\r\n"
+            b"GET /v2/health/ready HTTP/1.1\r\nX: aaaaaaaaa\r\n\r\n",
+            b"400",
+        ),
+        (
+            b"POST /v2 HTTP/1.1\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+            b"400",
+        ),
+        (b"GET /v2 HTTP/1.1\r\nContent-Length : 45\r\n\r\nGET /v2 HTTP/1.1\r\n\r\n", b"400"),
+        (b"POST /v2 HTTP/1.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", b"405"),
         (b"POST /v2 HTTP/1.1\r\n\r\n", b"411"),
         (b"POST /v2 HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
         (b"POST /v2 HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", b"400"),
@@ -193,6 +205,7 @@ def test_hostile_bytes_get_an_error_and_the_next_client_an_answer(
 ) -> None:
     received = say(server, sent)
     assert received[9:12] == status
+    assert received.count(b"HTTP/1.1 ") == bool(status)  # one request, one answer
     if status:
         assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]
     assert ask(connect(server))[0] == 200
@@ -213,6 +226,46 @@ def test_slow_requests_are_ended(server: InferenceServer, start: bytes) -> None:
     begun = time.monotonic()
     say(server, start)
     assert time.monotonic() - begun < 10
+
+
+def test_bodies_that_never_come_keep_no_memory_from_others(model: EdgeModel) -> None:
+    """Twice what there is has been announced, and nothing of it sent."""
+    limits = EndpointLimits(body_bytes=8 << 20, total_bytes=8 << 20, waiting_seconds=0.2)
+    with InferenceServer(model, "toy", "127.0.0.1:0", limits=limits) as server:
+        silent = [connect(server) for _ in range(2)]
+        for connection in silent:
+            connection.putrequest("POST", INFER)
+            connection.putheader("Content-Length", str(limits.body_bytes))
+            connection.putheader("Expect", "100-continue")
+            connection.endheaders()
+            assert connection.sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert ask(connect(server))[0] == 200
+        for connection in silent:
+            connection.close()
+
+
+def test_a_large_body_comes_whole_in_steps(model: EdgeModel) -> None:
+    rows = 70_000  # of 12 floats: more than three steps
+    document = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "input",
+                    "shape": [rows, 12],
+                    "datatype": "FP32",
+                    "parameters": {"binary_data_size": rows * 48},
+                }
+            ],
+            "outputs": [{"name": "output", "parameters": {"binary_data": True}}],
+        }
+    ).encode()
+    x = np.tile(X, (rows // 4, 1))
+    with InferenceServer(model, "toy", "127.0.0.1:0") as server:
+        sizes = {"Inference-Header-Content-Length": str(len(document))}
+        status, body = ask(connect(server), body=document + x.tobytes(), **sizes)
+    assert status == 200
+    found = np.frombuffer(body[-rows * 20 :], "<f4").reshape(rows, 5)
+    np.testing.assert_allclose(found, classifier_outputs(1, x), atol=1e-4)
 
 
 def test_more_connections_than_allowed_are_turned_away(server: InferenceServer) -> None:
