@@ -10,12 +10,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from prunecast.compression.flower import (
-    STATISTICS_RECORD,
-    array_record,
-    dense_arrays,
-    payload_of,
-)
+from prunecast.compression.flower import STATISTICS_RECORD, array_record, dense_arrays, payload_of
 from prunecast.compression.flower.internals import (
     log,
     make_message,
