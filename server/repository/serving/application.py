@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from prunecast.server.repository.serving.connection import Request
 from prunecast.server.repository.serving.files import Reply, file_reply, in_words, path_of
-from prunecast.server.repository.serving.limits import Quota, ServingLimits, client_of
+from prunecast.server.repository.serving.limits import Quota, ServingLimits
 from prunecast.server.repository.serving.monitoring import BlobKinds, HealthCheck, Metrics
 
 __all__ = ["Application"]
@@ -42,9 +42,9 @@ class Application:
         self._quotas = {name: Quota(rate) for name, rate in rates.items() if rate is not None}
         self._looking: asyncio.Task[None] | None = None
 
-    async def public(self, request: Request, address: str) -> Reply:
+    async def public(self, request: Request, client: str) -> Reply:
         """Files of the repository, and its health."""
-        client, name = client_of(address), path_of(request.target)
+        name = path_of(request.target)
         if refusal := self._over(client, "requests", 1):
             return refusal
         if name == "healthz":
@@ -64,7 +64,7 @@ class Application:
             reply.settle = lambda sent: give_back(length - sent)
         return reply
 
-    async def private(self, request: Request, address: str) -> Reply:
+    async def private(self, request: Request, client: str) -> Reply:
         """Metrics, and the same health."""
         path = path_of(request.target)
         if path == "healthz":

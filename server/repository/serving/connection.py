@@ -13,7 +13,7 @@ from typing import IO
 import h11
 
 from prunecast.server.repository.serving.files import FilePart, Reply, in_words
-from prunecast.server.repository.serving.limits import ServingLimits
+from prunecast.server.repository.serving.limits import ServingLimits, client_of
 from prunecast.server.repository.serving.monitoring import Metrics
 
 __all__ = ["Connection", "Request", "Respond"]
@@ -43,7 +43,7 @@ class Request:
 
 
 Respond = Callable[[Request, str], Awaitable[Reply]]
-"""From a request and the client's address to the reply."""
+"""From a request and its client to the reply."""
 
 
 class _Length:
@@ -65,6 +65,11 @@ class Connection:
         limits: what it may take.
         metrics: where replies are counted.
         respond: makes the replies.
+        limited: whether it counts among `ServingLimits.connections`.
+
+    Attributes:
+        client: who it counts as, see `client_of`.
+        waits: for a request, or for the rest of one.
     """
 
     def __init__(
@@ -74,6 +79,8 @@ class Connection:
         limits: ServingLimits,
         metrics: Metrics,
         respond: Respond,
+        *,
+        limited: bool,
     ) -> None:
         self._reader, self._writer = reader, writer
         self._limits, self._metrics, self._respond = limits, metrics, respond
@@ -81,7 +88,8 @@ class Connection:
         self._idle, self._last, self._head_only, self._answered = True, False, False, False
         self._sent = 0  # bytes of the reply's body that are on their way
         peer = writer.get_extra_info("peername")
-        self._address = str(peer[0]) if peer else ""
+        self.client = client_of(str(peer[0]) if peer else "")
+        self.limited, self.waits = limited, True
         self._tls = writer.get_extra_info("ssl_object") is not None
         # drain waits until the kernel has it all (over TLS, all but a piece; there a high-water
         # mark of 0 would stop the flow for good)
@@ -93,8 +101,11 @@ class Connection:
         if self._idle:
             self._writer.close()
             # over TLS, closing waits for the client to say goodbye, and an idle one will not
-            abort = self._writer.transport.abort
-            asyncio.get_running_loop().call_later(_GOODBYE, abort)
+            asyncio.get_running_loop().call_later(_GOODBYE, self.break_off)
+
+    def break_off(self) -> None:
+        """End at once, whatever is in progress."""
+        self._writer.transport.abort()
 
     async def serve(self) -> None:
         """Answer requests until one side ends the connection."""
@@ -109,9 +120,9 @@ class Connection:
             await talk()
         except (OSError, TimeoutError, EOFError, asyncio.SendfileNotAvailableError):
             # the client is gone or stalls, or a file became shorter
-            self._writer.transport.abort()
+            self.break_off()
         except BaseException:  # cancelled, or an error of ours
-            self._writer.transport.abort()
+            self.break_off()
             raise
         finally:  # what the kernel has not taken yet goes out before
             self._writer.close()
@@ -126,6 +137,7 @@ class Connection:
 
     async def _one(self) -> bool:
         """One request and its reply; False when it was the last."""
+        self.waits = True
         try:
             request = await self._request()
             whole = request is None or isinstance(self._http.next_event(), h11.EndOfMessage)
@@ -138,13 +150,14 @@ class Connection:
             return await self._wrong(408, "the request took too long")
         if request is None:
             return False
+        self.waits = False
         if request.size > self._limits.header_bytes:
             return await self._wrong(431, "the request's headers are too long")
         if not whole or "transfer-encoding" in request.headers:
             return await self._wrong(413, "requests have no body here")
         begun = time.monotonic()
         if request.method in ("GET", "HEAD"):
-            reply = await self._respond(request, self._address)
+            reply = await self._respond(request, self.client)
         else:
             reply = in_words(405, "only GET and HEAD", allow="GET, HEAD")
         await self._send(reply, begun)

@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -196,10 +197,11 @@ class ReleaseServer:
     ) -> asyncio.Server:
         # no coroutine: a connection must be known from its first moment on, also to `_drain`
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            connection = Connection(reader, writer, self._limits, self._app.metrics, respond)
             # whoever watches the server must reach it when it is full, too
-            limited = bound is self._socket
-            self._connections[connection] = asyncio.create_task(self._serve(connection, limited))
+            public = bound is self._socket
+            metrics = self._app.metrics
+            connection = Connection(reader, writer, self._limits, metrics, respond, limited=public)
+            self._connections[connection] = asyncio.create_task(self._serve(connection))
 
         return await asyncio.start_server(
             accept,
@@ -210,12 +212,14 @@ class ReleaseServer:
             ssl_shutdown_timeout=self._limits.stall_timeout if context else None,
         )
 
-    async def _serve(self, connection: Connection, limited: bool) -> None:
-        metrics = self._app.metrics
+    async def _serve(self, connection: Connection) -> None:
+        metrics, limited = self._app.metrics, connection.limited
         metrics.connections += limited
         try:
-            if limited and metrics.connections > self._limits.connections:
+            full = limited and metrics.connections > self._limits.connections
+            if full:
                 metrics.refused("connections")
+            if full and not self._make_room(connection.client):
                 await connection.refuse(in_words(503, "too many connections", retry_after="10"))
             else:
                 await connection.serve()
@@ -224,6 +228,20 @@ class ReleaseServer:
         finally:
             del self._connections[connection]
             metrics.connections -= limited
+
+    def _make_room(self, newcomer: str) -> bool:
+        """End a connection of the client that has most, if it has more than one who comes now.
+
+        Only of those that wait for a request: so one client's silence does not keep others out,
+        and no download is cut off.
+        """
+        held = Counter(connection.client for connection in self._connections)
+        waiting = (one for one in self._connections if one.waits and one.limited)
+        found = max(waiting, key=lambda one: held[one.client], default=None)
+        if found is None or held[found.client] <= held[newcomer]:
+            return False
+        found.break_off()
+        return True
 
 
 def _bind(host: str, port: int) -> socket.socket:

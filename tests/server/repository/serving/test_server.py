@@ -259,6 +259,26 @@ def test_quotas_and_connections_are_limited(repository: Repository) -> None:
             assert _metric(server, f'prunecast_serve_refused_total{{reason="{reason}"}}') == 1
 
 
+def test_one_client_does_not_keep_others_out(repository: Repository) -> None:
+    """Full of one address: another one is answered, for a silent connection of the first."""
+    with ReleaseServer(repository.path, limits=ServingLimits(connections=4)) as server:
+        download = _slow(server.port)
+        silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
+        silent[0].sendall(b"GET /blobs/")  # part of a request is silence, too
+        _until(lambda: _say(server.port, b"").startswith(b"HTTP/1.1 503 "))
+        address = ("127.0.0.1", server.port)
+        for _ in range(2):  # as many as the first then has: no more are ended
+            other = socket.create_connection(address, timeout=10, source_address=("127.0.0.2", 0))
+            other.sendall(b"GET /metadata/1.root.json HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert other.recv(12) == b"HTTP/1.1 200"
+            silent.append(other)
+        assert _say(server.port, b"").startswith(b"HTTP/1.1 503 ")
+        download.settimeout(10)
+        assert b"".join(iter(lambda: download.recv(1 << 20), b"")).endswith(LARGE[-1000:])
+        for connection in silent:
+            connection.close()
+
+
 def test_downloads_in_progress_finish(repository: Repository) -> None:
     server = ReleaseServer(repository.path)
     with server:
