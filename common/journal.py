@@ -15,15 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from prunecast.common.files import StorageError
 from prunecast.common.locks import take_lock
 
-__all__ = ["Journal", "JournalError", "new_run_id", "read_headers", "read_run"]
+__all__ = ["Journal", "new_run_id", "read_headers", "read_run"]
 
 _LONGEST = 1 << 20  # bytes of a line: what is longer was not written here
-
-
-class JournalError(RuntimeError):
-    """A journal cannot be written, or is not what it should be."""
 
 
 def new_run_id() -> str:
@@ -41,7 +38,7 @@ class Journal:
         header: of the run, JSON values; must have an int ``schema``.
 
     Raises:
-        JournalError: the file cannot be written, or another run is writing it.
+        StorageError: the file cannot be written, or another run is writing it.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
@@ -66,7 +63,7 @@ class Journal:
         """Append lines of JSON values; all of them or, where the disk is full, none.
 
         Raises:
-            JournalError: they cannot be written, or the journal is closed.
+            StorageError: they cannot be written, or the journal is closed.
         """
         text = "".join(json.dumps(line) + "\n" for line in lines)
         if text:
@@ -87,7 +84,7 @@ class Journal:
         try:
             take_lock(self._fd)
         except BlockingIOError as error:
-            raise JournalError(
+            raise StorageError(
                 f"another run is writing {self.path}: give this one a file of its own"
             ) from error
         except OSError:
@@ -95,7 +92,7 @@ class Journal:
 
     def _write(self, data: bytes) -> None:
         if self._fd < 0:
-            raise JournalError(f"{self.path} is closed")
+            raise StorageError(f"{self.path} is closed")
         try:
             size, written = os.fstat(self._fd).st_size, 0
             try:
@@ -108,8 +105,8 @@ class Journal:
         except OSError as error:
             raise self._failed(error) from error
 
-    def _failed(self, error: OSError) -> JournalError:
-        return JournalError(
+    def _failed(self, error: OSError) -> StorageError:
+        return StorageError(
             f"cannot write {self.path} ({error.strerror or error}): make room, or give another path"
         )
 
@@ -118,7 +115,7 @@ def read_headers(path: Path) -> list[dict[str, Any]]:
     """Headers of the runs in a journal, oldest first.
 
     Raises:
-        JournalError: the file cannot be read.
+        StorageError: the file cannot be read.
     """
     with _open(path) as file:
         return [header for _, header in _headers(file, path)]
@@ -136,7 +133,7 @@ def read_run(path: Path, *, schema: int, run: str | None = None) -> Iterator[dic
         run: id or name; None for the last run, and of several of one name the last.
 
     Raises:
-        JournalError: the file cannot be read, has no such run, is damaged, or is of a newer schema.
+        StorageError: the file cannot be read, has no such run, is damaged, or is of a newer schema.
     """
     with _open(path) as file:
         chosen = None
@@ -144,10 +141,10 @@ def read_run(path: Path, *, schema: int, run: str | None = None) -> Iterator[dic
             if run is None or run in (header.get("run"), header.get("name")):
                 chosen = place, header
     if chosen is None:
-        raise JournalError(f"{path} has no run" + ("" if run is None else f" {run!r}"))
+        raise StorageError(f"{path} has no run" + ("" if run is None else f" {run!r}"))
     place, header = chosen
     if type(header["schema"]) is not int or header["schema"] > schema:
-        raise JournalError(
+        raise StorageError(
             f"{path} is of schema {header['schema']!r}, and this Prunecast reads up to {schema}: "
             "update Prunecast to read it"
         )
@@ -163,7 +160,7 @@ def _lines_of_run(path: Path, place: int) -> Iterator[dict[str, Any]]:
             if number and parsed is not None and "schema" in parsed:
                 return
             if torn:
-                raise JournalError(f"{path} is damaged: a line in the middle of a run is not JSON")
+                raise StorageError(f"{path} is damaged: a line in the middle of a run is not JSON")
             torn = parsed is None or not line.endswith(b"\n")
             if parsed is not None and not torn:
                 yield parsed
@@ -182,7 +179,7 @@ def _headers(file: IO[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]
 def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
     while line := file.readline(_LONGEST):
         if len(line) == _LONGEST:
-            raise JournalError(f"{path} is no journal: it has a line over {_LONGEST} bytes")
+            raise StorageError(f"{path} is no journal: it has a line over {_LONGEST} bytes")
         yield line
 
 
@@ -198,4 +195,4 @@ def _open(path: Path) -> IO[bytes]:
     try:
         return Path(path).open("rb")
     except OSError as error:
-        raise JournalError(f"cannot read {path} ({error.strerror or error})") from error
+        raise StorageError(f"cannot read {path} ({error.strerror or error})") from error

@@ -4,12 +4,10 @@ from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import (
     CheckpointError,
     FederationError,
-    LedgerError,
     NodesFailed,
     NonFiniteModel,
     PolicyError,
     ReleaseRuleError,
-    RunError,
 )
 from prunecast.server.federation.events import read_events
 from prunecast.server.federation.grid import CompressedGrid
@@ -28,7 +26,6 @@ __all__ = [
     "Entry",
     "FederationError",
     "Ledger",
-    "LedgerError",
     "NodesFailed",
     "NonFiniteModel",
     "Policy",
@@ -36,7 +33,6 @@ __all__ = [
     "ReleaseRule",
     "ReleaseRuleError",
     "Run",
-    "RunError",
     "Tally",
     "Totals",
     "read_events",

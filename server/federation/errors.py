@@ -3,12 +3,10 @@
 __all__ = [
     "CheckpointError",
     "FederationError",
-    "LedgerError",
     "NodesFailed",
     "NonFiniteModel",
     "PolicyError",
     "ReleaseRuleError",
-    "RunError",
 ]
 
 
@@ -28,16 +26,8 @@ class CheckpointError(FederationError):
     """A checkpoint file is missing or unusable."""
 
 
-class LedgerError(FederationError):
-    """The byte ledger cannot be written or read."""
-
-
 class ReleaseRuleError(FederationError):
     """Automatic releases are configured in a way that cannot work."""
-
-
-class RunError(FederationError):
-    """A run cannot begin, or the file of its events cannot be read."""
 
 
 class NodesFailed(FederationError):

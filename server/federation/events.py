@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prunecast.common.journal import Journal, JournalError, new_run_id, read_run
-from prunecast.server.federation.errors import RunError
+from prunecast.common.files import StorageError
+from prunecast.common.journal import Journal, new_run_id, read_run
 
 __all__ = ["EventLog", "OnEvent", "read_events"]
 
@@ -37,7 +37,7 @@ class EventLog(logging.Handler):
         begin: fields of the event ``run-started``, which begins the run in the file.
 
     Raises:
-        RunError: the file cannot be written, or another run is writing it.
+        StorageError: the file cannot be written, or another run is writing it.
     """
 
     def __init__(
@@ -54,10 +54,7 @@ class EventLog(logging.Handler):
         self._journal: Journal | None = None
         header = {"schema": _SCHEMA, **self._event("run-started", begin)}
         if path is not None:
-            try:
-                self._journal = Journal(path, header)
-            except JournalError as error:
-                raise RunError(str(error)) from error
+            self._journal = Journal(path, header)
         if on_event is not None:
             on_event(header)
 
@@ -67,7 +64,7 @@ class EventLog(logging.Handler):
         if self._journal is not None:
             try:
                 self._journal.append([whole])
-            except JournalError as error:
+            except StorageError as error:
                 self._journal.close()  # a warning about every event would be no help
                 self._journal = None
                 logging.getLogger("flwr").warning("Events end here: %s", error)
@@ -102,12 +99,9 @@ def read_events(path: Path, run: str | None = None) -> Iterator[dict[str, Any]]:
         run: id or name of the run; None for the last one.
 
     Raises:
-        RunError: the file cannot be read, is damaged or of a newer schema, or has no such run.
+        StorageError: the file cannot be read, is damaged or of a newer schema, or has no such run.
     """
-    try:
-        yield from read_run(path, schema=_SCHEMA, run=run)
-    except JournalError as error:
-        raise RunError(str(error)) from error
+    return read_run(path, schema=_SCHEMA, run=run)
 
 
 def _plain(value: Any) -> Any:

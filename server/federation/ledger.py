@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from flwr.app import Message
 
-from prunecast.common.journal import Journal, JournalError, new_run_id, read_run
+from prunecast.common.files import StorageError
+from prunecast.common.journal import Journal, new_run_id, read_run
 from prunecast.compression.flower.internals import log, object_bytes
-from prunecast.server.federation.errors import LedgerError
+from prunecast.server.federation.errors import FederationError
 
 __all__ = ["Direction", "Entry", "Ledger", "Tally", "Totals", "serialised_bytes"]
 
@@ -86,24 +87,25 @@ class Totals:
         """Bytes plain Flower needs for the same messages, both directions."""
         return self.dense_bytes_up + self.dense_bytes_down
 
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
 
 class Tally:
-    """Running sums per round, direction and kind; takes memory for these alone."""
+    """Sums of entries per round, direction and kind; takes memory for these alone."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._sums: dict[tuple[int, Direction, str], list[float]] = {}
+        self._sums: dict[tuple[int, Direction, str], Totals] = {}
         for entry in entries:
             self.add(entry)
 
     def add(self, entry: Entry) -> None:
         """Count a message."""
         key = entry.round, entry.direction, entry.kind
-        sums = self._sums.setdefault(key, [0, 0, 0, 0.0, 0.0])
-        sums[0] += 1
-        sums[1] += entry.payload_bytes
-        sums[2] += entry.dense_bytes
-        sums[3] += entry.encode_ms
-        sums[4] += entry.decode_ms
+        size, dense = entry.payload_bytes, entry.dense_bytes
+        bytes_ = (size, 0, dense, 0) if entry.direction == "up" else (0, size, 0, dense)
+        counted = Totals(1, *bytes_, entry.encode_ms, entry.decode_ms)
+        self._sums[key] = self._sums.get(key, Totals()) + counted
 
     def totals(
         self,
@@ -112,25 +114,19 @@ class Tally:
         direction: Direction | None = None,
         kind: str | None = None,
     ) -> Totals:
-        """Sums over all messages, or over those of some rounds, a direction or a kind."""
-        sums: dict[Direction, list[float]] = {"up": [0] * 5, "down": [0] * 5}
-        for (number, way, what), found in self._sums.items():
-            if (
-                (rounds is None or number in rounds)
-                and direction in (None, way)
-                and kind in (None, what)
-            ):
-                sums[way] = [a + b for a, b in zip(sums[way], found, strict=True)]
-        up, down = sums["up"], sums["down"]
-        return Totals(
-            messages=int(up[0] + down[0]),
-            bytes_up=int(up[1]),
-            bytes_down=int(down[1]),
-            dense_bytes_up=int(up[2]),
-            dense_bytes_down=int(down[2]),
-            encode_ms=up[3] + down[3],
-            decode_ms=up[4] + down[4],
-        )
+        """Sums over all messages, or over those of some rounds, a direction or a kind.
+
+        Args:
+            rounds: their numbers, such as ``range(3, 4)``; None for all.
+            direction: "down" or "up"; None for both.
+            kind: see `Entry`; None for all.
+        """
+        found = Totals()
+        for (number, way, what), part in self._sums.items():
+            wanted = direction in (None, way) and kind in (None, what)
+            if wanted and (rounds is None or number in rounds):
+                found += part
+        return found
 
     def kinds(self, direction: Direction) -> list[str]:
         """Kinds of message that were counted in a direction, in the order they came."""
@@ -154,7 +150,7 @@ class Ledger:
         seed: of the run, for the file's reader.
 
     Raises:
-        LedgerError: the file cannot be written, or another run is writing it.
+        StorageError: the file cannot be written, or another run is writing it.
     """
 
     def __init__(
@@ -174,10 +170,7 @@ class Ledger:
         if path is not None:
             started = datetime.now(UTC).isoformat(timespec="milliseconds")
             header = {"schema": SCHEMA, "run": self.run, "name": name, "seed": seed}
-            try:
-                self._journal = Journal(Path(path), {**header, "started": started})
-            except JournalError as error:
-                raise LedgerError(str(error)) from error
+            self._journal = Journal(path, {**header, "started": started})
 
     @property
     def path(self) -> Path | None:
@@ -189,10 +182,10 @@ class Ledger:
         """The latest entries, as many as were to be kept; oldest first.
 
         Raises:
-            LedgerError: none were to be kept.
+            FederationError: none were to be kept.
         """
         if not self._kept.maxlen:
-            raise LedgerError(
+            raise FederationError(
                 "this ledger keeps no entries in memory: read its file with Ledger.read(path), or "
                 "make it with Ledger(keep=1000)"
             )
@@ -216,7 +209,7 @@ class Ledger:
                     del line["alternatives"]
             try:
                 self._journal.append(lines)
-            except JournalError as error:
+            except StorageError as error:
                 log(WARNING, "The ledger lacks %d messages: %s", len(lines), error)
 
     def close(self) -> None:
@@ -233,16 +226,9 @@ class Ledger:
         direction: Direction | None = None,
         kind: str | None = None,
     ) -> Totals:
-        """Sums over all messages, or over those of some rounds, a direction or a kind.
-
-        Args:
-            rounds: their numbers, such as ``range(3, 4)``; None for all.
-            direction: "down" or "up"; None for both.
-            kind: see `Entry`; None for all.
-        """
-        tallies = self._tally, Tally(self._pending)
-        done, pending = (t.totals(rounds=rounds, direction=direction, kind=kind) for t in tallies)
-        return Totals(*(a + b for a, b in zip(astuple(done), astuple(pending), strict=True)))
+        """Sums so far, as `Tally.totals` gives them."""
+        done = self._tally.totals(rounds=rounds, direction=direction, kind=kind)
+        return done + Tally(self._pending).totals(rounds=rounds, direction=direction, kind=kind)
 
     @staticmethod
     def read(path: Path, run: str | None = None) -> Iterator[Entry]:
@@ -253,14 +239,11 @@ class Ledger:
             run: id or name of the run; None for the last one.
 
         Raises:
-            LedgerError: the file cannot be read, is damaged or of a newer schema, or has no such
+            StorageError: the file cannot be read, is damaged or of a newer schema, or has no such
                 run.
         """
-        try:
-            lines = read_run(path, schema=SCHEMA, run=run)
-            next(lines)  # the header
-        except JournalError as error:
-            raise LedgerError(f"ledger {error}") from error
+        lines = read_run(path, schema=SCHEMA, run=run)
+        next(lines)  # the header
         return _entries(path, lines)
 
 
@@ -269,5 +252,5 @@ def _entries(path: Path, lines: Iterator[dict[str, Any]]) -> Iterator[Entry]:
     try:
         for line in lines:
             yield Entry(**{key: value for key, value in line.items() if key in known})
-    except (JournalError, TypeError) as error:
-        raise LedgerError(f"ledger {path} is damaged: {error}") from error
+    except TypeError as error:
+        raise StorageError(f"ledger {path} is damaged: {error}") from error

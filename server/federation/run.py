@@ -155,9 +155,9 @@ class Run:
             evaluate_config: for the nodes' evaluation, as in Flower.
 
         Raises:
-            FederationError: a file cannot be written to begin with; nodes failed and the run was
-                to stop then; the model diverged; the metric to release by is not measured.
-            StorageError: the final model cannot be written.
+            FederationError: nodes failed and the run was to stop then; the model diverged; the
+                metric to release by is not measured.
+            StorageError: a file cannot be written to begin with, or the final model.
         """
         if isinstance(initial, Checkpoint):
             arrays = self.grid.resume(initial)
@@ -205,15 +205,9 @@ class Run:
             self.grid.ledger.close()
             getLogger("flwr").removeHandler(events)
             events.close()
-        totals = self.grid.ledger.totals()
-        log(
-            INFO,
-            "Prunecast: %d bytes down, %d up; plain Flower: %d down, %d up",
-            totals.bytes_down,
-            totals.bytes_up,
-            totals.dense_bytes_down,
-            totals.dense_bytes_up,
-        )
+        sent = "%(bytes_down)d bytes down, %(bytes_up)d up"
+        dense = "%(dense_bytes_down)d down, %(dense_bytes_up)d up"
+        log(INFO, f"Prunecast: {sent}; plain Flower: {dense}", rounds.cost())
         return result
 
     def _file(self, name: str, instead: Path | str | None = None) -> Path | None:

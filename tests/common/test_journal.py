@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from prunecast.common.journal import Journal, JournalError, new_run_id, read_headers, read_run
+from prunecast.common.files import StorageError
+from prunecast.common.journal import Journal, new_run_id, read_headers, read_run
 
 
 def write(path: Path, run: str, *lines: dict[str, Any], **header: Any) -> None:
@@ -33,7 +34,7 @@ def test_a_run_is_appended_and_found_by_id_or_name(tmp_path: Path) -> None:
     assert numbers(path, "one") == [1, 2]
     assert numbers(path, "b") == [3]
     assert next(read_run(path, schema=1, run="a")) == {"schema": 1, "run": "three", "name": "a"}
-    with pytest.raises(JournalError, match="no run 'four'"):
+    with pytest.raises(StorageError, match="no run 'four'"):
         read_run(path, schema=1, run="four")
 
 
@@ -51,7 +52,7 @@ def test_every_cut_leaves_a_file_that_is_read_and_continued(tmp_path: Path) -> N
         assert numbers(path, "one")[: len(before)] == before
     for cut in range(first):  # not even the header is there
         path.write_bytes(whole[:cut])
-        with pytest.raises(JournalError, match="no run"):
+        with pytest.raises(StorageError, match="no run"):
             read_run(path, schema=1)
         write(path, "two", {"n": 3})
         assert numbers(path) == [3]
@@ -62,13 +63,13 @@ def test_a_running_run_can_be_read(tmp_path: Path) -> None:
     journal = Journal(path, {"schema": 1, "run": "one"})
     journal.append([{"n": 1}])
     assert numbers(path) == [1]
-    with pytest.raises(JournalError, match=r"another run is writing .*: give this one a file"):
+    with pytest.raises(StorageError, match=r"another run is writing .*: give this one a file"):
         Journal(path, {"schema": 1, "run": "two"})
     journal.append([{"n": 2}])
     journal.close()
     journal.close()
     assert numbers(path) == [1, 2]
-    with pytest.raises(JournalError, match="closed"):
+    with pytest.raises(StorageError, match="closed"):
         journal.append([{"n": 3}])
 
 
@@ -76,7 +77,7 @@ def test_damage_in_the_middle_is_told(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     write(path, "one", {"n": 1}, {"n": 2})
     path.write_bytes(path.read_bytes().replace(b'{"n": 1}', b'{"n": 1'))
-    with pytest.raises(JournalError, match="damaged"):
+    with pytest.raises(StorageError, match="damaged"):
         numbers(path)
 
 
@@ -84,21 +85,21 @@ def test_damage_in_the_middle_is_told(tmp_path: Path) -> None:
 def test_a_newer_schema_is_refused_with_the_remedy(tmp_path: Path, schema: Any) -> None:
     path = tmp_path / "journal"
     path.write_text(json.dumps({"schema": schema, "run": "one"}) + "\n")
-    with pytest.raises(JournalError, match="update Prunecast"):
+    with pytest.raises(StorageError, match="update Prunecast"):
         read_run(path, schema=1)
 
 
 def test_a_file_of_something_else_is_no_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     path.write_bytes(b"\0" * (3 << 20))
-    with pytest.raises(JournalError, match="no journal"):
+    with pytest.raises(StorageError, match="no journal"):
         read_run(path, schema=1)
     path.write_bytes(b"[" * 100_000 + b"\n" + b'{"schema": 1}')
-    with pytest.raises(JournalError, match="no run"):
+    with pytest.raises(StorageError, match="no run"):
         read_run(path, schema=1)
-    with pytest.raises(JournalError, match="cannot read"):
+    with pytest.raises(StorageError, match="cannot read"):
         read_headers(tmp_path)
-    with pytest.raises(JournalError, match="cannot write"):
+    with pytest.raises(StorageError, match="cannot write"):
         Journal(tmp_path, {"schema": 1})
 
 
@@ -113,7 +114,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(JournalError, match=r"No space left.*make room"):
+    with pytest.raises(StorageError, match=r"No space left.*make room"):
         journal.append([{"n": 1}])
     monkeypatch.undo()
     journal.append([{"n": 2}])

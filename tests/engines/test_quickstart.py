@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from prunecast.compression.versions import load_model
+from prunecast.server.federation import Checkpoint, read_events
 
 pytestmark = pytest.mark.engine
 
@@ -35,10 +36,14 @@ def test_ready_apps_need_a_model_and_data_only(simulation: Any, tmp_path: Path) 
         EXAMPLES / "ready-apps",
         "--run-config",
         f'num-server-rounds=2 output="{tmp_path / "digits.model"}" '
-        f'ledger="{tmp_path / "ledger.jsonl"}" learning-rate=0.1',
+        f'ledger="{tmp_path / "ledger.jsonl"}" folder="{tmp_path / "run"}" learning-rate=0.1',
         *("--federation-config", "client-resources-num-cpus=1"),
     )
     model = load_model(tmp_path / "digits.model")
     assert model.arrays()["0.weight"].shape == (16, 1, 3, 3)
     assert (tmp_path / "ledger.jsonl").read_text().count("keyframe") == 2
+    *_, last, end = read_events(tmp_path / "run" / "events.jsonl")
+    assert last["nodes"]["trained"] == 2
+    assert end["event"] == "run-finished"
+    assert Checkpoint.load(tmp_path / "run" / "checkpoint.safetensors").counter == 3
     assert "Prunecast: " in run.log

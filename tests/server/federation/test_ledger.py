@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from prunecast.server.federation import Entry, FederationError, Ledger, LedgerError, Tally, Totals
+from prunecast.common.files import StorageError
+from prunecast.server.federation import Entry, FederationError, Ledger, Tally, Totals
 
 
 def entry(number: int, direction: Any = "up", **changes: Any) -> Entry:
@@ -56,7 +57,7 @@ def test_a_later_run_leaves_the_earlier_one(tmp_path: Path) -> None:
     assert [e.kind for e in Ledger.read(path, ledger.run)] == ["second"]
     header = json.loads(path.read_text().splitlines()[0])
     assert (header["schema"], header["name"], header["seed"]) == (1, "first", 3)
-    with pytest.raises(LedgerError, match="no run 'third'"):
+    with pytest.raises(StorageError, match="no run 'third'"):
         Ledger.read(path, "third")
 
 
@@ -77,16 +78,16 @@ def test_unknown_fields_are_dropped_and_missing_ones_told(tmp_path: Path) -> Non
     path.write_text(text.replace('"round"', '"colour": "blue", "round"'))
     assert list(Ledger.read(path)) == [entry(1)]
     path.write_text(text.replace('"round"', '"colour"'))
-    with pytest.raises(LedgerError, match="damaged"):
+    with pytest.raises(StorageError, match="damaged"):
         list(Ledger.read(path))
     path.write_text(text.replace('"schema": 1', '"schema": 2'))
-    with pytest.raises(LedgerError, match="update Prunecast"):
+    with pytest.raises(StorageError, match="update Prunecast"):
         Ledger.read(path)
 
 
 def test_two_runs_cannot_write_one_file(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    with pytest.raises(LedgerError, match="a file of its own"):
+    with pytest.raises(StorageError, match="a file of its own"):
         Ledger(tmp_path / "ledger.jsonl")
     ledger.close()
     Ledger(tmp_path / "ledger.jsonl").close()
