@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from prunecast.simulations.arms import Arm
-from prunecast.simulations.kinds.tables import OneOf, Range, choice
+from prunecast.simulations.kinds.tables import Range, choice
 
 __all__ = ["Recoded"]
 
@@ -23,7 +23,7 @@ class Recoded(Arm):
     """
 
     of: str = "dense"
-    codec: Annotated[str, OneOf("zstd")] = "zstd"
+    codec: Literal["zstd"] = "zstd"
     level: Annotated[int, Range(1, 22)] = 3
 
     trains = False

@@ -6,12 +6,12 @@ import dataclasses
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Literal, Self
 
 import numpy as np
 
 from prunecast.simulations.data import DataError, DataSource, Examples
-from prunecast.simulations.kinds.tables import OneOf, ScenarioError
+from prunecast.simulations.kinds.tables import ScenarioError
 
 __all__ = ["Npz"]
 
@@ -30,7 +30,7 @@ class Npz(DataSource):
     path: str = ""
     inputs: tuple[str, ...] = ("x",)
     targets: str = "y"
-    dtype: Annotated[str, OneOf("float32", "stored")] = "float32"
+    dtype: Literal["float32", "stored"] = "float32"
 
     def check(self, key: str) -> None:
         """A file is named, and arrays in it."""

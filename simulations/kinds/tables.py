@@ -10,7 +10,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["NAME", "OneOf", "Range", "ScenarioError", "as_table", "build", "choice"]
+__all__ = ["NAME", "Range", "ScenarioError", "as_table", "build", "choice"]
 
 _T = TypeVar("_T")
 
@@ -53,17 +53,6 @@ class Range:
             raise ScenarioError(key, f"is {value}", f"it must be at most {self._most}")
 
 
-class OneOf:
-    """Of a string: ``Annotated[str, OneOf("ray", "inline")]``."""
-
-    def __init__(self, *values: str) -> None:
-        self._values = values
-
-    def check(self, key: str, value: str) -> None:
-        """Raise `ScenarioError` where `value` is none of these."""
-        choice(key, value, self._values)
-
-
 def choice(key: str, value: object, allowed: Collection[str]) -> None:
     """Raise `ScenarioError` unless `value` is one of those allowed."""
     if value not in allowed:
@@ -83,7 +72,7 @@ def build(cls: type[_T], value: object, path: str, *, chosen_by: str = "") -> _T
     """An instance of a dataclass from a table of its fields.
 
     Args:
-        cls: whose fields are the keys; annotations hold `Range` and `OneOf`.
+        cls: whose fields are the keys; a `Range` may be among its annotations.
         value: the table, without the key that chose `cls`.
         path: key of the table, with dots; empty for the whole file.
         chosen_by: the key and value that chose `cls`, for messages.
@@ -104,12 +93,9 @@ def build(cls: type[_T], value: object, path: str, *, chosen_by: str = "") -> _T
                 f"means nothing where {chosen_by}" if chosen_by else "unknown key",
                 f"did you mean {near[0]!r}?" if near else f"keys: {keys}",
             )
-        hint, *limits = (
-            typing.get_args(hints[name])
-            if typing.get_origin(hints[name]) is typing.Annotated
-            else [hints[name]]
-        )
-        made[name] = _value(hint, given, key)
+        hint = hints[name]
+        limits = getattr(hint, "__metadata__", ())  # of Annotated
+        made[name] = _value(hint.__origin__ if limits else hint, given, key)
         for limit in limits:
             limit.check(key, made[name])
     return cls(**made)
@@ -131,6 +117,9 @@ def _value(hint: Any, given: Any, key: str) -> Any:
     if hint is str:
         if not isinstance(given, str):
             raise ScenarioError(key, f"is {given!r}", "it must be a string in quotes")
+        return given
+    if typing.get_origin(hint) is typing.Literal:
+        choice(key, given, typing.get_args(hint))
         return given
     if hint == tuple[str, ...]:
         if not isinstance(given, list | tuple) or not all(isinstance(v, str) for v in given):

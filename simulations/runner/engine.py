@@ -3,8 +3,8 @@
 Flower and Ray write to standard output and error from several processes and from C++; in a
 process of its own all of that ends in one log file, and the caller's global state stays as it is.
 
-Started as ``python -m prunecast.simulations.runner.engine FOLDER EVENTS``, where EVENTS is the
-number of an inherited file descriptor that receives one JSON object per line.
+Started as ``python -m prunecast.simulations.runner.engine FOLDER``; standard output carries events
+alone, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from prunecast.simulations.runner import EngineFailed
 
@@ -53,22 +52,6 @@ def run_engine(prepared: PreparedRun, log: Path) -> Iterator[dict[str, Any]]:
     Raises:
         EngineFailed: the process failed; names the log.
     """
-    finished = False
-    with _process(prepared.folder, log) as (process, events):
-        for line in events:
-            event: dict[str, Any] = json.loads(line)
-            if event["event"] == "failed":
-                raise EngineFailed(f"the simulation failed: {event['reason']} (see {log})")
-            finished = finished or event["event"] == "outcome"
-            yield event
-        code = process.wait(_GRACE_SECONDS)
-    if not finished:
-        raise EngineFailed(f"the simulation engine ended with code {code}: see {log}")
-
-
-@contextmanager
-def _process(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
-    reading, writing = os.pipe()
     environment = {
         **os.environ,
         **ENVIRONMENT,
@@ -76,24 +59,30 @@ def _process(folder: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes],
         "PYTHONPATH": os.pathsep.join(part for part in [os.getcwd(), *sys.path] if part),
         "PYTHONUNBUFFERED": "1",
     }
-    command = [sys.executable, "-m", "prunecast.simulations.runner.engine"]
-    with log.open("ab") as output, os.fdopen(reading, "r", encoding="utf-8") as events:
-        try:
-            process = subprocess.Popen(
-                [*command, str(folder.resolve()), str(writing)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment,
-                pass_fds=(writing,),
-                start_new_session=True,  # Ctrl-C reaches the caller, which ends the engine
-            )
-        finally:
-            os.close(writing)
-        try:
-            yield process, events
-        finally:
-            _end(process)
+    finished = False
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(prepared.folder.resolve())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the caller, which ends the engine
+        )
+    assert process.stdout is not None
+    try:
+        with process.stdout as events:
+            for line in events:
+                event: dict[str, Any] = json.loads(line)
+                if event["event"] == "failed":
+                    raise EngineFailed(f"the simulation failed: {event['reason']} (see {log})")
+                finished = finished or event["event"] == "outcome"
+                yield event
+        code = process.wait(_GRACE_SECONDS)
+    finally:
+        _end(process)
+    if not finished:
+        raise EngineFailed(f"the simulation engine ended with code {code}: see {log}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -156,33 +145,27 @@ def simulate(prepared: PreparedRun, emit: OnEvent) -> None:
 
 def main(arguments: list[str]) -> int:
     """Entry point of the process; 0 when all arms were trained."""
-    folder, descriptor = Path(arguments[0]), int(arguments[1])
-    os.environ.update(ENVIRONMENT)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as events:
-        try:
-            from prunecast.simulations.runner.prepared import PreparedRun
+    from prunecast.simulations.runner.prepared import PreparedRun
 
-            logging.getLogger("flwr").propagate = False
-            simulate(PreparedRun.open(folder), _writer(events))
+    os.environ.update(ENVIRONMENT)
+    logging.getLogger("flwr").propagate = False
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as events:
+        os.dup2(2, 1)  # whatever else is printed, here and in Ray's processes, is for the log
+
+        def emit(event: Mapping[str, Any]) -> None:
+            events.write(json.dumps(event) + "\n")
+            events.flush()
+
+        try:
+            simulate(PreparedRun.open(Path(arguments[0])), emit)
         except Exception as error:  # reported to the caller; the traceback stays in the log
             traceback.print_exc()
-            _writer(events)({"event": "failed", "reason": f"{_innermost(error)}"})
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            emit({"event": "failed", "reason": str(cause)})
             return 1
     return 0
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _writer(events: IO[str]) -> OnEvent:
-    def emit(event: Mapping[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
-
-    return emit
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from prunecast.server.federation.strategies import build_strategy
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.data import Examples
 from prunecast.simulations.runner import EngineFailed
-from prunecast.simulations.runner.automatic import automatic_releases
+from prunecast.simulations.runner.delivery import automatic_releases
 from prunecast.simulations.runner.nodes import OrderedGrid, nodes_by_partition
 from prunecast.simulations.runner.prepared import PreparedRun
 from prunecast.simulations.scenarios import Scenario

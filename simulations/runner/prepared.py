@@ -20,19 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["PartitionedData", "PreparedRun", "partition_data", "prepare", "training_tensors"]
 
 
-@dataclass(frozen=True)
-class PartitionedData:
-    """The data of a scenario, spread over its clients.
-
-    Attributes:
-        training: the examples that clients hold.
-        held_out: those that none of them does.
-        clients: for each client, the numbers of its training examples.
-    """
-
-    training: Examples
-    held_out: Examples
-    clients: list[NDArray[np.int64]]
+PartitionedData = tuple[Examples, Examples, list[NDArray[np.int64]]]
+"""Examples to train on, held-out ones, and the numbers of those that each client holds."""
 
 
 def partition_data(scenario: Scenario) -> PartitionedData:
@@ -42,12 +31,9 @@ def partition_data(scenario: Scenario) -> PartitionedData:
         DataError: the data cannot be had, do not suit the task, or cannot be partitioned.
     """
     training, held_out = load_examples(scenario.data, scenario.task, seed=scenario.seed)
-    clients = scenario.partition.split(
-        scenario.task.groups(training.targets),
-        clients=scenario.clients.count,
-        seed=scenario.seed,
-    )
-    return PartitionedData(training, held_out, clients)
+    groups, count = scenario.task.groups(training.targets), scenario.clients.count
+    clients = scenario.partition.split(groups, clients=count, seed=scenario.seed)
+    return training, held_out, clients
 
 
 @dataclass(frozen=True)
@@ -103,13 +89,13 @@ def prepare(scenario: Scenario, folder: Path, data: PartitionedData | None = Non
     Raises:
         DataError: see `partition_data`.
     """
-    data = data or partition_data(scenario)
-    sizes = tuple(len(chosen) for chosen in data.clients)
+    training, held_out, clients = data or partition_data(scenario)
+    sizes = tuple(len(chosen) for chosen in clients)
     prepared = PreparedRun(folder, scenario, sizes)
     prepared.work.mkdir(parents=True, exist_ok=True)
-    data.held_out.save(prepared.held_out)
-    for number, chosen in enumerate(data.clients):
-        data.training.take(chosen).save(_client_file(prepared.work, number))
+    held_out.save(prepared.held_out)
+    for number, chosen in enumerate(clients):
+        training.take(chosen).save(_client_file(prepared.work, number))
     document = {"scenario": scenario.to_mapping(), "sizes": sizes}
     (prepared.work / "prepared.json").write_text(json.dumps(document), encoding="utf-8")
     return prepared

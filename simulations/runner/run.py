@@ -62,7 +62,7 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)  # before flwr is imported
-    from prunecast.simulations.runner.automatic import rule_of
+    from prunecast.simulations.runner.delivery import rule_of
     from prunecast.simulations.runner.federate import strategy_of
 
     for arm in scenario.trained_arms().values():

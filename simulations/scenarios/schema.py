@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataSource
-from prunecast.simulations.kinds.tables import OneOf, Range
+from prunecast.simulations.kinds.tables import Range
 from prunecast.simulations.partitions import PARTITIONS, Partition
 from prunecast.simulations.tasks import TASKS, Task
 
@@ -57,7 +57,7 @@ class ModelSpec:
     """
 
     factory: str = "prunecast.simulations.scenarios.models:digits_cnn"
-    initial: Annotated[str, OneOf("factory", "drawn")] = "factory"
+    initial: Literal["factory", "drawn"] = "factory"
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class TrainingSpec:
     learning_rate_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
     momentum: Annotated[float, Range(0)] = 0.9
     weight_decay: Annotated[float, Range(0)] = 0.0
-    device: Annotated[str, OneOf("auto", "cpu", "cuda")] = "auto"
-    mixed_precision: Annotated[str, OneOf("auto", "on", "off")] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    mixed_precision: Literal["auto", "on", "off"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class EngineSpec:
         gpus: GPUs, or a fraction of one, for each of them (ray).
     """
 
-    backend: Annotated[str, OneOf("ray", "inline")] = "ray"
+    backend: Literal["ray", "inline"] = "ray"
     concurrent: Annotated[int, Range(1)] = 2
     cpus: Annotated[int, Range(1)] = 1
     gpus: Annotated[float, Range(0)] = 0.0

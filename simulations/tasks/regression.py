@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.simulations.kinds import DataError
-from prunecast.simulations.kinds.tables import OneOf, Range
+from prunecast.simulations.kinds.tables import Range
 from prunecast.simulations.tasks import Task
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Regression(Task):
         tolerance: how far a device may be off, relative to the largest output of the server.
     """
 
-    loss: Annotated[str, OneOf("mse", "mae", "huber")] = "mse"
+    loss: Literal["mse", "mae", "huber"] = "mse"
     tolerance: Annotated[float, Range(0, above=True)] = 1e-4
 
     metric = "mae"
