@@ -33,7 +33,7 @@ from prunecast.cli.fleet_serve import serve
 from prunecast.cli.tables import say
 
 if TYPE_CHECKING:
-    from prunecast.server.fleet.events import Abort, Pause, Promote, Resume
+    from prunecast.server.fleet.events import Steering
 
 __all__ = ["app"]
 
@@ -194,13 +194,13 @@ def show_rollout(
     as_json: AsJson = False,
 ) -> None:
     """Show how far a rollout is, device by device."""
-    from prunecast.server.fleet.views import MemberView, RolloutView
+    from prunecast.server.fleet.views import DeviceView, RolloutView
 
     with service_of(database) as service:
         service.tick(time.time())
         document = RolloutView.of(service.rollout(name)).to_mapping()
         members = service.devices(rollout=name, after=after, limit=limit)
-    rows = [MemberView.of(device).to_mapping() for device in members]
+    rows = [DeviceView.of(device).to_mapping() for device in members]
     if as_json:
         print(json.dumps({**document, "members": rows}))  # noqa: T201
         return
@@ -288,7 +288,7 @@ def audit(
     show_rows(rows, ("number", "at", "actor", "action", "subject", "detail"), as_json)
 
 
-def _steer(database: str, event: Promote | Pause | Resume | Abort) -> None:
+def _steer(database: str, event: Steering) -> None:
     with service_of(database) as service:
         service.operate(event)
         rollout = service.rollout(event.rollout)

@@ -15,7 +15,7 @@ from prunecast.cli.console import make_console
 from prunecast.cli.tables import Column, print_table, say
 
 if TYPE_CHECKING:
-    from prunecast.server.fleet.machine import AnyEvent
+    from prunecast.server.fleet.events import AnyEvent
     from prunecast.server.fleet.service import FleetService
 
 __all__ = [

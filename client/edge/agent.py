@@ -124,10 +124,11 @@ class Agent:
         try:
             result = self._update(counted, order, superseded)
         except EdgeError as error:
-            self._record(None, counted, str(error))
+            record_check(self._folder, None, counted, str(error))
             raise
         result = replace(result, downloaded=dict(counted), seconds=time.monotonic() - begun)
-        self._record(result, counted, result.reason if result.outcome == "rejected" else None)
+        problem = result.reason if result.outcome == "rejected" else None
+        record_check(self._folder, result, counted, problem)
         return result
 
     def run(
@@ -171,7 +172,8 @@ class Agent:
             on_result(outcome)
             wakes = time.monotonic() + interval * draw.uniform(1 - jitter, 1 + jitter)
             due = active_since + self.config.confirm_after
-            if self._unconfirmed() and due < wakes:
+            active = self._state.active
+            if active and not active.confirmed and due < wakes:
                 if bell.wait(max(0.0, due - time.monotonic())):
                     continue
                 self.confirm()
@@ -241,7 +243,7 @@ class Agent:
             # a damaged disk, or too little memory: the release itself may be fetched again
             self._step("drop slot")
             self._write(self._state.lose_active())
-            self._record(None, Counter(), problem)
+            record_check(self._folder, None, Counter(), problem)
 
     def _go_back(self, reason: str, kind: FailureKind) -> None:
         self._step("go back")
@@ -289,7 +291,7 @@ class Agent:
             if digest not in self._state.rejected:
                 if order and (kept := self._exchange(version, digest)):
                     return kept
-                if waits := self._waits(version):
+                if waits := self.config.waits(version, self._now()):
                     return UpdateResult("current", self.model.version, reason=waits)
                 self._step("download manifest")
                 manifest = listing.manifest(config.name, version, path)
@@ -318,13 +320,6 @@ class Agent:
         reason = "it was in the other slot"
         return UpdateResult("updated", version, before, reason=reason, difference=loaded.difference)
 
-    def _waits(self, version: int) -> str | None:
-        """Why this release must not be downloaded now."""
-        quiet = self.config.quiet
-        if quiet is None or self._now() not in quiet:
-            return None
-        return f"release {version} waits for the end of the quiet hours at {quiet.end:%H:%M}"
-
     def _install(
         self,
         manifest: ReleaseManifest,
@@ -346,18 +341,14 @@ class Agent:
         def count(kind: str, size: int) -> None:
             counted.update({kind: size})
             check_order()
-            if waits := self._waits(manifest.version):
+            if waits := self.config.waits(manifest.version, self._now()):
                 raise NetworkError(f"{waits}; what has come is kept")
 
+        active = self._state.active.slot if self._state.active else None
         acquirer = Acquirer(
-            self.config,
-            self._folder,
-            self._state.active.slot if self._state.active else None,
-            self._fetcher,
-            step=self._step,
-            count=count,
-            wait=self._wait,
-        )
+            *(self.config, self._folder, active, self._fetcher),
+            step=self._step, count=count, wait=self._wait,
+        )  # fmt: skip
         acquirer.drop_others(manifest)
         acquirer.check_fit(manifest)
         self._step("download files")
@@ -386,14 +377,8 @@ class Agent:
         self._serve(loaded)
         self._step("clean up")
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
-        return UpdateResult(
-            "updated",
-            manifest.version,
-            before,
-            payload,
-            reason=reason,
-            difference=loaded.difference,
-        )
+        now, difference = manifest.version, loaded.difference
+        return UpdateResult("updated", now, before, payload, reason=reason, difference=difference)
 
     def _reject(self, manifest: ReleaseManifest, digest: str, reason: str) -> UpdateResult:
         self._step("reject")
@@ -404,18 +389,10 @@ class Agent:
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
         return UpdateResult("rejected", self.model.version, reason=reason)
 
-    def _unconfirmed(self) -> bool:
-        return self._state.active is not None and not self._state.active.confirmed
-
     def _write(self, state: State) -> None:
         if state != self._state:
             self._folder.write(state)
             self._state = state
-
-    def _record(
-        self, result: UpdateResult | None, counted: Counter[str], error: str | None
-    ) -> None:
-        record_check(self._folder, result, counted, error)
 
 
 def _differs(order: Callable[[], Order | None], wanted: Order | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +53,12 @@ class AgentConfig:
     confirm_after: float = 60.0
     quiet: QuietHours | None = None
     optimise: bool = False
+
+    def waits(self, version: int, at: datetime) -> str | None:
+        """Why a release must not be downloaded at this local time; None if it may."""
+        if self.quiet is None or at not in self.quiet:
+            return None
+        return f"release {version} waits for the end of the quiet hours at {self.quiet.end:%H:%M}"
 
 
 @dataclass(frozen=True)

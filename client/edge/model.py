@@ -16,9 +16,9 @@ from prunecast.client.edge.slots.slot import LoadedRelease, open_optimised, open
 from prunecast.client.edge.state import StateFolder
 from prunecast.compression.release import InputRefused, ReleaseError, ReleaseManifest
 
-__all__ = ["EdgeModel", "Inference", "Observer", "Outcome", "open_model"]
+__all__ = ["EdgeModel", "Inference", "InferenceOutcome", "Observer", "open_model"]
 
-Outcome = Literal["answered", "refused", "failed"]
+InferenceOutcome = Literal["answered", "refused", "failed"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Inference:
 class Observer(Protocol):
     """Hears of every inference; must be quick and must not raise."""
 
-    def __call__(self, version: int, outcome: Outcome, seconds: float) -> None:
+    def __call__(self, version: int, outcome: InferenceOutcome, seconds: float) -> None:
         """One inference ended.
 
         Args:
@@ -85,7 +85,7 @@ class EdgeModel:
         if version not in (None, active):
             raise VersionNotActive(f"release {version} is not active: release {active} is")
         begun = time.perf_counter()
-        outcome: Outcome = "failed"
+        outcome: InferenceOutcome = "failed"
         try:
             outputs = loaded.session.run(inputs)
             outcome = "answered"

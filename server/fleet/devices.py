@@ -13,8 +13,7 @@ from sqlalchemy.orm import Session
 
 from prunecast.server.fleet.database import Database
 from prunecast.server.fleet.errors import DatabaseError, TokenRefused
-from prunecast.server.fleet.events import Poll, ReportOutcome
-from prunecast.server.fleet.machine import AnyEvent
+from prunecast.server.fleet.events import AnyEvent, Poll, ReportOutcome
 from prunecast.server.fleet.model import Directive, Outcome, Release
 from prunecast.server.fleet.reports import (
     Certified,

@@ -10,17 +10,21 @@ __all__ = [
     "Abort",
     "AddDevice",
     "AddGroup",
+    "AnyEvent",
+    "Enrolment",
     "Event",
     "MoveDevice",
     "Pause",
     "PinDevice",
     "PinGroup",
+    "Pinning",
     "Poll",
     "Promote",
     "ReportOutcome",
     "Resume",
     "RevokeDevice",
     "StartRollout",
+    "Steering",
     "Tick",
 ]
 
@@ -106,32 +110,33 @@ class StartRollout(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Promote(Event):
-    """The next stage begins at once; after the last one the release is stable."""
+class Steering(Event):
+    """Base of what an operator does with a rollout that is under way."""
 
     rollout: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pause(Event):
+class Promote(Steering):
+    """The next stage begins at once; after the last one the release is stable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pause(Steering):
     """Nobody new is told."""
 
-    rollout: str
     reason: str = "by an operator"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resume(Event):
+class Resume(Steering):
     """The stage goes on with a new window: failures are accepted, silent devices awaited anew."""
-
-    rollout: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Abort(Event):
+class Abort(Steering):
     """The rollout ends; devices that were told are told the previous release."""
 
-    rollout: str
     reason: str = "by an operator"
 
 
@@ -166,3 +171,8 @@ class ReportOutcome(Event):
 @dataclass(frozen=True, kw_only=True)
 class Tick(Event):
     """Time has passed; deadlines are looked at."""
+
+
+Enrolment = AddGroup | AddDevice | MoveDevice | RevokeDevice
+Pinning = PinDevice | PinGroup
+AnyEvent = Enrolment | Pinning | StartRollout | Steering | Poll | ReportOutcome | Tick

@@ -16,26 +16,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from prunecast.server.fleet import events
 from prunecast.server.fleet.audit import AuditKind, Cause
 from prunecast.server.fleet.cohorts import assign, check_stages, join, leave, takes_part
 from prunecast.server.fleet.directing import poll, report
 from prunecast.server.fleet.errors import AlreadyExists, NotPossible, ReleaseUnknown, RolloutOverlap
-from prunecast.server.fleet.events import (
-    Abort,
-    AddDevice,
-    AddGroup,
-    MoveDevice,
-    Pause,
-    PinDevice,
-    PinGroup,
-    Poll,
-    Promote,
-    ReportOutcome,
-    Resume,
-    RevokeDevice,
-    StartRollout,
-    Tick,
-)
 from prunecast.server.fleet.model import (
     Device,
     Fleet,
@@ -49,27 +34,10 @@ from prunecast.server.fleet.model import (
 from prunecast.server.fleet.progress import advance, evaluate, expire, wait_again
 from prunecast.server.fleet.step import Decision, Step
 
-__all__ = ["AnyEvent", "apply"]
-
-AnyEvent = (
-    AddGroup
-    | AddDevice
-    | MoveDevice
-    | RevokeDevice
-    | PinDevice
-    | PinGroup
-    | StartRollout
-    | Promote
-    | Pause
-    | Resume
-    | Abort
-    | Poll
-    | ReportOutcome
-    | Tick
-)
+__all__ = ["apply"]
 
 
-def apply(fleet: Fleet, event: AnyEvent) -> Decision:
+def apply(fleet: Fleet, event: events.AnyEvent) -> Decision:
     """Decide what an event leads to.
 
     Deadlines that have passed by `event.at` are honoured first. Whether or not the event brought
@@ -86,33 +54,33 @@ def apply(fleet: Fleet, event: AnyEvent) -> Decision:
     """
     step = Step(fleet, event)
     expire(step)
-    if isinstance(event, Poll | ReportOutcome | Tick):
+    if isinstance(event, events.Poll | events.ReportOutcome | events.Tick):
         # a poll must not be told a release whose rollout is due to pause
         evaluate(step)
     match event:
-        case Poll():
+        case events.Poll():
             directive = poll(step, event)
             return step.decision(directive)
-        case ReportOutcome():
+        case events.ReportOutcome():
             accepted = report(step, event)
             evaluate(step)
             return step.decision(accepted=accepted)
-        case Tick():
+        case events.Tick():
             return step.decision()
-        case StartRollout():
+        case events.StartRollout():
             _start(step, event)
-        case Promote() | Pause() | Resume() | Abort():
+        case events.Steering():
             _steer(step, event)
-        case AddGroup() | AddDevice() | MoveDevice() | RevokeDevice():
+        case events.AddGroup() | events.AddDevice() | events.MoveDevice() | events.RevokeDevice():
             _enrol(step, event)
-        case PinDevice() | PinGroup():
+        case events.PinDevice() | events.PinGroup():
             _pin(step, event)
         case _:
             assert_never(event)
     return step.decision()
 
 
-def _start(step: Step, event: StartRollout) -> None:
+def _start(step: Step, event: events.StartRollout) -> None:
     fleet, release = step.fleet, event.release
     check_name(event.rollout, "rollout")
     stages = check_stages(event.stages)
@@ -168,35 +136,35 @@ def _check_startable(fleet: Fleet, group: Group, release: Release) -> None:
         raise NotPossible(f"{release} is in force in group {group.id} already: nothing to roll out")
 
 
-def _steer(step: Step, event: Promote | Pause | Resume | Abort) -> None:
+def _steer(step: Step, event: events.Steering) -> None:
     rollout = step.fleet.rollout(event.rollout)
     if not rollout.status.active:
         raise NotPossible(
             f"rollout {rollout.id} is {rollout.status}, which is final: start another one"
         )
     match event:
-        case Promote():
+        case events.Promote():
             advance(step, rollout, {"cause": Cause.OPERATOR, "words": "by an operator"})
-        case Pause():
+        case events.Pause():
             if rollout.status is Status.PAUSED:
                 raise NotPossible(f"rollout {rollout.id} is paused already: {rollout.reason}")
             step.end(rollout, Status.PAUSED, event.reason)
             step.log(AuditKind.ROLLOUT_PAUSED, rollout.id, **_by_operator(event))
-        case Resume():
+        case events.Resume():
             if rollout.status is Status.RUNNING:
                 raise NotPossible(f"rollout {rollout.id} is running already")
             rollout = wait_again(step, rollout)
             step.begin_window(rollout, stage=rollout.stage)
             step.log(AuditKind.ROLLOUT_RESUMED, rollout.id, was=rollout.reason)
-        case Abort():
+        case events.Abort():
             step.end(rollout, Status.ABORTED, event.reason)
             step.log(AuditKind.ROLLOUT_ABORTED, rollout.id, **_by_operator(event))
 
 
-def _enrol(step: Step, event: AddGroup | AddDevice | MoveDevice | RevokeDevice) -> None:
+def _enrol(step: Step, event: events.Enrolment) -> None:
     fleet = step.fleet
     match event:
-        case AddGroup():
+        case events.AddGroup():
             check_name(event.group, "group")
             if event.group in fleet.groups:
                 raise AlreadyExists(f"there is a group {event.group} already: choose another name")
@@ -210,7 +178,7 @@ def _enrol(step: Step, event: AddGroup | AddDevice | MoveDevice | RevokeDevice) 
                 )
             step.put(Group(event.group, event.release, event.stable))
             step.log(AuditKind.GROUP_ADDED, event.group, release=event.release, stable=event.stable)
-        case AddDevice():
+        case events.AddDevice():
             check_name(event.device, "device")
             if event.device in fleet.devices:
                 raise AlreadyExists(
@@ -221,7 +189,7 @@ def _enrol(step: Step, event: AddGroup | AddDevice | MoveDevice | RevokeDevice) 
             step.put(device)
             join(step, device)
             step.log(AuditKind.DEVICE_ADDED, event.device, group=event.group)
-        case MoveDevice():
+        case events.MoveDevice():
             device = _living(fleet, event.device)
             new, old = fleet.group(event.group), fleet.group(device.group)
             if new.release != old.release:
@@ -233,15 +201,15 @@ def _enrol(step: Step, event: AddGroup | AddDevice | MoveDevice | RevokeDevice) 
             step.put(moved)
             join(step, moved)
             step.log(AuditKind.DEVICE_MOVED, device.id, was=old.id, group=new.id)
-        case RevokeDevice():
+        case events.RevokeDevice():
             device = _living(fleet, event.device)
             step.put(replace(leave(step, device), revoked=True))
             step.log(AuditKind.DEVICE_REVOKED, device.id)
 
 
-def _pin(step: Step, event: PinDevice | PinGroup) -> None:
+def _pin(step: Step, event: events.Pinning) -> None:
     fleet, version = step.fleet, event.version
-    if isinstance(event, PinDevice):
+    if isinstance(event, events.PinDevice):
         device = _living(fleet, event.device)
         if version is None and device.pin is None:
             raise NotPossible(f"device {device.id} is not pinned")
@@ -274,7 +242,7 @@ def _pin(step: Step, event: PinDevice | PinGroup) -> None:
         step.log(kinds[0], subject, version=version)
 
 
-def _by_operator(event: Pause | Abort) -> dict[str, str]:
+def _by_operator(event: events.Pause | events.Abort) -> dict[str, str]:
     return {"cause": Cause.OPERATOR, "words": event.reason}
 
 

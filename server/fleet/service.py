@@ -10,27 +10,11 @@ from typing import Self, TypeVar
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from prunecast.server.fleet import events
 from prunecast.server.fleet.audit import AuditEntry, AuditKind
 from prunecast.server.fleet.database import Database
 from prunecast.server.fleet.devices import BUSY, TRIES, DeviceService, token_hash
 from prunecast.server.fleet.errors import DatabaseError, NotFound, Unusable
-from prunecast.server.fleet.events import (
-    Abort,
-    AddDevice,
-    AddGroup,
-    MoveDevice,
-    Pause,
-    PinDevice,
-    PinGroup,
-    Poll,
-    Promote,
-    ReportOutcome,
-    Resume,
-    RevokeDevice,
-    StartRollout,
-    Tick,
-)
-from prunecast.server.fleet.machine import AnyEvent
 from prunecast.server.fleet.model import (
     Device,
     Fleet,
@@ -109,7 +93,7 @@ class FleetService(DeviceService):
         for groups in found:
             with self._database.transaction() as session:
                 part = Slice.load(session, now, groups=groups)
-                decide(session, part, self._releases(), Tick(at=now))
+                decide(session, part, self._releases(), events.Tick(at=now))
 
     def enrol(self, device: str, group: str, *, now: float, actor: str) -> str:
         """Add a device; only a hash of its token is kept.
@@ -123,7 +107,7 @@ class FleetService(DeviceService):
             Unusable: the name.
         """
         token = secrets.token_urlsafe(32)
-        event = AddDevice(at=now, actor=actor, device=device, group=group)
+        event = events.AddDevice(at=now, actor=actor, device=device, group=group)
         for _ in range(TRIES):
             with self._database.transaction() as session:
                 part = load_device(session, now, device, group)
@@ -150,13 +134,13 @@ class FleetService(DeviceService):
             write_audit(session, [AuditEntry(now, actor, AuditKind.TOKEN_RENEWED, device)])
         return token
 
-    def operate(self, event: AnyEvent) -> None:
+    def operate(self, event: events.AnyEvent) -> None:
         """Apply what an operator wants: any event but a device's.
 
         Raises:
             FleetError: it cannot be; nothing changed.
         """
-        if isinstance(event, AddDevice | Poll | ReportOutcome | Tick):
+        if isinstance(event, events.AddDevice | events.Poll | events.ReportOutcome | events.Tick):
             raise Unusable(f"{type(event).__name__} is not an operator's event: use its own method")
         for _ in range(TRIES):
             with self._database.transaction() as session:
@@ -164,7 +148,7 @@ class FleetService(DeviceService):
                 if part is None:
                     continue
                 decide(session, part, self._releases(), event)
-                if isinstance(event, RevokeDevice):
+                if isinstance(event, events.RevokeDevice):
                     session.execute(delete(TokenRow).where(TokenRow.device == event.device))
                 return
         raise DatabaseError(BUSY)
@@ -273,27 +257,27 @@ class FleetService(DeviceService):
             found = [to_entry(row) for row in session.scalars(wanted)]
         return found[::-1] if newest else found
 
-    def _load(self, session: Session, event: AnyEvent) -> Slice | None:
+    def _load(self, session: Session, event: events.AnyEvent) -> Slice | None:
         """What an operator's event concerns; None if it changed while it was being locked."""
         match event:
-            case AddGroup() | PinGroup():
+            case events.AddGroup() | events.PinGroup():
                 return Slice.load(session, event.at, groups=[event.group], change_groups=True)
-            case StartRollout():
+            case events.StartRollout():
                 part = Slice.load(
                     session, event.at, groups=event.groups, change_groups=True, everybody=True
                 )
                 if (taken := session.get(RolloutRow, event.rollout)) is not None:
                     part.rollouts[taken.id] = taken
                 return part
-            case Promote() | Pause() | Resume() | Abort():
+            case events.Steering():
                 row = _found(session, RolloutRow, event.rollout, "rollout")
-                resumed = isinstance(event, Resume)
+                resumed = isinstance(event, events.Resume)
                 part = Slice.load(session, event.at, groups=row.groups, silent=resumed)
                 part.rollouts.setdefault(row.id, row)  # a later one may have the groups by now
                 return part
-            case MoveDevice():
+            case events.MoveDevice():
                 return load_device(session, event.at, event.device, event.group)
-            case RevokeDevice() | PinDevice():
+            case events.RevokeDevice() | events.PinDevice():
                 return load_device(session, event.at, event.device)
         raise AssertionError(event)
 

@@ -15,7 +15,8 @@ from sqlalchemy import ColumnElement, Select, or_, select
 from sqlalchemy.orm import Session
 
 from prunecast.server.fleet.audit import AuditEntry
-from prunecast.server.fleet.machine import AnyEvent, apply
+from prunecast.server.fleet.events import AnyEvent
+from prunecast.server.fleet.machine import apply
 from prunecast.server.fleet.model import Device, Fleet, Group, Progress, Release, Rollout, Status
 from prunecast.server.fleet.step import Decision
 from prunecast.server.fleet.tables import (

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any
 
 from prunecast.server.fleet.audit import AuditEntry, audit_text
 from prunecast.server.fleet.model import Device, Group, Rollout
 from prunecast.server.fleet.reports import Health
 
-__all__ = ["AuditView", "DeviceView", "GroupView", "HealthView", "MemberView", "RolloutView"]
+__all__ = ["AuditView", "DeviceView", "GroupView", "HealthView", "RolloutView"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class DeviceView(_View):
     """A device: what it runs, what it was told and because of which rollout, what it answered.
 
     `answer` is ``revoked`` for a device that takes part no more. `refused` are the versions that
-    failed on it. `seen` is when it last polled or reported.
+    failed on it. `seen` is when it last polled or reported. `stage`, from 1, and `progress` tell
+    of the last rollout that it took part in.
     """
 
     device: str
@@ -57,11 +58,13 @@ class DeviceView(_View):
     refused: tuple[int, ...]
     agent: str
     seen: str | None
+    stage: int | None
+    progress: str | None
 
     @classmethod
-    def of(cls, device: Device) -> Self:
+    def of(cls, device: Device) -> DeviceView:
         """View of a device."""
-        told = device.told
+        told, part = device.told, device.part
         return cls(
             device=device.id,
             group=device.group,
@@ -73,25 +76,9 @@ class DeviceView(_View):
             refused=tuple(sorted(device.refused)),
             agent=device.agent,
             seen=_when(device.last_seen),
-            **cls._more(device),
+            stage=part.stage + 1 if part else None,
+            progress=part.progress.value if part else None,
         )
-
-    @classmethod
-    def _more(cls, device: Device) -> dict[str, Any]:
-        return {}
-
-
-@dataclass(frozen=True)
-class MemberView(DeviceView):
-    """A device in a rollout: besides, its stage, from 1, and where it stands."""
-
-    stage: int | None = None
-    progress: str | None = None
-
-    @classmethod
-    def _more(cls, device: Device) -> dict[str, Any]:
-        part = device.part
-        return {"stage": part.stage + 1, "progress": part.progress.value} if part else {}
 
 
 @dataclass(frozen=True)

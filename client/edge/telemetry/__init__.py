@@ -1,7 +1,10 @@
 """What a device tells about itself: inferences, latencies, self-tests, memory; by release."""
 
-from prunecast.client.edge.telemetry.figures import ReleaseFigures, TelemetrySnapshot
-from prunecast.client.edge.telemetry.histogram import LatencyHistogram
+from prunecast.client.edge.telemetry.figures import (
+    LatencyHistogram,
+    ReleaseFigures,
+    TelemetrySnapshot,
+)
 from prunecast.client.edge.telemetry.recorder import Telemetry, read_telemetry
 
 __all__ = [

@@ -14,9 +14,12 @@ from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION
 from prunecast.client.edge.errors import StateError
-from prunecast.client.edge.model import Outcome
-from prunecast.client.edge.telemetry.figures import ReleaseFigures, TelemetrySnapshot
-from prunecast.client.edge.telemetry.histogram import LatencyHistogram
+from prunecast.client.edge.model import InferenceOutcome
+from prunecast.client.edge.telemetry.figures import (
+    LatencyHistogram,
+    ReleaseFigures,
+    TelemetrySnapshot,
+)
 from prunecast.common.files import StorageError, write_atomically
 
 __all__ = ["Telemetry", "read_telemetry", "resident_bytes"]
@@ -70,7 +73,7 @@ class Telemetry:
         self._started = self._since = clock()
         self._saved: tuple[ReleaseFigures, ...] | None = None
 
-    def observe(self, version: int, outcome: Outcome, seconds: float) -> None:
+    def observe(self, version: int, outcome: InferenceOutcome, seconds: float) -> None:
         """Count an inference, see `Observer`."""
         with self._lock:
             release = self._release(version)

@@ -19,6 +19,7 @@ from prunecast.server.fleet.events import (
     Abort,
     AddDevice,
     AddGroup,
+    AnyEvent,
     MoveDevice,
     Pause,
     PinDevice,
@@ -31,7 +32,7 @@ from prunecast.server.fleet.events import (
     StartRollout,
     Tick,
 )
-from prunecast.server.fleet.machine import AnyEvent, apply
+from prunecast.server.fleet.machine import apply
 from prunecast.server.fleet.model import Fleet, Outcome, Progress, Release, RolloutPolicy, Status
 from prunecast.server.fleet.step import Decision
 

@@ -23,6 +23,7 @@ from prunecast.server.fleet.events import (
     Abort,
     AddDevice,
     AddGroup,
+    AnyEvent,
     MoveDevice,
     Pause,
     PinDevice,
@@ -35,7 +36,7 @@ from prunecast.server.fleet.events import (
     StartRollout,
     Tick,
 )
-from prunecast.server.fleet.machine import AnyEvent, apply
+from prunecast.server.fleet.machine import apply
 from prunecast.server.fleet.model import Fleet, Outcome, Progress, Release, RolloutPolicy, Status
 
 GROUPS = ("a", "b")

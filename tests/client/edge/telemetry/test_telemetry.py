@@ -19,7 +19,7 @@ from prunecast.client.edge.telemetry import (
     TelemetrySnapshot,
     read_telemetry,
 )
-from prunecast.client.edge.telemetry.histogram import LAST_BUCKET
+from prunecast.client.edge.telemetry.figures import LAST_BUCKET
 from prunecast.compression.release import ReleaseManifest, RuntimeFailure
 
 
