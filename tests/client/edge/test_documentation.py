@@ -25,8 +25,11 @@ def section(title: str) -> str:
 
 def test_options_exist() -> None:
     shown = "".join(
-        CliRunner().invoke(app, ["edge", command, "--help"], env={"COLUMNS": "200"}).output
-        for command in ("run", "status")
+        CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"}).output
+        for command in (
+            *("edge run", "edge status", "edge update", "edge infer"),
+            *("release init", "release create", "serve"),
+        )
     )
     of_the_agent = TEXT.replace(section("Measured"), "")
     for option in re.findall(r"(?<![\w-])(--[a-z]+(?:-[a-z]+)*)", of_the_agent):
