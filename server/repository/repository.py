@@ -12,7 +12,6 @@ replaces ``timestamp.json`` last, by rename: a reader sees the old state or the 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -197,31 +196,30 @@ class Repository(MaintainedRepository):
         self.check_publishable(name)
         built = BuiltRelease(contents, name)
         while True:
-            for base in self._live(self._load(), name):
-                if not built.starts_from(base.model_digest):
-                    built.add_patch(self.model(base))
             with self._locked():
                 state = self._load()
                 publisher = state.publisher_of(name)
                 self._require(state, publisher, *ONLINE_ROLES)
                 live, now = self._live(state, name), self._now()
-                if not all(built.starts_from(base.model_digest) for base in live):
-                    continue
-                version = max(state.next_version(name), at_least)
-                manifest, blobs = built.finish(version, now.strftime("%Y-%m-%dT%H:%M:%SZ"), live)
-                data = manifest.to_bytes()
-                sha256 = hashlib.sha256(data).hexdigest()
-                for digest, blob in blobs.items():
-                    self._write_once(self.path / blob_path(digest), blob)
-                path = manifest_path(name, version)
-                self._write_once(self._target_file(path, sha256), data)
-                state.list_release(name, version, TargetFile(len(data), {"sha256": sha256}, path))
-                retired = live[: max(0, len(live) + 1 - self.window)]
-                for old in retired:
-                    state.unlist_release(name, old.version)
-                self._commit(state.sign([publisher], self._signers, self._expiry, now))
-                collect(self.path, now, self.grace)
-                break
+                missing = [b for b in live if not built.starts_from(b.model_digest)]
+                if not missing:
+                    version = max(state.next_version(name), at_least)
+                    manifest, blobs = built.finish(version, now, live)
+                    data = manifest.to_bytes()
+                    target = TargetFile.from_data(manifest_path(name, version), data, ["sha256"])
+                    for digest, blob in blobs.items():
+                        self._write_once(self.path / blob_path(digest), blob)
+                    file = self._target_file(target.path, target.hashes["sha256"])
+                    self._write_once(file, data)
+                    state.list_release(name, version, target)
+                    retired = live[: max(0, len(live) + 1 - self.window)]
+                    for old in retired:
+                        state.unlist_release(name, old.version)
+                    self._commit(state.sign([publisher], self._signers, self._expiry, now))
+                    collect(self.path, now, self.grace)
+                    break
+            for base in missing:
+                built.add_patch(self.model(base))
         return PublishedRelease(
             name=name,
             version=manifest.version,
@@ -263,7 +261,8 @@ class Repository(MaintainedRepository):
             RepositoryError: a key is missing or not the one in force, or the repository is damaged.
         """
         check_release_name(name)
-        state = self._load()
+        with self._locked():  # between root and timestamp, metadata do not fit together
+            state = self._load()
         self._require(state, state.publisher_of(name), *ONLINE_ROLES)
 
     def _live(self, state: MetadataSet, name: str) -> list[ReleaseManifest]:

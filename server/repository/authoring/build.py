@@ -11,6 +11,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -157,13 +158,13 @@ class BuiltRelease:
             self._patches[digest] = self._keep(data)
 
     def finish(
-        self, version: int, created: str, live: Iterable[ReleaseManifest]
+        self, version: int, now: datetime, live: Iterable[ReleaseManifest]
     ) -> tuple[ReleaseManifest, dict[str, bytes]]:
         """The manifest, and every file that travels by its SHA-256 (hex).
 
         Args:
             version: number of the release.
-            created: UTC time, ISO 8601.
+            now: the time, UTC.
             live: releases that devices may hold; the payloads from them have been coded.
         """
         patches = tuple(
@@ -171,7 +172,9 @@ class BuiltRelease:
             for base in live
             if (file := self._patches[base.model_digest]) is not None
         )
+        created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
         manifest = replace(self._unnumbered, version=version, created=created, patches=patches)
+
         ReleaseManifest.from_bytes(manifest.to_bytes())
         refs = manifest.references().values()
         return manifest, {ref.sha256: self._blobs[ref.sha256] for ref in refs}
