@@ -27,7 +27,7 @@ from prunecast.server.repository.errors import RepositoryError
 from prunecast.server.repository.reading import RepositoryReader
 from prunecast.server.repository.serving.files import family
 
-__all__ = ["BlobKinds", "Health", "HealthCheck", "Metrics", "check_health"]
+__all__ = ["BlobKinds", "HealthCheck", "Metrics", "RepositoryHealth", "check_health"]
 
 _BOUNDS = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0, 300.0)  # seconds
 _WORDS = {"keyframe": "keyframe", "patches": "patch", "files": "file"}
@@ -164,7 +164,7 @@ def _digests(value: Any, kind: str | None) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Health:
+class RepositoryHealth:
     """The state of a repository.
 
     Attributes:
@@ -197,7 +197,7 @@ class Health:
         return json.dumps(document, indent=1).encode() + b"\n"
 
 
-def check_health(root: Path, now: datetime) -> Health:
+def check_health(root: Path, now: datetime) -> RepositoryHealth:
     """Verify the metadata in force, from root to targets."""
     try:
         _, found = check_metadata(root / "metadata", now)
@@ -205,10 +205,10 @@ def check_health(root: Path, now: datetime) -> Health:
         soon = tuple(one for one in found if one.code == "expires-soon")
         fatal = tuple(one for one in found if one.code != "expires-soon")
         readable = all(one.code == "expired" for one in fatal)
-        return Health(fatal, soon, RepositoryReader(root).expires() if readable else {})
+        return RepositoryHealth(fatal, soon, RepositoryReader(root).expires() if readable else {})
     except (OSError, RepositoryError) as error:
         broken = Finding("problem", "metadata-unreadable", "metadata", str(error), "see the doctor")
-        return Health((broken,))
+        return RepositoryHealth((broken,))
 
 
 class HealthCheck:
@@ -223,10 +223,10 @@ class HealthCheck:
         self, root: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
     ) -> None:
         self._root, self._now = root, now
-        self._last: tuple[float, Health] | None = None
+        self._last: tuple[float, RepositoryHealth] | None = None
         self._lock = asyncio.Lock()
 
-    async def get(self) -> Health:
+    async def get(self) -> RepositoryHealth:
         """The health, at most five seconds old."""
         async with self._lock:
             if self._last is None or time.monotonic() - self._last[0] > _KEPT:
