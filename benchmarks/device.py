@@ -38,7 +38,7 @@ def network() -> Any:
     from onnx import TensorProto, helper
 
     from prunecast.compression.codec import TensorSpec
-    from prunecast.compression.onnx import ExportedGraph
+    from prunecast.compression.onnx.graph import ExportedGraph
 
     nodes, parameters, at, side = [], {}, "input", SIDE
     for layer, (came, goes) in enumerate(pairwise(CHANNELS)):

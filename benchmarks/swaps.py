@@ -34,7 +34,7 @@ from onnx import TensorProto, helper
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.inference import InferenceServer
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 from prunecast.server.repository import KeyRing, Repository
 from prunecast.server.repository.serving import ReleaseServer

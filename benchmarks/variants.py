@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from delivery.wide_narrow import Arrays
 
-    from prunecast.compression.onnx import ExportedGraph, Variant
+    from prunecast.compression.onnx.bind import Variant
+    from prunecast.compression.onnx.graph import ExportedGraph
     from prunecast.compression.versions import PublishedModel
 
 __all__ = ["run"]
@@ -81,7 +82,7 @@ def one(file: Path, kept: bool, size: int = 28) -> dict[str, float]:
     import numpy as np
     import onnxruntime
 
-    from prunecast.compression.release import computes_in_integers
+    from prunecast.compression.release.runtime import computes_in_integers
 
     integers = kept or computes_in_integers(file)
     onnxruntime.SessionOptions()  # loads what is loaded lazily
@@ -130,9 +131,9 @@ def variants(trained: Path, graphs: Path) -> list[Made]:
     import torch
     from delivery import wide_narrow
 
-    from prunecast.compression.onnx import quantise
     from prunecast.compression.onnx.export import export_cached
     from prunecast.compression.onnx.lattice import snap
+    from prunecast.compression.onnx.qdq import quantise
     from prunecast.compression.pruning import ChannelPlan
     from prunecast.compression.pruning.narrowing import narrow_module
     from prunecast.compression.versions import PublishedModel, RawTensor
@@ -183,7 +184,7 @@ def measure(made: Made, trained: Path, reference: Any, repeat: int) -> tuple[Row
     import numpy as np
     from delivery import wide_narrow
 
-    from prunecast.compression.onnx import bind_weights, save_single_file
+    from prunecast.compression.onnx.bind import bind_weights, save_single_file
     from prunecast.compression.versions import encode_delta, encode_keyframe
 
     held = wide_narrow.load(trained)
@@ -214,7 +215,7 @@ def measure(made: Made, trained: Path, reference: Any, repeat: int) -> tuple[Row
 def _outputs(file: Path, kept: bool, images: Any) -> Any:
     import numpy as np
 
-    from prunecast.compression.release import computes_in_integers
+    from prunecast.compression.release.runtime import computes_in_integers
 
     opened = session(file, kept or computes_in_integers(file))
     name = opened.get_inputs()[0].name

@@ -235,7 +235,7 @@ def infer(
 
     from prunecast.client.edge import open_model
     from prunecast.common.files import write_atomically
-    from prunecast.compression.release import pack_arrays, unpack_arrays
+    from prunecast.compression.release.selftest import pack_arrays, unpack_arrays
 
     arrays = unpack_arrays(inputs.read_bytes(), max_bytes=2**34)
     model = open_model(state, threads=threads)

@@ -110,7 +110,7 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Publish a model as the next release: keyframe, patches from live releases, self-test."""
-    from prunecast.compression.onnx import save_graph
+    from prunecast.compression.onnx.graph import save_graph
     from prunecast.server.repository import KeyRing, RecipeError, Repository
     from prunecast.server.repository.authoring import (
         NewestRelease,

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.onnx.lattice import snap
-from prunecast.compression.release import WeightsLayout
-from prunecast.compression.release.layout import place
+from prunecast.compression.release.layout import WeightsLayout, place
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 
 __all__ = ["Pair", "layout_of", "pair"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from swaps import INPUTS, graph, models
 
-from prunecast.compression.onnx import save_single_file
+from prunecast.compression.onnx.bind import save_single_file
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository import KeyRing, Repository
 

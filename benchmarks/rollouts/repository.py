@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 import prunecast.server.repository.authoring.build as build
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository import KeyRing, Repository
 

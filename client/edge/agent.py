@@ -32,8 +32,8 @@ from prunecast.client.edge.telemetry import Telemetry
 from prunecast.client.edge.updating.acquire import Acquirer
 from prunecast.client.edge.updating.transport import Fetcher, HttpFetcher
 from prunecast.client.edge.updating.trust import TrustedListing
-from prunecast.compression.release import ReleaseError, ReleaseManifest
-from prunecast.compression.release.manifest import check_release_name
+from prunecast.compression.release import ReleaseError
+from prunecast.compression.release.manifest import ReleaseManifest, check_release_name
 
 __all__ = ["Agent"]
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from prunecast.client.edge.errors import EdgeError, NoModel, StateError, VersionNotActive
 from prunecast.client.edge.slots.slot import LoadedRelease, open_optimised, open_slot, verify_slot
 from prunecast.client.edge.state import StateFolder
-from prunecast.compression.release import InputRefused, ReleaseError, ReleaseManifest
+from prunecast.compression.release import InputRefused, ReleaseError
+from prunecast.compression.release.manifest import ReleaseManifest
 
 __all__ = ["EdgeModel", "Inference", "InferenceOutcome", "Observer", "open_model"]
 

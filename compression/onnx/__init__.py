@@ -1,61 +1,50 @@
 """The tools that build a release: a module or an ``.onnx`` file, a published model, a graph.
 
-What a device reads of the result is `compression.release`. `compression.onnx.export` needs torch
-and is imported by name.
+What a device reads of the result is `compression.release`. `compression.onnx.export` needs torch.
+The errors are here: one base, one class per cause.
 """
 
-from prunecast.compression.onnx.bind import (
-    BoundModel,
-    Variant,
-    bind_weights,
-    export_single,
-    save_single_file,
-    single_file_size,
-)
-from prunecast.compression.onnx.errors import (
-    BindError,
-    ExportError,
-    FoldedParameter,
-    ForeignModel,
-    NumericsError,
-    OnnxError,
-    QuantisationError,
-    UnsafeExternalData,
-)
-from prunecast.compression.onnx.graph import (
-    ExportedGraph,
-    load_graph,
-    read_note,
-    save_graph,
-    with_note,
-)
-from prunecast.compression.onnx.lattice import snap
-from prunecast.compression.onnx.lift import LiftedModel, lift_model
-from prunecast.compression.onnx.qdq import QuantisedModel, quantise
+from prunecast.compression.release import ReleaseError
 
 __all__ = [
     "BindError",
-    "BoundModel",
     "ExportError",
-    "ExportedGraph",
     "FoldedParameter",
     "ForeignModel",
-    "LiftedModel",
     "NumericsError",
     "OnnxError",
     "QuantisationError",
-    "QuantisedModel",
     "UnsafeExternalData",
-    "Variant",
-    "bind_weights",
-    "export_single",
-    "lift_model",
-    "load_graph",
-    "quantise",
-    "read_note",
-    "save_graph",
-    "save_single_file",
-    "single_file_size",
-    "snap",
-    "with_note",
 ]
+
+
+class OnnxError(ReleaseError):
+    """Base of every error that is `prunecast.compression.onnx`'s own."""
+
+
+class ExportError(OnnxError):
+    """The module cannot be exported, or its graph cannot carry later weights."""
+
+
+class FoldedParameter(ExportError):
+    """A parameter that the module uses is not an input of the graph: new weights would not act."""
+
+
+class NumericsError(ExportError):
+    """The exported graph does not compute what the module computes."""
+
+
+class QuantisationError(OnnxError):
+    """A model cannot be quantised, or the samples do not fit it."""
+
+
+class BindError(OnnxError):
+    """A published model does not fit the graph."""
+
+
+class ForeignModel(OnnxError):
+    """An ``.onnx`` file from elsewhere is damaged, or cannot become a release."""
+
+
+class UnsafeExternalData(ForeignModel):
+    """A model refers to weights outside its own folder."""

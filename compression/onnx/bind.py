@@ -25,7 +25,7 @@ from onnx import helper
 
 from prunecast.common.files import write_atomically
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.onnx.errors import BindError
+from prunecast.compression.onnx import BindError
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.walk import replace_items
 from prunecast.compression.release.layout import Segment, WeightsLayout, place

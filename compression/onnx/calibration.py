@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from prunecast.common.text import first_line
-from prunecast.compression.onnx.errors import QuantisationError
+from prunecast.compression.onnx import QuantisationError
 from prunecast.compression.release.selftest import Arrays
 
 __all__ = ["batches", "calibrate"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx.errors import ForeignModel, NumericsError
-from prunecast.compression.release.errors import RuntimeFailure
+from prunecast.compression.onnx import ForeignModel, NumericsError
+from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.runtime import InferenceSession, Signature
 from prunecast.compression.release.selftest import Arrays
 

@@ -30,8 +30,8 @@ from onnx import helper
 
 from prunecast.common.text import first_line
 from prunecast.compression.codec import TensorSpec
+from prunecast.compression.onnx import ExportError, FoldedParameter, NumericsError
 from prunecast.compression.onnx.bind import bind_arrays
-from prunecast.compression.onnx.errors import ExportError, FoldedParameter, NumericsError
 from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
 from prunecast.compression.release import ReleaseError
 from prunecast.compression.release.runtime import open_session

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from prunecast.compression.onnx.errors import ForeignModel, UnsafeExternalData
+from prunecast.compression.onnx import ForeignModel, UnsafeExternalData
 
 __all__ = ["TensorReader", "read_proto"]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from prunecast.common.files import write_atomically
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.onnx.errors import ExportError
+from prunecast.compression.onnx import ExportError
 
 __all__ = ["ExportedGraph", "load_graph", "read_note", "save_graph", "with_note"]
 

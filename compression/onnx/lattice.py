@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx.errors import ForeignModel
+from prunecast.compression.onnx import ForeignModel
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 
 __all__ = ["STEPS", "Steps", "channel_steps", "snap"]

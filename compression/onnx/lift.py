@@ -21,7 +21,7 @@ from onnx import helper, numpy_helper
 
 from prunecast.common.text import first_line
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.onnx.errors import ForeignModel
+from prunecast.compression.onnx import ForeignModel
 from prunecast.compression.onnx.external import TensorReader, read_proto
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.walk import (

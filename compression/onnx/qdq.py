@@ -37,9 +37,9 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from prunecast.compression.codec import TensorSpec
+from prunecast.compression.onnx import QuantisationError
 from prunecast.compression.onnx.bind import resolve
 from prunecast.compression.onnx.calibration import calibrate
-from prunecast.compression.onnx.errors import QuantisationError
 from prunecast.compression.onnx.folding import Kernel, prepare
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.lattice import channel_steps

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prunecast.compression.onnx.errors import ForeignModel
+from prunecast.compression.onnx import ForeignModel
 
 __all__ = [
     "Uses",

@@ -1,49 +1,38 @@
 """What a device reads of a release: manifest, layout of the weights, self-test and runtime.
 
-Needs numpy and, to open a session, onnxruntime. What builds a release is `compression.onnx`.
+Needs numpy and, to open a session, onnxruntime. What builds a release is `compression.onnx`. The
+errors are here: one base, one class per cause.
 """
 
-from prunecast.compression.release.errors import (
-    InputRefused,
-    LayoutError,
-    ManifestError,
-    ReleaseError,
-    RuntimeFailure,
-    SelfTestFailed,
-)
-from prunecast.compression.release.layout import Segment, WeightsLayout
-from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest
-from prunecast.compression.release.runtime import (
-    InferenceSession,
-    Signature,
-    computes_in_integers,
-    open_session,
-)
-from prunecast.compression.release.selftest import (
-    Tolerance,
-    check_outputs,
-    pack_arrays,
-    unpack_arrays,
-)
-
 __all__ = [
-    "FileRef",
-    "InferenceSession",
     "InputRefused",
     "LayoutError",
     "ManifestError",
-    "PatchRef",
     "ReleaseError",
-    "ReleaseManifest",
     "RuntimeFailure",
-    "Segment",
     "SelfTestFailed",
-    "Signature",
-    "Tolerance",
-    "WeightsLayout",
-    "check_outputs",
-    "computes_in_integers",
-    "open_session",
-    "pack_arrays",
-    "unpack_arrays",
 ]
+
+
+class ReleaseError(ValueError):
+    """Base of every error that `prunecast.compression.release` raises."""
+
+
+class LayoutError(ReleaseError):
+    """A weights layout is malformed, or a model does not fit it."""
+
+
+class ManifestError(ReleaseError):
+    """A release manifest is malformed or of a schema this version does not read."""
+
+
+class SelfTestFailed(ReleaseError):
+    """A session does not reproduce the outputs recorded with the release."""
+
+
+class RuntimeFailure(ReleaseError):
+    """onnxruntime refused a model or its inputs."""
+
+
+class InputRefused(RuntimeFailure):
+    """An input is missing, unknown, or has the wrong dtype or shape; the model did not run."""

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.release.errors import LayoutError
+from prunecast.compression.release import LayoutError
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 
 __all__ = ["ALIGNMENT", "Segment", "WeightsLayout", "place"]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prunecast.compression.release.errors import ManifestError, ReleaseError
+from prunecast.compression.release import ManifestError, ReleaseError
 from prunecast.compression.release.runtime import Signature
 from prunecast.compression.release.selftest import Tolerance
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.common.text import first_line
-from prunecast.compression.release.errors import InputRefused, RuntimeFailure
+from prunecast.compression.release import InputRefused, RuntimeFailure
 
 __all__ = [
     "InferenceSession",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.release.errors import SelfTestFailed
+from prunecast.compression.release import SelfTestFailed
 
 __all__ = ["Arrays", "Tolerance", "check_outputs", "decided", "pack_arrays", "unpack_arrays"]
 

@@ -17,8 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from prunecast.compression.release import ManifestError, ReleaseManifest
-from prunecast.compression.release.manifest import blob_path
+from prunecast.compression.release import ManifestError
+from prunecast.compression.release.manifest import ReleaseManifest, blob_path
 
 __all__ = ["Kept", "collect", "kept_files"]
 

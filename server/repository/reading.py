@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from prunecast.compression.release import FileRef, ReleaseManifest
-from prunecast.compression.release.manifest import blob_path, manifest_path, parse_manifest_path
+from prunecast.compression.release.manifest import (
+    FileRef,
+    ReleaseManifest,
+    blob_path,
+    manifest_path,
+    parse_manifest_path,
+)
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 from prunecast.server.repository.errors import ReleaseNotFound, RepositoryCorrupt
 from prunecast.server.repository.keys.ceremony import Ceremony

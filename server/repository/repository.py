@@ -23,9 +23,13 @@ from numpy.typing import NDArray
 from tuf.api.metadata import TargetFile
 
 from prunecast.common.files import write_atomically
-from prunecast.compression.release import ReleaseManifest, Tolerance
-from prunecast.compression.release.manifest import blob_path, check_release_name, manifest_path
-from prunecast.compression.release.selftest import Arrays
+from prunecast.compression.release.manifest import (
+    ReleaseManifest,
+    blob_path,
+    check_release_name,
+    manifest_path,
+)
+from prunecast.compression.release.selftest import Arrays, Tolerance
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository.errors import CeremonyError, RepositoryExists
 from prunecast.server.repository.garbage import collect
@@ -36,7 +40,8 @@ from prunecast.server.repository.metadata import MetadataSet
 from prunecast.server.repository.roles import ONLINE_ROLES, Expiry
 
 if TYPE_CHECKING:
-    from prunecast.compression.onnx import ExportedGraph, Variant
+    from prunecast.compression.onnx.bind import Variant
+    from prunecast.compression.onnx.graph import ExportedGraph
     from prunecast.server.repository.authoring.build import ReleaseContents
 
 __all__ = ["PublishedRelease", "Repository"]

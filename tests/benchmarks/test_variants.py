@@ -10,7 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from prunecast.compression.onnx import bind_weights, quantise
+from prunecast.compression.onnx.bind import bind_weights
+from prunecast.compression.onnx.qdq import quantise
 from support.convolutional import convolutional, convolutional_graph, convolutional_images
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "variants.py"

@@ -6,7 +6,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 
 CLASSES, WIDTH = 5, 8

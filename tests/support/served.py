@@ -8,14 +8,10 @@ import numpy as np
 from onnx import TensorProto, helper, save
 
 from prunecast.client.edge.slots.slot import LoadedRelease
-from prunecast.compression.onnx import bind_weights
-from prunecast.compression.release import (
-    FileRef,
-    InferenceSession,
-    ReleaseManifest,
-    Tolerance,
-    open_session,
-)
+from prunecast.compression.onnx.bind import bind_weights
+from prunecast.compression.release.manifest import FileRef, ReleaseManifest
+from prunecast.compression.release.runtime import InferenceSession, open_session
+from prunecast.compression.release.selftest import Tolerance
 from support.classifier import classifier, classifier_graph
 
 __all__ = ["DTYPES", "classifier_outputs", "echo_release", "loaded_release"]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.client.edge.inference.limits import RequestRefused
-from prunecast.compression.release import Signature
+from prunecast.compression.release.runtime import Signature
 
 __all__ = ["InferRequest", "datatype_of", "encode_response", "parse_request"]
 

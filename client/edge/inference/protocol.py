@@ -21,7 +21,8 @@ from prunecast.client.edge.inference.messages import (
     parse_request,
 )
 from prunecast.client.edge.model import EdgeModel
-from prunecast.compression.release import InputRefused, ReleaseError, Signature
+from prunecast.compression.release import InputRefused, ReleaseError
+from prunecast.compression.release.runtime import Signature
 
 __all__ = ["EndpointReply", "InferenceProtocol"]
 

@@ -24,14 +24,14 @@ from pathlib import Path
 from prunecast.client.edge.config import AGENT_VERSION
 from prunecast.client.edge.slots.externals import check_externals
 from prunecast.common.files import file_digest, sync
-from prunecast.compression.release import (
+from prunecast.compression.release import ReleaseError, RuntimeFailure
+from prunecast.compression.release.manifest import ReleaseManifest
+from prunecast.compression.release.runtime import (
     InferenceSession,
-    ReleaseError,
-    ReleaseManifest,
-    RuntimeFailure,
+    computes_in_integers,
+    import_onnxruntime,
     open_session,
 )
-from prunecast.compression.release.runtime import computes_in_integers, import_onnxruntime
 
 __all__ = ["may_optimise", "open_and_seal", "open_sealed"]
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.common.files import StorageError
-from prunecast.compression.release import LayoutError, WeightsLayout
-from prunecast.compression.release.layout import Segment
+from prunecast.compression.release import LayoutError
+from prunecast.compression.release.layout import Segment, WeightsLayout
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,

@@ -13,17 +13,11 @@ from prunecast.client.edge.slots.externals import check_externals
 from prunecast.client.edge.slots.optimised import may_optimise, open_and_seal, open_sealed
 from prunecast.client.edge.slots.patch_base import REST, save_rest
 from prunecast.common.files import StorageError, file_digest, make_folder, sync, write_synced
-from prunecast.compression.release import (
-    InferenceSession,
-    LayoutError,
-    ReleaseError,
-    ReleaseManifest,
-    WeightsLayout,
-    check_outputs,
-    open_session,
-    unpack_arrays,
-)
-from prunecast.compression.release.manifest import RELEASE_FILES
+from prunecast.compression.release import LayoutError, ReleaseError
+from prunecast.compression.release.layout import WeightsLayout
+from prunecast.compression.release.manifest import RELEASE_FILES, ReleaseManifest
+from prunecast.compression.release.runtime import InferenceSession, open_session
+from prunecast.compression.release.selftest import check_outputs, unpack_arrays
 from prunecast.compression.versions import PublishedModel, VersionsError
 
 __all__ = [

@@ -19,8 +19,7 @@ from prunecast.client.edge.updating.download import download
 from prunecast.client.edge.updating.transport import Fetcher
 from prunecast.common.files import file_digest, folder_bytes, keep_only, make_folder
 from prunecast.compression.codec import Limits
-from prunecast.compression.release import FileRef, PatchRef, ReleaseManifest
-from prunecast.compression.release.manifest import blob_path
+from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest, blob_path
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 
 __all__ = ["Acquirer", "Count"]

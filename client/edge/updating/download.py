@@ -12,7 +12,7 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError
 from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError, StateError
 from prunecast.client.edge.updating.transport import AskLater, Fetcher
 from prunecast.common.files import file_digest, make_folder, sync
-from prunecast.compression.release import FileRef
+from prunecast.compression.release.manifest import FileRef
 
 __all__ = ["download"]
 

@@ -22,9 +22,10 @@ from tuf.ngclient import Updater, UpdaterConfig
 from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError, TrustError
 from prunecast.client.edge.updating.transport import Fetcher, Stream
 from prunecast.common.files import StorageError, make_folder, write_atomically
-from prunecast.compression.release import ManifestError, ReleaseManifest
+from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import (
     MAX_MANIFEST_BYTES,
+    ReleaseManifest,
     manifest_path,
     parse_manifest_path,
 )

@@ -17,24 +17,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx import (
-    BindError,
-    ExportedGraph,
-    Variant,
-    bind_weights,
-    single_file_size,
-)
-from prunecast.compression.release import (
-    FileRef,
+from prunecast.compression.onnx import BindError
+from prunecast.compression.onnx.bind import Variant, bind_weights, single_file_size
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest
+from prunecast.compression.release.runtime import (
     InferenceSession,
-    PatchRef,
-    ReleaseManifest,
-    Tolerance,
+    computes_in_integers,
+    fit_inputs,
     open_session,
+)
+from prunecast.compression.release.selftest import (
+    Arrays,
+    Tolerance,
+    check_outputs,
+    decided,
     pack_arrays,
 )
-from prunecast.compression.release.runtime import computes_in_integers, fit_inputs
-from prunecast.compression.release.selftest import Arrays, check_outputs, decided
 from prunecast.compression.versions import (
     InvalidModel,
     PublishedModel,

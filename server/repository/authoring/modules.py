@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx import ExportedGraph, read_note, with_note
+from prunecast.compression.onnx.graph import ExportedGraph, read_note, with_note
 from prunecast.compression.pruning import ChannelPlan, PlanError
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel

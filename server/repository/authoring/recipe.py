@@ -29,10 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.common.files import cache_folder
-from prunecast.compression.onnx import ExportedGraph, load_graph
+from prunecast.compression.onnx.graph import ExportedGraph, load_graph
 from prunecast.compression.onnx.lattice import STEPS, Steps
-from prunecast.compression.release import ReleaseManifest, unpack_arrays
-from prunecast.compression.release.selftest import Arrays
+from prunecast.compression.release.manifest import ReleaseManifest
+from prunecast.compression.release.selftest import Arrays, unpack_arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository.authoring.build import ReleaseContents
 from prunecast.server.repository.authoring.modules import Architecture, export_module, plan_of

@@ -13,19 +13,15 @@ from numpy.typing import NDArray
 
 from prunecast.compression.files import FilesError, FileTensor, open_tensors
 from prunecast.compression.files.tensors import FOREIGN
-from prunecast.compression.onnx import (
-    ExportedGraph,
-    ForeignModel,
-    NumericsError,
-    Variant,
-    bind_weights,
-    export_single,
-)
+from prunecast.compression.onnx import ForeignModel, NumericsError
+from prunecast.compression.onnx.bind import Variant, bind_weights, export_single
 from prunecast.compression.onnx.compare import Difference, differ, draw_inputs, record
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.lattice import Steps, snap
 from prunecast.compression.onnx.lift import LiftedModel, lift_model
-from prunecast.compression.release import ReleaseManifest, WeightsLayout, open_session
-from prunecast.compression.release.runtime import fit_inputs
+from prunecast.compression.release.layout import WeightsLayout
+from prunecast.compression.release.manifest import ReleaseManifest
+from prunecast.compression.release.runtime import fit_inputs, open_session
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, load_model
 from prunecast.server.repository.authoring.build import ReleaseContents

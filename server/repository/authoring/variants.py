@@ -11,16 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.onnx import (
-    ExportedGraph,
-    Variant,
-    bind_weights,
-    quantise,
-)
+from prunecast.compression.onnx.bind import Variant, bind_weights
 from prunecast.compression.onnx.calibration import batches
 from prunecast.compression.onnx.compare import differ
-from prunecast.compression.release import InferenceSession, open_session
-from prunecast.compression.release.runtime import fit_inputs
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.onnx.qdq import quantise
+from prunecast.compression.release.runtime import InferenceSession, fit_inputs, open_session
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 from prunecast.server.repository.authoring.build import ReleaseContents

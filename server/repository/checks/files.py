@@ -11,8 +11,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from prunecast.common.files import file_digest
-from prunecast.compression.release import FileRef, ManifestError, ReleaseManifest
-from prunecast.compression.release.manifest import blob_path, parse_manifest_path
+from prunecast.compression.release import ManifestError
+from prunecast.compression.release.manifest import (
+    FileRef,
+    ReleaseManifest,
+    blob_path,
+    parse_manifest_path,
+)
 from prunecast.server.repository.checks.findings import Findings
 from prunecast.server.repository.checks.metadata import RepositoryState
 from prunecast.server.repository.garbage import Kept, kept_files

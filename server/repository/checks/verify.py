@@ -11,15 +11,11 @@ from urllib.parse import unquote, urlsplit
 from tuf.api import exceptions as tuf_errors
 from tuf.ngclient import FetcherInterface, Updater
 
-from prunecast.compression.release import (
-    ReleaseError,
-    ReleaseManifest,
-    WeightsLayout,
-    check_outputs,
-    open_session,
-    unpack_arrays,
-)
-from prunecast.compression.release.manifest import manifest_path
+from prunecast.compression.release import ReleaseError
+from prunecast.compression.release.layout import WeightsLayout
+from prunecast.compression.release.manifest import ReleaseManifest, manifest_path
+from prunecast.compression.release.runtime import open_session
+from prunecast.compression.release.selftest import check_outputs, unpack_arrays
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 from prunecast.server.repository.errors import RepositoryError, VerificationFailed
 from prunecast.server.repository.reading import RepositoryReader

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig
-from prunecast.compression.onnx import ExportedGraph
-from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Repository
 from support.network import Network

@@ -13,9 +13,8 @@ import pytest
 
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.errors import ContentRefused, NetworkError, TrustError
-from prunecast.compression.onnx import ExportedGraph
-from prunecast.compression.release import ReleaseManifest
-from prunecast.compression.release.manifest import manifest_path
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.release.manifest import ReleaseManifest, manifest_path
 from prunecast.compression.versions import PublishedModel, encode_delta
 from prunecast.server.repository import KeyRing, Repository
 
@@ -317,7 +316,7 @@ def test_wrong_patch_signed(
 def test_rebuilt_weights_that_differ_from_the_signed_digest(
     agent: Agent, publish: Publish, monkeypatch: pytest.MonkeyPatch, images: np.ndarray
 ) -> None:
-    from prunecast.compression.release import FileRef
+    from prunecast.compression.release.manifest import FileRef
     from prunecast.server.repository.authoring.build import BuiltRelease
 
     real = BuiltRelease.finish

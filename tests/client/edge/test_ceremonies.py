@@ -14,7 +14,7 @@ from tuf.api.metadata import Metadata
 
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.errors import NetworkError, NoRelease, TrustError
-from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Change, KeyRing, Repository
 from support.ceremonies import Circle, utc_now

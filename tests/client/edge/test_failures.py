@@ -16,7 +16,8 @@ import pytest
 
 from prunecast.client.edge import Agent, AgentConfig, open_model
 from prunecast.client.edge.errors import NoModel, NoRelease, StateError
-from prunecast.compression.release import ReleaseManifest, Tolerance
+from prunecast.compression.release.manifest import ReleaseManifest
+from prunecast.compression.release.selftest import Tolerance
 from prunecast.server.repository import Repository
 
 Publish = Callable[..., ReleaseManifest]

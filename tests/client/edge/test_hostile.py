@@ -22,9 +22,9 @@ from prunecast.client.edge.errors import ContentRefused, StateError
 from prunecast.client.edge.slots.externals import check_externals
 from prunecast.client.edge.slots.slot import verify_slot
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.onnx import ExportedGraph
-from prunecast.compression.release import FileRef, PatchRef, ReleaseManifest, RuntimeFailure
-from prunecast.compression.release.manifest import manifest_path
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.release import RuntimeFailure
+from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest, manifest_path
 from prunecast.compression.versions import PublishedModel, frame
 from prunecast.compression.versions.layout import TensorHead, pack_changes, pack_heads
 from prunecast.server.repository import KeyRing, Repository

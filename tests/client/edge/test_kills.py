@@ -24,7 +24,7 @@ import pytest
 
 import support
 from prunecast.client.edge import open_model
-from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Repository
 from prunecast.server.repository.serving import ReleaseServer

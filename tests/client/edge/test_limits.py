@@ -15,7 +15,7 @@ from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.errors import NetworkError, StateError
 from prunecast.client.edge.updating.throttling import LimitedFetcher, QuietHours, TokenBucket
 from prunecast.client.edge.updating.transport import Fetcher, Stream
-from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.release.manifest import ReleaseManifest
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]

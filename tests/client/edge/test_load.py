@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent
-from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Repository
 from support.network import Network

@@ -17,8 +17,8 @@ import pytest
 from prunecast.client.edge import Agent, AgentConfig, open_model
 from prunecast.client.edge.slots import optimised as module
 from prunecast.client.edge.state import StateFolder
-from prunecast.compression.onnx import ExportedGraph
-from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository
 from support.network import Network

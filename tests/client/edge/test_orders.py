@@ -14,7 +14,7 @@ from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.config import Order, UpdateResult
 from prunecast.client.edge.errors import EdgeError, NetworkError, OrderRefused, TrustError
 from prunecast.client.edge.state import StateFolder
-from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.server.repository import Repository
 from support.network import Network
 

@@ -12,7 +12,7 @@ import pytest
 
 from prunecast.client.edge import Agent, AgentConfig, open_model
 from prunecast.client.edge.errors import NoModel
-from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.release.manifest import ReleaseManifest
 from support.powercut import VARIANTS, Recorder
 
 Publish = Callable[..., ReleaseManifest]

@@ -17,8 +17,8 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from prunecast.compression.onnx import ExportedGraph, save_graph
-from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.onnx.graph import ExportedGraph, save_graph
+from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.repository import Repository
 

@@ -18,7 +18,7 @@ from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError
 from prunecast.client.edge.updating.download import download
 from prunecast.client.edge.updating.transport import HttpFetcher, LeastRate, TooSlow
-from prunecast.compression.release import FileRef, ReleaseManifest
+from prunecast.compression.release.manifest import FileRef, ReleaseManifest
 from prunecast.server.repository import Repository
 from prunecast.server.repository.serving import ReleaseServer
 from support.authority import self_signed

@@ -25,8 +25,8 @@ from prunecast.client.edge.errors import (
 )
 from prunecast.client.edge.slots.patch_base import patch_base
 from prunecast.client.edge.status import read_status
-from prunecast.compression.onnx import ExportedGraph
-from prunecast.compression.release import ReleaseManifest
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Repository
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig
-from prunecast.compression.release import computes_in_integers
+from prunecast.compression.release.runtime import computes_in_integers
 from prunecast.server.repository import Repository, verify_repository
 from prunecast.server.repository.authoring import ReleaseRecipe, Samples
 from support.convolutional import (

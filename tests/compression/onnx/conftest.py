@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from prunecast.compression.onnx import ExportedGraph
 from prunecast.compression.onnx.export import export_graph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 
 

@@ -11,15 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from prunecast.compression.onnx import (
-    BindError,
-    ExportedGraph,
-    bind_weights,
-    save_single_file,
-    single_file_size,
-)
+from prunecast.compression.onnx import BindError
+from prunecast.compression.onnx.bind import bind_weights, save_single_file, single_file_size
 from prunecast.compression.onnx.export import export_graph
-from prunecast.compression.release import open_session
+from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.release.runtime import open_session
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 
 Publish = Callable[..., PublishedModel]

@@ -5,15 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from prunecast.compression.onnx import (
-    ExportedGraph,
-    ExportError,
-    FoldedParameter,
-    NumericsError,
-    load_graph,
-    save_graph,
-)
+from prunecast.compression.onnx import ExportError, FoldedParameter, NumericsError
 from prunecast.compression.onnx.export import export_graph
+from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
 
 
 def test_every_tensor_that_inference_reads_is_a_parameter(conv_graph: ExportedGraph) -> None:

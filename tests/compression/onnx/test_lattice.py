@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prunecast.compression.onnx import ForeignModel, snap
-from prunecast.compression.onnx.lattice import STEPS
+from prunecast.compression.onnx import ForeignModel
+from prunecast.compression.onnx.lattice import STEPS, snap
 from prunecast.compression.versions import LatticeTensor, RawTensor
 
 

@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import nn
 
-from prunecast.compression.onnx import (
-    ForeignModel,
-    UnsafeExternalData,
-    bind_weights,
-    lift_model,
-)
+from prunecast.compression.onnx import ForeignModel, UnsafeExternalData
+from prunecast.compression.onnx.bind import bind_weights
 from prunecast.compression.onnx.compare import differ, draw_inputs, record
-from prunecast.compression.release import ReleaseError, open_session
+from prunecast.compression.onnx.lift import lift_model
+from prunecast.compression.release import ReleaseError
+from prunecast.compression.release.runtime import open_session
 from prunecast.compression.versions import PublishedModel, RawTensor
 from support import foreign
 

@@ -14,17 +14,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from prunecast.compression.onnx import (
-    BindError,
-    ExportedGraph,
-    QuantisationError,
-    QuantisedModel,
-    bind_weights,
-    load_graph,
-    quantise,
-    save_graph,
-)
-from prunecast.compression.release import open_session
+from prunecast.compression.onnx import BindError, QuantisationError
+from prunecast.compression.onnx.bind import bind_weights
+from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
+from prunecast.compression.onnx.qdq import QuantisedModel, quantise
+from prunecast.compression.release.runtime import open_session
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,
@@ -180,7 +174,7 @@ def test_a_weight_that_outgrows_8_bits_changes_its_own_channel_alone(
 def test_the_same_bytes_in_another_process(first: QuantisedModel) -> None:
     code = (
         "import hashlib\n"
-        "from prunecast.compression.onnx import quantise\n"
+        "from prunecast.compression.onnx.qdq import quantise\n"
         "from support import convolutional as c\n"
         "images = {'image': c.convolutional_images()}\n"
         "q = quantise(c.convolutional_graph(), c.convolutional(1), images)\n"

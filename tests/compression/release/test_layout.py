@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunecast.compression.release import LayoutError, WeightsLayout
-from prunecast.compression.release.layout import ALIGNMENT, place
+from prunecast.compression.release import LayoutError
+from prunecast.compression.release.layout import ALIGNMENT, WeightsLayout, place
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 
 ROWS = [

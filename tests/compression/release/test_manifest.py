@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunecast.compression.release import (
+from prunecast.compression.release import ManifestError
+from prunecast.compression.release.manifest import (
+    RELEASE_FILES,
     FileRef,
-    ManifestError,
     PatchRef,
     ReleaseManifest,
-    Signature,
-    Tolerance,
+    check_release_name,
 )
-from prunecast.compression.release.manifest import RELEASE_FILES, check_release_name
+from prunecast.compression.release.runtime import Signature
+from prunecast.compression.release.selftest import Tolerance
 
 MANIFEST = ReleaseManifest(
     name="mnist",

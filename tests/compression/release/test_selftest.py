@@ -7,8 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from prunecast.compression.release import SelfTestFailed, Tolerance, check_outputs
-from prunecast.compression.release.selftest import decided, pack_arrays, unpack_arrays
+from prunecast.compression.release import SelfTestFailed
+from prunecast.compression.release.selftest import (
+    Tolerance,
+    check_outputs,
+    decided,
+    pack_arrays,
+    unpack_arrays,
+)
 
 EXPECTED = {"output": np.array([[0.0, 1.0, 3.0], [2.0, 1.99999, 0.0]], np.float32)}
 TOLERANCE = Tolerance(atol=1e-3, rtol=0.0)

@@ -14,8 +14,8 @@ import pytest
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from prunecast.compression.onnx import ExportedGraph, save_graph
-from prunecast.compression.release import pack_arrays
+from prunecast.compression.onnx.graph import ExportedGraph, save_graph
+from prunecast.compression.release.selftest import pack_arrays
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation import (
     AutomaticReleases,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tuf.api.metadata import Metadata
 
-from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import (
     Ceremony,

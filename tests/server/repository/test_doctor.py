@@ -16,7 +16,7 @@ from tuf.api.metadata import Metadata
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Change, Finding, KeyRing, Repository, examine
 from support.ceremonies import Circle

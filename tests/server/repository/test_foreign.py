@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from prunecast.cli.main import app
 from prunecast.compression.onnx import ForeignModel, NumericsError
 from prunecast.compression.onnx.compare import draw_inputs
-from prunecast.compression.release import open_session, unpack_arrays
+from prunecast.compression.release.runtime import open_session
+from prunecast.compression.release.selftest import unpack_arrays
 from prunecast.server.repository import KeyRing, Repository, verify_repository
 from prunecast.server.repository.authoring import export_release, from_onnx
 from support import foreign

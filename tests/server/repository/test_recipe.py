@@ -16,8 +16,8 @@ import torch
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.compression.onnx import ExportedGraph, save_graph
-from prunecast.compression.release import pack_arrays
+from prunecast.compression.onnx.graph import ExportedGraph, save_graph
+from prunecast.compression.release.selftest import pack_arrays
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.repository import (
     KeyRing,

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.compression.onnx import BindError, ExportedGraph
+from prunecast.compression.onnx import BindError
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release import ManifestError, RuntimeFailure
 from prunecast.compression.versions import PublishedModel, RawTensor, decode_model
 from prunecast.server.repository import (

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from prunecast.cli.main import app
 from prunecast.compression.onnx.export import export_cached
-from prunecast.compression.release import open_session
+from prunecast.compression.release.runtime import open_session
 from prunecast.compression.versions import LatticeTensor
 from prunecast.server.repository import KeyRing, Repository, RepositoryError, verify_repository
 from prunecast.server.repository.authoring import plan_of, split_samples

@@ -18,8 +18,7 @@ from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.updating.download import download
 from prunecast.common.files import file_digest
 from prunecast.common.fleet_protocol import CHUNK_BYTES
-from prunecast.compression.release import FileRef
-from prunecast.compression.release.manifest import blob_path
+from prunecast.compression.release.manifest import FileRef, blob_path
 from prunecast.server.control import ControlServer
 from prunecast.server.fleet.audit import AuditKind
 from prunecast.server.fleet.events import Abort, PinDevice, StartRollout

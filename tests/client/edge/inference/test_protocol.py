@@ -17,7 +17,7 @@ from prunecast.client.edge.inference.messages import (
     least_output_bytes,
 )
 from prunecast.client.edge.slots.slot import LoadedRelease
-from prunecast.compression.release import Signature
+from prunecast.compression.release.runtime import Signature
 from support.classifier import classifier_inputs
 from support.served import DTYPES, classifier_outputs
 

@@ -20,7 +20,8 @@ from prunecast.client.edge.telemetry import (
     read_telemetry,
 )
 from prunecast.client.edge.telemetry.figures import LAST_BUCKET
-from prunecast.compression.release import ReleaseManifest, RuntimeFailure
+from prunecast.compression.release import RuntimeFailure
+from prunecast.compression.release.manifest import ReleaseManifest
 
 
 class Clock:

@@ -15,7 +15,7 @@ from benchmarks.loopback.nginx import CONFIGURATION, Nginx, nginx, program, rend
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.errors import NetworkError
 from prunecast.client.edge.updating.transport import HttpFetcher, Stream
-from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig
-from prunecast.compression.onnx import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository, ServerError
 from prunecast.server.repository.serving import ReleaseServer, ServingLimits
