@@ -15,7 +15,7 @@ PROGRAM = """
 import os, sys
 import numpy as np
 from pathlib import Path
-from prunecast.compression.release import open_session
+from prunecast.compression.release.runtime import open_session
 
 before = dict(os.environ)
 session = open_session(Path(sys.argv[1]), threads=1)
