@@ -72,11 +72,15 @@ class Context:
         mask: boolean arrays; where False, the tensor of that name is zero and costs nothing.
         previous: integer tensors: what the coded tensor is a difference *to* (it is not
             subtracted, it conditions the coding); float tensors: what it is close to.
+        derived: for who reads many payloads against the same masks and previous values: a
+            dictionary, empty at first, that keeps what is derived from these. Contexts that
+            have masks and previous values in common (the same arrays) may share it.
     """
 
     layout: Mapping[str, TensorSpec] | None = None
     mask: Mapping[str, NDArray[np.bool_]] | None = None
     previous: Mapping[str, NDArray[Any]] | None = None
+    derived: dict[str, Any] | None = None
 
     @property
     def flags(self) -> int:

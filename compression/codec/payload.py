@@ -15,7 +15,8 @@ from .entropy.adaptive import AdaptiveDecoder
 from .entropy.lanes import rans_tables, read_segment
 from .entropy.rans import RansTables
 from .entropy.serial import SerialModels, read_serial
-from .entropy.symbols import Placement, Symbols, distribute
+from .entropy.symbols import FieldValues, Placement, Symbols, distribute
+from .entropy.tokens import zigzag
 from .errors import CodecError, LimitExceeded, MalformedPayload
 from .modelling.classes import (
     CONSTANT,
@@ -26,7 +27,7 @@ from .modelling.classes import (
     phase_slice,
 )
 from .modelling.copies import all_fields, expand_copies
-from .modelling.fields import Field, assemble, check_width, from_z
+from .modelling.fields import Field, assemble, check_width, from_z, integers_at
 
 __all__ = ["Payload", "decode", "open_payload"]
 
@@ -85,7 +86,7 @@ class Payload(Mapping[str, NDArray[Any]]):
         self._serial_read = False
         self._serial_left = limits.serial_symbols
         self._counted: set[int] = set()
-        self._kept: tuple[int, dict[int, NDArray[Any]]] = (-1, {})
+        self._kept: tuple[int, dict[int, FieldValues]] = (-1, {})
         self._lay_out()
 
     def __getitem__(self, name: str) -> NDArray[Any]:
@@ -143,35 +144,69 @@ class Payload(Mapping[str, NDArray[Any]]):
             )
         self._steps += steps
 
-    def _values(self, i: int) -> NDArray[Any]:
+    def nonzeros(self, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Where a tensor is not zero, and its values there.
+
+        Of an integer tensor that is mostly zeros this takes less time and memory than the tensor.
+
+        Returns:
+            Indices of coded positions (see :meth:`positions`), in no particular order; and the
+            values there, in the tensor's dtype.
+
+        Raises:
+            CodecError: as reading the tensor does.
+        """
+        if name not in self.specs:
+            raise KeyError(name)
+        i = self._index[name][0]
         f, code = self._fields[i], self._body.codes[i]
-        dtype: Any = np.int32 if f.bits == 32 else np.int64
-        if not f.size:
-            return np.zeros(0, dtype)
-        if code.mode == CONSTANT:
-            return np.full(f.size, code.centre, dtype)
+        if name in self._copies or f.spec.dtype.kind not in "iu" or code.centre:
+            flat, selected = self[name].reshape(-1), self.positions(name)
+            flat = flat if selected is None else flat[selected]
+            at = np.flatnonzero(flat)
+            return at, flat[at]
+        try:
+            at, z = self._coded(i).nonzeros()
+            return at, integers_at(from_z(z, 0, f), at, f)
+        except _FOREIGN as error:
+            raise _wrapped(error, f"tensor {name!r}") from error
+
+    def positions(self, name: str) -> NDArray[np.int64] | None:
+        """Flat indices of a tensor's coded positions: those under its mask. None: all of them."""
+        return None if name in self._copies else self._by_tensor[name][0].selected
+
+    def _values(self, i: int) -> NDArray[Any]:
+        return from_z(self._coded(i).whole(), self._body.codes[i].centre, self._fields[i])
+
+    def _coded(self, i: int) -> FieldValues:
+        """Values of a field less its centre, as zigzag."""
+        f, code = self._fields[i], self._body.codes[i]
+        if not f.size or code.mode == CONSTANT:
+            return FieldValues.zeros(f.size, f.bits)
         if code.mode == STORED:
             at = self._stored_at[i]
             data = self._rest[at : at + f.size * f.width // 8]
-            return np.frombuffer(data, f"<i{f.width // 8}").astype(dtype)
+            stored = np.frombuffer(data, f"<i{f.width // 8}")
+            return FieldValues.all_of(zigzag(stored.astype(f"i{f.bits // 8}")))
         group = self._group_of[i]
         if self._kept[0] != group:
             if self._body.serial and self._serial_read:
                 raise MalformedPayload("an earlier tensor of this payload could not be decoded")
             self._serial_read = True
             if len(self._body.groups[group]) == 1 and not self._body.serial:
-                return from_z(self._decode_group(group)[i], code.centre, f)
+                return self._decode_group(group)[i]
             self._kept = (-1, {})
             self._kept = (group, self._decode_group(group))
-        return from_z(self._kept[1][i], code.centre, f)
+        return self._kept[1][i]
 
-    def _decode_group(self, number: int) -> dict[int, NDArray[Any]]:
+    def _decode_group(self, number: int) -> dict[int, FieldValues]:
         body = self._body
         members = body.groups[number]
         bits = max(self._fields[i].bits for i in members)
         depths = {i: body.codes[i].depth for i in members}
         looks = {i: Classifier(self._fields[i], body.codes[i]) for i in members}
         whole: dict[int, NDArray[Any]] = {}
+        found: dict[int, FieldValues] = {}
         models = SerialModels(self._coder, len(body.sparse)) if body.serial else None
         for phase in range(1 + max(depths.values())):
             index = self._first_segment[number] + phase
@@ -198,11 +233,12 @@ class Payload(Mapping[str, NDArray[Any]]):
                 if (sizes[body.sparse] < segment.counts).any():
                     raise MalformedPayload("a cluster has more non-zeros than positions")
                 symbols = self._read_lanes(index, dense, bits)
-            for (i, _), z in zip(segment.parts, distribute(placements, symbols), strict=True):
+            for (i, _), values in zip(segment.parts, distribute(placements, symbols), strict=True):
                 f = self._fields[i]
                 if not depths[i]:
-                    whole[i] = z
+                    found[i] = values
                     continue
+                z = values.whole()
                 if not phase:
                     whole[i] = np.zeros(f.size, np.uint32)
                 check_width(z, f)
@@ -213,7 +249,7 @@ class Payload(Mapping[str, NDArray[Any]]):
                         piece = flip_signs(piece, around[i][s : s + _CHUNK], f.width)
                     part[s : s + _CHUNK] = piece
             del placements, dense, symbols, around
-        return whole
+        return found | {i: FieldValues.all_of(z) for i, z in whole.items()}
 
     def _read_lanes(self, index: int, dense: NDArray[np.uint8], bits: int) -> Symbols:
         if self._tables is None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import MalformedPayload
 
-__all__ = ["Placement", "Symbols", "collect", "distribute"]
+__all__ = ["FieldValues", "Placement", "Symbols", "collect", "distribute"]
 
 _CHUNK = 1 << 16
 
@@ -64,6 +64,51 @@ class Symbols:
     gaps: NDArray[np.int64]
     values: NDArray[Any]
     """z - 1 of the non-zeros."""
+
+
+@dataclass(frozen=True)
+class FieldValues:
+    """Values (z) of one field: of some positions every one, of the others those that are not zero.
+
+    Attributes:
+        size: number of positions.
+        dense_at: positions of `dense`; None: all of them.
+        dense: their values.
+        at: other positions whose value is not zero, in no particular order.
+        values: their values.
+    """
+
+    size: int
+    dense_at: NDArray[Any] | None
+    dense: NDArray[Any]
+    at: NDArray[Any]
+    values: NDArray[Any]
+
+    @classmethod
+    def all_of(cls, z: NDArray[Any]) -> FieldValues:
+        """From the value of every position."""
+        return cls(len(z), None, z, np.zeros(0, np.int64), z[:0])
+
+    @classmethod
+    def zeros(cls, size: int, bits: int) -> FieldValues:
+        """Nothing but zeros, in integers of 32 or 64 bits."""
+        nowhere, nothing = np.zeros(0, np.int64), np.zeros(0, f"u{bits // 8}")
+        return cls(size, nowhere, nothing, nowhere, nothing)
+
+    def whole(self) -> NDArray[Any]:
+        """The value of every position."""
+        if self.dense_at is None:
+            return self.dense
+        out = np.zeros(self.size, self.dense.dtype)
+        out[self.dense_at] = self.dense
+        out[self.at] = self.values
+        return out
+
+    def nonzeros(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Positions whose value is not zero, in no particular order, and their values."""
+        found = np.flatnonzero(self.dense)
+        at = found if self.dense_at is None else self.dense_at[found]
+        return np.concatenate([at, self.at]), np.concatenate([self.dense[found], self.values])
 
 
 def _sorted_positions(
@@ -141,9 +186,10 @@ def collect(placements: Sequence[Placement], z: Sequence[NDArray[Any]]) -> Symbo
     return Symbols(dense[0] if len(dense) == 1 else np.concatenate(dense), counts, gaps, value)
 
 
-def distribute(placements: Sequence[Placement], symbols: Symbols) -> list[NDArray[Any]]:
+def distribute(placements: Sequence[Placement], symbols: Symbols) -> list[FieldValues]:
     """Inverse of :func:`collect`; MalformedPayload where gaps leave their cluster."""
-    total = np.sum([p.counts for p in placements], axis=0)
+    counts = np.array([p.counts for p in placements])
+    total = counts.sum(0)
     used = np.flatnonzero(symbols.counts)
     # Ranks within a cluster: running sum of gap + 1, restarted where a cluster starts.
     rank = symbols.gaps + 1
@@ -158,26 +204,25 @@ def distribute(placements: Sequence[Placement], symbols: Symbols) -> list[NDArra
     value += value.dtype.type(1)
     if not value.all():  # one that wrapped
         raise MalformedPayload(f"a value exceeds {8 * value.itemsize} bits")
-    result, taken = [], 0
-    before = np.zeros(len(total), np.int64)
-    owner = np.repeat(np.arange(len(total)), symbols.counts) if len(placements) > 1 else None
-    for p in placements:
+    # Ranks among the positions of all fields, cluster by cluster and there field by field: they
+    # ascend, so that each cell of that order holds a run of the non-zeros.
+    rank += np.repeat(_starts(total) - offset, symbols.counts)
+    cells = counts.T.ravel()
+    each = np.diff(np.searchsorted(rank, np.cumsum(cells)), prepend=0)
+    # A cell's positions lie in its field's order, and the orders one after the other.
+    own = np.cumsum(counts, axis=1) - counts
+    own += _starts(counts.sum(1))[:, None]
+    rank += np.repeat(own.T.ravel() - _starts(cells), each)
+    orders = [p.order for p in placements]
+    at = (orders[0] if len(orders) == 1 else np.concatenate(orders)).take(rank)
+    if len(placements) > 1:
+        fields = np.arange(len(placements), dtype=np.uint16 if len(placements) < 1 << 16 else None)
+        by = np.argsort(np.repeat(np.tile(fields, len(total)), each), kind="stable")
+        at, value = at[by], value[by]
+    result, taken, begin = [], 0, 0
+    for p, end in zip(placements, np.cumsum(each.reshape(counts.T.shape).sum(0)), strict=True):
         n = len(p.dense_cluster)
         part = symbols.dense[taken : taken + n]
-        taken += n
-        if p.dense_at is None:
-            out = part
-        else:
-            out = np.zeros(p.size, symbols.dense.dtype)
-            out[p.dense_at] = part
-        if len(p.order) and len(rank):
-            if owner is None:
-                rank += np.repeat(_starts(p.counts) - offset, symbols.counts)
-                out[p.order.take(rank)] = value
-            else:
-                local = rank - (offset + before)[owner]
-                mine = (local >= 0) & (local < p.counts[owner])
-                out[p.order[local[mine] + _starts(p.counts)[owner[mine]]]] = value[mine]
-        before = before + p.counts
-        result.append(out)
+        result.append(FieldValues(p.size, p.dense_at, part, at[begin:end], value[begin:end]))
+        taken, begin = taken + n, int(end)
     return result

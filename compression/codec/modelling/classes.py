@@ -99,10 +99,10 @@ def _sums(f: Field, code: FieldCode) -> NDArray[np.uint8] | None:
     columns = code.columns if code.columns is not None else np.zeros(f.columns, np.uint8)
     if f.selected is None:
         return np.asarray((rows[:, None] + columns[None, :]).reshape(-1), np.uint8)
-    if not f.columns:
-        return np.zeros(0, np.uint8)
-    row, column = np.divmod(f.selected, f.columns)
-    return np.asarray(rows[row] + columns[column], np.uint8)
+    row, column = f.places()
+    sums = look_up(rows, row)
+    sums += look_up(columns, column)
+    return sums
 
 
 def neighbour_sums(z: NDArray[Any], depth: int, phase: int) -> NDArray[Any]:

@@ -8,10 +8,10 @@ Field values are integers modulo ``2**width``, read as signed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ __all__ = [
     "assemble",
     "fields_of",
     "from_z",
+    "integers_at",
     "look_up",
     "split_tensor",
     "to_z",
@@ -35,6 +36,7 @@ __all__ = [
 CHUNK = 1 << 16
 """Elements that a pass handles at a time."""
 PREVIOUS_CLASSES = 16
+_T = TypeVar("_T")
 
 
 @cache
@@ -66,6 +68,8 @@ class Field:
     """Byte of the element (0: lowest) for planes, else None."""
     mask: NDArray[np.bool_] | None
     previous: NDArray[Any] | None
+    lasting: bool = False
+    """Whether several payloads use it: what is derived from the previous value is then kept."""
 
     @property
     def width(self) -> int:
@@ -104,14 +108,36 @@ class Field:
 
     def previous_values(self) -> NDArray[Any]:
         """Previous integers at the coded positions, as signed of the field's width."""
+        return self._derived(self._previous_values)
+
+    def previous_classes(self) -> NDArray[np.uint8]:
+        """Class of |p| at every coded position: |p| up to 11, then 12, 16, 23, 32 and more."""
+        return self._derived(self._previous_classes)
+
+    def places(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Row and column of every position under the mask."""
+        return self._derived(self._places)
+
+    def _derived(self, make: Callable[[], _T]) -> _T:
+        if not self.lasting:
+            return make()
+        if make.__name__ not in self._made:
+            self._made[make.__name__] = make()
+        found: _T = self._made[make.__name__]
+        return found
+
+    @cached_property
+    def _made(self) -> dict[str, Any]:
+        return {}
+
+    def _previous_values(self) -> NDArray[Any]:
         assert self.previous is not None
         flat = self.previous.reshape(-1)
         if self.mask is not None:
             flat = flat[self.selected]
         return flat.view(f"i{flat.dtype.itemsize}")
 
-    def previous_classes(self) -> NDArray[np.uint8]:
-        """Class of |p| at every coded position: |p| up to 11, then 12, 16, 23, 32 and more."""
+    def _previous_classes(self) -> NDArray[np.uint8]:
         values = self.previous_values()
         top = 32
         out = np.empty(len(values), np.uint8)
@@ -122,6 +148,15 @@ class Field:
             k = np.abs(p.astype(np.int16, copy=False))
             _class_of_magnitude().take(np.minimum(k, top), out=out[s : s + CHUNK], mode="clip")
         return out
+
+    def _places(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        assert self.selected is not None
+        row = np.empty(self.size, np.min_scalar_type(self.rows))
+        column = np.empty(self.size, np.min_scalar_type(self.columns))
+        for s in range(0, self.size, CHUNK):  # in chunks, to bound temporary arrays
+            part = slice(s, s + CHUNK)
+            row[part], column[part] = np.divmod(self.selected[part], max(self.columns, 1))
+        return row, column
 
 
 @cache
@@ -162,8 +197,18 @@ def fields_of(specs: Mapping[str, TensorSpec], context: Context) -> dict[str, li
         planes: Sequence[int | None] = [None]
         if spec.dtype.kind == "f" and previous is None:
             planes = range(spec.dtype.itemsize)
-        result[name] = [Field(name, spec, plane, mask, previous) for plane in planes]
+        kept = context.derived
+        made: list[Field] | None = None if kept is None else kept.get(name)
+        if not made or made[0].spec != spec or not _same(made[0], mask, previous):
+            made = [Field(name, spec, plane, mask, previous, kept is not None) for plane in planes]
+            if kept is not None:
+                kept[name] = made
+        result[name] = made
     return result
+
+
+def _same(f: Field, mask: NDArray[np.bool_] | None, previous: NDArray[Any] | None) -> bool:
+    return f.mask is mask and f.previous is previous
 
 
 def _unsigned(flat: NDArray[Any]) -> NDArray[Any]:
@@ -192,7 +237,7 @@ def _wrap(values: NDArray[Any], field: Field) -> NDArray[Any]:
     )
 
 
-def _aligned(v: NDArray[Any], field: Field, *, inverse: bool) -> NDArray[Any]:
+def _aligned(v: NDArray[Any], field: Field) -> NDArray[Any]:
     """sign(p) * v, with the value that cancels p moved to -1 and those between down by one.
 
     Zeros stay zeros, so only the non-zeros are touched.
@@ -201,25 +246,32 @@ def _aligned(v: NDArray[Any], field: Field, *, inverse: bool) -> NDArray[Any]:
     if not len(at):
         return v
     p = field.previous_values()[at].astype(v.dtype)
-    x = v[at]
+    x = np.where(p < 0, -v[at], v[at])
+    if field.width < field.bits:
+        x = x.astype(f"i{field.width // 8}").astype(v.dtype)
     magnitude = np.abs(p)
+    moved = np.where(x == -magnitude, -1, x - 1)
+    v = v.copy()
+    v[at] = np.where(_moves(x, magnitude, field), moved, x)
+    return v
+
+
+def _restored(x: NDArray[Any], at: NDArray[Any], field: Field) -> NDArray[Any]:
+    """Inverse of :func:`_aligned`: of the non-zeros ``x`` at the coded positions ``at``."""
+    p = field.previous_values()[at].astype(x.dtype)
+    magnitude = np.abs(p)
+    moved = np.where(x == -1, -magnitude, x + 1)
+    x = np.where(_moves(x, magnitude, field), moved, x)
+    return np.where(p < 0, -x, x)
+
+
+def _moves(x: NDArray[Any], magnitude: NDArray[Any], field: Field) -> NDArray[np.bool_]:
+    """Where x lies between zero and the value that cancels p, that one included."""
     # |p| beyond the width cannot be cancelled (abs of the most negative integer is negative).
     moves = magnitude > 0
     if field.width < field.bits:
         moves &= magnitude <= 1 << (field.width - 1)
-    if inverse:
-        moves &= (x < 0) & (x >= -magnitude)
-        x = np.where(moves, np.where(x == -1, -magnitude, x + 1), x)
-        x = np.where(p < 0, -x, x)
-    else:
-        x = np.where(p < 0, -x, x)
-        if field.width < field.bits:
-            x = x.astype(f"i{field.width // 8}").astype(v.dtype)
-        moves &= (x < 0) & (x >= -magnitude)
-        x = np.where(moves, np.where(x == -magnitude, -1, x - 1), x)
-    v = v.copy()
-    v[at] = x
-    return v
+    return np.asarray(moves & (x < 0) & (x >= -magnitude))
 
 
 def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArray[Any]]:
@@ -232,7 +284,7 @@ def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArr
         flat = flat[first.selected]
     if first.spec.dtype.kind != "f":
         v = _wrap(flat, first)
-        yield _aligned(v, first, inverse=False) if first.conditioned else v
+        yield _aligned(v, first) if first.conditioned else v
         return
     if first.previous is not None:
         p = _unsigned(first.previous.reshape(-1))
@@ -268,7 +320,9 @@ def assemble(parts: Iterator[NDArray[Any]], fields: Sequence[Field]) -> NDArray[
     if spec.dtype.kind != "f":
         v = next(parts)
         if first.conditioned:
-            v = _aligned(v, first, inverse=True)
+            at = np.flatnonzero(v)
+            v = v.copy()
+            v[at] = _restored(v[at], at, first)
         flat = v.view(unsigned) if v.itemsize == unsigned.itemsize else v.astype(unsigned)
         if spec.dtype.kind == "b" and (flat > 1).any():
             raise MalformedPayload(f"tensor {first.name!r} is bool but holds other values")
@@ -291,6 +345,19 @@ def assemble(parts: Iterator[NDArray[Any]], fields: Sequence[Field]) -> NDArray[
         whole[first.selected] = flat
         flat = whole
     return flat.view(spec.dtype).reshape(spec.shape)
+
+
+def integers_at(v: NDArray[Any], at: NDArray[Any], field: Field) -> NDArray[Any]:
+    """What :func:`assemble` has at some coded positions of an integer tensor.
+
+    Args:
+        v: values of its field at these positions, none of them zero.
+        at: the positions.
+        field: the tensor's only field.
+    """
+    if field.conditioned:
+        v = _restored(v, at, field)
+    return v.astype(f"u{field.width // 8}").view(field.spec.dtype)
 
 
 def to_z(v: NDArray[Any], centre: int, field: Field) -> NDArray[Any]:

@@ -76,6 +76,14 @@ def expect_tensors_or_error(payload: bytes, context: Context) -> None:
             continue
         assert value.shape == spec.shape
         assert value.dtype == spec.dtype
+    again = open_payload(payload, context=context, limits=TIGHT)
+    for name, spec in again.specs.items():
+        try:
+            at, values = again.nonzeros(name)
+        except CodecError:
+            continue
+        assert len(at) == len(values) <= spec.size
+        assert values.dtype == spec.dtype
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
