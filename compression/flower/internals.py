@@ -7,7 +7,8 @@ so what a new minor version of Flower may break is what this file names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from functools import cache
+from types import CodeType, FrameType
 from typing import TypeVar, cast
 
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -16,7 +17,11 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore import log
-from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_all_nested_objects,
+    no_object_id_recompute,
+)
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -30,6 +35,7 @@ __all__ = [
     "NodeInfo",
     "Run",
     "identify_process",
+    "is_averaging",
     "log",
     "make_message",
     "object_bytes",
@@ -84,17 +90,19 @@ def identify_process(run_id: int, node_id: int, task_id: int = 1) -> None:
 # chunks. An object that occurs twice in a message is sent once.
 
 
-def serialised_objects(item: InflatableObject) -> Iterator[bytes]:
+def serialised_objects(item: InflatableObject) -> list[bytes]:
     """Every object that a message, content, record or array consists of, once, in bytes.
 
     Serialising fills caches inside the item.
     """
-    return (part.deflate() for part in get_all_nested_objects(item).values())
+    with no_object_id_recompute():  # as Flower's grid does: else every level hashes all below it
+        return [part.deflate() for part in get_all_nested_objects(item).values()]
 
 
 def object_bytes(item: InflatableObject) -> int:
     """Serialised bytes of a message, content, record or array, with all it consists of."""
-    return sum(map(len, serialised_objects(item)))
+    with no_object_id_recompute():
+        return sum(len(part.deflate()) for part in get_all_nested_objects(item).values())
 
 
 def own_bytes(item: Message | RecordDict) -> int:
@@ -125,3 +133,22 @@ def uncached(item: _Inflatable) -> _Inflatable:
     if isinstance(item, Message) and not item.has_error():
         return make_message(item.metadata, uncached(item.content))  # type: ignore[return-value]
     return item
+
+
+# -- strategies -----------------------------------------------------------------------------------
+
+
+def is_averaging(frame: FrameType) -> bool:
+    """Whether a frame runs Flower's own weighted average of the arrays of replies.
+
+    All that this function does with an array is to multiply it by a weight, add it to the sum,
+    and turn the sum into an array. FedAvg and what builds on it call it.
+    """
+    return frame.f_code is _averaging_code()
+
+
+@cache
+def _averaging_code() -> CodeType:
+    from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords  # not for nodes
+
+    return aggregate_arrayrecords.__code__

@@ -44,8 +44,10 @@ from prunecast.compression.versions.storage import (
     save_model,
 )
 from prunecast.compression.versions.updates import (
+    Change,
     QuantisedTensor,
     Update,
+    UpdateReader,
     decode_update,
     encode_update,
 )
@@ -53,6 +55,7 @@ from prunecast.compression.versions.updates import (
 __all__ = [
     "BadPayload",
     "BaseMissing",
+    "Change",
     "DigestMismatch",
     "Instruction",
     "InvalidModel",
@@ -67,6 +70,7 @@ __all__ = [
     "Seed",
     "Tensor",
     "Update",
+    "UpdateReader",
     "UpdateRule",
     "VersionsError",
     "WrongStream",

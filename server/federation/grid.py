@@ -127,7 +127,7 @@ class CompressedGrid(GridWrapper):
 
     def _measured(self, message: Message) -> tuple[int, dict[str, int]]:
         """Serialised bytes of a message, and under the alternatives, without touching it."""
-        objects = list(serialised_objects(uncached(message)))
+        objects = serialised_objects(uncached(message))
         joined = b"".join(objects) if self._alternatives else b""
         alternatives = {name: recode(joined) for name, recode in self._alternatives.items()}
         return sum(map(len, objects)), alternatives

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -34,13 +34,11 @@ from prunecast.compression.versions import (
     Kind,
     NodeReport,
     Update,
-    VersionsError,
-    decode_update,
     inspect,
     open_plain,
     stream_tag,
 )
-from prunecast.server.federation.lazy import LazyArray
+from prunecast.server.federation.lazy import LazyArray, WeightedSum
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.outbound import Prepared
 from prunecast.server.federation.policy import Policy
@@ -112,22 +110,29 @@ class LatticeUp:
         if payload is None:
             return Read(record, "verbatim")
         kind = inspect(payload).kind
+        started = time.perf_counter()
         if kind is Kind.UPDATE:
             sent_key, update = _open_update(payload, key, sent)
-            arrays, dense = _update_arrays(update, sent, sent_key, entry), sent.dense[sent_key]
+            master, dense = sent.versions[sent_key].master, sent.dense[sent_key]
+            if self._verify:
+                update.verify(master)
+            arrays = _update_arrays(update, master, entry)
         elif kind is Kind.PLAIN:
             run_id = sent.original.metadata.run_id
-            opened = open_plain(payload, stream=stream_id(run_id, key))
-            arrays = _plain_arrays(opened, entry)
+            plain = _Plain(open_plain(payload, stream=stream_id(run_id, key)))
+            if self._verify:
+                for name in plain.specs:
+                    plain.array(name)
+            arrays = ArrayRecord()
+            for name, spec in plain.specs.items():
+                arrays[name] = LazyArray(partial(plain.copy, name), spec.dtype, spec.shape, entry)
             # 128 bytes of NumPy header and about 300 of Flower's objects surround every array
             dense = sum(
-                s.dtype.itemsize * int(np.prod(s.shape)) + 428 for s in opened.specs.values()
+                s.dtype.itemsize * int(np.prod(s.shape)) + 428 for s in plain.specs.values()
             )
         else:
             raise BadPayload(f"a node does not send {kind.name.lower()} payloads")
-        if self._verify:
-            for name, array in arrays.items():
-                _check(name, array, exact=kind is Kind.PLAIN or not sent.versions)
+        entry.decode_ms += (time.perf_counter() - started) * 1e3
         return Read(arrays, kind.name.lower(), dense, update=kind is Kind.UPDATE)
 
 
@@ -249,39 +254,49 @@ def _open_update(payload: bytes, key: str, sent: Prepared) -> tuple[str, Update]
     """Find the record an update answers: the same key, or the one whose stream it names."""
     run_id, tag = sent.original.metadata.run_id, inspect(payload).stream
     for candidate in sorted(sent.versions, key=lambda k: k != key):
-        if stream_tag(stream_id(run_id, candidate)) == tag:
-            model = sent.versions[candidate].model
-            return candidate, decode_update(payload, model, stream=stream_id(run_id, candidate))
+        stream = stream_id(run_id, candidate)
+        if stream_tag(stream) == tag:
+            return candidate, sent.versions[candidate].reader(stream).read(payload)
     raise BadPayload(f"record {key!r}: the update belongs to another run, or to a record not sent")
 
 
-def _update_arrays(update: Update, sent: Prepared, key: str, entry: Entry) -> ArrayRecord:
-    master = sent.versions[key].master
+def _update_arrays(update: Update, master: Mapping[str, NDArray[Any]], entry: Entry) -> ArrayRecord:
     arrays = ArrayRecord()
     for name, like in master.items():
-        decode = partial(update.apply, name, like)
-        arrays[name] = LazyArray(decode, like.dtype, like.shape, entry)
+        form, summand = partial(update.apply, name, like), None
+        if update.is_on_lattice(name):
+            summand = partial(_summand, update, name, like)
+        arrays[name] = LazyArray(form, like.dtype, like.shape, entry, summand)
     return arrays
 
 
-def _plain_arrays(opened: Payload, entry: Entry) -> ArrayRecord:
-    arrays = ArrayRecord()
-    for name, spec in opened.specs.items():
-        arrays[name] = LazyArray(_reader(opened, name), spec.dtype, spec.shape, entry)
-    return arrays
+def _summand(update: Update, name: str, master: NDArray[Any]) -> WeightedSum:
+    return WeightedSum(master, update.change(name))
 
 
-def _reader(opened: Payload, name: str) -> Callable[[], NDArray[Any]]:
-    def read() -> NDArray[Any]:
-        try:
-            return opened[name]
-        except CodecError as error:
-            raise BadPayload(f"array {name!r} cannot be decoded: {error}") from error
+class _Plain:
+    """The arrays of a plain record, each decoded once."""
 
-    return read
+    def __init__(self, opened: Payload) -> None:
+        self.specs = dict(opened.specs)
+        self._opened: Payload | None = opened
+        self._arrays: dict[str, NDArray[Any]] = {}
 
+    def array(self, name: str) -> NDArray[Any]:
+        """An array, not to be written to.
 
-def _check(name: str, array: Any, *, exact: bool) -> None:
-    values = array.numpy()
-    if not exact and values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise VersionsError(f"update of {name!r} makes NaN or infinity")
+        Raises:
+            BadPayload: its bytes are damaged.
+        """
+        if name not in self._arrays and self._opened is not None:
+            try:
+                self._arrays[name] = self._opened[name]
+            except CodecError as error:
+                raise BadPayload(f"array {name!r} cannot be decoded: {error}") from error
+            if len(self._arrays) == len(self.specs):
+                self._opened = None
+        return self._arrays[name]
+
+    def copy(self, name: str) -> NDArray[Any]:
+        """An array of the caller's own."""
+        return self.array(name).copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from prunecast.compression.versions import (
     RawTensor,
     Seed,
     Tensor,
+    UpdateReader,
     draw_like,
     encode_delta,
     encode_keyframe,
@@ -60,6 +62,15 @@ class Version:
     master: Mapping[str, NDArray[Any]]
     seed: Seed | None = None
     payloads: dict[bytes | None, EncodedPayload] = field(default_factory=dict)
+    _reader: weakref.ref[UpdateReader] | None = field(default=None, init=False, repr=False)
+
+    def reader(self, stream: bytes) -> UpdateReader:
+        """Reads updates that were trained from it: the same object as long as one of them lives."""
+        reader = self._reader() if self._reader is not None else None
+        if reader is None:
+            reader = UpdateReader(self.model, stream=stream)
+            self._reader = weakref.ref(reader)
+        return reader
 
 
 class Publisher:

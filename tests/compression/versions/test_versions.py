@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import struct
+import weakref
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunecast.common.files import StorageError
-from prunecast.compression.codec import CodecError, Limits
+from prunecast.compression.codec import CodecError, Limits, Payload
 from prunecast.compression.versions import (
     BadPayload,
     BaseMissing,
@@ -18,6 +20,7 @@ from prunecast.compression.versions import (
     PublishedModel,
     QuantisedTensor,
     RawTensor,
+    UpdateReader,
     VersionsError,
     WrongStream,
     decode_model,
@@ -258,6 +261,158 @@ def test_update_round_trip_masked_quantised_and_exact():
     assert update.apply("norm.num_batches_tracked", np.array(1, np.int64)) == 12
     bias = np.ones(40, np.float32)
     assert np.array_equal(update.apply("layer.bias", bias), bias)
+
+
+def masters_of(model, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.asarray(rng.normal(size=spec.shape), spec.dtype)
+        for name, spec in model.specs.items()
+    }
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.9])
+@pytest.mark.parametrize("largest", [1, 100, 1000, 100_000])
+@pytest.mark.parametrize("pruned", [0.0, 0.8])
+def test_what_stays_of_an_update_is_narrow_and_gives_the_same_arrays(density, largest, pruned):
+    base = model_of(1, pruned=pruned)
+    rng = np.random.default_rng(3)
+    z = (rng.integers(-largest, largest + 1, (40, 30)) * (rng.random((40, 30)) < density)).astype(
+        np.int32
+    )
+    if pruned:
+        z *= base.masks()["layer.weight"]
+    half = np.array([0, 2, 0, -1, 0], np.int32)
+    changes = {"layer.weight": QuantisedTensor(z, 1e-3), "half": QuantisedTensor(half, 0.5)}
+    update = decode_update(encode_update(base, changes, stream=STREAM), base, stream=STREAM)
+    masters = masters_of(base)
+    masters["layer.weight"][::3] = -0.0
+    update.verify(masters)
+    for name, change in changes.items():
+        master = masters[name]
+        step = np.float32(change.step)
+        moved = change.z.astype(np.float32) * step + np.float32(0)
+        expected = master if not change.z.any() else master + moved.astype(master.dtype)
+        for _ in range(2):
+            array = update.apply(name, master)
+            assert array.dtype == master.dtype
+            assert array.tobytes() == expected.tobytes()
+            array += 1  # the caller's own
+    change = update.change("layer.weight")
+    if not z.any():
+        assert change is None
+        return
+    narrow = np.min_scalar_type(-int(np.abs(z).max()))
+    assert change.values.dtype == narrow
+    kept = z.size if not pruned else int(base.masks()["layer.weight"].sum())
+    assert change.values.size == (kept if density > 0.5 else np.count_nonzero(z))
+    assert change.reach == pytest.approx(np.abs(z).max() * 1e-3)
+
+
+def test_an_update_is_decoded_once_and_its_bytes_are_released(monkeypatch):
+    base = model_of(1)
+    z = np.random.default_rng(0).integers(-3, 4, (40, 30)).astype(np.int32)
+    changes = {
+        "layer.weight": QuantisedTensor(z, 0.25),
+        "norm.running_mean": np.ones(40, np.float32),
+    }
+    payload = encode_update(base, changes)
+    reads = []
+    for method in ("nonzeros", "__getitem__"):
+        inner = getattr(Payload, method)
+        monkeypatch.setattr(
+            Payload, method, lambda self, name, inner=inner: reads.append(name) or inner(self, name)
+        )
+    update = UpdateReader(base).read(payload)
+    opened = weakref.ref(update._body)
+    masters = masters_of(base)
+    update.verify(masters)
+    for name in [*masters, *masters]:
+        update.apply(name, masters[name])
+    assert sorted(reads) == ["layer.weight", "norm.running_mean"]
+    gc.collect()
+    assert opened() is None
+
+
+def test_updates_of_one_version_share_what_the_version_decides():
+    base = model_of(1, pruned=0.8)
+    reader = UpdateReader(base, stream=STREAM)
+    mask = base.masks()["layer.weight"]
+    updates = []
+    for seed in range(3):
+        z = (np.random.default_rng(seed).integers(-2, 3, mask.shape) * mask).astype(np.int32)
+        changes = {"layer.weight": QuantisedTensor(z, 0.25)}
+        if seed:
+            changes["half"] = QuantisedTensor(np.ones(5, np.int32), 0.5)
+        payload = encode_update(base, changes, stream=STREAM)
+        updates.append(reader.read(payload))
+        array = updates[-1].apply("layer.weight", np.zeros(mask.shape, np.float32))
+        assert np.array_equal(array, z * np.float32(0.25))
+    kept = [update.change("layer.weight").kept for update in updates]
+    assert kept[0] is kept[1] is kept[2]
+    with pytest.raises(BaseMissing):
+        reader.read(encode_update(model_of(2), {}, stream=STREAM))
+    with pytest.raises(WrongStream):
+        reader.read(encode_update(base, {}, stream=b"other"))
+
+
+def test_a_reader_keeps_few_contexts_whatever_nodes_send():
+    tensors = {f"w{i}": LatticeTensor(np.arange(1, 9), 0.1) for i in range(5)}
+    base = PublishedModel(tensors, 1)
+    reader = UpdateReader(base)
+    for code in range(32):
+        changed = [name for i, name in enumerate(tensors) if code >> i & 1]
+        z = np.full(8, code + 1, np.int32)
+        payload = encode_update(base, {name: QuantisedTensor(z, 1.0) for name in changed})
+        update = reader.read(payload)
+        for name in tensors:
+            expected = z if name in changed else np.zeros(8)
+            assert np.array_equal(update.apply(name, np.zeros(8, np.float32)), expected)
+    assert len(reader._contexts) <= 16
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_an_exact_array_that_hardly_changes_is_kept_as_what_differs(few):
+    base = PublishedModel({"table": RawTensor(np.zeros((100, 8), np.float32))}, 1)
+    new = base["table"].dense().copy()
+    new[3] = [np.nan, -0.0, 1, 2, 3, 4, np.inf, 0]
+    if not few:
+        new += np.arange(800, dtype=np.float32).reshape(100, 8)
+    update = decode_update(encode_update(base, {"table": new}), base)
+    for _ in range(2):
+        array = update.apply("table", base["table"].dense())
+        assert array.tobytes() == new.tobytes()
+        array[:] = 7  # the caller's own
+    assert (update._exact["table"][0].size == 7) is few
+    with pytest.raises(BadPayload, match="'table' makes NaN or infinity"):
+        update.verify({"table": base["table"].dense()})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight", "z", "step", "finite"),
+    [
+        ("float32", 1.0, 3, 0.5, True),
+        ("float32", 3e38, 2**30, 1e30, False),
+        ("float32", -3e38, 2**30, 3e29, True),  # only the array itself shows it
+        ("float32", 3e38, -(2**30), 3e29, True),
+        ("float16", 1.0, 3, 0.5, True),
+        ("float16", 1.0, 2**20, 1.0, False),
+        ("float16", -60000.0, 60000, 1.0, True),
+        ("float64", 1.0, 2**30, 3e38, False),  # changes are float32
+        ("float64", 1e300, 3, 0.5, True),
+    ],
+)
+def test_what_leaves_the_range_is_refused(dtype, weight, z, step, finite):
+    tensor = LatticeTensor(np.ones(6, np.int32), 1.0, False, np.dtype(dtype))
+    base = PublishedModel({"w": tensor}, 1)
+    changes = {"w": QuantisedTensor(np.array([0, z, 0, 0, 0, 0], np.int32), step)}
+    update = decode_update(encode_update(base, changes), base)
+    masters = {"w": np.array([0, weight, 0, 0, 0, 0], dtype)}
+    if finite:
+        update.verify(masters)
+    else:
+        with pytest.raises(BadPayload, match="'w' makes NaN or infinity"):
+            update.verify(masters)
 
 
 def test_update_off_the_mask_is_refused():
