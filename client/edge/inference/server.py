@@ -10,7 +10,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from http.client import HTTPException
@@ -103,7 +102,7 @@ class InferenceServer:
             self._take(accepted)
 
     def _take(self, accepted: socket.socket) -> None:
-        connection = _Connection(accepted, self, self._forget)
+        connection = _Connection(accepted, self)
         thread = threading.Thread(target=connection.serve, name="connection", daemon=True)
         with self._lock:
             full = len(self._open) >= self.limits.connections
@@ -117,10 +116,11 @@ class InferenceServer:
             try:
                 thread.start()
             except RuntimeError:  # the system allows no more threads
-                self._forget(connection)
+                self.forget(connection)
                 connection.turn_away()
 
-    def _forget(self, connection: _Connection) -> None:
+    def forget(self, connection: _Connection) -> None:
+        """A connection has ended."""
         with self._lock:
             self._open.pop(connection, None)
 
@@ -154,38 +154,40 @@ class _Deadline(io.RawIOBase):
         return came
 
 
-class _Connection:
-    """One accepted connection."""
+class _Connection(BaseHTTPRequestHandler):
+    """One accepted connection; the standard library reads request line and headers."""
 
-    def __init__(
-        self,
-        accepted: socket.socket,
-        server: InferenceServer,
-        forget: Callable[[_Connection], None],
-    ) -> None:
-        self._socket, self._server, self._forget = accepted, server, forget
+    protocol_version = "HTTP/1.1"
+    server: InferenceServer  # type: ignore[assignment]
+
+    def __init__(self, accepted: socket.socket, server: InferenceServer) -> None:
+        # not that of the base class, which would answer requests at once
+        self.connection, self.server, self.client_address = accepted, server, ("", 0)
+        self._limits = server.limits
+        self._raw = _Deadline(accepted)
+        self.rfile = io.BufferedReader(self._raw)
+        self.wfile = io.BytesIO()  # only errors of the base class
         self._lock = threading.Lock()
-        self._busy = False
-        self.lingers = False
+        self._busy = self._lingers = False
 
     def serve(self) -> None:
         """Answer requests until the connection ends."""
         try:
-            if self._socket.family != socket.AF_UNIX:
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _Handler(self._socket, self, self._server)
-            if self.lingers:
+            if self.connection.family != socket.AF_UNIX:
+                self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.handle()
+            if self._lingers:
                 self._drop_rest()
         except (OSError, ValueError):
             pass  # the other side has gone, or speaks no HTTP
         finally:
-            self._socket.close()
-            self._forget(self)
+            self.connection.close()
+            self.server.forget(self)
 
     def _drop_rest(self) -> None:
         """Read what the client still sends: closing at once could lose the answer on its way."""
-        self._socket.shutdown(socket.SHUT_WR)
-        rest, scratch = _Deadline(self._socket), bytearray(1 << 16)
+        self.connection.shutdown(socket.SHUT_WR)
+        rest, scratch = _Deadline(self.connection), bytearray(1 << 16)
         rest.at = time.monotonic() + _LINGER
         while rest.readinto(scratch):
             pass
@@ -193,21 +195,10 @@ class _Connection:
     def turn_away(self) -> None:
         """Answer 503 without reading, and close."""
         with suppress(OSError):
-            self._socket.setblocking(False)
+            self.connection.setblocking(False)
             busy = EndpointReply.error(503, "busy: too many connections")
-            self._socket.send(_head(busy, close=True) + busy.body)
-        self._socket.close()
-
-    def begin(self) -> bool:
-        """A request begins; False when it comes too late."""
-        with self._lock:
-            self._busy = not self._server.closing
-            return self._busy
-
-    def end(self) -> None:
-        """The request was answered."""
-        with self._lock:
-            self._busy = False
+            self.connection.send(_head(busy, close=True) + busy.body)
+        self.connection.close()
 
     def end_if_idle(self) -> None:
         """Wake the thread if it waits for a request, so that it ends."""
@@ -218,41 +209,24 @@ class _Connection:
     def break_off(self) -> None:
         """End the connection now."""
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """HTTP of one connection; the standard library reads request line and headers."""
-
-    protocol_version = "HTTP/1.1"
-    server: InferenceServer  # type: ignore[assignment]
-
-    def __init__(
-        self, accepted: socket.socket, connection: _Connection, server: InferenceServer
-    ) -> None:
-        self._state, self._limits = connection, server.limits
-        super().__init__(accepted, ("", 0), server)  # type: ignore[arg-type]
-
-    def setup(self) -> None:
-        self.connection = self.request
-        self._raw = _Deadline(self.connection)
-        self.rfile = io.BufferedReader(self._raw)
-        self.wfile = io.BytesIO()  # only errors of the base class
-
-    def finish(self) -> None:
-        self.rfile.close()
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def handle_one_request(self) -> None:
         self.close_connection = True
         self._raw.at = time.monotonic() + self._limits.idle_seconds
-        if not self.rfile.peek(1) or not self._state.begin():  # type: ignore[attr-defined]
+        if not self.rfile.peek(1):  # type: ignore[attr-defined]
+            return
+        with self._lock:
+            self._busy = not self.server.closing
+        if not self._busy:  # it comes too late
             return
         try:
             self._raw.at = time.monotonic() + self._limits.request_seconds
             self._raw.head = _HEAD_BYTES
             super().handle_one_request()
         finally:
-            self._state.end()
+            with self._lock:
+                self._busy = False
 
     def parse_request(self) -> bool:
         """Request line and headers; what could be read in two ways is refused."""
@@ -342,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, error: RequestRefused) -> None:
         self.close_connection = True  # what follows may be the rest of this request
-        self._state.lingers = True
+        self._lingers = True
         self._send(EndpointReply.error(error.status, str(error)))
 
     def _send(self, answer: EndpointReply) -> None:
