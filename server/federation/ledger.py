@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from logging import WARNING
 from pathlib import Path
@@ -88,7 +88,9 @@ class Totals:
         return self.dense_bytes_up + self.dense_bytes_down
 
     def __add__(self, other: Totals) -> Totals:
-        return Totals(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        # by vars: astuple copies deeply, and a run adds once per message
+        sums = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Totals(*(mine + theirs for mine, theirs in sums))
 
 
 class Tally:
@@ -96,6 +98,7 @@ class Tally:
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self._sums: dict[tuple[int, Direction, str], Totals] = {}
+        self._all = Totals()
         for entry in entries:
             self.add(entry)
 
@@ -106,6 +109,7 @@ class Tally:
         bytes_ = (size, 0, dense, 0) if entry.direction == "up" else (0, size, 0, dense)
         counted = Totals(1, *bytes_, entry.encode_ms, entry.decode_ms)
         self._sums[key] = self._sums.get(key, Totals()) + counted
+        self._all += counted
 
     def totals(
         self,
@@ -121,6 +125,8 @@ class Tally:
             direction: "down" or "up"; None for both.
             kind: see `Entry`; None for all.
         """
+        if rounds is None and direction is None and kind is None:
+            return self._all
         found = Totals()
         for (number, way, what), part in self._sums.items():
             wanted = direction in (None, way) and kind in (None, what)
@@ -203,7 +209,7 @@ class Ledger:
         for entry in done:
             self._tally.add(entry)
         if self._journal is not None:
-            lines = [asdict(entry) for entry in done]
+            lines = [dict(vars(entry)) for entry in done]
             for line in lines:
                 if not line["alternatives"]:
                     del line["alternatives"]

@@ -97,9 +97,8 @@ class _HeldOut:
         self._latest: list[tuple[PublishedModel, NDArray[Any], float]] = []
 
     def measure(self, arrays: ArrayRecord, model: PublishedModel | None) -> tuple[float, float]:
-        """The task's metric and the loss of a published model, or of plain arrays without one."""
-        dense = model.arrays() if model else dense_arrays(arrays)
-        state = {k: torch.from_numpy(np.array(v)) for k, v in dense.items()}
+        """The task's metric and the loss of arrays, which are those of `model` if it is given."""
+        state = {k: torch.from_numpy(np.array(v)) for k, v in dense_arrays(arrays).items()}
         self._module.load_state_dict(state)
         self._module.eval()
         parts, total = [], 0.0
