@@ -170,9 +170,9 @@ def run(
     if fleet is not None:
         from prunecast.client.edge.control import ControlChannel, ControlFetcher, Controller
 
-        line = ControlChannel(fleet)
+        channel = ControlChannel(fleet)
         if url is None:
-            source, config = ControlFetcher(line), replace(config, url=fleet.url)
+            source, config = ControlFetcher(channel), replace(config, url=fleet.url)
     fetcher = _limited(source, bandwidth, wait)
     with (
         Agent(config, fetcher=fetcher, wait=wait) as agent,
@@ -185,7 +185,7 @@ def run(
         def tell(event: bool | ControlProblem) -> None:
             print(event_line(event, as_json), flush=True)  # noqa: T201
 
-        with Controller(agent, line, wake=wake, on_event=tell) as controller:
+        with Controller(agent, channel, wake=wake, on_event=tell) as controller:
 
             def note(result: UpdateResult | EdgeError) -> None:
                 show(result)
