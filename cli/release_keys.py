@@ -202,7 +202,7 @@ def enact(
 
     held, ring = Ceremony(ceremony), KeyRing(*keys)
     if held.trusted is None:
-        Repository.create_from(repository, held, ring)
+        Repository.create(repository, ring, ceremony=held)
         root = repository / "metadata" / f"{held.requests['root'].signed.version}.root.json"
         print(f"created {repository}\nroot for devices: {root}")  # noqa: T201
     else:

@@ -75,22 +75,15 @@ class MetadataSet:
         self.delegated = dict(delegated or {})
 
     @classmethod
-    def create(
-        cls, signers: Signers, expiry: Expiry, now: datetime
-    ) -> tuple[MetadataSet, dict[str, bytes]]:
-        """The key ceremony: version 1 of every role. Returns the set and its files."""
+    def create(cls, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
+        """The files of version 1 of every role, each with one key."""
         root = Root(expires=expiry.until("root", now), consistent_snapshot=True)
         for role in ROLES:
             root.add_key(signers(role)[0].public_key, role)
-        made = cls(
-            Metadata(root),
-            Metadata(Targets(expires=expiry.until("targets", now))),
-            Metadata(Snapshot(expires=expiry.until("snapshot", now))),
-            Metadata(Timestamp(expires=expiry.until("timestamp", now))),
-        )
-        for role in ROLES:
-            made._role(role).signed.version = 0
-        return made, made.sign(["root", "targets"], signers, expiry, now)
+        first, listing = Metadata(root), Metadata(Targets(expires=expiry.until("targets", now)))
+        first.sign(signers("root")[0])
+        listing.sign(signers("targets")[0])
+        return cls.found(first, listing, signers, expiry, now)
 
     @classmethod
     def found(
@@ -100,24 +93,19 @@ class MetadataSet:
         signers: Signers,
         expiry: Expiry,
         now: datetime,
-    ) -> tuple[MetadataSet, dict[str, bytes]]:
-        """Begin with root and targets that their holders signed. Returns the set and its files.
+    ) -> dict[str, bytes]:
+        """The files of a repository that begins with root and targets as their holders signed them.
 
         Raises:
             ThresholdNotMet: too few signatures.
             KeyFileError: the key of an online role is missing, or not the one that root names.
         """
         require_signed([tally(root.signed, "root", root), tally(root.signed, "targets", targets)])
-        made = cls(
-            root,
-            targets,
-            Metadata(Snapshot(expires=expiry.until("snapshot", now))),
-            Metadata(Timestamp(expires=expiry.until("timestamp", now))),
-        )
+        made = cls(root, targets, Metadata(Snapshot()), Metadata(Timestamp()))
         made.snapshot.signed.version = made.timestamp.signed.version = 0
         files = {f"{root.signed.version}.root.json": root.to_bytes(_SERIALISER)}
         files |= made._listed("targets")
-        return made, files | made.sign(["snapshot"], signers, expiry, now)
+        return files | made.sign(["snapshot"], signers, expiry, now)
 
     @classmethod
     def load(cls, read: Callable[[str], bytes], root_version: int) -> MetadataSet:

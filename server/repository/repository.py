@@ -83,51 +83,46 @@ class Repository(MaintainedRepository):
         path: Path | str,
         keys: KeyRing,
         *,
+        ceremony: Ceremony | None = None,
         window: int = 16,
         expiry: Expiry | None = None,
         now: Callable[[], datetime] = utc_now,
     ) -> Repository:
-        """Sign version 1 of every role with `keys`, one for each, and lay out the folder.
+        """Sign version 1 of every role, and lay out the folder.
+
+        Args:
+            path: where.
+            keys: one for each role, or the online ones with a `ceremony`.
+            ceremony: root and targets that holders signed; None signs them with `keys`.
+            window: see `MaintainedRepository`, and so the others.
+            expiry: lifetimes of the signed metadata.
+            now: the clock.
 
         Raises:
             RepositoryExists: there is a repository already.
-            KeyFileError: a key is missing, or lies inside the served folder.
-        """
-        path = _new_folder(path, keys)
-        _, files = MetadataSet.create(keys.signers, expiry or Expiry(), now())
-        _lay_out(path, files)
-        return cls(path, keys, window=window, expiry=expiry, now=now)
-
-    @classmethod
-    def create_from(
-        cls,
-        path: Path | str,
-        ceremony: Ceremony,
-        keys: KeyRing,
-        *,
-        window: int = 16,
-        expiry: Expiry | None = None,
-        now: Callable[[], datetime] = utc_now,
-    ) -> Repository:
-        """Begin with the root and targets that holders signed; `keys` are the online ones.
-
-        Raises:
+            KeyFileError: a key is missing, not the one that root names, or lies inside the folder.
             ThresholdNotMet: too few holders have signed.
-            CeremonyError: it changes an existing repository.
-            RepositoryExists: there is a repository already.
-            KeyFileError: an online key is missing, or not the one that root names.
+            CeremonyError: the ceremony changes an existing repository.
         """
-        path = _new_folder(path, keys)
-        if ceremony.trusted is not None:
+        path, at, lifetimes = Path(path), now(), expiry or Expiry()
+        check_outside(keys, path)
+        if (path / "metadata").exists():
+            raise RepositoryExists(f"{path} already is a repository")
+        if ceremony is None:
+            files = MetadataSet.create(keys.signers, lifetimes, at)
+        elif ceremony.trusted is not None:
             raise CeremonyError(
                 f"{ceremony.folder} changes a repository, and {path} is none: name that repository"
             )
-        signed, at = ceremony.complete(), now()
-        _, files = MetadataSet.found(
-            signed["root"], signed["targets"], keys.signers, expiry or Expiry(), at
-        )
-        _lay_out(path, files)
-        ceremony.mark_enacted(at)
+        else:
+            signed = ceremony.complete()
+            files = MetadataSet.found(**signed, signers=keys.signers, expiry=lifetimes, now=at)
+        for name in ("targets", "blobs"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            write_atomically(path / "metadata" / name, data)
+        if ceremony is not None:
+            ceremony.mark_enacted(at)
         return cls(path, keys, window=window, expiry=expiry, now=now)
 
     def publish(
@@ -276,18 +271,3 @@ class Repository(MaintainedRepository):
     def _write_once(self, path: Path, data: bytes) -> None:
         if not path.is_file() or path.read_bytes() != data:
             write_atomically(path, data)
-
-
-def _new_folder(path: Path | str, keys: KeyRing) -> Path:
-    path = Path(path)
-    check_outside(keys, path)
-    if (path / "metadata").exists():
-        raise RepositoryExists(f"{path} already is a repository")
-    return path
-
-
-def _lay_out(path: Path, files: Mapping[str, bytes]) -> None:
-    for name in ("targets", "blobs"):
-        (path / name).mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        write_atomically(path / "metadata" / name, data)

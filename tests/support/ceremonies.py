@@ -81,7 +81,7 @@ class Circle:
         ring = self.online("host", "snapshot", "timestamp")
         ceremony = self.plan(["alice", "bob", "carol"], threshold)
         self.sign(ceremony, ["alice", "bob", "carol"][:threshold])
-        return Repository.create_from(path, ceremony, ring)
+        return Repository.create(path, ring, ceremony=ceremony)
 
     def _folder(self) -> Path:
         self.held += 1

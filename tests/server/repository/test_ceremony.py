@@ -60,16 +60,16 @@ def test_one_signature_is_not_two(circle: Circle, tmp_path: Path) -> None:
     with pytest.raises(
         ThresholdNotMet, match=r"root 1 has 1 of 2 .*: bob .*1 more of alice, carol"
     ):
-        Repository.create_from(tmp_path / "served", ceremony, ring)
+        Repository.create(tmp_path / "served", ring, ceremony=ceremony)
     assert not (tmp_path / "served").exists()
     circle.sign(ceremony, ["bob"])  # again: still one holder
     with pytest.raises(ThresholdNotMet):
         ceremony.complete()
     circle.sign(ceremony, ["alice"])
-    made = Repository.create_from(tmp_path / "served", ceremony, ring)
+    made = Repository.create(tmp_path / "served", ring, ceremony=ceremony)
     assert verify_repository(made, made.trusted_root()) == []
     with pytest.raises(RepositoryExists):
-        Repository.create_from(tmp_path / "served", ceremony, ring)
+        Repository.create(tmp_path / "served", ring, ceremony=ceremony)
 
 
 @pytest.mark.parametrize("public", [None, "no hexadecimal number"])
