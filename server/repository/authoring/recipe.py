@@ -32,15 +32,17 @@ from prunecast.common.files import cache_folder
 from prunecast.compression.onnx.graph import ExportedGraph, load_graph
 from prunecast.compression.onnx.lattice import STEPS, Steps
 from prunecast.compression.release.manifest import ReleaseManifest
+from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import Arrays, unpack_arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository.authoring.build import ReleaseContents
 from prunecast.server.repository.authoring.modules import Architecture, export_module, plan_of
-from prunecast.server.repository.authoring.sources import from_arrays, from_onnx, run_original
+from prunecast.server.repository.authoring.sources import from_arrays, from_onnx
 from prunecast.server.repository.authoring.variants import (
     Samples,
     make_variant,
     reference_outputs,
+    run_samples,
     split_samples,
 )
 from prunecast.server.repository.errors import RecipeError
@@ -265,7 +267,9 @@ class ReleaseRecipe:
         kind = "int8-qdq" if self.variant == "int8-qdq" else made.kind
         if self.samples is None and kind != "int8-qdq":
             return made
-        reference = run_original(self.onnx, self.samples) if self.samples is not None else None
+        reference = None
+        if self.samples is not None:  # what the file refers to has been checked
+            reference = run_samples(open_session(self.onnx), self.samples)
         return make_variant(made, kind, self.samples, reference=reference, held=held)
 
     @property

@@ -25,7 +25,6 @@ from prunecast.compression.release.runtime import fit_inputs, open_session
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, load_model
 from prunecast.server.repository.authoring.build import ReleaseContents
-from prunecast.server.repository.authoring.variants import Samples, run_samples
 from prunecast.server.repository.errors import RepositoryError
 from prunecast.server.repository.reading import RepositoryReader
 
@@ -34,7 +33,6 @@ __all__ = [
     "from_arrays",
     "from_onnx",
     "read_checkpoint",
-    "run_original",
 ]
 
 _REWRITTEN = 1e-4  # relative; moving weights must not change what a model computes
@@ -113,19 +111,6 @@ def from_onnx(
         notes=(*lifted.notes, *notes),
         exported=graph,
     )
-
-
-def run_original(path: Path, samples: Samples) -> dict[str, NDArray[np.generic]]:
-    """Outputs of an ``.onnx`` file for all samples.
-
-    Raises:
-        ForeignModel: the file is damaged.
-        UnsafeExternalData: it refers to files outside its folder.
-        RuntimeFailure: onnxruntime refuses it or the samples.
-    """
-    lift_model(path)  # checks what it refers to, before anything runs it
-    session = open_session(path)
-    return run_samples(session, samples)
 
 
 def _difference(

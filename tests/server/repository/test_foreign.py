@@ -17,7 +17,12 @@ from prunecast.compression.onnx.compare import draw_inputs
 from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import unpack_arrays
 from prunecast.server.repository import KeyRing, Repository, verify_repository
-from prunecast.server.repository.authoring import export_release, from_onnx
+from prunecast.server.repository.authoring import (
+    ReleaseRecipe,
+    Samples,
+    export_release,
+    from_onnx,
+)
 from support import foreign
 
 
@@ -185,3 +190,22 @@ def test_the_command_says_what_changed_and_refuses_what_it_must(
     hostile = foreign.save(proto, tmp_path / "model" / "m.onnx")
     assert "only relative paths below the model's folder" in _run(*start, "--from", hostile, code=1)
     assert [e.version for e in repository.releases()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [("int8", "int8"), ("int8-qdq", "int8-qdq"), ("fp32", "fp32")]
+)
+def test_a_file_with_samples_states_its_distance_from_the_original(
+    repository: Repository, tmp_path: Path, variant: str, kind: str
+) -> None:
+    path = foreign.save(foreign.plain(), tmp_path / "m.onnx", external=True)
+    samples = Samples({"x": foreign.weight(40, 24)})
+    recipe = ReleaseRecipe(onnx=path, bits=8, samples=samples, variant=variant)
+    manifest = recipe.release(repository, "toy").manifest
+    assert manifest.kind == kind
+    assert manifest.metrics["onnx_max_difference"] > 0
+    assert manifest.numerics["samples"] == 40
+    assert 0 < manifest.numerics["relative_difference"] < 0.1
+    tested = unpack_arrays(repository.blob(manifest.files["selftest.npz"]))
+    assert np.array_equal(tested["x"], samples.inputs["x"][:4])
+    assert len(verify_repository(repository, repository.trusted_root())) == 1
