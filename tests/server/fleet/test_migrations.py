@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,30 @@ def test_an_upgrade_that_fails_changes_nothing(url: str, monkeypatch: pytest.Mon
         open_service(url)
     Database.upgrade(url).close()
     assert on(url, differences) == []
+
+
+def test_of_two_that_change_tables_one_waits(url: str) -> None:
+    def create(_: int) -> str:
+        try:
+            Database.create(url, {}).close()
+        except AlreadyExists:
+            return "there already"
+        return "made"
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(create, range(2))) == ["made", "there already"]
+
+        def before_alembic(connection: Connection) -> None:
+            for statement in (
+                "ALTER TABLE fleet_audit RENAME COLUMN kind TO action",
+                "ALTER TABLE fleet_audit RENAME COLUMN fields TO detail",
+                f"DROP TABLE {REVISION_TABLE}",
+                "INSERT INTO fleet_meta VALUES ('schema', '2')",
+            ):
+                connection.execute(text(statement))
+
+        on(url, before_alembic)
+        opened = list(pool.map(lambda _: Database.upgrade(url), range(2)))
+    assert [database.revision for database in opened] == [REVISION] * 2
+    for database in opened:
+        database.close()
