@@ -50,8 +50,7 @@ Bandwidth = Annotated[
     float | None, typer.Option(help="Bytes per second that downloads may take.", min=1.0)
 ]
 Quiet = Annotated[
-    str | None,
-    typer.Option(help="Local time without downloads of releases, such as 07:00-19:30."),
+    str | None, typer.Option(help="Local time without downloads of releases, such as 07:00-19:30.")
 ]
 Optimise = Annotated[
     bool,

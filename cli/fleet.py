@@ -270,8 +270,7 @@ def audit(
         str | None, typer.Option(help="Only what concerns this device, group or rollout.")
     ] = None,
     limit: Annotated[
-        int,
-        typer.Option(help="How many: the last ones, or the first after --after.", min=1),
+        int, typer.Option(help="How many: the last ones, or the first after --after.", min=1)
     ] = 100,
     after: Annotated[
         int | None, typer.Option(help="Begin after the entry of this number.", min=0)

@@ -11,14 +11,7 @@ from typing import Literal
 from prunecast.client.edge.errors import OrderRefused
 from prunecast.client.edge.updating.throttling import QuietHours
 
-__all__ = [
-    "AGENT_VERSION",
-    "AgentConfig",
-    "Order",
-    "PayloadKind",
-    "UpdateResult",
-    "candidates",
-]
+__all__ = ["AGENT_VERSION", "AgentConfig", "Order", "PayloadKind", "UpdateResult", "candidates"]
 
 AGENT_VERSION = "0.1.0"
 PayloadKind = Literal["patch", "keyframe", "none"]

@@ -14,10 +14,7 @@ from prunecast.server.control.errors import Unbindable
 from prunecast.server.fleet.errors import TokenRefused
 from prunecast.server.fleet.reports import Certified, Credential
 
-__all__ = [
-    "credential_of",
-    "server_credentials",
-]
+__all__ = ["credential_of", "server_credentials"]
 
 
 def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> Any:

@@ -15,11 +15,7 @@ from prunecast.server.fleet.model import Release
 from prunecast.server.repository import RepositoryReader
 from prunecast.server.repository.serving.files import family, open_public
 
-__all__ = [
-    "LiveReleases",
-    "OpenFile",
-    "open_file",
-]
+__all__ = ["LiveReleases", "OpenFile", "open_file"]
 
 
 @dataclass

@@ -33,12 +33,7 @@ from prunecast.server.fleet.reports import (
     Identity,
 )
 
-__all__ = [
-    "Servicer",
-    "device_report",
-    "device_state",
-    "directive_event",
-]
+__all__ = ["Servicer", "device_report", "device_state", "directive_event"]
 
 
 class Servicer(FleetControlServicer):
@@ -162,9 +157,7 @@ class Servicer(FleetControlServicer):
             ForeignName: another device than the one that the request names.
         """
         credential = credential_of(
-            context.invocation_metadata(),
-            context.auth_context(),
-            certificates=self._certificates,
+            context.invocation_metadata(), context.auth_context(), certificates=self._certificates
         )
         identity = await self._registry.call(lambda: self._registry.service.identify(credential))
         if claimed and claimed != identity.device:

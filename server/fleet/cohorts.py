@@ -11,15 +11,7 @@ from prunecast.server.fleet.errors import Unusable
 from prunecast.server.fleet.model import Device, Part, Rollout
 from prunecast.server.fleet.step import Step
 
-__all__ = [
-    "assign",
-    "check_stages",
-    "cohort_size",
-    "join",
-    "leave",
-    "rank",
-    "takes_part",
-]
+__all__ = ["assign", "check_stages", "cohort_size", "join", "leave", "rank", "takes_part"]
 
 
 def rank(rollout: str, device: str) -> bytes:

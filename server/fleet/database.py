@@ -181,10 +181,7 @@ def _changing(url: URL) -> Iterator[Connection]:
     """A connection in one transaction that changes tables; only one process does so at a time."""
     engine = _engine(url)
     try:
-        with (
-            _translated(url.render_as_string(hide_password=True)),
-            engine.begin() as connection,
-        ):
+        with _translated(url.render_as_string(hide_password=True)), engine.begin() as connection:
             if url.get_backend_name() == "postgresql":  # SQLite's transactions exclude each other
                 connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
             yield connection

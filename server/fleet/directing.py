@@ -21,12 +21,7 @@ def poll(step: Step, event: Poll) -> Directive:
     held = step.fleet.device(event.device)
     if held.revoked:
         raise NotPossible(f"device {held.id} is revoked: enrol it under another name")
-    device = replace(
-        held,
-        running=event.running,
-        agent=event.agent,
-        last_seen=step.at,
-    )
+    device = replace(held, running=event.running, agent=event.agent, last_seen=step.at)
     device, version, rollout = _target(step, device)
     name = step.fleet.group(device.group).release
     told = device.told
@@ -62,10 +57,7 @@ def report(step: Step, event: ReportOutcome) -> bool:
         return False
     refused = device.refused | {event.version} if event.outcome.failed else device.refused
     device = replace(
-        device,
-        last_seen=step.at,
-        refused=refused,
-        told=replace(told, outcome=event.outcome),
+        device, last_seen=step.at, refused=refused, told=replace(told, outcome=event.outcome)
     )
     found = step.active_part(device)
     if found and told.rollout == found[0].id:

@@ -15,17 +15,8 @@ from prunecast.server.fleet.audit import AuditEntry, AuditKind
 from prunecast.server.fleet.database import Database
 from prunecast.server.fleet.devices import BUSY, TRIES, DeviceService, token_hash
 from prunecast.server.fleet.errors import DatabaseError, NotFound, Unusable
-from prunecast.server.fleet.model import (
-    Device,
-    Fleet,
-    Group,
-    Release,
-    Rollout,
-    Status,
-)
-from prunecast.server.fleet.reports import (
-    Health,
-)
+from prunecast.server.fleet.model import Device, Fleet, Group, Release, Rollout, Status
+from prunecast.server.fleet.reports import Health
 from prunecast.server.fleet.tables import (
     AuditRow,
     DeviceRow,

@@ -30,12 +30,7 @@ from prunecast.server.fleet.tables import (
     to_rollout,
 )
 
-__all__ = [
-    "Slice",
-    "decide",
-    "load_device",
-    "write_audit",
-]
+__all__ = ["Slice", "decide", "load_device", "write_audit"]
 
 _Row = TypeVar("_Row", GroupRow, RolloutRow, DeviceRow)
 _AnyRow = GroupRow | RolloutRow | DeviceRow

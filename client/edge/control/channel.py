@@ -17,13 +17,7 @@ import grpc
 from prunecast.client.edge.errors import ControlProblem
 from prunecast.common.fleet_protocol import make_stub
 
-__all__ = [
-    "Backoff",
-    "ControlChannel",
-    "ControlSettings",
-    "describe",
-    "watched",
-]
+__all__ = ["Backoff", "ControlChannel", "ControlSettings", "describe", "watched"]
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")

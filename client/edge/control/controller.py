@@ -19,10 +19,7 @@ from prunecast.client.edge.errors import ControlProblem, EdgeError, StateError
 from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.telemetry import TelemetrySnapshot
 
-__all__ = [
-    "Controller",
-    "fleet_figures",
-]
+__all__ = ["Controller", "fleet_figures"]
 
 
 class Controller:

@@ -15,10 +15,7 @@ from prunecast.client.edge.control.store import ControlStore, StoredDirective, S
 from prunecast.client.edge.errors import ControlProblem, StateError
 from prunecast.common.fleet_protocol import messages
 
-__all__ = [
-    "DirectiveWatcher",
-    "ReportSender",
-]
+__all__ = ["DirectiveWatcher", "ReportSender"]
 
 _ANSWER = 30.0
 """Seconds that the server may take for its first message."""

@@ -104,11 +104,7 @@ def _seal(folder: Path, optimised: Path) -> str | None:
 
 
 def open_sealed(
-    folder: Path,
-    seal: str | None,
-    *,
-    threads: int | None,
-    mark: bool = True,
+    folder: Path, seal: str | None, *, threads: int | None, mark: bool = True
 ) -> InferenceSession | None:
     """Open the optimised model of a slot if it is the one that was sealed; None if it is not.
 

@@ -7,10 +7,4 @@ from prunecast.client.edge.telemetry.figures import (
 )
 from prunecast.client.edge.telemetry.recorder import Telemetry, read_telemetry
 
-__all__ = [
-    "LatencyHistogram",
-    "ReleaseFigures",
-    "Telemetry",
-    "TelemetrySnapshot",
-    "read_telemetry",
-]
+__all__ = ["LatencyHistogram", "ReleaseFigures", "Telemetry", "TelemetrySnapshot", "read_telemetry"]

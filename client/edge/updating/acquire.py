@@ -7,12 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, PayloadKind
-from prunecast.client.edge.errors import (
-    AgentTooOld,
-    ContentMissing,
-    ContentRefused,
-    StateError,
-)
+from prunecast.client.edge.errors import AgentTooOld, ContentMissing, ContentRefused, StateError
 from prunecast.client.edge.slots.patch_base import patch_base
 from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.updating.download import download

@@ -10,11 +10,7 @@ from datetime import datetime, time
 
 from prunecast.client.edge.updating.transport import Fetcher, Stream
 
-__all__ = [
-    "LimitedFetcher",
-    "QuietHours",
-    "TokenBucket",
-]
+__all__ = ["LimitedFetcher", "QuietHours", "TokenBucket"]
 
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 

@@ -19,14 +19,7 @@ from tuf.ngclient import FetcherInterface
 
 from prunecast.client.edge.errors import NetworkError
 
-__all__ = [
-    "AskLater",
-    "Fetcher",
-    "HttpFetcher",
-    "LeastRate",
-    "Stream",
-    "TooSlow",
-]
+__all__ = ["AskLater", "Fetcher", "HttpFetcher", "LeastRate", "Stream", "TooSlow"]
 
 _CHUNK = 64 * 1024  # bytes
 _POOLS: dict[str, type[urllib3.HTTPConnectionPool]] = {
