@@ -134,7 +134,7 @@ def variants(trained: Path, graphs: Path) -> list[Made]:
     from prunecast.compression.onnx.export import export_cached
     from prunecast.compression.onnx.lattice import snap
     from prunecast.compression.onnx.qdq import quantise
-    from prunecast.compression.pruning import ChannelPlan
+    from prunecast.compression.pruning.channels import ChannelPlan
     from prunecast.compression.pruning.narrowing import narrow_module
     from prunecast.compression.versions import PublishedModel, RawTensor
 

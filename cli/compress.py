@@ -13,7 +13,8 @@ from prunecast.cli.tables import Column, file_progress, print_table, say, shape_
 from prunecast.common.text import bits_text, bytes_text, count_text, ratio_text
 
 if TYPE_CHECKING:
-    from prunecast.compression.files import Compressed, Lossy, TensorFile
+    from prunecast.compression.files.compressing import Compressed, Lossy
+    from prunecast.compression.files.tensors import TensorFile
 
 __all__ = ["AsJson", "Force", "compress", "refuse_to_overwrite"]
 
@@ -57,7 +58,8 @@ def compress(
     means and variances of normalisation layers, and tensors of fewer than 16 elements, are kept
     exactly in any case. Of an .onnx file, the initialisers are compressed and not the graph.
     """
-    from prunecast.compression.files import compress_file, open_tensors
+    from prunecast.compression.files.compressing import compress_file
+    from prunecast.compression.files.formats import open_tensors
 
     lossy = _lossy(step, error, bits, common, dead_zone, keep or [])
     target = output or file.with_suffix(".pcc")
@@ -85,7 +87,7 @@ def _lossy(
     dead_zone: float,
     keep: list[str],
 ) -> Lossy | None:
-    from prunecast.compression.files import Lossy
+    from prunecast.compression.files.compressing import Lossy
 
     given = [
         n for n, v in (("--step", step), ("--error", error), ("--bits", bits)) if v is not None

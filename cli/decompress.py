@@ -34,7 +34,9 @@ def decompress(
 
     Also of one that was an .onnx file, whose graph is not in it.
     """
-    from prunecast.compression.files import open_archive, restore_file, writable_format
+    from prunecast.compression.files.archive import open_archive
+    from prunecast.compression.files.compressing import restore_file
+    from prunecast.compression.files.formats import writable_format
 
     suffix = writable_format(output)
     archive = open_archive(file, max_bytes=max_bytes)

@@ -15,7 +15,8 @@ from prunecast.common.text import bits_text, bytes_text, count_text, percent, ra
 
 if TYPE_CHECKING:
     from prunecast.compression.codec import Outline
-    from prunecast.compression.files import Inspection, TensorFile
+    from prunecast.compression.files.inspection import Inspection
+    from prunecast.compression.files.tensors import TensorFile
 
 __all__ = ["inspect"]
 
@@ -30,13 +31,9 @@ def inspect(
 
     Of a compressed file, show where its bytes are: by section of the format and by tensor.
     """
-    from prunecast.compression.files import (
-        describe_payloads,
-        inspect_archive,
-        inspect_tensors,
-        open_archive,
-        open_tensors,
-    )
+    from prunecast.compression.files.archive import describe_payloads, open_archive
+    from prunecast.compression.files.formats import open_tensors
+    from prunecast.compression.files.inspection import inspect_archive, inspect_tensors
 
     outlines: list[Outline] = []
     source: TensorFile

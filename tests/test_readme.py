@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunecast.compression.pruning import holding
+from prunecast.compression.pruning.masks import holding
 from prunecast.server.federation import PRESETS, Policy
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,11 @@
 
 from prunecast.client.training.errors import ModError, StoreError
 from prunecast.client.training.mod import compression_mod
-from prunecast.compression.pruning import contribute_statistics, current_masks, wanted_statistics
+from prunecast.compression.pruning.masks import (
+    contribute_statistics,
+    current_masks,
+    wanted_statistics,
+)
 
 __all__ = [
     "ModError",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from prunecast.client.training.errors import ModError, NonFiniteUpdate
 from prunecast.client.training.store import NodeStore, default_root
 from prunecast.client.training.updates import compress_update
-from prunecast.compression.codec import CodecError
+from prunecast.compression.codec import CodecError, NonFiniteError
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     STATISTICS_RECORD,
@@ -29,17 +29,12 @@ from prunecast.compression.flower import (
     stream_id,
 )
 from prunecast.compression.flower.internals import ClientAppCallable, Mod, make_message
-from prunecast.compression.pruning import Statistics, holding, pack_statistics
-from prunecast.compression.schemes import (
-    NonFiniteError,
-    Scheme,
-    SchemeError,
-    StateError,
-    layout_of,
-    scheme,
-    state_arrays,
-    state_from,
-)
+from prunecast.compression.pruning.masks import holding
+from prunecast.compression.pruning.statistics import Statistics, pack_statistics
+from prunecast.compression.schemes import StateError
+from prunecast.compression.schemes.interface import Scheme
+from prunecast.compression.schemes.layout import layout_of, state_arrays, state_from
+from prunecast.compression.schemes.registry import scheme
 from prunecast.compression.versions import (
     BaseMissing,
     Instruction,
@@ -91,7 +86,7 @@ def compression_mod(store: Path | str | None = None) -> Mod:
         try:
             instruction = Instruction.from_bytes(control.get("instruction"))
             exchange = _Exchange(message, instruction, node)
-        except (VersionsError, CodecError, SchemeError) as error:
+        except (VersionsError, CodecError) as error:
             raise ModError(f"message from the server was refused: {error}") from error
         if exchange.missing:
             return Message(exchange.wrap(RecordDict()), reply_to=message)
@@ -211,7 +206,7 @@ class _Exchange:
             payload, state = chosen.encode(update, state, key=self._instruction.rule.key)
         except NonFiniteError as error:
             raise NonFiniteUpdate(f"the update was not sent: {error}") from error
-        except SchemeError as error:
+        except CodecError as error:
             raise ModError(f"the update was not sent: {error}") from error
         self._store.stage(kept, self._tag, state_arrays(state))
         return coded_record(payload, {n: a for n, a in record.items() if n not in names})

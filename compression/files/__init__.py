@@ -1,58 +1,39 @@
 """Checkpoint files: read, compressed to one file, restored, inspected.
 
 ``.safetensors``, ``.npz`` and ``.onnx`` are read, each with what it needs imported only then. The
-compressed file (``.pcc``) is specified in ``docs/files.md``.
+compressed file (``.pcc``) is specified in ``docs/files.md``. The errors are here: one base, one
+class per cause.
 """
 
-from prunecast.compression.files.archive import Archive, describe_payloads, open_archive
-from prunecast.compression.files.compressing import (
-    Compressed,
-    CompressedTensor,
-    compress_file,
-    restore_file,
-)
-from prunecast.compression.files.errors import (
-    FilesError,
-    FileTooLarge,
-    UnknownFormat,
-    UnreadableFile,
-    UnsafePath,
-    UnsupportedTensor,
-)
-from prunecast.compression.files.inspection import (
-    InspectedTensor,
-    Inspection,
-    inspect_archive,
-    inspect_tensors,
-)
-from prunecast.compression.files.lossy import KEPT, Lossy
-from prunecast.compression.files.sources import open_tensors, writable_format, write_tensors
-from prunecast.compression.files.tensors import FileSpec, FileTensor, TensorFile
-
 __all__ = [
-    "KEPT",
-    "Archive",
-    "Compressed",
-    "CompressedTensor",
-    "FileSpec",
-    "FileTensor",
     "FileTooLarge",
     "FilesError",
-    "InspectedTensor",
-    "Inspection",
-    "Lossy",
-    "TensorFile",
     "UnknownFormat",
     "UnreadableFile",
     "UnsafePath",
     "UnsupportedTensor",
-    "compress_file",
-    "describe_payloads",
-    "inspect_archive",
-    "inspect_tensors",
-    "open_archive",
-    "open_tensors",
-    "restore_file",
-    "writable_format",
-    "write_tensors",
 ]
+
+
+class FilesError(ValueError):
+    """Base of every error that `prunecast.compression.files` raises."""
+
+
+class UnknownFormat(FilesError):
+    """A file's suffix names no format that is known here."""
+
+
+class UnreadableFile(FilesError):
+    """A file is missing, damaged, or not what its suffix says."""
+
+
+class UnsafePath(FilesError):
+    """A file refers to data outside its own folder."""
+
+
+class UnsupportedTensor(FilesError):
+    """A tensor has a dtype or a value that the chosen file or coding cannot hold."""
+
+
+class FileTooLarge(FilesError):
+    """A file states more data than the reader accepts."""

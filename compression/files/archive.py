@@ -15,7 +15,7 @@ from prunecast.compression.codec import (
     outline_payload,
     payload_length,
 )
-from prunecast.compression.files.errors import FileTooLarge, UnreadableFile
+from prunecast.compression.files import FileTooLarge, UnreadableFile
 from prunecast.compression.files.parts import ESCAPED, MOST_NAME, FilePart, open_part
 from prunecast.compression.files.tensors import FileSpec, FileTensor, TensorFile
 

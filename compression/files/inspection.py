@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import CodecError, measure_costs
+from prunecast.compression.files import UnreadableFile
 from prunecast.compression.files.archive import Archive, plan_parts, read_payloads
-from prunecast.compression.files.codings import keep
 from prunecast.compression.files.compressing import Progress, own_limits
-from prunecast.compression.files.errors import UnreadableFile
-from prunecast.compression.files.parts import held_name, pack_part
+from prunecast.compression.files.parts import held_name, keep, pack_part
 from prunecast.compression.files.tensors import FOREIGN, FileSpec, FileTensor, TensorFile
 
 __all__ = ["InspectedTensor", "Inspection", "entropy_bits", "inspect_archive", "inspect_tensors"]

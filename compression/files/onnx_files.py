@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prunecast.compression.files.errors import UnreadableFile, UnsafePath, UnsupportedTensor
+from prunecast.compression.files import UnreadableFile, UnsafePath, UnsupportedTensor
 from prunecast.compression.files.tensors import (
     FOREIGN,
     FileSpec,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.files.errors import UnsupportedTensor
+from prunecast.compression.files import UnsupportedTensor
 
 __all__ = ["FOREIGN", "FileSpec", "FileTensor", "TensorFile", "native_tensor", "raw_dtype"]
 

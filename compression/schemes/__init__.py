@@ -4,75 +4,51 @@ Each is a choice for updates, gradients or weights, and a peer to measure agains
 carries the scheme's own bits in its paper's own coding, or with ``coding="prunecast"`` the same
 integers coded by `prunecast.compression.codec`. See ``docs/schemes.md``.
 
->>> stc = scheme("stc", density=0.5)
->>> state = stc.init({"w": (4,)})
->>> payload, state = stc.encode({"w": np.float32([1, -3, 0, 0])}, state, key=0)
->>> decode_payload(payload)["w"].tolist()
-[2.0, -2.0, 0.0, 0.0]
+The errors are here. What may be wrong with a payload's bytes, or with a value, is named as the
+codec names it; everything is a `CodecError`.
 """
 
-from .dense import Fp16, Int4, Int8
-from .errors import (
-    BadConfig,
-    ChecksumMismatch,
-    LayoutMismatch,
-    LimitExceeded,
-    MalformedPayload,
-    NonFiniteError,
-    NotAPayload,
-    OutOfRange,
-    SchemeError,
-    StateError,
-    TruncatedPayload,
-    UnknownScheme,
-    UnsupportedTensor,
-    UnsupportedVersion,
-    WrongScheme,
-)
-from .interface import Option, Scheme
-from .layout import Layout, State, layout_of, pack_state, state_arrays, state_from, unpack_state
-from .qsgd import Qsgd
-from .registry import SCHEMES, PayloadInfo, decode_payload, inspect, scheme
-from .signsgd import SignSgd, majority_vote
-from .stc import Stc
-from .topk import TopK
+from prunecast.compression.codec import CodecError
 
 __all__ = [
-    "SCHEMES",
     "BadConfig",
-    "ChecksumMismatch",
-    "Fp16",
-    "Int4",
-    "Int8",
-    "Layout",
     "LayoutMismatch",
-    "LimitExceeded",
-    "MalformedPayload",
-    "NonFiniteError",
-    "NotAPayload",
-    "Option",
     "OutOfRange",
-    "PayloadInfo",
-    "Qsgd",
-    "Scheme",
     "SchemeError",
-    "SignSgd",
-    "State",
     "StateError",
-    "Stc",
-    "TopK",
-    "TruncatedPayload",
     "UnknownScheme",
     "UnsupportedTensor",
-    "UnsupportedVersion",
     "WrongScheme",
-    "decode_payload",
-    "inspect",
-    "layout_of",
-    "majority_vote",
-    "pack_state",
-    "scheme",
-    "state_arrays",
-    "state_from",
-    "unpack_state",
 ]
+
+
+class SchemeError(CodecError):
+    """Base of the errors that only a scheme raises."""
+
+
+class UnknownScheme(SchemeError):
+    """No scheme has this name."""
+
+
+class BadConfig(SchemeError):
+    """A scheme has no such option, or the option's value is out of range."""
+
+
+class LayoutMismatch(SchemeError):
+    """The tensors are not those that the state was made for, or payloads disagree on theirs."""
+
+
+class UnsupportedTensor(SchemeError):
+    """A tensor is not of floating point, or its name or shape cannot be written."""
+
+
+class OutOfRange(SchemeError):
+    """A value does not fit the scheme's number format."""
+
+
+class StateError(SchemeError):
+    """Stored state is damaged, or belongs to another scheme or layout."""
+
+
+class WrongScheme(SchemeError):
+    """The payload was made by another scheme than the one that reads it."""

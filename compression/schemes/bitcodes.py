@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MalformedPayload
+from prunecast.compression.codec import MalformedPayload
 
 __all__ = [
     "MAX_FIELD",

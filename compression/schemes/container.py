@@ -27,18 +27,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import CodecError, Context, Limits, TensorSpec, decode, encode
-from prunecast.compression.codec import LimitExceeded as CodecLimitExceeded
-
-from .errors import (
+from prunecast.compression.codec import (
     ChecksumMismatch,
+    CodecError,
+    Context,
     LimitExceeded,
+    Limits,
     MalformedPayload,
     NotAPayload,
+    TensorSpec,
     TruncatedPayload,
-    UnsupportedTensor,
     UnsupportedVersion,
+    decode,
+    encode,
 )
+
+from . import UnsupportedTensor
 from .layout import Layout, total_size
 
 __all__ = ["CODINGS", "Envelope", "Reader", "coded", "decoded", "seal", "unseal"]
@@ -148,7 +152,7 @@ def unseal(payload: bytes, limits: Limits) -> Envelope:
     """Check everything that the container states; nothing is allocated for the tensors.
 
     Raises:
-        SchemeError: a subclass for each way in which the bytes may be wrong.
+        CodecError: a subclass for each way in which the bytes may be wrong.
     """
     if len(payload) > limits.payload_bytes:
         raise LimitExceeded(
@@ -239,8 +243,8 @@ def decoded(data: bytes, layout: Layout, dtype: str, limits: Limits) -> dict[str
     specs = {str(i): TensorSpec(np.dtype(dtype), shape) for i, shape in enumerate(layout.values())}
     try:
         arrays = decode(data, context=Context(layout=specs), limits=limits)
-    except CodecLimitExceeded as error:
-        raise LimitExceeded(str(error)) from error
+    except LimitExceeded:
+        raise
     except CodecError as error:
         raise MalformedPayload(f"the codec cannot read the body: {error}") from error
     return dict(zip(layout, arrays.values(), strict=True))

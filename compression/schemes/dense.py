@@ -14,12 +14,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits
+from prunecast.compression.codec import Limits, MalformedPayload
 
+from . import OutOfRange
 from .container import Reader, coded, decoded
-from .draws import Draws
-from .errors import MalformedPayload, OutOfRange
-from .interface import Quantised, Scheme
+from .interface import Draws, Quantised, Scheme
 from .layout import Arrays, Layout, State, concatenated, scaled, split, step_of, total_size
 
 __all__ = ["Fp16", "Int4", "Int8"]

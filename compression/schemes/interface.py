@@ -1,13 +1,15 @@
 """The one interface of all schemes, and what they share: checks, error feedback, container.
 
 A scheme turns tensors into integers and scales (`_quantise`), and those into bytes (`_write`);
-the way back is `_read` and `_restore`. What a sender remembers goes in and comes out as a `State`.
+the way back is `_read` and `_restore`. What a sender remembers goes in and comes out as a `State`,
+and what is random is a function of key and tensor: the same everywhere, as no state is shared.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,21 +18,56 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits
-
-from .container import CODINGS, Envelope, Reader, seal, unseal
-from .draws import Draws
-from .errors import (
-    BadConfig,
+from prunecast.compression.codec import (
+    CodecError,
+    CounterStream,
     LimitExceeded,
+    Limits,
     MalformedPayload,
-    SchemeError,
-    StateError,
-    WrongScheme,
 )
+
+from . import BadConfig, StateError, WrongScheme
+from .container import CODINGS, Envelope, Reader, seal, unseal
 from .layout import Arrays, Layout, State, added, checked
 
-__all__ = ["Option", "Quantised", "Scheme"]
+__all__ = ["Draws", "Option", "Quantised", "Scheme"]
+
+_DOMAIN = b"prunecast scheme 1\0"
+
+
+class Draws:
+    """Uniform numbers for each tensor of a payload.
+
+    Args:
+        key: 0 to 2**64 - 1. Use another one for every message: two messages with one key share
+            their rounding errors, and averaging no longer removes them.
+        purpose: other purposes draw other numbers with the same key.
+
+    Raises:
+        BadConfig: the key is out of range.
+    """
+
+    def __init__(self, key: int, purpose: bytes = b"encode") -> None:
+        if isinstance(key, bool) or not 0 <= key < 1 << 64:
+            raise BadConfig(f"the key is {key!r}; give an integer from 0 to 2**64 - 1")
+        self._label = _DOMAIN + purpose + b"\0" + struct.pack("<Q", key)
+
+    def uniform(self, name: str, count: int) -> NDArray[np.float64]:
+        """`count` numbers in [0, 1), multiples of 2**-53; tensors of other names get others."""
+        numbers = np.empty(count, np.float64)
+        for begin, words in self._stream(name).blocks(count):
+            numbers[begin : begin + len(words)] = words >> np.uint64(11)
+        numbers *= 2.0**-53
+        return numbers
+
+    def coins(self, name: str, count: int) -> NDArray[np.bool_]:
+        """`count` fair coins; tensors of other names get others."""
+        words = self._stream(name).words(0, count + 63 >> 6).astype("<u8")
+        return np.unpackbits(words.view(np.uint8), count=count).view(np.bool_)
+
+    def _stream(self, name: str) -> CounterStream:
+        return CounterStream.of(self._label + name.encode("utf-8", "surrogatepass"))
+
 
 Option = int | float | str | bool
 """Value of a scheme's option: what TOML and JSON can hold."""
@@ -159,7 +196,7 @@ class Scheme(ABC):
 
         Raises:
             WrongScheme: another scheme made it.
-            SchemeError: a subclass for each other way in which the bytes may be wrong.
+            CodecError: a subclass for each other way in which the bytes may be wrong.
         """
         limits = limits or Limits()
         envelope = unseal(bytes(payload), limits)
@@ -175,7 +212,7 @@ class Scheme(ABC):
         """The tensors of a payload of this scheme whose container was checked.
 
         Raises:
-            SchemeError: a subclass for each way in which the bytes may be wrong.
+            CodecError: a subclass for each way in which the bytes may be wrong.
         """
         return cls._restore(cls.parse(envelope, limits), envelope.layout)
 
@@ -184,13 +221,13 @@ class Scheme(ABC):
         """What travelled: the integers and scales, before they are multiplied.
 
         Raises:
-            SchemeError: a subclass for each way in which the bytes may be wrong.
+            CodecError: a subclass for each way in which the bytes may be wrong.
         """
         reader = Reader(envelope.body)
         try:
             quantised = cls._read(reader, envelope.layout, envelope.coding, limits)
             reader.end()
-        except SchemeError:
+        except CodecError:
             raise
         except MemoryError as error:
             raise LimitExceeded(

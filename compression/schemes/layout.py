@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import CodecError, Limits, decode, encode
+from prunecast.compression.codec import CodecError, Limits, NonFiniteError, decode, encode
 from prunecast.compression.codec import Context as CodecContext
 
-from .errors import LayoutMismatch, NonFiniteError, StateError, UnsupportedTensor
+from . import LayoutMismatch, StateError, UnsupportedTensor
 
 __all__ = [
     "Arrays",

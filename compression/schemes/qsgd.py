@@ -10,13 +10,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits
+from prunecast.compression.codec import Limits, MalformedPayload
 
+from . import OutOfRange
 from .bitcodes import BitView, decode_omega, encode_omega, pack_fields, walk
 from .container import Reader, coded, decoded
-from .draws import Draws
-from .errors import MalformedPayload, OutOfRange
-from .interface import Quantised, Scheme
+from .interface import Draws, Quantised, Scheme
 from .layout import Arrays, Layout, State, concatenated, scaled, split
 
 __all__ = ["Qsgd", "read_dense", "read_sparse", "write_dense", "write_sparse"]

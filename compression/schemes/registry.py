@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prunecast.compression.codec import Limits
+from prunecast.compression.codec import Limits, UnsupportedVersion
 
+from . import UnknownScheme
 from .container import unseal
 from .dense import Fp16, Int4, Int8
-from .errors import UnknownScheme, UnsupportedVersion
 from .interface import Option, Scheme
 from .layout import Arrays
 from .qsgd import Qsgd
@@ -62,7 +62,7 @@ def inspect(payload: bytes, *, limits: Limits | None = None) -> PayloadInfo:
     """What the container of a payload states; the tensors are not decoded.
 
     Raises:
-        SchemeError: a subclass for each way in which the bytes may be wrong.
+        CodecError: a subclass for each way in which the bytes may be wrong.
     """
     envelope = unseal(bytes(payload), limits or Limits())
     return PayloadInfo(
@@ -78,7 +78,7 @@ def decode_payload(payload: bytes, *, limits: Limits | None = None) -> Arrays:
     """The tensors of a payload of any scheme.
 
     Raises:
-        SchemeError: a subclass for each way in which the bytes may be wrong.
+        CodecError: a subclass for each way in which the bytes may be wrong.
     """
     limits = limits or Limits()
     envelope = unseal(bytes(payload), limits)

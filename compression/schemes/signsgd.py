@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits
 
+from . import BadConfig, LayoutMismatch, WrongScheme
 from .container import CODINGS, Reader, coded, decoded, seal, unseal
-from .draws import Draws
-from .errors import BadConfig, LayoutMismatch, WrongScheme
-from .interface import Quantised, Scheme
+from .interface import Draws, Quantised, Scheme
 from .layout import Arrays, Layout, State, concatenated, scaled, split, total_size
 
 __all__ = ["SignSgd", "majority_vote"]
@@ -122,7 +121,7 @@ def majority_vote(
     Raises:
         BadConfig: no payload, or an option is out of range.
         LayoutMismatch: the payloads are not of the same tensors.
-        SchemeError: a subclass for each way in which a payload may be wrong.
+        CodecError: a subclass for each way in which a payload may be wrong.
 
     >>> sign = SignSgd()
     >>> votes = []

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MalformedPayload
+from prunecast.compression.codec import MalformedPayload
+
 from .interface import Quantised
 from .layout import Arrays, Layout, scaled
 

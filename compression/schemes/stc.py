@@ -10,13 +10,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits
+from prunecast.compression.codec import Limits, MalformedPayload
 
 from .bitcodes import decode_gaps, encode_gaps, rice_parameter
 from .container import Reader, coded, decoded
-from .draws import Draws
-from .errors import MalformedPayload
-from .interface import Quantised, Scheme
+from .interface import Draws, Quantised, Scheme
 from .layout import Arrays, Layout, State, concatenated, split
 from .sparse import SCOPES, groups, kept, read_scope, restored, top_k
 

@@ -11,12 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits
+from prunecast.compression.codec import Limits, MalformedPayload
 
 from .container import Reader, coded, decoded
-from .draws import Draws
-from .errors import MalformedPayload
-from .interface import Quantised, Scheme
+from .interface import Draws, Quantised, Scheme
 from .layout import Arrays, Layout, State, added, concatenated, split, step_of
 from .sparse import SCOPES, groups, kept, read_scope, restored, top_k
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
+from prunecast.compression.codec import CodecError
 from prunecast.compression.flower import STATISTICS_RECORD, array_record, dense_arrays, payload_of
 from prunecast.compression.flower.internals import (
     log,
@@ -19,7 +20,6 @@ from prunecast.compression.flower.internals import (
     uncached,
     unsent,
 )
-from prunecast.compression.schemes import SchemeError
 from prunecast.compression.versions import PublishedModel, VersionsError, reply_tag
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError
@@ -196,7 +196,7 @@ class CompressedGrid(GridWrapper):
         else:
             try:
                 result = self._understand(reply, sent, entry, retried=origin != message_id)
-            except (VersionsError, SchemeError) as error:
+            except (VersionsError, CodecError) as error:
                 entry.kind = "error"
                 result = refuse(reply, f"reply of node {entry.node} was refused: {error}")
         if result is None:

@@ -28,7 +28,7 @@ from prunecast.compression.flower.internals import (
     own_bytes,
     uncached,
 )
-from prunecast.compression.schemes import Scheme
+from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.versions import (
     BadPayload,
     Kind,
@@ -81,7 +81,7 @@ class Up(Protocol):
 
         Raises:
             VersionsError: it is damaged, or of another run, version or model.
-            SchemeError: a scheme's payload is damaged, or of another scheme.
+            CodecError: a scheme's payload is damaged, or of another scheme.
         """
         ...
 
@@ -223,7 +223,7 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
 
     Raises:
         VersionsError: a payload is damaged, of another run or of another version.
-        SchemeError: a scheme's payload is damaged, or of another scheme.
+        CodecError: a scheme's payload is damaged, or of another scheme.
     """
     content, kinds, has_update = RecordDict(), [], False
     for key, record in reply.content.items():

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from prunecast.compression.pruning import ALLOCATIONS, CRITERIA, SCHEDULES, PruningPlan
-from prunecast.compression.schemes import SCHEMES, Option, Scheme, SchemeError, scheme
+from prunecast.compression.pruning.masks import ALLOCATIONS
+from prunecast.compression.pruning.plan import CRITERIA, SCHEDULES, PruningPlan
+from prunecast.compression.schemes import SchemeError
+from prunecast.compression.schemes.interface import Option, Scheme
+from prunecast.compression.schemes.registry import SCHEMES, scheme
 from prunecast.compression.versions import UpdateRule
 from prunecast.server.federation.errors import PolicyError
 

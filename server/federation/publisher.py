@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits, quantise, spread
 from prunecast.compression.flower import payload_record
-from prunecast.compression.pruning import Knowledge, PruningPlan, Statistics
+from prunecast.compression.pruning.plan import Knowledge, PruningPlan
+from prunecast.compression.pruning.statistics import Statistics
 from prunecast.compression.versions import (
     InvalidModel,
     Kind,

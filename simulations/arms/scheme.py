@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prunecast.compression.schemes import SCHEMES, BadConfig, scheme
+from prunecast.compression.schemes import BadConfig
+from prunecast.compression.schemes.registry import SCHEMES, scheme
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.kinds.tables import ScenarioError, choice
 

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
-from prunecast.compression.files import FileTensor, write_tensors
+from prunecast.compression.files.formats import write_tensors
+from prunecast.compression.files.tensors import FileTensor
 
 TEXT = (Path(__file__).parents[2] / "docs" / "compress.md").read_text(encoding="utf-8")
 

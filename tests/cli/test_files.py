@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from prunecast.cli.main import app
 from prunecast.cli.tables import Column, print_table, shape_text, short_dtype
 from prunecast.compression.codec import Context, encode
-from prunecast.compression.files import open_tensors, write_tensors
+from prunecast.compression.files.formats import open_tensors, write_tensors
 from support.checkpoints import assert_same, every_kind
 
 Run = Callable[..., Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prunecast.compression.schemes import SCHEMES
+from prunecast.compression.schemes.registry import SCHEMES
 from prunecast.server.federation import Ledger
 from prunecast.simulations.runner.federate import run_arms
 from prunecast.simulations.runner.inprocess import InProcessGrid

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from prunecast.compression.files import FileTensor
+from prunecast.compression.files.tensors import FileTensor
 
 FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 

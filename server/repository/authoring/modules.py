@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.onnx.graph import ExportedGraph, read_note, with_note
-from prunecast.compression.pruning import ChannelPlan, PlanError
+from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository.errors import RecipeError, RepositoryError

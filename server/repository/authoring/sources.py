@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.files import FilesError, FileTensor, open_tensors
-from prunecast.compression.files.tensors import FOREIGN
+from prunecast.compression.files import FilesError
+from prunecast.compression.files.formats import open_tensors
+from prunecast.compression.files.tensors import FOREIGN, FileTensor
 from prunecast.compression.onnx import ForeignModel, NumericsError
 from prunecast.compression.onnx.bind import Variant, bind_weights, export_single
 from prunecast.compression.onnx.compare import Difference, differ, draw_inputs, record

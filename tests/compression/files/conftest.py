@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prunecast.compression.files import FileTensor, write_tensors
+from prunecast.compression.files.formats import write_tensors
+from prunecast.compression.files.tensors import FileTensor
 from support.checkpoints import every_kind
 
 

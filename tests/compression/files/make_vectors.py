@@ -12,14 +12,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from prunecast.compression.files import (
-    FileTensor,
-    Lossy,
-    TensorFile,
-    compress_file,
-    open_archive,
-    restore_file,
-)
+from prunecast.compression.files.archive import open_archive
+from prunecast.compression.files.compressing import Lossy, compress_file, restore_file
+from prunecast.compression.files.tensors import FileTensor, TensorFile
 from support.checkpoints import every_kind
 
 FOLDER = Path(__file__).parent / "vectors"

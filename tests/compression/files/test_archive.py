@@ -16,20 +16,11 @@ from hypothesis import strategies as st
 
 from prunecast.common.files import StorageError
 from prunecast.compression.codec import Context, decode, encode, payload_length
-from prunecast.compression.files import (
-    FilesError,
-    FileTensor,
-    FileTooLarge,
-    TensorFile,
-    UnreadableFile,
-    UnsupportedTensor,
-    compress_file,
-    describe_payloads,
-    open_archive,
-    open_tensors,
-    restore_file,
-)
-from prunecast.compression.files.archive import plan_parts
+from prunecast.compression.files import FilesError, FileTooLarge, UnreadableFile, UnsupportedTensor
+from prunecast.compression.files.archive import describe_payloads, open_archive, plan_parts
+from prunecast.compression.files.compressing import compress_file, restore_file
+from prunecast.compression.files.formats import open_tensors
+from prunecast.compression.files.tensors import FileTensor, TensorFile
 from support.checkpoints import assert_same
 
 

@@ -8,16 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.compression.files import (
-    FileTensor,
-    Lossy,
-    compress_file,
-    inspect_archive,
-    inspect_tensors,
-    open_archive,
-    open_tensors,
-)
-from prunecast.compression.files.inspection import entropy_bits
+from prunecast.compression.files.archive import open_archive
+from prunecast.compression.files.compressing import Lossy, compress_file
+from prunecast.compression.files.formats import open_tensors
+from prunecast.compression.files.inspection import entropy_bits, inspect_archive, inspect_tensors
+from prunecast.compression.files.tensors import FileTensor
 from support.checkpoints import every_kind
 
 
@@ -77,7 +72,7 @@ def test_entropies_by_hand() -> None:
 
 
 def test_zeros_of_every_kind(tmp_path: Path) -> None:
-    from prunecast.compression.files import write_tensors
+    from prunecast.compression.files.formats import write_tensors
 
     tensors = {
         "floats": tensor([0.0, -0.0, 1.0, np.nan], "float32"),

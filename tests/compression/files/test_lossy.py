@@ -11,15 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunecast.compression.codec import QuantiseError, dequantise, quantise
-from prunecast.compression.files import (
-    FilesError,
-    FileTensor,
-    Lossy,
-    TensorFile,
-    UnsupportedTensor,
-    compress_file,
-    open_archive,
-)
+from prunecast.compression.files import FilesError, UnsupportedTensor
+from prunecast.compression.files.archive import open_archive
+from prunecast.compression.files.compressing import Lossy, compress_file
+from prunecast.compression.files.tensors import FileTensor, TensorFile
 from support.checkpoints import assert_same
 
 

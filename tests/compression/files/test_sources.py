@@ -22,14 +22,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from prunecast.compression.files import (
     FilesError,
-    FileTensor,
     UnknownFormat,
     UnreadableFile,
     UnsafePath,
     UnsupportedTensor,
-    open_tensors,
-    write_tensors,
 )
+from prunecast.compression.files.formats import open_tensors, write_tensors
+from prunecast.compression.files.tensors import FileTensor
 from support.checkpoints import FLOAT8, assert_same, every_kind
 
 FOREIGN = ("bfloat16", *FLOAT8)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from prunecast.compression.pruning import ChannelPlan, PlanError
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
+from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 
 

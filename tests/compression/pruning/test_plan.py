@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from prunecast.compression.pruning import (
-    ALLOCATIONS,
+from prunecast.compression.pruning.masks import ALLOCATIONS
+from prunecast.compression.pruning.plan import (
     CRITERIA,
     SCHEDULES,
     CubicSchedule,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prunecast.compression.schemes import layout_of, scheme
+from prunecast.compression.schemes.layout import layout_of
+from prunecast.compression.schemes.registry import scheme
 
 FOLDER = Path(__file__).parent / "vectors"
 CASES = {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prunecast.compression.schemes import MalformedPayload
+from prunecast.compression.codec import MalformedPayload
 from prunecast.compression.schemes.bitcodes import (
     BitView,
     decode_omega,

@@ -8,24 +8,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from prunecast.compression.codec import NonFiniteError
 from prunecast.compression.schemes import (
-    SCHEMES,
     BadConfig,
     LayoutMismatch,
-    NonFiniteError,
-    Scheme,
-    State,
     StateError,
     UnknownScheme,
     UnsupportedTensor,
     WrongScheme,
-    decode_payload,
-    inspect,
-    layout_of,
-    pack_state,
-    scheme,
-    unpack_state,
 )
+from prunecast.compression.schemes.interface import Scheme
+from prunecast.compression.schemes.layout import State, layout_of, pack_state, unpack_state
+from prunecast.compression.schemes.registry import SCHEMES, decode_payload, inspect, scheme
 
 Tensors = dict[str, NDArray[Any]]
 

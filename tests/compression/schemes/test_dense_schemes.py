@@ -6,21 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prunecast.compression.schemes import (
-    BadConfig,
-    Fp16,
-    Int4,
-    Int8,
-    LayoutMismatch,
-    OutOfRange,
-    Scheme,
-    SignSgd,
-    WrongScheme,
-    inspect,
-    layout_of,
-    majority_vote,
-    scheme,
-)
+from prunecast.compression.schemes import BadConfig, LayoutMismatch, OutOfRange, WrongScheme
+from prunecast.compression.schemes.dense import Fp16, Int4, Int8
+from prunecast.compression.schemes.interface import Scheme
+from prunecast.compression.schemes.layout import layout_of
+from prunecast.compression.schemes.registry import inspect, scheme
+from prunecast.compression.schemes.signsgd import SignSgd, majority_vote
 
 Vector = NDArray[np.float32]
 

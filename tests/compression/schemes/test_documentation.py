@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prunecast.compression.schemes import SCHEMES, Option, layout_of, scheme
+from prunecast.compression.schemes.interface import Option
+from prunecast.compression.schemes.layout import layout_of
+from prunecast.compression.schemes.registry import SCHEMES, scheme
 
 PAGE = Path(__file__).parents[3] / "docs" / "schemes.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Whatever the bytes, a decoder answers with tensors or with a SchemeError, within its limits."""
+"""Whatever the bytes, a decoder answers with tensors or with a CodecError, within its limits."""
 
 from __future__ import annotations
 
@@ -12,26 +12,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prunecast.compression.codec import Limits
-from prunecast.compression.schemes import (
-    SCHEMES,
+from prunecast.compression.codec import (
     ChecksumMismatch,
+    CodecError,
     LimitExceeded,
+    Limits,
     MalformedPayload,
     NotAPayload,
-    SchemeError,
-    StateError,
     TruncatedPayload,
     UnsupportedVersion,
-    decode_payload,
-    inspect,
-    layout_of,
-    majority_vote,
-    pack_state,
-    scheme,
-    unpack_state,
 )
+from prunecast.compression.schemes import StateError
 from prunecast.compression.schemes.container import seal
+from prunecast.compression.schemes.layout import layout_of, pack_state, unpack_state
+from prunecast.compression.schemes.registry import SCHEMES, decode_payload, inspect, scheme
+from prunecast.compression.schemes.signsgd import majority_vote
 
 TIGHT = Limits(
     elements=1 << 16, decoded_bytes=1 << 18, levels=1 << 12, serial_symbols=1 << 15, lanes=64
@@ -76,7 +71,7 @@ def expect_tensors_or_error(payload: bytes) -> None:
     try:
         info = inspect(payload, limits=TIGHT)
         tensors = decode_payload(payload, limits=TIGHT)
-    except SchemeError:
+    except CodecError:
         return
     assert layout_of(tensors) == info.layout
     for tensor in tensors.values():
@@ -121,14 +116,14 @@ def test_longer_and_shorter_bodies(data: st.DataObject) -> None:
         data.draw(st.binary(min_size=1, max_size=40))
     ) + bytes(4)
     total = struct.pack("<Q", len(changed))
-    with pytest.raises(SchemeError):
+    with pytest.raises(CodecError):
         decode_payload(reseal(changed[:8] + total + changed[16:]), limits=TIGHT)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=80))
 def test_arbitrary_bytes(data: bytes) -> None:
-    with pytest.raises(SchemeError):
+    with pytest.raises(CodecError):
         decode_payload(data)
 
 
@@ -148,7 +143,7 @@ def test_every_changed_byte_is_noticed(index: int) -> None:
     for at in {*range(min(len(payload), 150)), *range(0, len(payload), 61), len(payload) - 1}:
         changed = bytearray(payload)
         changed[at] ^= 0x10
-        with pytest.raises(SchemeError) as caught:
+        with pytest.raises(CodecError) as caught:
             decode_payload(bytes(changed))
         if at >= 24:
             assert caught.type is ChecksumMismatch
@@ -166,7 +161,7 @@ def test_every_changed_byte_is_noticed(index: int) -> None:
         (8, 0, TruncatedPayload),
     ],
 )
-def test_header_fields(at: int, value: int, error: type[SchemeError]) -> None:
+def test_header_fields(at: int, value: int, error: type[CodecError]) -> None:
     changed = bytearray(SAMPLES[0])
     changed[at] = value
     with pytest.raises(error):
@@ -199,7 +194,7 @@ def layout_payload(section: bytes, count: int = 1) -> bytes:
         (b"\1\0w\0", 2**32 - 1, LimitExceeded, "tensors"),
     ],
 )
-def test_layouts(section: bytes, count: int, error: type[SchemeError], says: str) -> None:
+def test_layouts(section: bytes, count: int, error: type[CodecError], says: str) -> None:
     with pytest.raises(error, match=says):
         decode_payload(layout_payload(section, count))
 
@@ -334,7 +329,7 @@ def test_mutated_votes(data: st.DataObject) -> None:
         mutated[data.draw(st.integers(5, len(mutated) - 5))] = data.draw(st.integers(0, 255))
     try:
         answer = majority_vote([votes[0], reseal(bytes(mutated))], key=0, limits=TIGHT)
-    except SchemeError:
+    except CodecError:
         return
     assert inspect(answer).layout == inspect(votes[0]).layout
 

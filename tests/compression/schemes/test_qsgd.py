@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prunecast.compression.schemes import OutOfRange, Qsgd, inspect
+from prunecast.compression.schemes import OutOfRange
+from prunecast.compression.schemes.qsgd import Qsgd
+from prunecast.compression.schemes.registry import inspect
 
 Vector = NDArray[np.float32]
 

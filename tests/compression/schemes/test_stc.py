@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prunecast.compression.schemes import MalformedPayload, Stc, inspect, layout_of, scheme
+from prunecast.compression.codec import MalformedPayload
 from prunecast.compression.schemes.bitcodes import expected_bits
+from prunecast.compression.schemes.layout import layout_of
+from prunecast.compression.schemes.registry import inspect, scheme
+from prunecast.compression.schemes.stc import Stc
 
 Vector = NDArray[np.float32]
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunecast.compression.schemes import TopK, inspect, layout_of
+from prunecast.compression.schemes.layout import layout_of
+from prunecast.compression.schemes.registry import inspect
+from prunecast.compression.schemes.topk import TopK
 
 
 def gradients(step: int, size: int = 40) -> list[float]:

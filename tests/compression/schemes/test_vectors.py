@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prunecast.compression.schemes import SCHEMES, decode_payload, inspect
+from prunecast.compression.schemes.registry import SCHEMES, decode_payload, inspect
 
 FOLDER = Path(__file__).parent / "vectors"
 PAYLOADS = sorted(path.stem for path in FOLDER.glob("*.bin"))
