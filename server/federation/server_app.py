@@ -23,6 +23,7 @@ Keys, with defaults:
 ``timeout``               3600 seconds to wait for the replies of a round
 ``folder``                "" or the folder that gets ledger, events, checkpoint and final model,
                           see `prunecast.server.federation.run`
+``resume``                "" or a checkpoint to go on from, such as the folder's
 ``name``                  "": what people call the run
 ``ledger``                "" or the path of a JSON Lines file for the byte ledger
 ``output``                "" or the path of a file for the final published model
@@ -34,13 +35,15 @@ Keys, with defaults:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from prunecast.common.references import load_callable
-from prunecast.server.federation.errors import FederationError
+from prunecast.server.federation.checkpoints import Checkpoint
+from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.release_config import releases_from_config
 from prunecast.server.federation.run import Run, initial_arrays
@@ -89,11 +92,23 @@ def main(grid: Grid, context: Context) -> None:
         ledger=_get(config, "ledger", "") or None,
         output=_get(config, "output", "") or None,
     )
+    resume = _get(config, "resume", "")
     run.start(
-        arrays,
+        _resumed(Path(resume), arrays) if resume else arrays,
         num_rounds=_get(config, "num-server-rounds", 3),
         timeout=float(_get(config, "timeout", 3600)),
     )
+
+
+def _resumed(path: Path, arrays: ArrayRecord) -> Checkpoint:
+    checkpoint = Checkpoint.load(path)
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    if {name: array.shape for name, array in checkpoint.arrays.items()} != shapes:
+        raise CheckpointError(
+            f"resume = {str(path)!r} in the run config is of another model: its tensors are not "
+            "those of the configured one"
+        )
+    return checkpoint
 
 
 def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -20,6 +20,7 @@ from prunecast.compression.versions import load_model
 from prunecast.server.federation import (
     AutomaticReleases,
     Checkpoint,
+    CheckpointError,
     CompressedGrid,
     FederationError,
     Ledger,
@@ -262,6 +263,19 @@ def test_the_ready_server_app_keeps_a_folder(
     assert load_model(tmp_path / "run" / "final.model").arrays()
     said = f"Prunecast: {end['bytes_down']} bytes down, {end['bytes_up']} up; plain Flower: "
     assert said in caplog.text
+
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    counter = Checkpoint.load(path).counter
+    again = {**config, "resume": str(path), "name": "again"}
+    other = InProcessGrid(make_app(tmp_path / "another"), 3, run_id=RUN_ID + 1)
+    server_app.app(other, Context(RUN_ID + 1, 0, {}, RecordDict(), again))
+    begin, first, *_ = read_events(tmp_path / "run" / "events.jsonl", "again")
+    assert begin["resumed"] is True
+    assert first["metrics"] == last["metrics"]
+    assert Checkpoint.load(path).counter > counter
+    Checkpoint({"w": np.zeros(3)}, 1, {}).save(path)
+    with pytest.raises(CheckpointError, match=r"resume = .* is of another model"):
+        server_app.app(other, Context(RUN_ID + 1, 0, {}, RecordDict(), again))
 
 
 @pytest.mark.parametrize("up", ["dense", "stc"])
