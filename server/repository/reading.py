@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from prunecast.common.locks import is_locked
 from prunecast.compression.release.manifest import (
     FileRef,
     ReleaseManifest,
@@ -57,7 +58,7 @@ class RepositoryReader:
 
     def releases(self) -> list[ReleaseEntry]:
         """Live releases, by name and number."""
-        return self._entries(self._load())
+        return self._entries(self._visible())
 
     def show(self, name: str, version: int | None = None) -> ReleaseManifest:
         """The manifest of a live release; the newest when no version is given.
@@ -66,7 +67,7 @@ class RepositoryReader:
             ReleaseNotFound: no such live release.
             RepositoryCorrupt: its manifest is missing or damaged.
         """
-        return self._manifest(self._find(self._load(), name, version))
+        return self._manifest(self._find(self._visible(), name, version))
 
     def model(self, manifest: ReleaseManifest) -> PublishedModel:
         """The published model of a release, from its keyframe.
@@ -99,7 +100,7 @@ class RepositoryReader:
 
     def expires(self) -> dict[str, datetime]:
         """When each role's metadata expires."""
-        state = self._load()
+        state = self._visible()
         expires = {role: getattr(state, role).signed.expires for role in ROLES}
         return expires | {role: held.signed.expires for role, held in state.delegated.items()}
 
@@ -148,6 +149,16 @@ class RepositoryReader:
     def _target_file(self, path: str, sha256: str) -> Path:
         folder, _, base = path.rpartition("/")
         return self.path / "targets" / folder / f"{sha256}.{base}"
+
+    def _visible(self) -> MetadataSet:
+        """What devices see, also while somebody writes a new root and what goes with it."""
+        newest = self._root_version()
+        try:
+            return MetadataSet.load(self._read, newest)
+        except RepositoryCorrupt:
+            if newest == 1 or not is_locked(self.path / ".lock"):
+                raise
+        return MetadataSet.load(self._read, newest - 1)
 
     def _load(self) -> MetadataSet:
         return MetadataSet.load(self._read, self._root_version())

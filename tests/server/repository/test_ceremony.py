@@ -23,6 +23,7 @@ from prunecast.server.repository import (
     Repository,
     RepositoryCorrupt,
     RepositoryExists,
+    RepositoryReader,
     ThresholdNotMet,
     VerificationFailed,
     maintenance,
@@ -273,6 +274,29 @@ def test_an_enactment_that_was_cut_off_is_repeated(
     target.enact(ceremony)
     assert verify_repository(target, first) == []
     target.renew()
+
+
+@pytest.mark.parametrize("role", ["root", "targets", "snapshot", "timestamp"])
+def test_others_read_the_state_before_while_a_key_is_rotated(
+    repository: Repository,
+    graph: ExportedGraph,
+    model: Model,
+    images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    role: str,
+) -> None:
+    repository.publish("toy", model(1), graph, selftest_inputs=images)
+    real, seen = maintenance.write_atomically, []
+
+    def watched(path: Path, data: bytes) -> None:
+        real(path, data)
+        reader = RepositoryReader(repository.path)
+        seen.append((path.name, reader.show("toy").version, len(reader.expires())))
+
+    monkeypatch.setattr(maintenance, "write_atomically", watched)
+    repository.rotate_key(role)
+    assert seen[0] == ("2.root.json", 1, 4)
+    assert {entry[1:] for entry in seen} == {(1, 4)}
 
 
 def test_a_quorum_is_not_replaced_by_one_key(circle: Circle, founded: Repository) -> None:
