@@ -12,8 +12,8 @@ from typing import Self
 
 from prunecast.client.edge.agent import Agent
 from prunecast.client.edge.config import AGENT_VERSION, Order, UpdateResult
-from prunecast.client.edge.control.channel import Backoff, ControlChannel
-from prunecast.client.edge.control.exchange import DirectiveWatcher, ReportSender
+from prunecast.client.edge.control.channel import ControlChannel
+from prunecast.client.edge.control.exchange import Exchange
 from prunecast.client.edge.control.store import ControlStore, StoredAnswer, StoredDirective
 from prunecast.client.edge.errors import ControlProblem, EdgeError, StateError
 from prunecast.client.edge.state import StateFolder
@@ -37,7 +37,7 @@ class Controller:
         agent: holds the state folder's lock.
         channel: to the server.
         wake: set when there is another directive.
-        on_event: called with True when connected, False when not, and with every new problem.
+        on_event: called with True when connected, and with every new problem.
         rng: source of the jitter; default seeded from the operating system.
         make_id: makes identifiers of reports.
     """
@@ -52,32 +52,22 @@ class Controller:
         rng: random.Random | None = None,
         make_id: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
-        self._agent, self._channel, self._on_event = agent, channel, on_event
-        self._settings, draw = channel.settings, rng or random.Random()
+        self._agent, self._settings = agent, channel.settings
         self.store = ControlStore(StateFolder(agent.config.state), make_id)
         self._said: tuple[str, int | None] | None = None
         self._said_at = time.monotonic()
-        self._known: bool | str | None = None
-        waits = [Backoff(self._settings.first_wait, self._settings.most_wait, draw) for _ in "ab"]
-        self._sender = ReportSender(channel, self.store, backoff=waits[0], problem=self._tell)
-        self._watcher = DirectiveWatcher(
+        self._exchange = Exchange(
             channel,
             self.store,
             release=agent.config.name,
             running=lambda: agent.model.version,
-            backoff=waits[1],
             changed=wake.set,
-            connected=self._connected,
-            problem=self._tell,
+            on_event=on_event,
+            rng=rng or random.Random(),
         )
-        self._threads = [
-            threading.Thread(target=work.run, name=f"control {name}", daemon=True)
-            for name, work in (("watcher", self._watcher), ("sender", self._sender))
-        ]
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        self._exchange.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,11 +75,7 @@ class Controller:
 
     def close(self) -> None:
         """End the connection; reports that wait are kept for the next process."""
-        self._watcher.stop()
-        self._sender.stop()
-        self._channel.reset()
-        for thread in self._threads:
-            thread.join(10)
+        self._exchange.stop()
 
     def order(self) -> Order:
         """What the agent shall run now."""
@@ -116,8 +102,8 @@ class Controller:
                 made=time.time(),
             )
         except StateError as error:
-            self._tell(ControlProblem(f"a report is not kept: {error}"))
-        self._sender.wake()
+            self._exchange.tell(ControlProblem(f"a report is not kept: {error}"))
+        self._exchange.wake()
 
     def _answer(self, result: UpdateResult | EdgeError) -> StoredAnswer | None:
         """What has become of the directive, if that was not said yet.
@@ -144,17 +130,6 @@ class Controller:
         said = self.store.directive
         mine = said and said.version is not None and said.release == self._agent.config.name
         return said if mine else None
-
-    def _connected(self, now: bool) -> None:
-        self._sender.online(now)
-        if now and self._known is not True:
-            self._known = True
-            self._on_event(True)
-
-    def _tell(self, problem: ControlProblem) -> None:
-        if str(problem) != self._known:  # the same again is no news
-            self._known = str(problem)
-            self._on_event(problem)
 
 
 def fleet_figures(found: TelemetrySnapshot) -> dict[str, float]:

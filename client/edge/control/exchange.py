@@ -1,7 +1,8 @@
-"""The two threads beside an agent: one hears directives, the other brings reports."""
+"""What goes on beside an agent: one thread hears directives, another one brings reports."""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -15,10 +16,10 @@ from prunecast.client.edge.control.store import ControlStore, StoredDirective, S
 from prunecast.client.edge.errors import ControlProblem, StateError
 from prunecast.common.fleet_protocol import messages
 
-__all__ = ["DirectiveWatcher", "ReportSender"]
+__all__ = ["Exchange"]
 
 _ANSWER = 30.0
-"""Seconds that the server may take for its first message."""
+"""Seconds that the server may take for its first message, or to take a report."""
 _LONGEST_PAUSE = 3600
 """Seconds between signs of life that a server may ask a device to put up with."""
 _STEADY = 60.0
@@ -30,20 +31,27 @@ _HOPELESS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.UNIMPLEMENTED,
 }
+_NEVER = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED}
+"""The server will never take this report."""
+_OUTCOMES = {
+    "succeeded": messages.OUTCOME_SUCCEEDED,
+    "self-test failed": messages.OUTCOME_SELFTEST_FAILED,
+    "rolled back": messages.OUTCOME_ROLLED_BACK,
+    "crash loop": messages.OUTCOME_CRASH_LOOP,
+}
 
 
-class DirectiveWatcher:
-    """Keeps a Watch open; `run` is the work of a thread.
+class Exchange:
+    """Keeps a Watch open, and while there is one sends the reports that the store holds.
 
     Args:
         channel: to the server.
-        store: takes what the server says.
+        store: takes what the server says and holds the reports.
         release: name of the release that the agent follows.
         running: gives the version that is active.
-        backoff: how long to wait between connections.
         changed: called after a directive that differs from the last one.
-        connected: called with True when the server has accepted, with False when it is gone.
-        problem: called with what is wrong.
+        on_event: called with True when connected, and with every new problem.
+        rng: source of the jitter.
     """
 
     def __init__(
@@ -53,38 +61,62 @@ class DirectiveWatcher:
         *,
         release: str,
         running: Callable[[], int | None],
-        backoff: Backoff,
         changed: Callable[[], None],
-        connected: Callable[[bool], None],
-        problem: Callable[[ControlProblem], None],
+        on_event: Callable[[bool | ControlProblem], None],
+        rng: random.Random,
     ) -> None:
         self._channel, self._store, self._release = channel, store, release
-        self._running, self._backoff = running, backoff
-        self._changed, self._connected, self._problem = changed, connected, problem
-        self._stop = threading.Event()
+        self._running, self._changed, self._on_event = running, changed, on_event
+        first, most = channel.settings.first_wait, channel.settings.most_wait
+        self._resend, self._reconnect = Backoff(first, most, rng), Backoff(first, most, rng)
+        self._stopped, self._online = threading.Event(), threading.Event()
+        self._bell = threading.Event()  # for the sender
         self._call: Any = None
+        self._known: bool | str | None = None
+        self._threads = [
+            threading.Thread(target=work, name=f"control {name}", daemon=True)
+            for name, work in (("watcher", self._keep_watching), ("sender", self._keep_sending))
+        ]
 
-    def run(self) -> None:
-        """Watch until `stop`."""
-        while not self._stop.is_set():
-            begun = time.monotonic()
-            error = self._watch()
-            self._connected(False)
-            self._channel.reset()
-            if self._stop.is_set():
-                return
-            if time.monotonic() - begun >= _STEADY:
-                self._backoff.reset()
-            code = error.code() if isinstance(error, grpc.RpcError) else None
-            waits = self._backoff.long if code in _HOPELESS else self._backoff.next
-            self._problem(describe(error))
-            self._stop.wait(waits())
+    def start(self) -> None:
+        """Begin both."""
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """End `run`."""
-        self._stop.set()
+        """End both; what was not sent is sent by the next process."""
+        self._stopped.set()
+        self._bell.set()
         if (call := self._call) is not None:
             call.cancel()
+        self._channel.reset()
+        for thread in self._threads:
+            thread.join(10)
+
+    def wake(self) -> None:
+        """There may be a new report."""
+        self._bell.set()
+
+    def tell(self, problem: ControlProblem) -> None:
+        """Tell what is wrong, unless it is what was told last."""
+        if str(problem) != self._known:
+            self._known = str(problem)
+            self._on_event(problem)
+
+    def _keep_watching(self) -> None:
+        while not self._stopped.is_set():
+            begun = time.monotonic()
+            error = self._watch()
+            self._online.clear()
+            self._channel.reset()
+            if self._stopped.is_set():
+                return
+            if time.monotonic() - begun >= _STEADY:
+                self._reconnect.reset()
+            code = error.code() if isinstance(error, grpc.RpcError) else None
+            waits = self._reconnect.long if code in _HOPELESS else self._reconnect.next
+            self.tell(describe(error))
+            self._stopped.wait(waits())
 
     def _watch(self) -> Exception:
         """One Watch until it ends; why it ended."""
@@ -97,7 +129,7 @@ class DirectiveWatcher:
                 running=self._running(),
             )
             self._call = self._channel.call("Watch", request)
-            if self._stop.is_set():  # asked to end between the two
+            if self._stopped.is_set():  # asked to end between the two
                 self._call.cancel()
             with watched(self._call, _ANSWER) as allow:
                 silence = _ANSWER
@@ -106,7 +138,7 @@ class DirectiveWatcher:
                         pause = event.welcome.keep_alive_seconds
                         silence = 3.0 * min(max(1, pause), _LONGEST_PAUSE)
                         self._keep(self._store.welcome, event.welcome.device, fingerprint)
-                        self._connected(True)
+                        self._connected()
                     elif event.HasField("directive") and self._keep(
                         self._store.accept, _directive(event.directive)
                     ):
@@ -122,50 +154,17 @@ class DirectiveWatcher:
         try:
             return bool(keep(*said))
         except StateError as error:
-            self._problem(ControlProblem(f"what the fleet said is not kept: {error}"))
+            self.tell(ControlProblem(f"what the fleet said is not kept: {error}"))
             return True
 
+    def _connected(self) -> None:
+        self._online.set()
+        self._bell.set()
+        if self._known is not True:
+            self._known = True
+            self._on_event(True)
 
-def _directive(said: Any) -> StoredDirective:
-    version = said.version if said.HasField("version") else None
-    return StoredDirective(said.serial, said.release, version, said.downgrade, said.rollout)
-
-
-_TIMEOUT = 30.0
-_NEVER = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED}
-"""The server will never take this report."""
-_OUTCOMES = {
-    "succeeded": messages.OUTCOME_SUCCEEDED,
-    "self-test failed": messages.OUTCOME_SELFTEST_FAILED,
-    "rolled back": messages.OUTCOME_ROLLED_BACK,
-    "crash loop": messages.OUTCOME_CRASH_LOOP,
-}
-
-
-class ReportSender:
-    """Sends what the store holds while there is a connection; `run` is the work of a thread.
-
-    Args:
-        channel: to the server.
-        store: holds the reports.
-        backoff: how long to wait after a failure.
-        problem: called with what is wrong.
-    """
-
-    def __init__(
-        self,
-        channel: ControlChannel,
-        store: ControlStore,
-        *,
-        backoff: Backoff,
-        problem: Callable[[ControlProblem], None],
-    ) -> None:
-        self._channel, self._store, self._backoff, self._problem = channel, store, backoff, problem
-        self._stopped, self._online = threading.Event(), threading.Event()
-        self._bell = threading.Event()
-
-    def run(self) -> None:
-        """Send until `stop`."""
+    def _keep_sending(self) -> None:
         while not self._stopped.is_set():
             self._bell.clear()
             report = self._store.first() if self._online.is_set() else None
@@ -173,50 +172,39 @@ class ReportSender:
                 self._bell.wait()
                 continue
             try:
-                waits = self._send(report)
+                self._send(report)
+                continue
             except StateError as error:
-                self._problem(ControlProblem(f"a report is not crossed off: {error}"))
-                waits = self._backoff.next()
+                self.tell(ControlProblem(f"a report is not crossed off: {error}"))
+                waits = self._resend.next()
             except Exception as error:  # whatever it is, the device must go on reporting
                 if self._online.is_set():  # else the watcher has said why
-                    self._problem(describe(error))
-                waits = self._wait_after(error)
-            if waits:
-                self._stopped.wait(waits)
+                    self.tell(describe(error))
+                waits = max(self._resend.next(), _asked_to_wait(error))
+            self._stopped.wait(waits)
 
-    def online(self, now: bool) -> None:
-        """There is a connection, or there is none."""
-        (self._online.set if now else self._online.clear)()
-        self.wake()
-
-    def wake(self) -> None:
-        """There may be a new report."""
-        self._bell.set()
-
-    def stop(self) -> None:
-        """End `run`; what was not sent is sent by the next process."""
-        self._stopped.set()
-        self._bell.set()
-
-    def _send(self, report: StoredReport) -> float:
-        call = self._channel.call("Report", _request(report), timeout=_TIMEOUT)
+    def _send(self, report: StoredReport) -> None:
+        call = self._channel.call("Report", _request(report), timeout=_ANSWER)
         try:
             call.result()
         except grpc.RpcError as error:
             if error.code() not in _NEVER:
                 raise
-            self._problem(describe(error))
+            self.tell(describe(error))
         self._store.done(report.id)
-        self._backoff.reset()
-        return 0.0
+        self._resend.reset()
 
-    def _wait_after(self, error: Exception) -> float:
-        waits = self._backoff.next()
-        if isinstance(error, grpc.RpcError):
-            said = dict(error.trailing_metadata() or ()).get("retry-after", "")
-            if str(said).isdigit():
-                return max(waits, min(float(said), 3600.0))
-        return waits
+
+def _asked_to_wait(error: Exception) -> float:
+    """Seconds that the server wants to be left alone, an hour at most."""
+    trailing = error.trailing_metadata() if isinstance(error, grpc.RpcError) else None
+    said = str(dict(trailing or ()).get("retry-after", ""))
+    return min(float(said), 3600.0) if said.isdigit() else 0.0
+
+
+def _directive(said: Any) -> StoredDirective:
+    version = said.version if said.HasField("version") else None
+    return StoredDirective(said.serial, said.release, version, said.downgrade, said.rollout)
 
 
 def _request(report: StoredReport) -> Any:
