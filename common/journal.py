@@ -18,9 +18,9 @@ from typing import IO, Any
 from prunecast.common.files import StorageError
 from prunecast.common.locks import take_lock
 
-__all__ = ["Journal", "new_run_id", "read_headers", "read_run"]
+__all__ = ["Journal", "new_run_id", "read_run"]
 
-_LONGEST = 1 << 20  # bytes of a line: what is longer was not written here
+_LONGEST = 1 << 24  # bytes of a line: what is longer was not written here
 
 
 def new_run_id() -> str:
@@ -109,16 +109,6 @@ class Journal:
         return StorageError(
             f"cannot write {self.path} ({error.strerror or error}): make room, or give another path"
         )
-
-
-def read_headers(path: Path) -> list[dict[str, Any]]:
-    """Headers of the runs in a journal, oldest first.
-
-    Raises:
-        StorageError: the file cannot be read.
-    """
-    with _open(path) as file:
-        return [header for _, header in _headers(file, path)]
 
 
 def read_run(path: Path, *, schema: int, run: str | None = None) -> Iterator[dict[str, Any]]:

@@ -39,6 +39,8 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 LEDGER, EVENTS = "ledger.jsonl", "events.jsonl"
 CHECKPOINT, MODEL = "checkpoint.safetensors", "final.model"
 
+_NAMED, _LONGEST = 100, 300  # failed nodes in an event, and characters of a reason
+
 
 def initial_arrays(model: Callable[[], nn.Module], *, seed: int) -> tuple[nn.Module, ArrayRecord]:
     """A model with weights drawn from `seed`, and its arrays; generators keep their state."""
@@ -251,14 +253,14 @@ class _Rounds(GridWrapper):
             if reply is not None and not reply.has_error():
                 self._trained += message.metadata.message_type == MessageType.TRAIN
                 continue
-            reason = "no reply in time" if reply is None else str(reply.error.reason)
+            reason = "no reply in time" if reply is None else str(reply.error.reason)[:_LONGEST]
             # as text: JavaScript rounds integers of 64 bits
             failed.append({"node": str(message.metadata.dst_node_id), "reason": reason})
         self._failed += failed
         if failed and self._run.stop_on_failure:
             raise NodesFailed(
                 f"round {self._number}: {len(failed)} clients answered with an error, the first: "
-                f"{failed[0]['reason'][:300]}"
+                f"{failed[0]['reason']}"
             )
         return replies
 
@@ -309,7 +311,12 @@ class _Rounds(GridWrapper):
             metrics=dict(measured or {}),
             client_metrics=self._metrics,
             sparsity=published.sparsity() if published else 0.0,
-            nodes={"asked": self._asked, "trained": self._trained, "failed": self._failed},
+            nodes={
+                "asked": self._asked,
+                "trained": self._trained,
+                "failures": len(self._failed),
+                "failed": self._failed[:_NAMED],
+            },
             **self.cost(),
         )
         if server_round and run.folder is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from prunecast.common.files import StorageError
-from prunecast.common.journal import Journal, new_run_id, read_headers, read_run
+from prunecast.common.journal import Journal, new_run_id, read_run
 
 
 def write(path: Path, run: str, *lines: dict[str, Any], **header: Any) -> None:
@@ -29,7 +29,8 @@ def test_a_run_is_appended_and_found_by_id_or_name(tmp_path: Path) -> None:
     write(path, "one", {"n": 1}, {"n": 2}, name="a")
     write(path, "two", {"n": 3}, name="b")
     write(path, "three", name="a")
-    assert [header["run"] for header in read_headers(path)] == ["one", "two", "three"]
+    headers = [next(read_run(path, schema=1, run=run)) for run in ("one", "two", "three")]
+    assert [header["run"] for header in headers] == ["one", "two", "three"]
     assert numbers(path) == []
     assert numbers(path, "one") == [1, 2]
     assert numbers(path, "b") == [3]
@@ -91,14 +92,14 @@ def test_a_newer_schema_is_refused_with_the_remedy(tmp_path: Path, schema: Any) 
 
 def test_a_file_of_something_else_is_no_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    path.write_bytes(b"\0" * (3 << 20))
+    path.write_bytes(b"\0" * (17 << 20))
     with pytest.raises(StorageError, match="no journal"):
         read_run(path, schema=1)
     path.write_bytes(b"[" * 100_000 + b"\n" + b'{"schema": 1}')
     with pytest.raises(StorageError, match="no run"):
         read_run(path, schema=1)
     with pytest.raises(StorageError, match="cannot read"):
-        read_headers(tmp_path)
+        read_run(tmp_path, schema=1)
     with pytest.raises(StorageError, match="cannot write"):
         Journal(tmp_path, {"schema": 1})
 

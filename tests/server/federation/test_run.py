@@ -75,8 +75,8 @@ def test_a_folder_holds_what_the_run_did(inner: InProcessGrid, tmp_path: Path) -
     assert kinds == ["round-finished", *["round-begun", "round-finished"] * 3]
     rounds = [event for event in middle if event["event"] == "round-finished"]
     assert [event["round"] for event in rounds] == [0, 1, 2, 3]
-    assert rounds[0]["nodes"] == {"asked": 0, "trained": 0, "failed": []}
-    assert rounds[2]["nodes"] == {"asked": 3, "trained": 3, "failed": []}
+    assert rounds[0]["nodes"] == {"asked": 0, "trained": 0, "failures": 0, "failed": []}
+    assert rounds[2]["nodes"] == {"asked": 3, "trained": 3, "failures": 0, "failed": []}
     assert rounds[3]["client_metrics"].keys() == {"train", "evaluate"}
     assert rounds[3]["client_metrics"]["evaluate"] == dict(result.evaluate_metrics_clientapp[3])
     assert [event["metrics"] for event in rounds] == [
@@ -162,6 +162,7 @@ def test_failed_nodes_are_told_and_left_out(inner: InProcessGrid, tmp_path: Path
     [failed, again] = heard[-2]["nodes"]["failed"]
     assert heard[-2]["nodes"]["asked"] == 2
     assert heard[-2]["nodes"]["trained"] == 1
+    assert heard[-2]["nodes"]["failures"] == 2
     assert failed["node"] == again["node"] == "2"
     assert failed["reason"]
     warnings = [event["text"] for event in heard if event["event"] == "warning"]
@@ -352,3 +353,15 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing(
     assert len(warned) == 2
     assert all("No checkpoint of round" in text for text in warned)
     assert events[-1]["event"] == "run-finished"
+
+
+def test_an_event_names_a_bounded_number_of_failed_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("prunecast.server.federation.run._NAMED", 2)
+    heard: list[Any] = []
+    broken = InProcessGrid(ClientApp(), 3, run_id=RUN_ID)
+    Run(broken, FedAvg(), on_event=heard.append).start(arrays(), num_rounds=1)
+    nodes = heard[-2]["nodes"]
+    assert (nodes["asked"], nodes["trained"], nodes["failures"]) == (3, 0, 6)
+    assert len(nodes["failed"]) == 2
