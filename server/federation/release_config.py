@@ -124,7 +124,8 @@ def _open(
     except (RepositoryError, ReleaseError, OSError) as error:
         wrong, reason = option, str(error)
         if isinstance(error, RecipeError):
-            wrong, reason = error.option, error.message
+            wrong = "graph" if error.option == "module" else error.option  # it stands for one
+            reason = error.message
         raise ReleaseRuleError(f"{_PREFIX}{wrong} = {given.get(wrong, '')!r}: {reason}") from error
     held = newest.metrics.get(rule.metric) if newest else None
     return AutomaticReleases(rule, recipe_releaser(recipe, repository, given["name"]), held)

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from prunecast.common.files import cache_folder
 from prunecast.compression.onnx.graph import ExportedGraph, load_graph
 from prunecast.compression.onnx.lattice import STEPS, Steps
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import Arrays, unpack_arrays
@@ -134,12 +135,21 @@ class ReleaseRecipe:
             raise RecipeError("selftest", "a release needs inputs for its self-test, or samples")
         if self.onnx is not None and self.share is not None:
             raise RecipeError("channels", "are removed from a torch module: give that")
+        if self.graph is not None and self.share is not None:
+            if self._plan is None:
+                raise RecipeError("channels", "the graph has all channels: give the module")
+            if self.share != self._plan.share:
+                raise RecipeError("channels", f"the graph has {self._plan.share:.0%} of them")
 
     @property
     def share(self) -> float | None:
-        """Share of the channels that remain; None for all."""
+        """Share of the channels that remain; None for all, or for as many as the graph has."""
         structured = self.variant == "structured" and self.channels is None
         return _HALF if structured else self.channels
+
+    @cached_property
+    def _plan(self) -> ChannelPlan | None:
+        return plan_of(self.graph.skeleton) if self.graph is not None else None
 
     def prepared(self) -> ReleaseRecipe:
         """The same recipe with its module exported, where every release has the same graph.
@@ -236,13 +246,9 @@ class ReleaseRecipe:
                 samples=self.samples.inputs if self.samples else None,
             )
         assert self.graph is not None
-        plan = plan_of(self.graph.skeleton)
+        plan = self._plan
         if plan is None:
-            if share is not None:
-                raise RecipeError("channels", "the graph has all channels: give the module")
             return Architecture(self.graph, model)
-        if share not in (None, plan.share):
-            raise RecipeError("channels", f"the graph has {plan.share:.0%} of them")
         notes = (
             f"{plan.share:.0%} of the channels remain, as the graph says",
             "numerics compare with the same channels in float32: give the module to compare with "

@@ -330,7 +330,11 @@ def test_no_repository_means_no_releases() -> None:
         ({"release.every": 2.5}, "release.every = 2.5 in the run config is no int"),
         ({"release.variant": "int4"}, "release.variant = 'int4': must be fp32, int8"),
         ({"release.variant": "int8-qdq"}, "release.calibration = '': is missing"),
-        ({"release.channels": 0.5}, "release.calibration = '': is missing"),
+        ({"release.channels": 0.5}, "release.channels = 0.5: the graph has all channels"),
+        (
+            {"release.graph": "", "release.variant": "structured"},
+            "release.calibration = '': is missing",
+        ),
         ({"release.calibration": "nowhere.npz"}, "release.calibration = 'nowhere.npz'"),
         ({"release.selftest": ""}, "release.selftest = '': a release needs inputs"),
         ({"release.evry": 2}, "unknown run config key release.evry"),
@@ -342,3 +346,11 @@ def test_a_config_that_cannot_work_is_refused_before_training(
 ) -> None:
     with pytest.raises(ReleaseRuleError, match=message):
         releases_from_config({**config, **changed}, _factory)
+
+
+def test_a_model_that_cannot_be_exported_is_refused_before_training(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config |= {"release.graph": "", "release.graph-cache": str(tmp_path / "graphs")}
+    with pytest.raises(ReleaseRuleError, match="makes a dict, not a torch module"):
+        releases_from_config(config, dict)  # type: ignore[arg-type]

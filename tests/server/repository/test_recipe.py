@@ -58,6 +58,8 @@ def published(number: int) -> PublishedModel:
         ({"module": narrowable.make}, "module", "either a module or a graph"),
         ({"selftest": None}, "selftest", "needs inputs"),
         ({"graph": None, "onnx": Path("m.onnx"), "channels": 0.5}, "channels", "torch module"),
+        ({"channels": 0.5}, "channels", "the graph has all channels"),
+        ({"variant": "structured"}, "channels", "the graph has all channels"),
     ],
 )
 def test_a_recipe_that_cannot_work_names_its_field(
@@ -74,7 +76,6 @@ def test_weights_that_do_not_go_with_a_recipe_name_their_field(tmp_path: Path) -
     wrong: list[tuple[ReleaseRecipe, PublishedModel | None, str]] = [
         (recipe, None, "model"),
         (replace(recipe, bits=8), classifier(1), "bits"),
-        (replace(recipe, channels=0.5), classifier(1), "channels"),
         (replace(recipe, graph=None, module=dict), classifier(1), "module"),
     ]
     for made, model, option in wrong:
