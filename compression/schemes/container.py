@@ -45,7 +45,7 @@ from prunecast.compression.codec import (
 from . import UnsupportedTensor
 from .layout import Layout, total_size
 
-__all__ = ["CODINGS", "Envelope", "Reader", "coded", "decoded", "seal", "unseal"]
+__all__ = ["CODINGS", "Envelope", "Reader", "checked_scales", "coded", "decoded", "seal", "unseal"]
 
 MAGIC = b"PCS"
 MAJOR, MINOR = 1, 0
@@ -101,10 +101,7 @@ class Reader:
 
     def scales(self, count: int) -> NDArray[np.float32]:
         """The next `count` float32 numbers, which must be finite and not negative."""
-        values = self.array("<f4", count)
-        if not (np.isfinite(values) & (values >= 0)).all():
-            raise MalformedPayload("a scale is negative or no number")
-        return values
+        return checked_scales(self.array("<f4", count))
 
     def bits(self, count: int) -> NDArray[np.bool_]:
         """The next `count` bits, bit 7 of a byte first; zeros fill the last byte."""
@@ -121,6 +118,13 @@ class Reader:
         """MalformedPayload unless everything was read."""
         if self.left:
             raise MalformedPayload(f"{self.left} bytes follow the end of a section")
+
+
+def checked_scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scales, or norms; MalformedPayload unless they are finite and not negative."""
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise MalformedPayload("a scale is negative or no number")
+    return values
 
 
 def seal(scheme: int, coding: str, layout: Layout, body: bytes) -> bytes:

@@ -1,34 +1,81 @@
-"""Every entry in fewer bits: IEEE half precision, and integers with one scale per channel.
+"""Every entry in fewer bits: its sign, IEEE half precision, integers with one scale per channel.
 
-Integers of 8 and 4 bits as in post-training quantisation (Jacob et al. 2018, "Quantization and
-Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"; Krishnamoorthi 2018,
-section 2.2, per-channel symmetric).
+Signs as in Bernstein et al. 2018 ("signSGD: Compressed Optimisation for Non-Convex Problems",
+algorithm 3). Integers of 8 and 4 bits as in post-training quantisation (Jacob et al. 2018,
+"Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference";
+Krishnamoorthi 2018, section 2.2, per-channel symmetric).
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits, MalformedPayload
 
-from . import OutOfRange
-from .container import Reader, coded, decoded
+from . import BadConfig, LayoutMismatch, OutOfRange, WrongScheme
+from .container import Reader, coded, decoded, seal, unseal
 from .interface import Draws, Quantised, Scheme
 from .layout import Arrays, Layout, State, concatenated, scaled, split, step_of, total_size
 
-__all__ = ["Fp16", "Int4", "Int8"]
+__all__ = ["Fp16", "Int4", "Int8", "SignSgd", "majority_vote"]
 
-_OVERFLOW = ("error", "saturate")
+
+class _Dense(Scheme):
+    """The body is the scales, and then a number for every entry."""
+
+    dtype: ClassVar[str]
+    """Of these numbers."""
+
+    def _write(self, quantised: Quantised, layout: Layout) -> bytes:
+        scales = quantised.scales.astype("<f4").tobytes()
+        if self.coding == "prunecast":
+            return scales + coded(quantised.values)
+        return scales + self._packed(concatenated(quantised.values, list(layout), self.dtype))
+
+    @classmethod
+    def _read(cls, reader: Reader, layout: Layout, coding: str, limits: Limits) -> Quantised:
+        scales = reader.scales(sum(map(cls._scales, layout.values())))
+        if coding == "prunecast":
+            values = decoded(reader.rest(), layout, cls.dtype, limits)
+        else:
+            flat = cls._unpacked(reader, total_size(layout))
+            values = split(flat, list(layout), layout)
+        for name, value in values.items():
+            cls._verify(name[:80], value)
+        return Quantised(values, scales)
+
+    @classmethod
+    def _scales(cls, shape: tuple[int, ...]) -> int:
+        """Number of scales of a tensor."""
+        return 0
+
+    @classmethod
+    def _verify(cls, name: str, values: NDArray[Any]) -> None:
+        """MalformedPayload when no sender can have sent such numbers."""
+
+    @classmethod
+    @abstractmethod
+    def _packed(cls, flat: NDArray[Any]) -> bytes:
+        """The numbers in the paper's coding."""
+
+    @classmethod
+    @abstractmethod
+    def _unpacked(cls, reader: Reader, count: int) -> NDArray[Any]:
+        """Inverse of `_packed`."""
+
+
 _TOP = np.finfo(np.float16).max
 
 
 @dataclass(frozen=True)
-class Fp16(Scheme):
+class Fp16(_Dense):
     """Every entry as IEEE half precision, rounded to nearest even as numpy does.
 
     Attributes:
@@ -44,16 +91,11 @@ class Fp16(Scheme):
 
     name: ClassVar[str] = "fp16"
     number: ClassVar[int] = 7
+    dtype = "float16"
+    choices: ClassVar = {"overflow": ("error", "saturate")}
 
     overflow: str = "error"
     error_feedback: bool = False
-
-    def _check(self) -> None:
-        if self.overflow not in _OVERFLOW:
-            raise self._bad("overflow", " or ".join(map(repr, _OVERFLOW)))
-
-    def _buffers(self) -> tuple[str, ...]:
-        return ("residual",) if self.error_feedback else ()
 
     def _quantise(self, tensors: Arrays, state: State, draws: Draws) -> Quantised:
         values: dict[str, NDArray[np.float16]] = {}
@@ -70,51 +112,39 @@ class Fp16(Scheme):
             values[name] = half
         return Quantised(values, np.zeros(0, np.float32))
 
-    def _write(self, quantised: Quantised, layout: Layout) -> bytes:
-        if self.coding == "prunecast":
-            return coded(quantised.values)
-        return concatenated(quantised.values, list(layout), np.float16).astype("<f2").tobytes()
+    @classmethod
+    def _verify(cls, name: str, values: NDArray[Any]) -> None:
+        if not np.isfinite(values).all():
+            raise MalformedPayload(f"tensor {name!r} holds NaN or an infinity")
 
     @classmethod
-    def _read(cls, reader: Reader, layout: Layout, coding: str, limits: Limits) -> Quantised:
-        if coding == "prunecast":
-            values = decoded(reader.rest(), layout, "float16", limits)
-        else:
-            flat = reader.array("<f2", total_size(layout))
-            values = split(flat, list(layout), layout)
-        for name, value in values.items():
-            if not np.isfinite(value).all():
-                raise MalformedPayload(f"tensor {name[:80]!r} holds NaN or an infinity")
-        return Quantised(values, np.zeros(0, np.float32))
+    def _packed(cls, flat: NDArray[Any]) -> bytes:
+        return flat.astype("<f2").tobytes()
+
+    @classmethod
+    def _unpacked(cls, reader: Reader, count: int) -> NDArray[Any]:
+        return reader.array("<f2", count)
 
     @classmethod
     def _restore(cls, quantised: Quantised, layout: Layout) -> Arrays:
         return {name: value.astype(np.float32) for name, value in quantised.values.items()}
 
 
-_ROUNDING = ("nearest", "stochastic")
-
-
 @dataclass(frozen=True)
-class _Integers(Scheme):
+class _Integers(_Dense):
     top: ClassVar[int]
     """Largest magnitude of an integer."""
+    dtype = "int8"
+    choices: ClassVar = {"rounding": ("nearest", "stochastic")}
 
     rounding: str = "nearest"
     error_feedback: bool = False
-
-    def _check(self) -> None:
-        if self.rounding not in _ROUNDING:
-            raise self._bad("rounding", " or ".join(map(repr, _ROUNDING)))
-
-    def _buffers(self) -> tuple[str, ...]:
-        return ("residual",) if self.error_feedback else ()
 
     def _quantise(self, tensors: Arrays, state: State, draws: Draws) -> Quantised:
         values: dict[str, NDArray[np.int8]] = {}
         scales: list[NDArray[np.float32]] = []
         for name, tensor in tensors.items():
-            rows = tensor.reshape(_channels(tensor.shape), -1) if tensor.size else tensor
+            rows = tensor.reshape(self._scales(tensor.shape), -1) if tensor.size else tensor
             if not tensor.size:
                 values[name] = np.zeros(tensor.shape, np.int8)
                 continue
@@ -130,31 +160,24 @@ class _Integers(Scheme):
             values[name] = whole.astype(np.int8).reshape(tensor.shape)
         return Quantised(values, np.concatenate([np.zeros(0, np.float32), *scales]))
 
-    def _write(self, quantised: Quantised, layout: Layout) -> bytes:
-        scales = quantised.scales.astype("<f4").tobytes()
-        if self.coding == "prunecast":
-            return scales + coded(quantised.values)
-        return scales + self._packed(concatenated(quantised.values, list(layout), np.int8))
+    @classmethod
+    def _scales(cls, shape: tuple[int, ...]) -> int:
+        """The first dimension of a matrix or kernel, else one; none of nothing."""
+        if not math.prod(shape):
+            return 0
+        return shape[0] if len(shape) > 1 else 1
 
     @classmethod
-    def _read(cls, reader: Reader, layout: Layout, coding: str, limits: Limits) -> Quantised:
-        scales = reader.scales(sum(map(_channels, layout.values())))
-        if coding == "prunecast":
-            values = decoded(reader.rest(), layout, "int8", limits)
-        else:
-            flat = cls._unpacked(reader, total_size(layout))
-            values = split(flat, list(layout), layout)
-        for name, value in values.items():
-            if value.size and not -cls.top <= value.min() <= value.max() <= cls.top:
-                raise MalformedPayload(f"an integer of {name[:80]!r} is above {cls.top}")
-        return Quantised(values, scales)
+    def _verify(cls, name: str, values: NDArray[Any]) -> None:
+        if values.size and not -cls.top <= values.min() <= values.max() <= cls.top:
+            raise MalformedPayload(f"an integer of {name!r} is above {cls.top}")
 
     @classmethod
     def _restore(cls, quantised: Quantised, layout: Layout) -> Arrays:
         arrays: Arrays = {}
         at = 0
         for name, value in quantised.values.items():
-            count = _channels(value.shape)
+            count = cls._scales(value.shape)
             mine = quantised.scales[at : at + count]
             at += count
             rows = value.reshape(count, -1) if count else value
@@ -166,19 +189,12 @@ class _Integers(Scheme):
         return arrays
 
     @classmethod
-    def _packed(cls, flat: NDArray[np.int8]) -> bytes:
+    def _packed(cls, flat: NDArray[Any]) -> bytes:
         return flat.tobytes()
 
     @classmethod
-    def _unpacked(cls, reader: Reader, count: int) -> NDArray[np.int8]:
-        return np.asarray(reader.array("<i1", count), np.int8)
-
-
-def _channels(shape: tuple[int, ...]) -> int:
-    """Number of scales: the first dimension of a matrix or kernel, else one; none of nothing."""
-    if not math.prod(shape):
-        return 0
-    return shape[0] if len(shape) > 1 else 1
+    def _unpacked(cls, reader: Reader, count: int) -> NDArray[Any]:
+        return reader.array("<i1", count)
 
 
 @dataclass(frozen=True)
@@ -222,12 +238,12 @@ class Int4(_Integers):
     top: ClassVar[int] = 7
 
     @classmethod
-    def _packed(cls, flat: NDArray[np.int8]) -> bytes:
+    def _packed(cls, flat: NDArray[Any]) -> bytes:
         nibbles = np.concatenate([flat, np.zeros(len(flat) % 2, np.int8)]).view(np.uint8) & 15
         return (nibbles[::2] | nibbles[1::2] << 4).tobytes()
 
     @classmethod
-    def _unpacked(cls, reader: Reader, count: int) -> NDArray[np.int8]:
+    def _unpacked(cls, reader: Reader, count: int) -> NDArray[Any]:
         octets = reader.array("u1", count + 1 >> 1)
         if count % 2 and octets[-1] >> 4:
             raise MalformedPayload("the half byte after the last integer is not zero")
@@ -235,3 +251,130 @@ class Int4(_Integers):
         flat[::2] = octets << 4
         flat[1::2] = octets & 0xF0
         return (flat.view(np.int8) >> 4)[:count]
+
+
+@dataclass(frozen=True)
+class SignSgd(_Dense):
+    """One bit per entry: its sign.
+
+    Attributes:
+        step: magnitude of every received entry; the paper's server applies its learning rate to
+            signs, so 1. With 0 it is the mean magnitude of each tensor, which travels as one
+            float32 (Karimireddy et al. 2019, "Error Feedback Fixes SignSGD", algorithm 1).
+        ties: sign of an entry that is zero, for which one bit has no room: "random", a fair
+            coin drawn from the key, or "positive".
+        error_feedback: keep what the signs left out (the same, algorithm 1).
+
+    >>> sign = SignSgd(step=0.5)
+    >>> payload, _ = sign.encode({"w": np.float32([3, -4])}, sign.init({"w": (2,)}), key=1)
+    >>> sign.decode(payload)["w"].tolist()
+    [0.5, -0.5]
+    """
+
+    name: ClassVar[str] = "signsgd"
+    number: ClassVar[int] = 4
+    dtype = "bool"
+    choices: ClassVar = {"ties": ("random", "positive")}
+
+    step: float = 1.0
+    ties: str = "random"
+    error_feedback: bool = False
+
+    def _check(self) -> None:
+        if not 0 <= self.step <= float(np.finfo(np.float32).max):
+            raise self._bad("step", "0 or a magnitude")
+
+    def _quantise(self, tensors: Arrays, state: State, draws: Draws) -> Quantised:
+        values: dict[str, NDArray[np.bool_]] = {}
+        scales = []
+        for name, tensor in tensors.items():
+            positive = tensor > 0
+            zero = tensor == 0
+            coins = draws.coins(name, tensor.size).reshape(tensor.shape)
+            values[name] = np.where(zero, coins if self.ties == "random" else True, positive)
+            mean = np.abs(tensor).mean(dtype=np.float64) if tensor.size else 0.0
+            scales.append(np.float32(self.step or mean))
+        return Quantised(values, np.array(scales, np.float32))
+
+    @classmethod
+    def _scales(cls, shape: tuple[int, ...]) -> int:
+        return 1
+
+    @classmethod
+    def _packed(cls, flat: NDArray[Any]) -> bytes:
+        return np.packbits(flat).tobytes()
+
+    @classmethod
+    def _unpacked(cls, reader: Reader, count: int) -> NDArray[Any]:
+        return reader.bits(count)
+
+    @classmethod
+    def _restore(cls, quantised: Quantised, layout: Layout) -> Arrays:
+        return {
+            name: scaled(np.where(positive, np.int8(1), np.int8(-1)), scale)
+            for (name, positive), scale in zip(
+                quantised.values.items(), quantised.scales, strict=True
+            )
+        }
+
+
+def majority_vote(
+    payloads: Sequence[bytes],
+    *,
+    key: int,
+    ties: str = "random",
+    coding: str = "paper",
+    limits: Limits | None = None,
+) -> bytes:
+    """The server's answer: one signSGD payload with the sign that most senders sent.
+
+    Args:
+        payloads: of `SignSgd`, of the same names and shapes; any coding.
+        key: 0 to 2**64 - 1, decides the ties.
+        ties: sign of an entry with as many voters for either sign, which an even number of them
+            makes common: "random", a fair coin drawn from the key, or "positive".
+        coding: of the answer.
+        limits: what is accepted of each payload.
+
+    Returns:
+        A payload for `SignSgd.decode`; the magnitude of each tensor is the mean of the senders'.
+
+    Raises:
+        BadConfig: no payload, or an option is out of range.
+        LayoutMismatch: the payloads are not of the same tensors.
+        CodecError: a subclass for each way in which a payload may be wrong.
+
+    >>> sign = SignSgd()
+    >>> votes = []
+    >>> for w in ([1, 1], [1, -1], [-1, -1]):
+    ...     votes.append(sign.encode({"w": np.float32(w)}, sign.init({"w": (2,)}), key=0)[0])
+    >>> sign.decode(majority_vote(votes, key=0))["w"].tolist()
+    [1.0, -1.0]
+    """
+    if not payloads:
+        raise BadConfig("a majority needs votes: give at least one payload")
+    answer = SignSgd(ties=ties, coding=coding)
+    draws, limits = Draws(key, b"vote"), limits or Limits()
+    layout: dict[str, tuple[int, ...]] = {}
+    votes: dict[str, NDArray[np.int32]] = {}
+    scales = np.zeros(0, np.float64)
+    for number, payload in enumerate(payloads):
+        envelope = unseal(bytes(payload), limits)
+        if envelope.scheme != SignSgd.number:
+            raise WrongScheme(f"payload {number} is no vote: its scheme is {envelope.scheme}")
+        if not number:
+            layout = envelope.layout
+            votes = {name: np.zeros(shape, np.int32) for name, shape in layout.items()}
+            scales = np.zeros(len(layout))
+        elif list(envelope.layout.items()) != list(layout.items()):
+            raise LayoutMismatch(f"payload {number} votes on other tensors than the first")
+        vote = SignSgd.parse(envelope, limits)
+        scales += vote.scales
+        for name, positive in vote.values.items():
+            votes[name] += np.where(positive, np.int32(1), np.int32(-1))
+    values = {}
+    for name, sum_ in votes.items():
+        coins = draws.coins(name, sum_.size).reshape(sum_.shape)
+        values[name] = np.where(sum_ == 0, coins if ties == "random" else True, sum_ > 0)
+    result = Quantised(values, (scales / len(payloads)).astype(np.float32))
+    return seal(answer.number, coding, layout, answer._write(result, layout))

@@ -104,6 +104,8 @@ class Scheme(ABC):
     """What `scheme` calls it."""
     number: ClassVar[int]
     """What the container calls it."""
+    choices: ClassVar[Mapping[str, tuple[Option, ...]]] = {}
+    """Options that have only a few values, and these."""
 
     coding: str = dataclasses.field(default="paper", kw_only=True)
 
@@ -118,8 +120,9 @@ class Scheme(ABC):
                 kind is float and not math.isfinite(cast(float, value))
             ):
                 raise self._bad(option.name, f"a {kind.__name__}")
-        if self.coding not in CODINGS:
-            raise self._bad("coding", " or ".join(map(repr, CODINGS)))
+        for name, values in {"coding": CODINGS, **self.choices}.items():
+            if getattr(self, name) not in values:
+                raise self._bad(name, " or ".join(map(repr, values)))
         self._check()
 
     def config(self) -> dict[str, Option]:
@@ -244,7 +247,7 @@ class Scheme(ABC):
 
     def _buffers(self) -> tuple[str, ...]:
         """Names of the state's buffers; "residual" alone is plain error feedback."""
-        return ()
+        return ("residual",) if getattr(self, "error_feedback", False) else ()
 
     def _accumulate(self, tensors: Arrays, state: State) -> dict[str, Arrays]:
         """The buffers with the new tensors added, or these alone under "input"."""

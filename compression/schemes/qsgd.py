@@ -14,7 +14,7 @@ from prunecast.compression.codec import Limits, MalformedPayload
 
 from . import OutOfRange
 from .bitcodes import BitView, decode_omega, encode_omega, pack_fields, walk
-from .container import Reader, coded, decoded
+from .container import Reader, checked_scales, coded, decoded
 from .interface import Draws, Quantised, Scheme
 from .layout import Arrays, Layout, State, concatenated, scaled, split
 
@@ -134,7 +134,6 @@ def _levels(values: NDArray[np.int64]) -> NDArray[np.int32]:
 
 _MAX_LEVELS = 1 << 20
 _MIN_BUCKET = 16  # so that norms stay small beside the tensors
-_NORMS = ("l2", "max")
 _ELIAS = ("sparse", "dense")
 
 
@@ -165,6 +164,7 @@ class Qsgd(Scheme):
 
     name: ClassVar[str] = "qsgd"
     number: ClassVar[int] = 3
+    choices: ClassVar = {"norm": ("l2", "max"), "elias": ("auto", *_ELIAS)}
 
     levels: int = 8
     bucket: int = 512
@@ -177,13 +177,6 @@ class Qsgd(Scheme):
             raise self._bad("levels", f"from 1 to {_MAX_LEVELS}")
         if self.bucket and not _MIN_BUCKET <= self.bucket < 1 << 32:
             raise self._bad("bucket", f"0 or a number of entries from {_MIN_BUCKET}")
-        if self.norm not in _NORMS:
-            raise self._bad("norm", " or ".join(map(repr, _NORMS)))
-        if self.elias not in ("auto", *_ELIAS):
-            raise self._bad("elias", "'auto', 'sparse' or 'dense'")
-
-    def _buffers(self) -> tuple[str, ...]:
-        return ("residual",) if self.error_feedback else ()
 
     def _quantise(self, tensors: Arrays, state: State, draws: Draws) -> Quantised:
         values: dict[str, NDArray[np.int32]] = {}
@@ -226,9 +219,7 @@ class Qsgd(Scheme):
             scales = coded({"": quantised.scales})
             return head + len(scales).to_bytes(8, "little") + scales + coded(quantised.values)
         flat = concatenated(quantised.values, list(layout), np.int32)
-        lengths = np.concatenate(
-            [np.zeros(0, np.int64), *(_lengths(size, self.bucket) for size in _sizes(layout))]
-        )
+        lengths = _all_lengths(layout, self.bucket)
         wanted = _ELIAS if self.elias == "auto" else (self.elias,)
         bodies = []
         if "sparse" in wanted:
@@ -242,9 +233,9 @@ class Qsgd(Scheme):
         levels, bucket = reader.unsigned(4), reader.unsigned(4)
         if not 1 <= levels <= _MAX_LEVELS or 0 < bucket < _MIN_BUCKET:
             raise MalformedPayload(f"{levels} levels in buckets of {bucket}")
-        parameters = (levels, bucket)
+        parameters, lengths = (levels, bucket), _all_lengths(layout, bucket)
         if coding == "prunecast":
-            norms = _read_norms(reader, sum(_count(n, bucket) for n in _sizes(layout)), limits)
+            norms = _read_norms(reader, len(lengths), limits)
             values = decoded(reader.rest(), layout, "int32", limits)
             for value in values.values():
                 if value.size and not -levels <= value.min() <= value.max() <= levels:
@@ -253,10 +244,7 @@ class Qsgd(Scheme):
         dense = reader.unsigned(1)
         if dense >= len(_ELIAS):
             raise MalformedPayload(f"unknown Elias code {dense}")
-        norms = reader.scales(sum(_count(n, bucket) for n in _sizes(layout)))
-        lengths = np.concatenate(
-            [np.zeros(0, np.int64), *(_lengths(size, bucket) for size in _sizes(layout))]
-        )
+        norms = reader.scales(len(lengths))
         flat = read_dense(reader.rest(), lengths) if dense else read_sparse(reader, lengths)
         if len(flat) and int(np.abs(flat).max()) > levels:
             raise MalformedPayload(f"a level is above {levels}")
@@ -276,18 +264,15 @@ class Qsgd(Scheme):
         return arrays
 
 
-def _sizes(layout: Layout) -> list[int]:
-    return [math.prod(shape) for shape in layout.values()]
-
-
-def _count(size: int, bucket: int) -> int:
-    """Number of buckets of a tensor."""
-    return -(-size // (bucket or max(size, 1)))
+def _all_lengths(layout: Layout, bucket: int) -> NDArray[np.int64]:
+    """Entries of each bucket of all tensors."""
+    sizes = map(math.prod, layout.values())
+    return np.concatenate([np.zeros(0, np.int64), *(_lengths(size, bucket) for size in sizes)])
 
 
 def _lengths(size: int, bucket: int) -> NDArray[np.int64]:
     """Entries of each bucket of a tensor: all full but the last."""
-    lengths = np.full(_count(size, bucket), bucket or size)
+    lengths = np.full(-(-size // (bucket or max(size, 1))), bucket or size)
     if size and bucket:
         lengths[-1] = (size - 1) % bucket + 1
     return lengths
@@ -299,7 +284,4 @@ def _steps(norms: NDArray[np.float32], levels: int) -> NDArray[np.float32]:
 
 def _read_norms(reader: Reader, count: int, limits: Limits) -> NDArray[np.float32]:
     data = reader.take(reader.unsigned(8))
-    norms = decoded(data, {"": (count,)}, "float32", limits)[""]
-    if not (np.isfinite(norms) & (norms >= 0)).all():
-        raise MalformedPayload("a norm is negative or no number")
-    return norms
+    return checked_scales(decoded(data, {"": (count,)}, "float32", limits)[""])

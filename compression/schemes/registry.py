@@ -1,4 +1,11 @@
-"""Schemes by name, and payloads of whichever scheme."""
+"""Schemes by name, and payloads of whichever scheme.
+
+>>> stc = scheme("stc", density=0.5)
+>>> state = stc.init({"w": (4,)})
+>>> payload, state = stc.encode({"w": np.float32([1, -3, 0, 0])}, state, key=0)
+>>> decode_payload(payload)["w"].tolist()
+[2.0, -2.0, 0.0, 0.0]
+"""
 
 from __future__ import annotations
 
@@ -8,13 +15,11 @@ from prunecast.compression.codec import Limits, UnsupportedVersion
 
 from . import UnknownScheme
 from .container import unseal
-from .dense import Fp16, Int4, Int8
+from .dense import Fp16, Int4, Int8, SignSgd
 from .interface import Option, Scheme
 from .layout import Arrays
 from .qsgd import Qsgd
-from .signsgd import SignSgd
-from .stc import Stc
-from .topk import TopK
+from .sparse import Stc, TopK
 
 __all__ = ["SCHEMES", "PayloadInfo", "decode_payload", "inspect", "scheme"]
 

@@ -7,11 +7,10 @@ import pytest
 from numpy.typing import NDArray
 
 from prunecast.compression.schemes import BadConfig, LayoutMismatch, OutOfRange, WrongScheme
-from prunecast.compression.schemes.dense import Fp16, Int4, Int8
+from prunecast.compression.schemes.dense import Fp16, Int4, Int8, SignSgd, majority_vote
 from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.schemes.layout import layout_of
 from prunecast.compression.schemes.registry import inspect, scheme
-from prunecast.compression.schemes.signsgd import SignSgd, majority_vote
 
 Vector = NDArray[np.float32]
 

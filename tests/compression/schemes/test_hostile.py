@@ -24,9 +24,9 @@ from prunecast.compression.codec import (
 )
 from prunecast.compression.schemes import StateError
 from prunecast.compression.schemes.container import seal
+from prunecast.compression.schemes.dense import majority_vote
 from prunecast.compression.schemes.layout import layout_of, pack_state, unpack_state
 from prunecast.compression.schemes.registry import SCHEMES, decode_payload, inspect, scheme
-from prunecast.compression.schemes.signsgd import majority_vote
 
 TIGHT = Limits(
     elements=1 << 16, decoded_bytes=1 << 18, levels=1 << 12, serial_symbols=1 << 15, lanes=64

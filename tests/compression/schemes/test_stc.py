@@ -12,7 +12,7 @@ from prunecast.compression.codec import MalformedPayload
 from prunecast.compression.schemes.bitcodes import expected_bits
 from prunecast.compression.schemes.layout import layout_of
 from prunecast.compression.schemes.registry import inspect, scheme
-from prunecast.compression.schemes.stc import Stc
+from prunecast.compression.schemes.sparse import Stc
 
 Vector = NDArray[np.float32]
 

@@ -11,7 +11,7 @@ import pytest
 
 from prunecast.compression.schemes.layout import layout_of
 from prunecast.compression.schemes.registry import inspect
-from prunecast.compression.schemes.topk import TopK
+from prunecast.compression.schemes.sparse import TopK
 
 
 def gradients(step: int, size: int = 40) -> list[float]:

@@ -12,7 +12,7 @@ from prunecast.client.training import compression_mod
 from prunecast.compression.flower import CONTROL_RECORD, coded_record, open_coded
 from prunecast.compression.schemes.layout import layout_of
 from prunecast.compression.schemes.registry import SCHEMES, decode_payload, scheme
-from prunecast.compression.schemes.stc import Stc
+from prunecast.compression.schemes.sparse import Stc
 from prunecast.compression.versions import (
     BadPayload,
     Instruction,
