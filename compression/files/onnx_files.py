@@ -1,85 +1,55 @@
-"""Initialisers of ``.onnx`` models, external data included."""
+"""Tensors of ``.onnx`` models, in the file or beside it; nothing outside its folder is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunecast.compression.files import UnreadableFile, UnsafePath, UnsupportedTensor
 from prunecast.compression.files.tensors import (
     FOREIGN,
+    NATIVE,
     FileSpec,
     FileTensor,
     TensorFile,
     raw_dtype,
 )
 
-__all__ = ["open_onnx"]
+__all__ = ["TensorReader", "inner_graphs", "open_onnx", "read_proto", "subgraphs"]
 
-# TensorProto.DataType (onnx.proto) to dtype.
-_DTYPES = {
-    1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64",
-    9: "bool", 10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16",
-    17: "float8_e4m3fn", 18: "float8_e4m3fnuz", 19: "float8_e5m2", 20: "float8_e5m2fnuz",
-    24: "float8_e8m0fnu",
-}  # fmt: skip
+_MOST_ELEMENTS = 2**33  # of one tensor
+_PROTOBUF_LIMIT = 2**31 - 1
+_EXTERNAL = 1  # TensorProto.DataLocation; onnx itself is imported when there is a file to read
+_IN_A_BYTE = {"uint4": 2, "int4": 2, "float4_e2m1fn": 2, "uint2": 4, "int2": 4}
 
 
 def open_onnx(path: Path) -> TensorFile:
     """Open a model; its initialisers are the tensors, the graph is left alone.
-
-    External data are read from regular files in or below the model's folder only.
 
     Raises:
         UnreadableFile: missing or damaged.
         UnsafePath: external data outside the model's folder.
         UnsupportedTensor: an initialiser has a type that cannot be coded.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.ModelProto.FromString(path.read_bytes())
-    except OSError as error:
-        raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
-    except (DecodeError, ValueError, TypeError) as error:
-        raise UnreadableFile(f"{path} is not a readable .onnx model: {error}") from error
-    if not model.HasField("graph"):
-        raise UnreadableFile(f"{path} is not an .onnx model: it has no graph")
-    protos = {proto.name: proto for proto in model.graph.initializer}
-    if len(protos) != len(model.graph.initializer):
+    graph, reader = read_proto(path).graph, TensorReader(path)
+    protos = {proto.name: proto for proto in graph.initializer}
+    if len(protos) != len(graph.initializer):
         raise UnreadableFile(f"{path} names an initialiser twice")
-    specs: dict[str, FileSpec] = {}
-    places: dict[str, tuple[Path, int]] = {}
-    for name, proto in protos.items():
-        specs[name] = _spec(path, proto)
-        if proto.data_location == onnx.TensorProto.EXTERNAL:
-            places[name] = _place(path, proto, specs[name])
+    specs = {name: reader.spec(proto) for name, proto in protos.items()}
 
     def load(name: str) -> FileTensor:
-        spec = specs[name]
-        dtype = raw_dtype(spec.dtype)
-        try:
-            if name in places:
-                where, offset = places[name]
-                flat = np.fromfile(where, dtype, spec.size, offset=offset)
-            elif protos[name].HasField("raw_data"):
-                flat = np.frombuffer(protos[name].raw_data, dtype)
-            else:
-                flat = onnx.numpy_helper.to_array(protos[name]).reshape(-1)
-                if spec.dtype in FOREIGN:
-                    flat = flat.view(dtype)
-            values = flat.astype(dtype.newbyteorder("="), copy=False).reshape(spec.shape)
-        except (OSError, ValueError, TypeError) as error:
-            raise UnreadableFile(f"{path}: initialiser {name!r} is damaged: {error}") from error
-        return FileTensor(values, spec.dtype)
+        dtype = specs[name].dtype
+        values = reader.array(protos[name])
+        return FileTensor(values.view(FOREIGN[dtype]) if dtype in FOREIGN else values, dtype)
 
     remarks = []
-    inner = sum(len(graph.initializer) for graph in _subgraphs(model.graph))
-    sparse = len(model.graph.sparse_initializer)
+    inner = sum(len(graph.initializer) for graph in inner_graphs(graph))
+    sparse = len(graph.sparse_initializer)
     if inner:
         remarks.append(f"{inner} initialisers of inner graphs are not among the tensors")
     if sparse:
@@ -87,59 +57,223 @@ def open_onnx(path: Path) -> TensorFile:
     return TensorFile(path, "onnx", specs, load, remarks=remarks)
 
 
-def _spec(path: Path, proto: Any) -> FileSpec:
-    dtype = _DTYPES.get(proto.data_type)
-    if dtype is None:
-        import onnx
+def read_proto(path: Path) -> Any:
+    """Parse an ``.onnx`` file.
 
-        known = {number: name for name, number in onnx.TensorProto.DataType.items()}
-        raise UnsupportedTensor(
-            f"{path}: initialiser {proto.name!r} is {known.get(proto.data_type, proto.data_type)}, "
-            "which cannot be coded"
-        )
-    if any(d < 0 for d in proto.dims):
-        raise UnreadableFile(f"{path}: initialiser {proto.name!r} has a negative dimension")
-    spec = FileSpec(dtype, tuple(proto.dims))
-    if proto.HasField("raw_data") and len(proto.raw_data) != spec.nbytes:
-        raise UnreadableFile(f"{path}: initialiser {proto.name!r} has not the size of its shape")
-    return spec
+    Returns:
+        The `ModelProto`; external data are not loaded.
 
+    Raises:
+        UnreadableFile: missing, larger than protobuf reads, damaged, or no model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
 
-def _place(path: Path, proto: Any, spec: FileSpec) -> tuple[Path, int]:
-    """File and offset of an initialiser's external data, checked."""
-    entries = {entry.key: entry.value for entry in proto.external_data}
-    location = entries.get("location", "")
-    parts = {*PurePosixPath(location).parts, *PureWindowsPath(location).parts}
-    absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
-    folder = path.parent.resolve()
-    if not location or absolute or ".." in parts or "\0" in location:
-        raise UnsafePath(
-            f"{path}: initialiser {proto.name!r} names external data at {location!r}; only paths "
-            "below the model's folder are read"
-        )
-    where = (folder / location).resolve()
-    if not where.is_relative_to(folder):
-        raise UnsafePath(f"{path}: external data {location!r} leads out of the model's folder")
-    if not where.is_file():
-        raise UnreadableFile(f"{path} needs {location!r} beside it, which is not there")
     try:
-        offset = int(entries.get("offset", "0"))
-        length = int(entries.get("length", str(spec.nbytes)))
-    except ValueError as error:
-        raise UnreadableFile(f"{path}: initialiser {proto.name!r}: {error}") from error
-    if offset < 0 or length != spec.nbytes or offset + length > where.stat().st_size:
-        raise UnreadableFile(
-            f"{path}: initialiser {proto.name!r} does not fit where it should lie in {location!r}"
-        )
-    return where, offset
+        size = path.stat().st_size
+        if size > _PROTOBUF_LIMIT:
+            raise UnreadableFile(
+                f"{path} has {size} bytes and protobuf reads 2 GiB: save it with external data"
+            )
+        model = onnx.ModelProto.FromString(path.read_bytes())
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
+    except UnreadableFile:
+        raise
+    except (DecodeError, ValueError, TypeError) as error:
+        raise UnreadableFile(f"{path} is not a readable .onnx model: {error}") from error
+    if not model.HasField("graph"):
+        raise UnreadableFile(f"{path} is not an .onnx model: it has no graph")
+    return model
 
 
-def _subgraphs(graph: Any) -> Iterator[Any]:
-    """All graphs inside a graph's nodes (of If, Loop, Scan)."""
-    waiting = [graph]
-    while waiting:
-        for node in waiting.pop().node:
-            for attribute in node.attribute:
-                inner = [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
-                waiting += inner
-                yield from inner
+def subgraphs(node: Any) -> Iterator[tuple[str, Any]]:
+    """Graphs in the attributes of a node, with the attribute's name."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.name, attribute.g
+        for i, graph in enumerate(attribute.graphs):
+            yield f"{attribute.name}{i}", graph
+
+
+def inner_graphs(graph: Any) -> Iterator[Any]:
+    """All graphs inside a graph's or function's nodes (of If, Loop, Scan), outer ones first."""
+    for node in graph.node:
+        for _, sub in subgraphs(node):
+            yield sub
+            yield from inner_graphs(sub)
+
+
+class TensorReader:
+    """Reads the tensors of one model.
+
+    Args:
+        path: the ``.onnx`` file; external data must lie in its folder or below.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._folder = path, path.parent.resolve()
+
+    def plain(self, proto: Any) -> bool:
+        """Whether the tensor has a dtype of numpy's that can be coded."""
+        dtype = _dtype(proto)
+        return dtype is not None and dtype.name in NATIVE
+
+    def spec(self, proto: Any) -> FileSpec:
+        """dtype and shape of a tensor that can be coded, once it is known to have its size.
+
+        Raises:
+            UnreadableFile, UnsafePath: as `array`, but for values that are too few.
+            UnsupportedTensor: a type that cannot be coded.
+        """
+        dtype = _dtype(proto)
+        if dtype is None or dtype.name not in (*NATIVE, *FOREIGN):
+            from onnx import TensorProto
+
+            known = {number: name for name, number in TensorProto.DataType.items()}
+            raise UnsupportedTensor(
+                f"{self._label(proto)} is {known.get(proto.data_type, proto.data_type)}, which "
+                "cannot be coded"
+            )
+        if any(n < 0 for n in proto.dims):
+            raise UnreadableFile(f"{self._label(proto)} has a negative dimension")
+        spec = FileSpec(dtype.name, tuple(proto.dims))
+        if proto.data_location == _EXTERNAL:
+            self.place(proto, spec.nbytes)
+        elif proto.HasField("raw_data") and len(proto.raw_data) != spec.nbytes:
+            raise UnreadableFile(f"{self._label(proto)} has not the size of its shape")
+        return spec
+
+    def size(self, proto: Any) -> int:
+        """Number of elements.
+
+        Raises:
+            UnreadableFile: a negative or absurd shape.
+        """
+        return self._size(proto, proto.dims)
+
+    def _size(self, proto: Any, shape: Sequence[int]) -> int:
+        size = math.prod(shape)
+        if any(n < 0 for n in shape) or size > _MOST_ELEMENTS:
+            raise UnreadableFile(
+                f"{self._label(proto)} is damaged: the impossible shape {list(shape)}"
+            )
+        return size
+
+    def array(self, proto: Any) -> NDArray[Any]:
+        """The values; dtype and shape as declared.
+
+        Raises:
+            UnreadableFile: damaged, or its external data are missing.
+            UnsafePath: external data outside the model's folder.
+        """
+        from onnx import numpy_helper
+
+        size, dtype = self.size(proto), self._known(proto)
+        try:
+            wire = raw_dtype(dtype.name)
+            if proto.data_location == _EXTERNAL:
+                where, offset = self.place(proto, size * dtype.itemsize)
+                flat = np.fromfile(where, wire, size, offset=offset)
+            elif proto.HasField("raw_data"):
+                flat = np.frombuffer(proto.raw_data, wire)
+            else:
+                return np.asarray(numpy_helper.to_array(proto))
+            flat = flat.astype(wire.newbyteorder("="), copy=False)
+            return flat.view(dtype).reshape(tuple(proto.dims))
+        except (UnreadableFile, UnsafePath):
+            raise
+        except (OSError, ValueError, TypeError) as error:
+            raise UnreadableFile(f"{self._label(proto)} is damaged: {error}") from error
+
+    def dense(self, sparse: Any) -> NDArray[Any]:
+        """A sparse tensor as a dense array.
+
+        Raises:
+            UnreadableFile: damaged.
+        """
+        values, indices = self.array(sparse.values).ravel(), self.array(sparse.indices)
+        shape = tuple(sparse.dims)
+        out = np.zeros(self._size(sparse.values, shape), values.dtype)
+        try:
+            if indices.ndim == 2:
+                indices = np.ravel_multi_index(tuple(indices.T), shape)
+            out[indices.astype(np.int64)] = values
+        except (IndexError, ValueError, TypeError) as error:
+            raise UnreadableFile(f"{self._label(sparse.values)} is damaged: {error}") from error
+        return out.reshape(shape)
+
+    def embed(self, proto: Any) -> None:
+        """Move a tensor's external data into the graph.
+
+        Raises:
+            UnreadableFile, UnsafePath: see `array`.
+        """
+        if proto.data_location != _EXTERNAL:
+            return
+        dtype = self._known(proto)
+        length = -(-self.size(proto) * dtype.itemsize // _IN_A_BYTE.get(dtype.name, 1))
+        where, offset = self.place(proto, length)
+        with open(where, "rb") as file:
+            file.seek(offset)
+            proto.raw_data = file.read(length)
+        del proto.external_data[:]
+        proto.data_location = 0  # in the graph
+
+    def place(self, proto: Any, nbytes: int | None = None) -> tuple[Path, int]:
+        """File and offset of external data, of `nbytes` bytes where that is known.
+
+        Raises:
+            UnreadableFile, UnsafePath: see `array`.
+        """
+        entries = {str(entry.key): str(entry.value) for entry in proto.external_data}
+        location = entries.get("location", "")
+        parts = PurePosixPath(location).parts
+        foreign = {*parts, *PureWindowsPath(location).parts}
+        rooted = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
+        if not location or rooted or ".." in foreign or "\0" in location:
+            raise UnsafePath(
+                f"{self._label(proto)} names external data at {location[:200]!r}; only relative "
+                "paths below the model's folder are read"
+            )
+        where = self._folder
+        for part in parts:
+            where /= part
+            if where.is_symlink():
+                raise UnsafePath(
+                    f"{self._label(proto)}: {where} is a symbolic link; put the file itself into "
+                    "the model's folder"
+                )
+        if not where.is_file():
+            raise UnreadableFile(f"{self._path} needs {location[:200]!r} beside it: not there")
+        try:
+            offset = int(entries.get("offset", "0"))
+            length = int(entries.get("length", str(0 if nbytes is None else nbytes)))
+        except ValueError as error:
+            raise UnreadableFile(f"{self._label(proto)}: {error}") from error
+        wrong = nbytes is not None and length != nbytes
+        if offset < 0 or length < 0 or wrong or offset + length > where.stat().st_size:
+            raise UnreadableFile(
+                f"{self._label(proto)} does not fit where it should lie in {location[:200]!r}: "
+                "the external data are cut short or belong to another model"
+            )
+        return where, offset
+
+    def _known(self, proto: Any) -> np.dtype[Any]:
+        dtype = _dtype(proto)
+        if dtype is None:
+            raise UnreadableFile(f"{self._label(proto)} is damaged: no type {proto.data_type}")
+        return dtype
+
+    def _label(self, proto: Any) -> str:
+        return f"{self._path}: tensor {str(proto.name)[:80]!r}"
+
+
+def _dtype(proto: Any) -> np.dtype[Any] | None:
+    """numpy's or ml_dtypes' dtype of a tensor, None for a number that onnx does not know."""
+    from onnx import helper
+
+    try:
+        return np.dtype(helper.tensor_dtype_to_np_dtype(proto.data_type))
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -14,7 +14,6 @@ __all__ = [
     "NumericsError",
     "OnnxError",
     "QuantisationError",
-    "UnsafeExternalData",
 ]
 
 
@@ -44,7 +43,3 @@ class BindError(OnnxError):
 
 class ForeignModel(OnnxError):
     """An ``.onnx`` file from elsewhere is damaged, or cannot become a release."""
-
-
-class UnsafeExternalData(ForeignModel):
-    """A model refers to weights outside its own folder."""

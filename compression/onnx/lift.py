@@ -17,21 +17,25 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from prunecast.common.text import first_line
 from prunecast.compression.codec import TensorSpec
+from prunecast.compression.files import FilesError
+from prunecast.compression.files.onnx_files import (
+    TensorReader,
+    inner_graphs,
+    read_proto,
+    subgraphs,
+)
 from prunecast.compression.onnx import ForeignModel
-from prunecast.compression.onnx.external import TensorReader, read_proto
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.walk import (
     Uses,
     check_texts,
     initialisers,
-    inner_graphs,
     rename,
     replace_items,
-    subgraphs,
     tensors,
     uses_of,
     value_names,
@@ -83,13 +87,21 @@ def lift_model(path: Path) -> LiftedModel:
     """Read an ``.onnx`` file and take its weights out.
 
     Raises:
-        ForeignModel: damaged, or without weights.
-        UnsafeExternalData: it refers to files outside its folder.
+        ForeignModel: damaged, without weights, or it refers to files outside its folder.
     """
-    path = Path(path)
+    try:
+        return _lift(Path(path))
+    except FilesError as error:
+        raise ForeignModel(str(error)) from error
+
+
+def _lift(path: Path) -> LiftedModel:
     proto, reader = read_proto(path), TensorReader(path)
+    if not proto.graph.output or not proto.opset_import:
+        raise ForeignModel(f"{path} is not an .onnx model: it lacks outputs or an opset")
     for tensor in tensors(proto):
-        reader.check(tensor)
+        if tensor.data_location == TensorProto.EXTERNAL:
+            reader.place(tensor)
     check_texts(proto, path)
     notes = []
     inlined = any(_holds_weights(function, reader) for function in proto.functions)

@@ -1,4 +1,4 @@
-"""Walks over a parsed ``.onnx`` model: inner graphs, tensors, names, and who reads them."""
+"""Walks over a parsed ``.onnx`` model: tensors, names, and who reads them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prunecast.compression.files.onnx_files import inner_graphs, subgraphs
 from prunecast.compression.onnx import ForeignModel
 
 __all__ = [
     "Uses",
     "check_texts",
     "initialisers",
-    "inner_graphs",
     "rename",
     "replace_items",
-    "subgraphs",
     "tensors",
     "uses_of",
     "value_names",
@@ -23,23 +22,6 @@ __all__ = [
 
 Uses = dict[str, list[tuple[str, int, str]]]
 """Who reads each name: operator, number of the input, and the operator's first output."""
-
-
-def subgraphs(node: Any) -> Iterator[tuple[str, Any]]:
-    """Graphs in the attributes of a node, with the attribute's name."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.name, attribute.g
-        for i, graph in enumerate(attribute.graphs):
-            yield f"{attribute.name}{i}", graph
-
-
-def inner_graphs(graph: Any) -> Iterator[Any]:
-    """All graphs inside a graph's or function's nodes (of If, Loop, Scan), outer ones first."""
-    for node in graph.node:
-        for _, sub in subgraphs(node):
-            yield sub
-            yield from inner_graphs(sub)
 
 
 def tensors(proto: Any) -> Iterator[Any]:
