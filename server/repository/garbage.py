@@ -20,9 +20,9 @@ from typing import Any
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import ReleaseManifest, blob_path
 
-__all__ = ["Kept", "collect", "kept_files"]
+__all__ = ["VERSIONED", "Kept", "age", "collect", "kept_files"]
 
-_VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*)\.json")
+VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*)\.json")  # number and role
 _log = logging.getLogger(__name__)
 
 
@@ -66,7 +66,7 @@ def collect(repository: Path, now: datetime, grace: timedelta) -> list[Path]:
         judged.append(("blobs", kept.blobs))
     for folder, keep in judged:
         for path in (repository / folder).rglob("*"):
-            if path.is_file() and path not in keep and _age(path, now) > grace:
+            if path.is_file() and path not in keep and age(path, now) > grace:
                 path.unlink()
                 removed.append(path)
     return removed
@@ -98,7 +98,7 @@ def kept_files(repository: Path) -> Kept:
 
 def _numbered(folder: Path) -> Iterator[tuple[str, int, Path]]:
     """Metadata with a version in its name, except roots: role, version, path."""
-    found = ((_VERSIONED.fullmatch(path.name), path) for path in folder.iterdir())
+    found = ((VERSIONED.fullmatch(path.name), path) for path in folder.iterdir())
     named = [(match[2], int(match[1]), path) for match, path in found if match]
     yield from sorted(entry for entry in named if entry[0] != "root")
 
@@ -107,11 +107,12 @@ def _old_metadata(folder: Path, now: datetime, grace: timedelta) -> list[Path]:
     removed = []
     for (role, _, path), (following, _, successor) in pairwise(_numbered(folder)):
         # superseded when its successor appeared
-        if role == following and _age(successor, now) > grace:
+        if role == following and age(successor, now) > grace:
             path.unlink()
             removed.append(path)
     return removed
 
 
-def _age(path: Path, now: datetime) -> timedelta:
+def age(path: Path, now: datetime) -> timedelta:
+    """How long ago a file was written."""
     return now - datetime.fromtimestamp(path.stat().st_mtime, tz=now.tzinfo)

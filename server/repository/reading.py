@@ -89,14 +89,7 @@ class RepositoryReader:
         Raises:
             RepositoryCorrupt: missing or damaged.
         """
-        path = self.path / blob_path(ref.sha256)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise RepositoryCorrupt(f"cannot read {path}: {error.strerror or error}") from error
-        if hashlib.sha256(data).hexdigest() != ref.sha256:
-            raise RepositoryCorrupt(f"{path} is damaged: restore it from a copy")
-        return data
+        return _checked(self.path / blob_path(ref.sha256), ref)
 
     def expires(self) -> dict[str, datetime]:
         """When each role's metadata expires."""
@@ -138,13 +131,7 @@ class RepositoryReader:
 
     def _manifest(self, entry: ReleaseEntry) -> ReleaseManifest:
         path = self._target_file(manifest_path(entry.name, entry.version), entry.manifest.sha256)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise RepositoryCorrupt(f"cannot read {path}: {error.strerror or error}") from error
-        if hashlib.sha256(data).hexdigest() != entry.manifest.sha256:
-            raise RepositoryCorrupt(f"{path} is damaged: restore it from a copy")
-        return ReleaseManifest.from_bytes(data)
+        return ReleaseManifest.from_bytes(_checked(path, entry.manifest))
 
     def _target_file(self, path: str, sha256: str) -> Path:
         folder, _, base = path.rpartition("/")
@@ -172,3 +159,13 @@ class RepositoryReader:
         if not versions:
             raise RepositoryCorrupt(f"{self.path} has no root metadata: restore it from a copy")
         return max(versions)
+
+
+def _checked(path: Path, ref: FileRef) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RepositoryCorrupt(f"cannot read {path}: {error.strerror or error}") from error
+    if hashlib.sha256(data).hexdigest() != ref.sha256:
+        raise RepositoryCorrupt(f"{path} is damaged: restore it from a copy")
+    return data

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from prunecast.compression.release.manifest import (
     check_release_name,
     manifest_path,
 )
-from prunecast.compression.release.selftest import Arrays, Tolerance
+from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository.errors import CeremonyError, RepositoryExists
 from prunecast.server.repository.garbage import collect
@@ -40,7 +40,6 @@ from prunecast.server.repository.metadata import MetadataSet
 from prunecast.server.repository.roles import ONLINE_ROLES, Expiry
 
 if TYPE_CHECKING:
-    from prunecast.compression.onnx.bind import Variant
     from prunecast.compression.onnx.graph import ExportedGraph
     from prunecast.server.repository.authoring.build import ReleaseContents
 
@@ -132,42 +131,25 @@ class Repository(MaintainedRepository):
         graph: ExportedGraph,
         *,
         selftest_inputs: Arrays | NDArray[np.generic],
-        metrics: Mapping[str, float] | None = None,
-        variant: Variant = "lattice",
-        licence: str | None = None,
-        minimum_agent: str = "0.1.0",
-        tolerance: Tolerance | None = None,
-        kind: str = "",
-        numerics: Mapping[str, float] | None = None,
         at_least: int = 1,
+        **described: Any,
     ) -> PublishedRelease:
-        """Publish a model as the next release of `name`.
+        """Publish a model as the next release of `name`, without a recipe.
 
         Args:
             name: 1 to 64 of ``a-z 0-9 . _ -``.
             model: the weights.
             graph: the architecture.
             selftest_inputs: a few real inputs by name, or one array when there is one input.
-            metrics: see `ReleaseContents`; and so the others but the last.
             at_least: see `publish_contents`.
+            described: other fields of `ReleaseContents`.
 
         Raises:
             RepositoryError, ReleaseError, VersionsError: see `publish_contents`.
         """
         from prunecast.server.repository.authoring.build import ReleaseContents
 
-        contents = ReleaseContents(
-            model,
-            graph,
-            selftest_inputs,
-            variant,
-            metrics=metrics or {},
-            licence=licence,
-            minimum_agent=minimum_agent,
-            tolerance=tolerance,
-            kind=kind,
-            numerics=numerics or {},
-        )
+        contents = ReleaseContents(model, graph, selftest_inputs, **described)
         return self.publish_contents(name, contents, at_least=at_least)
 
     def publish_contents(

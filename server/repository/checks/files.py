@@ -20,12 +20,11 @@ from prunecast.compression.release.manifest import (
 )
 from prunecast.server.repository.checks.findings import Findings
 from prunecast.server.repository.checks.metadata import RepositoryState
-from prunecast.server.repository.garbage import Kept, kept_files
+from prunecast.server.repository.garbage import VERSIONED, Kept, age, kept_files
 
 __all__ = ["check_leftovers", "check_permissions", "check_releases", "check_served_keys"]
 
 _SERVED = ("metadata", "targets", "blobs")
-_VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*)\.json")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 _AGAIN = "restore it from a copy, or publish the model again and retire this release"
 
@@ -98,7 +97,7 @@ def check_leftovers(
         )
     ahead = []
     for file in (path / "metadata").iterdir():
-        parsed = _VERSIONED.fullmatch(file.name)
+        parsed = VERSIONED.fullmatch(file.name)
         current = state.versions.get(parsed[2]) if parsed else None
         if parsed and current is not None and int(parsed[1]) > current:
             ahead.append(file)
@@ -122,7 +121,7 @@ def check_leftovers(
     orphans = [p for p in _orphans(path, kept) if p not in temporary]
     if orphans:
         size = sum(p.stat().st_size for p in orphans)
-        young = sum(1 for p in orphans if _age(p, now) <= grace)
+        young = sum(1 for p in orphans if age(p, now) <= grace)
         youth = f", {young} of them younger than the grace period" if young else ""
         found.note(
             "orphaned",
@@ -188,7 +187,3 @@ def check_permissions(path: Path, found: Findings) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     yield from sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
-
-
-def _age(file: Path, now: datetime) -> timedelta:
-    return now - datetime.fromtimestamp(file.stat().st_mtime, tz=now.tzinfo)
