@@ -35,12 +35,14 @@ class Arm(Kind):
         """Raise `ScenarioError` for what is wrong below `key` of this arm, among all arms."""
 
     def grid_policy(self) -> Policy:
-        """How its messages travel, if it trains.
+        """How its messages travel, if it trains: those of plain Flower, if no kind says otherwise.
 
         Raises:
             FederationError: a preset or knob is unknown, or out of range.
         """
-        raise NotImplementedError
+        from prunecast.server.federation import Policy
+
+        return Policy.preset("dense")
 
     def source(self, name: str) -> str:
         """The arm whose messages this one, called `name`, measures: its own where it trains."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from prunecast.simulations.arms import Arm
-from prunecast.simulations.kinds.tables import Range, choice
+from prunecast.simulations.kinds import Range, choice
 
 __all__ = ["Recoded"]
 

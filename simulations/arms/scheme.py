@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prunecast.compression.schemes import BadConfig
 from prunecast.compression.schemes.registry import SCHEMES, scheme
 from prunecast.simulations.arms import Arm
-from prunecast.simulations.kinds.tables import ScenarioError, choice
+from prunecast.simulations.kinds import ScenarioError, choice
 
 if TYPE_CHECKING:
     from prunecast.server.federation import Policy

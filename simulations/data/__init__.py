@@ -11,8 +11,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.simulations.kinds import DataError, Kind, Registry
-from prunecast.simulations.kinds.tables import Range
+from prunecast.simulations.kinds import DataError, Kind, Range, Registry
 from prunecast.simulations.tasks import Task
 
 __all__ = ["DATA", "DataError", "DataSource", "Examples", "load_examples"]

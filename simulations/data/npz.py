@@ -11,7 +11,7 @@ from typing import Literal, Self
 import numpy as np
 
 from prunecast.simulations.data import DataError, DataSource, Examples
-from prunecast.simulations.kinds.tables import ScenarioError
+from prunecast.simulations.kinds import ScenarioError
 
 __all__ = ["Npz"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from prunecast.simulations.kinds.tables import Range
+from prunecast.simulations.kinds import Range
 from prunecast.simulations.partitions import Partition
 
 __all__ = ["Dirichlet"]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataSource
-from prunecast.simulations.kinds.tables import Range
+from prunecast.simulations.kinds import NAME, Kind, Matches, Range
 from prunecast.simulations.partitions import PARTITIONS, Partition
 from prunecast.simulations.tasks import TASKS, Task
 
@@ -56,7 +56,9 @@ class ModelSpec:
             is a few bytes. The others start from the weights of the first such arm.
     """
 
-    factory: str = "prunecast.simulations.scenarios.models:digits_cnn"
+    factory: Annotated[str, Matches("(?s).*:.*", "write it as package.module:function")] = (
+        "prunecast.simulations.scenarios.models:digits_cnn"
+    )
     initial: Literal["factory", "drawn"] = "factory"
 
 
@@ -133,13 +135,13 @@ class ReleaseSpec:
         improve: release when the metric is better by this than in the last release.
     """
 
-    name: str = "model"
+    name: Annotated[str, Matches(NAME, "use a-z 0-9 . _ -")] = "model"
     arm: str = ""
     selftest_images: Annotated[int, Range(1)] = 8
     every: Annotated[int, Range(0)] = 0
     metric: str = ""
     reach: float | None = None
-    improve: float | None = None
+    improve: Annotated[float | None, Range(0, above=True)] = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Scenario:
         release: None when nothing is to be released.
     """
 
-    name: str = "scenario"
+    name: Annotated[str, Matches(NAME, "it names a folder: use a-z 0-9 . _ -")] = "scenario"
     description: str = ""
     seed: Annotated[int, Range(0)] = 1
     rounds: Annotated[int, Range(1)] = 30
@@ -198,9 +200,9 @@ class Scenario:
     def to_mapping(self) -> dict[str, Any]:
         """As a mapping that `scenario_from_mapping` reads, with every default filled in."""
         mapping = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        mapping["data"] = DATA.write(self.data)
-        mapping["partition"] = PARTITIONS.write(self.partition)
-        mapping["task"] = TASKS.write(self.task)
+        for key, value in vars(self).items():
+            if isinstance(value, Kind):
+                mapping[key] = value.registry.write(value)
         mapping["arms"] = {name: ARMS.write(arm) for name, arm in self.arms.items()}
         if self.release is None:
             del mapping["release"]

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.simulations.kinds import DataError
-from prunecast.simulations.kinds.tables import Range
+from prunecast.simulations.kinds import DataError, Range
 from prunecast.simulations.tasks import Task
 
 if TYPE_CHECKING:

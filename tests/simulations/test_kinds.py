@@ -15,8 +15,7 @@ from torch import nn
 from prunecast.server.federation import Policy
 from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataError, DataSource, Examples, load_examples
-from prunecast.simulations.kinds import Registry
-from prunecast.simulations.kinds.tables import ScenarioError
+from prunecast.simulations.kinds import Registry, ScenarioError
 from prunecast.simulations.partitions import PARTITIONS, Partition
 from prunecast.simulations.report import render_page, write_report
 from prunecast.simulations.runner.prepared import PreparedRun, prepare

@@ -41,6 +41,14 @@ def test_paths_are_relative_to_the_file(tmp_path):
     assert load_scenario(path).data.path == str(tmp_path / "mine.npz")
 
 
+def test_an_empty_path_does_no_harm_where_no_file_is_read(tiny):
+    scenario = scenario_from_mapping({**tiny, "data": {"source": "mnist-5k", "path": ""}})
+    assert scenario_from_mapping(scenario.to_mapping()) == scenario
+    assert scenario.to_mapping()["data"] == {"source": "mnist-5k", "held_out": 1000}
+    with pytest.raises(ScenarioError, match=r"data\.path: means nothing where source = 'mnist-5k'"):
+        scenario_from_mapping({**tiny, "data": {"source": "mnist-5k", "path": "x.npz"}})
+
+
 def test_the_documented_scenario_is_read():
     text = (Path(__file__).parents[2] / "docs/scenarios.md").read_text()
     found = re.search(r"```toml\n(.*?)```", text, re.S)
