@@ -1,22 +1,28 @@
-"""`prunecast compress`: a checkpoint as one small file."""
+"""`prunecast compress` and `decompress`: a checkpoint as one small file, and back."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import make_console
-from prunecast.cli.tables import Column, file_progress, print_table, say, shape_text
+from prunecast.cli.console import (
+    Column,
+    file_progress,
+    make_console,
+    print_json,
+    print_table,
+    say,
+    shape_text,
+)
 from prunecast.common.text import bits_text, bytes_text, count_text, ratio_text
 
 if TYPE_CHECKING:
     from prunecast.compression.files.compressing import Compressed, Lossy
     from prunecast.compression.files.tensors import TensorFile
 
-__all__ = ["AsJson", "Force", "compress", "refuse_to_overwrite"]
+__all__ = ["AsJson", "compress", "decompress"]
 
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -64,16 +70,62 @@ def compress(
     lossy = _lossy(step, error, bits, common, dead_zone, keep or [])
     target = output or file.with_suffix(".pcc")
     source = open_tensors(file)
-    refuse_to_overwrite(target, force)
-    with file_progress(make_console(stderr=True)) as progress:
+    _refuse_to_overwrite(target, force)
+    with file_progress() as progress:
         result = compress_file(source, target, lossy=lossy, on_progress=progress)
     if as_json:
-        typer.echo(json.dumps(_document(source, target, result)))
+        print_json(_document(source, target, result))
     else:
         _show(source, target, result)
 
 
-def refuse_to_overwrite(path: Path, force: bool) -> None:
+def decompress(
+    file: Annotated[Path, typer.Argument(help="A file that `prunecast compress` wrote.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A .safetensors or .npz file to write.")
+    ],
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most bytes to restore; default 8 GiB, or 64 times FILE if that is more."
+        ),
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the tensors of a compressed file as .safetensors or .npz.
+
+    Also of one that was an .onnx file, whose graph is not in it.
+    """
+    from prunecast.compression.files.archive import open_archive
+    from prunecast.compression.files.compressing import restore_file
+    from prunecast.compression.files.formats import writable_format
+
+    suffix = writable_format(output)
+    archive = open_archive(file, max_bytes=max_bytes)
+    _refuse_to_overwrite(output, force)
+    with file_progress() as progress:
+        restore_file(archive, output, on_progress=progress)
+    dropped = sorted(archive.metadata) if suffix == ".npz" else []
+    if as_json:
+        print_json(
+            {
+                "file": str(file),
+                "output": str(output),
+                "tensors": len(archive),
+                "raw_bytes": archive.nbytes,
+                "quantised": sorted(archive.steps),
+                "metadata_left_out": dropped,
+            }
+        )
+        return
+    quantised = f", {len(archive.steps)} of them quantised" if archive.steps else ""
+    say(f"{output}: {count_text(len(archive), 'tensor')}, {archive.nbytes:,} bytes{quantised}.")
+    if dropped:
+        say(f"Note: .npz has no place for the metadata {', '.join(dropped)}.")
+
+
+def _refuse_to_overwrite(path: Path, force: bool) -> None:
     """A usage error where a file would be lost."""
     if path.exists() and not force:
         raise typer.BadParameter(f"{path} exists: give --force to overwrite it")
@@ -89,19 +141,18 @@ def _lossy(
 ) -> Lossy | None:
     from prunecast.compression.files.compressing import Lossy
 
-    given = [
-        n for n, v in (("--step", step), ("--error", error), ("--bits", bits)) if v is not None
-    ]
+    named = {"--step": step, "--error": error, "--bits": bits}
+    given = {name: value for name, value in named.items() if value is not None}
     if len(given) > 1:
         raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
     if not given:
         if common or keep or dead_zone != 0.5:
             raise typer.BadParameter("these options need --step, --error or --bits")
         return None
-    value = next(v for v in (step, error, bits) if v is not None)
+    [(option, value)] = given.items()
     if not 0 < value < (1 if error is not None else float("inf")):
         top = " and below 1" if error is not None else ""
-        raise typer.BadParameter(f"{value} is not above 0{top}", param_hint=given[0])
+        raise typer.BadParameter(f"{value} is not above 0{top}", param_hint=option)
     if not 0 < dead_zone <= 1:
         raise typer.BadParameter(f"{dead_zone} is not in (0, 1]", param_hint="--dead-zone")
     return Lossy(step, error, bits, common, dead_zone, keep)
@@ -134,7 +185,6 @@ def _document(source: TensorFile, target: Path, result: Compressed) -> dict[str,
 
 
 def _show(source: TensorFile, target: Path, result: Compressed) -> None:
-    console = make_console()
     lossy = result.lossy
     columns = [
         Column("tensor"), Column("shape"), Column("dtype", wide_only=True),
@@ -156,28 +206,25 @@ def _show(source: TensorFile, target: Path, result: Compressed) -> None:
             ]
         )  # fmt: skip
     count = count_text(len(rows), "tensor")
+    bits = bits_text(result.nbytes, source.size)
     total = [
         count, f"{source.size:,}", "", *(["", ""] if lossy else []),
-        bytes_text(source.nbytes), bytes_text(result.nbytes), bits_text(result.nbytes, source.size),
+        bytes_text(source.nbytes), bytes_text(result.nbytes), bits,
     ]  # fmt: skip
-    print_table(console, columns, rows, total=total)
-    ratio = ratio_text(source.nbytes / result.nbytes)
+    print_table(make_console(), columns, rows, total=total)
     say(
-        console,
-        f"{target}: {result.nbytes:,} bytes instead of {source.nbytes:,}, {ratio} smaller, "
-        f"{bits_text(result.nbytes, source.size)} bits per parameter.",
+        f"{target}: {result.nbytes:,} bytes instead of {source.nbytes:,}, "
+        f"{ratio_text(source.nbytes / result.nbytes)} smaller, {bits} bits per parameter."
     )
     if lossy:
-        quantised = {n: t for n, t in result.tensors.items() if t.error is not None}
-        worst = max(quantised, key=lambda n: quantised[n].error or 0.0)
+        errors = {n: t.error for n, t in result.tensors.items() if t.error is not None}
+        worst = max(errors, key=errors.__getitem__)
         say(
-            console,
-            f"Lossy: {len(quantised)} of {count} quantised; largest relative error "
-            f"{quantised[worst].error:.3g} ({worst}).",
+            f"Lossy: {len(errors)} of {count} quantised; largest relative error "
+            f"{errors[worst]:.3g} ({worst})."
         )
     else:
-        say(console, "Lossless: every bit of every tensor is kept.")
+        say("Lossless: every bit of every tensor is kept.")
     if source.kind == "onnx":
-        say(console, "It holds the initialisers, not the graph: keep the .onnx file for that.")
-    for remark in source.remarks:
-        say(console, f"Note: {remark}.")
+        say("It holds the initialisers, not the graph: keep the .onnx file for that.")
+    say(*(f"Note: {remark}." for remark in source.remarks))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prunecast.cli import fleet_device
-from prunecast.cli.console import make_console
+from prunecast.cli.console import say
 from prunecast.cli.fleet_common import (
     DEFAULT,
     AfterDevice,
@@ -30,7 +30,6 @@ from prunecast.cli.fleet_common import (
     stamp,
 )
 from prunecast.cli.fleet_serve import serve
-from prunecast.cli.tables import say
 
 if TYPE_CHECKING:
     from prunecast.server.fleet.events import Steering
@@ -59,7 +58,7 @@ def init(
 
     RepositoryReader(repository)
     FleetService.create(database, list, repository=repository).close()
-    say(make_console(), f"created {database}; next: prunecast fleet group add NAME --release NAME")
+    say(f"created {database}; next: prunecast fleet group add NAME --release NAME")
 
 
 @app.command()
@@ -68,7 +67,7 @@ def upgrade(database: Database = DEFAULT) -> None:
     from prunecast.server.fleet.database import Database as Opened
 
     Opened.upgrade(database).close()
-    say(make_console(), f"{database} is up to date")
+    say(f"{database} is up to date")
 
 
 @group_app.command(name="add")
@@ -88,7 +87,7 @@ def add_group(
         group=name, release=release, stable=stable, **stamp()
     )  # fmt: skip
     operate(database, event)
-    say(make_console(), f"group {name} follows {release}")
+    say(f"group {name} follows {release}")
 
 
 @group_app.command(name="list")
@@ -170,7 +169,7 @@ def start_rollout(
     if as_json:
         print(json.dumps(RolloutView.of(rollout).to_mapping()))  # noqa: T201
     else:
-        say(make_console(), text)
+        say(text)
 
 
 @rollout_app.command(name="list")
@@ -254,14 +253,14 @@ def pin(
 ) -> None:
     """Keep a device or a group on one version, whatever is rolled out."""
     _pin(database, device, group, version)
-    say(make_console(), f"{device or group} stays on version {version}")
+    say(f"{device or group} stays on version {version}")
 
 
 @app.command()
 def unpin(device: OneDevice = None, group: OneGroup = None, database: Database = DEFAULT) -> None:
     """Let a device or a group follow rollouts again."""
     _pin(database, device, group, None)
-    say(make_console(), f"{device or group} follows rollouts again")
+    say(f"{device or group} follows rollouts again")
 
 
 @app.command()
@@ -292,7 +291,7 @@ def _steer(database: str, event: Steering) -> None:
         service.operate(event)
         rollout = service.rollout(event.rollout)
     percent = rollout.stages[rollout.stage]
-    say(make_console(), f"{rollout.id} ({rollout.release}) is {rollout.status} at {percent:g} %")
+    say(f"{rollout.id} ({rollout.release}) is {rollout.status} at {percent:g} %")
 
 
 def _pin(database: str, device: str | None, group: str | None, version: int | None) -> None:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import make_console
-from prunecast.cli.tables import Column, print_table, say
+from prunecast.cli.console import Column, make_console, print_table, say
 
 if TYPE_CHECKING:
     from prunecast.server.fleet.events import AnyEvent
@@ -124,9 +123,8 @@ def show_rows(rows: list[dict[str, Any]], columns: Iterable[str], as_json: bool)
 
 def show_document(document: Mapping[str, Any], width: int) -> None:
     """Print one thing, a line for each of its properties."""
-    console = make_console()
     for key, value in document.items():
-        say(console, f"{key:<{width}} {text_of(value)}")
+        say(f"{key:<{width}} {text_of(value)}")
 
 
 def text_of(value: object) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prunecast.cli.console import make_console
+from prunecast.cli.console import say
 from prunecast.cli.fleet_common import (
     DEFAULT,
     AfterDevice,
@@ -24,7 +24,6 @@ from prunecast.cli.fleet_common import (
     show_rows,
     stamp,
 )
-from prunecast.cli.tables import say
 
 __all__ = ["app"]
 
@@ -68,7 +67,7 @@ def revoke_device(name: DeviceName, database: Database = DEFAULT) -> None:
     from prunecast.server.fleet.events import RevokeDevice
 
     operate(database, RevokeDevice(device=name, **stamp()))
-    say(make_console(), f"revoked {name}; it keeps the release that it runs")
+    say(f"revoked {name}; it keeps the release that it runs")
 
 
 @app.command(name="token")
@@ -88,7 +87,7 @@ def move_device(
     from prunecast.server.fleet.events import MoveDevice
 
     operate(database, MoveDevice(device=name, group=group, **stamp()))
-    say(make_console(), f"{name} is in group {group}")
+    say(f"{name} is in group {group}")
 
 
 @app.command(name="show")

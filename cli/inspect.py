@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunecast.cli.compress import AsJson
-from prunecast.cli.console import make_console
-from prunecast.cli.tables import Column, file_progress, print_table, say, shape_text, short_dtype
+from prunecast.cli.console import (
+    Column,
+    file_progress,
+    make_console,
+    print_json,
+    print_table,
+    say,
+    shape_text,
+    short_dtype,
+)
 from prunecast.common.text import bits_text, bytes_text, count_text, percent, ratio_text
 
 if TYPE_CHECKING:
     from prunecast.compression.codec import Outline
-    from prunecast.compression.files.inspection import Inspection
+    from prunecast.compression.files.inspection import InspectedTensor, Inspection
     from prunecast.compression.files.tensors import TensorFile
 
 __all__ = ["inspect"]
@@ -39,7 +47,7 @@ def inspect(
     source: TensorFile
     if file.suffix.lower() in (".safetensors", ".npz", ".onnx"):
         source = open_tensors(file)
-        with file_progress(make_console(stderr=True)) as progress:
+        with file_progress() as progress:
             found = inspect_tensors(source, on_progress=progress)
     else:
         outlines = describe_payloads(file)
@@ -47,10 +55,10 @@ def inspect(
             _show_outlines(file, outlines, as_json)
             return
         source = archive = open_archive(file)
-        with file_progress(make_console(stderr=True)) as progress:
+        with file_progress() as progress:
             found = inspect_archive(archive, on_progress=progress)
     if as_json:
-        typer.echo(json.dumps(_document(source, found, outlines)))
+        print_json(_document(source, found, outlines))
     elif outlines:
         _show_archive(source, found, outlines)
     else:
@@ -100,20 +108,17 @@ def _outline(outline: Outline) -> dict[str, Any]:
 
 def _show_outlines(file: Path, outlines: list[Outline], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"file": str(file), "payloads": [_outline(o) for o in outlines]}))
+        print_json({"file": str(file), "payloads": [_outline(o) for o in outlines]})
         return
-    console = make_console()
     for o in outlines:
         say(
-            console,
             f"{file}: a payload of {o.nbytes:,} bytes, format {'.'.join(map(str, o.version))}, "
             f"coded against {' and '.join(o.needs) or 'nothing'}"
-            + (f" with the tag {o.context_tag.hex()}." if o.needs else "."),
+            + (f" with the tag {o.context_tag.hex()}." if o.needs else ".")
         )
     say(
-        console,
         "Its tensors can be read only with that context, which sender and receiver hold: "
-        "prunecast.compression.codec.measure_costs(payload, context=...).",
+        "prunecast.compression.codec.measure_costs(payload, context=...)."
     )
 
 
@@ -121,79 +126,67 @@ def _share(part: int, whole: int) -> str:
     return percent(part / max(whole, 1))
 
 
+def _show_costs(
+    found: Inspection,
+    cells: Mapping[Column, Callable[[InspectedTensor], str]],
+    total: Sequence[str] = (),
+) -> None:
+    """A table of all tensors, and of what they have in common, with the share of each."""
+    cells = {
+        Column("shape"): lambda t: shape_text(t.spec.shape),
+        Column("dtype"): lambda t: short_dtype(t.spec.dtype),
+        **cells,
+        Column("bits"): lambda t: bits_text(t.nbytes, t.spec.size),
+        Column("share"): lambda t: _share(t.nbytes, found.nbytes),
+    }
+    rows = [[name, *(cell(t) for cell in cells.values())] for name, t in found.tensors.items()]
+    common = {"coded": bytes_text(found.common), "share": _share(found.common, found.nbytes)}
+    rows.append(["in common", *(common.get(column.name, "") for column in cells)])
+    print_table(make_console(), [Column("tensor"), *cells], rows, total=total)
+
+
 def _show_tensors(source: TensorFile, found: Inspection) -> None:
-    console = make_console()
-    columns = [
-        Column("tensor"), Column("shape"), Column("dtype"), Column("zeros"), Column("H0"),
-        Column("raw", wide_only=True), Column("coded"), Column("bits"), Column("share"),
-    ]  # fmt: skip
-    rows = [
-        [
-            name, shape_text(t.spec.shape), short_dtype(t.spec.dtype),
-            percent(t.zeros or 0), f"{t.entropy or 0:.2f}", bytes_text(t.spec.nbytes),
-            bytes_text(t.nbytes), bits_text(t.nbytes, t.spec.size), _share(t.nbytes, found.nbytes),
-        ]
-        for name, t in found.tensors.items()
-    ]  # fmt: skip
-    rows.append(
-        ["in common", "", "", "", "", "", bytes_text(found.common), "",
-         _share(found.common, found.nbytes)]
-    )  # fmt: skip
     total = [
         count_text(len(found.tensors), "tensor"), f"{source.size:,}", "", "", "",
         bytes_text(source.nbytes), bytes_text(found.nbytes),
         bits_text(found.nbytes, source.size), "",
     ]  # fmt: skip
-    print_table(console, columns, rows, total=total)
-    for label, size in (
-        ("plain", source.nbytes),
-        ("zlib -6", found.zlib or 0),
-        ("coded", found.nbytes),
-    ):
+    cells: dict[Column, Callable[[InspectedTensor], str]] = {
+        Column("zeros"): lambda t: percent(t.zeros or 0),
+        Column("H0"): lambda t: f"{t.entropy or 0:.2f}",
+        Column("raw", wide_only=True): lambda t: bytes_text(t.spec.nbytes),
+        Column("coded"): lambda t: bytes_text(t.nbytes),
+    }
+    _show_costs(found, cells, total)
+    sizes = {"plain": source.nbytes, "zlib -6": found.zlib or 0, "coded": found.nbytes}
+    for label, size in sizes.items():
         ratio = ratio_text(source.nbytes / size) if size else "–"
-        console.print(f"{label:8} {size:>15,} bytes {ratio:>7}")
-    console.print()
+        say(f"{label:8} {size:>15,} bytes {ratio:>7}")
     say(
-        console,
+        "",
         "H0: zeroth-order entropy in bits per element, of the values of integers and of the "
         "bytes of floats. bits: per element. Coded losslessly; "
         "prunecast compress --error 0.01 would quantise.",
+        *(f"Note: {remark}." for remark in source.remarks),
     )
-    for remark in source.remarks:
-        say(console, f"Note: {remark}.")
 
 
 def _show_archive(source: TensorFile, found: Inspection, outlines: list[Outline]) -> None:
-    console = make_console()
     version = ".".join(map(str, outlines[0].version))
     say(
-        console,
         f"{source.path}: format {version}, {count_text(found.parts, 'part')}, no context needed; "
         f"{found.nbytes:,} bytes for {source.nbytes:,} "
         f"({ratio_text(source.nbytes / found.nbytes)}), "
         f"{bits_text(found.nbytes, source.size)} bits per element",
+        "",
     )
-    console.print()
     sections = [[n, f"{b:,}", _share(b, found.nbytes)] for n, b in found.sections.items() if b]
-    print_table(console, [Column("section"), Column("bytes"), Column("share")], sections)
-    columns = [
-        Column("tensor"), Column("shape"), Column("dtype"), Column("step"), Column("coded"),
-        Column("bits"), Column("share"),
-    ]  # fmt: skip
-    rows = []
-    for name, t in found.tensors.items():
-        rows.append(
-            [
-                name, shape_text(t.spec.shape), short_dtype(t.spec.dtype),
-                "exact" if t.step is None else f"{t.step:.3g}",
-                ("~" if t.shared else "") + bytes_text(t.nbytes),
-                bits_text(t.nbytes, t.spec.size), _share(t.nbytes, found.nbytes),
-            ]
-        )  # fmt: skip
-    rows.append(
-        ["in common", "", "", "", bytes_text(found.common), "",
-         _share(found.common, found.nbytes)]
-    )  # fmt: skip
-    print_table(console, columns, rows)
+    columns = [Column("section"), Column("bytes"), Column("share")]
+    print_table(make_console(), columns, sections)
+    cells: dict[Column, Callable[[InspectedTensor], str]] = {
+        Column("step"): lambda t: "exact" if t.step is None else f"{t.step:.3g}",
+        Column("coded"): lambda t: ("~" if t.shared else "") + bytes_text(t.nbytes),
+    }
+    _show_costs(found, cells)
     if any(t.shared for t in found.tensors.values()):
-        console.print("~: its share of a segment that several tensors have in common.")
+        say("~: its share of a segment that several tensors have in common.")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
 from importlib.metadata import version as distribution_version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+# these modules import nothing beyond the base installation until a command runs
+from prunecast.cli import edge, fleet, release
+from prunecast.cli.compress import compress, decompress
 from prunecast.cli.console import explain, is_usage
+from prunecast.cli.inspect import inspect
+from prunecast.cli.serve import serve
+from prunecast.cli.simulate import demo, report, simulate
 
 __all__ = ["app", "run"]
 
@@ -72,25 +77,10 @@ def main(
     """Federated learning and edge delivery that are cheap in bytes."""
 
 
-def _command(module: str) -> None:
-    app.command()(getattr(import_module(f"prunecast.cli.{module}"), module))
-
-
-def _group(module: str) -> None:
-    app.add_typer(import_module(f"prunecast.cli.{module}").app, name=module)
-
-
-# these modules import nothing beyond the base installation until a command runs
-_command("demo")
-_command("simulate")
-_command("report")
-_group("release")
-_command("serve")
-_group("edge")
-_group("fleet")
-_command("compress")
-_command("decompress")
-_command("inspect")
+for _command in (demo, simulate, report, serve, compress, decompress, inspect):
+    app.command()(_command)
+for _name, _group in {"release": release, "edge": edge, "fleet": fleet}.items():
+    app.add_typer(_group.app, name=_name)
 
 
 def run() -> None:

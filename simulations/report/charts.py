@@ -83,13 +83,13 @@ def bytes_per_round(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     values = [value for _, value in found]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     high = max(high, low + 1)
-    last = max(arm["rounds"][-1]["round"] for arm in arms.values())
+    last: int = max(arm["rounds"][-1]["round"] for arm in arms.values())
 
     def x(number: float) -> float:
         return _LEFT + (number - 1) / max(last - 1, 1) * (_WIDTH - _LEFT - _RIGHT)
 
     def y(value: float) -> float:
-        share = (math.log10(value) - low) / (high - low)
+        share: float = (math.log10(value) - low) / (high - low)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
     step = max(1, round(last / 10))

@@ -16,8 +16,8 @@ from onnx import helper, numpy_helper
 from rich.console import Console
 from typer.testing import CliRunner
 
+from prunecast.cli.console import Column, print_table, shape_text, short_dtype
 from prunecast.cli.main import app
-from prunecast.cli.tables import Column, print_table, shape_text, short_dtype
 from prunecast.compression.codec import Context, encode
 from prunecast.compression.files.formats import open_tensors, write_tensors
 from support.checkpoints import assert_same, every_kind
