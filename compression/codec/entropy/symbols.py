@@ -188,8 +188,11 @@ def collect(placements: Sequence[Placement], z: Sequence[NDArray[Any]]) -> Symbo
 
 def distribute(placements: Sequence[Placement], symbols: Symbols) -> list[FieldValues]:
     """Inverse of :func:`collect`; MalformedPayload where gaps leave their cluster."""
-    counts = np.array([p.counts for p in placements])
-    total = counts.sum(0)
+    # A cell is what one field has in one cluster. Its positions are a run of that field's order,
+    # and `start` is where they begin when the fields' orders lie one after the other.
+    field, cluster, count = _cells(placements)
+    start = _starts(count)
+    total = np.bincount(cluster, count, len(symbols.counts)).astype(np.int64)
     used = np.flatnonzero(symbols.counts)
     # Ranks within a cluster: running sum of gap + 1, restarted where a cluster starts.
     rank = symbols.gaps + 1
@@ -204,25 +207,32 @@ def distribute(placements: Sequence[Placement], symbols: Symbols) -> list[FieldV
     value += value.dtype.type(1)
     if not value.all():  # one that wrapped
         raise MalformedPayload(f"a value exceeds {8 * value.itemsize} bits")
-    # Ranks among the positions of all fields, cluster by cluster and there field by field: they
-    # ascend, so that each cell of that order holds a run of the non-zeros.
+    # Ranks among the positions of all clusters ascend: every cell holds a run of them.
     rank += np.repeat(_starts(total) - offset, symbols.counts)
-    cells = counts.T.ravel()
-    each = np.diff(np.searchsorted(rank, np.cumsum(cells)), prepend=0)
-    # A cell's positions lie in its field's order, and the orders one after the other.
-    own = np.cumsum(counts, axis=1) - counts
-    own += _starts(counts.sum(1))[:, None]
-    rank += np.repeat(own.T.ravel() - _starts(cells), each)
+    by = np.argsort(cluster, kind="stable")
+    ends = np.cumsum(count[by])
+    each = np.diff(np.searchsorted(rank, ends), prepend=0)
+    rank += np.repeat(start[by] - (ends - count[by]), each)
     orders = [p.order for p in placements]
     at = (orders[0] if len(orders) == 1 else np.concatenate(orders)).take(rank)
+    owner = np.repeat(field[by], each)
     if len(placements) > 1:
-        fields = np.arange(len(placements), dtype=np.uint16 if len(placements) < 1 << 16 else None)
-        by = np.argsort(np.repeat(np.tile(fields, len(total)), each), kind="stable")
+        by = np.argsort(owner, kind="stable")
         at, value = at[by], value[by]
     result, taken, begin = [], 0, 0
-    for p, end in zip(placements, np.cumsum(each.reshape(counts.T.shape).sum(0)), strict=True):
-        n = len(p.dense_cluster)
+    for p, k in zip(placements, np.bincount(owner, minlength=len(placements)), strict=True):
+        n, end = len(p.dense_cluster), begin + int(k)
         part = symbols.dense[taken : taken + n]
         result.append(FieldValues(p.size, p.dense_at, part, at[begin:end], value[begin:end]))
-        taken, begin = taken + n, int(end)
+        taken, begin = taken + n, end
     return result
+
+
+def _cells(
+    placements: Sequence[Placement],
+) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+    """Field, cluster and number of positions of every cell that has any, field by field."""
+    used = [np.flatnonzero(p.counts) for p in placements]
+    number = np.arange(len(used), dtype=np.min_scalar_type(len(used)))
+    counts = [p.counts[c] for p, c in zip(placements, used, strict=True)]
+    return np.repeat(number, [len(c) for c in used]), np.concatenate(used), np.concatenate(counts)
