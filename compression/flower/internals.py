@@ -7,11 +7,12 @@ so what a new minor version of Flower may break is what this file names.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cache
 from types import CodeType, FrameType
 from typing import TypeVar, cast
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -31,9 +32,12 @@ __all__ = [
     "ClientAppCallable",
     "ErrorCode",
     "InflatableObject",
+    "Measured",
     "Mod",
     "NodeInfo",
+    "Record",
     "Run",
+    "content_bytes",
     "identify_process",
     "is_averaging",
     "log",
@@ -49,6 +53,7 @@ __all__ = [
     "unsent",
 ]
 
+Record = ArrayRecord | MetricRecord | ConfigRecord
 _Inflatable = TypeVar("_Inflatable", bound=InflatableObject)
 
 
@@ -133,6 +138,39 @@ def uncached(item: _Inflatable) -> _Inflatable:
     if isinstance(item, Message) and not item.has_error():
         return make_message(item.metadata, uncached(item.content))  # type: ignore[return-value]
     return item
+
+
+class Measured:
+    """Serialised bytes of a record, measured once for all the messages that hold it.
+
+    Attributes:
+        copy: the record without caches of before; those that measuring fills are its own.
+        objects: id of every object that the record consists of, to its bytes.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.copy: Record = uncached(record)
+        with no_object_id_recompute():
+            parts = get_all_nested_objects(self.copy)
+            self.objects = {key: len(part.deflate()) for key, part in parts.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the record."""
+        return sum(self.objects.values())
+
+
+def content_bytes(records: Mapping[str, Measured], envelope: Message | None = None) -> int:
+    """Serialised bytes of a content of such records, and of the message in such an envelope.
+
+    An object that several records consist of is sent once.
+    """
+    objects = {k: size for record in records.values() for k, size in record.objects.items()}
+    content = RecordDict({key: record.copy for key, record in records.items()})
+    own = own_bytes(content)
+    if envelope is not None:
+        own += own_bytes(make_message(envelope.metadata, content))
+    return sum(objects.values()) + own
 
 
 # -- strategies -----------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from flwr.serverapp import Grid
 from prunecast.compression.codec import CodecError
 from prunecast.compression.flower import STATISTICS_RECORD, array_record, dense_arrays, payload_of
 from prunecast.compression.flower.internals import (
+    Measured,
+    content_bytes,
     log,
     make_message,
     serialised_objects,
@@ -101,7 +103,7 @@ class CompressedGrid(GridWrapper):
     def _push(self, prepared: list[Prepared]) -> list[str]:
         # before they are pushed: an engine in this process may be reading them as soon as they
         # are in its hands
-        measured = [self._measured(item.message) for item in prepared]
+        measured = [self._measured(item.message, item.measured) for item in prepared]
         # a list: the HTTP grid goes over the messages twice
         ids = list(self._grid.push_messages([p.message for p in prepared]))
         pushed = set(ids)
@@ -125,12 +127,23 @@ class CompressedGrid(GridWrapper):
             )
         return ids
 
-    def _measured(self, message: Message) -> tuple[int, dict[str, int]]:
-        """Serialised bytes of a message, and under the alternatives, without touching it."""
-        objects = serialised_objects(uncached(message))
-        joined = b"".join(objects) if self._alternatives else b""
-        alternatives = {name: recode(joined) for name, recode in self._alternatives.items()}
-        return sum(map(len, objects)), alternatives
+    def _measured(
+        self, message: Message, measured: Mapping[str, Measured] | None = None
+    ) -> tuple[int, dict[str, int]]:
+        """Serialised bytes of a message, and under the alternatives, without touching it.
+
+        Args:
+            message: the message.
+            measured: those of its records that were measured before.
+        """
+        if self._alternatives or message.has_error():
+            objects = serialised_objects(uncached(message))
+            joined = b"".join(objects)
+            alternatives = {name: recode(joined) for name, recode in self._alternatives.items()}
+            return sum(map(len, objects)), alternatives
+        known = measured or {}
+        records = {key: known.get(key) or Measured(r) for key, r in message.content.items()}
+        return content_bytes(records, message), {}
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Fetch and decode the replies that have arrived.

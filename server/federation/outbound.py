@@ -21,7 +21,13 @@ from prunecast.compression.flower import (
     stated_round,
     stream_id,
 )
-from prunecast.compression.flower.internals import make_message, object_bytes, own_bytes, uncached
+from prunecast.compression.flower.internals import (
+    Measured,
+    Record,
+    content_bytes,
+    make_message,
+    own_bytes,
+)
 from prunecast.compression.versions import (
     Instruction,
     SchemeRule,
@@ -54,6 +60,7 @@ class Prepared:
         rule: how the node is told to code its reply; None for not at all.
         wanted: the statistics that the node is asked to contribute, by name.
         pruned: key of the record that they are of.
+        measured: record key to the record of `message` that other messages hold, too.
     """
 
     batch: Batch
@@ -69,6 +76,7 @@ class Prepared:
     rule: UpdateRule | SchemeRule | None = None
     wanted: tuple[str, ...] = ()
     pruned: str = ""
+    measured: dict[str, Measured] = field(default_factory=dict)
 
     @property
     def coded(self) -> bool:
@@ -86,8 +94,7 @@ class Batch:
     """
 
     def __init__(self, messages: Iterable[Message]) -> None:
-        self._content_ids: dict[int, str] = {}
-        self._sizes: dict[int, int] = {}
+        self._measured: dict[int, Measured] = {}
         self.messages = list(messages)
 
     @cached_property
@@ -101,22 +108,20 @@ class Batch:
             for key, counter in counts.items()
         }
 
-    def content_id(self, record: ArrayRecord) -> str:
-        """Digest of a record's content, computed once."""
+    def measured(self, record: Record) -> Measured:
+        """A record of one of the messages, measured once."""
         # the batch keeps the messages alive, so an id() names one record throughout
-        if id(record) not in self._content_ids:
-            self._content_ids[id(record)] = uncached(record).object_id
-        return self._content_ids[id(record)]
+        if id(record) not in self._measured:
+            self._measured[id(record)] = Measured(record)
+        return self._measured[id(record)]
+
+    def content_id(self, record: ArrayRecord) -> str:
+        """Digest of a record's content."""
+        return self.measured(record).copy.object_id
 
     def is_shared(self, key: str, record: ArrayRecord) -> bool:
         """Whether a record is not a personalised one."""
         return self.content_id(record) in self._shared[key]
-
-    def size(self, item: ArrayRecord | RecordDict) -> int:
-        """Serialised bytes of a record or content, measured once and on a copy."""
-        if id(item) not in self._sizes:
-            self._sizes[id(item)] = object_bytes(uncached(item))
-        return self._sizes[id(item)]
 
 
 class Down(Protocol):
@@ -137,6 +142,7 @@ class DenseDown:
     def code(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
         """See `Down.code`."""
         prepared.kinds.append("dense")
+        prepared.measured[key] = prepared.batch.measured(record)
         return record
 
 
@@ -175,6 +181,7 @@ class LatticeDown:
         payload = stream.publisher.payload(version, held)
         prepared.encode_ms += (time.perf_counter() - started) * 1e3
         prepared.kinds.append(payload.kind.name.lower())
+        prepared.measured[key] = payload.measured
         return payload.record
 
 
@@ -209,7 +216,7 @@ class Outbound:
         for key, record in original.content.items():
             content[key] = record
             if isinstance(record, ArrayRecord):
-                prepared.dense[key] = batch.size(record)
+                prepared.dense[key] = batch.measured(record).nbytes
                 content[key] = self._down.code(prepared, key, record)
         instruction = self._instruction(prepared, self._streams.node(original.metadata.dst_node_id))
         if instruction is not None:
@@ -220,7 +227,8 @@ class Outbound:
             prepared.round = max(v.model.counter for v in prepared.versions.values())
         # the envelope of both messages is the same but for one record key
         envelope = make_message(original.metadata, RecordDict())
-        prepared.dense_bytes = batch.size(original.content) + own_bytes(envelope)
+        records = {key: batch.measured(record) for key, record in original.content.items()}
+        prepared.dense_bytes = content_bytes(records) + own_bytes(envelope)
         return prepared
 
     def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:

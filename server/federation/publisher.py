@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits, quantise, spread
 from prunecast.compression.flower import payload_record
+from prunecast.compression.flower.internals import Measured
 from prunecast.compression.pruning.plan import Knowledge, PruningPlan
 from prunecast.compression.pruning.statistics import Statistics
 from prunecast.compression.versions import (
@@ -53,6 +54,11 @@ class EncodedPayload:
     def record(self) -> ArrayRecord:
         """The record that carries it; one object, so Flower uploads it once for all nodes."""
         return payload_record(self.data)
+
+    @cached_property
+    def measured(self) -> Measured:
+        """The record, measured once for all nodes."""
+        return Measured(self.record)
 
 
 @dataclass
