@@ -184,18 +184,18 @@ def measure(made: Made, trained: Path, reference: Any, repeat: int) -> tuple[Row
     import numpy as np
     from delivery import wide_narrow
 
-    from prunecast.compression.onnx.bind import bind_weights, save_single_file
+    from prunecast.compression.onnx.bind import bind_weights, export_single
     from prunecast.compression.versions import encode_delta, encode_keyframe
 
     held = wide_narrow.load(trained)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        variant = "fp32" if made.single else made.variant
+        bound = bind_weights(made.graph, made.after, folder, variant=variant)
+        file, size = bound.model, bound.model.stat().st_size + bound.layout.size
         if made.single:
-            file = folder / "model.onnx"
-            size = save_single_file(made.graph, made.after, file)
-        else:
-            bound = bind_weights(made.graph, made.after, folder, variant=made.variant)
-            file, size = bound.model, bound.model.stat().st_size + bound.layout.size
+            file = folder / "single.onnx"
+            size = export_single(bound.model.read_bytes(), bound.layout, made.after, file)
         outputs = _outputs(file, made.kept, held.images)
         best = _best(file, made.kept, repeat)
     wanted = outputs if reference is None else reference

@@ -1,8 +1,12 @@
-"""Figures as people read them."""
+"""What people read: figures, the first line of an error, and less of what others log."""
 
 from __future__ import annotations
 
-__all__ = ["bits_text", "bytes_text", "count_text", "first_line", "percent", "ratio_text"]
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["bits_text", "bytes_text", "count_text", "first_line", "percent", "quiet", "ratio_text"]
 
 
 def bytes_text(count: float | None) -> str:
@@ -52,3 +56,15 @@ def ratio_text(ratio: float | None) -> str:
 def first_line(error: BaseException) -> str:
     """What an exception of somebody else says, without its details; its name where it is silent."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet(logger: str | None = None) -> Iterator[None]:
+    """Let a logger, by default the root, say nothing below an error for the duration."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from swaps import INPUTS, graph, models
 
-from prunecast.compression.onnx.bind import save_single_file
+from prunecast.compression.onnx.bind import bind_weights, export_single
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository import KeyRing, Repository
 
@@ -39,7 +39,8 @@ def content(folder: Path, width: int, seed: int) -> dict[str, File]:
     for model in made:
         manifest = repository.publish("fan", model, architecture, selftest_inputs=x).manifest
     single = folder.with_name("single.onnx")
-    save_single_file(architecture, made[1], single)
+    bound = bind_weights(architecture, made[1], folder.with_name("single"), variant="fp32")
+    export_single(bound.model.read_bytes(), bound.layout, made[1], single)
     sha256 = hashlib.sha256(single.read_bytes()).hexdigest()
     whole = File(f"/blobs/{sha256}", single.stat().st_size, sha256)
     single.replace(folder / "blobs" / sha256)

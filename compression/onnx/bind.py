@@ -26,8 +26,7 @@ from onnx import helper
 from prunecast.common.files import write_atomically
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import BindError
-from prunecast.compression.onnx.graph import ExportedGraph
-from prunecast.compression.onnx.walk import replace_items
+from prunecast.compression.onnx.graph import ExportedGraph, replace_items
 from prunecast.compression.release.layout import Segment, WeightsLayout, place
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 
@@ -36,7 +35,6 @@ __all__ = [
     "Variant",
     "bind_weights",
     "export_single",
-    "save_single_file",
     "single_file_size",
 ]
 
@@ -90,30 +88,11 @@ def bind_weights(
     return BoundModel(path, directory / _WEIGHTS, layout, sha256)
 
 
-def bind_arrays(graph: ExportedGraph, arrays: dict[str, Any], directory: Path) -> Path:
-    """Bind plain arrays losslessly; returns the path of `model.onnx`. For checks at export."""
-    model = PublishedModel({name: RawTensor(values) for name, values in arrays.items()})
-    return bind_weights(graph, model, directory, variant="fp32").model
-
-
-def save_single_file(
-    graph: ExportedGraph, model: PublishedModel, path: Path, *, variant: Variant = "fp32"
-) -> int:
-    """Write one self-contained ``.onnx`` file; returns its size in bytes.
-
-    Raises:
-        BindError: the model does not fit the graph, or would exceed protobuf's 2 GiB.
-        StorageError: the file cannot be written.
-    """
-    proto, layout = _bound(graph, model, variant)
-    return export_single(proto.SerializeToString(), layout, model, path)
-
-
 def single_file_size(graph: ExportedGraph, model: PublishedModel, variant: Variant = "fp32") -> int:
-    """Size in bytes of the file that `save_single_file` would write, without writing it.
+    """Size in bytes of what `export_single` would write, without writing it.
 
     Raises:
-        BindError: as there.
+        BindError: as there, or the model does not fit the graph.
     """
     proto, layout = _bound(graph, model, variant)
     return int(_inlined(proto, layout, model).ByteSize())

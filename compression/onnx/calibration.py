@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from prunecast.common.text import first_line
+from prunecast.common.text import first_line, quiet
 from prunecast.compression.onnx import QuantisationError
 from prunecast.compression.release.selftest import Arrays
 
@@ -118,7 +116,7 @@ def calibrate(
     types = sorted({node.op_type for node in whole.graph.node if node.name in chosen})
     _declare(whole.graph, chosen)
     parts = list(batches(samples, shapes))
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "quantised.onnx"
         try:
             quantize_static(
@@ -158,14 +156,3 @@ def _declare(body: Any, chosen: Collection[str]) -> None:
                     known.add(name)
                     entry = body.value_info.add(name=name)
                     entry.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,13 +26,14 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper
 
-from prunecast.common.text import first_line
+from prunecast.common.text import first_line, quiet
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import ExportError, FoldedParameter, NumericsError
-from prunecast.compression.onnx.bind import bind_arrays
-from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
+from prunecast.compression.onnx.bind import bind_weights
+from prunecast.compression.onnx.graph import ExportedGraph, all_graphs, load_graph, save_graph
 from prunecast.compression.release import ReleaseError
 from prunecast.compression.release.runtime import open_session
+from prunecast.compression.versions import PublishedModel, RawTensor
 
 __all__ = ["check_graph", "export_cached", "export_graph"]
 
@@ -190,19 +189,6 @@ def _numbered(stem: str, count: int) -> list[str]:
     return [stem] if count == 1 else [f"{stem}_{i}" for i in range(count)]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def _trace(
     module: torch.nn.Module,
     example: tuple[torch.Tensor, ...],
@@ -213,7 +199,8 @@ def _trace(
 ) -> Any:
     shapes = tuple({0: _BATCH} for _ in example) if dynamic_batch else None
     try:
-        with _quiet():
+        with quiet("torch.onnx"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
                 example,
@@ -293,29 +280,19 @@ def _read_tensors(program: Any) -> list[str]:
 def _anonymise(proto: Any) -> None:
     proto.producer_name, proto.producer_version, proto.doc_string = "prunecast", "", ""
     del proto.metadata_props[:]
-    _clear(proto.graph)
-    for function in proto.functions:
-        _clear(function)
-
-
-def _clear(graph: Any) -> None:
-    for kind in ("metadata_props", "value_info"):
-        if hasattr(graph, kind):
-            del getattr(graph, kind)[:]
-    if graph.HasField("doc_string"):
-        graph.doc_string = ""
-    for kind in ("input", "output", "initializer"):
-        for item in getattr(graph, kind, ()):
-            if not isinstance(item, str):
-                del item.metadata_props[:]
-    for node in graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _clear(attribute.g)
-            for inner in attribute.graphs:
-                _clear(inner)
+    for graph in all_graphs(proto):
+        for kind in ("metadata_props", "value_info"):
+            if hasattr(graph, kind):
+                del getattr(graph, kind)[:]
+        if graph.HasField("doc_string"):
+            graph.doc_string = ""
+        for kind in ("input", "output", "initializer"):
+            for item in getattr(graph, kind, ()):
+                if not isinstance(item, str):
+                    del item.metadata_props[:]
+        for node in graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
 
 
 def _perturbed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -352,9 +329,10 @@ def _compare(
 ) -> float:
     produced = torch.func.functional_call(module, weights, example)
     wanted = list(produced) if isinstance(produced, tuple | list) else [produced]
-    arrays = {n: _array(t) for n, t in weights.items()}
+    exact = PublishedModel({n: RawTensor(_array(t)) for n, t in weights.items()})
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(bind_arrays(graph, arrays, Path(folder)), threads=1)
+        bound = bind_weights(graph, exact, Path(folder), variant="fp32")
+        session = open_session(bound.model, threads=1)
         feed = {n: _array(x) for n, x in zip(inputs, example, strict=True)}
         got = list(session.run(feed).values())
     if len(got) != len(wanted):

@@ -24,8 +24,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from prunecast.compression.onnx.graph import ExportedGraph
-from prunecast.compression.onnx.walk import replace_items, uses_of
+from prunecast.compression.onnx.graph import ExportedGraph, replace_items, uses_of
 
 __all__ = ["Kernel", "Norm", "Prepared", "prepare"]
 

@@ -11,7 +11,6 @@ Three ways to choose a tensor's step, for integers within ``2**(bits - 1) - 1``:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
@@ -81,11 +80,7 @@ def _step(values: NDArray[np.float64], top: int, steps: Steps, before: Tensor | 
     if largest == 0.0:
         return before.step if isinstance(before, LatticeTensor) else 1.0
     if steps == "held" and isinstance(before, LatticeTensor) and before.shape == values.shape:
-        # within (half the range, the range]: no bit is wasted and nothing is clipped
-        shift = math.ceil(math.log2(largest / ((top + 0.5) * before.step)))
-        if shift < 0 and largest > 0.4 * top * before.step:
-            shift = 0  # do not go back and forth around a power of two
-        return _single(before.step * 2.0**shift)
+        return _single(float(_following(largest, before.step, top)))
     full = largest / top
     if steps == "held":
         return _single(full / _HEAD_ROOM)
@@ -128,14 +123,19 @@ def channel_steps(
         fresh = lattice * 2.0**shift
     fresh = np.where(largest > 0, fresh, 1.0 if lattice is None else lattice)
     if isinstance(before, RawTensor) and before.shape == fresh.shape:
-        held = before.dense().astype(np.float64)
-        with np.errstate(divide="ignore"):
-            shift = np.ceil(np.log2(largest / ((top + 0.5) * held)))
-        shift = np.where((shift < 0) & (largest > 0.4 * top * held), 0.0, shift)
-        fresh = np.where(largest > 0, held * 2.0 ** np.maximum(shift, -64), held)
+        fresh = _following(largest, before.dense().astype(np.float64), top)
         if lattice is not None:
             fresh = np.maximum(fresh, lattice)  # a finer one would hold no more
     return np.maximum(fresh.astype(np.float32), np.finfo(np.float32).tiny).astype(np.float64)
+
+
+def _following(largest: Any, held: Any, top: int) -> NDArray[np.float64]:
+    """The held steps times powers of two: no bit is wasted and nothing is clipped."""
+    with np.errstate(divide="ignore"):
+        shift = np.ceil(np.log2(largest / ((top + 0.5) * held)))
+    # do not go back and forth around a power of two
+    shift = np.where((shift < 0) & (largest > 0.4 * top * held), 0.0, shift)
+    return np.asarray(np.where(largest > 0, held * 2.0**shift, held))
 
 
 def _single(step: float) -> float:

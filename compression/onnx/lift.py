@@ -29,8 +29,8 @@ from prunecast.compression.files.onnx_files import (
     subgraphs,
 )
 from prunecast.compression.onnx import ForeignModel
-from prunecast.compression.onnx.graph import ExportedGraph
-from prunecast.compression.onnx.walk import (
+from prunecast.compression.onnx.graph import (
+    ExportedGraph,
     Uses,
     check_texts,
     initialisers,

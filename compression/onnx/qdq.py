@@ -41,9 +41,8 @@ from prunecast.compression.onnx import QuantisationError
 from prunecast.compression.onnx.bind import resolve
 from prunecast.compression.onnx.calibration import calibrate
 from prunecast.compression.onnx.folding import Kernel, prepare
-from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph, replace_items
 from prunecast.compression.onnx.lattice import channel_steps
-from prunecast.compression.onnx.walk import replace_items
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import (
     LatticeTensor,

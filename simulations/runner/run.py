@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from prunecast.common.references import load_callable
+from prunecast.common.text import quiet
 from prunecast.simulations.runner import SimulationError
 from prunecast.simulations.runner.engine import ENVIRONMENT, run_engine
 from prunecast.simulations.runner.prepared import PartitionedData, partition_data, prepare
@@ -67,7 +67,7 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
 
     for arm in scenario.trained_arms().values():
         arm.grid_policy()
-    with _quiet_flower():
+    with quiet("flwr"):  # making a strategy warns of what is the engine's to say
         strategy_of(scenario)
     if scenario.release is not None:
         rule_of(scenario.release, scenario.task)
@@ -147,18 +147,6 @@ def run_scenario(
         with suppress(OSError):
             folder.rmdir()  # where the run failed before it wrote anything
     return json.loads(json.dumps(document))  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _quiet_flower() -> Iterator[None]:
-    """Making a strategy logs warnings that belong to the engine's log."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _software() -> dict[str, str]:

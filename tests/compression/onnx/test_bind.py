@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prunecast.compression.onnx import BindError
-from prunecast.compression.onnx.bind import bind_weights, save_single_file, single_file_size
+from prunecast.compression.onnx.bind import bind_weights, export_single, single_file_size
 from prunecast.compression.onnx.export import export_graph
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release.runtime import open_session
@@ -35,8 +35,8 @@ def test_variants_and_single_file_agree_bit_for_bit(
     model = published(conv_module)
     lattice = bind_weights(conv_graph, model, tmp_path / "lattice")
     dense = bind_weights(conv_graph, model, tmp_path / "fp32", variant="fp32")
-    save_single_file(conv_graph, model, tmp_path / "one.onnx")
-    save_single_file(conv_graph, model, tmp_path / "small.onnx", variant="lattice")
+    for bound, name in ((dense, "one.onnx"), (lattice, "small.onnx")):
+        export_single(bound.model.read_bytes(), bound.layout, model, tmp_path / name)
     x = {"input": _images(7)}
     want = _run(dense.model, x)
     for path in (lattice.model, tmp_path / "one.onnx", tmp_path / "small.onnx"):
@@ -174,7 +174,8 @@ def test_single_file_is_self_contained(
 ) -> None:
     model = published(conv_module)
     path = tmp_path / "single.onnx"
-    size = save_single_file(conv_graph, model, path)
+    bound = bind_weights(conv_graph, model, tmp_path / "fp32", variant="fp32")
+    size = export_single(bound.model.read_bytes(), bound.layout, model, path)
     assert size == path.stat().st_size == single_file_size(conv_graph, model)
     onnx.checker.check_model(str(path), full_check=True)
     held = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
