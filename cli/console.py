@@ -28,6 +28,7 @@ __all__ = [
     "say",
     "shape_text",
     "short_dtype",
+    "show",
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -62,6 +63,11 @@ def make_console(*, stderr: bool = False) -> Console:
 def print_json(document: object) -> None:
     """Print a document as one line, at once."""
     print(json.dumps(document), flush=True)  # noqa: T201
+
+
+def show(document: object, as_json: bool, text: str) -> None:
+    """Print a document as one line of JSON, or the text that says the same, at once."""
+    print(json.dumps(document) if as_json else text, flush=True)  # noqa: T201
 
 
 @dataclass(frozen=True)

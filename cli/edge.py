@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.edge_control import (
-    Control,
-    ControlCa,
-    ControlCertificate,
-    ControlKey,
-    ControlToken,
-    control_settings,
-    event_line,
-)
-from prunecast.cli.edge_service import figures_lines, serving
+from prunecast.cli.console import AsJson, show
 
 if TYPE_CHECKING:
-    from prunecast.client.edge import AgentConfig
+    from prunecast.client.edge import Agent, AgentConfig
     from prunecast.client.edge.config import UpdateResult
+    from prunecast.client.edge.control import ControlSettings
     from prunecast.client.edge.errors import ControlProblem, EdgeError
     from prunecast.client.edge.updating.transport import Fetcher, HttpFetcher
 
 __all__ = ["app"]
+
+_PROBE_SECONDS = 5.0
 
 app = typer.Typer(no_args_is_help=True, help="Follow signed releases on a device and run them.")
 
@@ -65,7 +63,24 @@ Listen = Annotated[
         "may be given several times."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Control = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Control server of the fleet: it decides which release this device runs.",
+    ),
+]
+ControlToken = Annotated[
+    Path | None,
+    typer.Option(help="File with the device's token, printed by `prunecast fleet device add`."),
+]
+ControlCa = Annotated[
+    Path | None, typer.Option(help="PEM file of the authorities to trust for the control server.")
+]
+ControlCertificate = Annotated[
+    Path | None, typer.Option(help="PEM file with the device's certificate, instead of a token.")
+]
+ControlKey = Annotated[Path | None, typer.Option(help="PEM file with its private key.")]
 
 
 @app.command()
@@ -85,8 +100,6 @@ def update(
     as_json: AsJson = False,
 ) -> None:
     """Check once for a newer release; download, verify, self-test and activate it."""
-    import time
-
     from prunecast.client.edge import Agent
 
     config = _config(state, url, name, root, threads, quiet, optimise)
@@ -94,7 +107,7 @@ def update(
     with Agent(config, fetcher=fetcher) as agent:
         result = agent.update_once()
         agent.confirm()  # it was loaded and self-tested, which is all one command can tell
-    print(json.dumps(asdict(result)) if as_json else _line(result), flush=True)  # noqa: T201
+    show(asdict(result), as_json, _line(result))
     if result.outcome == "rejected":
         raise typer.Exit(1)
 
@@ -133,13 +146,10 @@ def run(
     With --control the fleet decides which of the live releases runs here, a lower one too;
     without, always the highest.
     """
-    import signal
-    import threading
-
     from prunecast.client.edge import Agent
     from prunecast.client.edge.errors import EdgeError, NetworkError
 
-    fleet = control_settings(control, control_token, control_ca, control_certificate, control_key)
+    fleet = _control_settings(control, control_token, control_ca, control_certificate, control_key)
     if url is None and fleet is None:
         raise typer.BadParameter("either --url or --control is needed", param_hint="--url")
     stop, wake = threading.Event(), threading.Event()
@@ -151,14 +161,15 @@ def run(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
 
-    def show(result: UpdateResult | EdgeError) -> None:
+    def tell(result: UpdateResult | EdgeError) -> None:
         if isinstance(result, EdgeError):
+            text = f"failed: {result}"
             problem = {"outcome": "failed", "error": type(result).__name__, "reason": str(result)}
-            shown = json.dumps(problem) if as_json else f"failed: {result}"
+            show(problem, as_json, text)
         else:
-            shown = json.dumps(asdict(result)) if as_json else _line(result)
-        print(shown, flush=True)  # noqa: T201
-        tell_manager(f"failed: {result}" if isinstance(result, EdgeError) else _line(result))
+            text = _line(result)
+            show(asdict(result), as_json, text)
+        tell_manager(text)
 
     def wait(seconds: float) -> None:
         if stop.wait(seconds):
@@ -175,29 +186,20 @@ def run(
     fetcher = _limited(source, bandwidth, wait)
     with (
         Agent(config, fetcher=fetcher, wait=wait) as agent,
-        serving(agent, name, listen or (), as_json) as tell_manager,
+        _serving(agent, name, listen or (), as_json) as tell_manager,
     ):
+        follow = partial(agent.run, interval, stop=stop, jitter=jitter)
         if fleet is None:
-            agent.run(interval, stop=stop, jitter=jitter, on_result=show)
+            follow(on_result=tell)
             return
-
-        def tell(event: bool | ControlProblem) -> None:
-            print(event_line(event, as_json), flush=True)  # noqa: T201
-
-        with Controller(agent, channel, wake=wake, on_event=tell) as controller:
+        show_event = partial(_show_event, as_json)
+        with Controller(agent, channel, wake=wake, on_event=show_event) as controller:
 
             def note(result: UpdateResult | EdgeError) -> None:
-                show(result)
+                tell(result)
                 controller.note(result)
 
-            agent.run(
-                interval,
-                stop=stop,
-                jitter=jitter,
-                on_result=note,
-                order=controller.order,
-                wake=wake,
-            )
+            follow(on_result=note, order=controller.order, wake=wake)
 
 
 @app.command()
@@ -206,9 +208,6 @@ def status(state: State, as_json: AsJson = False) -> None:
     from prunecast.client.edge.status import read_status
 
     found = read_status(state)
-    if as_json:
-        print(json.dumps(found))  # noqa: T201
-        return
     active, previous = found["active"], found["previous"]
     lines = [
         f"release  {found['name']} {active['version']}" if active else "release  none",
@@ -217,8 +216,8 @@ def status(state: State, as_json: AsJson = False) -> None:
     ]
     if found.get("last_error"):
         lines.append(f"problem  {found['last_error']}")
-    lines += figures_lines(found["telemetry"])
-    print("\n".join(lines))  # noqa: T201
+    lines += _figures_lines(found["telemetry"])
+    show(found, as_json, "\n".join(lines))
 
 
 @app.command()
@@ -230,8 +229,6 @@ def infer(
     as_json: AsJson = False,
 ) -> None:
     """Run the active release on arrays in a file; needs no network."""
-    import time
-
     from prunecast.client.edge import open_model
     from prunecast.common.files import write_atomically
     from prunecast.compression.release.selftest import pack_arrays, unpack_arrays
@@ -247,8 +244,7 @@ def infer(
         "outputs": {name: list(values.shape) for name, values in served.outputs.items()},
         "seconds": seconds,
     }
-    text = f"release {served.version}: {outputs} in {seconds * 1000:.1f} ms"
-    print(json.dumps(report) if as_json else text)  # noqa: T201
+    show(report, as_json, f"release {served.version}: {outputs} in {seconds * 1000:.1f} ms")
 
 
 def _config(
@@ -284,16 +280,72 @@ def _fetcher(
 ) -> HttpFetcher:
     from prunecast.client.edge.updating.transport import HttpFetcher
 
-    if (certificate is None) != (key is None):
-        raise typer.BadParameter("--certificate and --key belong together")
     headers = {}
+    pair = _pair(certificate, key, "--")
     if token_file:
         headers["authorization"] = f"Bearer {token_file.read_text().strip()}"
-    return HttpFetcher(
-        ca_file=ca_file,
-        client_certificate=(certificate, key) if certificate and key else None,
-        headers=headers,
-    )
+    return HttpFetcher(ca_file=ca_file, client_certificate=pair, headers=headers)
+
+
+def _pair(certificate: Path | None, key: Path | None, prefix: str) -> tuple[Path, Path] | None:
+    if (certificate is None) != (key is None):
+        raise typer.BadParameter(f"{prefix}certificate and {prefix}key belong together")
+    return (certificate, key) if certificate and key else None
+
+
+def _control_settings(
+    control: str | None,
+    token: Path | None,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+) -> ControlSettings | None:
+    """The connection to the fleet; None: the agent decides by itself."""
+    if control is None:
+        if token or ca or certificate or key:
+            raise typer.BadParameter("--control-... needs --control HOST:PORT")
+        return None
+    from prunecast.client.edge.control import ControlSettings
+
+    return ControlSettings(control, ca, token, _pair(certificate, key, "--control-"))
+
+
+@contextmanager
+def _serving(
+    agent: Agent, name: str, addresses: Sequence[str], as_json: bool
+) -> Iterator[Callable[[str], None]]:
+    """Listen while the block runs, with the service manager told; one line per endpoint.
+
+    Yields:
+        A function that shows the manager one line about what the agent does.
+    """
+    from prunecast.client.edge.inference import InferenceServer, is_answering
+    from prunecast.client.edge.service_manager import ServiceManager
+
+    manager = ServiceManager()
+    with ExitStack() as stack:
+        listening = []
+        for address in addresses:
+            endpoint = stack.enter_context(InferenceServer(agent.model, name, address))
+            listening.append(endpoint.address)
+            told = {"outcome": "listening", "address": endpoint.address}
+            show(told, as_json, f"listening on {endpoint.address}")
+
+        def alive() -> bool:
+            return all(is_answering(address, _PROBE_SECONDS) for address in listening)
+
+        with manager.watching(alive):
+            yield lambda line: manager.tell(STATUS=line)
+
+
+def _show_event(as_json: bool, event: bool | ControlProblem) -> None:
+    """Print what happened to the connection to the fleet."""
+    if event is True:
+        told = {"outcome": "control", "connected": True}
+        show(told, as_json, "the fleet's control server is connected")
+    else:
+        told = {"outcome": "control", "connected": False, "reason": str(event)}
+        show(told, as_json, f"control: {event}")
 
 
 def _line(result: UpdateResult) -> str:
@@ -307,3 +359,18 @@ def _line(result: UpdateResult) -> str:
     received = ", ".join(f"{kind} {size:,}" for kind, size in sorted(result.downloaded.items()))
     came = "its weights were here" if result.payload == "none" else f"came as {result.payload}"
     return f"release {result.version} is active, {came} (bytes: {received})"
+
+
+def _figures_lines(telemetry: dict[str, Any] | None) -> list[str]:
+    """What the device has counted, for people: a line for each release that was asked."""
+    lines = []
+    for release in (telemetry or {}).get("releases", ()):
+        counts = ", ".join(f"{release[key]:,} {key}" for key in ("answered", "refused", "failed"))
+        line = f"counted  release {release['version']}: {counts}"
+        if release["answered"]:
+            times = [f"{release[f'latency_{p}_seconds'] * 1e3:.3g}" for p in ("p50", "p90", "p99")]
+            line += f"; p50/p90/p99 {'/'.join(times)} ms"
+        if release["self_test"]:
+            line += f"; self-test {release['self_test']}"
+        lines.append(line)
+    return lines
