@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 import time
 from pathlib import Path
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prunecast.cli import fleet_device
-from prunecast.cli.console import say
+from prunecast.cli.console import AsJson, print_json, say, show
 from prunecast.cli.fleet_common import (
     DEFAULT,
     AfterDevice,
-    AsJson,
     Database,
     GroupName,
     Limit,
@@ -24,12 +23,12 @@ from prunecast.cli.fleet_common import (
     Reason,
     RolloutName,
     operate,
+    repository_of,
     service_of,
     show_document,
     show_rows,
     stamp,
 )
-from prunecast.cli.fleet_serve import serve
 
 if TYPE_CHECKING:
     from prunecast.server.fleet.events import Steering
@@ -42,7 +41,66 @@ rollout_app = typer.Typer(no_args_is_help=True, help="Bring a release to groups,
 app.add_typer(fleet_device.app, name="device")
 app.add_typer(group_app, name="group")
 app.add_typer(rollout_app, name="rollout")
-app.command()(serve)
+
+
+@app.command()
+def serve(
+    certificate: Annotated[Path, typer.Option(help="PEM file with the TLS certificate chain.")],
+    key: Annotated[Path, typer.Option(help="PEM file with its private key.")],
+    client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file with the authorities that issue devices' certificates; "
+            "without, devices authenticate by their tokens."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port; 0 lets the system choose.", min=0, max=65535)
+    ] = 8444,
+    keep_alive: Annotated[
+        float, typer.Option(help="Seconds between signs of life to devices.", min=1.0)
+    ] = 30.0,
+    interval: Annotated[
+        float, typer.Option(help="Seconds between looks at the fleet.", min=0.1)
+    ] = 1.0,
+    fetch_limit: Annotated[
+        int, typer.Option(help="Bytes of the largest file handed out to devices.", min=0)
+    ] = 64 * 2**20,
+    drain: Annotated[
+        float, typer.Option(help="Seconds that calls may take when the server ends.", min=0.0)
+    ] = 10.0,
+    database: Database = DEFAULT,
+    as_json: AsJson = False,
+) -> None:
+    """Bring directives to agents and their reports back, over gRPC and TLS, until interrupted.
+
+    It also honours the deadlines of rollouts, so that silent devices pause them. The release
+    repository is the one that `prunecast fleet init` was given.
+    """
+    from prunecast.server.control import ControlLimits, ControlServer
+    from prunecast.server.fleet.service import FleetService
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+
+    with FleetService(database, list) as service:
+        repository = repository_of(service, database)
+
+    def ready(address: str) -> None:
+        show({"address": address, "port": server.port}, as_json, f"serving {address}")
+
+    server = ControlServer(
+        database,
+        repository,
+        certificate=certificate,
+        key=key,
+        client_ca=client_ca,
+        host=host,
+        port=port,
+        limits=ControlLimits(keep_alive=keep_alive, fetch_bytes=fetch_limit, drain=drain),
+        interval=interval,
+    )
+    server.run(ready)
 
 
 @app.command()
@@ -83,10 +141,7 @@ def add_group(
     """Make a group."""
     from prunecast.server.fleet.events import AddGroup
 
-    event = AddGroup(
-        group=name, release=release, stable=stable, **stamp()
-    )  # fmt: skip
-    operate(database, event)
+    operate(database, AddGroup(group=name, release=release, stable=stable, **stamp()))
     say(f"group {name} follows {release}")
 
 
@@ -166,10 +221,7 @@ def start_rollout(
         service.operate(event)
         rollout = service.rollout(event.rollout)
     text = f"started {rollout.id}: {rollout.expected} of {sum(rollout.cohorts)} devices first"
-    if as_json:
-        print(json.dumps(RolloutView.of(rollout).to_mapping()))  # noqa: T201
-    else:
-        say(text)
+    show(RolloutView.of(rollout).to_mapping(), as_json, text)
 
 
 @rollout_app.command(name="list")
@@ -201,7 +253,7 @@ def show_rollout(
         members = service.devices(rollout=name, after=after, limit=limit)
     rows = [DeviceView.of(device).to_mapping() for device in members]
     if as_json:
-        print(json.dumps({**document, "members": rows}))  # noqa: T201
+        print_json({**document, "members": rows})
         return
     show_document(document, 10)
     rows.sort(key=lambda row: (row["stage"], row["device"]))

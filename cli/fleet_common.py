@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import getpass
-import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import Column, make_console, print_table, say
+from prunecast.cli.console import Column, make_console, print_json, print_table, say
 
 if TYPE_CHECKING:
     from prunecast.server.fleet.events import AnyEvent
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT",
     "AfterDevice",
-    "AsJson",
     "Database",
     "DeviceName",
     "GroupName",
@@ -36,7 +34,6 @@ __all__ = [
     "show_document",
     "show_rows",
     "stamp",
-    "text_of",
 ]
 
 Database = Annotated[
@@ -56,7 +53,6 @@ AfterDevice = Annotated[
     str | None, typer.Option("--after", help="Begin after this device: the last one shown before.")
 ]
 Limit = Annotated[int | None, typer.Option(help="How many at most; default all.", min=1)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DEFAULT = "sqlite:///fleet.db"
 
@@ -111,28 +107,25 @@ def operate(database: str, event: AnyEvent) -> None:
         service.operate(event)
 
 
-def show_rows(rows: list[dict[str, Any]], columns: Iterable[str], as_json: bool) -> None:
+def show_rows(rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
     """Print rows as a table with some columns, or all of them as JSON."""
     if as_json:
-        print(json.dumps(rows))  # noqa: T201
+        print_json(rows)
         return
-    shown = tuple(columns)
-    texts = [[text_of(row[name]) for name in shown] for row in rows]
-    print_table(make_console(), [Column(name.replace("_", " ")) for name in shown], texts)
+    texts = [[_text(row[name]) for name in columns] for row in rows]
+    print_table(make_console(), [Column(name.replace("_", " ")) for name in columns], texts)
 
 
 def show_document(document: Mapping[str, Any], width: int) -> None:
     """Print one thing, a line for each of its properties."""
-    for key, value in document.items():
-        say(f"{key:<{width}} {text_of(value)}")
+    say(*(f"{key:<{width}} {_text(value)}" for key, value in document.items()))
 
 
-def text_of(value: object) -> str:
-    """A value in a table."""
+def _text(value: object) -> str:
     if value is None or value == "" or value == []:
         return "–"
     if isinstance(value, list):
-        return ", ".join(map(text_of, value))
+        return ", ".join(map(_text, value))
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() else f"{value:g}"
     return str(value)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Annotated
 
 import typer
 
-from prunecast.cli.console import say
+from prunecast.cli.console import AsJson, print_json, say, show
 from prunecast.cli.fleet_common import (
     DEFAULT,
     AfterDevice,
-    AsJson,
     Database,
     DeviceName,
     Limit,
@@ -40,8 +38,7 @@ def add_device(
     """Enrol a device and print its token, once: only a hash is kept."""
     with service_of(database) as service:
         token = service.enrol(name, group, now=time.time(), actor=actor())
-    shown = json.dumps({"device": name, "group": group, "token": token}) if as_json else token
-    print(shown)  # noqa: T201
+    show({"device": name, "group": group, "token": token}, as_json, token)
 
 
 @app.command(name="list")
@@ -100,7 +97,7 @@ def show_device(name: DeviceName, database: Database = DEFAULT, as_json: AsJson 
         if (health := service.health(name)) is not None:
             document |= HealthView.of(*health).to_mapping()
     if as_json:
-        print(json.dumps(document))  # noqa: T201
+        print_json(document)
         return
     figures = document.pop("figures", {})
     show_document({**document, **dict(sorted(figures.items()))}, 20)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from prunecast.cli.console import show
 
 __all__ = ["serve"]
 
@@ -65,7 +66,7 @@ def serve(
 
     def ready(url: str) -> None:
         found = {"url": url, "port": server.port, "metrics_port": server.metrics_port}
-        print(json.dumps(found) if as_json else f"serving {url}", flush=True)  # noqa: T201
+        show(found, as_json, f"serving {url}")
 
     limits = ServingLimits(
         connections=connections,
