@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.release_create import create
+from prunecast.cli.console import AsJson, show
+from prunecast.cli.release_create import Folder, Keys, Name, create
 from prunecast.cli.release_keys import app as keys_app
-from prunecast.cli.release_options import AsJson, Folder, Keys, Name, show_result
 
 if TYPE_CHECKING:
     from prunecast.server.repository import Repository, RepositoryReader
@@ -40,16 +43,11 @@ def init(repository: Folder, keys: Keys, as_json: AsJson = False) -> None:
         "repository": str(repository),
         "root": str(root),
         "keys": paths,
-        "expires": {role: when.isoformat() for role, when in made.expires().items()},
+        "expires": _iso(made.expires()),
     }
-    show_result(
-        result,
-        as_json,
-        lambda: (
-            f"created {repository}\nroot for devices: {root}\n"
-            + "\n".join(f"{role} key: {path}" for role, path in paths.items())
-        ),
-    )
+    lines = [f"created {repository}", f"root for devices: {root}"]
+    lines += [f"{role} key: {path}" for role, path in paths.items()]
+    show(result, as_json, "\n".join(lines))
 
 
 app.command()(create)
@@ -73,12 +71,12 @@ def list_(repository: Folder, as_json: AsJson = False) -> None:
         }
         for m in manifests
     ]
-    expires = {role: when.isoformat() for role, when in target.expires().items()}
-    show_result({"releases": rows, "expires": expires}, as_json, lambda: _table(rows, expires))
+    expires = _iso(target.expires())
+    show({"releases": rows, "expires": expires}, as_json, _table(rows, expires))
 
 
-@app.command()
-def show(
+@app.command(name="show")
+def show_manifest(
     repository: Folder,
     name: Name,
     version: Annotated[
@@ -105,23 +103,15 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check everything as a device would: signatures, digests, payloads, weights, self-tests."""
-    from dataclasses import asdict
-
     from prunecast.server.repository import verify_repository
 
     verified = verify_repository(_reader(repository), root.read_bytes())
-    show_result(
-        {"verified": [asdict(v) for v in verified]},
-        as_json,
-        lambda: (
-            "\n".join(
-                f"{v.name} {v.version}: verified, {v.patches} patches, self-test differs by "
-                f"{v.difference:.2g}"
-                for v in verified
-            )
-            or "the metadata is valid; there is no release yet"
-        ),
-    )
+    lines = [
+        f"{v.name} {v.version}: verified, {v.patches} patches, self-test differs by "
+        f"{v.difference:.2g}"
+        for v in verified
+    ] or ["the metadata is valid; there is no release yet"]
+    show({"verified": [asdict(v) for v in verified]}, as_json, "\n".join(lines))
 
 
 @app.command()
@@ -138,19 +128,14 @@ def doctor(
     Looks at metadata, keys, the files of every live release, permissions and leftovers. The exit
     code is 1 if something must be done.
     """
-    from dataclasses import asdict
-
     from prunecast.server.repository import KeyRing, examine
 
     findings = examine(repository, KeyRing(*keys) if keys else None)
     problems = sum(f.severity == "problem" for f in findings)
     lines = [f"{f.severity}: {f.subject}: {f.what}\n  {f.remedy}" for f in findings]
     lines.append(f"{problems} problems" if problems else "nothing needs to be done")
-    show_result(
-        {"problems": problems, "findings": [asdict(f) for f in findings]},
-        as_json,
-        lambda: "\n".join(lines),
-    )
+    found = {"problems": problems, "findings": [asdict(f) for f in findings]}
+    show(found, as_json, "\n".join(lines))
     if problems:
         raise typer.Exit(1)
 
@@ -183,11 +168,10 @@ def renew(
     roles that it did not sign in the last quarter of their lifetime; `release doctor` fails then.
     """
     target = _writer(repository, keys)
-    renewed = {name: when.isoformat() for name, when in target.renew(role).items()}
-    ahead = {name: when.isoformat() for name, when in target.expiring().items()}
+    renewed, ahead = _iso(target.renew(role)), _iso(target.expiring())
     lines = [f"{name} is valid until {when}" for name, when in renewed.items()]
     lines += [f"warning: {_ahead(name, when)}" for name, when in ahead.items()]
-    show_result({"renewed": renewed, "expires_soon": ahead}, as_json, lambda: "\n".join(lines))
+    show({"renewed": renewed, "expires_soon": ahead}, as_json, "\n".join(lines))
 
 
 @app.command(name="rotate-key")
@@ -208,6 +192,10 @@ def _ahead(role: str, when: str) -> str:
             f"(release keys change --renew {role})"
         )
     return f"{role} expires at {when} and was not renewed: is its key at hand?"
+
+
+def _iso(times: Mapping[str, datetime]) -> dict[str, str]:
+    return {role: when.isoformat() for role, when in times.items()}
 
 
 def _reader(repository: Path) -> RepositoryReader:

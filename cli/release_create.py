@@ -9,11 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from prunecast.cli.console import make_console
-from prunecast.cli.release_options import AsJson, Folder, Keys, Name, show_result
+from prunecast.cli.console import AsJson, make_console, show
 from prunecast.common.references import load_callable
 
-__all__ = ["create"]
+__all__ = ["Folder", "Keys", "Name", "create"]
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the release repository.")]
+Keys = Annotated[
+    list[Path],
+    typer.Option(
+        "--keys", help="Folder with private keys; give it twice if offline keys lie apart."
+    ),
+]
+Name = Annotated[str, typer.Argument(help="Name of the release.")]
 
 
 def create(
@@ -168,7 +176,7 @@ def create(
     }
     if export is not None:
         result["exported_bytes"] = export_release(target, published.manifest, export)
-    show_result(result, as_json, lambda: _created(result))
+    show(result, as_json, _created(result))
 
 
 def _factory(reference: str) -> Callable[[], Any]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunecast.cli.release_options import AsJson, Folder, show_result
+from prunecast.cli.console import AsJson, show
+from prunecast.cli.release_create import Folder
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Key
@@ -48,13 +49,11 @@ def make(
         "public": str(made.public),
         "sha256": fingerprint(made.key),
     }
-    show_result(
+    show(
         result,
         as_json,
-        lambda: (
-            f"private key, keep it: {made.private}\npublic key, send it: {made.public}\n"
-            f"SHA-256 of the public key, to compare by voice: {result['sha256']}"
-        ),
+        f"private key, keep it: {made.private}\npublic key, send it: {made.public}\n"
+        f"SHA-256 of the public key, to compare by voice: {result['sha256']}",
     )
 
 
@@ -144,8 +143,8 @@ def change(
     _tell(RepositoryReader(repository).change(ceremony, wanted, datetime.now(UTC)))
 
 
-@app.command()
-def show(ceremony: _Where) -> None:
+@app.command(name="show")
+def show_transcript(ceremony: _Where) -> None:
     """Print the transcript: keys, what is to be signed, who has signed, who is still needed."""
     from prunecast.server.repository import Ceremony
     from prunecast.server.repository.keys.ceremony import transcript
