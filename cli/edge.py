@@ -205,7 +205,7 @@ def run(
 @app.command()
 def status(state: State, as_json: AsJson = False) -> None:
     """What runs on this device, and what the last check did."""
-    from prunecast.client.edge.status import read_status
+    from prunecast.client.edge.state import read_status
 
     found = read_status(state)
     active, previous = found["active"], found["previous"]
@@ -256,8 +256,7 @@ def _config(
     quiet: str | None,
     optimise: bool,
 ) -> AgentConfig:
-    from prunecast.client.edge import AgentConfig
-    from prunecast.client.edge.updating.throttling import QuietHours
+    from prunecast.client.edge.config import AgentConfig, QuietHours
 
     if not url.startswith(("http://", "https://")):
         raise typer.BadParameter("must begin with http:// or https://", param_hint="--url")
@@ -270,9 +269,9 @@ def _config(
 
 
 def _limited(fetcher: Fetcher, bandwidth: float | None, sleep: Callable[[float], None]) -> Fetcher:
-    from prunecast.client.edge.updating.throttling import LimitedFetcher, TokenBucket
+    from prunecast.client.edge.updating.transport import Passing, TokenBucket
 
-    return LimitedFetcher(fetcher, TokenBucket(bandwidth, sleep=sleep)) if bandwidth else fetcher
+    return Passing(fetcher, TokenBucket(bandwidth, sleep=sleep).slow) if bandwidth else fetcher
 
 
 def _fetcher(

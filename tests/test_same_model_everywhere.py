@@ -19,7 +19,7 @@ from torch import nn
 
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.slots.patch_base import patch_base
-from prunecast.client.edge.status import read_status
+from prunecast.client.edge.state import read_status
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.onnx.export import export_graph
 from prunecast.server.federation import CompressedGrid, Ledger, Policy

@@ -26,8 +26,15 @@ from prunecast.client.edge.slots.slot import (
     open_slot,
     verify_slot,
 )
-from prunecast.client.edge.state import Failure, FailureKind, SlotRecord, State, StateFolder
-from prunecast.client.edge.status import read_status, record_check
+from prunecast.client.edge.state import (
+    Failure,
+    FailureKind,
+    SlotRecord,
+    State,
+    StateFolder,
+    read_status,
+    record_check,
+)
 from prunecast.client.edge.telemetry import Telemetry
 from prunecast.client.edge.updating.acquire import Acquirer
 from prunecast.client.edge.updating.transport import Fetcher, HttpFetcher

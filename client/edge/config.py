@@ -2,19 +2,65 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, time
 from pathlib import Path
 from typing import Literal
 
 from prunecast.client.edge.errors import OrderRefused
-from prunecast.client.edge.updating.throttling import QuietHours
 
-__all__ = ["AGENT_VERSION", "AgentConfig", "Order", "PayloadKind", "UpdateResult", "candidates"]
+__all__ = [
+    "AGENT_VERSION",
+    "AgentConfig",
+    "Order",
+    "PayloadKind",
+    "QuietHours",
+    "UpdateResult",
+    "candidates",
+]
 
 AGENT_VERSION = "0.1.0"
 PayloadKind = Literal["patch", "keyframe", "none"]
+_WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+
+@dataclass(frozen=True)
+class QuietHours:
+    """A daily window of local time; it may cross midnight.
+
+    Attributes:
+        begin: first moment of the window.
+        end: first moment after it.
+
+    >>> hours = QuietHours.parse("22:00-06:00")
+    >>> datetime(2026, 1, 1, 23, 30) in hours, datetime(2026, 1, 1, 6, 0) in hours
+    (True, False)
+    """
+
+    begin: time
+    end: time
+
+    @classmethod
+    def parse(cls, text: str) -> QuietHours:
+        """Read ``HH:MM-HH:MM``.
+
+        Raises:
+            ValueError: not of that form, or empty.
+        """
+        found = _WINDOW.fullmatch(text)
+        if not found or found[1] + found[2] == found[3] + found[4]:
+            raise ValueError(f"{text!r} is no window of time: write it like 22:00-06:00")
+        hours = [int(part) for part in found.groups()]
+        return cls(time(hours[0], hours[1]), time(hours[2], hours[3]))
+
+    def __contains__(self, moment: datetime) -> bool:
+        """Whether a local time lies in the window."""
+        at = moment.time()
+        if self.begin < self.end:
+            return self.begin <= at < self.end
+        return at >= self.begin or at < self.end
 
 
 @dataclass(frozen=True)

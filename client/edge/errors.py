@@ -7,10 +7,12 @@ __all__ = [
     "ContentRefused",
     "ControlProblem",
     "EdgeError",
+    "EndpointError",
     "NetworkError",
     "NoModel",
     "NoRelease",
     "OrderRefused",
+    "RequestRefused",
     "StateError",
     "TrustError",
     "VersionNotActive",
@@ -67,3 +69,20 @@ class NoRelease(EdgeError):
 
 class VersionNotActive(EdgeError):
     """A release was asked for by its number, and another one is active."""
+
+
+class EndpointError(EdgeError):
+    """The endpoint cannot be served at the address that was asked for."""
+
+
+class RequestRefused(EdgeError):
+    """One request cannot be answered.
+
+    Args:
+        status: of HTTP.
+        message: what is wrong with the request and what would be right.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +13,15 @@ from numpy.typing import NDArray
 from prunecast.client.edge.errors import EdgeError, NoModel, StateError, VersionNotActive
 from prunecast.client.edge.slots.slot import LoadedRelease, open_optimised, open_slot, verify_slot
 from prunecast.client.edge.state import StateFolder
+from prunecast.client.edge.telemetry import InferenceOutcome
 from prunecast.compression.release import InputRefused, ReleaseError
 from prunecast.compression.release.manifest import ReleaseManifest
 
-__all__ = ["EdgeModel", "Inference", "InferenceOutcome", "Observer", "open_model"]
+__all__ = ["EdgeModel", "Inference", "Observer", "open_model"]
 
-InferenceOutcome = Literal["answered", "refused", "failed"]
+Observer = Callable[[int, InferenceOutcome, float], None]
+"""Hears of every inference: the release, how it ended, and after how many seconds. It must be quick
+and must not raise. ``refused``: the input did not fit; ``failed``: the model failed."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +30,6 @@ class Inference:
 
     outputs: dict[str, NDArray[np.generic]]
     version: int
-
-
-class Observer(Protocol):
-    """Hears of every inference; must be quick and must not raise."""
-
-    def __call__(self, version: int, outcome: InferenceOutcome, seconds: float) -> None:
-        """One inference ended.
-
-        Args:
-            version: the release that was asked.
-            outcome: ``answered``; ``refused``: the input did not fit; ``failed``: the model failed.
-            seconds: how long it took.
-        """
 
 
 class EdgeModel:
@@ -81,10 +70,8 @@ class EdgeModel:
         Raises:
             VersionNotActive: another release than `version` is active.
         """
-        loaded = self.current()
+        loaded = self.current(version)
         active = loaded.manifest.version
-        if version not in (None, active):
-            raise VersionNotActive(f"release {version} is not active: release {active} is")
         begun = time.perf_counter()
         outcome: InferenceOutcome = "failed"
         try:
@@ -117,15 +104,18 @@ class EdgeModel:
         """Serve another release from now on; called by the agent."""
         self._loaded = loaded
 
-    def current(self) -> LoadedRelease:
+    def current(self, version: int | None = None) -> LoadedRelease:
         """The active release: manifest and session that belong together.
 
         Raises:
             NoModel: no release is active yet.
+            VersionNotActive: another release than `version` is active.
         """
         loaded = self._loaded
         if loaded is None:
             raise NoModel("no release is active yet: run an update first")
+        if version not in (None, active := loaded.manifest.version):
+            raise VersionNotActive(f"release {version} is not active: release {active} is")
         return loaded
 
 

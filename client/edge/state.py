@@ -1,8 +1,9 @@
-"""The agent's state folder.
+"""The agent's state folder, and what a device says of itself for people and for scripts.
 
 ::
 
     state.json   which slot is active: replacing this file is the moment of activation
+    status.json  what the last check for updates did
     slots/a, b   one complete release each; the inactive one is rebuilt by the next update
     metadata/    verified TUF metadata
     downloads/   files on their way, resumable
@@ -16,24 +17,38 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from prunecast.client.edge.config import AGENT_VERSION, UpdateResult
 from prunecast.client.edge.errors import AgentBusy, StateError
+from prunecast.client.edge.telemetry import read_telemetry
+from prunecast.common.documents import from_document, read_document
 from prunecast.common.files import StorageError, make_folder, write_atomically
 from prunecast.common.locks import lock_file
 
-__all__ = ["Failure", "FailureKind", "SlotRecord", "State", "StateFolder"]
+__all__ = [
+    "Failure",
+    "FailureKind",
+    "SlotRecord",
+    "State",
+    "StateFolder",
+    "read_status",
+    "record_check",
+]
+
+SlotName = Literal["a", "b"]
+FailureKind = Literal["self-test failed", "rolled back", "crash loop"]
 
 _SCHEMA = 1
-_SLOTS = ("a", "b")
+_STATUS = "status.json"
+_SLOTS: tuple[SlotName, ...] = ("a", "b")
 _REMEMBERED = 32
-
-
-FailureKind = Literal["self-test failed", "rolled back", "crash loop"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,7 @@ class SlotRecord:
         optimised: seal of the model that was optimised for this CPU; None without one.
     """
 
-    slot: str
+    slot: SlotName
     version: int
     manifest: str
     confirmed: bool = False
@@ -86,7 +101,7 @@ class State:
     tries: dict[str, int] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
 
-    def free_slot(self) -> tuple[str, State]:
+    def free_slot(self) -> tuple[SlotName, State]:
         """The slot to rebuild, and the state to write before touching it.
 
         The last confirmed release is never given up: when the active one is unconfirmed and a
@@ -169,7 +184,7 @@ class StateFolder:
         """
         path = self.path / "state.json"
         try:
-            document: Any = json.loads(path.read_bytes())
+            document = read_document(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -177,16 +192,9 @@ class StateFolder:
         try:
             if document["schema"] != _SCHEMA:
                 raise StateError(f"{path} is of schema {document['schema']}: update the agent")
-            return State(
-                name=str(document["name"]),
-                active=_record(document["active"]),
-                previous=_record(document["previous"]),
-                rejected={str(k): str(v) for k, v in document["rejected"].items()},
-                tries={str(k): int(v) for k, v in document["tries"].items()},
-                # agents before this field left it out, and ignore it
-                failures={int(k): _failure(v) for k, v in document.get("failures", {}).items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # agents before this field left it out, and ignore it
+            return from_document(State, {"failures": {}, **document})
+        except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"{path} is malformed: delete the state folder") from error
 
     def write(self, state: State) -> None:
@@ -195,8 +203,7 @@ class StateFolder:
         Raises:
             StateError: the file system refuses; the old state stands.
         """
-        document = {"schema": _SCHEMA, **asdict(state)}
-        self.write_json("state.json", document)
+        self.write_json("state.json", {"schema": _SCHEMA, **asdict(state)})
 
     def write_json(self, name: str, document: object) -> None:
         """Replace a JSON file atomically.
@@ -213,7 +220,7 @@ class StateFolder:
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file that only informs; empty when missing or unreadable."""
         try:
-            document = json.loads((self.path / name).read_bytes())
+            document = read_document(self.path / name)
         except (OSError, ValueError):
             return {}
         return document if isinstance(document, dict) else {}
@@ -259,22 +266,63 @@ class StateFolder:
             yield
 
 
-def _failure(document: Any) -> Failure:
-    if document["kind"] not in get_args(FailureKind):
-        raise ValueError(document["kind"])
-    return Failure(document["kind"], str(document["reason"]))
+def record_check(
+    folder: StateFolder, result: UpdateResult | None, counted: Counter[str], error: str | None
+) -> None:
+    """Keep what a check for updates did.
+
+    Args:
+        folder: of the agent.
+        result: None if the check failed.
+        counted: bytes received by kind, added to those of earlier checks.
+        error: why it failed, or why a release was rejected.
+
+    Raises:
+        StateError: the file system refuses.
+    """
+    earlier = folder.read_json(_STATUS).get("downloaded_total")
+    total = Counter(earlier if isinstance(earlier, dict) else {})
+    total.update(counted)
+    report = {
+        "last_check": datetime.now(UTC).isoformat(timespec="seconds"),
+        "last_result": asdict(result) if result else None,
+        "last_error": error,
+        "downloaded_total": dict(total),
+    }
+    folder.write_json(_STATUS, report)
 
 
-def _record(document: Any) -> SlotRecord | None:
-    if document is None:
+def _control(folder: StateFolder) -> dict[str, Any] | None:
+    """What the fleet wants and what it has not heard yet; None without a fleet."""
+    found = folder.read_json("control.json")
+    if not found:
         return None
-    if document["slot"] not in _SLOTS:
-        raise ValueError(document["slot"])
-    return SlotRecord(
-        document["slot"],
-        int(document["version"]),
-        str(document["manifest"]),
-        bool(document["confirmed"]),
-        int(document["starts"]),
-        None if document.get("optimised") is None else str(document["optimised"]),
-    )
+    reports = found.get("reports")
+    waiting = len(reports) if isinstance(reports, list) else 0
+    told = {key: found.get(key) for key in ("device", "directive", "answered")}
+    return {**told, "waiting_reports": waiting}
+
+
+def read_status(state: Path | str) -> dict[str, Any]:
+    """Status of a state folder, without an agent: active and previous release, last check.
+
+    Raises:
+        StateError: there is no such folder, or its state is unreadable.
+    """
+    folder = StateFolder(state)
+    if not folder.path.is_dir():
+        raise StateError(
+            f"{folder.path} does not exist: name the folder given to prunecast edge update or run"
+        )
+    found = folder.read()
+    telemetry = read_telemetry(folder.path)
+    return {
+        "agent": AGENT_VERSION,
+        "name": found.name if found else None,
+        "active": asdict(found.active) if found and found.active else None,
+        "previous": asdict(found.previous) if found and found.previous else None,
+        "rejected": found.rejected if found else {},
+        "telemetry": telemetry.to_json() if telemetry else None,
+        "control": _control(folder),
+        **folder.read_json(_STATUS),
+    }

@@ -3,8 +3,7 @@
 Needs what the agent needs, grpcio and protobuf.
 """
 
-from prunecast.client.edge.control.channel import ControlChannel, ControlSettings
+from prunecast.client.edge.control.channel import ControlChannel, ControlFetcher, ControlSettings
 from prunecast.client.edge.control.controller import Controller
-from prunecast.client.edge.control.fetcher import ControlFetcher
 
 __all__ = ["ControlChannel", "ControlFetcher", "ControlSettings", "Controller"]

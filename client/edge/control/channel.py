@@ -1,4 +1,4 @@
-"""The connection to the control server: where it is, a channel that is made anew, and waits."""
+"""The connection to the control server: where it is, a channel that is made anew, files over it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import grpc
+from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
 from prunecast.client.edge.errors import ControlProblem
-from prunecast.common.fleet_protocol import make_stub
+from prunecast.client.edge.updating.transport import Fetcher, Stream
+from prunecast.common.fleet_protocol import make_stub, messages
 
-__all__ = ["Backoff", "ControlChannel", "ControlSettings", "describe", "watched"]
+__all__ = ["Backoff", "ControlChannel", "ControlFetcher", "ControlSettings", "describe", "watched"]
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
@@ -168,7 +171,7 @@ class ControlChannel:
 @contextmanager
 def watched(call: Any, seconds: float) -> Iterator[Callable[[float], None]]:
     """End a call if it stays silent; the body gets a function that allows it more seconds."""
-    timer = threading.Timer(seconds, call.cancel)
+    timer = threading.Timer(seconds, call.cancel)  # so that there is one to cancel
 
     def allow(more: float) -> None:
         nonlocal timer
@@ -177,8 +180,7 @@ def watched(call: Any, seconds: float) -> Iterator[Callable[[float], None]]:
         timer.daemon = True
         timer.start()
 
-    timer.daemon = True
-    timer.start()
+    allow(seconds)
     try:
         yield allow
     finally:
@@ -234,3 +236,58 @@ class Backoff:
     def reset(self) -> None:
         """It works again."""
         self._bound = self._first
+
+
+_AS_HTTP = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.FAILED_PRECONDITION: 413,
+    grpc.StatusCode.OUT_OF_RANGE: 416,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+}
+
+
+class ControlFetcher(Fetcher):
+    """Gets files below ``grpcs://HOST:PORT/`` by Fetch; trust is TUF's, as over HTTP.
+
+    Args:
+        channel: to the server.
+        silence: seconds without a chunk after which a transfer is given up.
+    """
+
+    def __init__(self, channel: ControlChannel, *, silence: float = 30.0) -> None:
+        self._channel, self._silence = channel, silence
+
+    def open(self, url: str, offset: int = 0) -> Stream:
+        """See `Fetcher.open`."""
+        base = self._channel.settings.url
+        if not url.startswith(base):
+            raise DownloadError(f"{url} is not at the control server {base}")
+        chunks = self._chunks(url, url.removeprefix(base), offset)
+        first = next(chunks, None)  # an answer, or the reason why there is none
+        if first is None:
+            raise DownloadError(f"no {url}: the control server sent nothing")
+        return Stream(offset, chain([first], chunks))
+
+    def _chunks(self, url: str, path: str, offset: int) -> Iterator[bytes]:
+        try:
+            request = messages.FetchRequest(path=path, offset=offset)
+            call: Any = self._channel.call("Fetch", request)
+            at = offset
+            with watched(call, self._silence) as allow:
+                for chunk in call:
+                    if chunk.offset != at:
+                        raise DownloadError(f"{url} came with a gap at byte {at}")
+                    at += len(chunk.data)
+                    # a consumer may take its time; only the server's silence counts
+                    allow(3600.0)
+                    yield chunk.data
+                    allow(self._silence)
+        except (grpc.RpcError, ControlProblem) as error:
+            problem = f"no {url}: {describe(error)}"
+            status = _AS_HTTP.get(error.code()) if isinstance(error, grpc.RpcError) else None
+            if status is None:
+                raise DownloadError(problem) from error
+            raise DownloadHTTPError(problem, status) from error

@@ -1,4 +1,4 @@
-"""Puts an agent under the control of a fleet."""
+"""An agent under the control of a fleet: directives in, reports out, answers to both."""
 
 from __future__ import annotations
 
@@ -8,18 +8,47 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
+
+import grpc
 
 from prunecast.client.edge.agent import Agent
 from prunecast.client.edge.config import AGENT_VERSION, Order, UpdateResult
-from prunecast.client.edge.control.channel import ControlChannel
-from prunecast.client.edge.control.exchange import Exchange
-from prunecast.client.edge.control.store import ControlStore, StoredAnswer, StoredDirective
+from prunecast.client.edge.control.channel import Backoff, ControlChannel, describe, watched
+from prunecast.client.edge.control.store import (
+    ControlStore,
+    StoredAnswer,
+    StoredDirective,
+    StoredReport,
+)
 from prunecast.client.edge.errors import ControlProblem, EdgeError, StateError
 from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.telemetry import TelemetrySnapshot
+from prunecast.common.fleet_protocol import messages
 
 __all__ = ["Controller", "fleet_figures"]
+
+_ANSWER = 30.0
+"""Seconds that the server may take for its first message, or to take a report."""
+_LONGEST_PAUSE = 3600
+"""Seconds between signs of life that a server may ask a device to put up with."""
+_STEADY = 60.0
+"""Seconds after which a connection counts as good: one that ends sooner is no reason to hurry."""
+_HOPELESS = {
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+_NEVER = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED}
+"""The server will never take this report."""
+_OUTCOMES = {
+    "succeeded": messages.OUTCOME_SUCCEEDED,
+    "self-test failed": messages.OUTCOME_SELFTEST_FAILED,
+    "rolled back": messages.OUTCOME_ROLLED_BACK,
+    "crash loop": messages.OUTCOME_CRASH_LOOP,
+}
 
 
 class Controller:
@@ -32,6 +61,9 @@ class Controller:
 
     Without a server the last directive stays in force, across restarts too. Before the first one
     the agent keeps what it has.
+
+    One thread keeps a Watch open; while there is one, another sends the reports that the store
+    holds.
 
     Args:
         agent: holds the state folder's lock.
@@ -52,22 +84,25 @@ class Controller:
         rng: random.Random | None = None,
         make_id: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
-        self._agent, self._settings = agent, channel.settings
+        self._agent, self._channel = agent, channel
+        self._wake, self._on_event = wake, on_event
         self.store = ControlStore(StateFolder(agent.config.state), make_id)
         self._said: tuple[str, int | None] | None = None
         self._said_at = time.monotonic()
-        self._exchange = Exchange(
-            channel,
-            self.store,
-            release=agent.config.name,
-            running=lambda: agent.model.version,
-            changed=wake.set,
-            on_event=on_event,
-            rng=rng or random.Random(),
-        )
+        limits = (channel.settings.first_wait, channel.settings.most_wait, rng or random.Random())
+        self._resend, self._reconnect = Backoff(*limits), Backoff(*limits)
+        self._stopped, self._online = threading.Event(), threading.Event()
+        self._bell = threading.Event()  # for the sender
+        self._call: Any = None
+        self._known: bool | str | None = None
+        self._threads = [
+            threading.Thread(target=work, name=f"control {name}", daemon=True)
+            for name, work in (("watcher", self._keep_watching), ("sender", self._keep_sending))
+        ]
 
     def __enter__(self) -> Self:
-        self._exchange.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,7 +110,13 @@ class Controller:
 
     def close(self) -> None:
         """End the connection; reports that wait are kept for the next process."""
-        self._exchange.stop()
+        self._stopped.set()
+        self._bell.set()
+        if (call := self._call) is not None:
+            call.cancel()
+        self._channel.reset()
+        for thread in self._threads:
+            thread.join(10)
 
     def order(self) -> Order:
         """What the agent shall run now."""
@@ -88,7 +129,7 @@ class Controller:
         running = self._agent.model.version
         answer = self._answer(result)
         now = time.monotonic()
-        old = now - self._said_at >= self._settings.report_every
+        old = now - self._said_at >= self._channel.settings.report_every
         if answer is None and not old and (problem, running) == self._said:
             return
         self._said, self._said_at = (problem, running), now
@@ -102,8 +143,8 @@ class Controller:
                 made=time.time(),
             )
         except StateError as error:
-            self._exchange.tell(ControlProblem(f"a report is not kept: {error}"))
-        self._exchange.wake()
+            self._tell(ControlProblem(f"a report is not kept: {error}"))
+        self._bell.set()
 
     def _answer(self, result: UpdateResult | EdgeError) -> StoredAnswer | None:
         """What has become of the directive, if that was not said yet.
@@ -131,6 +172,103 @@ class Controller:
         mine = said and said.version is not None and said.release == self._agent.config.name
         return said if mine else None
 
+    def _tell(self, problem: ControlProblem) -> None:
+        """Tell what is wrong, unless it is what was told last."""
+        if str(problem) != self._known:
+            self._known = str(problem)
+            self._on_event(problem)
+
+    def _keep_watching(self) -> None:
+        while not self._stopped.is_set():
+            begun = time.monotonic()
+            error = self._watch()
+            self._online.clear()
+            self._channel.reset()
+            if self._stopped.is_set():
+                return
+            if time.monotonic() - begun >= _STEADY:
+                self._reconnect.reset()
+            code = error.code() if isinstance(error, grpc.RpcError) else None
+            waits = self._reconnect.long if code in _HOPELESS else self._reconnect.next
+            self._tell(describe(error))
+            self._stopped.wait(waits())
+
+    def _watch(self) -> Exception:
+        """One Watch until it ends; why it ended."""
+        try:
+            fingerprint = self._channel.settings.fingerprint()
+            request = messages.WatchRequest(
+                device=self.store.name_for(fingerprint),
+                agent=AGENT_VERSION,
+                release=self._agent.config.name,
+                running=self._agent.model.version,
+            )
+            self._call = self._channel.call("Watch", request)
+            if self._stopped.is_set():  # asked to end between the two
+                self._call.cancel()
+            with watched(self._call, _ANSWER) as allow:
+                silence = _ANSWER
+                for event in self._call:
+                    if event.HasField("welcome"):
+                        pause = event.welcome.keep_alive_seconds
+                        silence = 3.0 * min(max(1, pause), _LONGEST_PAUSE)
+                        self._keep(self.store.welcome, event.welcome.device, fingerprint)
+                        self._connected()
+                    elif event.HasField("directive") and self._keep(
+                        self.store.accept, _directive(event.directive)
+                    ):
+                        self._wake.set()
+                    allow(silence)
+            return ControlProblem("the control server ended the connection")
+        except Exception as error:  # whatever it is, the device must not lose its fleet
+            return error
+        finally:
+            self._call = None
+
+    def _keep(self, keep: Callable[..., bool | None], *said: Any) -> bool:
+        try:
+            return bool(keep(*said))
+        except StateError as error:
+            self._tell(ControlProblem(f"what the fleet said is not kept: {error}"))
+            return True
+
+    def _connected(self) -> None:
+        self._online.set()
+        self._bell.set()
+        if self._known is not True:
+            self._known = True
+            self._on_event(True)
+
+    def _keep_sending(self) -> None:
+        while not self._stopped.is_set():
+            self._bell.clear()
+            report = self.store.first() if self._online.is_set() else None
+            if report is None:
+                self._bell.wait()
+                continue
+            try:
+                self._send(report)
+                continue
+            except StateError as error:
+                self._tell(ControlProblem(f"a report is not crossed off: {error}"))
+                waits = self._resend.next()
+            except Exception as error:  # whatever it is, the device must go on reporting
+                if self._online.is_set():  # else the watcher has said why
+                    self._tell(describe(error))
+                waits = max(self._resend.next(), _asked_to_wait(error))
+            self._stopped.wait(waits)
+
+    def _send(self, report: StoredReport) -> None:
+        call = self._channel.call("Report", _request(report), timeout=_ANSWER)
+        try:
+            call.result()
+        except grpc.RpcError as error:
+            if error.code() not in _NEVER:
+                raise
+            self._tell(describe(error))
+        self.store.done(report.id)
+        self._resend.reset()
+
 
 def fleet_figures(found: TelemetrySnapshot) -> dict[str, float]:
     """Figures of the agent and of the release that is active; only finite ones."""
@@ -151,3 +289,33 @@ def fleet_figures(found: TelemetrySnapshot) -> dict[str, float]:
                 "latency_p99_seconds": release.latency(0.99),
             }
     return {k: float(v) for k, v in made.items() if v is not None and math.isfinite(v)}
+
+
+def _asked_to_wait(error: Exception) -> float:
+    """Seconds that the server wants to be left alone, an hour at most."""
+    trailing = error.trailing_metadata() if isinstance(error, grpc.RpcError) else None
+    said = str(dict(trailing or ()).get("retry-after", ""))
+    return min(float(said), 3600.0) if said.isdigit() else 0.0
+
+
+def _directive(said: Any) -> StoredDirective:
+    version = said.version if said.HasField("version") else None
+    return StoredDirective(said.serial, said.release, version, said.downgrade, said.rollout)
+
+
+def _request(report: StoredReport) -> Any:
+    made = messages.ReportRequest(
+        id=report.id,
+        device=report.device,
+        agent=report.agent,
+        running=report.running,
+        error=report.error,
+        figures=report.figures,
+        made=report.made,
+    )
+    if report.answer is not None:
+        given = report.answer
+        made.answer.serial, made.answer.version = given.serial, given.version
+        made.answer.detail = given.detail
+        made.answer.outcome = _OUTCOMES.get(given.outcome, messages.OUTCOME_UNSPECIFIED)
+    return made

@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Literal
 
 from prunecast.client.edge.state import StateFolder
+from prunecast.common.documents import from_document
 
 __all__ = ["ControlStore", "StoredAnswer", "StoredDirective", "StoredReport"]
 
 _FILE = "control.json"
-_SCHEMA = 1
 _MOST_REPORTS = 64  # the fleet remembers four times as many ids
 
 
@@ -62,6 +62,7 @@ class StoredReport:
 
 @dataclass(frozen=True)
 class _Content:
+    schema: Literal[1] = 1
     fingerprint: str = ""
     device: str = ""
     directive: StoredDirective | None = None
@@ -86,7 +87,10 @@ class ControlStore:
     ) -> None:
         self._folder, self._make_id, self._most = folder, make_id, most
         self._lock = threading.Lock()
-        self._content = _content(folder.read_json(_FILE))
+        try:
+            self._content = from_document(_Content, folder.read_json(_FILE))
+        except ValueError:
+            self._content = _Content()
 
     @property
     def directive(self) -> StoredDirective | None:
@@ -183,25 +187,4 @@ class ControlStore:
     def _write(self, content: _Content) -> None:
         if content != self._content:
             self._content = content
-            self._folder.write_json(_FILE, {"schema": _SCHEMA, **asdict(content)})
-
-
-def _content(document: dict[str, Any]) -> _Content:
-    try:
-        if document["schema"] != _SCHEMA:
-            return _Content()
-        directive, answered = document["directive"], document["answered"]
-        return _Content(
-            fingerprint=str(document["fingerprint"]),
-            device=str(document["device"]),
-            directive=StoredDirective(**directive) if directive else None,
-            answered=StoredAnswer(**answered) if answered else None,
-            reports=tuple(_report(r) for r in document["reports"]),
-        )
-    except (KeyError, TypeError):
-        return _Content()
-
-
-def _report(document: dict[str, Any]) -> StoredReport:
-    answer = document["answer"]
-    return StoredReport(**{**document, "answer": StoredAnswer(**answer) if answer else None})
+            self._folder.write_json(_FILE, asdict(content))

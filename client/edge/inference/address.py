@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunecast.client.edge.inference.limits import EndpointError
+from prunecast.client.edge.errors import EndpointError
 
 __all__ = ["Listener", "is_answering", "listen"]
 

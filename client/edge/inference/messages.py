@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.client.edge.inference.limits import RequestRefused
+from prunecast.client.edge.errors import RequestRefused
 from prunecast.compression.release.runtime import Signature
 
 __all__ = ["InferRequest", "datatype_of", "encode_response", "parse_request"]

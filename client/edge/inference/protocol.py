@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
 from prunecast.client.edge.config import AGENT_VERSION
-from prunecast.client.edge.errors import NoModel, VersionNotActive
-from prunecast.client.edge.inference.limits import Budget, EndpointLimits, RequestRefused
+from prunecast.client.edge.errors import NoModel, RequestRefused, VersionNotActive
 from prunecast.client.edge.inference.messages import (
     datatype_of,
     encode_response,
@@ -24,7 +23,77 @@ from prunecast.client.edge.model import EdgeModel
 from prunecast.compression.release import InputRefused, ReleaseError
 from prunecast.compression.release.runtime import Signature
 
-__all__ = ["EndpointReply", "InferenceProtocol"]
+__all__ = [
+    "Budget",
+    "EndpointLimits",
+    "EndpointReply",
+    "InferenceProtocol",
+]
+
+
+@dataclass(frozen=True)
+class EndpointLimits:
+    """Bounds of the endpoint.
+
+    Attributes:
+        body_bytes: of one request.
+        json_bytes: of the JSON in it; parsed, JSON takes up to twenty times its size, so only one
+            large document is parsed at a time.
+        total_bytes: of all bodies that are in memory at a time.
+        output_bytes: of all outputs of one inference; where the model's signature tells what
+            an input leads to, it does not even run.
+        connections: open at a time; one more is answered 503 and closed.
+        running: inferences at a time; others wait.
+        waiting_seconds: how long a request waits for memory or for its turn before it is
+            answered 503.
+        request_seconds: from the first byte of a request to its last, and for the answer.
+        idle_seconds: how long a connection may stay open between requests.
+        closing_seconds: how long requests in progress may take when the endpoint ends.
+    """
+
+    body_bytes: int = 16 * 2**20
+    json_bytes: int = 4 * 2**20
+    total_bytes: int = 64 * 2**20
+    output_bytes: int = 64 * 2**20
+    connections: int = 32
+    running: int = 4
+    waiting_seconds: float = 5.0
+    request_seconds: float = 30.0
+    idle_seconds: float = 60.0
+    closing_seconds: float = 10.0
+
+
+class Budget:
+    """A number of units that requests share: bytes of memory, or turns.
+
+    Args:
+        units: how many there are.
+        what: the name of the units in errors.
+    """
+
+    def __init__(self, units: int, what: str) -> None:
+        self._units, self._free, self._what = units, units, what
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, units: int, seconds: float) -> Iterator[None]:
+        """Hold so many units while the block runs; wait for them at most `seconds`.
+
+        Raises:
+            RequestRefused: 503, they did not become free.
+        """
+        units = min(units, self._units)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free >= units, timeout=seconds):
+                raise RequestRefused(503, f"busy: no {self._what} became free, try again")
+            self._free -= units
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += units
+                self._changed.notify_all()
+
 
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer))?")
 _LARGE_JSON = 64 * 2**10
@@ -136,22 +205,18 @@ class InferenceProtocol:
         return EndpointReply.json(200 if ready else 503, {"ready": ready, "live": True})
 
     def _model_ready(self, version: int | None) -> EndpointReply:
-        active = self._model.version
-        if version is not None and active is not None and version != active:
-            raise VersionNotActive(f"release {version} is not active: release {active} is")
-        ready = active is not None
+        ready = self._model.version is not None
+        if ready:
+            self._model.current(version)
         return EndpointReply.json(200 if ready else 503, {"name": self._name, "ready": ready})
 
     def _metadata(self, version: int | None) -> EndpointReply:
-        loaded = self._model.current()
-        active = loaded.manifest.version
-        if version not in (None, active):
-            raise VersionNotActive(f"release {version} is not active: release {active} is")
+        loaded = self._model.current(version)
         return EndpointReply.json(
             200,
             {
                 "name": self._name,
-                "versions": [str(active)],
+                "versions": [str(loaded.manifest.version)],
                 "platform": "onnxruntime_onnx",
                 "inputs": [_described(s) for s in loaded.session.inputs],
                 "outputs": [_described(s) for s in loaded.session.outputs],

@@ -18,9 +18,14 @@ from typing import Any, Self
 
 import numpy as np
 
+from prunecast.client.edge.errors import RequestRefused
 from prunecast.client.edge.inference.address import listen
-from prunecast.client.edge.inference.limits import Budget, EndpointLimits, RequestRefused
-from prunecast.client.edge.inference.protocol import EndpointReply, InferenceProtocol
+from prunecast.client.edge.inference.protocol import (
+    Budget,
+    EndpointLimits,
+    EndpointReply,
+    InferenceProtocol,
+)
 from prunecast.client.edge.model import EdgeModel
 
 __all__ = ["InferenceServer"]

@@ -19,7 +19,16 @@ from tuf.ngclient import FetcherInterface
 
 from prunecast.client.edge.errors import NetworkError
 
-__all__ = ["AskLater", "Fetcher", "HttpFetcher", "LeastRate", "Stream", "TooSlow"]
+__all__ = [
+    "AskLater",
+    "Fetcher",
+    "HttpFetcher",
+    "LeastRate",
+    "Passing",
+    "Stream",
+    "TokenBucket",
+    "TooSlow",
+]
 
 _CHUNK = 64 * 1024  # bytes
 _POOLS: dict[str, type[urllib3.HTTPConnectionPool]] = {
@@ -71,6 +80,65 @@ class Fetcher(FetcherInterface):
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         return self.open(url).chunks
+
+
+class Passing(Fetcher):
+    """Another fetcher whose chunks pass through a function, such as `TokenBucket.slow`.
+
+    Args:
+        inner: the network.
+        through: from the chunks of one answer to what comes out.
+    """
+
+    def __init__(
+        self, inner: Fetcher, through: Callable[[Iterator[bytes]], Iterator[bytes]]
+    ) -> None:
+        self._inner, self._through = inner, through
+
+    def open(self, url: str, offset: int = 0) -> Stream:
+        """See `Fetcher.open`."""
+        stream = self._inner.open(url, offset)
+        return Stream(stream.start, self._through(stream.chunks))
+
+
+class TokenBucket:
+    """Limits an average rate; a burst of one second may pass at once.
+
+    Args:
+        rate: bytes per second.
+        clock: monotonic seconds.
+        sleep: waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if not rate > 0:
+            raise ValueError(f"a rate is above zero, not {rate}")
+        self.rate = rate
+        self._clock, self._sleep = clock, sleep
+        self._held, self._seen = rate, clock()
+
+    def take(self, count: int) -> None:
+        """Account for `count` bytes that have come; sleeps until the average is kept again."""
+        now = self._clock()
+        self._held = min(self.rate, self._held + (now - self._seen) * self.rate) - count
+        self._seen = now
+        if self._held < 0:
+            self._sleep(-self._held / self.rate)
+
+    def slow(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """The same bytes, no faster; a wait lasts a quarter of a second."""
+        size = max(1, int(self.rate / 4))
+        for chunk in chunks:
+            for at in range(0, len(chunk), size):
+                piece = chunk[at : at + size]
+                self.take(len(piece))
+                yield piece
 
 
 class HttpFetcher(Fetcher):

@@ -20,7 +20,7 @@ from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 
 from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError, TrustError
-from prunecast.client.edge.updating.transport import Fetcher, Stream
+from prunecast.client.edge.updating.transport import Fetcher, Passing
 from prunecast.common.files import StorageError, make_folder, write_atomically
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import (
@@ -73,6 +73,11 @@ class TrustedListing:
         fetcher: Fetcher,
         on_bytes: Callable[[int], None] = lambda count: None,
     ) -> None:
+        def counted(chunks: Iterator[bytes]) -> Iterator[bytes]:
+            for chunk in chunks:
+                on_bytes(len(chunk))
+                yield chunk
+
         self._folder = folder
         base = url if url.endswith("/") else f"{url}/"
         _check_root(root)
@@ -82,7 +87,7 @@ class TrustedListing:
                 metadata_dir=str(folder),
                 metadata_base_url=f"{base}metadata/",
                 target_base_url=f"{base}targets/",
-                fetcher=_Counting(fetcher, on_bytes),
+                fetcher=Passing(fetcher, counted),
                 config=UpdaterConfig(targets_max_length=4_000_000, max_delegations=_MOST_ROLES),
                 bootstrap=root,
             )
@@ -211,20 +216,6 @@ def _check_root(root: bytes) -> None:
         )
 
 
-class _Counting(Fetcher):
-    def __init__(self, inner: Fetcher, on_bytes: Callable[[int], None]) -> None:
-        self._inner, self._on_bytes = inner, on_bytes
-
-    def open(self, url: str, offset: int = 0) -> Stream:
-        stream = self._inner.open(url, offset)
-        return Stream(stream.start, self._counted(stream.chunks))
-
-    def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            self._on_bytes(len(chunk))
-            yield chunk
-
-
 @contextmanager
 def _translated() -> Iterator[None]:
     try:
@@ -237,7 +228,5 @@ def _translated() -> Iterator[None]:
         raise TrustError(f"the repository's metadata is refused: {detail}{remedy}") from error
     except DownloadError as error:
         raise NetworkError(str(error) or type(error).__name__) from error
-    except StorageError as error:
-        raise StateError(f"the state folder refuses: {error}") from error
-    except OSError as error:
+    except (StorageError, OSError) as error:
         raise StateError(f"the state folder refuses: {error}") from error

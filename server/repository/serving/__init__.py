@@ -4,7 +4,7 @@ The same folder can be served by nginx, a CDN or an object store; nothing here i
 trust.
 """
 
-from prunecast.server.repository.serving.limits import ServingLimits
+from prunecast.server.repository.serving.connection import ServingLimits
 from prunecast.server.repository.serving.server import ReleaseServer
 
 __all__ = ["ReleaseServer", "ServingLimits"]

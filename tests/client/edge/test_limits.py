@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig
+from prunecast.client.edge.config import QuietHours
 from prunecast.client.edge.errors import NetworkError, StateError
-from prunecast.client.edge.updating.throttling import LimitedFetcher, QuietHours, TokenBucket
-from prunecast.client.edge.updating.transport import Fetcher, Stream
+from prunecast.client.edge.updating.transport import Fetcher, Passing, Stream, TokenBucket
 from prunecast.compression.release.manifest import ReleaseManifest
 
 Publish = Callable[..., ReleaseManifest]
@@ -107,7 +107,7 @@ class _Source(Fetcher):
 
 def test_bandwidth_is_kept_on_average() -> None:
     clock = _Clock()
-    limited = LimitedFetcher(_Source(), TokenBucket(10_000, clock=clock, sleep=clock.sleep))
+    limited = Passing(_Source(), TokenBucket(10_000, clock=clock, sleep=clock.sleep).slow)
     data = b"".join(limited.open("http://x/").chunks)
     assert data == b"".join(bytes([n]) * 65_536 for n in range(10))
     assert clock.now == pytest.approx((len(data) - 10_000) / 10_000, abs=0.01)  # one second's burst

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig, open_model
-from prunecast.client.edge.slots import optimised as module
+from prunecast.client.edge.slots import slot as module
 from prunecast.client.edge.state import StateFolder
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release.manifest import ReleaseManifest
@@ -163,7 +163,7 @@ def test_the_seal_binds_more_than_the_bytes(
         monkeypatch.setattr(module.platform, "machine", lambda: "another")
     else:
         (slot / "release.json").write_bytes((slot / "release.json").read_bytes() + b" ")
-        assert module.open_sealed(slot, before, threads=1) is None
+        assert module._open_sealed(slot, before, 1, True) is None
         return
     agent = start()
     answers(agent)
@@ -185,7 +185,7 @@ def test_the_self_test_runs_with_what_is_served(
     assert state.active
     forged = module._seal(slot, slot / "optimised")
     folder.write(replace(state, active=replace(state.active, optimised=forged)))
-    assert module.open_sealed(slot, forged, threads=1) is not None
+    assert module._open_sealed(slot, forged, 1, True) is not None
     agent = start()
     answers(agent)
     assert agent.model.current().seal not in (None, forged)
@@ -232,7 +232,9 @@ def test_a_full_disk_costs_the_optimised_model_alone(
     shutil.rmtree(config.state)
     if trouble == "no room":
         monkeypatch.setattr(
-            module, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000))
+            module,
+            "shutil",
+            SimpleNamespace(**{**vars(shutil), "disk_usage": lambda _: SimpleNamespace(free=1000)}),
         )
     elif trouble == "refused":
         monkeypatch.setattr(module, "_NEW", os.path.join("absent", "folder"))

@@ -24,7 +24,7 @@ from prunecast.client.edge.errors import (
     StateError,
 )
 from prunecast.client.edge.slots.patch_base import patch_base
-from prunecast.client.edge.status import read_status
+from prunecast.client.edge.state import read_status
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel

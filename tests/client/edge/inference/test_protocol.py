@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import EdgeModel
-from prunecast.client.edge.inference import EndpointLimits, EndpointReply, InferenceProtocol
+from prunecast.client.edge.inference import EndpointLimits, InferenceProtocol
 from prunecast.client.edge.inference.messages import (
     InferRequest,
     encode_response,
     least_output_bytes,
 )
+from prunecast.client.edge.inference.protocol import EndpointReply
 from prunecast.client.edge.slots.slot import LoadedRelease
 from prunecast.compression.release.runtime import Signature
 from support.classifier import classifier_inputs

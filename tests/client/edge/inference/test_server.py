@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import EdgeModel
-from prunecast.client.edge.inference import EndpointError, EndpointLimits, InferenceServer
+from prunecast.client.edge.errors import EndpointError
+from prunecast.client.edge.inference import EndpointLimits, InferenceServer
 from prunecast.client.edge.slots.slot import LoadedRelease
 from support.classifier import classifier_inputs
 from support.served import classifier_outputs

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent
-from prunecast.client.edge.status import read_status
+from prunecast.client.edge.state import read_status
 from prunecast.client.edge.telemetry import (
+    LAST_BUCKET,
     LatencyHistogram,
     Telemetry,
     TelemetrySnapshot,
     read_telemetry,
 )
-from prunecast.client.edge.telemetry.figures import LAST_BUCKET
 from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.manifest import ReleaseManifest
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prunecast.server.repository import KeyRing, Repository
-from prunecast.server.repository.serving.limits import Quota
+from prunecast.server.repository.serving.connection import Quota
 from prunecast.server.repository.serving.monitoring import BlobKinds, Metrics, check_health
 
 
@@ -52,7 +52,7 @@ def test_a_large_file_is_paid_for_afterwards(clock: Callable[..., float]) -> Non
 def test_quotas_forget_who_asked_least_recently(
     clock: Callable[..., float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prunecast.server.repository.serving.limits._ADDRESSES", 2)
+    monkeypatch.setattr("prunecast.server.repository.serving.connection._ADDRESSES", 2)
     quota = Quota(1.0, clock=clock)
     for client in "abac":
         quota.take(client, 50)
