@@ -19,7 +19,8 @@ from prunecast.cli.console import (
 from prunecast.common.text import bits_text, bytes_text, count_text, ratio_text
 
 if TYPE_CHECKING:
-    from prunecast.compression.files.compressing import Compressed, Lossy
+    from prunecast.compression.files.compressing import Lossy
+    from prunecast.compression.files.inspection import Inspection
     from prunecast.compression.files.tensors import TensorFile
 
 __all__ = ["AsJson", "compress", "decompress"]
@@ -158,7 +159,7 @@ def _lossy(
     return Lossy(step, error, bits, common, dead_zone, keep)
 
 
-def _document(source: TensorFile, target: Path, result: Compressed) -> dict[str, Any]:
+def _document(source: TensorFile, target: Path, result: Inspection) -> dict[str, Any]:
     return {
         "file": str(source.path),
         "output": str(target),
@@ -184,7 +185,7 @@ def _document(source: TensorFile, target: Path, result: Compressed) -> dict[str,
     }
 
 
-def _show(source: TensorFile, target: Path, result: Compressed) -> None:
+def _show(source: TensorFile, target: Path, result: Inspection) -> None:
     lossy = result.lossy
     columns = [
         Column("tensor"), Column("shape"), Column("dtype", wide_only=True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from prunecast.common.files import replacing
 from prunecast.compression.codec import (
-    Limits,
-    measure_costs,
     relative_error,
     spread,
     step_for_bits,
@@ -24,9 +22,9 @@ from prunecast.compression.codec import (
 from prunecast.compression.files import FilesError, UnsupportedTensor
 from prunecast.compression.files.archive import PART_BYTES, Archive, plan_parts
 from prunecast.compression.files.formats import write_tensors
+from prunecast.compression.files.inspection import InspectedTensor, Inspection, Progress, own_limits
 from prunecast.compression.files.parts import (
     Coded,
-    held_name,
     keep,
     lattice_coding,
     pack_part,
@@ -37,13 +35,9 @@ from prunecast.compression.files.tensors import FileSpec, FileTensor, TensorFile
 
 __all__ = [
     "KEPT",
-    "Compressed",
-    "CompressedTensor",
     "Lossy",
-    "Progress",
     "choose_steps",
     "compress_file",
-    "own_limits",
     "restore_file",
 ]
 
@@ -163,52 +157,6 @@ def _step_of_one(name: str, tensor: FileTensor, lossy: Lossy) -> float:
         wanted *= 0.99 * lossy.error / error  # bfloat16 rounds what the lattice gives
 
 
-Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes to do, and what is being done."""
-
-
-@dataclass(frozen=True)
-class CompressedTensor:
-    """What became of one tensor.
-
-    Attributes:
-        spec: its dtype and shape.
-        nbytes: what it costs in the compressed file.
-        step: lattice step; None where it is exact.
-        error: relative L2 error; None where it is exact.
-    """
-
-    spec: FileSpec
-    nbytes: int
-    step: float | None
-    error: float | None
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What `compress_file` wrote.
-
-    Attributes:
-        tensors: name to what became of it.
-        nbytes: size of the file.
-        parts: number of parts.
-    """
-
-    tensors: dict[str, CompressedTensor]
-    nbytes: int
-    parts: int
-
-    @property
-    def common(self) -> int:
-        """Bytes that belong to no tensor."""
-        return self.nbytes - sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def lossy(self) -> bool:
-        """Whether any tensor was quantised."""
-        return any(tensor.step is not None for tensor in self.tensors.values())
-
-
 def compress_file(
     source: TensorFile,
     path: Path,
@@ -216,7 +164,7 @@ def compress_file(
     lossy: Lossy | None = None,
     part_bytes: int = PART_BYTES,
     on_progress: Progress = lambda done, total, what: None,
-) -> Compressed:
+) -> Inspection:
     """Write the tensors of a file as a compressed one, atomically.
 
     Every bit of every tensor is kept unless `lossy` says otherwise. One part after the other is
@@ -241,37 +189,28 @@ def compress_file(
         measure = _Measure(source, plan, lambda text: on_progress(0, total, text))
         steps = choose_steps(source, lossy, measure)
     dead_zone = lossy.dead_zone if lossy else 0.5
-    tensors: dict[str, CompressedTensor] = {}
-    nbytes = done = 0
+    result, done = Inspection(), 0
     with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
         for number, names in enumerate(plan):
             coded: dict[str, Coded] = {}
-            errors: dict[str, float] = {}
+            seen: dict[str, InspectedTensor] = {}
             for name in names:
                 on_progress(done, total, f"encoding {name}")
-                tensor = source[name]
-                if name not in steps:
+                tensor, step, error = source[name], steps.get(name), None
+                if step is None:
                     coded[name] = keep(tensor)
-                    continue
-                coded[name] = put_on_lattice(tensor, steps[name], dead_zone=dead_zone, name=name)
-                errors[name] = relative_error(tensor.real(), restore(coded[name]).real())
+                else:
+                    coded[name] = put_on_lattice(tensor, step, dead_zone=dead_zone, name=name)
+                    error = relative_error(tensor.real(), restore(coded[name]).real())
+                seen[name] = InspectedTensor(source.specs[name], step=step, error=error)
+                done += source.specs[name].nbytes
             payload = pack_part(
                 coded, number=number, count=len(plan), metadata={} if number else source.metadata
             )
             file.write(payload)
-            nbytes += len(payload)
-            costs = measure_costs(payload, limits=own_limits()).tensors
-            for name in names:
-                spec, cost = source.specs[name], costs[held_name(name)].nbytes
-                tensors[name] = CompressedTensor(spec, cost, steps.get(name), errors.get(name))
-                done += spec.nbytes
+            result.add(payload, own_limits(), seen)
             on_progress(done, total, "")
-    return Compressed(tensors, nbytes, len(plan))
-
-
-def own_limits() -> Limits:
-    """Limits for what was coded here: none that matters."""
-    return Limits(**dict.fromkeys((f.name for f in fields(Limits)), 1 << 62))
+    return result
 
 
 class _Measure:

@@ -29,12 +29,8 @@ from prunecast.compression.files.tensors import (
 )
 
 __all__ = [
-    "open_npz",
-    "open_safetensors",
     "open_tensors",
     "writable_format",
-    "write_npz",
-    "write_safetensors",
     "write_tensors",
 ]
 
@@ -47,13 +43,8 @@ _BAD = (
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same tensors give the same bytes
 
 
-def open_npz(path: Path) -> TensorFile:
-    """Open an archive of plain arrays.
-
-    Raises:
-        UnreadableFile: no such archive, damaged, or with arrays that need pickle.
-        UnsupportedTensor: an array has a dtype that the codec does not know.
-    """
+def _open_npz(path: Path) -> TensorFile:
+    """Open an archive of plain arrays."""
     specs: dict[str, FileSpec] = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -121,12 +112,8 @@ def _unreadable(path: Path, error: Exception) -> UnreadableFile:
     return UnreadableFile(f"{path} is not a readable .npz archive of plain arrays: {error}")
 
 
-def write_npz(path: Path, tensors: Mapping[str, FileTensor]) -> None:
-    """Write an archive; the caller replaces files atomically.
-
-    Raises:
-        UnsupportedTensor: a dtype that numpy lacks.
-    """
+def _write_npz(path: Path, tensors: Mapping[str, FileTensor]) -> None:
+    """Write an archive; the caller replaces files atomically."""
     for name, tensor in tensors.items():
         if tensor.dtype in FOREIGN:
             raise UnsupportedTensor(
@@ -153,13 +140,8 @@ _DTYPES = {
 }
 
 
-def open_safetensors(path: Path) -> TensorFile:
-    """Open a file.
-
-    Raises:
-        UnreadableFile: missing or damaged.
-        UnsupportedTensor: a tensor has a dtype that cannot be coded.
-    """
+def _open_safetensors(path: Path) -> TensorFile:
+    """Open a file."""
     from safetensors import SafetensorError, safe_open
 
     specs: dict[str, FileSpec] = {}
@@ -202,14 +184,10 @@ def open_safetensors(path: Path) -> TensorFile:
     return TensorFile(path, "safetensors", specs, load, metadata=metadata)
 
 
-def write_safetensors(
+def _write_safetensors(
     path: Path, tensors: Mapping[str, FileTensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write into an existing file; the caller replaces files atomically.
-
-    Raises:
-        UnreadableFile: the library refuses.
-    """
+    """Write into an existing file; the caller replaces files atomically."""
     from safetensors import SafetensorError, TensorSpec, serialize_file
 
     # The library takes addresses, so the arrays must outlive the call.
@@ -231,7 +209,7 @@ def write_safetensors(
         raise UnreadableFile(f"cannot write {path}: {error}") from error
 
 
-_READERS = {".safetensors": open_safetensors, ".npz": open_npz, ".onnx": open_onnx}
+_READERS = {".safetensors": _open_safetensors, ".npz": _open_npz, ".onnx": open_onnx}
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -278,6 +256,6 @@ def write_tensors(
     suffix = writable_format(path)
     with replacing(Path(path)) as temporary:
         if suffix == ".npz":
-            write_npz(temporary, tensors)
+            _write_npz(temporary, tensors)
         else:
-            write_safetensors(temporary, tensors, metadata or {})
+            _write_safetensors(temporary, tensors, metadata or {})

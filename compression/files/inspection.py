@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import CodecError, measure_costs
+from prunecast.compression.codec import CodecError, Limits, measure_costs
 from prunecast.compression.files import UnreadableFile
 from prunecast.compression.files.archive import Archive, plan_parts, read_payloads
-from prunecast.compression.files.compressing import Progress, own_limits
 from prunecast.compression.files.parts import held_name, keep, pack_part
 from prunecast.compression.files.tensors import FOREIGN, FileSpec, FileTensor, TensorFile
 
-__all__ = ["InspectedTensor", "Inspection", "entropy_bits", "inspect_archive", "inspect_tensors"]
+__all__ = [
+    "InspectedTensor",
+    "Inspection",
+    "Progress",
+    "entropy_bits",
+    "inspect_archive",
+    "inspect_tensors",
+    "own_limits",
+]
 
 
 _BLOCK = 1 << 20
+
+
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes to do, and what is being done."""
+
+
+def own_limits() -> Limits:
+    """Limits for what was coded here: none that matters."""
+    return Limits(**dict.fromkeys((f.name for f in fields(Limits)), 1 << 62))
 
 
 @dataclass(frozen=True)
@@ -33,21 +48,23 @@ class InspectedTensor:
         nbytes: what it costs, coded.
         zeros: share of zeros; None where the values were not looked at.
         entropy: zeroth-order entropy in bits per element, see `entropy_bits`; None likewise.
-        step: lattice step of a quantised tensor of a compressed file.
+        step: lattice step of a quantised tensor; None where it is exact.
+        error: relative L2 error, where it was quantised just now.
         sections: section of the payload to bytes.
         shared: whether `nbytes` is a share of bytes that several tensors have in common.
     """
 
     spec: FileSpec
-    nbytes: int
+    nbytes: int = 0
     zeros: float | None = None
     entropy: float | None = None
     step: float | None = None
+    error: float | None = None
     sections: Mapping[str, int] = field(default_factory=dict)
     shared: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inspection:
     """A file.
 
@@ -59,16 +76,37 @@ class Inspection:
         zlib: size of the plain tensors, each through zlib at level 6; None for compressed files.
     """
 
-    tensors: dict[str, InspectedTensor]
-    nbytes: int
-    sections: dict[str, int]
-    parts: int
+    tensors: dict[str, InspectedTensor] = field(default_factory=dict)
+    nbytes: int = 0
+    sections: dict[str, int] = field(default_factory=dict)
+    parts: int = 0
     zlib: int | None = None
 
     @property
     def common(self) -> int:
         """Bytes that belong to no tensor."""
         return self.nbytes - sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def lossy(self) -> bool:
+        """Whether any tensor is quantised."""
+        return any(tensor.step is not None for tensor in self.tensors.values())
+
+    def add(self, payload: bytes, limits: Limits, seen: Mapping[str, InspectedTensor]) -> None:
+        """Count one part, of whose tensors everything but the cost is known.
+
+        Raises:
+            CodecError: it cannot be decoded.
+        """
+        costs = measure_costs(payload, limits=limits)
+        self.parts, self.nbytes = self.parts + 1, self.nbytes + len(payload)
+        for section, size in costs.sections.items():
+            self.sections[section] = self.sections.get(section, 0) + size
+        for name, tensor in seen.items():
+            cost = costs.tensors[held_name(name)]
+            self.tensors[name] = replace(
+                tensor, nbytes=cost.nbytes, sections=cost.sections, shared=cost.shared
+            )
 
 
 def inspect_tensors(
@@ -80,35 +118,21 @@ def inspect_tensors(
         FilesError, CodecError: a tensor cannot be read or coded.
     """
     plan = plan_parts(source.specs)
-    done, deflated, nbytes = 0, 0, 0
-    tensors: dict[str, InspectedTensor] = {}
-    sections: dict[str, int] = defaultdict(int)
+    result, done = Inspection(zlib=0), 0
     for number, names in enumerate(plan):
         coded, seen = {}, {}
         for name in names:
             on_progress(done, source.nbytes, name)
-            tensor = source[name]
+            tensor, spec = source[name], source.specs[name]
             coded[name] = keep(tensor)
-            seen[name] = (_zeros(tensor), entropy_bits(tensor))
-            deflated += _deflated(tensor)
+            seen[name] = InspectedTensor(spec, zeros=_zeros(tensor), entropy=entropy_bits(tensor))
+            result.zlib = (result.zlib or 0) + _deflated(tensor)
+            done += spec.nbytes
         metadata = {} if number else source.metadata
         payload = pack_part(coded, number=number, count=len(plan), metadata=metadata)
-        nbytes += len(payload)
-        costs = measure_costs(payload, limits=own_limits())
-        for section, size in costs.sections.items():
-            sections[section] += size
-        for name in names:
-            spec, cost, (zeros, entropy) = (
-                source.specs[name],
-                costs.tensors[held_name(name)],
-                seen[name],
-            )
-            tensors[name] = InspectedTensor(
-                spec, cost.nbytes, zeros, entropy, sections=cost.sections, shared=cost.shared
-            )
-            done += spec.nbytes
+        result.add(payload, own_limits(), seen)
     on_progress(done, source.nbytes, "")
-    return Inspection(tensors, nbytes, dict(sections), len(plan), deflated)
+    return result
 
 
 def inspect_archive(
@@ -119,30 +143,20 @@ def inspect_archive(
     Raises:
         FilesError: it cannot be decoded.
     """
-    total = sum(place.nbytes for place in archive.places)
-    tensors: dict[str, InspectedTensor] = {}
-    sections: dict[str, int] = defaultdict(int)
-    done = 0
+    total, result = sum(place.nbytes for place in archive.places), Inspection()
     for number, payload in enumerate(read_payloads(archive.path)):
-        on_progress(done, total, f"part {number + 1}")
+        on_progress(result.nbytes, total, f"part {number + 1}")
+        seen = {
+            name: InspectedTensor(spec, step=archive.steps.get(name))
+            for name, spec in archive.specs.items()
+            if archive.part_of[name] == number
+        }
         try:
-            costs = measure_costs(payload, limits=archive.limits)
+            result.add(payload, archive.limits, seen)
         except CodecError as error:
             raise UnreadableFile(f"{archive.path} cannot be decoded: {error}") from error
-        for section, size in costs.sections.items():
-            sections[section] += size
-        for name in (name for name in archive if archive.part_of[name] == number):
-            cost = costs.tensors[held_name(name)]
-            tensors[name] = InspectedTensor(
-                archive.specs[name],
-                cost.nbytes,
-                step=archive.steps.get(name),
-                sections=cost.sections,
-                shared=cost.shared,
-            )
-        done += len(payload)
     on_progress(total, total, "")
-    return Inspection(tensors, total, dict(sections), len(archive.places))
+    return result
 
 
 def entropy_bits(tensor: FileTensor) -> float:

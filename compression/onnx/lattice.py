@@ -80,7 +80,7 @@ def _step(values: NDArray[np.float64], top: int, steps: Steps, before: Tensor | 
     if largest == 0.0:
         return before.step if isinstance(before, LatticeTensor) else 1.0
     if steps == "held" and isinstance(before, LatticeTensor) and before.shape == values.shape:
-        return _single(float(_following(largest, before.step, top)))
+        return _single(float(_following(np.asarray(largest), before.step, top)))
     full = largest / top
     if steps == "held":
         return _single(full / _HEAD_ROOM)
@@ -116,6 +116,7 @@ def channel_steps(
         raise ForeignModel("a weight holds a value that is not finite")
     largest = np.abs(flat).max(axis=1)
     full = largest / top
+    fresh: NDArray[np.float64]
     if lattice is None:
         fresh = full / _HEAD_ROOM
     else:
@@ -126,16 +127,19 @@ def channel_steps(
         fresh = _following(largest, before.dense().astype(np.float64), top)
         if lattice is not None:
             fresh = np.maximum(fresh, lattice)  # a finer one would hold no more
-    return np.maximum(fresh.astype(np.float32), np.finfo(np.float32).tiny).astype(np.float64)
+    single = np.maximum(fresh.astype(np.float32), np.finfo(np.float32).tiny)
+    return np.asarray(single, np.float64)
 
 
-def _following(largest: Any, held: Any, top: int) -> NDArray[np.float64]:
+def _following(
+    largest: NDArray[np.float64], held: float | NDArray[np.float64], top: int
+) -> NDArray[np.float64]:
     """The held steps times powers of two: no bit is wasted and nothing is clipped."""
     with np.errstate(divide="ignore"):
         shift = np.ceil(np.log2(largest / ((top + 0.5) * held)))
     # do not go back and forth around a power of two
     shift = np.where((shift < 0) & (largest > 0.4 * top * held), 0.0, shift)
-    return np.asarray(np.where(largest > 0, held * 2.0**shift, held))
+    return np.where(largest > 0, held * 2.0**shift, held)
 
 
 def _single(step: float) -> float:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from prunecast.common.text import first_line
 from prunecast.compression.pruning.channels import Axes, ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
 
@@ -76,8 +77,8 @@ def narrow_module(
             found = work(*example)
         except RuntimeError as error:
             raise PlanError(
-                f"{type(module).__name__} does not run with fewer channels: {_line(error)}; it "
-                "probably names a number of channels in forward(): use flatten or x.shape"
+                f"{type(module).__name__} does not run with fewer channels: {first_line(error)}; "
+                "it probably names a number of channels in forward(): use flatten or x.shape"
             ) from error
     if _shapes(wanted) != _shapes(found):
         raise PlanError(f"without these channels the outputs are {_shapes(found)}")
@@ -96,10 +97,6 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval()
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _shapes(outputs: Any) -> list[list[int]]:
     found = outputs if isinstance(outputs, tuple | list) else [outputs]
     return [list(tensor.shape) for tensor in found]
@@ -116,7 +113,7 @@ def _failing(module: nn.Module) -> Iterator[None]:
         if isinstance(error, PlanError):
             raise
         raise PlanError(
-            f"channels of {type(module).__name__} cannot be removed: {_line(error)}"
+            f"channels of {type(module).__name__} cannot be removed: {first_line(error)}"
         ) from error
 
 

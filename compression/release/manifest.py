@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from prunecast.compression.release import ManifestError, ReleaseError
 from prunecast.compression.release.runtime import Signature
@@ -256,35 +256,35 @@ def _file(entry: Mapping[str, Any]) -> FileRef:
     return FileRef(_hex(entry["sha256"]), _integer(entry["length"]))
 
 
-def _hex(value: object) -> str:
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise ManifestError(f"release.json has {str(value)[:80]!r} in the place of a SHA-256")
+def _expect(value: Any, usable: bool, what: str) -> Any:
+    if not usable:
+        raise ManifestError(f"release.json has {str(value)[:80]!r} in the place of {what}")
     return value
+
+
+def _hex(value: object) -> str:
+    usable = isinstance(value, str) and _SHA256.fullmatch(value) is not None
+    return str(_expect(value, usable, "a SHA-256"))
 
 
 def _integer(value: object, *, low: int = 0) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**53:
-        raise ManifestError(f"release.json has {str(value)[:80]!r} in the place of a number")
-    return value
+    usable = type(value) is int and low <= value < 2**53
+    return int(_expect(value, usable, "a number"))
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ManifestError(f"release.json has {str(value)[:80]!r} in the place of a number")
-    return float(value)
+    usable = type(value) in (int, float) and math.isfinite(cast(float, value))
+    return float(_expect(value, usable, "a number"))
 
 
 def _text(value: object, limit: int) -> str:
-    if not isinstance(value, str) or len(value) > limit or not value.isprintable():
-        raise ManifestError(f"release.json has {str(value)[:80]!r} in the place of a text")
-    return value
+    usable = isinstance(value, str) and len(value) <= limit and value.isprintable()
+    return str(_expect(value, usable, "a text"))
 
 
 def _version(value: object) -> str:
     text = _text(value, 30)
-    if not _VERSION.fullmatch(text):
-        raise ManifestError(f"release.json has {text!r} in the place of an agent version")
-    return text
+    return str(_expect(text, _VERSION.fullmatch(text) is not None, "an agent version"))
 
 
 def _signature(row: Any) -> Signature:
