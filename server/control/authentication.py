@@ -29,18 +29,12 @@ def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> 
     Raises:
         Unbindable: a file is missing or unusable.
     """
+    files = [certificate, key, *([client_ca] if client_ca else [])]
     try:
-        # gRPC itself says nothing about unusable files
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(str(certificate), str(key))
-        if client_ca:
-            context.load_verify_locations(str(client_ca))
+        held, seen = _configuration(*files), _stamps(files)
     except OSError as error:  # ssl.SSLError is one
         where = error.filename or certificate
         raise Unbindable(f"a TLS file is unusable ({error.strerror or error}): {where}") from error
-    files = [key, certificate, *([client_ca] if client_ca else [])]
-    held = _configuration(certificate, key, client_ca)
-    seen = _stamps(files)
 
     def fetch() -> Any:
         """Called at every handshake; None: nothing is new."""
@@ -49,9 +43,7 @@ def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> 
             stamps = _stamps(files)
             if stamps == seen:
                 return None
-            fresh = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            fresh.load_cert_chain(str(certificate), str(key))
-            made = _configuration(certificate, key, client_ca)
+            made = _configuration(*files)
         except OSError:
             return None  # a renewal may be under way: certificate and key do not match yet
         seen = stamps
@@ -60,7 +52,12 @@ def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> 
     return grpc.dynamic_ssl_server_credentials(held, fetch, client_ca is not None)
 
 
-def _configuration(certificate: Path, key: Path, client_ca: Path | None) -> Any:
+def _configuration(certificate: Path, key: Path, client_ca: Path | None = None) -> Any:
+    # gRPC itself says nothing about unusable files
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    if client_ca:
+        context.load_verify_locations(client_ca)
     return grpc.ssl_server_certificate_configuration(
         [(key.read_bytes(), certificate.read_bytes())],
         root_certificates=client_ca.read_bytes() if client_ca else None,

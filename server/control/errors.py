@@ -12,17 +12,10 @@ import grpc
 from prunecast.server.fleet.errors import DatabaseError, TokenRefused, Unusable
 
 __all__ = [
-    "BadPath",
     "ControlError",
-    "FileTooLarge",
-    "ForeignName",
-    "GoingDown",
-    "NoSuchFile",
-    "OffsetBehindEnd",
     "QuotaExceeded",
+    "Refused",
     "Unbindable",
-    "WatchReplaced",
-    "WrongRelease",
     "answering",
 ]
 
@@ -43,52 +36,17 @@ class Unbindable(ControlError):
     """The address cannot be bound, or a TLS file is unusable."""
 
 
-class ForeignName(ControlError):
-    """A device speaks in the name of another one."""
+class Refused(ControlError):
+    """A call that the server ends; the code tells the device what to make of it.
 
-    code = grpc.StatusCode.PERMISSION_DENIED
+    Args:
+        code: how the call ends, as the methods of `fleet.proto` document it.
+        words: for the device.
+    """
 
-
-class WrongRelease(ControlError):
-    """An agent follows another release than its device's group."""
-
-    code = grpc.StatusCode.FAILED_PRECONDITION
-
-
-class WatchReplaced(ControlError):
-    """The device watches over another connection now."""
-
-    code = grpc.StatusCode.ABORTED
-
-
-class GoingDown(ControlError):
-    """The server ends."""
-
-    code = grpc.StatusCode.UNAVAILABLE
-
-
-class BadPath(ControlError):
-    """A path that no file of a release repository has."""
-
-    code = grpc.StatusCode.INVALID_ARGUMENT
-
-
-class NoSuchFile(ControlError):
-    """The repository has no such file."""
-
-    code = grpc.StatusCode.NOT_FOUND
-
-
-class OffsetBehindEnd(ControlError):
-    """A transfer should go on behind the end of the file."""
-
-    code = grpc.StatusCode.OUT_OF_RANGE
-
-
-class FileTooLarge(ControlError):
-    """The file is larger than the control server hands out."""
-
-    code = grpc.StatusCode.FAILED_PRECONDITION
+    def __init__(self, code: grpc.StatusCode, words: str) -> None:
+        super().__init__(words)
+        self.code = code
 
 
 class QuotaExceeded(ControlError):
@@ -122,11 +80,12 @@ async def answering(context: Any) -> AsyncIterator[None]:
         await context.abort(error.code, str(error), (("retry-after", f"{error.seconds:.0f}"),))
     except Unusable as error:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-    except (TokenRefused, ForeignName) as error:
+    except TokenRefused as error:
         _LOG.warning("%s is refused: %s", context.peer(), error)
-        code = getattr(error, "code", grpc.StatusCode.UNAUTHENTICATED)
-        await context.abort(code, str(error))
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
     except ControlError as error:
+        if error.code is grpc.StatusCode.PERMISSION_DENIED:
+            _LOG.warning("%s is refused: %s", context.peer(), error)
         await context.abort(error.code, str(error))
     except Exception:
         _LOG.exception("a call of %s failed", context.peer())

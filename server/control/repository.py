@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from prunecast.common.fleet_protocol import CHUNK_BYTES
-from prunecast.server.control.errors import BadPath, FileTooLarge, NoSuchFile, OffsetBehindEnd
+from grpc import StatusCode
+
+from prunecast.server.control.errors import Refused
 from prunecast.server.fleet.model import Release
 from prunecast.server.repository import RepositoryReader
-from prunecast.server.repository.serving.files import family, open_public
+from prunecast.server.repository.serving.files import FilePart, family, open_public
 
-__all__ = ["LiveReleases", "OpenFile", "open_file"]
-
-
-@dataclass
-class OpenFile:
-    """A file that is open at an offset; a context manager.
-
-    Attributes:
-        descriptor: of the file.
-        length: of the whole file in bytes.
-        offset: of the next chunk.
-    """
-
-    descriptor: int
-    length: int
-    offset: int
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self.descriptor)
-
-    def read(self) -> bytes:
-        """The next chunk; empty at the end."""
-        data = os.pread(self.descriptor, min(CHUNK_BYTES, self.length - self.offset), self.offset)
-        self.offset += len(data)
-        return data
+__all__ = ["LiveReleases", "open_file"]
 
 
-def open_file(repository: Path, name: str, offset: int, *, most_bytes: int) -> OpenFile:
+def open_file(repository: Path, name: str, offset: int, *, most_bytes: int) -> FilePart:
     """Open a public file of a repository.
 
     Args:
@@ -60,31 +24,33 @@ def open_file(repository: Path, name: str, offset: int, *, most_bytes: int) -> O
         offset: first byte wanted.
         most_bytes: refuse files that are larger.
 
+    Returns:
+        The file from `offset` on.
+
     Raises:
-        BadPath: no name that a repository makes.
-        NoSuchFile: it has no file of this name.
+        Refused: no name that a repository makes; no file of this name; it has more than
+            `most_bytes`; or `offset` lies behind its end.
         OSError: the file is there and cannot be opened.
-        FileTooLarge: it has more than `most_bytes`.
-        OffsetBehindEnd: the offset lies behind its end.
     """
     if family(name) is None:
-        raise BadPath(f"{name[:120]!r} is no file of a release repository")
+        raise Refused(
+            StatusCode.INVALID_ARGUMENT, f"{name[:120]!r} is no file of a release repository"
+        )
     try:
         descriptor, size = open_public(repository, name)
     except FileNotFoundError as error:
-        raise NoSuchFile(f"the repository has no {name}") from error
-    try:
-        if size > most_bytes:
-            raise FileTooLarge(
-                f"{name} has {size} bytes, more than the {most_bytes} that come this way: "
-                "get it from the repository's web server"
-            )
-        if offset > size:
-            raise OffsetBehindEnd(f"{name} has {size} bytes, there is no byte {offset}")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return OpenFile(descriptor, size, offset)
+        raise Refused(StatusCode.NOT_FOUND, f"the repository has no {name}") from error
+    part = FilePart(descriptor, offset, size - offset)
+    if size <= most_bytes and offset <= size:
+        return part
+    part.close()
+    if size > most_bytes:
+        raise Refused(
+            StatusCode.FAILED_PRECONDITION,
+            f"{name} has {size} bytes, more than the {most_bytes} that come this way: "
+            "get it from the repository's web server",
+        )
+    raise Refused(StatusCode.OUT_OF_RANGE, f"{name} has {size} bytes, there is no byte {offset}")
 
 
 class LiveReleases:

@@ -6,21 +6,18 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, Future
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunecast.common.fleet_protocol import FleetControlServicer, messages
+from grpc import StatusCode
+
+from prunecast.common.fleet_protocol import CHUNK_BYTES, FleetControlServicer, messages
 from prunecast.server.control.authentication import credential_of
-from prunecast.server.control.errors import (
-    ForeignName,
-    GoingDown,
-    WatchReplaced,
-    WrongRelease,
-    answering,
-)
+from prunecast.server.control.errors import Refused, answering
 from prunecast.server.control.quota import Concurrency, ControlLimits, RateQuota
-from prunecast.server.control.repository import OpenFile, open_file
+from prunecast.server.control.repository import open_file
 from prunecast.server.control.watches import WatchRegistry
 from prunecast.server.fleet.errors import Unusable
 from prunecast.server.fleet.model import Directive, Outcome
@@ -32,6 +29,7 @@ from prunecast.server.fleet.reports import (
     Health,
     Identity,
 )
+from prunecast.server.repository.serving.files import FilePart
 
 __all__ = ["Servicer", "device_report", "device_state", "directive_event"]
 
@@ -68,10 +66,11 @@ class Servicer(FleetControlServicer):
             credential, identity = await self._admit(context, request.device)
             self._watches.take(identity.device, now=time.monotonic())
             if request.release != identity.release:
-                raise WrongRelease(
+                raise Refused(
+                    StatusCode.FAILED_PRECONDITION,
                     f"the fleet's {identity.device} follows {identity.release!r}, this agent "
                     f"{request.release[:80]!r}: start it with --name {identity.release}, or "
-                    "enrol the device in a group that follows the other release"
+                    "enrol the device in a group that follows the other release",
                 )
             state = device_state(request)
             watcher = self._registry.enter(identity.device)
@@ -87,10 +86,13 @@ class Servicer(FleetControlServicer):
             finally:
                 self._registry.leave(identity.device, watcher)
             if watcher.ended == "closed":
-                raise GoingDown("the server is going down: come back in a moment")
-            raise WatchReplaced(
+                raise Refused(
+                    StatusCode.UNAVAILABLE, "the server is going down: come back in a moment"
+                )
+            raise Refused(
+                StatusCode.ABORTED,
                 f"{identity.device} watches over another connection now; if that is another "
-                "device, renew the token with `prunecast fleet device token`"
+                "device, renew the token with `prunecast fleet device token`",
             )
 
     async def Report(self, request: Any, context: Any) -> Any:
@@ -111,16 +113,15 @@ class Servicer(FleetControlServicer):
             _, identity = await self._admit(context, "")
             with self._fetches.entered(identity.device):
                 loop = asyncio.get_running_loop()
-                with await self._open(request.path, request.offset) as file:
-                    while True:
-                        at = file.offset
-                        data = await loop.run_in_executor(self._files, file.read)
-                        if data or at == request.offset:
-                            yield messages.FetchChunk(offset=at, length=file.length, data=data)
-                        if not data or file.offset == file.length:
-                            return
+                with closing(await self._open(request.path, request.offset)) as part:
+                    begin, end = part.start, part.start + part.length
+                    # an empty rest is a chunk as well, which tells the length
+                    for at in range(begin, max(end, begin + 1), CHUNK_BYTES):
+                        size = min(CHUNK_BYTES, end - at)
+                        data = await loop.run_in_executor(self._files, part.read, at - begin, size)
+                        yield messages.FetchChunk(offset=at, length=end, data=data)
 
-    async def _open(self, name: str, offset: int) -> OpenFile:
+    async def _open(self, name: str, offset: int) -> FilePart:
         """Open a file in another thread; closed again if the device has gone meanwhile."""
         work = partial(open_file, self._repository, name, offset)
         begun = self._files.submit(work, most_bytes=self._limits.fetch_bytes)
@@ -154,21 +155,22 @@ class Servicer(FleetControlServicer):
 
         Raises:
             TokenRefused: nobody whom the fleet knows.
-            ForeignName: another device than the one that the request names.
+            Refused: another device than the one that the request names.
         """
         credential = credential_of(
             context.invocation_metadata(), context.auth_context(), certificates=self._certificates
         )
         identity = await self._registry.call(lambda: self._registry.service.identify(credential))
         if claimed and claimed != identity.device:
-            raise ForeignName(
+            raise Refused(
+                StatusCode.PERMISSION_DENIED,
                 f"this is the credential of {identity.device}, not of {claimed[:80]!r}: every "
-                "device needs its own token and its own state folder"
+                "device needs its own token and its own state folder",
             )
         return credential, identity
 
 
-def _close(opened: Future[OpenFile]) -> None:
+def _close(opened: Future[FilePart]) -> None:
     if not opened.cancelled() and opened.exception() is None:
         opened.result().close()
 

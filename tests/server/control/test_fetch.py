@@ -60,7 +60,7 @@ def test_a_device_that_leaves_while_its_file_is_opened_leaves_no_open_file(
     with ThreadPoolExecutor(1) as threads:
         asyncio.run(leave(threads))
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(opened[0].descriptor)
+        os.fstat(opened[0].file)
 
 
 def test_a_file_that_cannot_be_opened_is_not_said_to_be_missing(
