@@ -37,10 +37,10 @@ from rollouts.repository import NAME, make_repository
 
 from prunecast.server.control import LiveReleases
 from prunecast.server.fleet.audit import AuditKind
-from prunecast.server.fleet.cohorts import assign
 from prunecast.server.fleet.events import AddGroup, PinGroup, StartRollout
 from prunecast.server.fleet.model import Outcome, Release, RolloutPolicy, Status
 from prunecast.server.fleet.service import FleetService
+from prunecast.server.fleet.step import assign
 
 STAGES = (5.0, 25.0, 100.0)
 

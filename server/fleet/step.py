@@ -1,11 +1,19 @@
-"""One step of the state machine: a working copy of the state that collects what changed."""
+"""One step of the state machine: a working copy of the state that collects what changed.
+
+Besides it what all events share: who takes part in a rollout (a hash ranks the devices), and when a
+rollout goes on, pauses or ends (rates, deadlines, timeouts).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
-from prunecast.server.fleet.audit import AuditEntry, AuditKind
+from prunecast.server.fleet.audit import AuditEntry, AuditKind, Cause, reason_text
+from prunecast.server.fleet.errors import Unusable
 from prunecast.server.fleet.events import Event
 from prunecast.server.fleet.model import (
     Device,
@@ -19,7 +27,21 @@ from prunecast.server.fleet.model import (
     Tally,
 )
 
-__all__ = ["Decision", "Step"]
+__all__ = [
+    "Decision",
+    "Step",
+    "advance",
+    "assign",
+    "check_stages",
+    "cohort_size",
+    "evaluate",
+    "expire",
+    "join",
+    "leave",
+    "rank",
+    "takes_part",
+    "wait_again",
+]
 
 
 @dataclass(frozen=True)
@@ -126,6 +148,183 @@ class Step:
     def end(self, rollout: Rollout, status: Status, reason: str) -> None:
         """Set another status than running."""
         self.put(replace(rollout, status=status, reason=reason))
+
+
+def rank(rollout: str, device: str) -> bytes:
+    """Place of a device in a rollout: SHA-256 of both names, 32 bytes, compared as bytes.
+
+    Another rollout gives another order, so that not always the same devices are canaries.
+    """
+    return hashlib.sha256(f"{rollout}\0{device}".encode()).digest()
+
+
+def cohort_size(percent: float, devices: int) -> int:
+    """How many of `devices` a percentage means, rounded up; thousandths of a percent count.
+
+    >>> cohort_size(5, 500), cohort_size(5, 501), cohort_size(5, 1), cohort_size(0.5, 1000)
+    (25, 26, 1, 5)
+    """
+    return -(-round(percent * 1000) * devices // 100_000)
+
+
+def check_stages(stages: Sequence[float]) -> tuple[float, ...]:
+    """The stages as a tuple.
+
+    Raises:
+        Unusable: not rising, not ending at 100, or below a thousandth of a percent.
+    """
+    rising = all(a < b for a, b in pairwise(stages))
+    if not stages or not rising or stages[0] < 0.001 or stages[-1] != 100:
+        shown = ", ".join(f"{s:g}" for s in stages)
+        raise Unusable(f"stages {shown or 'none'} must rise and end at 100, such as 5, 25, 100")
+    return tuple(float(s) for s in stages)
+
+
+def assign(rollout: str, devices: Iterable[str], stages: Sequence[float]) -> dict[str, int]:
+    """First stage of every device, such that stage `s` has reached exactly its share.
+
+    Args:
+        rollout: name of the rollout.
+        devices: names of the devices.
+        stages: rising percentages, the last one 100.
+
+    >>> sorted(assign("r1", [f"d{i}" for i in range(20)], (5, 25, 100)).values()).count(1)
+    4
+    """
+    ordered = sorted(devices, key=lambda device: rank(rollout, device))
+    bounds = [cohort_size(percent, len(ordered)) for percent in stages]
+    return {
+        device: next(stage for stage, bound in enumerate(bounds) if place < bound)
+        for place, device in enumerate(ordered)
+    }
+
+
+def leave(step: Step, device: Device) -> Device:
+    """Take a device out of its active rollout; what it settled stays counted.
+
+    Returns:
+        The device without a part, as it now stands in the state.
+    """
+    found = step.active_part(device)
+    if found is not None:
+        rollout, part = found
+        if not part.progress.settled:
+            _resize(step, rollout, part.stage, -1)
+    gone = replace(device, part=None)
+    step.put(gone)
+    return gone
+
+
+def join(step: Step, device: Device) -> None:
+    """Let a device take part in its group's active rollout, if any: in the last stage.
+
+    Earlier stages keep their size, so a late joiner never makes a canary larger.
+    """
+    rollout = step.fleet.current(step.fleet.group(device.group))
+    if rollout is None or not takes_part(device, rollout):
+        return
+    last = len(rollout.stages) - 1
+    step.put(replace(device, part=Part(rollout.id, last)))
+    _resize(step, rollout, last, 1)
+
+
+def takes_part(device: Device, rollout: Rollout) -> bool:
+    """Whether a device may be told what a rollout brings."""
+    free = not device.revoked and device.pin is None
+    return free and rollout.release.version not in device.refused
+
+
+def _resize(step: Step, rollout: Rollout, stage: int, by: int) -> None:
+    cohorts = list(rollout.cohorts)
+    cohorts[stage] += by
+    expected = rollout.expected + (by if stage <= rollout.stage else 0)
+    step.put(replace(rollout, cohorts=tuple(cohorts), expected=max(0, expected)))
+
+
+def expire(step: Step) -> None:
+    """Count devices as silent that were told and did not report within the deadline.
+
+    Looks at the devices in the state; a caller that loads part of a fleet loads all overdue ones.
+    """
+    for device in list(step.fleet.devices.values()):
+        found = step.active_part(device)
+        if found is None:
+            continue
+        rollout, part = found
+        if part.progress is Progress.TOLD and part.told_at is not None:
+            overdue = step.at - part.told_at >= rollout.policy.report_deadline
+            if overdue:
+                step.settle(device, Progress.SILENT)
+                step.log(AuditKind.DEVICE_SILENT, device.id, actor="fleet", rollout=rollout.id)
+
+
+def evaluate(step: Step) -> None:
+    """Decide every running rollout in the state by its tally and the time."""
+    for name in list(step.fleet.rollouts):
+        _evaluate(step, step.fleet.rollouts[name])
+
+
+def wait_again(step: Step, rollout: Rollout) -> Rollout:
+    """Give silent devices a new deadline, so that a resumed stage does not go on without them.
+
+    Looks at the devices in the state; a caller that loads part of a fleet loads all silent ones.
+    """
+    for device in list(step.fleet.devices.values()):
+        found = step.active_part(device)
+        if found and found[0].id == rollout.id and found[1].progress is Progress.SILENT:
+            part = replace(found[1], progress=Progress.TOLD, told_at=step.at)
+            step.put(replace(device, part=part))
+            rollout = replace(rollout, settled=rollout.settled - 1)
+    return rollout
+
+
+def advance(step: Step, rollout: Rollout, reason: Mapping[str, Any], *, actor: str = "") -> None:
+    """The next stage, or the end of the last one.
+
+    Args:
+        step: the working copy.
+        rollout: which.
+        reason: see `reason_text`.
+        actor: who did it; empty: the event's actor.
+    """
+    if rollout.stage + 1 == len(rollout.stages):
+        step.end(rollout, Status.COMPLETED, reason_text(reason))
+        step.log(AuditKind.ROLLOUT_COMPLETED, rollout.id, actor=actor, **reason)
+    else:
+        step.begin_window(rollout, stage=rollout.stage + 1)
+        percent = rollout.stages[rollout.stage + 1]
+        step.log(AuditKind.ROLLOUT_PROMOTED, rollout.id, actor=actor, percent=percent, **reason)
+
+
+def _evaluate(step: Step, rollout: Rollout) -> None:
+    if rollout.status is not Status.RUNNING:
+        return
+    policy, tally = rollout.policy, rollout.tally
+    # a stage that expects fewer devices than min_reports is decided by all of them
+    least = max(0, min(policy.min_reports, rollout.expected))
+    figures = {**asdict(tally), "expected": rollout.expected}
+    if tally.failed > policy.max_error_rate * max(tally.reports, least):
+        status = Status.ABORTED if policy.roll_back_on_error else Status.PAUSED
+        _stop(step, rollout, status, {"cause": Cause.ERROR_RATE, **figures})
+        return
+    if tally.silent > policy.max_silent_rate * max(tally.settled, least):
+        _stop(step, rollout, Status.PAUSED, {"cause": Cause.SILENCE, **figures})
+        return
+    elapsed = max(0.0, step.at - rollout.since)  # the clocks of two servers may differ
+    complete = tally.settled >= rollout.expected and elapsed >= policy.soak
+    if not complete and elapsed < policy.timeout:
+        return
+    if tally.reports < least:
+        reason = {"cause": Cause.TOO_FEW_REPORTS, "needed": least, **figures}
+        _stop(step, rollout, Status.PAUSED, reason)
+    elif policy.automatic:
+        advance(step, rollout, {"cause": Cause.SETTLED, **figures}, actor="fleet")
+
+
+def _stop(step: Step, rollout: Rollout, status: Status, reason: Mapping[str, Any]) -> None:
+    step.end(rollout, status, reason_text(reason))
+    kind = AuditKind.ROLLOUT_PAUSED if status is Status.PAUSED else AuditKind.ROLLOUT_ABORTED
+    step.log(kind, rollout.id, actor="fleet", **reason)
 
 
 def _count(tally: Tally, progress: Progress, by: int) -> Tally:

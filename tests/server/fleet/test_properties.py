@@ -17,7 +17,6 @@ from hypothesis.stateful import (
     rule,
 )
 
-from prunecast.server.fleet.cohorts import assign, cohort_size
 from prunecast.server.fleet.errors import FleetError
 from prunecast.server.fleet.events import (
     Abort,
@@ -38,6 +37,7 @@ from prunecast.server.fleet.events import (
 )
 from prunecast.server.fleet.machine import apply
 from prunecast.server.fleet.model import Fleet, Outcome, Progress, Release, RolloutPolicy, Status
+from prunecast.server.fleet.step import assign, cohort_size
 
 GROUPS = ("a", "b")
 RELEASES = frozenset(Release("digits", v) for v in range(1, 6))
