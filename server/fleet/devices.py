@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -12,19 +13,16 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from prunecast.server.fleet.database import Database
-from prunecast.server.fleet.errors import DatabaseError, TokenRefused
+from prunecast.server.fleet.errors import TokenRefused
 from prunecast.server.fleet.events import AnyEvent, Poll, ReportOutcome
-from prunecast.server.fleet.model import Directive, Outcome, Release
+from prunecast.server.fleet.model import Directive, Fleet, Release
 from prunecast.server.fleet.reports import (
     Certified,
     Credential,
     DeviceReport,
     DeviceState,
-    DirectiveAnswer,
-    Health,
     Identity,
     Receipt,
-    printable,
 )
 from prunecast.server.fleet.tables import (
     DeviceRow,
@@ -34,13 +32,12 @@ from prunecast.server.fleet.tables import (
     ReportRow,
     TokenRow,
 )
-from prunecast.server.fleet.transactions import Slice, decide, load_device
+from prunecast.server.fleet.transactions import Moved, decide, load_device
 
-__all__ = ["BUSY", "TRIES", "DeviceService", "token_hash"]
+__all__ = ["DeviceService", "token_hash"]
 
 _T = TypeVar("_T")
-TRIES = 5
-BUSY = "the device was moved again and again meanwhile: try once more"
+_TRIES = 5
 _REFUSED = "the token is unknown or revoked: enrol the device with `prunecast fleet device add`"
 _NOT_ENROLLED = (
     "the certificate is for {!r}, which is not enrolled or is revoked: "
@@ -99,34 +96,11 @@ class DeviceService:
             DatabaseError: try again later; the device keeps what it runs.
         """
 
-        def work(session: Session, part: Slice, device: str) -> Directive:
-            event = _poll(part, device, state, now)
-            return decide(session, part, self._releases(), event)[-1].directives[0]
+        def work(session: Session, fleet: Fleet, device: str) -> Directive:
+            event = _poll(fleet, device, state, now)
+            return decide(session, fleet, event)[-1].directives[0]
 
         return self._with_device(credential, now, work)
-
-    def report(
-        self,
-        credential: Credential,
-        *,
-        serial: int,
-        version: int,
-        outcome: Outcome,
-        now: float,
-        detail: str = "",
-    ) -> bool:
-        """Take a device's answer to a directive: `receive` with nothing else.
-
-        Returns:
-            Whether it changed anything. False: it was known already, or answers another directive
-            than the present one. Either way the device need not send it again.
-
-        Raises:
-            TokenRefused: the token is unknown or was revoked.
-            DatabaseError: send it again later.
-        """
-        answer = DirectiveAnswer(serial, version, Outcome(outcome), detail)
-        return self.receive(credential, DeviceReport(answer=answer), now).counted
 
     def receive(self, credential: Credential, report: DeviceReport, now: float) -> Receipt:
         """Take everything that a device reports at once.
@@ -140,37 +114,46 @@ class DeviceService:
             DatabaseError: send it again later.
         """
 
-        def work(session: Session, part: Slice, device: str) -> Receipt:
+        def work(session: Session, fleet: Fleet, device: str) -> Receipt:
             if report.id is not None and not _remember(session, device, report.id, now):
                 return Receipt(counted=False, replayed=True)
             if report.health is not None:
-                _store(session, device, report.health, now)
-            answer = _outcome(device, report.answer, now) if report.answer else None
-            events: list[AnyEvent] = [answer] if answer else []
+                document = asdict(report.health)
+                session.merge(HealthRow(device=device, at=now, document=document))
+            events: list[AnyEvent] = []
+            if report.answer is not None:
+                events.append(ReportOutcome(at=now, device=device, **vars(report.answer)))
             if report.state is not None:
-                events.append(_poll(part, device, report.state, now))
-            decisions = decide(session, part, self._releases(), *events) if events else []
-            counted = answer is not None and decisions[0].accepted
-            if answer is not None and counted:
+                events.append(_poll(fleet, device, report.state, now))
+            decisions = decide(session, fleet, *events)
+            counted = report.answer is not None and decisions[0].accepted
+            if report.answer is not None and counted:
                 rollout = decisions[0].fleet.devices[device].told.rollout
-                session.add(_report_row(answer, rollout))
+                columns = {**vars(report.answer), "outcome": report.answer.outcome.value}
+                session.add(ReportRow(at=now, device=device, rollout=rollout, **columns))
             return Receipt(counted, replayed=False)
 
         return self._with_device(credential, now, work)
 
     def _with_device(
-        self, credential: Credential, now: float, work: Callable[[Session, Slice, str], _T]
+        self, credential: Credential, now: float, work: Callable[[Session, Fleet, str], _T]
     ) -> _T:
-        for _ in range(TRIES):
-            with self._database.transaction() as session:
-                name = _device_of(session, credential)
-                part = load_device(session, now, name)
-                if part is None:
-                    continue  # moved meanwhile: look again
-                if name not in part.devices or part.devices[name].revoked:
-                    raise _refusal(credential)
-                return work(session, part, name)
-        raise DatabaseError(BUSY)
+        def located(session: Session) -> _T:
+            name = _device_of(session, credential)
+            fleet = load_device(session, self._releases, now, name)
+            if name not in fleet.devices or fleet.devices[name].revoked:
+                raise _refusal(credential)
+            return work(session, fleet, name)
+
+        return self._transact(located)
+
+    def _transact(self, work: Callable[[Session], _T]) -> _T:
+        """Do something in a transaction, and in another one if a device was moved meanwhile."""
+        for _ in range(_TRIES - 1):
+            with suppress(Moved), self._database.transaction() as session:
+                return work(session)
+        with self._database.transaction() as session:
+            return work(session)
 
 
 def _device_of(session: Session, credential: Credential) -> str:
@@ -191,21 +174,9 @@ def _refusal(credential: Credential) -> TokenRefused:
     return TokenRefused(_REFUSED)
 
 
-def _poll(part: Slice, device: str, state: DeviceState | None, now: float) -> Poll:
-    row = part.devices[device]
-    running, agent = (row.running, row.agent) if state is None else (state.running, state.agent)
-    return Poll(at=now, device=device, running=running, agent=agent)
-
-
-def _outcome(device: str, answer: DirectiveAnswer, now: float) -> ReportOutcome:
-    return ReportOutcome(
-        at=now,
-        device=device,
-        serial=answer.serial,
-        version=answer.version,
-        outcome=answer.outcome,
-        detail=printable(answer.detail),
-    )
+def _poll(fleet: Fleet, device: str, state: DeviceState | None, now: float) -> Poll:
+    said = fleet.devices[device] if state is None else state
+    return Poll(at=now, device=device, running=said.running, agent=said.agent)
 
 
 def _remember(session: Session, device: str, report: str, now: float) -> bool:
@@ -221,24 +192,3 @@ def _remember(session: Session, device: str, report: str, now: float) -> bool:
     if last is not None:
         session.execute(delete(ReceiptRow).where(mine, ReceiptRow.number <= last))
     return True
-
-
-def _store(session: Session, device: str, health: Health, now: float) -> None:
-    document = {**asdict(health), "error": printable(health.error), "figures": dict(health.figures)}
-    row = session.get(HealthRow, device)
-    if row is None:
-        session.add(HealthRow(device=device, at=now, document=document))
-    else:
-        row.at, row.document = now, document
-
-
-def _report_row(event: ReportOutcome, rollout: str | None) -> ReportRow:
-    return ReportRow(
-        at=event.at,
-        device=event.device,
-        serial=event.serial,
-        version=event.version,
-        rollout=rollout,
-        outcome=event.outcome.value,
-        detail=event.detail,
-    )

@@ -19,7 +19,6 @@ __all__ = [
     "Health",
     "Identity",
     "Receipt",
-    "printable",
 ]
 
 _ID = re.compile(r"[A-Za-z0-9]{8,64}")
@@ -77,7 +76,7 @@ class DirectiveAnswer:
         serial: of the directive that is answered.
         version: that the directive named.
         outcome: what became of it.
-        detail: the agent's own words; at most 500 characters are kept.
+        detail: the agent's own words; at most 500 printable characters are kept.
     """
 
     serial: int
@@ -85,13 +84,16 @@ class DirectiveAnswer:
     outcome: Outcome
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", _printable(self.detail))
+
 
 @dataclass(frozen=True)
 class Health:
     """How a device says it is.
 
     Attributes:
-        error: its last problem; empty: none.
+        error: its last problem; empty: none. At most 500 printable characters are kept.
         figures: telemetry by name; what is not finite is dropped.
         made: seconds since the epoch by the device's clock.
 
@@ -109,6 +111,7 @@ class Health:
         for name in self.figures:
             if not _FIGURE.fullmatch(name):
                 raise Unusable(f"figure {name[:80]!r}: a name is 1 to 64 letters, digits and . _ -")
+        object.__setattr__(self, "error", _printable(self.error))
         finite = {k: v for k, v in self.figures.items() if math.isfinite(v)}
         object.__setattr__(self, "figures", finite)
         object.__setattr__(self, "made", self.made if math.isfinite(self.made) else 0.0)
@@ -152,10 +155,5 @@ class Receipt:
     replayed: bool
 
 
-def printable(text: str) -> str:
-    """A device's words as they are stored: at most 500 printable characters.
-
-    >>> printable("a\\tb")
-    'a b'
-    """
+def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:_MOST_DETAIL])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -13,8 +14,8 @@ from sqlalchemy.orm import Session
 from prunecast.server.fleet import events
 from prunecast.server.fleet.audit import AuditEntry, AuditKind
 from prunecast.server.fleet.database import Database
-from prunecast.server.fleet.devices import BUSY, TRIES, DeviceService, token_hash
-from prunecast.server.fleet.errors import DatabaseError, NotFound, Unusable
+from prunecast.server.fleet.devices import DeviceService, token_hash
+from prunecast.server.fleet.errors import NotFound, Unusable
 from prunecast.server.fleet.model import Device, Fleet, Group, Release, Rollout, Status
 from prunecast.server.fleet.reports import Health
 from prunecast.server.fleet.tables import (
@@ -29,7 +30,7 @@ from prunecast.server.fleet.tables import (
     to_group,
     to_rollout,
 )
-from prunecast.server.fleet.transactions import Slice, decide, load_device, write_audit
+from prunecast.server.fleet.transactions import decide, load, load_device, write_audit
 
 __all__ = ["FleetService"]
 
@@ -83,8 +84,8 @@ class FleetService(DeviceService):
             found = list(session.scalars(running.order_by(RolloutRow.started, RolloutRow.id)))
         for groups in found:
             with self._database.transaction() as session:
-                part = Slice.load(session, now, groups=groups)
-                decide(session, part, self._releases(), events.Tick(at=now))
+                part = load(session, self._releases, now, groups=groups)
+                decide(session, part, events.Tick(at=now))
 
     def enrol(self, device: str, group: str, *, now: float, actor: str) -> str:
         """Add a device; only a hash of its token is kept.
@@ -99,15 +100,13 @@ class FleetService(DeviceService):
         """
         token = secrets.token_urlsafe(32)
         event = events.AddDevice(at=now, actor=actor, device=device, group=group)
-        for _ in range(TRIES):
-            with self._database.transaction() as session:
-                part = load_device(session, now, device, group)
-                if part is None:
-                    continue
-                decide(session, part, self._releases(), event)
-                session.add(TokenRow(hash=token_hash(token), device=device, created=now))
-                return token
-        raise DatabaseError(BUSY)
+
+        def work(session: Session) -> str:
+            decide(session, load_device(session, self._releases, now, device, group), event)
+            session.add(TokenRow(hash=token_hash(token), device=device, created=now))
+            return token
+
+        return self._transact(work)
 
     def renew_token(self, device: str, *, now: float, actor: str) -> str:
         """Replace a device's token; the old one is refused from now on.
@@ -133,16 +132,13 @@ class FleetService(DeviceService):
         """
         if isinstance(event, events.AddDevice | events.Poll | events.ReportOutcome | events.Tick):
             raise Unusable(f"{type(event).__name__} is not an operator's event: use its own method")
-        for _ in range(TRIES):
-            with self._database.transaction() as session:
-                part = self._load(session, event)
-                if part is None:
-                    continue
-                decide(session, part, self._releases(), event)
-                if isinstance(event, events.RevokeDevice):
-                    session.execute(delete(TokenRow).where(TokenRow.device == event.device))
-                return
-        raise DatabaseError(BUSY)
+
+        def work(session: Session) -> None:
+            decide(session, self._load(session, event), event)
+            if isinstance(event, events.RevokeDevice):
+                session.execute(delete(TokenRow).where(TokenRow.device == event.device))
+
+        self._transact(work)
 
     def settings(self) -> dict[str, str]:
         """What was stored with the tables: the repository's folder."""
@@ -248,29 +244,30 @@ class FleetService(DeviceService):
             found = [to_entry(row) for row in session.scalars(wanted)]
         return found[::-1] if newest else found
 
-    def _load(self, session: Session, event: events.AnyEvent) -> Slice | None:
-        """What an operator's event concerns; None if it changed while it was being locked."""
+    def _load(self, session: Session, event: events.AnyEvent) -> Fleet:
+        """What an operator's event concerns."""
+        releases, at = self._releases, event.at
         match event:
             case events.AddGroup() | events.PinGroup():
-                return Slice.load(session, event.at, groups=[event.group], change_groups=True)
+                return load(session, releases, at, groups=[event.group], change_groups=True)
             case events.StartRollout():
-                part = Slice.load(
-                    session, event.at, groups=event.groups, change_groups=True, everybody=True
+                named, groups = session.get(RolloutRow, event.rollout), event.groups
+                part = load(
+                    session, releases, at, groups=groups, change_groups=True, everybody=True
                 )
-                if (taken := session.get(RolloutRow, event.rollout)) is not None:
-                    part.rollouts[taken.id] = taken
-                return part
             case events.Steering():
-                row = _found(session, RolloutRow, event.rollout, "rollout")
+                named = _found(session, RolloutRow, event.rollout, "rollout")
                 resumed = isinstance(event, events.Resume)
-                part = Slice.load(session, event.at, groups=row.groups, silent=resumed)
-                part.rollouts.setdefault(row.id, row)  # a later one may have the groups by now
-                return part
+                part = load(session, releases, at, groups=named.groups, silent=resumed)
             case events.MoveDevice():
-                return load_device(session, event.at, event.device, event.group)
+                return load_device(session, releases, at, event.device, event.group)
             case events.RevokeDevice() | events.PinDevice():
-                return load_device(session, event.at, event.device)
-        raise AssertionError(event)
+                return load_device(session, releases, at, event.device)
+            case _:
+                raise AssertionError(event)
+        # the name is taken, or a later rollout has the groups by now
+        others = {named.id: to_rollout(named)} if named else {}
+        return replace(part, rollouts={**others, **part.rollouts})
 
 
 def _found(session: Session, kind: type[_Row], name: str, what: str) -> _Row:

@@ -98,7 +98,7 @@ class RolloutRow(Base):
     told: Mapped[int]
     settled: Mapped[int]
     reason: Mapped[str] = mapped_column(Text)
-    started: Mapped[float]
+    started: Mapped[float] = mapped_column(default=lambda c: c.get_current_parameters()["since"])
 
 
 class GroupRow(Base):
@@ -236,7 +236,7 @@ def to_entry(row: AuditRow) -> AuditEntry:
 
 
 def columns_of(item: Group | Device | Rollout) -> dict[str, Any]:
-    """The columns of a value, but for a rollout's `started`, which is set once."""
+    """The columns of a value, but for a rollout's `started`, which is set by itself."""
     made = dict(vars(item))
     if isinstance(item, Device):
         told, part = vars(made.pop("told")), vars(made["part"]) if item.part else {}

@@ -14,6 +14,7 @@ from prunecast.server.fleet.reports import DeviceReport, DeviceState, Health
 from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import KeyRing, Repository
 from support.classifier import classifier, classifier_graph, classifier_inputs
+from support.fleet import report
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,8 @@ def test_a_rollout_from_enrolment_to_the_stable_release(fleet: Fleet) -> None:
             for token in tokens:
                 directive = service.poll(token, DeviceState(1, "0.1.0"), now)
                 if directive.release == releases[1]:
-                    service.report(
+                    report(
+                        service,
                         token,
                         serial=directive.serial,
                         version=2,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunecast.server.fleet.model import Outcome, Release
-from prunecast.server.fleet.reports import DeviceState
+from prunecast.server.fleet.reports import DeviceReport, DeviceState, DirectiveAnswer
 from prunecast.server.fleet.service import FleetService
 
 RELEASES = tuple(Release("digits", version) for version in range(1, 6))
@@ -25,6 +25,11 @@ def releases() -> tuple[Release, ...]:
 
 def open_service(url: str) -> FleetService:
     return FleetService(url, releases)
+
+
+def report(service: FleetService, token: str, *, now: float, **answer: Any) -> bool:
+    """Report the outcome of a directive and nothing else; whether it counted."""
+    return service.receive(token, DeviceReport(answer=DirectiveAnswer(**answer)), now).counted
 
 
 def find_postgres() -> Path | None:
@@ -79,7 +84,8 @@ def poll_all(url: str, tokens: Mapping[str, str], version: int, at: float, fail:
             directive = service.poll(token, DeviceState(1), at)
             if directive.release == Release("digits", version):
                 told.append(name)
-                service.report(
+                report(
+                    service,
                     token,
                     serial=directive.serial,
                     version=version,

@@ -44,7 +44,7 @@ from prunecast.server.fleet.model import Fleet, Outcome, Release, RolloutPolicy,
 from prunecast.server.fleet.reports import DeviceState
 from prunecast.server.fleet.service import FleetService
 from prunecast.server.fleet.tables import TokenRow
-from support.fleet import RELEASES, open_service, poll_all, tallied
+from support.fleet import RELEASES, open_service, poll_all, report, tallied
 
 
 def fill(service: FleetService, count: int, group: str = "lab") -> dict[str, str]:
@@ -70,8 +70,8 @@ def test_a_device_is_enrolled_polls_reports_and_is_revoked(service: FleetService
     directive = service.poll(token, DeviceState(None, "0.1.0"), 5.0)
     assert (directive.release, directive.serial) == (Release("digits", 1), 1)
     answer = {"serial": 1, "version": 1, "outcome": Outcome.SUCCEEDED, "now": 6.0}
-    assert service.report(token, **answer)
-    assert not service.report(token, **answer)
+    assert report(service, token, **answer)
+    assert not report(service, token, **answer)
     (device,) = service.devices("lab")
     assert (device.last_seen, device.agent, device.told.outcome) == (6.0, "0.1.0", "succeeded")
     renewed = service.renew_token("lab0", now=7, actor="ada")
@@ -81,7 +81,7 @@ def test_a_device_is_enrolled_polls_reports_and_is_revoked(service: FleetService
     assert service.poll(renewed, DeviceState(1), 8.0) == directive
     service.operate(RevokeDevice(at=9, device="lab0"))
     with pytest.raises(TokenRefused):
-        service.report(renewed, **answer)
+        report(service, renewed, **answer)
     with pytest.raises(NotFound, match="enrol a new one"):
         service.renew_token("lab0", now=9, actor="ada")
     with pytest.raises(AlreadyExists, match="there is, or was, a device lab0"):
@@ -104,8 +104,8 @@ def test_what_a_device_says_is_bounded(service: FleetService) -> None:
     directive = service.poll(token, DeviceState(10**15 - 1), 1.0)
     assert directive.downgrade
     answer = {"outcome": Outcome.CRASH_LOOP, "now": 2.0}
-    assert not service.report(token, serial=2**80, version=2**80, **answer)
-    assert service.report(token, serial=1, version=1, detail="\0\n" + "y" * 9999, **answer)
+    assert not report(service, token, serial=2**80, version=2**80, **answer)
+    assert report(service, token, serial=1, version=1, detail="\0\n" + "y" * 9999, **answer)
     (entry,) = service.audit(subject="lab0", limit=1)
     assert (entry.actor, entry.kind) == ("device:lab0", AuditKind.RELEASE_FAILED)
     assert audit_text(entry).startswith("digits 1: crash loop: yyy")
@@ -273,7 +273,8 @@ def _play(service: FleetService, event, tokens: dict[str, str]):
             state = DeviceState(event.running, event.agent)
             return service.poll(tokens[event.device], state, event.at)
         case ReportOutcome():
-            return service.report(
+            return report(
+                service,
                 tokens[event.device],
                 serial=event.serial,
                 version=event.version,

@@ -13,7 +13,7 @@ from prunecast.server.fleet.events import AddGroup, StartRollout
 from prunecast.server.fleet.model import Outcome, Release, RolloutPolicy, Status
 from prunecast.server.fleet.reports import DeviceState
 from prunecast.server.fleet.service import FleetService
-from support.fleet import releases
+from support.fleet import releases, report
 
 COUNT = 500
 STAGES = (5.0, 25.0, 100.0)
@@ -48,7 +48,8 @@ class SimulatedDevice:
             self.running = release.version
             self.installed.append(release.version)
         if not self.silent:
-            service.report(
+            report(
+                service,
                 self.token,
                 serial=directive.serial,
                 version=release.version,
@@ -140,8 +141,13 @@ def test_a_release_that_crashes_later_is_rolled_back_everywhere(world: World) ->
     for device in canaries[:3]:
         held = world.service.poll(device.token, DeviceState(4), world.now)
         device.silent = False
-        world.service.report(
-            device.token, serial=held.serial, version=4, outcome=Outcome.CRASH_LOOP, now=world.now
+        report(
+            world.service,
+            device.token,
+            serial=held.serial,
+            version=4,
+            outcome=Outcome.CRASH_LOOP,
+            now=world.now,
         )
     assert world.service.rollout("r4").status is Status.ABORTED
     world.round(set(), 4)
