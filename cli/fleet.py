@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -29,9 +30,9 @@ from prunecast.cli.fleet_common import (
     show_rows,
     stamp,
 )
-
-if TYPE_CHECKING:
-    from prunecast.server.fleet.events import Steering
+from prunecast.server.fleet import events
+from prunecast.server.fleet.model import Release, RolloutPolicy
+from prunecast.server.fleet.views import audit_view, device_view, group_view, rollout_view
 
 __all__ = ["app"]
 
@@ -139,23 +140,19 @@ def add_group(
     database: Database = DEFAULT,
 ) -> None:
     """Make a group."""
-    from prunecast.server.fleet.events import AddGroup
-
-    operate(database, AddGroup(group=name, release=release, stable=stable, **stamp()))
+    operate(database, events.AddGroup(group=name, release=release, stable=stable, **stamp()))
     say(f"group {name} follows {release}")
 
 
 @group_app.command(name="list")
 def list_groups(database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show every group and the version in force."""
-    from prunecast.server.fleet.views import GroupView
-
     with service_of(database) as service:
         service.tick(time.time())
         counts = service.device_counts()
-        found = [GroupView.of(g, stable, counts.get(g.id, 0)) for g, stable in service.groups()]
+        found = [group_view(g, stable, counts.get(g.id, 0)) for g, stable in service.groups()]
     columns = ("group", "release", "stable", "pin", "last_rollout", "devices")
-    show_rows([view.to_mapping() for view in found], columns, as_json)
+    show_rows(found, columns, as_json)
 
 
 @rollout_app.command(name="start")
@@ -189,12 +186,6 @@ def start_rollout(
     as_json: AsJson = False,
 ) -> None:
     """Start to bring a release to groups: a few devices first, more when they report success."""
-    import secrets
-
-    from prunecast.server.fleet.events import StartRollout
-    from prunecast.server.fleet.model import Release, RolloutPolicy
-    from prunecast.server.fleet.views import RolloutView
-
     policy = RolloutPolicy(
         max_error_rate=max_error_rate,
         max_silent_rate=max_silent_rate,
@@ -209,7 +200,7 @@ def start_rollout(
         percentages = tuple(float(part) for part in stages.split(","))
     except ValueError:
         raise typer.BadParameter("must be numbers, as in 5,25,100", param_hint="--stages") from None
-    event = StartRollout(
+    event = events.StartRollout(
         rollout=name or f"{release[:40]}-{version}-{secrets.token_hex(3)}",
         release=Release(release, version),
         groups=tuple(group),
@@ -221,17 +212,15 @@ def start_rollout(
         service.operate(event)
         rollout = service.rollout(event.rollout)
     text = f"started {rollout.id}: {rollout.expected} of {sum(rollout.cohorts)} devices first"
-    show(RolloutView.of(rollout).to_mapping(), as_json, text)
+    show(rollout_view(rollout), as_json, text)
 
 
 @rollout_app.command(name="list")
 def list_rollouts(database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show every rollout, oldest first."""
-    from prunecast.server.fleet.views import RolloutView
-
     with service_of(database) as service:
         service.tick(time.time())
-        rows = [RolloutView.of(found).to_mapping() for found in service.rollouts()]
+        rows = [rollout_view(found) for found in service.rollouts()]
     columns = ("rollout", "release", "version", "status", "percent", "told", "reason")
     show_rows(rows, columns, as_json)
 
@@ -245,13 +234,11 @@ def show_rollout(
     as_json: AsJson = False,
 ) -> None:
     """Show how far a rollout is, device by device."""
-    from prunecast.server.fleet.views import DeviceView, RolloutView
-
     with service_of(database) as service:
         service.tick(time.time())
-        document = RolloutView.of(service.rollout(name)).to_mapping()
+        document = rollout_view(service.rollout(name))
         members = service.devices(rollout=name, after=after, limit=limit)
-    rows = [DeviceView.of(device).to_mapping() for device in members]
+    rows = [device_view(device) for device in members]
     if as_json:
         print_json({**document, "members": rows})
         return
@@ -263,9 +250,7 @@ def show_rollout(
 @app.command()
 def promote(rollout: RolloutName, database: Database = DEFAULT) -> None:
     """Begin the next stage at once, paused or not; after the last one the release is stable."""
-    from prunecast.server.fleet.events import Promote
-
-    _steer(database, Promote(rollout=rollout, **stamp()))
+    _steer(database, events.Promote(rollout=rollout, **stamp()))
 
 
 @app.command()
@@ -273,17 +258,13 @@ def pause(
     rollout: RolloutName, reason: Reason = "by an operator", database: Database = DEFAULT
 ) -> None:
     """Tell nobody new; devices that were told stay told."""
-    from prunecast.server.fleet.events import Pause
-
-    _steer(database, Pause(rollout=rollout, reason=reason, **stamp()))
+    _steer(database, events.Pause(rollout=rollout, reason=reason, **stamp()))
 
 
 @app.command()
 def resume(rollout: RolloutName, database: Database = DEFAULT) -> None:
     """Go on with the stage and count anew: accept failures so far, wait again for the silent."""
-    from prunecast.server.fleet.events import Resume
-
-    _steer(database, Resume(rollout=rollout, **stamp()))
+    _steer(database, events.Resume(rollout=rollout, **stamp()))
 
 
 @app.command()
@@ -291,9 +272,7 @@ def abort(
     rollout: RolloutName, reason: Reason = "by an operator", database: Database = DEFAULT
 ) -> None:
     """End a rollout and roll back: devices that were told are told the previous release."""
-    from prunecast.server.fleet.events import Abort
-
-    _steer(database, Abort(rollout=rollout, reason=reason, **stamp()))
+    _steer(database, events.Abort(rollout=rollout, reason=reason, **stamp()))
 
 
 @app.command()
@@ -330,15 +309,13 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Show who did what and when, oldest first."""
-    from prunecast.server.fleet.views import AuditView
-
     with service_of(database) as service:
         entries = service.audit(subject=subject, after=after, limit=limit)
-    rows = [AuditView.of(entry).to_mapping() for entry in entries]
+    rows = [audit_view(entry) for entry in entries]
     show_rows(rows, ("number", "at", "actor", "action", "subject", "detail"), as_json)
 
 
-def _steer(database: str, event: Steering) -> None:
+def _steer(database: str, event: events.Steering) -> None:
     with service_of(database) as service:
         service.operate(event)
         rollout = service.rollout(event.rollout)
@@ -347,12 +324,10 @@ def _steer(database: str, event: Steering) -> None:
 
 
 def _pin(database: str, device: str | None, group: str | None, version: int | None) -> None:
-    from prunecast.server.fleet.events import PinDevice, PinGroup
-
     if device is not None and group is None:
-        operate(database, PinDevice(device=device, version=version, **stamp()))
+        operate(database, events.PinDevice(device=device, version=version, **stamp()))
     elif group is not None and device is None:
-        operate(database, PinGroup(group=group, version=version, **stamp()))
+        operate(database, events.PinGroup(group=group, version=version, **stamp()))
     else:
         raise typer.BadParameter("give either --device or --group")
 

@@ -22,6 +22,8 @@ from prunecast.cli.fleet_common import (
     show_rows,
     stamp,
 )
+from prunecast.server.fleet import events
+from prunecast.server.fleet.views import device_view, health_view
 
 __all__ = ["app"]
 
@@ -50,20 +52,16 @@ def list_devices(
     as_json: AsJson = False,
 ) -> None:
     """Show every device: what it was told, what it runs, what it answered, when."""
-    from prunecast.server.fleet.views import DeviceView
-
     with service_of(database) as service:
         devices = service.devices(group, after=after, limit=limit)
     columns = ("device", "group", "runs", "told", "answer", "rollout", "pin", "seen")
-    show_rows([DeviceView.of(device).to_mapping() for device in devices], columns, as_json)
+    show_rows([device_view(device) for device in devices], columns, as_json)
 
 
 @app.command(name="revoke")
 def revoke_device(name: DeviceName, database: Database = DEFAULT) -> None:
     """Refuse a device's token from now on; its name is not used again."""
-    from prunecast.server.fleet.events import RevokeDevice
-
-    operate(database, RevokeDevice(device=name, **stamp()))
+    operate(database, events.RevokeDevice(device=name, **stamp()))
     say(f"revoked {name}; it keeps the release that it runs")
 
 
@@ -81,21 +79,17 @@ def move_device(
     database: Database = DEFAULT,
 ) -> None:
     """Put a device into another group; in a rollout there it is a late joiner."""
-    from prunecast.server.fleet.events import MoveDevice
-
-    operate(database, MoveDevice(device=name, group=group, **stamp()))
+    operate(database, events.MoveDevice(device=name, group=group, **stamp()))
     say(f"{name} is in group {group}")
 
 
 @app.command(name="show")
 def show_device(name: DeviceName, database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show a device: what it was told, and how it last said it is."""
-    from prunecast.server.fleet.views import DeviceView, HealthView
-
     with service_of(database) as service:
-        document = DeviceView.of(service.device(name)).to_mapping()
+        document = device_view(service.device(name))
         if (health := service.health(name)) is not None:
-            document |= HealthView.of(*health).to_mapping()
+            document |= health_view(*health)
     if as_json:
         print_json(document)
         return

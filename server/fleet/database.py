@@ -35,7 +35,7 @@ from prunecast.server.fleet.errors import (
     SchemaMismatch,
     Unusable,
 )
-from prunecast.server.fleet.tables import REVISION, REVISION_TABLE, MetaRow
+from prunecast.server.fleet.tables import REVISION, REVISION_TABLE, Base, MetaRow
 
 __all__ = ["Database"]
 
@@ -83,7 +83,8 @@ class Database:
             if inspect(connection).has_table(MetaRow.__tablename__):
                 shown = parsed.render_as_string(hide_password=True)
                 raise AlreadyExists(f"{shown} holds a fleet already: use it, or another one")
-            _migrate(connection)
+            Base.metadata.create_all(connection)
+            _migrate(connection, REVISION)
             if settings:
                 rows = [{"key": key, "value": value} for key, value in settings.items()]
                 connection.execute(insert(MetaRow), rows)
@@ -163,7 +164,7 @@ def _revision(connection: Connection) -> str | None:
     return None if schema is None else schema.zfill(len(REVISION))
 
 
-def _migrate(connection: Connection, held: str | None = None) -> None:
+def _migrate(connection: Connection, held: str) -> None:
     """Apply the revisions after the one that is there, within the caller's transaction."""
     from alembic import command
     from alembic.config import Config
@@ -171,7 +172,7 @@ def _migrate(connection: Connection, held: str | None = None) -> None:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
-    if held is not None and not inspect(connection).has_table(REVISION_TABLE):
+    if not inspect(connection).has_table(REVISION_TABLE):
         command.stamp(config, held)
     command.upgrade(config, "head")
 

@@ -8,7 +8,7 @@ import pytest
 
 from prunecast.server.control.watches import concerned_devices
 from prunecast.server.fleet.audit import AuditEntry, AuditKind, Cause, audit_text, reason_text
-from prunecast.server.fleet.views import AuditView
+from prunecast.server.fleet.views import audit_view
 
 COUNTS = {"succeeded": 3, "failed": 1, "silent": 0, "expected": 5}
 PAUSED = {"cause": Cause.TOO_FEW_REPORTS, "needed": 4, **COUNTS}
@@ -53,7 +53,7 @@ def test_every_kind_has_words(kind: AuditKind) -> None:
     stored = json.loads(json.dumps(fields))  # as the database gives them back
     entry = AuditEntry(86400, "ada", kind, "x", stored, 7)
     assert audit_text(entry) == words
-    shown = AuditView.of(entry).to_mapping()
+    shown = audit_view(entry)
     assert json.loads(json.dumps(shown)) == {
         "number": 7,
         "at": "1970-01-02T00:00:00+00:00",

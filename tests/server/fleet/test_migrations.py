@@ -30,6 +30,7 @@ from prunecast.server.fleet.reports import (
 from prunecast.server.fleet.service import FleetService
 from prunecast.server.fleet.tables import REVISION, REVISION_TABLE, Base
 from support.fleet import open_service, releases
+from support.fleet_schema1 import make_schema_1
 
 SCHEMA_2 = Path(__file__).with_name("schema2.sql")
 """Dump of a database that prunecast made before it used Alembic."""
@@ -59,7 +60,8 @@ def as_before(url: str, monkeypatch: pytest.MonkeyPatch, schema: str) -> None:
         with monkeypatch.context() as patch:
             upgrade = command.upgrade
             patch.setattr(command, "upgrade", lambda given, _: upgrade(given, f"000{schema}"))
-            module._migrate(connection)
+            make_schema_1(connection)
+            module._migrate(connection, "0001")
         for statement in (
             f"DROP TABLE {REVISION_TABLE}",
             f"INSERT INTO fleet_meta VALUES ('schema', '{schema}')",
