@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -36,14 +35,6 @@ _FREE_EXPANSION = 64
 _START = 16  # bytes that hold a payload's length
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a part lies in the file."""
-
-    offset: int
-    nbytes: int
-
-
 class Archive(TensorFile):
     """A compressed file whose tensors are decoded when asked for, one part in memory at a time.
 
@@ -56,7 +47,7 @@ class Archive(TensorFile):
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self.steps: dict[str, float] = {}
-        self.places: list[Place] = []
+        self.places: list[tuple[int, int]] = []
         self.part_of: dict[str, int] = {}
         self.limits = limits
         self._last: tuple[int, FilePart] | None = None
@@ -66,11 +57,11 @@ class Archive(TensorFile):
         number = self.part_of[name]
         if self._last is None or self._last[0] != number:
             self._last = None  # before another is read
-            place = self.places[number]
+            offset, nbytes = self.places[number]
             try:
                 with open(self.path, "rb") as file:
-                    file.seek(place.offset)
-                    payload = file.read(place.nbytes)
+                    file.seek(offset)
+                    payload = file.read(nbytes)
             except OSError as error:
                 raise UnreadableFile(f"cannot read {self.path}: {error.strerror}") from error
             self._last = (number, self._open(payload))
@@ -115,7 +106,7 @@ class Archive(TensorFile):
                     f"{self.path} states tensors of more than {self.limits.decoded_bytes:,} bytes; "
                     "allow more if you trust it (max_bytes, --max-bytes)"
                 )
-            self.places.append(Place(offset, len(payload)))
+            self.places.append((offset, len(payload)))
             self._last = (number, part)
             offset += len(payload)
         if len(self.places) != count:

@@ -21,10 +21,10 @@ from prunecast.compression.files import UnknownFormat, UnreadableFile, Unsupport
 from prunecast.compression.files.onnx_files import open_onnx
 from prunecast.compression.files.tensors import (
     FOREIGN,
+    NATIVE,
     FileSpec,
     FileTensor,
     TensorFile,
-    native_tensor,
     raw_dtype,
 )
 
@@ -69,8 +69,9 @@ def _open_npz(path: Path) -> TensorFile:
             with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
                 spec, dtype, fortran = _header(stream)
                 flat = np.frombuffer(stream.read(), dtype)
-                order = "F" if fortran else "C"
-                return native_tensor(name, flat.reshape(spec.shape, order=order))  # type: ignore[call-overload]
+                flat = flat.astype(dtype.newbyteorder("="), copy=False)
+                values = flat.reshape(spec.shape, order="F" if fortran else "C")
+                return FileTensor(values, spec.dtype)
         except _BAD as error:
             raise _unreadable(path, error) from error
 
@@ -94,13 +95,11 @@ def _header(stream: IO[bytes]) -> tuple[FileSpec, np.dtype[Any], bool]:
         raise ValueError(f"an array is of format {version}")
     if dtype.hasobject:
         raise ValueError("an array holds Python objects, which only pickle reads: refused")
-    try:
-        native_tensor("", np.zeros(0, dtype))
-    except UnsupportedTensor:
+    if dtype.name not in NATIVE:
         raise UnsupportedTensor(
             f"has dtype {dtype}; only booleans, integers and real floats of up to 64 bits can be "
             "coded: convert it or leave it out"
-        ) from None
+        )
     if any(d < 0 for d in shape):
         raise ValueError("an array has a negative dimension")
     return FileSpec(dtype.name, shape), dtype, fortran

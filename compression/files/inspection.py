@@ -143,7 +143,7 @@ def inspect_archive(
     Raises:
         FilesError: it cannot be decoded.
     """
-    total, result = sum(place.nbytes for place in archive.places), Inspection()
+    total, result = sum(nbytes for _, nbytes in archive.places), Inspection()
     for number, payload in enumerate(read_payloads(archive.path)):
         on_progress(result.nbytes, total, f"part {number + 1}")
         seen = {

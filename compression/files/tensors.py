@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.files import UnsupportedTensor
-
-__all__ = ["FOREIGN", "FileSpec", "FileTensor", "TensorFile", "native_tensor", "raw_dtype"]
+__all__ = ["FOREIGN", "NATIVE", "FileSpec", "FileTensor", "TensorFile", "raw_dtype"]
 
 NATIVE = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
@@ -89,20 +87,6 @@ class FileTensor:
         bits = np.asarray(real, np.float32).view(np.uint32)
         odd = (bits >> np.uint32(16)) & np.uint32(1)
         return cls(((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16), dtype)
-
-
-def native_tensor(name: str, array: NDArray[Any]) -> FileTensor:
-    """Return a numpy array as a tensor, little-endian or not.
-
-    Raises:
-        UnsupportedTensor: a dtype that the codec does not know.
-    """
-    if array.dtype.name not in NATIVE:
-        raise UnsupportedTensor(
-            f"tensor {name!r} has dtype {array.dtype}; only booleans, integers and real floats of "
-            "up to 64 bits can be coded: convert it or leave it out of the file"
-        )
-    return FileTensor(array.astype(array.dtype.newbyteorder("="), copy=False), array.dtype.name)
 
 
 class TensorFile(Mapping[str, FileTensor]):

@@ -29,7 +29,7 @@ tensor               content                                         dtype
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -82,15 +82,6 @@ class QuantisedModel:
     fresh: tuple[str, ...]
 
 
-@dataclass
-class _Weights:
-    """Tensors of the release, as they are made."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
-    direct: int = 0
-
-
 def quantise(
     graph: ExportedGraph,
     model: PublishedModel,
@@ -127,35 +118,36 @@ def quantise(
     proto = calibrate(
         prepared.proto, arrays, [k.node for k in prepared.kernels], prepared.passing, samples
     )
-    work = _Weights({name: tensors[name] for name in prepared.parameters})
+    work = {name: tensors[name] for name in prepared.parameters}
     activations = _activations(proto, held)
     fresh = []
     for name, (scale, zero, kept) in activations.items():
-        work.tensors[f"{name}_scale"] = RawTensor(scale)
-        work.tensors[f"{name}_zero_point"] = RawTensor(zero)
+        work[f"{name}_scale"] = RawTensor(scale)
+        work[f"{name}_zero_point"] = RawTensor(zero)
         if not kept:
             fresh.append(name)
-    parts = _Parts(proto)
+    parts, direct = _Parts(proto), 0
     for kernel in prepared.kernels:
         source = _input_scale(parts, kernel)
         into = float(activations[source][0])
-        _weigh(work, kernel, tensors[kernel.source], values, into, held)
+        direct += _weigh(work, kernel, tensors[kernel.source], values, into, held)
         parts.rewire(kernel, source)
     parts.measure_integers()
-    constants = [i for i in proto.graph.initializer if i.name not in work.tensors]
-    skeleton = parts.finish(constants, work.tensors)
+    constants = [i for i in proto.graph.initializer if i.name not in work]
+    skeleton = parts.finish(constants, work)
     integers = tuple(k.source for k in prepared.kernels)
-    read = {n: t for n, t in work.tensors.items() if n not in work.unread}
+    unread = tuple(f"{k.source}::base" for k in prepared.kernels)
+    read = {n: t for n, t in work.items() if n not in unread}
     exported = ExportedGraph(
         skeleton,
         {n: TensorSpec(np.dtype(t.dtype), t.shape) for n, t in read.items()},
-        unused=tuple(work.unread),
+        unused=unread,
         max_difference=graph.max_difference,
         integers=integers,
     )
-    made = PublishedModel(work.tensors, model.counter)
+    made = PublishedModel(work, model.counter)
     return QuantisedModel(
-        exported, made, len(prepared.kernels), work.direct, len(activations), tuple(fresh)
+        exported, made, len(prepared.kernels), direct, len(activations), tuple(fresh)
     )
 
 
@@ -207,49 +199,52 @@ def _range(scaling: _Scaling) -> tuple[float, float]:
 
 
 def _weigh(
-    work: _Weights,
+    work: dict[str, Tensor],
     kernel: Kernel,
     tensor: Tensor,
     values: _Values,
     into: float,
     held: PublishedModel | None,
-) -> None:
-    """Integers, scale and bias of one kernel, `into` being the scale of its input."""
+) -> bool:
+    """Integers, scale and bias of one kernel, `into` being the scale of its input.
+
+    Returns:
+        Whether the integers are the published ones.
+    """
     name, axis = kernel.source, kernel.axis
     gain, bias = kernel.gain_and_bias(values, tensor.shape[axis])
     shape = [1] * len(tensor.shape)
     shape[axis] = -1
-    pruned = isinstance(tensor, LatticeTensor) and tensor.pruned
-    if isinstance(tensor, LatticeTensor) and int(np.abs(tensor.q.astype(np.int32)).max()) <= _TOP:
-        q, step = tensor.q.astype(np.float64), tensor.step
+    lattice = tensor if isinstance(tensor, LatticeTensor) else None
+    published = None if lattice is None else lattice.step
+    direct = lattice is not None and int(np.abs(lattice.q.astype(np.int32)).max()) <= _TOP
+    if lattice is not None and direct:
+        q, step = lattice.q.astype(np.float64), lattice.step
         base = np.full(gain.shape, step)
-        work.direct += 1
     else:
         wide = values[name].astype(np.float64)
         before, found = (held.tensors.get(n) if held else None for n in (f"{name}::base", name))
-        step = tensor.step if isinstance(tensor, LatticeTensor) else 1.0
-        base = channel_steps(
-            wide, axis, _TOP, before=before,
-            lattice=step if isinstance(tensor, LatticeTensor) else None,
-        )  # fmt: skip
+        step = 1.0 if published is None else published
+        base = channel_steps(wide, axis, _TOP, before=before, lattice=published)
         q = np.clip(np.rint(wide / base.reshape(shape)), -_TOP, _TOP)
         if isinstance(before, RawTensor) and isinstance(found, LatticeTensor):
             step = found.step  # in name only; another one would tell a patch that q has moved
     # Always there: a model in which a weight outgrows 8 bits has the same tensors as before.
-    work.tensors[f"{name}::base"] = RawTensor(base.astype(np.float32))
-    work.unread.append(f"{name}::base")
+    work[f"{name}::base"] = RawTensor(base.astype(np.float32))
     exact = base * np.abs(gain)
     # A bias must fit into 32 bits: a channel whose gain all but vanishes gets a larger scale.
     scale = np.maximum(exact, np.abs(bias) / (into * _LARGEST_BIAS))
     scale = np.maximum(scale, _SMALLEST_SCALE).astype(np.float32)
     ratio = np.where(exact < scale * 0.999, exact / scale, 1.0) * np.where(gain < 0, -1.0, 1.0)
     q = np.rint(q * ratio.reshape(shape)).astype(np.int32)
-    work.tensors[name] = LatticeTensor(q, step, pruned, np.dtype(np.float32))
-    work.tensors[f"{name}::scale"] = RawTensor(scale)
+    pruned = lattice is not None and lattice.pruned
+    work[name] = LatticeTensor(q, step, pruned, np.dtype(np.float32))
+    work[f"{name}::scale"] = RawTensor(scale)
     if kernel.bias is not None:
         unit = (np.float32(into) * scale).astype(np.float64)  # as the device multiplies
         offset = np.clip(np.rint(bias / unit), -(2.0**31), 2.0**31 - 1)
-        work.tensors[f"{name}::offset"] = RawTensor(offset.astype(np.int32))
+        work[f"{name}::offset"] = RawTensor(offset.astype(np.int32))
+    return direct
 
 
 def _input_scale(parts: _Parts, kernel: Kernel) -> str:

@@ -24,7 +24,6 @@ __all__ = [
     "decode_omega",
     "encode_gaps",
     "encode_omega",
-    "expected_bits",
     "omega_lengths",
     "orbit",
     "pack_fields",
@@ -237,16 +236,6 @@ def rice_parameter(density: float) -> int:
         return 0
     ratio = math.log(_GOLDEN - 1) / math.log1p(-density)
     return min(MAX_PARAMETER, max(0, 1 + math.floor(math.log2(ratio))))
-
-
-def expected_bits(density: float, parameter: int | None = None) -> float:
-    """``b + 1 / (1 - (1 - p)**(2**b))``: expected bits for the position of one non-zero.
-
-    >>> round(expected_bits(0.01), 2)
-    8.11
-    """
-    b = rice_parameter(density) if parameter is None else parameter
-    return b + 1 / (1 - (1 - density) ** (1 << b))
 
 
 def encode_gaps(gaps: NDArray[np.int64], parameter: int) -> bytes:

@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import MalformedPayload
-from prunecast.compression.schemes.bitcodes import expected_bits
 from prunecast.compression.schemes.layout import layout_of
 from prunecast.compression.schemes.registry import inspect, scheme
 from prunecast.compression.schemes.sparse import Stc
+from support.golomb import expected_bits
 
 Vector = NDArray[np.float32]
 
