@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,14 +62,6 @@ def batches(
         yield {name: np.asarray(a[start : start + size]) for name, a in samples.items()}
 
 
-class _Reader:
-    def __init__(self, parts: Iterator[dict[str, NDArray[Any]]]) -> None:
-        self._parts = parts
-
-    def get_next(self) -> dict[str, NDArray[Any]] | None:
-        return next(self._parts, None)
-
-
 def calibrate(
     proto: Any,
     arrays: Mapping[str, NDArray[Any]],
@@ -115,14 +108,15 @@ def calibrate(
     chosen = {*kernels, *passing}
     types = sorted({node.op_type for node in whole.graph.node if node.name in chosen})
     _declare(whole.graph, chosen)
-    parts = list(batches(samples, shapes))
+    parts = iter(list(batches(samples, shapes)))
+    reader = SimpleNamespace(get_next=lambda: next(parts, None))
     with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "quantised.onnx"
         try:
             quantize_static(
                 whole,
                 path,
-                _Reader(iter(parts)),
+                reader,
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=types,
                 nodes_to_quantize=sorted(chosen),

@@ -30,6 +30,7 @@ from prunecast.common.text import first_line, quiet
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx import ExportError, FoldedParameter, NumericsError
 from prunecast.compression.onnx.bind import bind_weights
+from prunecast.compression.onnx.compare import differ
 from prunecast.compression.onnx.graph import ExportedGraph, all_graphs, load_graph, save_graph
 from prunecast.compression.release import ReleaseError
 from prunecast.compression.release.runtime import open_session
@@ -334,17 +335,13 @@ def _compare(
         bound = bind_weights(graph, exact, Path(folder), variant="fp32")
         session = open_session(bound.model, threads=1)
         feed = {n: _array(x) for n, x in zip(inputs, example, strict=True)}
-        got = list(session.run(feed).values())
+        got = session.run(feed)
     if len(got) != len(wanted):
         raise NumericsError(f"the graph has {len(got)} outputs, the module {len(wanted)}")
     worst = 0.0
-    for want, have in zip(map(_array, wanted), got, strict=True):
-        if want.shape != have.shape:
-            raise NumericsError(f"an output has shape {have.shape}, the module gives {want.shape}")
-        if not want.size:
-            continue
-        difference = float(np.max(np.abs(want.astype(np.float64) - have.astype(np.float64))))
-        scale = max(0.1, float(np.max(np.abs(want.astype(np.float64)))))
+    for (name, have), want in zip(got.items(), map(_array, wanted), strict=True):
+        difference = differ({name: want}, {name: have}).absolute
+        scale = max(0.1, float(np.abs(want.astype(np.float64)).max(initial=0)))
         if not difference <= tolerance * scale:
             raise NumericsError(
                 f"graph and module differ by {difference:.3g} (accepted: {tolerance:.1g} of "

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, cast
 
 from prunecast.compression.release import ManifestError, ReleaseError
@@ -167,20 +167,16 @@ class ReleaseManifest:
             "version": self.version,
             "created": self.created,
             "model": {"digest": self.model_digest, "counter": self.counter},
-            "inputs": [[s.name, s.dtype, list(s.shape)] for s in self.inputs],
-            "outputs": [[s.name, s.dtype, list(s.shape)] for s in self.outputs],
-            "files": {name: _ref(ref) for name, ref in self.files.items()},
-            "weights": {"variant": self.variant, **_ref(self.weights)},
-            "keyframe": _ref(self.keyframe),
+            "inputs": [astuple(s) for s in self.inputs],
+            "outputs": [astuple(s) for s in self.outputs],
+            "files": {name: asdict(ref) for name, ref in self.files.items()},
+            "weights": {"variant": self.variant, **asdict(self.weights)},
+            "keyframe": asdict(self.keyframe),
             "patches": [
-                {"base_version": p.base_version, "base_digest": p.base_digest, **_ref(p.file)}
+                {"base_version": p.base_version, "base_digest": p.base_digest, **asdict(p.file)}
                 for p in self.patches
             ],
-            "selftest": {
-                "atol": self.tolerance.atol,
-                "rtol": self.tolerance.rtol,
-                "argmax": self.tolerance.argmax,
-            },
+            "selftest": asdict(self.tolerance),
             "metrics": dict(self.metrics),
             "licence": self.licence,
             "minimum_agent": self.minimum_agent,
@@ -213,10 +209,6 @@ class ReleaseManifest:
                 raise
             why = str(error) if isinstance(error, ReleaseError) else f"field {error}"
             raise ManifestError(f"release.json is malformed: {why}") from error
-
-
-def _ref(ref: FileRef) -> dict[str, Any]:
-    return {"sha256": ref.sha256, "length": ref.length}
 
 
 def _parse(document: Mapping[str, Any]) -> ReleaseManifest:

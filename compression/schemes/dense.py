@@ -9,7 +9,6 @@ Krishnamoorthi 2018, section 2.2, per-channel symmetric).
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -61,14 +60,14 @@ class _Dense(Scheme):
         """MalformedPayload when no sender can have sent such numbers."""
 
     @classmethod
-    @abstractmethod
     def _packed(cls, flat: NDArray[Any]) -> bytes:
         """The numbers in the paper's coding."""
+        return flat.astype(np.dtype(cls.dtype).newbyteorder("<"), copy=False).tobytes()
 
     @classmethod
-    @abstractmethod
     def _unpacked(cls, reader: Reader, count: int) -> NDArray[Any]:
         """Inverse of `_packed`."""
+        return reader.array(np.dtype(cls.dtype).newbyteorder("<").str, count)
 
 
 _TOP = np.finfo(np.float16).max
@@ -116,14 +115,6 @@ class Fp16(_Dense):
     def _verify(cls, name: str, values: NDArray[Any]) -> None:
         if not np.isfinite(values).all():
             raise MalformedPayload(f"tensor {name!r} holds NaN or an infinity")
-
-    @classmethod
-    def _packed(cls, flat: NDArray[Any]) -> bytes:
-        return flat.astype("<f2").tobytes()
-
-    @classmethod
-    def _unpacked(cls, reader: Reader, count: int) -> NDArray[Any]:
-        return reader.array("<f2", count)
 
     @classmethod
     def _restore(cls, quantised: Quantised, layout: Layout) -> Arrays:
@@ -187,14 +178,6 @@ class _Integers(_Dense):
                 else scaled(value, np.float32(1))
             )
         return arrays
-
-    @classmethod
-    def _packed(cls, flat: NDArray[Any]) -> bytes:
-        return flat.tobytes()
-
-    @classmethod
-    def _unpacked(cls, reader: Reader, count: int) -> NDArray[Any]:
-        return reader.array("<i1", count)
 
 
 @dataclass(frozen=True)
