@@ -4,7 +4,7 @@ Needs neither torch nor onnx. What makes a release is `authoring`, what delivers
 """
 
 from prunecast.server.repository.checks.doctor import examine
-from prunecast.server.repository.checks.findings import Finding
+from prunecast.server.repository.checks.metadata import Finding
 from prunecast.server.repository.checks.verify import VerifiedRelease, verify_repository
 from prunecast.server.repository.errors import (
     CeremonyError,
@@ -26,12 +26,12 @@ from prunecast.server.repository.keys.changes import (
     first_metadata,
 )
 from prunecast.server.repository.keys.keyholders import (
+    KeyRing,
     load_holder,
     load_public,
     make_holder,
     make_online,
 )
-from prunecast.server.repository.keys.keyring import KeyRing
 from prunecast.server.repository.reading import ReleaseEntry, RepositoryReader
 from prunecast.server.repository.repository import PublishedRelease, Repository
 from prunecast.server.repository.roles import OFFLINE_ROLES, ONLINE_ROLES, ROLES, Expiry

@@ -19,8 +19,7 @@ from prunecast.server.repository import (
     RoleKeys,
     first_metadata,
 )
-from prunecast.server.repository.keys.keyholders import key_of
-from prunecast.server.repository.keys.keyring import write_key
+from prunecast.server.repository.keys.keyholders import key_of, write_key
 
 __all__ = ["Circle", "utc_now"]
 

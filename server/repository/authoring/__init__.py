@@ -1,7 +1,6 @@
 """What a release is made from, and how it is built; needs onnx and onnxruntime."""
 
 from prunecast.server.repository.authoring.build import ReleaseContents
-from prunecast.server.repository.authoring.modules import plan_of
 from prunecast.server.repository.authoring.recipe import (
     VARIANTS,
     NewestRelease,
@@ -12,6 +11,7 @@ from prunecast.server.repository.authoring.sources import (
     export_release,
     from_arrays,
     from_onnx,
+    plan_of,
     read_checkpoint,
 )
 from prunecast.server.repository.authoring.variants import Samples, make_variant, split_samples

@@ -37,8 +37,13 @@ from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import Arrays, unpack_arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository.authoring.build import ReleaseContents
-from prunecast.server.repository.authoring.modules import Architecture, export_module, plan_of
-from prunecast.server.repository.authoring.sources import from_arrays, from_onnx
+from prunecast.server.repository.authoring.sources import (
+    Architecture,
+    export_module,
+    from_arrays,
+    from_onnx,
+    plan_of,
+)
 from prunecast.server.repository.authoring.variants import (
     Samples,
     make_variant,

@@ -21,8 +21,7 @@ from prometheus_client import (
 )
 
 from prunecast.compression.release.manifest import MAX_MANIFEST_BYTES
-from prunecast.server.repository.checks.findings import Finding
-from prunecast.server.repository.checks.metadata import check_metadata
+from prunecast.server.repository.checks.metadata import Finding, check_metadata
 from prunecast.server.repository.errors import RepositoryError
 from prunecast.server.repository.reading import RepositoryReader
 from prunecast.server.repository.serving.files import family
