@@ -84,13 +84,14 @@ def install(folder: Path, seed: int) -> int:
     """Publish the network and install it as signed and optimised; returns its parameters."""
     from prunecast.client.edge import Agent, AgentConfig
     from prunecast.server.repository import KeyRing, Repository
+    from prunecast.server.repository.authoring import ReleaseContents
     from prunecast.server.repository.serving import ReleaseServer
 
     graph = network()
     model = weights(graph.parameters, seed)
     repository = Repository.create(folder / "repository", KeyRing.create(folder / "keys"))
     samples = np.random.default_rng(seed).standard_normal((4, 1, SIDE, SIDE)).astype(np.float32)
-    repository.publish("device", model, graph, selftest_inputs=samples)
+    repository.publish("device", ReleaseContents(model, graph, samples))
     with ReleaseServer(repository.path) as server:
         for optimise in (False, True):
             state = folder / str(optimise)

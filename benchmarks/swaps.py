@@ -37,6 +37,7 @@ from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 from prunecast.server.repository import KeyRing, Repository
+from prunecast.server.repository.authoring import ReleaseContents
 from prunecast.server.repository.serving import ReleaseServer
 
 INPUTS, CLASSES, BATCH = 256, 10, 1
@@ -198,7 +199,7 @@ class Shelf:
         architecture, self._states = graph(width), []
         self.repository.window = 2
         for model in made:
-            self.repository.publish("swaps", model, architecture, selftest_inputs=x)
+            self.repository.publish("swaps", ReleaseContents(model, architecture, x))
             self._states.append(self._timestamp.read_bytes())
 
     def show(self, release: int) -> None:

@@ -158,15 +158,17 @@ def create(
         raise typer.BadParameter(error.message, param_hint=f"--{error.option}") from error
     if save_graph_to and made.exported:
         save_graph(made.exported, save_graph_to)
-    published = target.publish_contents(name, made, at_least=at_least)
+    published = target.publish(name, made, at_least=at_least)
+    manifest = published.manifest
+    files = {file: ref.length for file, ref in manifest.files.items()}
     result: dict[str, Any] = {
-        "name": published.name,
+        "name": name,
         "version": published.version,
         "onnx_bytes": published.onnx_bytes,
-        "weights_bytes": published.weights_bytes,
-        "keyframe_bytes": published.keyframe_bytes,
+        "weights_bytes": manifest.weights.length,
+        "keyframe_bytes": manifest.keyframe.length,
         "patch_bytes": {str(base): size for base, size in published.patch_bytes.items()},
-        "file_bytes": dict(published.file_bytes),
+        "file_bytes": {**files, "release.json": len(manifest.to_bytes())},
         "retired": list(published.retired),
         "variant": made.variant,
         "kind": made.kind,
@@ -175,7 +177,7 @@ def create(
         **{key: value for key, value in made.metrics.items() if key not in metrics},
     }
     if export is not None:
-        result["exported_bytes"] = export_release(target, published.manifest, export)
+        result["exported_bytes"] = export_release(target, manifest, export)
     show(result, as_json, _created(result))
 
 

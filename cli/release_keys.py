@@ -40,20 +40,16 @@ def make(
     as_json: AsJson = False,
 ) -> None:
     """Make a holder's key: <holder>.key, encrypted, for you alone, and <holder>.pub to send off."""
-    from prunecast.server.repository import make_holder
+    from prunecast.server.repository import load_public, make_holder
     from prunecast.server.repository.keys.keyholders import fingerprint
 
-    made = make_holder(folder, holder, _passphrase(passphrase_file, confirm=True))
-    result = {
-        "private": str(made.private),
-        "public": str(made.public),
-        "sha256": fingerprint(made.key),
-    }
+    private, public = make_holder(folder, holder, _passphrase(passphrase_file, confirm=True))
+    digest = fingerprint(load_public(public))
     show(
-        result,
+        {"private": str(private), "public": str(public), "sha256": digest},
         as_json,
-        f"private key, keep it: {made.private}\npublic key, send it: {made.public}\n"
-        f"SHA-256 of the public key, to compare by voice: {result['sha256']}",
+        f"private key, keep it: {private}\npublic key, send it: {public}\n"
+        f"SHA-256 of the public key, to compare by voice: {digest}",
     )
 
 

@@ -27,6 +27,7 @@ from prunecast.server.repository import KeyRing, Repository
 from prunecast.server.repository.serving import ReleaseServer
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, make_app, to_record
+from support.releases import publish_model
 
 POLICY = Policy.preset("small", pruning_begin=1, pruning_end=6)
 SKIPS, LOSES, LATE = 1, 2, 3
@@ -87,7 +88,7 @@ def test_every_version_is_the_same_everywhere(tmp_path):
                 for node in online:
                     held = NodeStore(tmp_path / "store", RUN_ID, node).held("arrays")
                     assert held.digest == model.digest, (number, node)
-                repository.publish("classifier", model, graph, selftest_inputs=images[:4])
+                publish_model(repository, "classifier", model, graph, selftest_inputs=images[:4])
                 result = agent.update_once()
                 assert result.outcome == "updated", result.reason
                 assert result.payload == ("keyframe" if number == 1 else "patch")

@@ -12,6 +12,7 @@ from swaps import INPUTS, graph, models
 from prunecast.compression.onnx.bind import bind_weights, export_single
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository import KeyRing, Repository
+from prunecast.server.repository.authoring import ReleaseContents
 
 __all__ = ["File", "content"]
 
@@ -37,7 +38,7 @@ def content(folder: Path, width: int, seed: int) -> dict[str, File]:
     architecture, made = graph(width), models(1, width, seed)
     made.append(_next_round(made[0], seed))
     for model in made:
-        manifest = repository.publish("fan", model, architecture, selftest_inputs=x).manifest
+        manifest = repository.publish("fan", ReleaseContents(model, architecture, x)).manifest
     single = folder.with_name("single.onnx")
     bound = bind_weights(architecture, made[1], folder.with_name("single"), variant="fp32")
     export_single(bound.model.read_bytes(), bound.layout, made[1], single)

@@ -13,6 +13,7 @@ from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository import KeyRing, Repository
+from prunecast.server.repository.authoring import ReleaseContents
 
 NAME = "tiny"
 INPUTS, OUTPUTS = 16, 4
@@ -33,9 +34,9 @@ def make_repository(folder: Path, seed: int) -> Repository:
         )
         if number == 3:
             with wrong:
-                repository.publish(NAME, model, graph, selftest_inputs=images)
+                repository.publish(NAME, ReleaseContents(model, graph, images))
         else:
-            repository.publish(NAME, model, graph, selftest_inputs=images)
+            repository.publish(NAME, ReleaseContents(model, graph, images))
     return repository
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -19,10 +18,10 @@ from typing import Any
 
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import ReleaseManifest, blob_path
+from prunecast.server.repository.reading import VERSIONED, target_file
 
-__all__ = ["VERSIONED", "Kept", "age", "collect", "kept_files"]
+__all__ = ["Kept", "age", "collect", "kept_files"]
 
-VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*)\.json")  # number and role
 _log = logging.getLogger(__name__)
 
 
@@ -81,9 +80,7 @@ def kept_files(repository: Path) -> Kept:
         try:
             document: dict[str, Any] = json.loads(listing.read_bytes())
             for name, target in document["signed"]["targets"].items():
-                folder, _, base = name.rpartition("/")
-                file = repository / "targets" / folder / f"{target['hashes']['sha256']}.{base}"
-                kept.manifests.add(file)
+                kept.manifests.add(target_file(repository, name, target["hashes"]["sha256"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             kept.damaged_lists.append(listing)
     for manifest in sorted(kept.manifests):

@@ -8,6 +8,7 @@ visible.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -37,13 +38,12 @@ from prunecast.server.repository.roles import (
     ROLES,
     Expiry,
     delegations_of,
-    first_listing,
-    publisher_of,
+    hand_over,
     require_signed,
     tally,
 )
 
-__all__ = ["Expiry", "MetadataSet", "Signers"]
+__all__ = ["MetadataSet", "Signers"]
 
 Signers = Callable[[str], Sequence[CryptoSigner]]
 """Role to the private keys of it that are at hand."""
@@ -73,17 +73,6 @@ class MetadataSet:
         self.root, self.targets = root, targets
         self.snapshot, self.timestamp = snapshot, timestamp
         self.delegated = dict(delegated or {})
-
-    @classmethod
-    def create(cls, signers: Signers, expiry: Expiry, now: datetime) -> dict[str, bytes]:
-        """The files of version 1 of every role, each with one key."""
-        root = Root(expires=expiry.until("root", now), consistent_snapshot=True)
-        for role in ROLES:
-            root.add_key(signers(role)[0].public_key, role)
-        first, listing = Metadata(root), Metadata(Targets(expires=expiry.until("targets", now)))
-        first.sign(signers("root")[0])
-        listing.sign(signers("targets")[0])
-        return cls.found(first, listing, signers, expiry, now)
 
     @classmethod
     def found(
@@ -153,8 +142,11 @@ class MetadataSet:
         return found
 
     def publisher_of(self, name: str) -> str:
-        """The role that publishes releases of `name`: a delegated one, or targets."""
-        return publisher_of(self.targets.signed, manifest_path(name, 1))
+        """The role that lists `name`: the first delegated one that may, or targets itself."""
+        for role, given in delegations_of(self.targets.signed).items():
+            if given.is_delegated_path(manifest_path(name, 1)):
+                return role
+        return Targets.type
 
     def next_version(self, name: str) -> int:
         """The number of the next release of `name`; numbers are never given twice."""
@@ -184,7 +176,7 @@ class MetadataSet:
         A list of releases is named by snapshot, and snapshot by timestamp.
 
         Raises:
-            KeyFileError, ThresholdNotMet: see `require`.
+            KeyFileError, ThresholdNotMet: see `usable`.
         """
         files: dict[str, bytes] = {}
         if "root" in roles:
@@ -225,7 +217,7 @@ class MetadataSet:
             ThresholdNotMet: root or the role has several holders.
         """
         self.require_sole("root", role)
-        old = self._usable("root", signers)
+        old = self.usable("root", signers)
         for keyid in list(self.root.signed.roles[role].keyids):
             self.root.signed.revoke_key(keyid, role)
         self.root.signed.add_key(new.public_key, role)
@@ -292,12 +284,12 @@ class MetadataSet:
         self.delegated = {role: held for role, held in self.delegated.items() if role in given}
         for role in given:
             if role not in self.delegated:
-                self.delegated[role] = Metadata(
-                    first_listing(before, self.targets.signed, role, now)
-                )
+                listing = Targets(expires=now.replace(microsecond=0))
+                hand_over(copy.deepcopy(before), listing, given[role])
                 # a role of that name may have been withdrawn before: its number never goes back
                 known = self.snapshot.signed.meta.get(f"{role}.json")
-                self.delegated[role].signed.version = known.version if known else 0
+                listing.version = known.version if known else 0
+                self.delegated[role] = Metadata(listing)
             elif not tally(self.targets.signed, role, self.delegated[role]).missing:
                 continue
             self._renew(role, signers, expiry, now)
@@ -323,8 +315,13 @@ class MetadataSet:
         signed.version += 1
         signed.expires = expiry.until(role, now)
 
-    def _usable(self, role: str, signers: Signers) -> list[CryptoSigner]:
-        """The keys at hand that the role trusts; enough of them to sign."""
+    def usable(self, role: str, signers: Signers) -> list[CryptoSigner]:
+        """The keys at hand that the role trusts; enough of them to sign.
+
+        Raises:
+            KeyFileError: its key is missing, or not the one in force.
+            ThresholdNotMet: too few of its keys are at hand.
+        """
         delegator = self.root.signed if role in ROLES else self.targets.signed
         given = delegator.get_delegated_role(role)
         found = {s.public_key.keyid: s for s in signers(role)}
@@ -342,18 +339,9 @@ class MetadataSet:
             )
         return usable
 
-    def require(self, role: str, signers: Signers) -> None:
-        """Find out whether `role` can sign.
-
-        Raises:
-            KeyFileError: its key is missing, or not the one in force.
-            ThresholdNotMet: too few of its keys are at hand.
-        """
-        self._usable(role, signers)
-
     def _renew(self, role: str, signers: Signers, expiry: Expiry, now: datetime) -> None:
         self._bump(role, expiry, now)
-        for number, signer in enumerate(self._usable(role, signers)):
+        for number, signer in enumerate(self.usable(role, signers)):
             self._role(role).sign(signer, append=number > 0)
 
 

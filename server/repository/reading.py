@@ -23,9 +23,22 @@ from prunecast.server.repository.keys.changes import Change, changed_metadata
 from prunecast.server.repository.metadata import MetadataSet
 from prunecast.server.repository.roles import ROLES, Expiry
 
-__all__ = ["ReleaseEntry", "RepositoryReader"]
+__all__ = ["VERSIONED", "ReleaseEntry", "RepositoryReader", "root_versions", "target_file"]
 
-_ROOT = re.compile(r"([1-9][0-9]*)\.root\.json")
+VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*)\.json")
+"""Names of metadata: number and role."""
+
+
+def target_file(repository: Path, path: str, sha256: str) -> Path:
+    """Where the target that metadata list as `path` lies; consistent snapshots name its digest."""
+    folder, _, base = path.rpartition("/")
+    return repository / "targets" / folder / f"{sha256}.{base}"
+
+
+def root_versions(metadata: Path) -> list[int]:
+    """Versions of the roots in a folder, in order."""
+    found = (VERSIONED.fullmatch(path.name) for path in metadata.iterdir())
+    return sorted(int(match[1]) for match in found if match and match[2] == "root")
 
 
 @dataclass(frozen=True)
@@ -130,12 +143,10 @@ class RepositoryReader:
         return found[-1]
 
     def _manifest(self, entry: ReleaseEntry) -> ReleaseManifest:
-        path = self._target_file(manifest_path(entry.name, entry.version), entry.manifest.sha256)
+        path = target_file(
+            self.path, manifest_path(entry.name, entry.version), entry.manifest.sha256
+        )
         return ReleaseManifest.from_bytes(_checked(path, entry.manifest))
-
-    def _target_file(self, path: str, sha256: str) -> Path:
-        folder, _, base = path.rpartition("/")
-        return self.path / "targets" / folder / f"{sha256}.{base}"
 
     def _visible(self) -> MetadataSet:
         """What devices see, also while somebody writes a new root and what goes with it."""
@@ -154,11 +165,10 @@ class RepositoryReader:
         return (self.path / "metadata" / name).read_bytes()
 
     def _root_version(self) -> int:
-        found = (_ROOT.fullmatch(p.name) for p in (self.path / "metadata").iterdir())
-        versions = [int(m[1]) for m in found if m]
+        versions = root_versions(self.path / "metadata")
         if not versions:
             raise RepositoryCorrupt(f"{self.path} has no root metadata: restore it from a copy")
-        return max(versions)
+        return versions[-1]
 
 
 def _checked(path: Path, ref: FileRef) -> bytes:

@@ -17,12 +17,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from numpy.typing import NDArray
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, TargetFile
 
@@ -34,8 +33,6 @@ from prunecast.compression.release.manifest import (
     check_release_name,
     manifest_path,
 )
-from prunecast.compression.release.selftest import Arrays
-from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository.errors import (
     CeremonyError,
     KeyFileError,
@@ -45,27 +42,48 @@ from prunecast.server.repository.errors import (
 )
 from prunecast.server.repository.garbage import collect
 from prunecast.server.repository.keys.ceremony import Ceremony
+from prunecast.server.repository.keys.changes import RoleKeys, first_metadata
 from prunecast.server.repository.keys.keyholders import KeyRing, write_key
 from prunecast.server.repository.metadata import MetadataSet
-from prunecast.server.repository.reading import RepositoryReader
+from prunecast.server.repository.reading import RepositoryReader, target_file
 from prunecast.server.repository.roles import ONLINE_ROLES, ROLES, Expiry
 
 if TYPE_CHECKING:
-    from prunecast.compression.onnx.graph import ExportedGraph
     from prunecast.server.repository.authoring.build import ReleaseContents
 
-__all__ = ["MaintainedRepository", "PublishedRelease", "Repository", "check_outside", "utc_now"]
+__all__ = ["PublishedRelease", "Repository"]
 
 _RETRY = 0.05  # seconds between tries for the lock; a writer holds it for less than a second
+_utc_now = partial(datetime.now, UTC)
 
 
-def utc_now() -> datetime:
-    """The time, in UTC."""
-    return datetime.now(UTC)
+@dataclass(frozen=True)
+class PublishedRelease:
+    """What a publication made.
+
+    Attributes:
+        manifest: content of `release.json`.
+        onnx_bytes: the same model as one fp32 ``.onnx`` file; None above protobuf's 2 GiB.
+        retired: versions that left the window.
+    """
+
+    manifest: ReleaseManifest
+    onnx_bytes: int | None
+    retired: tuple[int, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """Number of the release."""
+        return self.manifest.version
+
+    @property
+    def patch_bytes(self) -> dict[int, int]:
+        """Sizes of the payloads, by the release they start from."""
+        return {patch.base_version: patch.file.length for patch in self.manifest.patches}
 
 
-class MaintainedRepository(RepositoryReader):
-    """A repository whose metadata can be signed anew; it publishes nothing.
+class Repository(RepositoryReader):
+    """A release repository on disk, to publish into and to keep valid.
 
     Args:
         path: its folder, the one that is served.
@@ -90,14 +108,146 @@ class MaintainedRepository(RepositoryReader):
         expiry: Expiry | None = None,
         grace: timedelta = timedelta(days=1),
         patience: timedelta = timedelta(seconds=10),
-        now: Callable[[], datetime] = utc_now,
+        now: Callable[[], datetime] = _utc_now,
     ) -> None:
         if window < 1:
             raise RepositoryError("the window holds at least one release")
         super().__init__(path)
-        check_outside(keys, self.path)
+        _check_outside(keys, self.path)
         self.window, self.grace, self.patience = window, grace, patience
         self._keys, self._expiry, self._now = keys, expiry or Expiry(), now
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        keys: KeyRing,
+        *,
+        ceremony: Ceremony | None = None,
+        window: int = 16,
+        expiry: Expiry | None = None,
+        now: Callable[[], datetime] = _utc_now,
+    ) -> Repository:
+        """Sign version 1 of every role, and lay out the folder.
+
+        Args:
+            path: where.
+            keys: one for each role, or the online ones with a `ceremony`.
+            ceremony: root and targets that holders signed; None signs them with `keys`.
+            window: see `Repository`, and so the others.
+            expiry: lifetimes of the signed metadata.
+            now: the clock.
+
+        Raises:
+            RepositoryExists: there is a repository already.
+            KeyFileError: a key is missing, not the one that root names, or lies inside the folder.
+            ThresholdNotMet: too few holders have signed.
+            CeremonyError: the ceremony changes an existing repository.
+        """
+        path, at, lifetimes = Path(path), now(), expiry or Expiry()
+        _check_outside(keys, path)
+        if (path / "metadata").exists():
+            raise RepositoryExists(f"{path} already is a repository")
+        if ceremony is None:
+            roles = {role: RoleKeys([keys.signers(role)[0].public_key]) for role in ROLES}
+            made = first_metadata(roles, lifetimes, at)
+            signed = {role: Metadata[Any](first) for role, first in made.items()}
+            for role, metadata in signed.items():
+                metadata.sign(keys.signers(role)[0])
+        elif ceremony.trusted is not None:
+            raise CeremonyError(
+                f"{ceremony.folder} changes a repository, and {path} is none: name that repository"
+            )
+        else:
+            signed = ceremony.complete()
+        files = MetadataSet.found(**signed, signers=keys.signers, expiry=lifetimes, now=at)
+        for name in ("targets", "blobs"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            write_atomically(path / "metadata" / name, data)
+        if ceremony is not None:
+            ceremony.mark_enacted(at)
+        return cls(path, keys, window=window, expiry=expiry, now=now)
+
+    def publish(
+        self, name: str, contents: ReleaseContents, *, at_least: int = 1
+    ) -> PublishedRelease:
+        """Publish what `ReleaseRecipe.make` made as the next release of `name`.
+
+        Everything that takes time happens while others may publish; they are kept out only while
+        finished files and metadata are written. Where somebody else has published this name
+        meanwhile, the payload from that release is coded before the next try.
+
+        Args:
+            name: 1 to 64 of ``a-z 0-9 . _ -``.
+            contents: what to release.
+            at_least: lowest number of the release: devices that took one which was published with
+                a stolen key, far ahead, take only a higher one.
+
+        Raises:
+            RepositoryError: a key is missing, the repository is damaged, the inputs are unusable.
+            ReleaseError: the model does not fit the graph or the runtime refuses it.
+            VersionsError: the model cannot be coded, or a file cannot be written.
+                Nothing was published in any of these cases.
+        """
+        from prunecast.server.repository.authoring.build import BuiltRelease
+
+        self.check_publishable(name)
+        built = BuiltRelease(contents, name)
+        while True:
+            with self._locked():
+                state = self._load()
+                publisher = state.publisher_of(name)
+                self._require(state, publisher, *ONLINE_ROLES)
+                live, now = self._live(state, name), self._now()
+                missing = [b for b in live if not built.starts_from(b.model_digest)]
+                if not missing:
+                    version = max(state.next_version(name), at_least)
+                    manifest, blobs = built.finish(version, now, live)
+                    data = manifest.to_bytes()
+                    target = TargetFile.from_data(manifest_path(name, version), data, ["sha256"])
+                    for digest, blob in blobs.items():
+                        self._write_once(self.path / blob_path(digest), blob)
+                    file = target_file(self.path, target.path, target.hashes["sha256"])
+                    self._write_once(file, data)
+                    state.list_release(name, version, target)
+                    leaving = live[: max(0, len(live) + 1 - self.window)]
+                    for old in leaving:
+                        state.unlist_release(name, old.version)
+                    self._sign(state, [publisher], now)
+                    break
+            for base in missing:
+                built.add_patch(self.model(base))
+        retired = tuple(old.version for old in leaving)
+        return PublishedRelease(manifest, built.onnx_bytes, retired)
+
+    def retire(self, name: str, version: int) -> None:
+        """Withdraw a release: devices that do not have it yet will not get it any more.
+
+        Devices that run it keep it until a later release appears; to make them go back, publish
+        the earlier model again, as a new release. Its number is not given again.
+
+        Raises:
+            ReleaseNotFound: no such live release.
+        """
+        with self._locked():
+            state = self._load()
+            entry = self._find(state, name, version)
+            publisher = state.publisher_of(name)
+            self._require(state, publisher, *ONLINE_ROLES)
+            state.unlist_release(entry.name, entry.version)
+            self._sign(state, [publisher], self._now())
+
+    def check_publishable(self, name: str) -> None:
+        """Find out whether the keys at hand can publish `name`; nothing is changed.
+
+        Raises:
+            RepositoryError: a key is missing or not the one in force, or the repository is damaged.
+        """
+        check_release_name(name)
+        with self._locked():  # between root and timestamp, metadata do not fit together
+            state = self._load()
+        self._require(state, state.publisher_of(name), *ONLINE_ROLES)
 
     def enact(self, ceremony: Ceremony) -> list[str]:
         """Take over what holders signed; a call that was cut off may be repeated.
@@ -149,9 +299,7 @@ class MaintainedRepository(RepositoryReader):
             if not chosen or not chosen <= set(known):
                 unknown = ", ".join(sorted(chosen - set(known)))
                 raise RepositoryError(f"roles are {', '.join(known)}, not {unknown}")
-            files = state.sign(chosen, self._signers, self._expiry, now)
-            self._commit(files)
-            collect(self.path, now, self.grace)
+            files = self._sign(state, chosen, now)
         return {name.split(".")[-2]: self._expiry.until(name.split(".")[-2], now) for name in files}
 
     def expiring(self) -> dict[str, datetime]:
@@ -167,7 +315,7 @@ class MaintainedRepository(RepositoryReader):
         for role, metadata in state.delegated.items():
             if metadata.signed.expires - now < self._expiry.lifetime(role) / 2:
                 with suppress(RepositoryError):
-                    state.require(role, self._signers)
+                    state.usable(role, self._signers)
                     yield role
 
     def rotate_key(self, role: str) -> None:
@@ -201,6 +349,14 @@ class MaintainedRepository(RepositoryReader):
             fresh.replace(path)
             self._commit(files)
 
+    def _sign(
+        self, state: MetadataSet, roles: Collection[str], now: datetime
+    ) -> Mapping[str, bytes]:
+        files = state.sign(roles, self._signers, self._expiry, now)
+        self._commit(files)
+        collect(self.path, now, self.grace)
+        return files
+
     def _commit(self, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():  # in order: timestamp.json makes the state visible
             write_atomically(self.path / "metadata" / name, data)
@@ -216,7 +372,7 @@ class MaintainedRepository(RepositoryReader):
     def _require(self, state: MetadataSet, *roles: str) -> None:
         for role in roles:
             try:
-                state.require(role, self._signers)
+                state.usable(role, self._signers)
             except (KeyFileError, ThresholdNotMet) as error:
                 if role != "targets":
                     raise
@@ -242,222 +398,16 @@ class MaintainedRepository(RepositoryReader):
         with lock:
             yield
 
-
-def check_outside(keys: KeyRing | None, path: Path) -> None:
-    """Refuse keys in the folder that everybody can download.
-
-    Raises:
-        KeyFileError: names the key folder.
-    """
-    for folder in keys.folders if keys else ():
-        if folder.resolve().is_relative_to(path.resolve()):
-            raise KeyFileError(f"{folder} lies inside the served folder {path}: move the keys out")
-
-
-@dataclass(frozen=True)
-class PublishedRelease:
-    """What a publication made; sizes in bytes.
-
-    Attributes:
-        name: of the release.
-        version: its number.
-        manifest: content of `release.json`.
-        onnx_bytes: the same model as one fp32 ``.onnx`` file; None above protobuf's 2 GiB.
-        weights_bytes: `weights.bin` on the device.
-        keyframe_bytes: the payload for a device that holds nothing.
-        patch_bytes: payloads by the release they start from.
-        file_bytes: the small files by name, and `release.json`.
-        retired: versions that left the window.
-    """
-
-    name: str
-    version: int
-    manifest: ReleaseManifest
-    onnx_bytes: int | None
-    weights_bytes: int
-    keyframe_bytes: int
-    patch_bytes: Mapping[int, int]
-    file_bytes: Mapping[str, int]
-    retired: tuple[int, ...] = ()
-
-
-class Repository(MaintainedRepository):
-    """A release repository on disk; see `MaintainedRepository` for its arguments."""
-
-    @classmethod
-    def create(
-        cls,
-        path: Path | str,
-        keys: KeyRing,
-        *,
-        ceremony: Ceremony | None = None,
-        window: int = 16,
-        expiry: Expiry | None = None,
-        now: Callable[[], datetime] = utc_now,
-    ) -> Repository:
-        """Sign version 1 of every role, and lay out the folder.
-
-        Args:
-            path: where.
-            keys: one for each role, or the online ones with a `ceremony`.
-            ceremony: root and targets that holders signed; None signs them with `keys`.
-            window: see `MaintainedRepository`, and so the others.
-            expiry: lifetimes of the signed metadata.
-            now: the clock.
-
-        Raises:
-            RepositoryExists: there is a repository already.
-            KeyFileError: a key is missing, not the one that root names, or lies inside the folder.
-            ThresholdNotMet: too few holders have signed.
-            CeremonyError: the ceremony changes an existing repository.
-        """
-        path, at, lifetimes = Path(path), now(), expiry or Expiry()
-        check_outside(keys, path)
-        if (path / "metadata").exists():
-            raise RepositoryExists(f"{path} already is a repository")
-        if ceremony is None:
-            files = MetadataSet.create(keys.signers, lifetimes, at)
-        elif ceremony.trusted is not None:
-            raise CeremonyError(
-                f"{ceremony.folder} changes a repository, and {path} is none: name that repository"
-            )
-        else:
-            signed = ceremony.complete()
-            files = MetadataSet.found(**signed, signers=keys.signers, expiry=lifetimes, now=at)
-        for name in ("targets", "blobs"):
-            (path / name).mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_atomically(path / "metadata" / name, data)
-        if ceremony is not None:
-            ceremony.mark_enacted(at)
-        return cls(path, keys, window=window, expiry=expiry, now=now)
-
-    def publish(
-        self,
-        name: str,
-        model: PublishedModel,
-        graph: ExportedGraph,
-        *,
-        selftest_inputs: Arrays | NDArray[np.generic],
-        at_least: int = 1,
-        **described: Any,
-    ) -> PublishedRelease:
-        """Publish a model as the next release of `name`, without a recipe.
-
-        Args:
-            name: 1 to 64 of ``a-z 0-9 . _ -``.
-            model: the weights.
-            graph: the architecture.
-            selftest_inputs: a few real inputs by name, or one array when there is one input.
-            at_least: see `publish_contents`.
-            described: other fields of `ReleaseContents`.
-
-        Raises:
-            RepositoryError, ReleaseError, VersionsError: see `publish_contents`.
-        """
-        from prunecast.server.repository.authoring.build import ReleaseContents
-
-        contents = ReleaseContents(model, graph, selftest_inputs, **described)
-        return self.publish_contents(name, contents, at_least=at_least)
-
-    def publish_contents(
-        self, name: str, contents: ReleaseContents, *, at_least: int = 1
-    ) -> PublishedRelease:
-        """Publish what `ReleaseRecipe.make` made as the next release of `name`.
-
-        Everything that takes time happens while others may publish; they are kept out only while
-        finished files and metadata are written. Where somebody else has published this name
-        meanwhile, the payload from that release is coded before the next try.
-
-        Args:
-            name: 1 to 64 of ``a-z 0-9 . _ -``.
-            contents: what to release.
-            at_least: lowest number of the release: devices that took one which was published with
-                a stolen key, far ahead, take only a higher one.
-
-        Raises:
-            RepositoryError: a key is missing, the repository is damaged, the inputs are unusable.
-            ReleaseError: the model does not fit the graph or the runtime refuses it.
-            VersionsError: the model cannot be coded, or a file cannot be written.
-                Nothing was published in any of these cases.
-        """
-        from prunecast.server.repository.authoring.build import BuiltRelease
-
-        self.check_publishable(name)
-        built = BuiltRelease(contents, name)
-        while True:
-            with self._locked():
-                state = self._load()
-                publisher = state.publisher_of(name)
-                self._require(state, publisher, *ONLINE_ROLES)
-                live, now = self._live(state, name), self._now()
-                missing = [b for b in live if not built.starts_from(b.model_digest)]
-                if not missing:
-                    version = max(state.next_version(name), at_least)
-                    manifest, blobs = built.finish(version, now, live)
-                    data = manifest.to_bytes()
-                    target = TargetFile.from_data(manifest_path(name, version), data, ["sha256"])
-                    for digest, blob in blobs.items():
-                        self._write_once(self.path / blob_path(digest), blob)
-                    file = self._target_file(target.path, target.hashes["sha256"])
-                    self._write_once(file, data)
-                    state.list_release(name, version, target)
-                    retired = live[: max(0, len(live) + 1 - self.window)]
-                    for old in retired:
-                        state.unlist_release(name, old.version)
-                    self._commit(state.sign([publisher], self._signers, self._expiry, now))
-                    collect(self.path, now, self.grace)
-                    break
-            for base in missing:
-                built.add_patch(self.model(base))
-        return PublishedRelease(
-            name=name,
-            version=manifest.version,
-            manifest=manifest,
-            onnx_bytes=built.onnx_bytes,
-            weights_bytes=manifest.weights.length,
-            keyframe_bytes=manifest.keyframe.length,
-            patch_bytes={p.base_version: p.file.length for p in manifest.patches},
-            file_bytes={
-                **{file: ref.length for file, ref in manifest.files.items()},
-                "release.json": len(data),
-            },
-            retired=tuple(old.version for old in retired),
-        )
-
-    def retire(self, name: str, version: int) -> None:
-        """Withdraw a release: devices that do not have it yet will not get it any more.
-
-        Devices that run it keep it until a later release appears; to make them go back, publish
-        the earlier model again, as a new release. Its number is not given again.
-
-        Raises:
-            ReleaseNotFound: no such live release.
-        """
-        with self._locked():
-            state = self._load()
-            entry = self._find(state, name, version)
-            publisher = state.publisher_of(name)
-            self._require(state, publisher, *ONLINE_ROLES)
-            state.unlist_release(entry.name, entry.version)
-            now = self._now()
-            self._commit(state.sign([publisher], self._signers, self._expiry, now))
-            collect(self.path, now, self.grace)
-
-    def check_publishable(self, name: str) -> None:
-        """Find out whether the keys at hand can publish `name`; nothing is changed.
-
-        Raises:
-            RepositoryError: a key is missing or not the one in force, or the repository is damaged.
-        """
-        check_release_name(name)
-        with self._locked():  # between root and timestamp, metadata do not fit together
-            state = self._load()
-        self._require(state, state.publisher_of(name), *ONLINE_ROLES)
-
     def _live(self, state: MetadataSet, name: str) -> list[ReleaseManifest]:
         return [self._manifest(entry) for entry in self._entries(state) if entry.name == name]
 
     def _write_once(self, path: Path, data: bytes) -> None:
         if not path.is_file() or path.read_bytes() != data:
             write_atomically(path, data)
+
+
+def _check_outside(keys: KeyRing | None, path: Path) -> None:
+    """Refuse keys in the folder that everybody can download."""
+    for folder in keys.folders if keys else ():
+        if folder.resolve().is_relative_to(path.resolve()):
+            raise KeyFileError(f"{folder} lies inside the served folder {path}: move the keys out")

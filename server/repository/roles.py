@@ -7,7 +7,6 @@ Nothing here touches a file or a clock.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,10 +29,8 @@ __all__ = [
     "Expiry",
     "Tally",
     "delegations_of",
-    "first_listing",
     "hand_over",
     "holder_of",
-    "publisher_of",
     "require_signed",
     "tally",
 ]
@@ -52,39 +49,29 @@ NEXT_VERSION = "x-prunecast-next-version"
 """Field of a list of releases: for each name the number of its next release."""
 
 
-def hand_over(source: Targets, target: Targets, role: str | None) -> None:
+def hand_over(source: Targets, target: Targets | None, given: DelegatedRole | None) -> None:
     """Move releases and their counters from one list to another.
 
     Args:
         source: the list that loses them.
-        target: the list that gains them; the same one to only remove them.
-        role: a delegated role of `source`: what it publishes moves. None moves everything.
+        target: the list that gains them; None only removes them.
+        given: moves what this delegated role publishes. None moves everything.
     """
-    given = None if role is None else delegations_of(source)[role]
-    for path in list(source.targets):
-        if given is None or given.is_delegated_path(path):
-            moved = source.targets.pop(path)
-            if target is not source:
-                target.targets[path] = moved
+
+    def moves(path: str) -> bool:
+        return given is None or given.is_delegated_path(path)
+
+    moved = {path: source.targets.pop(path) for path in list(source.targets) if moves(path)}
     counters = dict(source.unrecognized_fields.get(NEXT_VERSION, {}))
-    for name in list(counters):
-        if given is None or given.is_delegated_path(manifest_path(name, 1)):
-            number = counters.pop(name)
-            if target is not source:
-                there = target.unrecognized_fields.get(NEXT_VERSION, {})
-                most = max(number, there.get(name, 1))
-                target.unrecognized_fields[NEXT_VERSION] = {**there, name: most}
+    numbers = {name: counters.pop(name) for name in list(counters) if moves(manifest_path(name, 1))}
     if NEXT_VERSION in source.unrecognized_fields:
         source.unrecognized_fields[NEXT_VERSION] = counters
-
-
-def first_listing(before: Targets, after: Targets, role: str, now: datetime) -> Targets:
-    """The first list of a delegated role: the releases that left the list of targets for it."""
-    held = copy.deepcopy(before)
-    held.delegations = after.delegations
-    made = Targets(expires=now.replace(microsecond=0))
-    hand_over(held, made, role)
-    return made
+    if target is not None:
+        target.targets |= moved
+        there = target.unrecognized_fields.get(NEXT_VERSION, {})
+        most = {name: max(number, there.get(name, 1)) for name, number in numbers.items()}
+        if most:
+            target.unrecognized_fields[NEXT_VERSION] = {**there, **most}
 
 
 def delegations_of(targets: Targets) -> Mapping[str, DelegatedRole]:
@@ -92,14 +79,6 @@ def delegations_of(targets: Targets) -> Mapping[str, DelegatedRole]:
     if targets.delegations is None or targets.delegations.roles is None:
         return {}
     return targets.delegations.roles
-
-
-def publisher_of(targets: Targets, path: str) -> str:
-    """The role that lists `path`: the first delegated one that may, or targets itself."""
-    for role, given in delegations_of(targets).items():
-        if given.is_delegated_path(path):
-            return role
-    return Targets.type
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import KeyRing, Repository
 from support.classifier import classifier, classifier_graph, classifier_inputs
 from support.fleet import report
+from support.releases import publish_model
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("releases")
     made = Repository.create(folder / "repository", KeyRing.create(folder / "keys"))
     for version in (1, 2):
-        made.publish(
+        publish_model(
+            made,
             "digits",
             classifier(version),
             classifier_graph(),

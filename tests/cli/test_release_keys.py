@@ -102,13 +102,13 @@ def test_a_holders_key_is_encrypted_and_asked_for(tmp_path: Path) -> None:
 
 
 def test_openssl_reads_the_key_and_agrees_on_its_digest(tmp_path: Path) -> None:
-    made = make_holder(tmp_path, "alice", "correct horse")
+    private, public = make_holder(tmp_path, "alice", "correct horse")
     (tmp_path / "pass").write_text("correct horse")
-    command = ["openssl", "pkey", "-in", str(made.private), "-passin", f"file:{tmp_path / 'pass'}"]
+    command = ["openssl", "pkey", "-in", str(private), "-passin", f"file:{tmp_path / 'pass'}"]
     done = subprocess.run(
         [*command, "-pubout", "-outform", "DER"], capture_output=True, timeout=30, check=True
     )
-    assert done.stdout[-32:].hex() == made.key.keyval["public"]
+    assert done.stdout[-32:].hex() == load_public(public).keyval["public"]
 
 
 @pytest.mark.parametrize(
@@ -137,15 +137,15 @@ def test_what_is_wrong_is_said(tmp_path: Path, arguments: list[str], said: str) 
 
 
 def test_files_that_are_no_public_keys(tmp_path: Path) -> None:
-    made = make_holder(tmp_path, "alice", "correct horse")
-    document = json.loads(made.public.read_text())
+    private, public = make_holder(tmp_path, "alice", "correct horse")
+    document = json.loads(public.read_text())
     wrong = [
-        *("", "[]", "{}", made.private.read_text(errors="replace")),
+        *("", "[]", "{}", private.read_text(errors="replace")),
         json.dumps({**document, "keyid": "0" * 64}),
         json.dumps({**document, "keyval": {"public": "00"}}),
         json.dumps({**document, "x-prunecast-holder": "../bob"}),
     ]
     for text in wrong:
-        made.public.write_text(text)
+        public.write_text(text)
         with pytest.raises(KeyFileError):
-            load_public(made.public)
+            load_public(public)

@@ -16,6 +16,7 @@ from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import KeyRing, Repository
 from support.authority import Authority
 from support.classifier import classifier, classifier_graph, classifier_inputs
+from support.releases import publish_model
 
 __all__ = ["LIMITS", "authority", "database", "fleet", "repository", "server"]
 
@@ -32,8 +33,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("releases")
     made = Repository.create(folder / "repository", KeyRing.create(folder / "keys"))
     for version in (1, 2):
-        made.publish(
-            "toy", classifier(version), classifier_graph(), selftest_inputs=classifier_inputs()
+        publish_model(
+            made,
+            "toy",
+            classifier(version),
+            classifier_graph(),
+            selftest_inputs=classifier_inputs(),
         )
     return made
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel
-from prunecast.server.repository import KeyRing, Repository
+from prunecast.server.repository import KeyRing, PublishedRelease, Repository
+from prunecast.server.repository.authoring import ReleaseContents
 from support.classifier import classifier, classifier_graph, classifier_inputs
 
-__all__ = ["graph", "images", "keys", "model", "repository"]
+__all__ = ["graph", "images", "keys", "model", "publish_model", "repository"]
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +46,18 @@ def keys(tmp_path: Path) -> KeyRing:
 @pytest.fixture
 def repository(tmp_path: Path, keys: KeyRing) -> Repository:
     return Repository.create(tmp_path / "repository", keys)
+
+
+def publish_model(
+    repository: Repository,
+    name: str,
+    model: PublishedModel,
+    graph: ExportedGraph,
+    *,
+    selftest_inputs: Arrays | np.ndarray,
+    at_least: int = 1,
+    **described: Any,
+) -> PublishedRelease:
+    """Publish a model without a recipe; `described` are other fields of `ReleaseContents`."""
+    contents = ReleaseContents(model, graph, selftest_inputs, **described)
+    return repository.publish(name, contents, at_least=at_least)

@@ -203,7 +203,7 @@ class ReleaseRecipe:
             RepositoryError, ReleaseError, PlanError, VersionsError: nothing was published.
         """
         contents = self.make(model, metrics, newest=NewestRelease(repository, name))
-        return repository.publish_contents(name, contents, at_least=at_least)
+        return repository.publish(name, contents, at_least=at_least)
 
     def _from_model(
         self, model: PublishedModel | None, newest: NewestRelease | None

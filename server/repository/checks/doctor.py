@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -36,27 +37,16 @@ from prunecast.server.repository.checks.metadata import (
     check_metadata,
 )
 from prunecast.server.repository.errors import KeyFileError
-from prunecast.server.repository.garbage import VERSIONED, Kept, age, kept_files
+from prunecast.server.repository.garbage import age, kept_files
 from prunecast.server.repository.keys.keyholders import KeyRing
+from prunecast.server.repository.reading import VERSIONED, target_file
 from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, delegations_of
 
-__all__ = [
-    "Finding",
-    "check_keys",
-    "check_leftovers",
-    "check_offline",
-    "check_permissions",
-    "check_releases",
-    "check_served_keys",
-    "examine",
-]
+__all__ = ["examine"]
 
 _MOST_FILES, _MOST_BYTES = 2000, 16_384  # looked at beside the repository
+_utc_now = partial(datetime.now, UTC)
 _KEY_ID = re.compile(rb"^Key-Id: ([0-9a-f]{64})$", re.MULTILINE)
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 def examine(
@@ -85,21 +75,21 @@ def examine(
         return found.all
     at = now()
     state, found.all[:] = check_metadata(path / "metadata", at)
-    check_releases(path, state, found)
+    _check_releases(path, state, found)
     if is_locked(path / ".lock"):
         remedy = "run this again when it is done; leftovers were not looked for"
         found.note("busy", path, "is being changed by another process", remedy)
     else:
-        check_leftovers(path, state, at, grace, found)
-    check_served_keys(path, found)
-    check_permissions(path, found)
+        _check_leftovers(path, state, at, grace, found)
+    _check_served_keys(path, found)
+    _check_permissions(path, found)
     if keys is not None:
-        check_keys(keys, state, found)
-    check_offline(path, keys, state, found)
+        _check_keys(keys, state, found)
+    _check_offline(path, keys, state, found)
     return sorted(found.all, key=lambda finding: finding.severity != "problem")
 
 
-def check_offline(
+def _check_offline(
     path: Path, keys: KeyRing | None, state: RepositoryState, found: Findings
 ) -> None:
     """Private keys of root and targets on the machine that serves.
@@ -160,7 +150,7 @@ def _key_id(file: Path) -> str | None:
     return SSlibKey.from_crypto(key.public_key()).keyid
 
 
-def check_keys(keys: KeyRing, state: RepositoryState, found: Findings) -> None:
+def _check_keys(keys: KeyRing, state: RepositoryState, found: Findings) -> None:
     """Compare the keys at hand with those that root and targets name."""
     targets = state.targets.signed if state.targets else None
     delegated = tuple(delegations_of(targets)) if targets else ()
@@ -174,7 +164,7 @@ def check_keys(keys: KeyRing, state: RepositoryState, found: Findings) -> None:
             _missing(role, str(error), found)
             continue
         try:
-            signer = keys.signer(role)
+            signer = keys.signers(role)[0]
         except KeyFileError as error:
             remedy = f"restore {role}.pem or its mode; its owner alone may read it"
             found.problem("key-unusable", role, str(error), remedy)
@@ -221,7 +211,7 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 _AGAIN = "restore it from a copy, or publish the model again and retire this release"
 
 
-def check_releases(path: Path, state: RepositoryState, found: Findings) -> None:
+def _check_releases(path: Path, state: RepositoryState, found: Findings) -> None:
     """Every live release: its manifest and every file it refers to, by size and SHA-256."""
     if state.targets is None:
         return
@@ -236,9 +226,8 @@ def check_releases(path: Path, state: RepositoryState, found: Findings) -> None:
             )
             continue
         label = f"{release[0]} {release[1]}"
-        folder, _, base = name.rpartition("/")
         ref = FileRef(target.hashes.get("sha256", ""), target.length)
-        manifest_file = path / "targets" / folder / f"{ref.sha256}.{base}"
+        manifest_file = target_file(path, name, ref.sha256)
         if not _sound(manifest_file, ref, f"manifest of {label}", "manifest", found):
             continue
         try:
@@ -275,7 +264,7 @@ def _sound(file: Path, ref: FileRef, label: str, kind: str, found: Findings) -> 
     return size == ref.length and digest == ref.sha256
 
 
-def check_leftovers(
+def _check_leftovers(
     path: Path, state: RepositoryState, now: datetime, grace: timedelta, found: Findings
 ) -> None:
     """What a publication that was cut off left behind, and files that nothing refers to."""
@@ -310,7 +299,10 @@ def check_leftovers(
             "is a superseded list that cannot be read: what it refers to is kept meanwhile",
             "nothing: it goes when the grace period ends; delete it to free the space now",
         )
-    orphans = [p for p in _orphans(path, kept) if p not in temporary]
+    inside = [p for folder in ("targets", "blobs") for p in _files(path / folder)]
+    if kept.damaged_lists or kept.damaged_manifests:
+        inside = []  # what those refer to would look orphaned
+    orphans = [p for p in inside if p not in kept.manifests | kept.blobs | {*temporary}]
     if orphans:
         size = sum(p.stat().st_size for p in orphans)
         young = sum(1 for p in orphans if age(p, now) <= grace)
@@ -323,18 +315,7 @@ def check_leftovers(
         )
 
 
-def _orphans(path: Path, kept: Kept) -> list[Path]:
-    """Files of `targets` and `blobs` that no targets metadata on disk leads to.
-
-    Nothing while a list or a manifest cannot be read: what it refers to would look orphaned.
-    """
-    if kept.damaged_lists or kept.damaged_manifests:
-        return []
-    inside = (p for folder in ("targets", "blobs") for p in _files(path / folder))
-    return [p for p in inside if p not in kept.manifests | kept.blobs]
-
-
-def check_served_keys(path: Path, found: Findings) -> None:
+def _check_served_keys(path: Path, found: Findings) -> None:
     """Private keys inside the folder that everybody can download."""
     keys = []
     for file in _files(path):
@@ -350,7 +331,7 @@ def check_served_keys(path: Path, found: Findings) -> None:
         )
 
 
-def check_permissions(path: Path, found: Findings) -> None:
+def _check_permissions(path: Path, found: Findings) -> None:
     """Whether a web server under another user can read what is served."""
     if os.name != "posix":
         return

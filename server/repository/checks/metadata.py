@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -13,9 +12,10 @@ from typing import Any, Literal
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets
 
+from prunecast.server.repository.reading import root_versions
 from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, Expiry, delegations_of, tally
 
-__all__ = ["Finding", "Findings", "RepositoryState", "check_metadata", "listed"]
+__all__ = ["Finding", "Findings", "RepositoryState", "check_metadata"]
 
 _SHOWN = 5
 Severity = Literal["problem", "note"]
@@ -82,7 +82,6 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
-_ROOT = re.compile(r"([1-9][0-9]*)\.root\.json")
 _RESTORE = "restore it from a copy of the repository"
 
 
@@ -153,8 +152,7 @@ def _delegated(folder: Path, state: RepositoryState, snapshot: Snapshot, found: 
 
 
 def _roots(folder: Path, found: Findings) -> Metadata[Root] | None:
-    names = (_ROOT.fullmatch(path.name) for path in folder.iterdir())
-    versions = sorted(int(m[1]) for m in names if m)
+    versions = root_versions(folder)
     if not versions:
         found.problem("metadata-missing", "root.json", "there is no root", _RESTORE)
         return None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from prunecast.common.files import write_atomically
 from prunecast.compression.release.manifest import parse_manifest_path
 from prunecast.server.repository.errors import CeremonyError
 from prunecast.server.repository.keys.keyholders import describe_key, fingerprint
-from prunecast.server.repository.keys.signatures import HolderSignature, sign_request
+from prunecast.server.repository.keys.signatures import HolderSignature, sign_request, utc_stamp
 from prunecast.server.repository.roles import (
     Tally,
     delegations_of,
@@ -110,7 +110,7 @@ class Ceremony:
             files["trusted-root.json"] = trusted
         for name, metadata in files.items():
             write_atomically(folder / name, metadata.to_bytes(_SERIALISER))
-        about = {"schema": _SCHEMA, "prepared": _stamp(now)}
+        about = {"schema": _SCHEMA, "prepared": utc_stamp(now)}
         write_atomically(folder / "ceremony.json", json.dumps(about).encode())
         made = cls(folder)
         made.write_transcript()
@@ -198,7 +198,7 @@ class Ceremony:
 
     def mark_enacted(self, now: datetime) -> None:
         """Note in the transcript that the repository has taken this over."""
-        self.enacted = self.enacted or _stamp(now)
+        self.enacted = self.enacted or utc_stamp(now)
         about = {"schema": _SCHEMA, "prepared": self.prepared, "enacted": self.enacted}
         write_atomically(self.folder / "ceremony.json", json.dumps(about).encode())
         self.write_transcript()
@@ -269,10 +269,6 @@ class Ceremony:
                 "`release keys change`"
             ) from error
         return document if isinstance(document, dict) else {}
-
-
-def _stamp(now: datetime) -> str:
-    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def describe_requests(ceremony: Ceremony) -> list[str]:

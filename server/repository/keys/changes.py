@@ -24,6 +24,7 @@ from prunecast.server.repository.roles import (
     ONLINE_ROLES,
     ROLES,
     Expiry,
+    delegations_of,
     hand_over,
     holder_of,
 )
@@ -105,11 +106,12 @@ def changed_metadata(
     asked = [*change.add, *change.revoke, *change.threshold]
     for role in change.delegate:
         _delegate(targets, role, change.delegate[role])
-    delegated = targets.delegations.roles if targets.delegations else {}
+    known = [*ROLES, *delegations_of(targets)]
     for role in [*asked, *change.withdraw]:
-        if role not in ROLES and role not in (delegated or {}):
-            known = ", ".join([*ROLES, *(delegated or {})])
-            raise CeremonyError(f"there is no role {role!r}: {known}; --delegate makes new ones")
+        if role not in known:
+            raise CeremonyError(
+                f"there is no role {role!r}: {', '.join(known)}; --delegate makes new ones"
+            )
     unknown = set(change.renew) - set(OFFLINE_ROLES)
     if unknown:
         raise CeremonyError(
@@ -126,7 +128,8 @@ def changed_metadata(
         if role in change.threshold:
             delegator.get_delegated_role(role).threshold = change.threshold[role]
     for role in change.delegate:
-        hand_over(targets, targets, role)  # out of the list; into the role's when it is enacted
+        # out of the list; into the role's when it is enacted
+        hand_over(targets, None, delegations_of(targets)[role])
     for role in change.withdraw:
         _withdraw(state, targets, role)
     _check(root, targets)
@@ -195,9 +198,7 @@ def _find(delegator: Root | Targets, role: str, holder: str) -> str:
 
 
 def _check(root: Root, targets: Targets | None) -> None:
-    roles: dict[str, Any] = dict(root.roles)
-    if targets is not None and targets.delegations is not None:
-        roles |= targets.delegations.roles or {}
+    roles: dict[str, Any] = {**root.roles, **(delegations_of(targets) if targets else {})}
     for name, role in roles.items():
         if not 1 <= role.threshold <= len(role.keyids):
             raise CeremonyError(

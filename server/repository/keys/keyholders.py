@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,7 @@ from prunecast.server.repository.errors import CeremonyError, KeyFileError, Repo
 from prunecast.server.repository.roles import HOLDER, HOLDER_NAME, OFFLINE_ROLES, ROLES, holder_of
 
 __all__ = [
-    "HolderFiles",
     "KeyRing",
-    "as_signer",
     "describe_key",
     "encrypted_pem",
     "fingerprint",
@@ -54,9 +51,10 @@ __all__ = [
     "make_holder",
     "make_online",
     "write_key",
-    "write_private",
-    "write_public",
 ]
+
+_MOST = 16_384  # bytes of a key file
+_LEAST = 8  # characters of a passphrase
 
 
 class KeyRing:
@@ -82,12 +80,11 @@ class KeyRing:
             RepositoryExists: a key file is there already.
             KeyFileError: the folder cannot be written.
         """
-        folder = Path(folder)
-        for role in ROLES:
-            if (folder / f"{role}.pem").exists():
-                raise RepositoryExists(f"{folder / f'{role}.pem'} exists: keys are not overwritten")
-        for role in ROLES:
-            write_key(folder / f"{role}.pem", Ed25519PrivateKey.generate())
+        paths = [Path(folder) / f"{role}.pem" for role in ROLES]
+        if held := [path for path in paths if path.exists()]:
+            raise RepositoryExists(f"{held[0]} exists: keys are not overwritten")
+        for path in paths:
+            write_key(path, Ed25519PrivateKey.generate())
         return cls(folder)
 
     def path(self, role: str) -> Path:
@@ -102,19 +99,11 @@ class KeyRing:
         where = ", ".join(map(str, self.folders))
         raise KeyFileError(f"the {role} key is needed, but {role}.pem is not in {where}")
 
-    def signer(self, role: str) -> CryptoSigner:
-        """Load the role's key.
-
-        Raises:
-            KeyFileError: missing, no Ed25519 key in PEM, or readable by others.
-        """
-        return _load(self.path(role))
-
     def signers(self, role: str) -> list[CryptoSigner]:
         """Load every key of the role, at most one from each folder.
 
         Raises:
-            KeyFileError: none is there, or one is unusable.
+            KeyFileError: none is there; or one is no Ed25519 key in PEM, or readable by others.
         """
         paths = [folder / f"{role}.pem" for folder in self.folders]
         found = [_load(path) for path in paths if path.is_file()]
@@ -128,16 +117,10 @@ def write_key(path: Path, key: Ed25519PrivateKey) -> None:
         RepositoryExists: the file exists.
         KeyFileError: it cannot be written.
     """
-    write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    _write_private(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that its owner alone can read; never over an existing file.
-
-    Raises:
-        RepositoryExists: the file exists.
-        KeyFileError: it cannot be written.
-    """
+def _write_private(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_new(path, content)
@@ -147,27 +130,26 @@ def write_private(path: Path, content: bytes) -> None:
         raise KeyFileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _load(path: Path) -> CryptoSigner:
+def _content(path: Path) -> bytes:
     try:
-        mode = path.stat().st_mode
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read(_MOST)
     except OSError as error:
         raise KeyFileError(f"cannot read {path}: {error.strerror or error}") from error
-    if os.name == "posix" and mode & 0o077:
+
+
+def _load(path: Path) -> CryptoSigner:
+    data = _content(path)
+    if os.name == "posix" and path.stat().st_mode & 0o077:
         raise KeyFileError(f"{path} can be read by others: chmod 600 {path}")
     if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in data:
         raise KeyFileError(
             f"{path} is encrypted: its holder signs with it, `prunecast release keys sign`"
         )
-    return as_signer(path, data, None)
+    return _as_signer(path, data, None)
 
 
-def as_signer(path: Path, data: bytes, passphrase: bytes | None) -> CryptoSigner:
-    """The signer of a key file's content.
-
-    Raises:
-        KeyFileError: not an Ed25519 key in PEM, or another passphrase.
-    """
+def _as_signer(path: Path, data: bytes, passphrase: bytes | None) -> CryptoSigner:
     try:
         key = load_pem_private_key(data, passphrase)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -179,27 +161,12 @@ def as_signer(path: Path, data: bytes, passphrase: bytes | None) -> CryptoSigner
     return CryptoSigner(key)
 
 
-_MOST = 16_384  # bytes of a key file
-_LEAST = 8  # characters of a passphrase
-
-
-@dataclass(frozen=True)
-class HolderFiles:
-    """Where a holder's keys were written.
-
-    Attributes:
-        private: encrypted, stays with the holder.
-        public: goes to whoever prepares the ceremony.
-        key: the public key.
-    """
-
-    private: Path
-    public: Path
-    key: SSlibKey
-
-
-def make_holder(folder: Path, holder: str, passphrase: str) -> HolderFiles:
+def make_holder(folder: Path, holder: str, passphrase: str) -> tuple[Path, Path]:
     """Make an Ed25519 key for a holder, encrypted with a passphrase.
+
+    Returns:
+        The private key file, which stays with the holder, and the public one, which goes to
+        whoever prepares the ceremony.
 
     Raises:
         KeyFileError: an unusable name or passphrase, or the folder cannot be written.
@@ -209,11 +176,11 @@ def make_holder(folder: Path, holder: str, passphrase: str) -> HolderFiles:
         raise KeyFileError(f"the passphrase is too short: take at least {_LEAST} characters")
     private = Ed25519PrivateKey.generate()
     key = key_of(private.public_key(), holder)
-    files = HolderFiles(folder / f"{holder}.key", folder / f"{holder}.pub", key)
+    files = folder / f"{holder}.key", folder / f"{holder}.pub"
     # the lines above the PEM block tell `release doctor` whose key it is
     head = f"Prunecast key of {holder}\nKey-Id: {key.keyid}\n".encode()
-    write_private(files.private, head + encrypted_pem(private, passphrase.encode()))
-    write_public(files.public, key)
+    _write_private(files[0], head + encrypted_pem(private, passphrase.encode()))
+    _write_public(files[1], key)
     return files
 
 
@@ -223,15 +190,12 @@ def load_holder(path: Path, passphrase: str) -> CryptoSigner:
     Raises:
         KeyFileError: not readable, not a key, or another passphrase.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise KeyFileError(f"cannot read {path}: {error.strerror or error}") from error
+    data = _content(path)
     if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" not in data:
         raise KeyFileError(
             f"{path} is not an encrypted private key: make one with `release keys make`"
         )
-    return as_signer(path, data, passphrase.encode())
+    return _as_signer(path, data, passphrase.encode())
 
 
 def make_online(folder: Path, role: str) -> tuple[Path, Path]:
@@ -253,7 +217,7 @@ def make_online(folder: Path, role: str) -> tuple[Path, Path]:
     public = key_of(private.public_key(), role)
     files = folder / f"{role}.pem", folder / f"{role}.pub"
     write_key(files[0], private)
-    write_public(files[1], public)
+    _write_public(files[1], public)
     return files
 
 
@@ -270,8 +234,7 @@ def key_of(public: Ed25519PublicKey, holder: str) -> SSlibKey:
     return key
 
 
-def write_public(path: Path, key: Key) -> None:
-    """Write a public key file."""
+def _write_public(path: Path, key: Key) -> None:
     document = {"keyid": key.keyid, **key.to_dict()}
     write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
 
@@ -282,11 +245,7 @@ def load_public(path: Path) -> SSlibKey:
     Raises:
         KeyFileError: not readable, or not a public key with its holder's name.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MOST)
-    except OSError as error:
-        raise KeyFileError(f"cannot read {path}: {error.strerror or error}") from error
+    data = _content(path)
     try:
         document: dict[str, Any] = json.loads(data)
         holder, public = document[HOLDER], bytes.fromhex(document["keyval"]["public"])

@@ -16,10 +16,11 @@ from securesystemslib.signer import CryptoSigner, Key, Signature
 
 from prunecast.server.repository.errors import CeremonyError
 
-__all__ = ["HolderSignature", "sign_request"]
+__all__ = ["HolderSignature", "sign_request", "utc_stamp"]
 
 _SCHEMA = 1
 _MOST = 16_384  # bytes
+_STAMP = "%Y-%m-%dT%H:%M:%SZ"
 _DOMAIN = b"prunecast ceremony 1\n"  # no TUF metadata begins like this
 
 
@@ -74,7 +75,7 @@ class HolderSignature:
             bytes.fromhex(made.keyid), bytes.fromhex(made.sig), bytes.fromhex(made.statement)
             if len(made.keyid) != 64 or made.role not in ("root", "targets"):
                 raise ValueError("an unusable key id or role")
-            datetime.strptime(made.at, "%Y-%m-%dT%H:%M:%SZ")
+            datetime.strptime(made.at, _STAMP)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CeremonyError(
                 "not a signature file: `prunecast release keys sign` writes them"
@@ -93,22 +94,20 @@ class HolderSignature:
         """
         try:
             key.verify_signature(Signature(self.keyid, self.sig), payload)
-            key.verify_signature(Signature(self.keyid, self.statement), self._statement())
+            said = _statement(self.role, self.version, self.sha256, self.at)
+            key.verify_signature(Signature(self.keyid, self.statement), said)
         except UnverifiedSignatureError as error:
             raise CeremonyError(
                 f"the signature on {self.role} {self.version} by key {self.keyid[:12]} is not "
                 "valid: its holder must sign again"
             ) from error
 
-    def _statement(self) -> bytes:
-        return _statement(self.role, self.version, self.sha256, self.at)
-
 
 def sign_request(
     signer: CryptoSigner, role: str, version: int, payload: bytes, sha256: str, now: datetime
 ) -> HolderSignature:
     """Sign `payload`, the bytes of a request, and the statement about it."""
-    at = now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    at = utc_stamp(now)
     sig = signer.sign(payload)
     statement = signer.sign(_statement(role, version, sha256, at))
     return HolderSignature(role, version, sha256, sig.keyid, sig.signature, at, statement.signature)
@@ -117,3 +116,8 @@ def sign_request(
 def _statement(role: str, version: int, sha256: str, at: str) -> bytes:
     fields = {"role": role, "version": version, "sha256": sha256, "at": at}
     return _DOMAIN + json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+def utc_stamp(when: datetime) -> str:
+    """A time in UTC, ISO 8601, in whole seconds."""
+    return when.astimezone(UTC).strftime(_STAMP)

@@ -14,7 +14,7 @@ from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Repository
 from support.network import Network
-from support.releases import graph, images, keys, model, repository
+from support.releases import graph, images, keys, model, publish_model, repository
 
 __all__ = ["graph", "images", "keys", "model", "repository"]
 
@@ -36,7 +36,7 @@ def publish(
     """A function: number -> publishes that version of the model under the name ``toy``."""
 
     def publish(number: int, name: str = "toy") -> ReleaseManifest:
-        made = repository.publish(name, model(number), graph, selftest_inputs=images)
+        made = publish_model(repository, name, model(number), graph, selftest_inputs=images)
         return made.manifest
 
     return publish

@@ -17,6 +17,7 @@ from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release.manifest import ReleaseManifest, manifest_path
 from prunecast.compression.versions import PublishedModel, encode_delta
 from prunecast.server.repository import KeyRing, Repository
+from support.releases import publish_model
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]
@@ -152,7 +153,7 @@ def test_foreign_keys(
     """A whole repository signed by somebody else, with a higher version of everything."""
     foreign = Repository.create(tmp_path / "foreign", KeyRing.create(tmp_path / "foreign-keys"))
     for number in (1, 2, 3):
-        foreign.publish("toy", model(number), graph, selftest_inputs=images)
+        publish_model(foreign, "toy", model(number), graph, selftest_inputs=images)
     network.folder = foreign.path
     with pytest.raises(TrustError, match="timestamp"):
         agent.update_once()
@@ -203,7 +204,7 @@ def test_expired_timestamp(
     """Freezing a device on an old state works only until the timestamp expires."""
     past = datetime.now(UTC) - timedelta(days=8)
     frozen = Repository.create(tmp_path / "frozen", keys, now=lambda: past)
-    frozen.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(frozen, "toy", model(1), graph, selftest_inputs=images)
     network.folder = frozen.path
     config = replace(config, root=frozen.trusted_root())
     with Agent(config, fetcher=network) as agent:
@@ -236,13 +237,13 @@ def test_revoked_key(
     now = datetime.now(UTC)
     if role == "root":
         state._bump("root", repository._expiry, now)
-        state.root.sign(keys.signer("root"))
+        state.root.sign(keys.signers("root")[0])
         version = state.root.signed.version
         network.replaced[f"metadata/{version}.root.json"] = state.root.to_bytes()
     else:
         metadata = getattr(state, role)
         metadata.signed.version += 10
-        metadata.sign(keys.signer(role))
+        metadata.sign(keys.signers(role)[0])
         forged = metadata.to_bytes()
         if role == "timestamp":
             network.replaced["metadata/timestamp.json"] = forged

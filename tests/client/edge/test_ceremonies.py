@@ -19,6 +19,7 @@ from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Change, KeyRing, Repository
 from support.ceremonies import Circle, utc_now
 from support.network import Network
+from support.releases import publish_model
 
 Model = Callable[[int], PublishedModel]
 Publish = Callable[[int], None]
@@ -42,7 +43,7 @@ def served(circle: Circle, tmp_path: Path) -> Repository:
 @pytest.fixture
 def publish(served: Repository, graph: ExportedGraph, model: Model, images: np.ndarray) -> Publish:
     def publish(number: int) -> None:
-        served.publish("toy", model(number), graph, selftest_inputs=images)
+        publish_model(served, "toy", model(number), graph, selftest_inputs=images)
 
     return publish
 
@@ -102,7 +103,7 @@ def test_it_sleeps_through_three_rotations(
     first = Metadata.from_bytes((served.path / "metadata" / "1.root.json").read_bytes()).signed
     assert not set(held.keys) & set(first.keys)
     assert agent.update_once().outcome == "current"
-    awake.publish("toy", model(2), graph, selftest_inputs=images)
+    publish_model(awake, "toy", model(2), graph, selftest_inputs=images)
     assert agent.update_once().version == 2
 
 

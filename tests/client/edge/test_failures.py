@@ -19,6 +19,7 @@ from prunecast.client.edge.errors import NoModel, NoRelease, StateError
 from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.release.selftest import Tolerance
 from prunecast.server.repository import Repository
+from support.releases import publish_model
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]
@@ -111,7 +112,7 @@ def test_a_tolerance_in_the_manifest_is_what_decides(
         lambda arrays: real({n: a + 0.01 if n == "output" else a for n, a in arrays.items()}),
     )
     wide = Tolerance(atol=0.1, rtol=0.0, argmax=False)
-    repository.publish("toy", model(1), graph, selftest_inputs=images, tolerance=wide)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images, tolerance=wide)
     result = start().update_once()
     assert result.outcome == "updated"
     assert result.difference == pytest.approx(0.01, rel=0.01)

@@ -29,6 +29,7 @@ from prunecast.compression.versions import PublishedModel, frame
 from prunecast.compression.versions.layout import TensorHead, pack_changes, pack_heads
 from prunecast.server.repository import KeyRing, Repository
 from prunecast.server.repository.authoring import build
+from prunecast.server.repository.reading import target_file
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]
@@ -389,7 +390,7 @@ def test_path_traversal_inside_release_json(
     state = repository._load()
     target = TargetFile.from_data(path, data, ["sha256"])
     state.targets.signed.targets[path] = target
-    repository._target_file(path, target.hashes["sha256"]).write_bytes(data)
+    target_file(repository.path, path, target.hashes["sha256"]).write_bytes(data)
     repository._commit(state.sign(["targets"], keys.signers, repository._expiry, datetime.now(UTC)))
     before = sorted(p for p in tmp_path.rglob("*") if "state" not in p.parts)
     network.asked.clear()

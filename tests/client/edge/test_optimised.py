@@ -22,6 +22,7 @@ from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository
 from support.network import Network
+from support.releases import publish_model
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def installed(
     """A repository of release 1, and a state folder that holds it, confirmed and optimised."""
     folder = tmp_path_factory.mktemp("optimised")
     repository = Repository.create(folder / "repository", KeyRing.create(folder / "keys"))
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
     root, url = repository.trusted_root(), "http://repository.invalid/"
     config = AgentConfig(folder / "state", url, "toy", root, threads=1, optimise=True)
     network = Network(repository.path)

@@ -29,6 +29,7 @@ from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Repository
+from support.releases import publish_model
 
 Publish = Callable[..., ReleaseManifest]
 Start = Callable[..., Agent]
@@ -113,7 +114,7 @@ def test_both_variants_compute_the_same_on_the_device(
     images: np.ndarray,
     variant: Literal["lattice", "fp32"],
 ) -> None:
-    repository.publish("toy", model(1), graph, selftest_inputs=images, variant=variant)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images, variant=variant)
     agent = start()
     assert agent.update_once().outcome == "updated"
     got = agent.model.run({"input": images})["output"]
@@ -226,7 +227,7 @@ def test_an_older_agent_keeps_what_it_has(
     publish(1)
     agent = start()
     agent.update_once()
-    repository.publish("toy", model(2), graph, selftest_inputs=images, minimum_agent="9.0")
+    publish_model(repository, "toy", model(2), graph, selftest_inputs=images, minimum_agent="9.0")
     with pytest.raises(AgentTooOld, match=r"needs agent 9\.0"):
         agent.update_once()
     assert agent.model.version == 1
@@ -388,14 +389,14 @@ def test_a_base_that_was_damaged_while_running_costs_a_keyframe(
     variant: Literal["lattice", "fp32"],
     damage: str,
 ) -> None:
-    repository.publish("toy", model(1), graph, selftest_inputs=images, variant=variant)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images, variant=variant)
     agent = start()
     agent.update_once()
     path = config.state / "slots" / "a" / damage
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    repository.publish("toy", model(2), graph, selftest_inputs=images, variant=variant)
+    publish_model(repository, "toy", model(2), graph, selftest_inputs=images, variant=variant)
     result = agent.update_once()
     # with fp32 weights.bin holds no integers, and no patch reads them there
     whole = variant == "fp32" and damage == "weights.bin"

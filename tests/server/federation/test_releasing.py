@@ -39,6 +39,7 @@ from support import narrowable
 from support.ceremonies import Circle
 from support.classifier import classifier_graph, classifier_inputs
 from support.federation import RUN_ID, initial_arrays, make_app, to_record
+from support.releases import publish_model
 
 
 def _due(rule: ReleaseRule, values: list[float], held: float | None = None) -> list[int]:
@@ -249,8 +250,13 @@ def test_the_newest_release_is_what_an_improvement_is_measured_from(
     config: dict[str, Any], graph: ExportedGraph, model: Any, images: np.ndarray
 ) -> None:
     keys = KeyRing(config["release.keys"])
-    Repository(config["release.repository"], keys).publish(
-        "toy", model(1), graph, selftest_inputs=images, metrics={"accuracy": 0.9}
+    publish_model(
+        Repository(config["release.repository"], keys),
+        "toy",
+        model(1),
+        graph,
+        selftest_inputs=images,
+        metrics={"accuracy": 0.9},
     )
     config = {**config, "release.every": 0, "release.metric": "accuracy", "release.improve": 0.05}
     releases = releases_from_config(config, _factory)

@@ -26,10 +26,11 @@ from prunecast.server.repository import (
     RepositoryReader,
     ThresholdNotMet,
     VerificationFailed,
-    maintenance,
     verify_repository,
 )
+from prunecast.server.repository import repository as module
 from support.ceremonies import Circle, utc_now
+from support.releases import publish_model
 
 Model = Callable[[int], PublishedModel]
 
@@ -258,14 +259,14 @@ def test_an_enactment_that_was_cut_off_is_repeated(
     )
     ceremony = circle.sign(circle.prepare(founded, change), ["alice", "bob"])
     target = Repository(founded.path, KeyRing(*fresh.folders, circle.folder / "host"))
-    real = maintenance.write_atomically
+    real = module.write_atomically
 
     def cut(path: Path, data: bytes) -> None:
         if path.name == "timestamp.json":
             raise OSError("power")
         real(path, data)
 
-    monkeypatch.setattr(maintenance, "write_atomically", cut)
+    monkeypatch.setattr(module, "write_atomically", cut)
     with pytest.raises(OSError, match="power"):
         target.enact(ceremony)
     monkeypatch.undo()
@@ -285,15 +286,15 @@ def test_others_read_the_state_before_while_a_key_is_rotated(
     monkeypatch: pytest.MonkeyPatch,
     role: str,
 ) -> None:
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
-    real, seen = maintenance.write_atomically, []
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
+    real, seen = module.write_atomically, []
 
     def watched(path: Path, data: bytes) -> None:
         real(path, data)
         reader = RepositoryReader(repository.path)
         seen.append((path.name, reader.show("toy").version, len(reader.expires())))
 
-    monkeypatch.setattr(maintenance, "write_atomically", watched)
+    monkeypatch.setattr(module, "write_atomically", watched)
     repository.rotate_key(role)
     assert seen[0] == ("2.root.json", 1, 4)
     assert {entry[1:] for entry in seen} == {(1, 4)}
@@ -311,12 +312,12 @@ def test_the_delegated_role_publishes_without_the_holders(
     circle: Circle, founded: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
     with pytest.raises(KeyFileError, match="keys change --delegate"):
-        founded.publish("toy", model(1), graph, selftest_inputs=images)
+        publish_model(founded, "toy", model(1), graph, selftest_inputs=images)
     _delegated(circle, founded, "toy", "toy-*")
     for number in (1, 2):
-        founded.publish("toy", model(number), graph, selftest_inputs=images)
+        publish_model(founded, "toy", model(number), graph, selftest_inputs=images)
     with pytest.raises(KeyFileError, match="keys change --delegate"):
-        founded.publish("other", model(1), graph, selftest_inputs=images)
+        publish_model(founded, "other", model(1), graph, selftest_inputs=images)
     verified = verify_repository(founded, founded.trusted_root())
     assert [(v.name, v.version, v.patches) for v in verified] == [("toy", 1, 0), ("toy", 2, 1)]
     founded.retire("toy", 1)
@@ -331,19 +332,19 @@ def test_live_releases_move_with_the_name(
     made = Repository.create(tmp_path / "served", keys)
     root = made.trusted_root()
     for name in ("toy", "other"):
-        made.publish(name, model(1), graph, selftest_inputs=images)
+        publish_model(made, name, model(1), graph, selftest_inputs=images)
     made.retire("toy", 1)
-    made.publish("toy", model(2), graph, selftest_inputs=images)
+    publish_model(made, "toy", model(2), graph, selftest_inputs=images)
     circle.online("host", "robot")
     ceremony = circle.prepare(
         made, Change(delegate={"robot": ["toy"]}, add={"robot": circle.keys("host.robot")})
     )
-    ceremony.sign(keys.signer("targets"), utc_now())
+    ceremony.sign(keys.signers("targets")[0], utc_now())
     both = Repository(made.path, KeyRing(*keys.folders, circle.folder / "host"))
     both.enact(ceremony)
     assert [(e.name, e.version) for e in both.releases()] == [("other", 1), ("toy", 2)]
     keys.path("targets").unlink()
-    assert both.publish("toy", model(3), graph, selftest_inputs=images).version == 3
+    assert publish_model(both, "toy", model(3), graph, selftest_inputs=images).version == 3
     assert [(v.name, v.version) for v in verify_repository(both, root)] == [
         ("other", 1),
         ("toy", 2),
@@ -359,15 +360,15 @@ def test_withdrawing_a_role_keeps_its_releases_and_numbers(
     circle: Circle, founded: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
     _delegated(circle, founded, "toy")
-    founded.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(founded, "toy", model(1), graph, selftest_inputs=images)
     ceremony = circle.sign(circle.prepare(founded, Change(withdraw=["robot"])), ["alice", "bob"])
-    founded.publish("toy", model(2), graph, selftest_inputs=images)
+    publish_model(founded, "toy", model(2), graph, selftest_inputs=images)
     with pytest.raises(CeremonyError, match=r"toy/2/release\.json would be lost"):
         founded.enact(ceremony)
     circle.change(founded, Change(withdraw=["robot"]), "bob", "carol")
     assert [e.version for e in founded.releases()] == [1, 2]
     _delegated(circle, founded, "toy")  # its list goes on after the number it had
-    assert founded.publish("toy", model(3), graph, selftest_inputs=images).version == 3
+    assert publish_model(founded, "toy", model(3), graph, selftest_inputs=images).version == 3
     assert len(verify_repository(founded, founded.trusted_root())) == 3
 
 
@@ -375,14 +376,14 @@ def test_a_revoked_publisher_is_refused(
     circle: Circle, founded: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
     _delegated(circle, founded, "toy")
-    founded.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(founded, "toy", model(1), graph, selftest_inputs=images)
     fresh = circle.online("fresh", "robot")
     change = Change(add={"robot": circle.keys("fresh.robot")}, revoke={"robot": ["host.robot"]})
     host = circle.folder / "host"
     ceremony = circle.sign(circle.prepare(founded, change), ["alice", "carol"])
     Repository(founded.path, KeyRing(*fresh.folders, host)).enact(ceremony)
     with pytest.raises(KeyFileError, match="not the one this repository trusts"):
-        founded.publish("toy", model(2), graph, selftest_inputs=images)
+        publish_model(founded, "toy", model(2), graph, selftest_inputs=images)
     assert [v.version for v in verify_repository(founded, founded.trusted_root())] == [1]
 
 
@@ -399,8 +400,8 @@ def test_a_delegated_role_may_need_two_machines(
     both = Repository(founded.path, KeyRing(circle.folder / "host", circle.folder / "second"))
     both.enact(circle.sign(circle.prepare(founded, change), ["alice", "bob"]))
     with pytest.raises(ThresholdNotMet, match="robot role needs 2 signatures, and 1"):
-        founded.publish("toy", model(1), graph, selftest_inputs=images)
-    both.publish("toy", model(1), graph, selftest_inputs=images)
+        publish_model(founded, "toy", model(1), graph, selftest_inputs=images)
+    publish_model(both, "toy", model(1), graph, selftest_inputs=images)
     assert len(verify_repository(founded, founded.trusted_root())) == 1
 
 
@@ -408,11 +409,12 @@ def test_a_release_overtakes_one_that_a_thief_published_far_ahead(
     circle: Circle, founded: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
     _delegated(circle, founded, "toy")
-    founded.publish("toy", model(1), graph, selftest_inputs=images)
-    made = founded.publish("toy", model(2), graph, selftest_inputs=images, at_least=1001)
+    publish_model(founded, "toy", model(1), graph, selftest_inputs=images)
+    made = publish_model(founded, "toy", model(2), graph, selftest_inputs=images, at_least=1001)
     assert made.version == 1001
     assert (
-        founded.publish("toy", model(3), graph, selftest_inputs=images, at_least=5).version == 1002
+        publish_model(founded, "toy", model(3), graph, selftest_inputs=images, at_least=5).version
+        == 1002
     )
 
 

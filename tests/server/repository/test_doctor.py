@@ -20,6 +20,7 @@ from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import Change, Finding, KeyRing, Repository, examine
 from support.ceremonies import Circle
+from support.releases import publish_model
 
 Model = Callable[[int], PublishedModel]
 
@@ -31,7 +32,7 @@ def published(
     """Two releases, readable for everybody."""
     os.chmod(tmp_path, 0o755)
     for number in (1, 2):
-        repository.publish("toy", model(number), graph, selftest_inputs=images)
+        publish_model(repository, "toy", model(number), graph, selftest_inputs=images)
     for path in (repository.path, *repository.path.rglob("*")):
         os.chmod(path, 0o755 if path.is_dir() else 0o644)
     return repository
@@ -161,13 +162,13 @@ def test_a_publication_that_was_cut_off(
 ) -> None:
     timestamp = published.path / "metadata" / "timestamp.json"
     before = timestamp.read_bytes()
-    published.publish("toy", model(3), graph, selftest_inputs=images)
+    publish_model(published, "toy", model(3), graph, selftest_inputs=images)
     timestamp.write_bytes(before)
     [finding] = [f for f in examine(published.path) if f.severity == "problem"]
     assert finding.code == "unfinished-publication"
     assert "4.targets.json" in finding.subject
     assert "4.snapshot.json" in finding.subject
-    published.publish("toy", model(3), graph, selftest_inputs=images)  # the remedy
+    publish_model(published, "toy", model(3), graph, selftest_inputs=images)  # the remedy
     assert _problems(published) == set()
 
 
@@ -258,7 +259,7 @@ def shared(
     circle.online("host", "robot")
     change = Change(delegate={"robot": ["toy"]}, add={"robot": circle.keys("host.robot")})
     circle.change(repository, change, "alice", "bob")
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
     return circle, repository
 
 

@@ -34,7 +34,7 @@ def test_every_kind_becomes_a_release_that_verifies(
     path = foreign.save(foreign.KINDS[kind](), tmp_path / "m.onnx", external=True)
     made = from_onnx(path, bits=bits)
     assert made.metrics["onnx_relative_difference"] <= (0.0 if bits is None else 0.2)
-    published = repository.publish_contents("toy", made)
+    published = repository.publish("toy", made)
     verified = verify_repository(repository, repository.trusted_root())
     assert [v.version for v in verified] == [1]
     manifest = published.manifest
@@ -72,7 +72,7 @@ def test_the_opset_decides_what_the_device_holds(
 
 def test_a_free_batch_stays_free(repository: Repository, tmp_path: Path) -> None:
     made = from_onnx(foreign.save(foreign.plain(), tmp_path / "m.onnx"), bits=8)
-    published = repository.publish_contents("toy", made)
+    published = repository.publish("toy", made)
     assert published.manifest.inputs[0].shape == ("batch", 24)
     export_release(repository, published.manifest, tmp_path / "s.onnx")
     session = open_session(tmp_path / "s.onnx")
@@ -83,12 +83,12 @@ def test_the_next_version_travels_as_a_small_patch(repository: Repository, tmp_p
     proto = foreign.plain()
     proto.graph.initializer[0].CopyFrom(foreign.tensor(foreign.weight(24, 24), "w"))
     first = from_onnx(foreign.save(proto, tmp_path / "a.onnx"), bits=8)
-    repository.publish_contents("toy", first)
+    repository.publish("toy", first)
     moved = foreign.weight(24, 24) + np.float32(1e-4)
     proto.graph.initializer[0].CopyFrom(foreign.tensor(moved, "w"))
     second = from_onnx(foreign.save(proto, tmp_path / "b.onnx"), bits=8, held=first.model)
-    made = repository.publish_contents("toy", second)
-    assert made.patch_bytes[1] < made.keyframe_bytes / 2
+    made = repository.publish("toy", second)
+    assert made.patch_bytes[1] < made.manifest.keyframe.length / 2
     files = [repository.show("toy", v).files["model.onnx"] for v in (1, 2)]
     assert files[0] == files[1]
 

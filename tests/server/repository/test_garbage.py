@@ -15,6 +15,7 @@ from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository, verify_repository
 from prunecast.server.repository.garbage import collect
+from support.releases import publish_model
 
 Model = Callable[[int], PublishedModel]
 
@@ -26,7 +27,7 @@ def aged(
     """Release 2 is live, release 1 has left the window; every file is two days old."""
     repository = Repository.create(tmp_path / "r", keys, window=1)
     for number in (1, 2):
-        repository.publish("toy", model(number), graph, selftest_inputs=images)
+        publish_model(repository, "toy", model(number), graph, selftest_inputs=images)
     old = (datetime.now(UTC) - timedelta(days=2)).timestamp()
     for path in repository.path.rglob("*"):
         os.utime(path, (old, old))

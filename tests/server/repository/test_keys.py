@@ -14,13 +14,13 @@ def test_key_files_are_readable_by_their_owner_only(keys: KeyRing) -> None:
     for role in ROLES:
         assert stat.S_IMODE(keys.path(role).stat().st_mode) == 0o600
     assert stat.S_IMODE(keys.folders[0].stat().st_mode) == 0o700
-    assert len({keys.signer(role).public_key.keyid for role in ROLES}) == 4
+    assert len({keys.signers(role)[0].public_key.keyid for role in ROLES}) == 4
 
 
 def test_a_key_that_others_can_read_is_refused(keys: KeyRing) -> None:
     keys.path("targets").chmod(0o640)
     with pytest.raises(KeyFileError, match="chmod 600"):
-        keys.signer("targets")
+        keys.signers("targets")[0]
 
 
 def test_keys_are_never_overwritten(keys: KeyRing) -> None:
@@ -34,9 +34,9 @@ def test_offline_and_online_keys_may_lie_apart(keys: KeyRing, tmp_path: Path) ->
     for role in ("root", "targets"):
         keys.path(role).rename(offline / f"{role}.pem")
     online = keys.folders[0]
-    assert KeyRing(online, offline).signer("root")
+    assert KeyRing(online, offline).signers("root")[0]
     with pytest.raises(KeyFileError, match=r"targets\.pem is not in"):
-        KeyRing(online).signer("targets")
+        KeyRing(online).signers("targets")[0]
 
 
 def test_keys_inside_the_served_folder_are_refused(tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_other_files_are_not_keys(keys: KeyRing) -> None:
     path = keys.path("root")
     path.write_bytes(b"hello")
     with pytest.raises(KeyFileError, match="PEM"):
-        keys.signer("root")
+        keys.signers("root")[0]
     curve = generate_private_key(SECP256R1())
     path.write_bytes(curve.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     with pytest.raises(KeyFileError, match="Ed25519"):
-        keys.signer("root")
+        keys.signers("root")[0]

@@ -24,9 +24,9 @@ from prunecast.server.repository import (
     RecipeError,
     Repository,
     RepositoryError,
-    maintenance,
     verify_repository,
 )
+from prunecast.server.repository import repository as module
 from prunecast.server.repository.authoring import (
     NewestRelease,
     ReleaseRecipe,
@@ -37,6 +37,7 @@ from prunecast.server.repository.authoring import (
 )
 from support import narrowable
 from support.classifier import classifier, classifier_graph, classifier_inputs
+from support.releases import publish_model
 
 Model = Callable[[int], PublishedModel]
 IMAGES = np.random.default_rng(9).random((40, 1, 6, 6)).astype(np.float32)
@@ -179,7 +180,7 @@ def test_another_process_reads_and_publishes_while_one_builds(
     monkeypatch: pytest.MonkeyPatch,
     step: str,
 ) -> None:
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
     save_graph(graph, tmp_path / "g.onnx")
     save_model(model(3), tmp_path / "three.model")
     (tmp_path / "x.npz").write_bytes(pack_arrays({"input": images}))
@@ -196,7 +197,7 @@ def test_another_process_reads_and_publishes_while_one_builds(
         return real(*arguments, **options)
 
     monkeypatch.setattr(build, step, meanwhile)
-    made = repository.publish("toy", model(2), graph, selftest_inputs=images)
+    made = publish_model(repository, "toy", model(2), graph, selftest_inputs=images)
     assert [r["version"] for r in listed[0]["releases"]] == [1]
     assert (created[0]["version"], made.version) == (2, 3)
     assert sorted(made.patch_bytes) == [1, 2]  # the other's release is a base, too
@@ -213,7 +214,7 @@ def test_a_release_that_was_retired_meanwhile_is_no_base(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for number in (1, 2):
-        repository.publish("toy", model(number), graph, selftest_inputs=images)
+        publish_model(repository, "toy", model(number), graph, selftest_inputs=images)
     real = build.BuiltRelease.add_patch
 
     def retiring(self: build.BuiltRelease, base: PublishedModel) -> None:
@@ -222,7 +223,7 @@ def test_a_release_that_was_retired_meanwhile_is_no_base(
             repository.retire("toy", 2)
 
     monkeypatch.setattr(build.BuiltRelease, "add_patch", retiring)
-    made = repository.publish("toy", model(3), graph, selftest_inputs=images)
+    made = publish_model(repository, "toy", model(3), graph, selftest_inputs=images)
     assert (made.version, list(made.patch_bytes)) == (3, [1])
     blobs = {path.name for path in (repository.path / "blobs").iterdir()}
     kept = [repository.show("toy", n) for n in (1, 3)]
@@ -233,7 +234,7 @@ def test_a_release_that_was_retired_meanwhile_is_no_base(
 def test_a_writer_waits_a_little_for_another_one(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = maintenance.lock_file(repository.path / ".lock")
+    other = module.lock_file(repository.path / ".lock")
     waited = []
 
     def sleep(seconds: float) -> None:
@@ -241,7 +242,7 @@ def test_a_writer_waits_a_little_for_another_one(
         if len(waited) == 3:
             other.close()
 
-    monkeypatch.setattr(maintenance.time, "sleep", sleep)
+    monkeypatch.setattr(module.time, "sleep", sleep)
     repository.renew()
     assert len(waited) == 3
 

@@ -24,6 +24,7 @@ from prunecast.server.repository import (
     VerificationFailed,
     verify_repository,
 )
+from support.releases import publish_model
 
 Model = Callable[[int], PublishedModel]
 
@@ -35,8 +36,14 @@ def _files(folder: Path) -> dict[str, bytes]:
 def test_a_release_carries_what_its_manifest_says(
     repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
-    made = repository.publish(
-        "toy", model(1), graph, selftest_inputs=images, metrics={"accuracy": 0.9}, licence="MIT"
+    made = publish_model(
+        repository,
+        "toy",
+        model(1),
+        graph,
+        selftest_inputs=images,
+        metrics={"accuracy": 0.9},
+        licence="MIT",
     )
     manifest = repository.show("toy")
     assert manifest == made.manifest
@@ -46,7 +53,7 @@ def test_a_release_carries_what_its_manifest_says(
     assert manifest.inputs[0].shape == ("batch", 12)
     assert repository.model(manifest).digest == model(1).digest
     assert made.onnx_bytes is not None
-    assert made.onnx_bytes > made.keyframe_bytes
+    assert made.onnx_bytes > made.manifest.keyframe.length
     assert made.patch_bytes == {}
     assert [(e.name, e.version) for e in repository.releases()] == [("toy", 1)]
 
@@ -55,9 +62,9 @@ def test_a_patch_leads_from_every_live_release(
     repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
     for number in (1, 2, 3):
-        made = repository.publish("toy", model(number), graph, selftest_inputs=images)
+        made = publish_model(repository, "toy", model(number), graph, selftest_inputs=images)
     assert set(made.patch_bytes) == {1, 2}
-    assert max(made.patch_bytes.values()) < made.keyframe_bytes
+    assert max(made.patch_bytes.values()) < made.manifest.keyframe.length
     for base in (1, 2):
         patch = made.manifest.patch_from(model(base).digest.hex())
         assert patch is not None
@@ -69,8 +76,8 @@ def test_a_patch_leads_from_every_live_release(
 def test_unchanged_small_files_are_stored_once(
     repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
-    first = repository.publish("toy", model(1), graph, selftest_inputs=images).manifest
-    second = repository.publish("toy", model(2), graph, selftest_inputs=images).manifest
+    first = publish_model(repository, "toy", model(1), graph, selftest_inputs=images).manifest
+    second = publish_model(repository, "toy", model(2), graph, selftest_inputs=images).manifest
     for name in ("model.onnx", "layout.json", "selftest.npz"):
         assert first.files[name] == second.files[name]
     assert first.files["expected.npz"] != second.files["expected.npz"]
@@ -81,12 +88,12 @@ def test_the_oldest_release_leaves_the_window_and_numbers_are_not_reused(
 ) -> None:
     repository = Repository.create(tmp_path / "r", keys, window=2)
     retired = [
-        repository.publish("toy", model(n), graph, selftest_inputs=images).retired
+        publish_model(repository, "toy", model(n), graph, selftest_inputs=images).retired
         for n in (1, 2, 3)
     ]
     assert retired == [(), (), (1,)]
     repository.retire("toy", 3)
-    assert repository.publish("toy", model(4), graph, selftest_inputs=images).version == 4
+    assert publish_model(repository, "toy", model(4), graph, selftest_inputs=images).version == 4
     assert [e.version for e in repository.releases()] == [2, 4]
     with pytest.raises(ReleaseNotFound, match=r"no live release 3 \(live: 2, 4\)"):
         repository.retire("toy", 3)
@@ -97,8 +104,8 @@ def test_the_oldest_release_leaves_the_window_and_numbers_are_not_reused(
 def test_names_are_independent(
     repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
-    other = repository.publish("other", model(2), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
+    other = publish_model(repository, "other", model(2), graph, selftest_inputs=images)
     assert other.version == 1
     assert other.patch_bytes == {}
 
@@ -106,9 +113,9 @@ def test_names_are_independent(
 def test_publishing_the_same_model_again_needs_no_patch(
     repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
-    repository.publish("toy", model(2), graph, selftest_inputs=images)
-    downgrade = repository.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(2), graph, selftest_inputs=images)
+    downgrade = publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
     assert downgrade.version == 3
     assert set(downgrade.patch_bytes) == {2}
 
@@ -116,17 +123,19 @@ def test_publishing_the_same_model_again_needs_no_patch(
 def test_a_failed_publication_changes_nothing_visible(
     repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
     before = _files(repository.path)
     extra = PublishedModel({**model(2).tensors, "w9": RawTensor(np.zeros(1, np.float32))})
     with pytest.raises(BindError):
-        repository.publish("toy", extra, graph, selftest_inputs=images)
+        publish_model(repository, "toy", extra, graph, selftest_inputs=images)
     with pytest.raises(RuntimeFailure, match="complex64"):
-        repository.publish("toy", model(2), graph, selftest_inputs=images.astype(np.complex64))
+        publish_model(
+            repository, "toy", model(2), graph, selftest_inputs=images.astype(np.complex64)
+        )
     with pytest.raises(ManifestError):
-        repository.publish("../toy", model(2), graph, selftest_inputs=images)
+        publish_model(repository, "../toy", model(2), graph, selftest_inputs=images)
     with pytest.raises(RepositoryError, match="self-test input"):
-        repository.publish("toy", model(2), graph, selftest_inputs={})
+        publish_model(repository, "toy", model(2), graph, selftest_inputs={})
     assert _files(repository.path) == before
 
 
@@ -138,10 +147,9 @@ def test_every_file_is_in_place_before_timestamp_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A reader at any moment of a publication sees one complete state."""
-    from prunecast.server.repository import maintenance
     from prunecast.server.repository import repository as module
 
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
     root = repository.trusted_root()
     seen = []
     real = module.write_atomically
@@ -153,9 +161,8 @@ def test_every_file_is_in_place_before_timestamp_changes(
             if moment == "before":
                 real(path, data)
 
-    for place in (module, maintenance):
-        monkeypatch.setattr(place, "write_atomically", observed)
-    repository.publish("toy", model(2), graph, selftest_inputs=images)
+    monkeypatch.setattr(module, "write_atomically", observed)
+    publish_model(repository, "toy", model(2), graph, selftest_inputs=images)
     assert seen[-2:] == [("before", "timestamp.json", [1]), ("after", "timestamp.json", [1, 2])]
     assert all(versions == [1] for _, _, versions in seen[:-1])
 
@@ -166,7 +173,7 @@ def test_readers_need_no_keys_and_cannot_write(
     reader = Repository(repository.path, None)
     assert reader.releases() == []
     with pytest.raises(KeyFileError, match="name the folder"):
-        reader.publish("toy", model(1), graph, selftest_inputs=images)
+        publish_model(reader, "toy", model(1), graph, selftest_inputs=images)
 
 
 def test_foreign_keys_cannot_publish(
@@ -175,20 +182,20 @@ def test_foreign_keys_cannot_publish(
     before = _files(repository.path / "metadata")
     foreign = Repository(repository.path, KeyRing.create(tmp_path / "foreign"))
     with pytest.raises(KeyFileError, match="not the one this repository trusts"):
-        foreign.publish("toy", model(1), graph, selftest_inputs=images)
+        publish_model(foreign, "toy", model(1), graph, selftest_inputs=images)
     assert _files(repository.path / "metadata") == before
 
 
 def test_tampered_targets_are_not_signed_again(
     repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
     (newest,) = (repository.path / "metadata").glob("2.targets.json")
     document = json.loads(newest.read_bytes())
     document["signed"]["targets"]["toy/1/release.json"]["length"] += 1
     newest.write_text(json.dumps(document))
     with pytest.raises(RepositoryCorrupt, match="cannot be trusted"):
-        repository.publish("toy", model(2), graph, selftest_inputs=images)
+        publish_model(repository, "toy", model(2), graph, selftest_inputs=images)
 
 
 def test_creating_twice_or_opening_nothing_is_refused(
@@ -227,8 +234,8 @@ def test_garbage_goes_after_the_grace_period_only(
 ) -> None:
     clock = [datetime.now(UTC)]
     repository = Repository.create(tmp_path / "r", keys, window=1, now=lambda: clock[0])
-    first = repository.publish("toy", model(1), graph, selftest_inputs=images).manifest
-    repository.publish("toy", model(2), graph, selftest_inputs=images)
+    first = publish_model(repository, "toy", model(1), graph, selftest_inputs=images).manifest
+    publish_model(repository, "toy", model(2), graph, selftest_inputs=images)
     old = repository.path / "blobs" / first.keyframe.sha256
     repository.renew()
     assert old.is_file()
@@ -253,9 +260,9 @@ def test_a_rotated_key_is_accepted_from_the_first_root_on(
     repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray, role: str
 ) -> None:
     root = repository.trusted_root()
-    repository.publish("toy", model(1), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
     repository.rotate_key(role)
-    repository.publish("toy", model(2), graph, selftest_inputs=images)
+    publish_model(repository, "toy", model(2), graph, selftest_inputs=images)
     assert [v.version for v in verify_repository(repository, root)] == [1, 2]
     assert json.loads(repository.trusted_root())["signed"]["version"] == 2
 
@@ -265,7 +272,7 @@ class TestVerify:
         self, repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
     ) -> None:
         for number in (1, 2, 3):
-            repository.publish("toy", model(number), graph, selftest_inputs=images)
+            publish_model(repository, "toy", model(number), graph, selftest_inputs=images)
         verified = verify_repository(repository, repository.trusted_root())
         assert [(v.version, v.patches) for v in verified] == [(1, 0), (2, 1), (3, 2)]
         assert all(v.difference < 1e-5 for v in verified)
@@ -279,8 +286,8 @@ class TestVerify:
         images: np.ndarray,
         what: str,
     ) -> None:
-        repository.publish("toy", model(1), graph, selftest_inputs=images)
-        made = repository.publish("toy", model(2), graph, selftest_inputs=images)
+        publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
+        made = publish_model(repository, "toy", model(2), graph, selftest_inputs=images)
         path = repository.path / "blobs" / made.manifest.references()[what].sha256
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1

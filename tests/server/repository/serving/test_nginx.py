@@ -18,6 +18,7 @@ from prunecast.client.edge.updating.transport import HttpFetcher, Stream
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository
+from support.releases import publish_model
 
 pytestmark = [
     pytest.mark.engine,
@@ -71,7 +72,8 @@ def test_an_agent_resumes_and_patches_itself(
     model: Callable[[int], PublishedModel],
     images: np.ndarray,
 ) -> None:
-    keyframe = repository.publish("toy", model(1), graph, selftest_inputs=images).manifest.keyframe
+    first = publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
+    keyframe = first.manifest.keyframe
     config = AgentConfig(
         tmp_path / "state", server.url, "toy", repository.trusted_root(), threads=1
     )
@@ -87,7 +89,7 @@ def test_an_agent_resumes_and_patches_itself(
         result = agent.update_once()
         assert (result.outcome, result.version, result.payload) == ("updated", 1, "keyframe")
         assert result.downloaded["keyframe"] == keyframe.length - CUT
-        repository.publish("toy", model(2), graph, selftest_inputs=images)
+        publish_model(repository, "toy", model(2), graph, selftest_inputs=images)
         result = agent.update_once()
         assert (result.outcome, result.version, result.payload) == ("updated", 2, "patch")
     asked = [line.split(" ", 3) for line in server.log.read_text().splitlines()]

@@ -26,6 +26,7 @@ from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository, ServerError
 from prunecast.server.repository.serving import ReleaseServer, ServingLimits
 from support.authority import self_signed
+from support.releases import publish_model
 
 pytestmark = pytest.mark.engine
 
@@ -213,11 +214,13 @@ def test_patches_and_keyframes_are_counted_apart(
         sizes = {}
         with Agent(config) as agent:
             for number in (1, 2):
-                made = repository.publish("toy", model(number), graph, selftest_inputs=images)
+                made = publish_model(
+                    repository, "toy", model(number), graph, selftest_inputs=images
+                )
                 assert agent.update_once().version == number
                 sizes[number] = made
         sent = "prunecast_serve_sent_bytes_total"
-        assert _metric(server, f'{sent}{{kind="keyframe"}}') == sizes[1].keyframe_bytes
+        assert _metric(server, f'{sent}{{kind="keyframe"}}') == sizes[1].manifest.keyframe.length
         assert _metric(server, f'{sent}{{kind="patch"}}') == sizes[2].patch_bytes[1]
         count = 'prunecast_serve_requests_total{kind="patch",status="200"}'
         assert _metric(server, count) == 1
