@@ -17,6 +17,7 @@ from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release.manifest import ReleaseManifest, manifest_path
 from prunecast.compression.versions import PublishedModel, encode_delta
 from prunecast.server.repository import KeyRing, Repository
+from prunecast.server.repository.reading import target_file
 from support.releases import publish_model
 
 Publish = Callable[..., ReleaseManifest]
@@ -183,7 +184,7 @@ def test_old_target_signed_under_a_new_name(
     state = repository._load()
     target = TargetFile.from_data(path, old, ["sha256"])
     state.targets.signed.targets[path] = target
-    file = repository._target_file(path, target.hashes["sha256"])
+    file = target_file(repository.path, path, target.hashes["sha256"])
     file.parent.mkdir(parents=True)
     file.write_bytes(old)
     repository._commit(state.sign(["targets"], keys.signers, repository._expiry, datetime.now(UTC)))
