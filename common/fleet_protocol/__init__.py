@@ -1,23 +1,18 @@
 """The messages between a fleet's control server and the agents: `fleet.proto` and its code.
 
-What both sides must agree on lies here, because client and server never import each other.
+What both sides must agree on lies here, because client and server never import each other. Stubs
+and handlers follow from the descriptor of the service, so only the messages are generated code.
 """
 
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-from prunecast.common.fleet_protocol import fleet_pb2 as messages
-from prunecast.common.fleet_protocol import fleet_pb2_grpc
-from prunecast.common.fleet_protocol.fleet_pb2_grpc import FleetControlServicer
+import grpc
+from google.protobuf.message_factory import GetMessageClass
 
-__all__ = [
-    "CHUNK_BYTES",
-    "SERVICE",
-    "FleetControlServicer",
-    "add_servicer",
-    "make_stub",
-    "messages",
-]
+from prunecast.common.fleet_protocol import fleet_pb2 as messages
+
+__all__ = ["CHUNK_BYTES", "SERVICE", "add_servicer", "make_stub", "messages"]
 
 SERVICE = "prunecast.fleet.v1.FleetControl"
 """Full name of the service, for health checks."""
@@ -25,7 +20,39 @@ SERVICE = "prunecast.fleet.v1.FleetControl"
 CHUNK_BYTES = 512 * 1024
 """Bytes of a chunk of `Fetch`; agents accept any size up to 4 MiB."""
 
-# the generated functions have no types
-add_servicer: Callable[[FleetControlServicer, Any], None]
-add_servicer = fleet_pb2_grpc.add_FleetControlServicer_to_server
-make_stub: Callable[[Any], Any] = fleet_pb2_grpc.FleetControlStub
+_METHODS = messages.DESCRIPTOR.services_by_name["FleetControl"].methods
+
+
+def make_stub(channel: Any) -> Any:
+    """What calls the methods of the service over a channel of gRPC: attributes by their names."""
+    return SimpleNamespace(
+        **{
+            method.name: getattr(channel, _kind(method))(
+                f"/{SERVICE}/{method.name}",
+                request_serializer=GetMessageClass(method.input_type).SerializeToString,
+                response_deserializer=GetMessageClass(method.output_type).FromString,
+            )
+            for method in _METHODS
+        }
+    )
+
+
+def add_servicer(servicer: object, server: Any) -> None:
+    """Let a server of gRPC answer by an object that has the methods of the service.
+
+    Raises:
+        AttributeError: it lacks one.
+    """
+    handlers = {
+        method.name: getattr(grpc, f"{_kind(method)}_rpc_method_handler")(
+            getattr(servicer, method.name),
+            request_deserializer=GetMessageClass(method.input_type).FromString,
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+        for method in _METHODS
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+def _kind(method: Any) -> str:
+    return "unary_stream" if method.server_streaming else "unary_unary"

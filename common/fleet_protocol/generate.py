@@ -1,8 +1,8 @@
 """Generate the Python code of `fleet.proto`; needs the pinned grpcio-tools.
 
 ``python common/fleet_protocol/generate.py`` (or ``make proto``) rewrites the files beside this one.
-An old generator is pinned, because generated code runs with its own and later versions of protobuf
-and grpcio, and with none before.
+An old generator is pinned, because generated code runs with its own and later versions of protobuf,
+and with none before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["GENERATED", "generate"]
 
-GENERATED = ("fleet_pb2.py", "fleet_pb2.pyi", "fleet_pb2_grpc.py")
+GENERATED = ("fleet_pb2.py", "fleet_pb2.pyi")
 _HERE = Path(__file__).parent
 _PACKAGE = Path("prunecast/common/fleet_protocol")
 
@@ -32,7 +32,7 @@ def generate(target: Path) -> None:
         source = Path(name) / _PACKAGE / "fleet.proto"
         source.parent.mkdir(parents=True)
         shutil.copyfile(_HERE / source.name, source)
-        kinds = [f"--{kind}_out={name}" for kind in ("python", "pyi", "grpc_python")]
+        kinds = [f"--{kind}_out={name}" for kind in ("python", "pyi")]
         if protoc.main(["protoc", f"-I{name}", *kinds, str(source)]) != 0:
             raise RuntimeError("the compiler refuses fleet.proto: see its messages above")
         for made in GENERATED:

@@ -13,7 +13,7 @@ from typing import Any
 
 from grpc import StatusCode
 
-from prunecast.common.fleet_protocol import CHUNK_BYTES, FleetControlServicer, messages
+from prunecast.common.fleet_protocol import CHUNK_BYTES, messages
 from prunecast.server.control.authentication import credential_of
 from prunecast.server.control.errors import Refused, answering
 from prunecast.server.control.quota import Concurrency, ControlLimits, RateQuota
@@ -34,7 +34,7 @@ from prunecast.server.repository.serving.files import FilePart
 __all__ = ["Servicer", "device_report", "device_state", "directive_event"]
 
 
-class Servicer(FleetControlServicer):
+class Servicer:
     """Answers devices.
 
     Args:
