@@ -6,10 +6,9 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
@@ -78,7 +77,6 @@ class ControlServer:
         self._stop: Callable[[], None] = lambda: None
         self._stopped = False
         self._thread: threading.Thread | None = None
-        self._problem: BaseException | None = None
 
     @property
     def address(self) -> str:
@@ -108,26 +106,22 @@ class ControlServer:
             self._thread = None
 
     def __enter__(self) -> Self:
-        begun = threading.Event()
+        begun: Future[str] = Future()
 
         def work() -> None:
             try:
-                self.run(lambda address: begun.set())
+                self.run(begun.set_result)
             except BaseException as error:
-                self._problem = error
-            finally:
-                begun.set()
+                if begun.done():
+                    raise
+                begun.set_exception(error)
 
         self._thread = threading.Thread(target=work, name="control server", daemon=True)
         self._thread.start()
-        begun.wait(_START)
-        if self._problem:
-            raise self._problem
+        begun.result(_START)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     async def _serve(self, ready: Callable[[str], None]) -> None:

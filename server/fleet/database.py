@@ -60,10 +60,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        parsed = _parse(url)
-        self.shown = parsed.render_as_string(hide_password=True)
-        _check_file(parsed, self.shown)
-        self._engine = _engine(parsed)
+        self._engine = _engine(_existing(url))
         try:
             self._check_schema()
         except BaseException:
@@ -81,8 +78,7 @@ class Database:
         parsed = _parse(url)
         with _changing(parsed) as connection:
             if inspect(connection).has_table(MetaRow.__tablename__):
-                shown = parsed.render_as_string(hide_password=True)
-                raise AlreadyExists(f"{shown} holds a fleet already: use it, or another one")
+                raise AlreadyExists(f"{parsed} holds a fleet already: use it, or another one")
             Base.metadata.create_all(connection)
             _migrate(connection, REVISION)
             if settings:
@@ -99,9 +95,7 @@ class Database:
             SchemaMismatch: a later version made it.
             DatabaseError: it cannot be reached, or refuses.
         """
-        parsed = _parse(url)
-        _check_file(parsed, parsed.render_as_string(hide_password=True))
-        with _changing(parsed) as connection:
+        with _changing(_existing(url)) as connection:
             held = _revision(connection)
             if held is not None and held < REVISION:
                 _migrate(connection, held)
@@ -119,7 +113,7 @@ class Database:
             DatabaseError: the database refuses.
         """
         with (
-            _translated(self.shown),
+            _translated(self._engine.url),
             Session(self._engine, expire_on_commit=False) as session,
             session.begin(),
         ):
@@ -137,19 +131,18 @@ class Database:
         Raises:
             DatabaseError: the database refuses.
         """
-        with _translated(self.shown), self._engine.begin() as connection:
+        with _translated(self._engine.url), self._engine.begin() as connection:
             return _revision(connection)
 
     def _check_schema(self) -> None:
         held = self.revision
         if held is None:
-            raise DatabaseMissing(_missing(self.shown))
+            raise _missing(self._engine.url)
         if held != REVISION:
             older = held < REVISION
             remedy = "run `prunecast fleet upgrade`" if older else "install a later prunecast"
-            raise SchemaMismatch(
-                f"{self.shown} has fleet schema {held}, this version needs {REVISION}: {remedy}"
-            )
+            has = f"{self._engine.url} has fleet schema {held}"
+            raise SchemaMismatch(f"{has}, this version needs {REVISION}: {remedy}")
 
 
 def _revision(connection: Connection) -> str | None:
@@ -182,7 +175,7 @@ def _changing(url: URL) -> Iterator[Connection]:
     """A connection in one transaction that changes tables; only one process does so at a time."""
     engine = _engine(url)
     try:
-        with _translated(url.render_as_string(hide_password=True)), engine.begin() as connection:
+        with _translated(url), engine.begin() as connection:
             if url.get_backend_name() == "postgresql":  # SQLite's transactions exclude each other
                 connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
             yield connection
@@ -200,50 +193,56 @@ def _parse(url: str) -> URL:
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise Unusable(f"{parsed.drivername} is not supported: use sqlite or postgresql")
+        raise _unsupported(parsed)
     return parsed
 
 
 def _engine(url: URL) -> Engine:
-    if url.get_backend_name() == "postgresql":
-        try:
-            return create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED")
-        except NoSuchModuleError as error:
-            raise Unusable(f"{url.drivername} is not supported: use postgresql://") from error
-        except ModuleNotFoundError as error:
-            raise DatabaseError(
-                "the driver for PostgreSQL is not installed: pip install 'prunecast[postgres]'"
-            ) from error
-    engine = create_engine(url, connect_args={"timeout": _WAIT})
-
-    @event.listens_for(engine, "connect")
-    def set_up(connection: Any, record: object) -> None:
-        connection.isolation_level = None  # the driver must not begin transactions by itself
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
+    sqlite = url.get_backend_name() == "sqlite"
+    options: dict[str, Any] = {"pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
+    if sqlite:
+        options = {"connect_args": {"timeout": _WAIT}}
+    try:
+        engine = create_engine(url, **options)
+    except NoSuchModuleError as error:
+        raise _unsupported(url) from error
+    except ModuleNotFoundError as error:
+        raise DatabaseError(
+            "the driver for PostgreSQL is not installed: pip install 'prunecast[postgres]'"
+        ) from error
+    if sqlite:
+        event.listen(engine, "connect", _set_up)
+        event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
 
 
-def _check_file(url: URL, shown: str) -> None:
-    """SQLite would make an empty file where there is none."""
-    if url.get_backend_name() == "sqlite" and not Path(url.database or ":memory:").is_file():
-        raise DatabaseMissing(_missing(shown))
+def _set_up(connection: Any, record: object) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions by itself
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA foreign_keys=ON")
 
 
-def _missing(shown: str) -> str:
-    return f"{shown} holds no fleet: make one with `prunecast fleet init`"
+def _existing(url: str) -> URL:
+    """The parsed URL; SQLite would make an empty file where there is none."""
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or ":memory:").is_file():
+        raise _missing(parsed)
+    return parsed
+
+
+def _missing(url: URL) -> DatabaseMissing:
+    return DatabaseMissing(f"{url} holds no fleet: make one with `prunecast fleet init`")
+
+
+def _unsupported(url: URL) -> Unusable:
+    return Unusable(f"{url.drivername} is not supported: use sqlite or postgresql")
 
 
 @contextmanager
-def _translated(shown: str) -> Iterator[None]:
+def _translated(url: URL) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         words = " ".join(str(cause).split())[:300]
-        raise DatabaseError(f"{shown}: {words}") from error
+        raise DatabaseError(f"{url}: {words}") from error

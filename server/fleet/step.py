@@ -70,13 +70,11 @@ class Step:
     audit: list[AuditEntry] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.fleet = replace(
-            self.before,
-            groups=(groups := dict(self.before.groups)),
-            devices=(devices := dict(self.before.devices)),
-            rollouts=(rollouts := dict(self.before.rollouts)),
-        )
-        self._groups, self._devices, self._rollouts = groups, devices, rollouts
+        groups, devices = dict(self.before.groups), dict(self.before.devices)
+        rollouts = dict(self.before.rollouts)
+        self.fleet = replace(self.before, groups=groups, devices=devices, rollouts=rollouts)
+        self._items: dict[type, dict[str, Any]]
+        self._items = {Group: groups, Device: devices, Rollout: rollouts}
 
     @property
     def at(self) -> float:
@@ -85,12 +83,7 @@ class Step:
 
     def put(self, item: Device | Group | Rollout) -> None:
         """Add or replace an item."""
-        if isinstance(item, Device):
-            self._devices[item.id] = item
-        elif isinstance(item, Group):
-            self._groups[item.id] = item
-        else:
-            self._rollouts[item.id] = item
+        self._items[type(item)][item.id] = item
 
     def log(self, kind: AuditKind, subject: str, *, actor: str = "", **fields: Any) -> None:
         """Add an audit entry; by default the event's actor did it."""
