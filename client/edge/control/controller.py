@@ -134,14 +134,9 @@ class Controller:
             return
         self._said, self._said_at = (problem, running), now
         try:
-            self.store.report(
-                AGENT_VERSION,
-                running,
-                answer=answer,
-                error=problem,
-                figures=fleet_figures(self._agent.telemetry.snapshot()),
-                made=time.time(),
-            )
+            figures = fleet_figures(self._agent.telemetry.snapshot())
+            made = time.time()
+            self.store.queue(StoredReport(AGENT_VERSION, running, answer, problem, figures, made))
         except StateError as error:
             self._tell(ControlProblem(f"a report is not kept: {error}"))
         self._bell.set()
@@ -304,18 +299,8 @@ def _directive(said: Any) -> StoredDirective:
 
 
 def _request(report: StoredReport) -> Any:
-    made = messages.ReportRequest(
-        id=report.id,
-        device=report.device,
-        agent=report.agent,
-        running=report.running,
-        error=report.error,
-        figures=report.figures,
-        made=report.made,
-    )
-    if report.answer is not None:
-        given = report.answer
-        made.answer.serial, made.answer.version = given.serial, given.version
-        made.answer.detail = given.detail
-        made.answer.outcome = _OUTCOMES.get(given.outcome, messages.OUTCOME_UNSPECIFIED)
-    return made
+    answer = None
+    if given := report.answer:
+        outcome = _OUTCOMES.get(given.outcome, messages.OUTCOME_UNSPECIFIED)
+        answer = messages.Answer(**{**vars(given), "outcome": outcome})
+    return messages.ReportRequest(**{**vars(report), "answer": answer})

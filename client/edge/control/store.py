@@ -48,16 +48,16 @@ class StoredAnswer:
 
 @dataclass(frozen=True)
 class StoredReport:
-    """A report on its way; see `fleet.proto`."""
+    """A report on its way; see `fleet.proto`. The store gives it its id and its device."""
 
-    id: str
-    device: str
     agent: str
     running: int | None
     answer: StoredAnswer | None = None
     error: str = ""
     figures: dict[str, float] = field(default_factory=dict)
     made: float = 0.0
+    id: str = ""
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,8 @@ class ControlStore:
             self._write(replace(self._content, directive=directive))
             return True
 
-    def report(
-        self,
-        agent: str,
-        running: int | None,
-        *,
-        answer: StoredAnswer | None = None,
-        error: str = "",
-        figures: dict[str, float] | None = None,
-        made: float = 0.0,
-    ) -> None:
-        """Queue a report; one without an answer takes the place of an earlier one of its kind.
+    def queue(self, report: StoredReport) -> None:
+        """Add a report; one without an answer takes the place of an earlier one of its kind.
 
         When too many wait, the oldest are dropped.
 
@@ -154,11 +145,9 @@ class ControlStore:
             StateError: as `welcome`.
         """
         with self._lock:
-            known = self._content
-            made_now = StoredReport(
-                self._make_id(), known.device, agent, running, answer, error, figures or {}, made
-            )
-            waiting = [r for r in known.reports if answer or r.answer] + [made_now]
+            known, answer = self._content, report.answer
+            report = replace(report, id=self._make_id(), device=known.device)
+            waiting = [r for r in known.reports if answer or r.answer] + [report]
             known = replace(known, reports=tuple(waiting[-self._most :]))
             self._write(replace(known, answered=answer) if answer else known)
 

@@ -1,26 +1,36 @@
-"""Obtain everything a release consists of, by the fewest bytes."""
+"""Obtain everything a release consists of, verified, by the fewest bytes."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from tuf.api.exceptions import DownloadError, DownloadHTTPError
+
 from prunecast.client.edge.config import AGENT_VERSION, AgentConfig, PayloadKind
-from prunecast.client.edge.errors import AgentTooOld, ContentMissing, ContentRefused, StateError
+from prunecast.client.edge.errors import (
+    AgentTooOld,
+    ContentMissing,
+    ContentRefused,
+    NetworkError,
+    StateError,
+)
 from prunecast.client.edge.slots.patch_base import patch_base
 from prunecast.client.edge.state import StateFolder
-from prunecast.client.edge.updating.download import download
-from prunecast.client.edge.updating.transport import Fetcher
-from prunecast.common.files import file_digest, folder_bytes, keep_only, make_folder
+from prunecast.client.edge.updating.transport import AskLater, Fetcher
+from prunecast.common.files import file_digest, folder_bytes, keep_only, make_folder, sync
 from prunecast.compression.codec import Limits
 from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest, blob_path
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 
-__all__ = ["Acquirer", "Count"]
+__all__ = ["Acquirer", "Download"]
 
-Count = Callable[[str, int], None]
 _SPARE = 2**20
+_PATIENCE = 60.0  # seconds that a server may ask for between two attempts
 
 
 class Acquirer:
@@ -44,7 +54,7 @@ class Acquirer:
         fetcher: Fetcher,
         *,
         step: Callable[[str], None],
-        count: Count,
+        count: Callable[[str, int], None],
         wait: Callable[[float], None],
     ) -> None:
         self._config, self._folder, self._fetcher = config, folder, fetcher
@@ -175,15 +185,10 @@ class Acquirer:
 
     def _download(self, kind: str, ref: FileRef) -> Path:
         path = self._folder.downloads / ref.sha256
-        base = self._config.url.rstrip("/")
-        download(
-            self._fetcher,
-            f"{base}/{blob_path(ref.sha256)}",
-            ref,
-            path,
-            on_bytes=lambda size: self._count(kind, size),
-            wait=self._wait,
-        )
+        url = f"{self._config.url.rstrip('/')}/{blob_path(ref.sha256)}"
+        Download(
+            self._fetcher, url, ref, path, lambda size: self._count(kind, size), self._wait
+        ).run()
         return path
 
 
@@ -205,3 +210,139 @@ def _check_digest(model: PublishedModel, manifest: ReleaseManifest, what: str) -
 def _numbers(version: str) -> tuple[int, ...]:
     parts = [int(part) for part in version.split(".")]
     return tuple(parts + [0] * (3 - len(parts)))
+
+
+@dataclass(frozen=True)
+class Download:
+    """A verified download that goes on where it was interrupted.
+
+    An interrupted one leaves ``<path>.part``, and the next attempt, in this process or a later one,
+    asks only for the rest. Never more than ``ref.length`` bytes are written.
+
+    Attributes:
+        fetcher: the network.
+        url: where the file is.
+        ref: its digest and length, from signed metadata.
+        path: where it goes.
+        on_bytes: called with the number of bytes of every piece received.
+        wait: sleeps for so many seconds between attempts.
+        attempts: how often a broken connection is retried.
+    """
+
+    fetcher: Fetcher
+    url: str
+    ref: FileRef
+    path: Path
+    on_bytes: Callable[[int], None] = lambda count: None
+    wait: Callable[[float], None] = time.sleep
+    attempts: int = 4
+
+    @property
+    def _part(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.part")
+
+    def run(self) -> None:
+        """Fetch the file and check it; one that is there already is kept.
+
+        Raises:
+            ContentRefused: longer or shorter than `ref` says, or with another digest.
+            ContentMissing: the server does not have it.
+            NetworkError: not reachable; the part is kept.
+            StateError: the disk refuses.
+        """
+        path, part, wanted = self.path, self._part, self.ref.sha256
+        try:
+            if path.is_file() and file_digest(path) == wanted:
+                return
+            make_folder(path.parent)
+            resumed = self._fill()
+            while file_digest(part) != wanted:
+                part.unlink()
+                if not resumed:
+                    told = f"{self.url} is not the file that was signed: digest differs"
+                    raise ContentRefused(told)
+                # the kept part may have been damaged on disk: once more, from the beginning
+                resumed = self._fill()
+            os.replace(part, path)
+            sync(path.parent)
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def _fill(self) -> bool:
+        """Complete `part`; returns whether it began with bytes of an earlier attempt."""
+        part = self._part
+        if part.is_symlink() or (part.exists() and part.stat().st_size > self.ref.length):
+            part.unlink()
+        resumed = _size(part) > 0
+        whole = not resumed  # whether every byte of the part came in this call
+        for attempt in range(1, self.attempts + 1):
+            problem: DownloadError
+            pause = 0.25 * 2**attempt
+            try:
+                self._append()
+            except AskLater as error:
+                if error.seconds > _PATIENCE:
+                    raise NetworkError(f"{error}; what has come is kept") from error
+                pause, problem = max(pause, error.seconds), error
+            except DownloadHTTPError as error:
+                if error.status_code == 416:
+                    if whole:  # the server's file ends where the part does, or before
+                        raise self._short() from error
+                    part.unlink(missing_ok=True)
+                    whole = True
+                elif error.status_code < 500:
+                    raise ContentMissing(f"cannot download: {error}") from error
+                problem = error
+            except DownloadError as error:
+                problem = error
+            else:
+                if _size(part) == self.ref.length:
+                    return resumed
+                if attempt == self.attempts:  # every time without any error: the file is too short
+                    raise self._short()
+                problem = DownloadError("ended early")
+            if attempt < self.attempts:
+                self.wait(pause)
+        told = f"cannot download after {self.attempts} attempts: {problem}"
+        raise NetworkError(told) from problem
+
+    def _short(self) -> ContentRefused:
+        return ContentRefused(
+            f"{self.url} ended early: the server has {_size(self._part)} of the {self.ref.length} "
+            "bytes that were signed; its copy is truncated: copy the repository there again"
+        )
+
+    def _append(self) -> None:
+        part, length = self._part, self.ref.length
+        held = _size(part)
+        if held == length:
+            part.touch()
+            return
+        stream = self.fetcher.open(self.url, held)
+        with open(part, "r+b" if part.exists() else "w+b") as file:
+            file.truncate(stream.start)
+            file.seek(stream.start)
+            size = stream.start
+            try:
+                for chunk in stream.chunks:
+                    self.on_bytes(len(chunk))
+                    size += len(chunk)
+                    if size > length:
+                        raise ContentRefused(
+                            f"{self.url} is longer than the {length} bytes that were signed"
+                        )
+                    file.write(chunk)
+            except ContentRefused:
+                file.truncate(0)
+                raise
+            except DownloadError:
+                raise
+            except OSError as error:
+                raise DownloadError(f"connection to {self.url} broke: {error}") from error
+            finally:
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -16,7 +16,7 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError, SlowRetrievalEr
 
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.errors import ContentMissing, ContentRefused, NetworkError
-from prunecast.client.edge.updating.download import download
+from prunecast.client.edge.updating.acquire import Download
 from prunecast.client.edge.updating.transport import HttpFetcher, LeastRate, TooSlow
 from prunecast.compression.release.manifest import FileRef, ReleaseManifest
 from prunecast.server.repository import Repository
@@ -144,7 +144,7 @@ def test_a_file_that_is_truncated_on_the_server_is_named(tmp_path: Path, kept: i
     with ReleaseServer(folder) as server:
         url = f"{server.url}blobs/{REF.sha256}"
         with pytest.raises(ContentRefused, match=r"has 4000 of the 10240 bytes.*truncated: copy"):
-            download(HttpFetcher(), url, REF, tmp_path / "file", wait=lambda _: None)
+            Download(HttpFetcher(), url, REF, tmp_path / "file", wait=lambda _: None).run()
 
 
 def test_a_silent_server_is_left() -> None:
@@ -173,14 +173,14 @@ def test_a_broken_connection_resumes_at_the_byte_it_reached(tmp_path: Path) -> N
 
     received: list[int] = []
     with serving(breaking) as url:
-        download(
+        Download(
             HttpFetcher(),
             url,
             REF,
             tmp_path / "file",
             on_bytes=received.append,
             wait=lambda _: None,
-        )
+        ).run()
     assert (tmp_path / "file").read_bytes() == DATA
     assert asked == ["", "range: bytes=4000-", "range: bytes=8000-"]
     assert sum(received) == len(DATA)
@@ -194,7 +194,7 @@ def test_a_server_that_ignores_ranges_is_read_from_the_start(tmp_path: Path) -> 
         connection.sendall(_head("200 OK", len(DATA)) + DATA)
 
     with serving(whole) as url:
-        download(HttpFetcher(), url, REF, tmp_path / "file")
+        Download(HttpFetcher(), url, REF, tmp_path / "file").run()
     assert (tmp_path / "file").read_bytes() == DATA
 
 
@@ -206,7 +206,7 @@ def test_a_part_longer_than_the_file_is_dropped(tmp_path: Path) -> None:
         connection.sendall(_head("200 OK", len(DATA)) + DATA)
 
     with serving(whole) as url:
-        download(HttpFetcher(), url, REF, tmp_path / "file")
+        Download(HttpFetcher(), url, REF, tmp_path / "file").run()
     assert (tmp_path / "file").read_bytes() == DATA
 
 
@@ -217,7 +217,7 @@ def test_endless_content_is_cut_at_the_signed_length(tmp_path: Path) -> None:
             connection.sendall(b"x" * 65536)
 
     with serving(endless) as url, pytest.raises(ContentRefused, match="longer than the 10240"):
-        download(HttpFetcher(), url, REF, tmp_path / "file")
+        Download(HttpFetcher(), url, REF, tmp_path / "file").run()
     assert (tmp_path / "file.part").stat().st_size == 0
 
 
@@ -232,7 +232,7 @@ def test_a_missing_file_is_not_asked_for_again(
         connection.sendall(_head(status, 0))
 
     with serving(missing) as url, pytest.raises(kind):
-        download(HttpFetcher(), url, REF, tmp_path / "file", wait=lambda _: None)
+        Download(HttpFetcher(), url, REF, tmp_path / "file", wait=lambda _: None).run()
     assert len(asked) == 1
 
 
@@ -247,7 +247,7 @@ def test_an_overloaded_server_is_asked_again(tmp_path: Path) -> None:
             connection.sendall(_head("200 OK", len(DATA)) + DATA)
 
     with serving(busy) as url:
-        download(HttpFetcher(), url, REF, tmp_path / "file", wait=lambda _: None)
+        Download(HttpFetcher(), url, REF, tmp_path / "file", wait=lambda _: None).run()
     assert len(asked) == 3
 
 
@@ -330,8 +330,8 @@ def test_a_server_may_ask_for_a_pause(
         target = tmp_path / "file"
         if pauses is None:
             with pytest.raises(NetworkError, match="ask again in 9999 s; what has come is kept"):
-                download(HttpFetcher(), url, REF, target, wait=waited.append)
+                Download(HttpFetcher(), url, REF, target, wait=waited.append).run()
         else:
-            download(HttpFetcher(), url, REF, target, wait=waited.append)
+            Download(HttpFetcher(), url, REF, target, wait=waited.append).run()
             assert target.read_bytes() == DATA
     assert waited == (pauses or [])

@@ -15,7 +15,7 @@ from tuf.api.exceptions import DownloadHTTPError
 from prunecast.client.edge import Agent
 from prunecast.client.edge.control import ControlChannel, ControlFetcher
 from prunecast.client.edge.state import StateFolder
-from prunecast.client.edge.updating.download import download
+from prunecast.client.edge.updating.acquire import Download
 from prunecast.common.files import file_digest
 from prunecast.common.fleet_protocol import CHUNK_BYTES
 from prunecast.compression.release.manifest import FileRef, blob_path
@@ -227,7 +227,7 @@ def test_files_resume_where_a_transfer_broke(
 
     target = tmp_path / "target"
     ref = FileRef(sha, len(content))
-    download(Breaking(line), url, ref, target, wait=lambda _: None)
+    Download(Breaking(line), url, ref, target, wait=lambda _: None).run()
     assert target.read_bytes() == content
     assert asked[0] == 0
     assert asked[1] >= CHUNK_BYTES

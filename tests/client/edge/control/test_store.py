@@ -22,7 +22,12 @@ from prunecast.client.edge.control import (
     ControlSettings,
 )
 from prunecast.client.edge.control.channel import Backoff
-from prunecast.client.edge.control.store import ControlStore, StoredAnswer, StoredDirective
+from prunecast.client.edge.control.store import (
+    ControlStore,
+    StoredAnswer,
+    StoredDirective,
+    StoredReport,
+)
 from prunecast.client.edge.errors import ControlProblem, StateError
 from prunecast.client.edge.state import StateFolder
 
@@ -40,7 +45,7 @@ def test_it_outlives_the_process(open_store: Callable[[], ControlStore]) -> None
     assert store.accept(directive)
     assert not store.accept(directive)
     answer = StoredAnswer(3, 2, "succeeded", "fine")
-    store.report("0.1.0", 2, answer=answer, error="hot", figures={"a": 1.0}, made=5.0)
+    store.queue(StoredReport("0.1.0", 2, answer=answer, error="hot", figures={"a": 1.0}, made=5.0))
     again = open_store()
     assert (again.directive, again.device, again.first()) == (directive, "cam", store.first())
     assert not again.is_due(answer)
@@ -57,10 +62,10 @@ def test_an_answer_is_due_once_and_a_failure_once_more(
     store = open_store()
     good, bad = StoredAnswer(1, 2, "succeeded"), StoredAnswer(1, 2, "crash loop")
     assert store.is_due(good)
-    store.report("", 2, answer=good)
+    store.queue(StoredReport("", 2, answer=good))
     assert not store.is_due(good)
     assert store.is_due(bad)
-    store.report("", 1, answer=bad)
+    store.queue(StoredReport("", 1, answer=bad))
     assert not store.is_due(bad)
     assert not store.is_due(good)
     assert store.is_due(StoredAnswer(2, 2, "succeeded"))
@@ -72,8 +77,8 @@ def test_the_queue_is_bounded_and_says_last_how_the_device_is(
     numbers = itertools.count()
     store = ControlStore(StateFolder(tmp_path), lambda: f"id{next(numbers):06}", most=8)
     for number in range(12):
-        store.report("", None, answer=StoredAnswer(number, 1, "succeeded"))
-        store.report("", None, error=f"problem {number}")
+        store.queue(StoredReport("", None, answer=StoredAnswer(number, 1, "succeeded")))
+        store.queue(StoredReport("", None, error=f"problem {number}"))
     assert len(store) == 8
     kept, answers = [], 0
     while (report := store.first()) is not None:
@@ -91,7 +96,7 @@ def test_what_belongs_to_another_device_is_dropped(
     store = open_store()
     store.welcome("cam", "a")
     store.accept(StoredDirective(1, "toy", 1))
-    store.report("", 1, answer=StoredAnswer(1, 1, "succeeded"))
+    store.queue(StoredReport("", 1, answer=StoredAnswer(1, 1, "succeeded")))
     store.welcome("cam", "b")  # its token was renewed
     assert (len(store), store.directive) == (1, StoredDirective(1, "toy", 1))
     store.welcome("other", "c")
