@@ -256,6 +256,12 @@ class Agent:
         self._step("go back")
         self._write(self._state.go_back(reason, kind))
 
+    def _activate(self, state: State, loaded: LoadedRelease) -> None:
+        self._step("activate")
+        self._write(state)
+        self._step("swap")
+        self._serve(loaded)
+
     def _serve(self, loaded: LoadedRelease) -> None:
         self.model.swap(loaded)
         self.telemetry.activated(loaded.manifest.version, loaded.difference)
@@ -320,10 +326,7 @@ class Agent:
             loaded = self._load(previous)
         except (EdgeError, ReleaseError):
             return None  # the repository has it, too
-        self._step("activate")
-        self._write(self._state.exchange())
-        self._step("swap")
-        self._serve(loaded)
+        self._activate(self._state.exchange(), loaded)
         reason = "it was in the other slot"
         return UpdateResult("updated", version, before, reason=reason, difference=loaded.difference)
 
@@ -356,11 +359,7 @@ class Agent:
             *(self.config, self._folder, active, self._fetcher),
             step=self._step, count=count, wait=self._wait,
         )  # fmt: skip
-        acquirer.drop_others(manifest)
-        acquirer.check_fit(manifest)
-        self._step("download files")
-        files = acquirer.files(manifest)
-        model, payload, reason = acquirer.model(manifest)
+        files, (model, payload, reason) = acquirer.acquire(manifest)
         check_order()
         self._step("free slot")
         slot, prepared = self._state.free_slot()
@@ -377,11 +376,8 @@ class Agent:
             loaded = self._open(folder, manifest)
         except ReleaseError as error:
             return self._reject(manifest, digest, str(error))
-        self._step("activate")
         record = SlotRecord(slot, manifest.version, digest, optimised=loaded.seal)
-        self._write(self._state.activate(record))
-        self._step("swap")
-        self._serve(loaded)
+        self._activate(self._state.activate(record), loaded)
         self._step("clean up")
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
         now, difference = manifest.version, loaded.difference

@@ -1,5 +1,10 @@
 """Errors of the edge agent: one base, one class per cause."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prunecast.common.files import StorageError
+
 __all__ = [
     "AgentBusy",
     "AgentTooOld",
@@ -16,6 +21,7 @@ __all__ = [
     "StateError",
     "TrustError",
     "VersionNotActive",
+    "disk",
 ]
 
 
@@ -86,3 +92,14 @@ class RequestRefused(EdgeError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+@contextmanager
+def disk(doing: str) -> Iterator[None]:
+    """What the file system refuses in the block is a StateError that says `doing` what."""
+    try:
+        yield
+    except StorageError as error:
+        raise StateError(str(error)) from error
+    except OSError as error:
+        raise StateError(f"cannot {doing}: {error.strerror or error}") from error

@@ -37,10 +37,6 @@ class EdgeModel:
 
     `run` may be called from several threads. A call that is in progress while a new release is
     activated finishes on the session it began with, so no call ever mixes two versions.
-
-    Args:
-        loaded: what to serve at first.
-        observe: hears of every inference.
     """
 
     def __init__(

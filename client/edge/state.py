@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunecast.client.edge.config import AGENT_VERSION, UpdateResult
-from prunecast.client.edge.errors import AgentBusy, StateError
+from prunecast.client.edge.errors import AgentBusy, StateError, disk
 from prunecast.client.edge.telemetry import read_telemetry
 from prunecast.common.documents import from_document, read_document
-from prunecast.common.files import StorageError, make_folder, write_atomically
+from prunecast.common.files import make_folder, write_atomically
 from prunecast.common.locks import lock_file
 
 __all__ = [
@@ -161,10 +161,9 @@ class State:
 
 
 class StateFolder:
-    """Reads and writes the state folder.
+    """Reads and writes the state folder, which the first write creates.
 
-    Args:
-        path: the folder; created by the first write.
+    What writes raises StateError when the file system refuses; what was there before stands.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -198,24 +197,14 @@ class StateFolder:
             raise StateError(f"{path} is malformed: delete the state folder") from error
 
     def write(self, state: State) -> None:
-        """Replace the state atomically.
-
-        Raises:
-            StateError: the file system refuses; the old state stands.
-        """
+        """Replace the state atomically."""
         self.write_json("state.json", {"schema": _SCHEMA, **asdict(state)})
 
     def write_json(self, name: str, document: object) -> None:
-        """Replace a JSON file atomically.
-
-        Raises:
-            StateError: the file system refuses.
-        """
+        """Replace a JSON file atomically."""
         data = json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
-        try:
+        with disk(f"write {self.path / name}"):
             write_atomically(self.path / name, data)
-        except StorageError as error:
-            raise StateError(str(error)) from error
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file that only informs; empty when missing or unreadable."""
@@ -226,24 +215,18 @@ class StateFolder:
         return document if isinstance(document, dict) else {}
 
     def tidy(self) -> None:
-        """Remove temporary files that a crash left behind; only with the lock held.
-
-        Raises:
-            StateError: the file system refuses.
-        """
+        """Remove temporary files that a crash left behind; only with the lock held."""
         history = self.metadata / "root_history"
         left = [
             *(p for folder in (self.path, history) for p in folder.glob(".*.json.*")),
             # tuf itself names its temporary files tmp*
             *(p for name in (".*.json.*", "tmp*") for p in self.metadata.glob(name)),
         ]
-        try:
+        with disk(f"tidy {self.path}"):
             for path in left:
                 path.unlink(missing_ok=True)
             for slot in _SLOTS:
                 shutil.rmtree(self.slot(slot) / "optimised.new", ignore_errors=True)
-        except OSError as error:
-            raise StateError(f"cannot tidy {self.path}: {error.strerror or error}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -251,17 +234,14 @@ class StateFolder:
 
         Raises:
             AgentBusy: another agent holds it.
-            StateError: the folder cannot be written.
         """
-        try:
+        with disk(f"write {self.path}"):
             make_folder(self.path)
-            lock = lock_file(self.path / "lock")
-        except BlockingIOError as error:
-            raise AgentBusy(
-                f"another agent works in {self.path}: stop it or use another state folder"
-            ) from error
-        except OSError as error:
-            raise StateError(f"cannot write {self.path}: {error.strerror or error}") from error
+            try:
+                lock = lock_file(self.path / "lock")
+            except BlockingIOError as error:
+                told = f"another agent works in {self.path}: stop it or use another state folder"
+                raise AgentBusy(told) from error
         with lock:
             yield
 
@@ -269,16 +249,12 @@ class StateFolder:
 def record_check(
     folder: StateFolder, result: UpdateResult | None, counted: Counter[str], error: str | None
 ) -> None:
-    """Keep what a check for updates did.
+    """Keep what a check for updates did; see `StateFolder`.
 
     Args:
-        folder: of the agent.
         result: None if the check failed.
         counted: bytes received by kind, added to those of earlier checks.
         error: why it failed, or why a release was rejected.
-
-    Raises:
-        StateError: the file system refuses.
     """
     earlier = folder.read_json(_STATUS).get("downloaded_total")
     total = Counter(earlier if isinstance(earlier, dict) else {})

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunecast.client.edge.config import AGENT_VERSION
-from prunecast.client.edge.errors import StateError
+from prunecast.client.edge.errors import StateError, disk
 from prunecast.common.documents import from_document, read_document
-from prunecast.common.files import StorageError, write_atomically
+from prunecast.common.files import write_atomically
 
 __all__ = [
     "LAST_BUCKET",
@@ -84,12 +84,8 @@ class LatencyHistogram:
 
     def merge(self, other: LatencyHistogram) -> None:
         """Count what another histogram counted, for instance another device's."""
-        for bucket, count in other.counts().items():
+        for bucket, count in other.pairs():
             self._counts[bucket] = self._counts.get(bucket, 0) + count
-
-    def counts(self) -> Mapping[int, int]:
-        """Counts by bucket, without empty ones."""
-        return dict(self._counts)
 
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """Bucket and count in ascending order: what JSON can carry."""
@@ -280,10 +276,8 @@ class Telemetry:
             if changed == self._saved:
                 return
             data = json.dumps(found.to_json(), separators=(",", ":")).encode()
-            try:
+            with disk(f"write {self._path}"):
                 write_atomically(self._path, data)
-            except StorageError as error:
-                raise StateError(str(error)) from error
             self._saved = changed
 
     @contextmanager

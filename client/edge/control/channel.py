@@ -42,7 +42,7 @@ class ControlSettings:
         report_every: seconds after which a device says how it is when nothing has happened.
 
     Raises:
-        ControlProblem: no address, or not exactly one credential.
+        ControlProblem: no address, or not exactly one credential; later, a file is unusable.
     """
 
     address: str
@@ -68,11 +68,7 @@ class ControlSettings:
         return f"grpcs://{self.address}/"
 
     def token(self) -> str | None:
-        """The device's token; None: it has a certificate.
-
-        Raises:
-            ControlProblem: the file is missing or holds no token.
-        """
+        """The device's token; None: it has a certificate."""
         if self.token_file is None:
             return None
         text = self.read(self.token_file).decode("ascii", "replace").strip()
@@ -84,21 +80,13 @@ class ControlSettings:
         return text
 
     def fingerprint(self) -> str:
-        """Tells one credential from another without holding it: SHA-256 in hex.
-
-        Raises:
-            ControlProblem: a file is missing.
-        """
+        """Tells one credential from another without holding it: SHA-256 in hex."""
         shown = self.token()
         data = shown.encode() if shown else self.read(self.certificate[0])  # type: ignore[index]
         return hashlib.sha256(b"prunecast credential\0" + data).hexdigest()
 
     def read(self, path: Path) -> bytes:
-        """Content of one of the files.
-
-        Raises:
-            ControlProblem: it cannot be read.
-        """
+        """Content of one of the files."""
         try:
             return path.read_bytes()
         except OSError as error:
@@ -115,11 +103,7 @@ _OPTIONS = [
 
 
 class ControlChannel:
-    """One channel for everything; may be used by several threads.
-
-    Args:
-        settings: see `ControlSettings`.
-    """
+    """One channel for everything; may be used by several threads."""
 
     def __init__(self, settings: ControlSettings) -> None:
         self.settings = settings
@@ -253,7 +237,6 @@ class ControlFetcher(Fetcher):
     """Gets files below ``grpcs://HOST:PORT/`` by Fetch; trust is TUF's, as over HTTP.
 
     Args:
-        channel: to the server.
         silence: seconds without a chunk after which a transfer is given up.
     """
 

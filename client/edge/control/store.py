@@ -74,7 +74,8 @@ class ControlStore:
     """Reads and writes `control.json`; may be used by several threads.
 
     A file that cannot be read is taken for none: the fleet tells its directive again, and counts
-    an answer that it knows already only once.
+    an answer that it knows already only once. What changes it raises StateError when the disk
+    refuses; the change holds nevertheless until the process ends.
 
     Args:
         folder: the agent's state folder, which it has locked.
@@ -114,9 +115,6 @@ class ControlStore:
         """The server has said whom the credential stands for.
 
         StoredDirective and reports of another device are dropped: nobody would take them.
-
-        Raises:
-            StateError: the disk refuses; what was said holds nevertheless until the process ends.
         """
         with self._lock:
             known = self._content
@@ -125,11 +123,7 @@ class ControlStore:
             self._write(replace(known, device=device, fingerprint=fingerprint))
 
     def accept(self, directive: StoredDirective) -> bool:
-        """Take a directive; whether it is another one than before.
-
-        Raises:
-            StateError: as `welcome`.
-        """
+        """Take a directive; whether it is another one than before."""
         with self._lock:
             if directive == self._content.directive:
                 return False
@@ -140,9 +134,6 @@ class ControlStore:
         """Add a report; one without an answer takes the place of an earlier one of its kind.
 
         When too many wait, the oldest are dropped.
-
-        Raises:
-            StateError: as `welcome`.
         """
         with self._lock:
             known, answer = self._content, report.answer
@@ -165,8 +156,7 @@ class ControlStore:
     def done(self, report: str) -> None:
         """A report, by its id, has arrived or will never be taken.
 
-        Raises:
-            StateError: as `welcome`; it may be sent once more, and is recognised.
+        When the disk refuses it may be sent once more, and is recognised.
         """
         with self._lock:
             left = tuple(r for r in self._content.reports if r.id != report)

@@ -2,7 +2,8 @@
 
 The REST protocol of KServe (specification/protocol/inference_rest.md) with Triton's binary tensor
 data extension (docs/protocol/extension_binary_data.md): behind the JSON document may follow the
-bytes of those tensors that state ``binary_data_size``, in the order of the document.
+bytes of those tensors that state ``binary_data_size``, in the order of the document. Whatever is
+wrong with a request raises `RequestRefused` with the status 400.
 """
 
 from __future__ import annotations
@@ -55,14 +56,10 @@ class InferRequest:
 
 
 def parse_request(body: memoryview, json_bytes: int) -> InferRequest:
-    """Read the body of a request.
-
-    Args:
-        body: all of it.
-        json_bytes: how many of its bytes are the JSON document.
+    """Read the body of a request, whose first `json_bytes` bytes are the JSON document.
 
     Raises:
-        RequestRefused: 400, it is malformed.
+        RequestRefused: it is malformed.
     """
     document = _load(body[:json_bytes])
     parameters = _object(document.get("parameters", {}), "parameters")
@@ -104,14 +101,8 @@ def encode_response(
 ) -> tuple[int, bytes]:
     """A response: bytes of its JSON document, and all of it with the binary data that follows.
 
-    Args:
-        request: what was asked for.
-        outputs: everything that the model computed.
-        name: of the model.
-        version: of the release that computed it.
-
     Raises:
-        RequestRefused: 400, an output does not exist, or JSON cannot carry it.
+        RequestRefused: an output does not exist, or JSON cannot carry it.
     """
     wanted = request.outputs
     if wanted is None:
@@ -220,11 +211,7 @@ def datatype_of(dtype: str) -> str:
 
 
 def _dtype_of(tensor: str, datatype: object) -> np.dtype[Any]:
-    """Little-endian numpy dtype of a datatype of the protocol.
-
-    Raises:
-        RequestRefused: 400, there is no such datatype, or none that models here have.
-    """
+    """Little-endian numpy dtype of a datatype of the protocol."""
     name = _DATATYPES.get(datatype) if isinstance(datatype, str) else None
     if name is None:
         raise RequestRefused(
@@ -235,11 +222,7 @@ def _dtype_of(tensor: str, datatype: object) -> np.dtype[Any]:
 
 
 def _checked_shape(tensor: str, shape: object) -> tuple[int, ...]:
-    """A shape from JSON.
-
-    Raises:
-        RequestRefused: 400, not a list of at most 16 sizes, or more than 2⁴⁰ values.
-    """
+    """A shape from JSON: a list of at most 16 sizes, of at most 2⁴⁰ values."""
     if (
         not isinstance(shape, list)
         or len(shape) > _MOST_DIMENSIONS
@@ -257,11 +240,7 @@ def _checked_shape(tensor: str, shape: object) -> tuple[int, ...]:
 def _from_json(
     tensor: str, dtype: np.dtype[Any], shape: tuple[int, ...], data: object
 ) -> NDArray[np.generic]:
-    """An array from JSON values, flat in row-major order or nested as `shape` says.
-
-    Raises:
-        RequestRefused: 400, the values do not fit shape or datatype.
-    """
+    """An array from JSON values, flat in row-major order or nested as `shape` says."""
     if not isinstance(data, list):
         raise RequestRefused(400, f"input {tensor!r}: data must be a list, or binary data")
     values = _flat(tensor, shape, data)
@@ -287,11 +266,7 @@ def _from_json(
 def _from_binary(
     tensor: str, dtype: np.dtype[Any], shape: tuple[int, ...], data: memoryview
 ) -> NDArray[np.generic]:
-    """An array from bytes: little-endian, row-major, nothing between the elements.
-
-    Raises:
-        RequestRefused: 400, the bytes do not fit shape or datatype.
-    """
+    """An array from bytes: little-endian, row-major, nothing between the elements."""
     needed = math.prod(shape) * dtype.itemsize
     if len(data) != needed:
         raise RequestRefused(

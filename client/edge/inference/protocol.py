@@ -144,9 +144,7 @@ class InferenceProtocol:
         """Answer one request; whatever is wrong with it becomes an answer too.
 
         Args:
-            method: of HTTP.
             path: as it stands in the request, without the query.
-            body: all of it.
             json_bytes: the header ``Inference-Header-Content-Length``.
         """
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,9 @@ def save_rest(model: PublishedModel, layout: WeightsLayout, path: Path) -> None:
     for name, tensor in model.tensors.items():
         if name not in there:
             tensors[name] = tensor
-        elif isinstance(tensor, LatticeTensor):
-            empty = np.zeros(0, np.int8)
-            tensors[name] = LatticeTensor(empty, tensor.step, tensor.pruned, tensor.dtype)
         else:
-            tensors[name] = RawTensor(np.zeros(0, tensor.dtype))
+            dtype = np.int8 if isinstance(tensor, LatticeTensor) else tensor.dtype
+            tensors[name] = _filled(tensor, np.zeros(0, dtype))
     save_model(PublishedModel(tensors, model.counter), path)
 
 
@@ -90,10 +89,5 @@ def _values(mapped: NDArray[np.uint8], segment: Segment) -> NDArray[np.generic]:
 
 def _filled(tensor: Tensor, values: NDArray[np.generic]) -> Tensor:
     if isinstance(tensor, LatticeTensor):
-        return LatticeTensor(
-            values.astype(values.dtype.newbyteorder("="), copy=False),
-            tensor.step,
-            tensor.pruned,
-            tensor.dtype,
-        )
+        return replace(tensor, q=values.astype(values.dtype.newbyteorder("="), copy=False))
     return RawTensor(values)

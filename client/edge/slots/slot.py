@@ -1,5 +1,9 @@
 """A slot: one folder that holds one complete release.
 
+Arguments named alike mean the same: `folder` is the slot, which `verify_slot` has checked before
+it is opened; `manifest` is of the release in it; `threads` as in `open_session`; `seal` as
+`state.json` has it.
+
 Beside the signed model may lie what onnxruntime makes of it for this CPU: optimising and folding
 constants again at every start costs time and memory. It is not signed and nobody else may use it:
 a *seal* in `state.json` binds its bytes to the release, to the version of onnxruntime and to the
@@ -24,10 +28,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION
-from prunecast.client.edge.errors import ContentRefused, StateError
+from prunecast.client.edge.errors import ContentRefused, StateError, disk
 from prunecast.client.edge.slots.externals import check_externals
 from prunecast.client.edge.slots.patch_base import REST, save_rest
-from prunecast.common.files import StorageError, file_digest, make_folder, sync, write_synced
+from prunecast.common.files import file_digest, make_folder, sync, write_synced
 from prunecast.compression.release import LayoutError, ReleaseError, RuntimeFailure
 from prunecast.compression.release.layout import WeightsLayout
 from prunecast.compression.release.manifest import RELEASE_FILES, ReleaseManifest
@@ -75,12 +79,8 @@ class LoadedRelease:
 
 
 def clear_slot(folder: Path) -> None:
-    """Empty a slot that nothing refers to.
-
-    Raises:
-        StateError: the file system refuses.
-    """
-    try:
+    """Empty a slot that nothing refers to; a StateError when the file system refuses."""
+    with disk(f"clear {folder}"):
         make_folder(folder.parent)
         if folder.is_symlink():
             folder.unlink()  # what it leads to is none of the agent's business
@@ -88,8 +88,6 @@ def clear_slot(folder: Path) -> None:
             shutil.rmtree(folder)
         sync(folder.parent)
         folder.mkdir()
-    except OSError as error:
-        raise StateError(f"cannot clear {folder}: {error.strerror or error}") from error
 
 
 def build_slot(
@@ -98,7 +96,6 @@ def build_slot(
     """Write a release into a cleared slot, durably, and check what was written.
 
     Args:
-        folder: the slot.
         manifest: content of `release.json`.
         files: the small files by name: where they are now.
         model: the published model; `weights.bin` is rebuilt from it.
@@ -109,24 +106,23 @@ def build_slot(
     """
     parsed = ReleaseManifest.from_bytes(manifest)
     try:
-        for name, source in files.items():
-            write_synced(folder / name, source.read_bytes())
-        layout = WeightsLayout.from_bytes((folder / "layout.json").read_bytes())
-        if layout.size != parsed.weights.length:
-            raise ContentRefused("layout.json and release.json disagree about weights.bin")
-        sha256 = layout.write(model, folder / _WEIGHTS)
-        if sha256 != parsed.weights.sha256:
-            raise ContentRefused("the rebuilt weights.bin is not the one that was signed")
-        save_rest(model, layout, folder / REST)
-        write_synced(folder / _MANIFEST, manifest)
-        sync(folder)
-        sync(folder.parent)
+        with disk(f"write {folder}"):
+            for name, source in files.items():
+                write_synced(folder / name, source.read_bytes())
+            layout = WeightsLayout.from_bytes((folder / "layout.json").read_bytes())
+            if layout.size != parsed.weights.length:
+                raise ContentRefused("layout.json and release.json disagree about weights.bin")
+            sha256 = layout.write(model, folder / _WEIGHTS)
+            if sha256 != parsed.weights.sha256:
+                raise ContentRefused("the rebuilt weights.bin is not the one that was signed")
+            save_rest(model, layout, folder / REST)
+            write_synced(folder / _MANIFEST, manifest)
+            sync(folder)
+            sync(folder.parent)
     except LayoutError as error:
         raise ContentRefused(f"the release contradicts itself: {error}") from error
-    except (VersionsError, StorageError) as error:
+    except VersionsError as error:
         raise StateError(str(error)) from error
-    except OSError as error:
-        raise StateError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def verify_slot(folder: Path, manifest_sha256: str) -> ReleaseManifest:
@@ -156,9 +152,6 @@ def open_slot(
     """Load a new session of the signed model and run the self-test.
 
     Args:
-        folder: a verified slot.
-        manifest: of the release in it.
-        threads: see `open_session`.
         optimise: keep what onnxruntime makes of the model, if the disk has room, and serve that
             after the same self-test.
 
@@ -167,10 +160,8 @@ def open_slot(
         SelfTestFailed: it does not reproduce the recorded outputs.
         StateError: a file cannot be read.
     """
-    try:
+    with disk(f"read {folder / 'model.onnx'}"):
         graph = (folder / "model.onnx").read_bytes()
-    except OSError as error:
-        raise StateError(f"cannot read {folder}: {error}") from error
     check_externals(graph, file=_WEIGHTS, size=manifest.weights.length)
     if not (optimise and _may_optimise(folder, manifest)):
         return _tested(folder, manifest, open_session(folder / "model.onnx", threads=threads))
@@ -190,10 +181,6 @@ def open_optimised(
     """Load the model that was optimised for this CPU and run the self-test.
 
     Args:
-        folder: a verified slot.
-        manifest: of the release in it.
-        seal: of the optimised model, as `state.json` has it.
-        threads: see `open_session`.
         mark: whether to leave a mark in case that opening ends the process; the one agent does.
 
     Returns:
@@ -231,11 +218,9 @@ def _open_sealed(
 
 
 def _tested(folder: Path, manifest: ReleaseManifest, session: InferenceSession) -> LoadedRelease:
-    try:
+    with disk(f"read the self-test in {folder}"):
         inputs = unpack_arrays((folder / "selftest.npz").read_bytes())
         expected = unpack_arrays((folder / "expected.npz").read_bytes())
-    except OSError as error:
-        raise StateError(f"cannot read {folder}: {error}") from error
     difference = check_outputs(expected, session.run(inputs), manifest.tolerance)
     return LoadedRelease(manifest, session, difference)
 

@@ -18,6 +18,7 @@ from prunecast.client.edge.errors import (
     ContentRefused,
     NetworkError,
     StateError,
+    disk,
 )
 from prunecast.client.edge.slots.patch_base import patch_base
 from prunecast.client.edge.state import StateFolder
@@ -37,10 +38,7 @@ class Acquirer:
     """Downloads the parts of one release, verified; takes from the active slot what is the same.
 
     Args:
-        config: of the agent.
-        folder: its state folder.
         active: the active slot, None when there is none.
-        fetcher: the network.
         step: called with the name of every step before it begins.
         count: called with the kind and the number of bytes received.
         wait: sleeps for so many seconds between attempts.
@@ -61,14 +59,28 @@ class Acquirer:
         self._held = folder.slot(active) if active else None
         self._step, self._count, self._wait = step, count, wait
 
-    def check_fit(self, manifest: ReleaseManifest) -> None:
-        """Whether this agent and this disk can take the release.
+    def acquire(
+        self, manifest: ReleaseManifest
+    ) -> tuple[dict[str, Path], tuple[PublishedModel, PayloadKind, str | None]]:
+        """Everything that the release needs, if this agent and this disk can take it.
+
+        Returns:
+            The small files by name: where they are now. The model, how it came, and why a patch
+            was not used although there was one.
 
         Raises:
             AgentTooOld: it needs a newer agent.
-            ContentRefused: larger than this agent accepts.
-            StateError: the disk is too full.
+            ContentRefused: larger than this agent accepts, or not what was signed.
+            NetworkError: see `Download.run`.
+            StateError: the disk is too full, or refuses.
         """
+        self._drop_others(manifest)
+        self._check_fit(manifest)
+        self._step("download files")
+        files = {name: self._file(name, ref) for name, ref in manifest.files.items()}
+        return files, self._model(manifest)
+
+    def _check_fit(self, manifest: ReleaseManifest) -> None:
         if _numbers(manifest.minimum_agent) > _numbers(AGENT_VERSION):
             raise AgentTooOld(
                 f"release {manifest.version} needs agent {manifest.minimum_agent}, this is "
@@ -80,14 +92,14 @@ class Acquirer:
                 f"release {manifest.version} is larger than the {self._config.most_bytes} bytes "
                 "this agent accepts"
             )
-        self._check_disk(manifest)
-
-    def _check_disk(self, manifest: ReleaseManifest) -> None:
-        """Before the first byte: a slot with the model, and the files it is made from."""
+        # before the first byte: a slot with the model, and the files it is made from
         small = sum(ref.length for ref in manifest.files.values())
         slot = manifest.weights.length + manifest.keyframe.length + small
         needed = slot + manifest.keyframe.length + small + _SPARE
-        there = self._spare_slot_bytes() + folder_bytes(self._folder.downloads)
+        # what is freed before the new slot is written
+        held = folder_bytes(self._held) if self._held else 0
+        there = folder_bytes(self._folder.path / "slots") - held
+        there += folder_bytes(self._folder.downloads)
         free = shutil.disk_usage(self._folder.path).free
         if free + there < needed:
             raise StateError(
@@ -95,44 +107,16 @@ class Acquirer:
                 f"{self._folder.path}, {free:,} are free: make room; the next check tries again"
             )
 
-    def _spare_slot_bytes(self) -> int:
-        """What is freed before the new slot is written."""
-        slots = self._folder.path / "slots"
-        held = folder_bytes(self._held) if self._held else 0
-        return folder_bytes(slots) - held
-
-    def drop_others(self, manifest: ReleaseManifest) -> None:
-        """Remove downloads that belong to other releases: nobody will finish them.
-
-        Raises:
-            StateError: the disk refuses.
-        """
+    def _drop_others(self, manifest: ReleaseManifest) -> None:
+        """Remove downloads that belong to other releases: nobody will finish them."""
         names = {"release.json"}
         for ref in manifest.references().values():
             names |= {ref.sha256, f"{ref.sha256}.part"}
-        try:
+        with disk(f"tidy {self._folder.downloads}"):
             keep_only(self._folder.downloads, names)
-        except OSError as error:
-            problem = error.strerror or error
-            raise StateError(f"cannot tidy {self._folder.downloads}: {problem}") from error
 
-    def files(self, manifest: ReleaseManifest) -> dict[str, Path]:
-        """The small files by name: where they are now.
-
-        Raises:
-            ContentRefused, NetworkError, StateError: see `download`.
-        """
-        return {name: self._file(name, ref) for name, ref in manifest.files.items()}
-
-    def model(self, manifest: ReleaseManifest) -> tuple[PublishedModel, PayloadKind, str | None]:
-        """The published model by the cheapest way that works: held, patch, keyframe.
-
-        Returns:
-            The model, how it came, and why a patch was not used although there was one.
-
-        Raises:
-            ContentRefused, NetworkError, StateError: see `download`.
-        """
+    def _model(self, manifest: ReleaseManifest) -> tuple[PublishedModel, PayloadKind, str | None]:
+        """By the cheapest way that works: held, patch, keyframe."""
         held = patch_base(self._held) if self._held else None
         reason = None
         if held is not None:
@@ -167,21 +151,17 @@ class Acquirer:
     def _file(self, name: str, ref: FileRef) -> Path:
         target = self._folder.downloads / ref.sha256
         held = self._held / name if self._held else None
-        try:
+        with disk(f"copy {held}"):
             if held and held.is_file() and file_digest(held) == ref.sha256:
                 make_folder(target.parent)
                 shutil.copyfile(held, target)  # its slot may be the one that is rebuilt
                 return target
-        except OSError as error:
-            raise StateError(f"cannot copy {held}: {error.strerror or error}") from error
         return self._download("files", ref)
 
     def _fetch(self, kind: str, ref: FileRef) -> bytes:
         path = self._download(kind, ref)
-        try:
+        with disk(f"read {path}"):
             return path.read_bytes()
-        except OSError as error:
-            raise StateError(f"cannot read {path}: {error.strerror or error}") from error
 
     def _download(self, kind: str, ref: FileRef) -> Path:
         path = self._folder.downloads / ref.sha256
@@ -220,8 +200,6 @@ class Download:
     asks only for the rest. Never more than ``ref.length`` bytes are written.
 
     Attributes:
-        fetcher: the network.
-        url: where the file is.
         ref: its digest and length, from signed metadata.
         path: where it goes.
         on_bytes: called with the number of bytes of every piece received.
@@ -251,7 +229,7 @@ class Download:
             StateError: the disk refuses.
         """
         path, part, wanted = self.path, self._part, self.ref.sha256
-        try:
+        with disk(f"write {path}"):
             if path.is_file() and file_digest(path) == wanted:
                 return
             make_folder(path.parent)
@@ -265,8 +243,6 @@ class Download:
                 resumed = self._fill()
             os.replace(part, path)
             sync(path.parent)
-        except OSError as error:
-            raise StateError(f"cannot write {path}: {error.strerror or error}") from error
 
     def _fill(self) -> bool:
         """Complete `part`; returns whether it began with bytes of an earlier attempt."""

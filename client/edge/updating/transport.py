@@ -83,12 +83,7 @@ class Fetcher(FetcherInterface):
 
 
 class Passing(Fetcher):
-    """Another fetcher whose chunks pass through a function, such as `TokenBucket.slow`.
-
-    Args:
-        inner: the network.
-        through: from the chunks of one answer to what comes out.
-    """
+    """Another fetcher whose chunks pass through a function, such as `TokenBucket.slow`."""
 
     def __init__(
         self, inner: Fetcher, through: Callable[[Iterator[bytes]], Iterator[bytes]]

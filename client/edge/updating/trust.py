@@ -94,12 +94,7 @@ class TrustedListing:
             self._updater.refresh()
 
     def versions(self, name: str) -> list[int]:
-        """Numbers of the live releases of `name`, ascending.
-
-        Raises:
-            TrustError: the list of the role that publishes `name` is forged or expired.
-            NetworkError: the repository cannot be reached.
-        """
+        """Numbers of the live releases of `name`, ascending; raises as the class does."""
         listings = [self._read(Targets.type), *self._delegated(name)]
         found = (parse_manifest_path(path) for listing in listings for path in listing.targets)
         return sorted({parsed[1] for parsed in found if parsed and parsed[0] == name})

@@ -149,10 +149,6 @@ class Connection:
     """A client's connection, from the first request to the end.
 
     Args:
-        reader: what it sends.
-        writer: where replies go.
-        limits: what it may take.
-        metrics: where replies are counted.
         respond: makes the replies.
         limited: whether it counts among `ServingLimits.connections`.
 
@@ -254,12 +250,7 @@ class Connection:
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
 
     async def _request(self) -> Request | None:
-        """The next request, or None when the client has ended the connection.
-
-        Raises:
-            TimeoutError: none came, or not all of it.
-            h11.RemoteProtocolError: it is none.
-        """
+        """The next request, or None when the client has ended the connection."""
         limits = self._limits
         self._head_only = False
         self._idle = not self._http.trailing_data[0]
@@ -323,12 +314,7 @@ class Connection:
         return head
 
     async def _in_order(self, head: bytes, body: bytes | FilePart) -> None:
-        """Head, then body: through the kernel where that is cheaper.
-
-        Raises:
-            OSError: the client is gone, or takes nothing.
-            EOFError: the file became shorter.
-        """
+        """Head, then body: through the kernel where that is cheaper."""
         if isinstance(body, FilePart) and body.length > _IN_MEMORY:
             await self._write(head)
             await self._in_pieces(body)

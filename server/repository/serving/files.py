@@ -137,9 +137,7 @@ def family(name: str) -> Family | None:
 def open_public(root: Path, name: str) -> tuple[int, int]:
     """Open a regular file below `root` without following a symbolic link on the way.
 
-    Args:
-        root: the repository; it may itself be a link.
-        name: a public name.
+    `root` may itself be a link.
 
     Returns:
         A file descriptor, which the caller closes, and the size in bytes.
@@ -176,7 +174,6 @@ def file_reply(root: Path, name: str, conditions: Mapping[str, str]) -> Reply:
     """Reply with a file of a repository, or the part of it that is wanted.
 
     Args:
-        root: the repository.
         name: path of the file in it, as it was asked for.
         conditions: headers of the request by lower-case name.
 

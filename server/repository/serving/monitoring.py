@@ -105,10 +105,6 @@ class BlobKinds:
     """What a repository's blobs are for: only its manifests tell, for a blob's name is a digest.
 
     For counting alone: signatures are not checked.
-
-    Args:
-        root: the repository.
-        clock: monotonic seconds, for tests.
     """
 
     def __init__(self, root: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -211,12 +207,7 @@ def check_health(root: Path, now: datetime) -> RepositoryHealth:
 
 
 class HealthCheck:
-    """The health of a repository, looked at when somebody asks and it is not known of late.
-
-    Args:
-        root: the repository.
-        now: the clock, for tests.
-    """
+    """The health of a repository, looked at when somebody asks and it is not known of late."""
 
     def __init__(
         self, root: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)

@@ -43,10 +43,6 @@ _log = logging.getLogger(__name__)
 class Application:
     """A repository as clients see it.
 
-    Args:
-        root: the repository.
-        limits: what clients may take.
-
     Attributes:
         metrics: what is counted.
         draining: the server is about to end; health says so.
