@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -148,6 +149,9 @@ def test_urls_are_checked(tmp_path: Path) -> None:
     for wrong in ("fleet.db", "mysql://x/y", "sqlite+nope:///x"):
         with pytest.raises((Unusable, DatabaseMissing)):
             Database(wrong)
+    for driver in ("sqlite+nope", "postgresql+nope", "mysql"):
+        with pytest.raises(Unusable, match=f"{re.escape(driver)} is not supported"):
+            Database.create(f"{driver}:///x", {})
     (tmp_path / "text.db").write_text("no database" * 100)
     with pytest.raises(DatabaseError, match="not a database"):
         Database(f"sqlite:///{tmp_path / 'text.db'}")
