@@ -52,6 +52,7 @@ class Archive(TensorFile):
         self.limits = limits
         self._last: tuple[int, FilePart] | None = None
         super().__init__(path, "pcc", {}, self._decoded)
+        self._read_parts()
 
     def _decoded(self, name: str) -> FileTensor:
         number = self.part_of[name]
@@ -80,12 +81,8 @@ class Archive(TensorFile):
         except UnreadableFile as error:
             raise UnreadableFile(f"{self.path}: {error}") from error
 
-    def read_parts(self) -> None:
-        """Read what every part says of itself, and check that they belong together.
-
-        Raises:
-            UnreadableFile, FileTooLarge: see `open_archive`.
-        """
+    def _read_parts(self) -> None:
+        """Read what every part says of itself, and check that they belong together."""
         offset, total, count = 0, 0, 1
         for number, payload in enumerate(read_payloads(self.path)):
             self._last = None  # before another is opened
@@ -171,9 +168,7 @@ def open_archive(path: Path, *, max_bytes: int | None = None) -> Archive:
         UnreadableFile: missing, damaged, cut off, or no compressed file.
         FileTooLarge: its tensors exceed `max_bytes`.
     """
-    archive = Archive(Path(path), _limits(Path(path), max_bytes))
-    archive.read_parts()
-    return archive
+    return Archive(Path(path), _limits(Path(path), max_bytes))
 
 
 def _limits(path: Path, max_bytes: int | None) -> Limits:

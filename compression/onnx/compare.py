@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prunecast.compression.onnx import ForeignModel, NumericsError
 from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.runtime import InferenceSession, Signature
-from prunecast.compression.release.selftest import Arrays
+from prunecast.compression.release.selftest import Arrays, distances
 
 __all__ = ["Difference", "differ", "draw_inputs", "record"]
 
@@ -116,19 +116,16 @@ def differ(wanted: Arrays, found: Arrays) -> Difference:
             )
         if not want.size:
             continue
-        a, b = want.astype(np.float64), have.astype(np.float64)
-        same = (a == b) | (np.isnan(a) & np.isnan(b))
-        with np.errstate(invalid="ignore"):
-            far = float(np.where(same, 0.0, np.abs(a - b)).max())
+        far = float(distances(want, have).max())
         if not np.isfinite(far):
             raise NumericsError(
                 f"output {name!r} is not finite where the original's is, or vice versa"
             )
-        finite = np.abs(a[np.isfinite(a)])
-        scale = float(finite.max()) if finite.size else 0.0
+        sizes = np.abs(want.astype(np.float64))
+        scale = float(sizes.max(initial=0.0, where=np.isfinite(sizes)))
         absolute = max(absolute, far)
         relative = max(relative, far / scale if scale else float(far > 0))
         if want.dtype.kind == "f" and want.ndim >= 2 and want.shape[-1] > 1:
             decisions += want.size // want.shape[-1]
-            changed += int((a.argmax(-1) != b.argmax(-1)).sum())
+            changed += int((want.argmax(-1) != have.argmax(-1)).sum())
     return Difference(absolute, relative, changed / decisions if decisions else 0.0)

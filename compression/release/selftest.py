@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from prunecast.compression.release import SelfTestFailed
 
-__all__ = ["Arrays", "Tolerance", "check_outputs", "decided", "pack_arrays", "unpack_arrays"]
+__all__ = [
+    "Arrays",
+    "Tolerance",
+    "check_outputs",
+    "decided",
+    "distances",
+    "pack_arrays",
+    "unpack_arrays",
+]
 
 Arrays = Mapping[str, NDArray[np.generic]]
 _ROUNDING = 1e-5  # relative; float32 sums in another order stay well below
@@ -130,26 +138,32 @@ def check_outputs(expected: Arrays, actual: Arrays, tolerance: Tolerance) -> flo
 def _check_floats(
     name: str, want: NDArray[np.generic], got: NDArray[np.generic], tolerance: Tolerance
 ) -> float:
-    reference, found = want.astype(np.float64), got.astype(np.float64)
-    same = (reference == found) | (np.isnan(reference) & np.isnan(found))
+    distance = distances(want, got)
     with np.errstate(invalid="ignore"):
-        distance = np.where(same, 0.0, np.abs(found - reference))
-        allowed = tolerance.atol + tolerance.rtol * np.abs(reference)
-        bad = ~(same | (distance <= allowed))
+        allowed = tolerance.atol + tolerance.rtol * np.abs(want.astype(np.float64))
+        bad = (distance != 0) & ~(distance <= allowed)
     if bad.any():
         far = float(np.max(np.where(np.isnan(distance), np.inf, distance)))
         raise SelfTestFailed(
             f"self-test: {int(bad.sum())} of {bad.size} values of output {name!r} differ by up to "
             f"{far:.3g} (allowed: {tolerance.atol:.3g} + {tolerance.rtol:.3g} of the value)"
         )
-    if tolerance.argmax and _has_classes(reference):
-        other = reference.argmax(axis=-1) != found.argmax(axis=-1)
+    if tolerance.argmax and _has_classes(want):
+        other = want.argmax(axis=-1) != got.argmax(axis=-1)
         if other.any():
             raise SelfTestFailed(
                 f"self-test: output {name!r} decides for another class in {int(other.sum())} of "
                 f"{other.size} cases"
             )
     return float(distance.max()) if distance.size else 0.0
+
+
+def distances(wanted: NDArray[np.generic], found: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Absolute difference of each value, in float64; 0 where both are NaN or equally infinite."""
+    a, b = wanted.astype(np.float64), found.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        return np.where(same, 0.0, np.abs(a - b))
 
 
 def decided(outputs: Arrays, margin: float = 0.0) -> bool:

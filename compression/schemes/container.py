@@ -45,10 +45,22 @@ from prunecast.compression.codec import (
 from . import UnsupportedTensor
 from .layout import Layout, total_size
 
-__all__ = ["CODINGS", "Envelope", "Reader", "checked_scales", "coded", "decoded", "seal", "unseal"]
+__all__ = [
+    "CODINGS",
+    "NAMES",
+    "Envelope",
+    "Reader",
+    "checked_scales",
+    "coded",
+    "decoded",
+    "seal",
+    "unseal",
+]
 
 MAGIC = b"PCS"
 MAJOR, MINOR = 1, 0
+NAMES = ("", "topk", "stc", "qsgd", "signsgd", "int8", "int4", "fp16")
+"""Of the schemes; the index is the scheme's number on the wire."""
 CODINGS = ("paper", "prunecast")
 """The index is the coding's number on the wire."""
 
@@ -60,13 +72,26 @@ _MOST = 1 << 60  # elements, not counting dimensions of zero: what numpy can lay
 
 @dataclass(frozen=True)
 class Envelope:
-    """A payload whose container was checked; the body was not."""
+    """A payload whose container was checked; the body was not.
 
-    scheme: int
+    Attributes:
+        scheme: name of the scheme.
+        coding: "paper" or "prunecast".
+        layout: names and shapes.
+        body: scales and integers, as the scheme writes them.
+        head_bytes: bytes of the container: header, names and shapes, checksum.
+    """
+
+    scheme: str
     coding: str
     layout: dict[str, tuple[int, ...]]
     body: bytes
     head_bytes: int
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of the scheme."""
+        return len(self.body)
 
 
 class Reader:
@@ -127,7 +152,7 @@ def checked_scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return values
 
 
-def seal(scheme: int, coding: str, layout: Layout, body: bytes) -> bytes:
+def seal(scheme: str, coding: str, layout: Layout, body: bytes) -> bytes:
     """Return the finished payload.
 
     Raises:
@@ -145,9 +170,8 @@ def seal(scheme: int, coding: str, layout: Layout, body: bytes) -> bytes:
             ) from error
     section = b"".join(parts)
     total = _HEAD.size + len(section) + len(body) + _CRC
-    head = _HEAD.pack(
-        MAGIC, MAJOR, MINOR, scheme, CODINGS.index(coding), 0, total, len(layout), len(section)
-    )
+    kinds = NAMES.index(scheme), CODINGS.index(coding)
+    head = _HEAD.pack(MAGIC, MAJOR, MINOR, *kinds, 0, total, len(layout), len(section))
     payload = head + section + body
     return payload + zlib.crc32(payload).to_bytes(_CRC, "little")
 
@@ -179,6 +203,8 @@ def unseal(payload: bytes, limits: Limits) -> Envelope:
         raise UnsupportedVersion(
             f"the payload has unknown flags {flags:#04x} or coding {coding}; update prunecast"
         )
+    if not 0 < scheme < len(NAMES):
+        raise UnsupportedVersion(f"the payload is of unknown scheme {scheme}; update prunecast")
     if total != len(payload):
         raise TruncatedPayload(
             f"the payload states {total} bytes but has {len(payload)}; fetch it again"
@@ -189,7 +215,9 @@ def unseal(payload: bytes, limits: Limits) -> Envelope:
     _limit("tensors", count, limits.tensors)
     layout = _read_layout(Reader(content.take(size)), count, limits)
     _check_size(layout, limits, len(payload))
-    return Envelope(scheme, CODINGS[coding], layout, content.rest(), _HEAD.size + size + _CRC)
+    return Envelope(
+        NAMES[scheme], CODINGS[coding], layout, content.rest(), _HEAD.size + size + _CRC
+    )
 
 
 def _read_layout(reader: Reader, count: int, limits: Limits) -> dict[str, tuple[int, ...]]:

@@ -89,7 +89,6 @@ class Fp16(_Dense):
     """
 
     name: ClassVar[str] = "fp16"
-    number: ClassVar[int] = 7
     dtype = "float16"
     choices: ClassVar = {"overflow": ("error", "saturate")}
 
@@ -200,7 +199,6 @@ class Int8(_Integers):
     """
 
     name: ClassVar[str] = "int8"
-    number: ClassVar[int] = 5
     top: ClassVar[int] = 127
 
 
@@ -217,7 +215,6 @@ class Int4(_Integers):
     """
 
     name: ClassVar[str] = "int4"
-    number: ClassVar[int] = 6
     top: ClassVar[int] = 7
 
     @classmethod
@@ -255,7 +252,6 @@ class SignSgd(_Dense):
     """
 
     name: ClassVar[str] = "signsgd"
-    number: ClassVar[int] = 4
     dtype = "bool"
     choices: ClassVar = {"ties": ("random", "positive")}
 
@@ -343,8 +339,8 @@ def majority_vote(
     scales = np.zeros(0, np.float64)
     for number, payload in enumerate(payloads):
         envelope = unseal(bytes(payload), limits)
-        if envelope.scheme != SignSgd.number:
-            raise WrongScheme(f"payload {number} is no vote: its scheme is {envelope.scheme}")
+        if envelope.scheme != SignSgd.name:
+            raise WrongScheme(f"payload {number} is no vote: its scheme is {envelope.scheme!r}")
         if not number:
             layout = envelope.layout
             votes = {name: np.zeros(shape, np.int32) for name, shape in layout.items()}
@@ -360,4 +356,4 @@ def majority_vote(
         coins = draws.coins(name, sum_.size).reshape(sum_.shape)
         values[name] = np.where(sum_ == 0, coins if ties == "random" else True, sum_ > 0)
     result = Quantised(values, (scales / len(payloads)).astype(np.float32))
-    return seal(answer.number, coding, layout, answer._write(result, layout))
+    return seal(answer.name, coding, layout, answer._write(result, layout))

@@ -101,9 +101,7 @@ class Scheme(ABC):
     """
 
     name: ClassVar[str]
-    """What `scheme` calls it."""
-    number: ClassVar[int]
-    """What the container calls it."""
+    """What `scheme` calls it; its place in `container.NAMES` is its number on the wire."""
     choices: ClassVar[Mapping[str, tuple[Option, ...]]] = {}
     """Options that have only a few values, and these."""
 
@@ -190,7 +188,7 @@ class Scheme(ABC):
             sent = self._restore(quantised, state.layout)
             buffers = self._remember(wanted, sent)
         return (
-            seal(self.number, self.coding, state.layout, body),
+            seal(self.name, self.coding, state.layout, body),
             State(state.layout, state.step + 1, buffers),
         )
 
@@ -203,10 +201,10 @@ class Scheme(ABC):
         """
         limits = limits or Limits()
         envelope = unseal(bytes(payload), limits)
-        if envelope.scheme != self.number:
+        if envelope.scheme != self.name:
             raise WrongScheme(
-                f"the payload is of scheme number {envelope.scheme}, {self.name!r} has "
-                f"{self.number}; use decode_payload() where any scheme will do"
+                f"the payload is of scheme {envelope.scheme!r}, not {self.name!r}; use "
+                "decode_payload() where any scheme will do"
             )
         return self.open(envelope, limits)
 

@@ -163,7 +163,6 @@ class Qsgd(Scheme):
     """
 
     name: ClassVar[str] = "qsgd"
-    number: ClassVar[int] = 3
     choices: ClassVar = {"norm": ("l2", "max"), "elias": ("auto", *_ELIAS)}
 
     levels: int = 8

@@ -9,24 +9,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from prunecast.compression.codec import Limits, UnsupportedVersion
+from prunecast.compression.codec import Limits
 
 from . import UnknownScheme
-from .container import unseal
+from .container import Envelope, unseal
 from .dense import Fp16, Int4, Int8, SignSgd
 from .interface import Option, Scheme
 from .layout import Arrays
 from .qsgd import Qsgd
 from .sparse import Stc, TopK
 
-__all__ = ["SCHEMES", "PayloadInfo", "decode_payload", "inspect", "scheme"]
+__all__ = ["SCHEMES", "decode_payload", "inspect", "scheme"]
 
 SCHEMES: dict[str, type[Scheme]] = {
     kind.name: kind for kind in (TopK, Stc, Qsgd, SignSgd, Int8, Int4, Fp16)
 }
-_BY_NUMBER = {kind.number: kind for kind in SCHEMES.values()}
 
 
 def scheme(name: str, /, **config: Option) -> Scheme:
@@ -44,39 +41,13 @@ def scheme(name: str, /, **config: Option) -> Scheme:
     return SCHEMES[name].from_config(config)
 
 
-@dataclass(frozen=True)
-class PayloadInfo:
-    """What a payload says of itself.
-
-    Attributes:
-        scheme: name of the scheme.
-        coding: "paper" or "prunecast".
-        layout: names and shapes.
-        head_bytes: bytes of the container: header, names and shapes, checksum.
-        body_bytes: bytes of the scheme: scales and integers.
-    """
-
-    scheme: str
-    coding: str
-    layout: dict[str, tuple[int, ...]]
-    head_bytes: int
-    body_bytes: int
-
-
-def inspect(payload: bytes, *, limits: Limits | None = None) -> PayloadInfo:
+def inspect(payload: bytes, *, limits: Limits | None = None) -> Envelope:
     """What the container of a payload states; the tensors are not decoded.
 
     Raises:
         CodecError: a subclass for each way in which the bytes may be wrong.
     """
-    envelope = unseal(bytes(payload), limits or Limits())
-    return PayloadInfo(
-        _kind(envelope.scheme).name,
-        envelope.coding,
-        envelope.layout,
-        envelope.head_bytes,
-        len(envelope.body),
-    )
+    return unseal(bytes(payload), limits or Limits())
 
 
 def decode_payload(payload: bytes, *, limits: Limits | None = None) -> Arrays:
@@ -87,10 +58,4 @@ def decode_payload(payload: bytes, *, limits: Limits | None = None) -> Arrays:
     """
     limits = limits or Limits()
     envelope = unseal(bytes(payload), limits)
-    return _kind(envelope.scheme).open(envelope, limits)
-
-
-def _kind(number: int) -> type[Scheme]:
-    if number not in _BY_NUMBER:
-        raise UnsupportedVersion(f"the payload is of unknown scheme {number}; update prunecast")
-    return _BY_NUMBER[number]
+    return SCHEMES[envelope.scheme].open(envelope, limits)

@@ -138,7 +138,6 @@ class Stc(_Sparse):
     """
 
     name: ClassVar[str] = "stc"
-    number: ClassVar[int] = 2
 
     density: float = 0.01
     scope: str = "payload"
@@ -242,7 +241,6 @@ class TopK(_Sparse):
     """
 
     name: ClassVar[str] = "topk"
-    number: ClassVar[int] = 1
     choices: ClassVar = {**_Sparse.choices, "value_bits": _BITS}
 
     accumulate: bool = True

@@ -110,6 +110,6 @@ def test_reads_no_more_than_ternary() -> None:
     from prunecast.compression.schemes.container import seal, unseal
 
     body = unseal(payload, Limits()).body
-    forged = seal(Stc.number, "prunecast", {"w": (2,)}, b"\0" + body)
+    forged = seal(Stc.name, "prunecast", {"w": (2,)}, b"\0" + body)
     with pytest.raises(MalformedPayload, match="ternary"):
         Stc().decode(forged)
