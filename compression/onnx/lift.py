@@ -154,7 +154,12 @@ class _Lifting:
         outputs = {o.name for o in graph.output}
         seen: set[str] = set()
         kept, nodes = [], []
-        for item in _densified(graph, self.reader):
+        sparse = [
+            numpy_helper.from_array(self.reader.dense(s), s.values.name)
+            for s in graph.sparse_initializer
+        ]
+        del graph.sparse_initializer[:]
+        for item in (*graph.initializer, *sparse):
             if not item.name or item.name in seen:
                 raise ForeignModel(f"two initialisers are named {item.name[:80]!r}")
             seen.add(item.name)
@@ -258,14 +263,6 @@ def _multiplied(name: str, uses: Uses, depth: int = 8) -> bool:
         or (op in _MOVING and i == 0 and depth > 0 and _multiplied(output, uses, depth - 1))
         for op, i, output in readers
     )
-
-
-def _densified(graph: Any, reader: TensorReader) -> list[Any]:
-    made = []
-    for sparse in graph.sparse_initializer:
-        made.append(numpy_helper.from_array(reader.dense(sparse), sparse.values.name))
-    del graph.sparse_initializer[:]
-    return [*graph.initializer, *made]
 
 
 def _holds_weights(function: Any, reader: TensorReader) -> bool:

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import Limits, quantise, spread
 from prunecast.compression.flower import payload_record
 from prunecast.compression.flower.internals import Measured
-from prunecast.compression.pruning.plan import Knowledge, PruningPlan
-from prunecast.compression.pruning.statistics import Statistics
+from prunecast.compression.pruning.plan import Knowledge, PruningPlan, Statistics
 from prunecast.compression.versions import (
     InvalidModel,
     Kind,

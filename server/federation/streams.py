@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord
 
 from prunecast.compression.flower import dense_arrays, stream_id
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.statistics import StatisticsMean
+from prunecast.compression.pruning.plan import StatisticsMean
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publisher import Publisher, Version
 

@@ -20,8 +20,7 @@ from prunecast.client.training import (
     wanted_statistics,
 )
 from prunecast.compression.flower import payload_of, payload_record
-from prunecast.compression.pruning.plan import CRITERIA
-from prunecast.compression.pruning.statistics import pack_statistics
+from prunecast.compression.pruning.plan import CRITERIA, pack_statistics
 from prunecast.server.federation import Policy
 from prunecast.server.federation.publisher import Publisher
 from support.federation import (
