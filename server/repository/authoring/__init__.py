@@ -1,6 +1,10 @@
 """What a release is made from, and how it is built; needs onnx and onnxruntime."""
 
-from prunecast.server.repository.authoring.build import ReleaseContents
+from prunecast.server.repository.authoring.build import (
+    ReleaseContents,
+    Samples,
+    split_samples,
+)
 from prunecast.server.repository.authoring.recipe import (
     VARIANTS,
     NewestRelease,
@@ -14,7 +18,6 @@ from prunecast.server.repository.authoring.sources import (
     plan_of,
     read_checkpoint,
 )
-from prunecast.server.repository.authoring.variants import Samples, make_variant, split_samples
 
 __all__ = [
     "VARIANTS",
@@ -25,7 +28,6 @@ __all__ = [
     "export_release",
     "from_arrays",
     "from_onnx",
-    "make_variant",
     "plan_of",
     "read_checkpoint",
     "read_recipe",

@@ -36,20 +36,20 @@ from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import Arrays, unpack_arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel
-from prunecast.server.repository.authoring.build import ReleaseContents
+from prunecast.server.repository.authoring.build import (
+    ReleaseContents,
+    Samples,
+    make_variant,
+    reference_outputs,
+    run_samples,
+    split_samples,
+)
 from prunecast.server.repository.authoring.sources import (
     Architecture,
     export_module,
     from_arrays,
     from_onnx,
     plan_of,
-)
-from prunecast.server.repository.authoring.variants import (
-    Samples,
-    make_variant,
-    reference_outputs,
-    run_samples,
-    split_samples,
 )
 from prunecast.server.repository.errors import RecipeError
 from prunecast.server.repository.reading import RepositoryReader
@@ -210,7 +210,7 @@ class ReleaseRecipe:
     ) -> ReleaseContents:
         if model is None:
             raise RecipeError("model", "is missing: a graph or a module has no weights")
-        held = newest.model if newest is not None and self._wants_held else None
+        held = self._held(newest)
         found = self._architecture(model, newest)
         weights, reference = found.weights, found.reference
         if reference is None and self.samples is not None:
@@ -218,12 +218,9 @@ class ReleaseRecipe:
         if self.bits is not None:
             if any(isinstance(t, LatticeTensor) for t in model.tensors.values()):
                 raise RecipeError("bits", "the model is on a lattice already")
+            dense, counter = weights.arrays(), model.counter
             weights = from_arrays(
-                weights.arrays(),
-                bits=self.bits,
-                steps=self.steps,
-                held=held,
-                counter=model.counter,
+                dense, bits=self.bits, steps=self.steps, held=held, counter=counter
             )
         selftest = self._named_inputs() if self.selftest is None else self.selftest
         contents = ReleaseContents(
@@ -263,7 +260,7 @@ class ReleaseRecipe:
 
     def _from_file(self, newest: NewestRelease | None) -> ReleaseContents:
         assert self.onnx is not None
-        held = newest.model if newest is not None and self._wants_held else None
+        held = self._held(newest)
         inputs = self._named_inputs() if self.selftest is not None or self.samples else None
         made = from_onnx(
             self.onnx,
@@ -283,9 +280,9 @@ class ReleaseRecipe:
             reference = run_samples(open_session(self.onnx), self.samples)
         return make_variant(made, kind, self.samples, reference=reference, held=held)
 
-    @property
-    def _wants_held(self) -> bool:
-        return self.bits is not None or self.variant == "int8-qdq" or self.onnx is not None
+    def _held(self, newest: NewestRelease | None) -> PublishedModel | None:
+        wanted = self.bits is not None or self.variant == "int8-qdq" or self.onnx is not None
+        return newest.model if newest is not None and wanted else None
 
     @property
     def _cache(self) -> Path:

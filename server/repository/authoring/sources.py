@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from prunecast.compression.files import FilesError
 from prunecast.compression.files.formats import open_tensors
 from prunecast.compression.files.tensors import FOREIGN, FileTensor
 from prunecast.compression.onnx import ForeignModel, NumericsError
-from prunecast.compression.onnx.bind import Variant, bind_weights, export_single
+from prunecast.compression.onnx.bind import Variant, export_single
 from prunecast.compression.onnx.compare import Difference, differ, draw_inputs, record
 from prunecast.compression.onnx.graph import ExportedGraph, read_note, with_note
 from prunecast.compression.onnx.lattice import Steps, snap
@@ -27,7 +26,7 @@ from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.release.runtime import fit_inputs, open_session
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, load_model
-from prunecast.server.repository.authoring.build import ReleaseContents
+from prunecast.server.repository.authoring.build import ReleaseContents, bound_session
 from prunecast.server.repository.errors import RecipeError, RepositoryError
 from prunecast.server.repository.reading import RepositoryReader
 
@@ -265,9 +264,8 @@ def from_onnx(
 def _difference(
     graph: ExportedGraph, model: PublishedModel, variant: Variant, given: Arrays, wanted: Arrays
 ) -> Difference:
-    with tempfile.TemporaryDirectory() as folder:
-        bound = bind_weights(graph, model, Path(folder), variant=variant)
-        return differ(wanted, open_session(bound.model).run(given))
+    with bound_session(graph, model, variant) as session:
+        return differ(wanted, session.run(given))
 
 
 def _variant(
