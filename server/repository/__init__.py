@@ -5,7 +5,7 @@ Needs neither torch nor onnx. What makes a release is `authoring`, what delivers
 
 from prunecast.server.repository.checks.doctor import examine
 from prunecast.server.repository.checks.metadata import Finding
-from prunecast.server.repository.checks.verify import VerifiedRelease, verify_repository
+from prunecast.server.repository.checks.verify import verify_repository
 from prunecast.server.repository.errors import (
     CeremonyError,
     KeyFileError,
@@ -19,12 +19,6 @@ from prunecast.server.repository.errors import (
     VerificationFailed,
 )
 from prunecast.server.repository.keys.ceremony import Ceremony
-from prunecast.server.repository.keys.changes import (
-    Change,
-    RoleKeys,
-    changed_metadata,
-    first_metadata,
-)
 from prunecast.server.repository.keys.keyholders import (
     KeyRing,
     load_holder,
@@ -32,12 +26,12 @@ from prunecast.server.repository.keys.keyholders import (
     make_holder,
     make_online,
 )
-from prunecast.server.repository.reading import ReleaseEntry, RepositoryReader
+from prunecast.server.repository.keys.signing import Change, RoleKeys, first_metadata
+from prunecast.server.repository.reading import RepositoryReader
 from prunecast.server.repository.repository import PublishedRelease, Repository
-from prunecast.server.repository.roles import OFFLINE_ROLES, ONLINE_ROLES, ROLES, Expiry
+from prunecast.server.repository.roles import ONLINE_ROLES, ROLES, Expiry
 
 __all__ = [
-    "OFFLINE_ROLES",
     "ONLINE_ROLES",
     "ROLES",
     "Ceremony",
@@ -49,7 +43,6 @@ __all__ = [
     "KeyRing",
     "PublishedRelease",
     "RecipeError",
-    "ReleaseEntry",
     "ReleaseNotFound",
     "Repository",
     "RepositoryCorrupt",
@@ -60,8 +53,6 @@ __all__ = [
     "ServerError",
     "ThresholdNotMet",
     "VerificationFailed",
-    "VerifiedRelease",
-    "changed_metadata",
     "examine",
     "first_metadata",
     "load_holder",

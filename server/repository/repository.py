@@ -40,12 +40,11 @@ from prunecast.server.repository.errors import (
     RepositoryExists,
     ThresholdNotMet,
 )
-from prunecast.server.repository.garbage import collect
 from prunecast.server.repository.keys.ceremony import Ceremony
-from prunecast.server.repository.keys.changes import RoleKeys, first_metadata
 from prunecast.server.repository.keys.keyholders import KeyRing, write_key
+from prunecast.server.repository.keys.signing import RoleKeys, first_metadata
 from prunecast.server.repository.metadata import MetadataSet
-from prunecast.server.repository.reading import RepositoryReader, target_file
+from prunecast.server.repository.reading import RepositoryReader, collect, target_file
 from prunecast.server.repository.roles import ONLINE_ROLES, ROLES, Expiry
 
 if TYPE_CHECKING:
@@ -135,8 +134,6 @@ class Repository(RepositoryReader):
             keys: one for each role, or the online ones with a `ceremony`.
             ceremony: root and targets that holders signed; None signs them with `keys`.
             window: see `Repository`, and so the others.
-            expiry: lifetimes of the signed metadata.
-            now: the clock.
 
         Raises:
             RepositoryExists: there is a repository already.

@@ -310,9 +310,7 @@ def read_checkpoint(
 
     Args:
         path: ``.safetensors``, ``.npz``, or a file that `save_model` wrote.
-        bits: for dense checkpoints, see `from_arrays`.
-        steps: likewise.
-        held: likewise.
+        bits: for dense checkpoints, see `from_arrays`, and so the others.
 
     Raises:
         RepositoryError: not readable as its suffix says, or `bits` given for a published model.

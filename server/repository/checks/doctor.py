@@ -37,9 +37,8 @@ from prunecast.server.repository.checks.metadata import (
     check_metadata,
 )
 from prunecast.server.repository.errors import KeyFileError
-from prunecast.server.repository.garbage import age, kept_files
 from prunecast.server.repository.keys.keyholders import KeyRing
-from prunecast.server.repository.reading import VERSIONED, target_file
+from prunecast.server.repository.reading import VERSIONED, age, kept_files, target_file
 from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, delegations_of
 
 __all__ = ["examine"]

@@ -30,7 +30,7 @@ from prunecast.common.files import write_atomically
 from prunecast.compression.release.manifest import parse_manifest_path
 from prunecast.server.repository.errors import CeremonyError
 from prunecast.server.repository.keys.keyholders import describe_key, fingerprint
-from prunecast.server.repository.keys.signatures import HolderSignature, sign_request, utc_stamp
+from prunecast.server.repository.keys.signing import HolderSignature, sign_request, utc_stamp
 from prunecast.server.repository.roles import (
     Tally,
     delegations_of,

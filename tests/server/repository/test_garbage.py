@@ -14,7 +14,7 @@ import pytest
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository import KeyRing, Repository, verify_repository
-from prunecast.server.repository.garbage import collect
+from prunecast.server.repository.reading import collect
 from support.releases import publish_model
 
 Model = Callable[[int], PublishedModel]

@@ -1,20 +1,27 @@
-"""What a ceremony asks holders to sign: root and targets metadata before any signature.
+"""What a ceremony asks holders to sign, and their signatures on it, as files that can be mailed.
 
-Pure functions from the metadata in force and a wish to the metadata that fulfils it. They refuse
-what would lock the repository's owners out: a threshold that no longer can be met, or one key on
-both sides of the line between offline and online.
+Requests are root and targets metadata before any signature: pure functions from the metadata in
+force and a wish to the metadata that fulfils it. They refuse what would lock the repository's
+owners out: a threshold that no longer can be met, or one key on both sides of the line between
+offline and online.
+
+Beside the signature that becomes part of the metadata a holder gives a second one, over a statement
+of what was signed and when, so that nobody who handles the file can change the time in the
+transcript.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
-from securesystemslib.signer import Key
+from securesystemslib.exceptions import UnverifiedSignatureError
+from securesystemslib.signer import CryptoSigner, Key, Signature
 from tuf.api.metadata import DelegatedRole, Delegations, Root, Targets
 
 from prunecast.server.repository.errors import CeremonyError
@@ -29,7 +36,15 @@ from prunecast.server.repository.roles import (
     holder_of,
 )
 
-__all__ = ["Change", "RoleKeys", "changed_metadata", "first_metadata"]
+__all__ = [
+    "Change",
+    "HolderSignature",
+    "RoleKeys",
+    "changed_metadata",
+    "first_metadata",
+    "sign_request",
+    "utc_stamp",
+]
 
 _ROLE = re.compile(r"[a-z][a-z0-9-]{0,63}")
 _PATTERN = re.compile(r"[a-z0-9._*?-]{1,64}")
@@ -73,11 +88,6 @@ def first_metadata(
     roles: Mapping[str, RoleKeys], expiry: Expiry, now: datetime
 ) -> dict[str, Root | Targets]:
     """Version 1 of root and targets.
-
-    Args:
-        roles: keys of each of the four roles.
-        expiry: lifetimes.
-        now: when the ceremony takes place.
 
     Raises:
         CeremonyError: a role has no keys, or a threshold that cannot be met.
@@ -219,3 +229,108 @@ def _check(root: Root, targets: Targets | None) -> None:
                 f"key {min(shared)[:12]} would sign for root or targets and for {name}, which "
                 "lies online: take a key of its own"
             )
+
+
+_SCHEMA = 1
+_MOST = 16_384  # bytes
+_STAMP = "%Y-%m-%dT%H:%M:%SZ"
+_DOMAIN = b"prunecast ceremony 1\n"  # no TUF metadata begins like this
+
+
+@dataclass(frozen=True)
+class HolderSignature:
+    """A signature and when it was given.
+
+    Attributes:
+        role: ``root`` or ``targets``.
+        version: of the metadata.
+        sha256: digest (hex) of the bytes that were signed.
+        keyid: of the key.
+        sig: over the metadata, hex.
+        at: UTC, ISO 8601, by the holder's clock.
+        statement: over role, version, sha256 and at, hex.
+    """
+
+    role: str
+    version: int
+    sha256: str
+    keyid: str
+    sig: str
+    at: str
+    statement: str
+
+    @property
+    def file_name(self) -> str:
+        """Name of its file."""
+        return f"{self.role}-{self.version}-{self.keyid[:16]}.json"
+
+    def to_bytes(self) -> bytes:
+        """As JSON."""
+        return (json.dumps({"schema": _SCHEMA, **asdict(self)}, indent=2) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> HolderSignature:
+        """Read what `to_bytes` wrote; nothing is verified yet.
+
+        Raises:
+            CeremonyError: not such a file.
+        """
+        try:
+            if len(data) > _MOST:
+                raise ValueError("too long")
+            document: dict[str, Any] = json.loads(data)
+            if document.pop("schema") != _SCHEMA:
+                raise ValueError("another schema")
+            made = cls(**document)
+            texts = (made.role, made.sha256, made.keyid, made.sig, made.at, made.statement)
+            if not all(isinstance(text, str) for text in texts) or type(made.version) is not int:
+                raise ValueError("a field of another type")
+            bytes.fromhex(made.keyid), bytes.fromhex(made.sig), bytes.fromhex(made.statement)
+            if len(made.keyid) != 64 or made.role not in ("root", "targets"):
+                raise ValueError("an unusable key id or role")
+            datetime.strptime(made.at, _STAMP)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CeremonyError(
+                "not a signature file: `prunecast release keys sign` writes them"
+            ) from error
+        return made
+
+    def verify(self, key: Key, payload: bytes) -> None:
+        """Check both signatures.
+
+        Args:
+            key: with this signature's `keyid`.
+            payload: the bytes of the metadata.
+
+        Raises:
+            CeremonyError: either was made with another key, or over something else.
+        """
+        try:
+            key.verify_signature(Signature(self.keyid, self.sig), payload)
+            said = _statement(self.role, self.version, self.sha256, self.at)
+            key.verify_signature(Signature(self.keyid, self.statement), said)
+        except UnverifiedSignatureError as error:
+            raise CeremonyError(
+                f"the signature on {self.role} {self.version} by key {self.keyid[:12]} is not "
+                "valid: its holder must sign again"
+            ) from error
+
+
+def sign_request(
+    signer: CryptoSigner, role: str, version: int, payload: bytes, sha256: str, now: datetime
+) -> HolderSignature:
+    """Sign `payload`, the bytes of a request, and the statement about it."""
+    at = utc_stamp(now)
+    sig = signer.sign(payload)
+    statement = signer.sign(_statement(role, version, sha256, at))
+    return HolderSignature(role, version, sha256, sig.keyid, sig.signature, at, statement.signature)
+
+
+def _statement(role: str, version: int, sha256: str, at: str) -> bytes:
+    fields = {"role": role, "version": version, "sha256": sha256, "at": at}
+    return _DOMAIN + json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+def utc_stamp(when: datetime) -> str:
+    """A time in UTC, ISO 8601, in whole seconds."""
+    return when.astimezone(UTC).strftime(_STAMP)
