@@ -36,7 +36,6 @@ from prunecast.compression.files.tensors import FileSpec, FileTensor, TensorFile
 __all__ = [
     "KEPT",
     "Lossy",
-    "choose_steps",
     "compress_file",
     "restore_file",
 ]
@@ -86,13 +85,8 @@ class Lossy:
         return spec.floating and spec.size >= _SMALLEST and not kept
 
 
-def choose_steps(source: TensorFile, lossy: Lossy, measure: Measure) -> dict[str, float]:
-    """Return the step of every tensor to be quantised.
-
-    Args:
-        source: the tensors.
-        lossy: what is wanted.
-        measure: bytes of the whole file, given these tensors as they would be coded.
+def _choose_steps(source: TensorFile, lossy: Lossy, measure: Measure) -> dict[str, float]:
+    """The step of every tensor to be quantised; `measure` tells the whole file's bytes.
 
     Raises:
         UnsupportedTensor: a tensor to be quantised holds NaN or an infinity.
@@ -187,7 +181,7 @@ def compress_file(
     if lossy is not None:
         on_progress(0, total, "choosing steps")
         measure = _Measure(source, plan, lambda text: on_progress(0, total, text))
-        steps = choose_steps(source, lossy, measure)
+        steps = _choose_steps(source, lossy, measure)
     dead_zone = lossy.dead_zone if lossy else 0.5
     result, done = Inspection(), 0
     with replacing(Path(path)) as temporary, open(temporary, "wb") as file:

@@ -36,7 +36,7 @@ from prunecast.compression.release import ReleaseError
 from prunecast.compression.release.runtime import open_session
 from prunecast.compression.versions import PublishedModel, RawTensor
 
-__all__ = ["check_graph", "export_cached", "export_graph"]
+__all__ = ["export_cached", "export_graph"]
 
 _EDITION = 1  # raised when the same module would be exported to another graph
 _LOWEST_OPSET = 21  # DequantizeLinear on int16
@@ -86,32 +86,21 @@ def export_graph(
             program = _trace(module, example, inputs, outputs, dynamic_batch, opset)
             state = module.state_dict(keep_vars=True)
             graph = _strip(program, state)
-            worst = check_graph(graph, module, example, inputs, tolerance=tolerance)
+            worst = _check(graph, module, example, inputs, tolerance)
     finally:
         for child in training:
             child.training = True
     return replace(graph, max_difference=worst)
 
 
-def check_graph(
+def _check(
     graph: ExportedGraph,
     module: torch.nn.Module,
-    example_inputs: tuple[torch.Tensor, ...],
-    input_names: Sequence[str],
-    *,
+    example: tuple[torch.Tensor, ...],
+    inputs: Sequence[str],
     tolerance: float = 1e-4,
 ) -> float:
-    """Run a graph in onnxruntime against a module, with its weights and with perturbed ones.
-
-    Args:
-        graph: an exported architecture.
-        module: in evaluation mode.
-        example_inputs: positional inputs.
-        input_names: their names in the graph.
-        tolerance: as in `export_graph`.
-
-    Returns:
-        The largest absolute difference.
+    """Run a graph against a module in evaluation mode; returns the largest absolute difference.
 
     Raises:
         BindError: the graph has other parameters than the module.
@@ -120,7 +109,7 @@ def check_graph(
     state = module.state_dict(keep_vars=True)
     with torch.no_grad():
         return max(
-            _compare(graph, module, weights, example_inputs, list(input_names), tolerance)
+            _compare(graph, module, weights, example, inputs, tolerance)
             for weights in (dict(state), _perturbed(state))
         )
 
@@ -156,7 +145,7 @@ def export_cached(
     if path.is_file():
         try:
             graph = load_graph(path)
-            worst = check_graph(graph, module, example_inputs, input_names)
+            worst = _check(graph, module, example_inputs, input_names)
         except ReleaseError:
             path.unlink(missing_ok=True)  # damaged, or the code has changed
         else:
@@ -325,7 +314,7 @@ def _compare(
     module: torch.nn.Module,
     weights: dict[str, torch.Tensor],
     example: tuple[torch.Tensor, ...],
-    inputs: list[str],
+    inputs: Sequence[str],
     tolerance: float,
 ) -> float:
     produced = torch.func.functional_call(module, weights, example)

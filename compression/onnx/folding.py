@@ -53,11 +53,6 @@ class Norm:
     variance: str
     epsilon: float
 
-    def gain(self, values: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-        """What it multiplies each channel with, shape (C,)."""
-        root = np.sqrt(values[self.variance].astype(np.float64) + self.epsilon)
-        return np.asarray(values[self.gamma].astype(np.float64) / root)
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -92,9 +87,13 @@ class Kernel:
             bias = values[self.offset].astype(np.float64)
         if self.norm is None:
             return np.ones(channels), bias
-        gain = self.norm.gain(values)
-        mean = values[self.norm.mean].astype(np.float64)
-        return gain, (bias - mean) * gain + values[self.norm.beta].astype(np.float64)
+        norm = self.norm
+        gamma, beta, mean, variance = (
+            values[name].astype(np.float64)
+            for name in (norm.gamma, norm.beta, norm.mean, norm.variance)
+        )
+        gain = gamma / np.sqrt(variance + norm.epsilon)
+        return gain, (bias - mean) * gain + beta
 
     def folded(self, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """What the node reads, as floats."""

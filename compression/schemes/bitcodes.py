@@ -18,20 +18,17 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import MalformedPayload
 
 __all__ = [
-    "MAX_FIELD",
     "BitView",
     "decode_gaps",
     "decode_omega",
     "encode_gaps",
     "encode_omega",
-    "omega_lengths",
-    "orbit",
     "pack_fields",
     "rice_parameter",
     "walk",
 ]
 
-MAX_FIELD = 56
+_MAX_FIELD = 56
 _PAD = 16
 _U64 = np.uint64
 
@@ -96,7 +93,7 @@ class BitView:
         return not last & (1 << self.size - used) - 1
 
 
-def orbit(following: NDArray[np.int64], first: int, most: int) -> tuple[NDArray[np.int64], int]:
+def _orbit(following: NDArray[np.int64], first: int, most: int) -> tuple[NDArray[np.int64], int]:
     """``first, following[first], ...`` while inside the array and at most `most` of them.
 
     Returns:
@@ -149,7 +146,7 @@ def decode_omega(
         ends[active[~more]] += 1
         active = active[more]
         width = values[active] + 1
-        wrong = (width > MAX_FIELD) | (ends[active] > view.size)
+        wrong = (width > _MAX_FIELD) | (ends[active] > view.size)
         ends[active[wrong]] += _NEVER
         active, width = active[~wrong], width[~wrong]
         values[active] = view.fields(ends[active], width).astype(np.int64)
@@ -168,7 +165,7 @@ def _table() -> NDArray[np.int64]:
     return np.where(lengths <= 16, lengths, 0)
 
 
-def omega_lengths(view: BitView, first: int, stop: int) -> NDArray[np.int64]:
+def _omega_lengths(view: BitView, first: int, stop: int) -> NDArray[np.int64]:
     """Length of the codeword that would start at each of the bits `first` to `stop`."""
     lengths = _table()[view.windows(first, stop)]
     long = np.flatnonzero(lengths == 0)
@@ -201,10 +198,10 @@ def walk(
     done, at = 0, 0
     while done < count:
         stop = min(at + _CHUNK, view.size)
-        omega = omega_lengths(view, at, stop + _LOOK_AHEAD)
+        omega = _omega_lengths(view, at, stop + _LOOK_AHEAD)
         # Each codeword that begins in the chunk ends in the part looked ahead, or is none.
         used = (omega if lengths is None else lengths(omega))[: stop - at]
-        seen, following = orbit(np.arange(len(used)) + used, 0, count - done)
+        seen, following = _orbit(np.arange(len(used)) + used, 0, count - done)
         starts = seen + at
         done += len(seen)
         at += following
@@ -276,7 +273,7 @@ def decode_gaps(data: bytes, count: int, parameter: int, most: int) -> Iterator[
                 raise MalformedPayload("the positions reach beyond the tensors")
             reach *= 2  # a run of ones longer than the chunk
             continue
-        seen, _ = orbit(np.searchsorted(zeros, zeros + 1 + parameter), 0, count - done)
+        seen, _ = _orbit(np.searchsorted(zeros, zeros + 1 + parameter), 0, count - done)
         stops = zeros[seen]
         starts = np.concatenate([np.array([at]), stops[:-1] + 1 + parameter])
         done += len(seen)
