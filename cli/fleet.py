@@ -11,18 +11,14 @@ from typing import Annotated
 
 import typer
 
-from prunecast.cli import fleet_device
+from prunecast.cli import fleet_devices
 from prunecast.cli.console import AsJson, print_json, say, show
-from prunecast.cli.fleet_common import (
+from prunecast.cli.fleet_devices import (
     DEFAULT,
     AfterDevice,
     Database,
-    GroupName,
     Limit,
-    OneDevice,
     OneGroup,
-    Reason,
-    RolloutName,
     operate,
     repository_of,
     service_of,
@@ -36,10 +32,15 @@ from prunecast.server.fleet.views import audit_view, device_view, group_view, ro
 
 __all__ = ["app"]
 
+GroupName = Annotated[str, typer.Argument(help="Name of the group.")]
+RolloutName = Annotated[str, typer.Argument(help="Name of the rollout.")]
+Reason = Annotated[str, typer.Option(help="For the audit log.")]
+OneDevice = Annotated[str | None, typer.Option("--device", help="A single device.")]
+
 app = typer.Typer(no_args_is_help=True, help="Control which device runs which release.")
 group_app = typer.Typer(no_args_is_help=True, help="Groups of devices that follow one release.")
 rollout_app = typer.Typer(no_args_is_help=True, help="Bring a release to groups, in stages.")
-app.add_typer(fleet_device.app, name="device")
+app.add_typer(fleet_devices.app, name="device")
 app.add_typer(group_app, name="group")
 app.add_typer(rollout_app, name="rollout")
 

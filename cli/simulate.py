@@ -89,7 +89,7 @@ def report(
 ) -> None:
     """Print a run's tables and draw its picture and page again, from result.json."""
     from prunecast.simulations.report import write_report
-    from prunecast.simulations.runner.result import read_result
+    from prunecast.simulations.runner.run import read_result
 
     result = read_result(folder)
     figure, page = write_report(folder, result)

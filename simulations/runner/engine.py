@@ -107,8 +107,7 @@ def simulate(prepared: PreparedRun, emit: OnEvent) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from prunecast.simulations.runner.federate import run_arms
-    from prunecast.simulations.runner.nodes import simulated_client
+    from prunecast.simulations.runner.federate import run_arms, simulated_client
 
     client = simulated_client(prepared)
     engine, count = prepared.scenario.engine, prepared.scenario.clients.count

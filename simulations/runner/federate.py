@@ -1,20 +1,32 @@
-"""The server's side of a simulation: one arm after the other on one grid."""
+"""What runs inside an engine: the nodes, and the server that trains one arm after the other."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import nn
 
+from prunecast.client.training.client_app import Loader, LocalTraining, build_client_app
+from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TensorBatches
 from prunecast.common.references import load_callable
 from prunecast.compression.flower import dense_arrays
@@ -23,15 +35,113 @@ from prunecast.server.federation import CompressedGrid, NodesFailed, Run
 from prunecast.server.federation.events import OnEvent
 from prunecast.server.federation.run import EVENTS, initial_arrays
 from prunecast.server.federation.strategies import build_strategy
+from prunecast.server.federation.wrapper import GridWrapper
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.data import Examples
 from prunecast.simulations.runner import EngineFailed
-from prunecast.simulations.runner.delivery import automatic_releases
-from prunecast.simulations.runner.nodes import OrderedGrid, nodes_by_partition
-from prunecast.simulations.runner.prepared import PreparedRun
+from prunecast.simulations.runner.prepared import PreparedRun, training_tensors
 from prunecast.simulations.scenarios import Scenario
 
-__all__ = ["ArmOutcome", "run_arms", "strategy_of"]
+__all__ = ["ArmOutcome", "run_arms", "simulated_client", "strategy_of"]
+
+_NODE_RECORD = "node"  # in which a client answers a query with its ``partition-id``
+_QUERY_SECONDS = 120.0
+
+
+# -- nodes ----------------------------------------------------------------------------------------
+
+
+def simulated_client(prepared: PreparedRun) -> ClientApp:
+    """The client of a prepared run; picklable, and small: data stay on disk."""
+    scenario = prepared.scenario
+    chosen = asdict(scenario.training)
+    batch_size, epochs = chosen.pop("batch_size"), chosen.pop("epochs")
+    client = build_client_app(
+        partial(_model, scenario.model.factory, scenario.engine.cpus),
+        partial(_data, str(prepared.work), batch_size),
+        LocalTraining(local_epochs=epochs, seed=scenario.seed, **chosen),
+        loss_fn=scenario.task.training_loss,
+        mods=[compression_mod(prepared.store)],
+    )
+    client.query()(_identify)
+    return client
+
+
+def _model(reference: str, threads: int, context: Context) -> nn.Module:
+    torch.set_num_threads(threads)  # each client has the CPUs the scenario gives it, no more
+    module: nn.Module = load_callable(reference)()
+    return module
+
+
+def _data(work: str, batch_size: int, context: Context) -> tuple[Loader, Loader | None]:
+    inputs, targets = training_tensors(work, int(context.node_config["partition-id"]))
+    return TensorBatches(inputs, targets, batch_size=batch_size, shuffle=True), None
+
+
+def _identify(message: Message, context: Context) -> Message:
+    record = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
+    return Message(RecordDict({_NODE_RECORD: record}), reply_to=message)
+
+
+def _nodes_by_partition(grid: Grid, count: int) -> list[int]:
+    """Wait for `count` nodes and ask each for its partition; node ids in order of partition.
+
+    Flower draws node ids at random; partitions are what stays the same from run to run.
+
+    Raises:
+        EngineFailed: the nodes do not come up, or do not answer.
+    """
+    deadline = time.monotonic() + _QUERY_SECONDS
+    while len(nodes := list(grid.get_node_ids())) < count:
+        if time.monotonic() > deadline:
+            raise EngineFailed(f"only {len(nodes)} of {count} simulated nodes came up")
+        time.sleep(0.1)
+    queries = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    partitions: dict[int, int] = {}
+    for reply in grid.send_and_receive(queries, timeout=_QUERY_SECONDS):
+        if reply.has_error():
+            raise EngineFailed(f"a simulated node failed to start: {reply.error.reason}")
+        record = reply.content[_NODE_RECORD]
+        assert isinstance(record, ConfigRecord)
+        partitions[reply.metadata.src_node_id] = int(record["partition-id"])  # type: ignore[arg-type]
+    if len(partitions) < count:
+        raise EngineFailed(f"only {len(partitions)} of {count} simulated nodes answered")
+    return sorted(partitions, key=partitions.__getitem__)
+
+
+class _OrderedGrid(GridWrapper):
+    """Lists nodes by partition, and returns replies in the order of those nodes.
+
+    Sums of floats depend on the order of their terms, and the sampling of nodes on the order of
+    the nodes: without this no two runs are alike.
+
+    Args:
+        grid: the grid to wrap.
+        nodes: node ids in the order to keep.
+    """
+
+    def __init__(self, grid: Grid, nodes: Iterable[int]) -> None:
+        super().__init__(grid)
+        self._rank = {node: rank for rank, node in enumerate(nodes)}
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the connected nodes, in order."""
+        return sorted(self._grid.get_node_ids(), key=self._place)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages; the replies in the order of the nodes that were asked."""
+        ordered = sorted(messages, key=lambda m: self._place(m.metadata.dst_node_id))
+        replies = list(self._grid.send_and_receive(ordered, timeout=timeout))
+        asked = {m.metadata.message_id: self._place(m.metadata.dst_node_id) for m in ordered}
+        return sorted(replies, key=lambda r: asked.get(r.metadata.reply_to_message_id, len(asked)))
+
+    def _place(self, node: int) -> int:
+        return self._rank.get(node, len(self._rank))
+
+
+# -- the server -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -75,7 +185,7 @@ def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[ArmOutcom
     Raises:
         EngineFailed: clients failed in a round.
     """
-    nodes = nodes_by_partition(grid, prepared.scenario.clients.count)
+    nodes = _nodes_by_partition(grid, prepared.scenario.clients.count)
     return [
         _run_arm(grid, nodes, prepared, name, arm, emit)
         for name, arm in prepared.scenario.trained_arms().items()
@@ -123,6 +233,8 @@ class _HeldOut:
 def _run_arm(
     grid: Grid, nodes: list[int], prepared: PreparedRun, name: str, arm: Arm, emit: OnEvent
 ) -> ArmOutcome:
+    from prunecast.simulations.runner.delivery import automatic_releases  # nodes need none of it
+
     scenario, task = prepared.scenario, prepared.scenario.task
     shutil.rmtree(prepared.store, ignore_errors=True)  # nothing is carried over from another arm
     module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
@@ -153,7 +265,7 @@ def _run_arm(
         poll_interval=0.05,  # nodes are near
     )
     run = Run(
-        OrderedGrid(compressed, nodes),
+        _OrderedGrid(compressed, nodes),
         strategy_of(scenario),
         evaluate_fn=evaluate_fn,
         releases=automatic_releases(prepared, name),

@@ -7,24 +7,44 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from prunecast.common.files import write_atomically
 from prunecast.common.references import load_callable
 from prunecast.common.text import quiet
-from prunecast.simulations.runner import SimulationError
+from prunecast.simulations.arms import ARMS
+from prunecast.simulations.runner import ResultError, SimulationError
 from prunecast.simulations.runner.engine import ENVIRONMENT, run_engine
-from prunecast.simulations.runner.prepared import PartitionedData, partition_data, prepare
-from prunecast.simulations.runner.result import SCHEMA, build_arms, write_result
+from prunecast.simulations.runner.prepared import (
+    PartitionedData,
+    PreparedRun,
+    partition_data,
+    prepare,
+)
 from prunecast.simulations.scenarios import Scenario, ScenarioError
 
-__all__ = ["check_scenario", "new_run_folder", "run_scenario"]
+if TYPE_CHECKING:
+    from prunecast.server.federation import Tally
+    from prunecast.server.federation.events import OnEvent
+    from prunecast.server.federation.ledger import Direction
 
-OnEvent = Callable[[Mapping[str, Any]], None]
+__all__ = [
+    "SCHEMA",
+    "build_arms",
+    "check_scenario",
+    "new_run_folder",
+    "read_result",
+    "run_scenario",
+]
+
+SCHEMA = 2
+"""Of ``result.json``, every key of which docs/result.md explains."""
 
 
 def new_run_folder(output: Path | str, name: str) -> Path:
@@ -127,10 +147,7 @@ def run_scenario(
             "software": _software(),
             "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
             "task": {
-                "metric": task.metric,
-                "percent": task.percent,
-                "lower_is_better": task.lower_is_better,
-                "verb": task.verb,
+                key: getattr(task, key) for key in ("metric", "percent", "lower_is_better", "verb")
             },
             "data": {
                 "partition": scenario.partition.text(),
@@ -141,12 +158,13 @@ def run_scenario(
             "arms": build_arms(prepared, outcomes),
             "release": release,
         }
-        write_result(folder, document)
+        text = json.dumps(document, indent=2) + "\n"
+        write_atomically(folder / "result.json", text.encode())
     finally:
         shutil.rmtree(folder / "work", ignore_errors=True)
         with suppress(OSError):
             folder.rmdir()  # where the run failed before it wrote anything
-    return json.loads(json.dumps(document))  # type: ignore[no-any-return]
+    return json.loads(text)  # type: ignore[no-any-return]
 
 
 def _software() -> dict[str, str]:
@@ -157,3 +175,100 @@ def _software() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+# -- the result ----------------------------------------------------------------------------------
+
+
+def build_arms(
+    prepared: PreparedRun, outcomes: Iterable[Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The ``arms`` part of the result: what every arm reached, and what it cost.
+
+    Args:
+        prepared: the finished run, with its ledgers.
+        outcomes: what training each arm gave, as the engine reports it.
+    """
+    arms: dict[str, dict[str, Any]] = {}
+    by_name = {outcome["name"]: outcome for outcome in outcomes}
+    metric = prepared.scenario.task.metric
+    for name, arm in prepared.scenario.arms.items():
+        source = arm.source(name)
+        outcome, path = by_name[source], prepared.ledger(source)
+        tally = _tally(path, None if arm.trains else name)
+        rounds = [dict(row) for row in outcome["rounds"]]
+        for row in rounds:
+            so_far = tally.totals(rounds=range(row["round"] + 1))
+            row.update(bytes_up=so_far.bytes_up, bytes_down=so_far.bytes_down)
+        total = tally.totals()
+        last = rounds[-1]
+        arms[name] = {
+            **ARMS.write(arm),
+            "label": arm.label(name),
+            "text": arm.text(),
+            "trained": arm.trains,
+            "published": arm.publishes,
+            "baseline": arm.baseline,
+            metric: last[metric],
+            "loss": last["loss"],
+            "sparsity": last["sparsity"],
+            "bytes_up": total.bytes_up,
+            "bytes_down": total.bytes_down,
+            "messages": total.messages,
+            "encode_ms": round(total.encode_ms, 3),
+            "decode_ms": round(total.decode_ms, 3),
+            "seconds": round(outcome["seconds"], 3) if arm.trains else None,
+            "ledger": path.name,
+            "by_kind": _by_kind(tally),
+            "rounds": rounds,
+        }
+    baseline = next((n for n, a in arms.items() if a["baseline"]), None)
+    if baseline is not None:
+        base = arms[baseline]["bytes_up"] + arms[baseline]["bytes_down"]
+        for figures in arms.values():
+            spent = figures["bytes_up"] + figures["bytes_down"]
+            figures["reduction"] = round(base / spent, 3)
+    return arms
+
+
+def _tally(path: Path, alternative: str | None) -> Tally:
+    """Sums over the last run of a ledger, or over what its messages have under another coding."""
+    from prunecast.server.federation import Ledger, Tally
+
+    entries = Ledger.read(path)
+    if alternative is None:
+        return Tally(entries)
+    return Tally(replace(e, payload_bytes=e.alternatives[alternative]) for e in entries)
+
+
+def _by_kind(tally: Tally) -> dict[str, dict[str, dict[str, int]]]:
+    sums: dict[str, dict[str, dict[str, int]]] = {"down": {}, "up": {}}
+    directions: tuple[Direction, ...] = ("down", "up")
+    for direction in directions:
+        for kind in tally.kinds(direction):
+            found = tally.totals(direction=direction, kind=kind)
+            sums[direction][kind] = {"messages": found.messages, "bytes": found.payload_bytes}
+    return sums
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Read ``result.json`` of a run folder.
+
+    Raises:
+        ResultError: missing, damaged, or of another schema.
+    """
+    path = Path(folder) / "result.json"
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultError(
+            f"cannot read {path} ({error.strerror or error}): give the folder of a finished run"
+        ) from error
+    except ValueError as error:
+        raise ResultError(f"{path} is damaged ({error}): run the scenario again") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ResultError(f"{path} is not of schema {SCHEMA}: render it with the version it is of")
+    missing = [key for key in ("scenario", "task", "arms", "seconds") if key not in document]
+    if missing:
+        raise ResultError(f"{path} has no {missing[0]!r}: run the scenario again")
+    return document

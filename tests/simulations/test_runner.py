@@ -20,12 +20,10 @@ from prunecast.simulations.runner import (
     SimulationError,
 )
 from prunecast.simulations.runner.delivery import _compare, _Published
-from prunecast.simulations.runner.federate import run_arms
+from prunecast.simulations.runner.federate import run_arms, simulated_client
 from prunecast.simulations.runner.inprocess import InProcessGrid
-from prunecast.simulations.runner.nodes import simulated_client
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
-from prunecast.simulations.runner.result import read_result
-from prunecast.simulations.runner.run import new_run_folder, run_scenario
+from prunecast.simulations.runner.run import new_run_folder, read_result, run_scenario
 from prunecast.simulations.scenarios import scenario_from_mapping
 
 

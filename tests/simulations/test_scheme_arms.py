@@ -10,11 +10,10 @@ import pytest
 
 from prunecast.compression.schemes.registry import SCHEMES
 from prunecast.server.federation import Ledger
-from prunecast.simulations.runner.federate import run_arms
+from prunecast.simulations.runner.federate import run_arms, simulated_client
 from prunecast.simulations.runner.inprocess import InProcessGrid
-from prunecast.simulations.runner.nodes import simulated_client
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
-from prunecast.simulations.runner.result import build_arms
+from prunecast.simulations.runner.run import build_arms
 from prunecast.simulations.scenarios import ScenarioError, scenario_from_mapping
 
 
