@@ -163,12 +163,11 @@ def run(
 
     def tell(result: UpdateResult | EdgeError) -> None:
         if isinstance(result, EdgeError):
-            text = f"failed: {result}"
-            problem = {"outcome": "failed", "error": type(result).__name__, "reason": str(result)}
-            show(problem, as_json, text)
+            text, kind = f"failed: {result}", type(result).__name__
+            document = {"outcome": "failed", "error": kind, "reason": str(result)}
         else:
-            text = _line(result)
-            show(asdict(result), as_json, text)
+            text, document = _line(result), asdict(result)
+        show(document, as_json, text)
         tell_manager(text)
 
     def wait(seconds: float) -> None:

@@ -11,9 +11,8 @@ from typer.core import TyperGroup
 
 # these modules import nothing beyond the base installation until a command runs
 from prunecast.cli import edge, fleet, release
-from prunecast.cli.compress import compress, decompress
 from prunecast.cli.console import explain, is_usage
-from prunecast.cli.inspect import inspect
+from prunecast.cli.files import compress, decompress, inspect
 from prunecast.cli.serve import serve
 from prunecast.cli.simulate import demo, report, simulate
 
@@ -31,18 +30,12 @@ class _Group(TyperGroup):
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
-            if isinstance(error, typer.Exit | typer.Abort) or _is_click(error) or _debugging(ctx):
+            debugging = ctx.params.get("debug") or os.environ.get("PRUNECAST_DEBUG") == "1"
+            click_shows_it = hasattr(error, "exit_code") and hasattr(error, "show")
+            if debugging or click_shows_it or isinstance(error, typer.Exit | typer.Abort):
                 raise
             typer.echo(f"error: {explain(error, ctx.invoked_subcommand)}", err=True)
             raise typer.Exit(2 if is_usage(error) else 1) from error
-
-
-def _is_click(error: Exception) -> bool:
-    return hasattr(error, "exit_code") and hasattr(error, "show")
-
-
-def _debugging(ctx: Any) -> bool:
-    return bool(ctx.params.get("debug")) or os.environ.get("PRUNECAST_DEBUG") == "1"
 
 
 app = typer.Typer(

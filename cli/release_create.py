@@ -201,15 +201,15 @@ def _metric(text: str) -> tuple[str, float]:
 
 
 def _created(result: dict[str, Any]) -> str:
+    what = "one .onnx file" if "int8-qdq" in result["kind"] else "one fp32 .onnx file"
+    sizes = {
+        what: result["onnx_bytes"],
+        "exported .onnx file": result.get("exported_bytes"),
+        "keyframe": result["keyframe_bytes"],
+        **{f"patch from {base}": size for base, size in result["patch_bytes"].items()},
+    }
     lines = [f"{result['name']} {result['version']} is live"]
-    if result["onnx_bytes"]:
-        what = "one .onnx file" if "int8-qdq" in result["kind"] else "one fp32 .onnx file"
-        lines.append(f"{what:<21} {result['onnx_bytes']:>12,} bytes")
-    if "exported_bytes" in result:
-        lines.append(f"exported .onnx file   {result['exported_bytes']:>12,} bytes")
-    lines.append(f"keyframe              {result['keyframe_bytes']:>12,} bytes")
-    for base, size in result["patch_bytes"].items():
-        lines.append(f"patch from {base:<10} {size:>13,} bytes")
+    lines += [f"{what:<21} {size:>12,} bytes" for what, size in sizes.items() if size]
     if "onnx_max_difference" in result:
         lines.append(
             f"outputs differ from the original by at most {result['onnx_max_difference']:.3g}, "

@@ -100,9 +100,8 @@ def _load(source: str, seed: int | None, rounds: int | None, output: Path | None
     """A scenario with what the command line replaces."""
     from prunecast.simulations.scenarios import load_scenario
 
-    changes: dict[str, Any] = {"seed": seed, "rounds": rounds}
-    changes["output"] = str(output) if output else None
-    given = {key: value for key, value in changes.items() if value is not None}
+    changes = {"seed": seed, "rounds": rounds, "output": str(output) if output else None}
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
     return dataclasses.replace(load_scenario(source), **given)
 
 

@@ -9,7 +9,6 @@ alone, one JSON object per line.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -139,7 +138,7 @@ def simulate(prepared: PreparedRun, emit: OnEvent) -> None:
                 "client_resources": {"num_cpus": cpus, "num_gpus": engine.gpus},
             },
         )
-    emit({"event": "outcome", "arms": [dataclasses.asdict(outcome) for outcome in outcomes]})
+    emit({"event": "outcome", "arms": outcomes})
 
 
 def main(arguments: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -37,12 +37,11 @@ from prunecast.server.federation.run import EVENTS, initial_arrays
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.server.federation.wrapper import GridWrapper
 from prunecast.simulations.arms import Arm
-from prunecast.simulations.data import Examples
 from prunecast.simulations.runner import EngineFailed
-from prunecast.simulations.runner.prepared import PreparedRun, training_tensors
+from prunecast.simulations.runner.prepared import PreparedRun, tensors
 from prunecast.simulations.scenarios import Scenario
 
-__all__ = ["ArmOutcome", "run_arms", "simulated_client", "strategy_of"]
+__all__ = ["run_arms", "simulated_client", "strategy_of"]
 
 _NODE_RECORD = "node"  # in which a client answers a query with its ``partition-id``
 _QUERY_SECONDS = 120.0
@@ -55,11 +54,11 @@ def simulated_client(prepared: PreparedRun) -> ClientApp:
     """The client of a prepared run; picklable, and small: data stay on disk."""
     scenario = prepared.scenario
     chosen = asdict(scenario.training)
-    batch_size, epochs = chosen.pop("batch_size"), chosen.pop("epochs")
+    del chosen["batch_size"]  # of the loader
     client = build_client_app(
-        partial(_model, scenario.model.factory, scenario.engine.cpus),
-        partial(_data, str(prepared.work), batch_size),
-        LocalTraining(local_epochs=epochs, seed=scenario.seed, **chosen),
+        partial(_model, prepared),
+        partial(_data, prepared),
+        LocalTraining(local_epochs=chosen.pop("epochs"), seed=scenario.seed, **chosen),
         loss_fn=scenario.task.training_loss,
         mods=[compression_mod(prepared.store)],
     )
@@ -67,14 +66,15 @@ def simulated_client(prepared: PreparedRun) -> ClientApp:
     return client
 
 
-def _model(reference: str, threads: int, context: Context) -> nn.Module:
-    torch.set_num_threads(threads)  # each client has the CPUs the scenario gives it, no more
-    module: nn.Module = load_callable(reference)()
+def _model(prepared: PreparedRun, context: Context) -> nn.Module:
+    torch.set_num_threads(prepared.scenario.engine.cpus)  # for each client, no more
+    module: nn.Module = load_callable(prepared.scenario.model.factory)()
     return module
 
 
-def _data(work: str, batch_size: int, context: Context) -> tuple[Loader, Loader | None]:
-    inputs, targets = training_tensors(work, int(context.node_config["partition-id"]))
+def _data(prepared: PreparedRun, context: Context) -> tuple[Loader, Loader | None]:
+    inputs, targets = tensors(prepared.client(int(context.node_config["partition-id"])))
+    batch_size = prepared.scenario.training.batch_size
     return TensorBatches(inputs, targets, batch_size=batch_size, shuffle=True), None
 
 
@@ -144,24 +144,6 @@ class _OrderedGrid(GridWrapper):
 # -- the server -----------------------------------------------------------------------------------
 
 
-@dataclass
-class ArmOutcome:
-    """What training one arm gave.
-
-    Attributes:
-        name: of the arm.
-        rounds: per round, 0 for the initial model: the task's metric, loss, sparsity,
-            cumulative bytes in each direction, seconds since the arm began.
-        seconds: that the arm took.
-        releases: that it made while it trained: round, version, reason, metrics.
-    """
-
-    name: str
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    releases: list[dict[str, Any]] = field(default_factory=list)
-
-
 def strategy_of(scenario: Scenario) -> Any:
     """The strategy of a scenario: every arm gets a new one.
 
@@ -179,8 +161,13 @@ def strategy_of(scenario: Scenario) -> Any:
     return build_strategy(scenario.strategy.name, {**options, **scenario.strategy.options})
 
 
-def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[ArmOutcome]:
+def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[dict[str, Any]]:
     """Train every arm, with the same seeds, on the nodes of `grid`.
+
+    Returns:
+        For each arm its ``name``, the ``seconds`` it took, its ``rounds`` (0 for the initial model;
+        the task's metric, loss, sparsity, cumulative bytes in each direction, seconds since it
+        began) and the ``releases`` it made meanwhile (round, version, reason, metrics).
 
     Raises:
         EngineFailed: clients failed in a round.
@@ -197,13 +184,9 @@ class _HeldOut:
 
     def __init__(self, prepared: PreparedRun, module: nn.Module) -> None:
         self._task, self._module = prepared.scenario.task, module
-        examples = Examples.load(prepared.held_out)
-        self._targets = examples.targets
-        self._batches = TensorBatches(
-            [torch.from_numpy(values) for values in examples.inputs.values()],
-            torch.from_numpy(examples.targets),
-            batch_size=250,
-        )
+        inputs, targets = tensors(prepared.held_out)
+        self._targets = targets.numpy()
+        self._batches = TensorBatches(inputs, targets, batch_size=250)
         self._latest: list[tuple[PublishedModel, NDArray[Any], float]] = []
 
     def measure(self, arrays: ArrayRecord, model: PublishedModel | None) -> tuple[float, float]:
@@ -232,7 +215,7 @@ class _HeldOut:
 
 def _run_arm(
     grid: Grid, nodes: list[int], prepared: PreparedRun, name: str, arm: Arm, emit: OnEvent
-) -> ArmOutcome:
+) -> dict[str, Any]:
     from prunecast.simulations.runner.delivery import automatic_releases  # nodes need none of it
 
     scenario, task = prepared.scenario, prepared.scenario.task
@@ -240,8 +223,12 @@ def _run_arm(
     module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
     drawn = scenario.model.initial == "drawn"
     if drawn and not arm.publishes:
-        arrays, drawn = _drawn(grid, scenario, arrays), False
-    outcome, held_out = ArmOutcome(name), _HeldOut(prepared, module)
+        drawn = False
+        for other in list(scenario.publishing_arms().values())[:1]:  # begin with what it draws
+            unused = CompressedGrid(grid, other.grid_policy())  # sends nothing
+            arrays = unused.draw_initial(arrays, scenario.seed)
+    rounds: list[dict[str, Any]] = []
+    held_out = _HeldOut(prepared, module)
     measured: dict[str, float] = {}
 
     def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:
@@ -252,8 +239,7 @@ def _run_arm(
     def hear(event: Mapping[str, Any]) -> None:
         if event["event"] == "round-finished":
             same = ("sparsity", "bytes_up", "bytes_down", "seconds")
-            row = {"round": event["round"], **measured, **{key: event[key] for key in same}}
-            outcome.rounds.append(row)
+            rounds.append({"round": event["round"], **measured, **{k: event[k] for k in same}})
             event = {**event, "score": task.text(measured[task.metric])}
         emit(event)
 
@@ -281,16 +267,7 @@ def _run_arm(
         run.start(arrays, scenario.rounds, drawn=drawn)
     except NodesFailed as error:
         raise EngineFailed(f"arm {name!r}, {error}") from None
-    outcome.seconds = time.monotonic() - started
-    outcome.releases = [asdict(made) for made in run.releases.made] if run.releases else []
+    seconds = time.monotonic() - started
     held_out.save(prepared, name)
-    return outcome
-
-
-def _drawn(grid: Grid, scenario: Scenario, like: ArrayRecord) -> ArrayRecord:
-    """The weights that an arm which publishes draws, for one that does not."""
-    publishing = list(scenario.publishing_arms().values())
-    if not publishing:
-        return like
-    unused = CompressedGrid(grid, publishing[0].grid_policy())  # sends nothing
-    return unused.draw_initial(like, scenario.seed)
+    releases = [asdict(made) for made in run.releases.made] if run.releases else []
+    return {"name": name, "seconds": seconds, "rounds": rounds, "releases": releases}

@@ -7,6 +7,7 @@ exist as soon as `push_messages` returns.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
@@ -64,7 +65,7 @@ class InProcessGrid(Grid):
             for node in nodes
         }
         self._replies: dict[str, Message] = {}
-        self._count = 0
+        self._numbers = itertools.count(1)
         self.online = set(nodes)
         self.on_reply: Callable[[Message], Message | None] = lambda reply: reply
         identify_process(run_id, SUPERLINK_NODE_ID)
@@ -97,27 +98,23 @@ class InProcessGrid(Grid):
         """Deliver every message and run its ClientApp at once."""
         ids = []
         for message in messages:
-            self._count += 1
-            message_id = f"message-{self._count:012d}"
-            set_message_id(message, message_id)
-            ids.append(message_id)
+            ids.append(f"message-{next(self._numbers):012d}")
+            set_message_id(message, ids[-1])
             reply = self.on_reply(self._run_client(over_the_wire(message)))
             if reply is not None:
-                self._replies[message_id] = reply
+                self._replies[ids[-1]] = reply
         return ids
 
     def _run_client(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
+        if node not in self.online:
+            error = Error(ErrorCode.NODE_UNAVAILABLE, f"node {node} is not online")
+            reply = Message(error, reply_to=message)
+            set_source(reply, SUPERLINK_NODE_ID)  # as Flower's SuperLink, which names no node
+            return reply
         try:
-            if node not in self.online:
-                error = Error(ErrorCode.NODE_UNAVAILABLE, f"node {node} is not online")
-                reply = Message(error, reply_to=message)
-                # as Flower's SuperLink does: such a reply does not name the node
-                set_source(reply, SUPERLINK_NODE_ID)
-                return reply
             reply = self._apps[node](message, self._contexts[node])
-        except Exception as error:
-            # what Flower's own runtimes make of an exception in a ClientApp
+        except Exception as error:  # as Flower's own runtimes
             reason = f"{type(error)}:<'{error}'>"
             failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
             return Message(failure, reply_to=message)
@@ -128,8 +125,7 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to the given messages, each delivered once."""
-        wanted = [message_id for message_id in message_ids if message_id in self._replies]
-        return [self._replies.pop(message_id) for message_id in wanted]
+        return [self._replies.pop(wanted) for wanted in message_ids if wanted in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -17,7 +17,7 @@ from prunecast.simulations.scenarios import Scenario, scenario_from_mapping
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PartitionedData", "PreparedRun", "partition_data", "prepare", "training_tensors"]
+__all__ = ["PartitionedData", "PreparedRun", "partition_data", "prepare", "tensors"]
 
 
 PartitionedData = tuple[Examples, Examples, list[NDArray[np.int64]]]
@@ -65,6 +65,10 @@ class PreparedRun:
         """File of the examples that no client sees; `Examples.load` reads it."""
         return self.work / "held-out.npz"
 
+    def client(self, number: int) -> Path:
+        """File of the examples of one client."""
+        return self.work / f"client-{number}.npz"
+
     def ledger(self, arm: str) -> Path:
         """Ledger of a trained arm; the first one that publishes versions has the plain name."""
         main = arm == next(iter(self.scenario.publishing_arms()), None)
@@ -95,21 +99,17 @@ def prepare(scenario: Scenario, folder: Path, data: PartitionedData | None = Non
     prepared.work.mkdir(parents=True, exist_ok=True)
     held_out.save(prepared.held_out)
     for number, chosen in enumerate(clients):
-        training.take(chosen).save(_client_file(prepared.work, number))
+        training.take(chosen).save(prepared.client(number))
     document = {"scenario": scenario.to_mapping(), "sizes": sizes}
     (prepared.work / "prepared.json").write_text(json.dumps(document), encoding="utf-8")
     return prepared
 
 
-def _client_file(work: Path, number: int) -> Path:
-    return work / f"client-{number}.npz"
-
-
 @lru_cache(maxsize=64)
-def training_tensors(work: str, number: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Inputs and targets of one client, kept in the process that trains it."""
+def tensors(path: Path) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Inputs and targets of a file of examples, kept in the process that uses them."""
     import torch
 
-    found = Examples.load(_client_file(Path(work), number))
+    found = Examples.load(path)
     inputs = tuple(torch.from_numpy(values) for values in found.inputs.values())
     return inputs, torch.from_numpy(found.targets)

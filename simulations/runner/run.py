@@ -170,10 +170,8 @@ def run_scenario(
 def _software() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("prunecast", "flwr", "ray", "torch", "numpy", "onnxruntime", "tuf", "zstandard"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,12 +52,9 @@ class Regression(Task):
         """The loss that is named."""
         from torch.nn import functional
 
-        named: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "mse": functional.mse_loss,
-            "mae": functional.l1_loss,
-            "huber": functional.huber_loss,
-        }
-        return named[self.loss](outputs, targets)
+        names = {"mse": "mse_loss", "mae": "l1_loss", "huber": "huber_loss"}
+        loss: Tensor = getattr(functional, names[self.loss])(outputs, targets)
+        return loss
 
     def score(self, outputs: NDArray[Any], targets: NDArray[Any]) -> float:
         """Mean absolute error, in the unit of the targets."""

@@ -27,7 +27,7 @@ def run_inline(mapping: dict[str, Any], folder: Path) -> tuple[PreparedRun, dict
     prepared = prepare(scenario_from_mapping(mapping), folder)
     grid = InProcessGrid(simulated_client(prepared), num_nodes=prepared.scenario.clients.count)
     outcomes = run_arms(grid, prepared, lambda event: None)
-    return prepared, build_arms(prepared, [vars(outcome) for outcome in outcomes])
+    return prepared, build_arms(prepared, outcomes)
 
 
 def test_every_scheme_trains_as_an_arm(tiny: dict[str, Any], tmp_path: Path) -> None:
