@@ -121,10 +121,8 @@ def shape_text(shape: Sequence[int]) -> str:
 
 def short_dtype(dtype: str) -> str:
     """``f32`` for ``float32``."""
-    if dtype in _SHORT:
-        return _SHORT[dtype]
     kind = "f" if dtype.startswith("float") else dtype[0]
-    return kind + dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
+    return _SHORT.get(dtype, kind + dtype.lstrip("abcdefghijklmnopqrstuvwxyz"))
 
 
 @contextmanager

@@ -278,10 +278,9 @@ def _fetcher(
 ) -> HttpFetcher:
     from prunecast.client.edge.updating.transport import HttpFetcher
 
-    headers = {}
     pair = _pair(certificate, key, "--")
-    if token_file:
-        headers["authorization"] = f"Bearer {token_file.read_text().strip()}"
+    token = token_file.read_text().strip() if token_file else ""
+    headers = {"authorization": f"Bearer {token}"} if token_file else {}
     return HttpFetcher(ca_file=ca_file, client_certificate=pair, headers=headers)
 
 

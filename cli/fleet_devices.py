@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import (
-    AsJson,
-    Column,
-    make_console,
-    print_json,
-    print_table,
-    say,
-    show,
-)
+from prunecast.cli.console import AsJson, Column, make_console, print_json, print_table, say, show
 from prunecast.server.fleet import events
 from prunecast.server.fleet.views import device_view, health_view
 

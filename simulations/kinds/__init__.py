@@ -172,6 +172,17 @@ def _value(hint: Any, given: Any, key: str) -> Any:
     return {name: _value(of, entry, f"{key}.{name}") for name, entry in table.items()}
 
 
+def written(value: Any) -> Any:
+    """The table of a dataclass, as `build` reads it; every default filled in, without None."""
+    if isinstance(value, Mapping):
+        return {key: written(entry) for key, entry in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return value
+    table = {value.registry.word: value.kind()} if isinstance(value, Kind) else {}
+    given = {key: entry for key, entry in vars(value).items() if entry is not None}
+    return {**table, **written(given)}
+
+
 # -- kinds ----------------------------------------------------------------------------------------
 
 
@@ -211,7 +222,7 @@ class Registry(Generic[K]):
     """
 
     def __init__(self, base: type[K], *, default: str, word: str = "kind") -> None:
-        self._base, self._default, self._word = base, default, word
+        self._base, self._default, self.word = base, default, word
         base.registry = self
 
     def names(self) -> list[str]:
@@ -240,10 +251,9 @@ class Registry(Generic[K]):
             return found
         choice(key, name, self.names())
         module = importlib.import_module(f"{self._base.__module__}.{name.replace('-', '_')}")
-        classes = (value for value in vars(module).values() if isinstance(value, type))
-        [mine] = [
-            c for c in classes if c.__module__ == module.__name__ and issubclass(c, self._base)
-        ]
+        classes = [found for found in vars(module).values() if isinstance(found, type)]
+        own = [c for c in classes if c.__module__ == module.__name__]
+        [mine] = [c for c in own if issubclass(c, self._base)]
         return mine
 
     def make(self, name: str = "", /, **keys: Any) -> K:
@@ -257,11 +267,7 @@ class Registry(Generic[K]):
             ScenarioError: the kind or a key is unknown, or a value is unusable.
         """
         table = _table(value, path)
-        name = table.pop(self._word, self._default)
-        cls = self.find(name, f"{path}.{self._word}")
+        name = table.pop(self.word, self._default)
+        cls = self.find(name, f"{path}.{self.word}")
         needed = {k: v for k, v in table.items() if v != "" or k not in cls.unused}
-        return build(cls, needed, path, chosen_by=f"{self._word} = {name!r}")
-
-    def write(self, thing: K) -> dict[str, Any]:
-        """The table of a thing, every default filled in; `read` gives an equal one."""
-        return {self._word: thing.kind(), **dataclasses.asdict(thing)}
+        return build(cls, needed, path, chosen_by=f"{self.word} = {name!r}")

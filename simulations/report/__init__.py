@@ -90,7 +90,6 @@ def render_page(result: Mapping[str, Any], figure: bytes) -> str:
     environment.filters.update(bytes=bytes_text, percent=percent, ratio=ratio_text)
     environment.filters["score"] = partial(score_text, result)
     folder, arms = files(__name__), result["arms"]
-    trained = {name: arm for name, arm in arms.items() if arm["trained"]}
     return environment.from_string((folder / "report.html").read_text()).render(
         result=result,
         style=(folder / "report.css").read_text(),
@@ -100,8 +99,7 @@ def render_page(result: Mapping[str, Any], figure: bytes) -> str:
         release_table=release_rows(result),
         colours=dict(zip(arms, COLOURS, strict=False)),
         chart=bytes_per_round(arms),
-        trained=trained,
-        kinds={name: _where_bytes_went(arm["by_kind"]) for name, arm in trained.items()},
+        kinds={n: _where_bytes_went(arm["by_kind"]) for n, arm in arms.items() if arm["trained"]},
         metric=result["task"]["metric"],
         headline=_headline(result),
     )

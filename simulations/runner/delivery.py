@@ -29,6 +29,8 @@ from prunecast.simulations.tasks import Task
 
 __all__ = ["automatic_releases", "deliver", "rule_of"]
 
+_DEVICE = "prunecast.simulations.runner.device"
+
 
 @dataclass(frozen=True)
 class _Published:
@@ -59,12 +61,10 @@ def rule_of(spec: ReleaseSpec, task: Task) -> ReleaseRule | None:
 
 def automatic_releases(prepared: PreparedRun, arm: str) -> AutomaticReleases | None:
     """Prepare repository and graph for the arm that releases; None for every other arm."""
-    scenario = prepared.scenario
-    spec = scenario.release
+    scenario, spec = prepared.scenario, prepared.scenario.release
     if spec is None or arm != scenario.released_arm():
         return None
-    rule = rule_of(spec, scenario.task)
-    if rule is None:
+    if (rule := rule_of(spec, scenario.task)) is None:
         return None
     recipe = _recipe(prepared).prepared()
     return AutomaticReleases(rule, recipe_releaser(recipe, _repository(prepared), spec.name))
@@ -179,8 +179,7 @@ def _published(path: Path) -> _Published:
 
 def _answers(prepared: PreparedRun, version: int) -> NDArray[Any]:
     with np.load(prepared.work / f"device-{version}.npz") as file:
-        found: NDArray[Any] = file["outputs"]
-    return found
+        return np.asarray(file["outputs"])
 
 
 def _compare(
@@ -209,19 +208,11 @@ def _compare(
 
 def _update(prepared: PreparedRun, url: str, name: str) -> dict[str, Any]:
     """Start the device, let it update itself and answer all examples; what it reports."""
-    settings = {
-        "state": str(prepared.folder / "device"),
-        "url": url,
-        "name": name,
-        "root": str(prepared.folder / "root.json"),
-        "examples": str(prepared.held_out),
-        "output": str(prepared.work),
-    }
     log = prepared.folder / "device.log"
     paths = os.pathsep.join(part for part in sys.path if part)
     with log.open("a") as errors:
         done = subprocess.run(
-            [sys.executable, "-m", "prunecast.simulations.runner.device", json.dumps(settings)],
+            [sys.executable, "-m", _DEVICE, str(prepared.folder), url, name],
             stdout=subprocess.PIPE,
             stderr=errors,
             env={**os.environ, "PYTHONPATH": paths},

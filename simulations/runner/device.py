@@ -1,8 +1,8 @@
 """An edge device in a process of its own: follow a release, run examples through it, report.
 
-Started as ``python -m prunecast.simulations.runner.device SETTINGS``, JSON with ``state``, ``url``,
-``name``, ``root``, ``examples`` (a file of `Examples`) and ``output`` (a folder). It updates
-itself, runs all examples and prints a line of JSON. Imports what a device has, and says what.
+Started as ``python -m prunecast.simulations.runner.device FOLDER URL NAME``, with the folder of the
+run, which gets its state. It updates itself, answers all held-out examples and prints a line of
+JSON. Imports what a device has, and says what.
 """
 
 from __future__ import annotations
@@ -25,15 +25,10 @@ FOREIGN = ("torch", "flwr", "onnx", "ray")
 
 def main(arguments: list[str]) -> int:
     """Entry point of the process."""
-    settings = json.loads(arguments[0])
-    examples = Examples.load(Path(settings["examples"]))
-    config = AgentConfig(
-        state=Path(settings["state"]),
-        url=settings["url"],
-        name=settings["name"],
-        root=Path(settings["root"]).read_bytes(),
-        threads=1,
-    )
+    folder, (url, name) = Path(arguments[0]), arguments[1:]
+    examples = Examples.load(folder / "work" / "held-out.npz")
+    root = (folder / "root.json").read_bytes()
+    config = AgentConfig(folder / "device", url, name, root, threads=1)
     with Agent(config) as agent:
         update = agent.update_once()
         agent.confirm()
@@ -43,8 +38,7 @@ def main(arguments: list[str]) -> int:
             batch = examples.take(chosen).inputs.values()
             [outputs] = agent.model.run(dict(zip(names, batch, strict=True))).values()
             parts.append(outputs)
-    answers = Path(settings["output"]) / f"device-{update.version}.npz"
-    np.savez(answers, outputs=np.concatenate(parts))
+    np.savez(folder / "work" / f"device-{update.version}.npz", outputs=np.concatenate(parts))
     report = {**asdict(update), "imported": [name for name in FOREIGN if name in sys.modules]}
     sys.stdout.write(json.dumps(report) + "\n")
     return 0

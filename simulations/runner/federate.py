@@ -11,15 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
@@ -79,7 +71,7 @@ def _data(prepared: PreparedRun, context: Context) -> tuple[Loader, Loader | Non
 
 
 def _identify(message: Message, context: Context) -> Message:
-    record = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
+    record = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
     return Message(RecordDict({_NODE_RECORD: record}), reply_to=message)
 
 
@@ -102,7 +94,7 @@ def _nodes_by_partition(grid: Grid, count: int) -> list[int]:
         if reply.has_error():
             raise EngineFailed(f"a simulated node failed to start: {reply.error.reason}")
         record = reply.content[_NODE_RECORD]
-        assert isinstance(record, ConfigRecord)
+        assert isinstance(record, MetricRecord)
         partitions[reply.metadata.src_node_id] = int(record["partition-id"])  # type: ignore[arg-type]
     if len(partitions) < count:
         raise EngineFailed(f"only {len(partitions)} of {count} simulated nodes answered")

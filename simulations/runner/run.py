@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prunecast.common.files import write_atomically
 from prunecast.common.references import load_callable
 from prunecast.common.text import quiet
-from prunecast.simulations.arms import ARMS
+from prunecast.simulations.kinds import written
 from prunecast.simulations.runner import ResultError, SimulationError
 from prunecast.simulations.runner.engine import ENVIRONMENT, run_engine
 from prunecast.simulations.runner.prepared import (
@@ -201,7 +201,7 @@ def build_arms(
         total = tally.totals()
         last = rounds[-1]
         arms[name] = {
-            **ARMS.write(arm),
+            **written(arm),
             "label": arm.label(name),
             "text": arm.text(),
             "trained": arm.trains,

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataSource
-from prunecast.simulations.kinds import NAME, Kind, Matches, Range, ScenarioError, build, choice
+from prunecast.simulations.kinds import NAME, Matches, Range, ScenarioError, build, choice, written
 from prunecast.simulations.partitions import PARTITIONS, Partition
 from prunecast.simulations.tasks import TASKS, Task
 
@@ -202,16 +202,7 @@ class Scenario:
 
     def to_mapping(self) -> dict[str, Any]:
         """As a mapping that `scenario_from_mapping` reads, with every default filled in."""
-        mapping = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        for key, value in vars(self).items():
-            if isinstance(value, Kind):
-                mapping[key] = value.registry.write(value)
-        mapping["arms"] = {name: ARMS.write(arm) for name, arm in self.arms.items()}
-        if self.release is None:
-            del mapping["release"]
-        else:
-            mapping["release"] = {k: v for k, v in mapping["release"].items() if v is not None}
-        return mapping
+        return {"schema": SCHEMA, **written(self)}
 
 
 # -- reading --------------------------------------------------------------------------------------

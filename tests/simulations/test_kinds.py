@@ -15,7 +15,7 @@ from torch import nn
 from prunecast.server.federation import Policy
 from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataError, DataSource, Examples, load_examples
-from prunecast.simulations.kinds import Registry, ScenarioError
+from prunecast.simulations.kinds import Registry, ScenarioError, written
 from prunecast.simulations.partitions import PARTITIONS, Partition
 from prunecast.simulations.report import render_page, write_report
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
@@ -103,7 +103,7 @@ def test_every_module_is_a_kind(registry, names):
     for name in names:
         assert registry.find(name).kind() == name
         made = registry.make(name)
-        assert registry.read(registry.write(made), "x") == made
+        assert registry.read(written(made), "x") == made
 
 
 def test_classes_of_the_users_own_take_part(tiny, tmp_path):
