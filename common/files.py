@@ -1,23 +1,31 @@
-"""Files that survive a power cut: written whole or not at all, and known by their digest."""
+"""Files that survive a power cut: written whole or not at all, known by their digest, and locked.
+
+The system releases a lock when its holder ends, however it ends; no lock is left behind.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 __all__ = [
     "StorageError",
     "cache_folder",
     "file_digest",
     "folder_bytes",
+    "is_locked",
     "keep_only",
+    "lock_file",
     "make_folder",
     "replacing",
     "sync",
+    "take_lock",
     "write_atomically",
     "write_new",
     "write_synced",
@@ -167,3 +175,41 @@ def keep_only(folder: Path, names: Collection[str]) -> None:
         for path in folder.iterdir():
             if path.name not in names:
                 path.unlink()
+
+
+def take_lock(handle: int) -> None:
+    """Take the lock of an open file; closing the file releases it.
+
+    Raises:
+        BlockingIOError: another process, or another handle in this one, holds it.
+        OSError: the file system has no locks.
+    """
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def lock_file(path: Path) -> IO[str]:
+    """Take the lock of a file, which is created if need be; closing the result releases it.
+
+    Raises:
+        BlockingIOError: another process, or another handle in this one, holds it.
+        OSError: the file cannot be written.
+    """
+    file = open(path, "w")  # noqa: SIM115
+    try:
+        take_lock(file.fileno())
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock; a file that is not there, or not readable, has no lock."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -15,8 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from prunecast.common.files import StorageError
-from prunecast.common.locks import take_lock
+from prunecast.common.files import StorageError, take_lock
 
 __all__ = ["Journal", "new_run_id", "read_run"]
 

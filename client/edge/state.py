@@ -29,8 +29,7 @@ from prunecast.client.edge.config import AGENT_VERSION, UpdateResult
 from prunecast.client.edge.errors import AgentBusy, StateError, disk
 from prunecast.client.edge.telemetry import read_telemetry
 from prunecast.common.documents import from_document, read_document
-from prunecast.common.files import make_folder, write_atomically
-from prunecast.common.locks import lock_file
+from prunecast.common.files import lock_file, make_folder, write_atomically
 
 __all__ = [
     "Failure",

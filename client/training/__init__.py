@@ -1,7 +1,7 @@
 """The Flower mod, the node's store and the torch trainer."""
 
-from prunecast.client.training.errors import ModError, StoreError
 from prunecast.client.training.mod import compression_mod
+from prunecast.client.training.store import ModError, StoreError
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
     current_masks,

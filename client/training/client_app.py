@@ -26,9 +26,8 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from prunecast.client.training.errors import TrainerError
 from prunecast.client.training.mod import compression_mod
-from prunecast.client.training.trainer import Batch, Loss, evaluate, train
+from prunecast.client.training.trainer import Batch, Loss, TrainerError, evaluate, train
 from prunecast.common.references import load_callable
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod

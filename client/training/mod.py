@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,8 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
-from prunecast.client.training.errors import ModError, NonFiniteUpdate
-from prunecast.client.training.store import NodeStore, default_root
-from prunecast.client.training.updates import compress_update
-from prunecast.compression.codec import CodecError, NonFiniteError
+from prunecast.client.training.store import ModError, NodeStore, NonFiniteUpdate, default_root
+from prunecast.compression.codec import CodecError, NonFiniteError, quantise, spread
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     STATISTICS_RECORD,
@@ -39,8 +38,10 @@ from prunecast.compression.versions import (
     BaseMissing,
     Instruction,
     Kind,
+    LatticeTensor,
     NodeReport,
     PublishedModel,
+    QuantisedTensor,
     SchemeRule,
     UpdateRule,
     VersionsError,
@@ -53,7 +54,7 @@ from prunecast.compression.versions import (
     short,
 )
 
-__all__ = ["compression_mod"]
+__all__ = ["Change", "compress_update", "compression_mod"]
 
 
 def compression_mod(store: Path | str | None = None) -> Mod:
@@ -230,3 +231,81 @@ class _Exchange:
 
 def _layout(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], str]]:
     return [(name, a.dtype, tuple(a.shape), a.stype) for name, a in record.items()]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a node sends, and what it keeps.
+
+    Attributes:
+        changes: per tensor its quantised change or its exact new array; unchanged ones absent.
+        residual: per lattice tensor what quantisation dropped; empty without error feedback.
+    """
+
+    changes: dict[str, QuantisedTensor | NDArray[Any]]
+    residual: dict[str, NDArray[np.floating]]
+
+
+def compress_update(
+    base: PublishedModel,
+    trained: Mapping[str, NDArray[Any]],
+    residual: Mapping[str, NDArray[np.floating]],
+    rule: UpdateRule,
+) -> Change:
+    """Quantise ``trained - published + residual`` where the mask keeps weights.
+
+    The step of a tensor is ``rule.step`` times the root mean square of its change over the kept
+    weights. Changes off the mask are dropped: those weights are pruned.
+
+    Args:
+        base: the version that was trained from.
+        trained: name to array after local training; same names, shapes and dtypes.
+        residual: what earlier rounds dropped; a tensor of another shape starts afresh.
+        rule: step, dead zone, error feedback.
+
+    Raises:
+        NonFiniteUpdate: a tensor holds NaN or infinity, unless the rule sends exact arrays.
+    """
+    changes: dict[str, QuantisedTensor | NDArray[Any]] = {}
+    kept: dict[str, NDArray[np.floating]] = {}
+    for name, tensor in base.tensors.items():
+        array = trained[name]
+        if rule.step > 0 and array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise NonFiniteUpdate(
+                f"tensor {name!r} holds NaN or infinity after local training: the update was not "
+                "sent. Lower the learning rate or clip gradients."
+            )
+        if not isinstance(tensor, LatticeTensor) or rule.step == 0:
+            if array.tobytes() != tensor.dense().tobytes():
+                changes[name] = array
+            continue
+        quantised, dropped = _quantise(name, tensor, array, residual.get(name), rule)
+        if quantised is not None:
+            changes[name] = quantised
+        if rule.error_feedback:
+            kept[name] = dropped
+    return Change(changes, kept)
+
+
+def _quantise(
+    name: str,
+    tensor: LatticeTensor,
+    array: NDArray[Any],
+    residual: NDArray[np.floating] | None,
+    rule: UpdateRule,
+) -> tuple[QuantisedTensor | None, NDArray[np.floating]]:
+    working = np.float64 if array.dtype == np.float64 else np.float32
+    change = array.astype(working) - tensor.dense().astype(working)
+    mask = tensor.mask()
+    if mask is not None:
+        change *= mask
+    weights = change.size if mask is None else int(np.count_nonzero(mask))
+    step = float(np.float32(rule.step * spread(change, "rms", count=weights)))
+    target = change
+    if rule.error_feedback and residual is not None and residual.shape == change.shape:
+        target = change + (residual if mask is None else residual * mask).astype(working)
+    if step <= np.finfo(np.float32).tiny:
+        return None, target
+    z = quantise(target, step, dead_zone=rule.dead_zone, name=name)
+    dropped = (target - z * working(np.float32(step))).astype(working)
+    return (QuantisedTensor(z, step) if z.any() else None), dropped

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.client.training.errors import StoreError
 from prunecast.common.files import StorageError, cache_folder, write_atomically
 from prunecast.compression.versions import (
     LatticeTensor,
@@ -37,10 +36,22 @@ from prunecast.compression.versions import (
     VersionsError,
 )
 
-__all__ = ["NodeStore", "default_root"]
+__all__ = ["ModError", "NodeStore", "NonFiniteUpdate", "StoreError", "default_root"]
 
 _STALE_SECONDS = 30 * 24 * 3600
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, VersionsError)
+
+
+class ModError(RuntimeError):
+    """A message cannot be understood, or a reply cannot be encoded; Flower reports it."""
+
+
+class NonFiniteUpdate(ModError):
+    """Local training produced NaN or infinity."""
+
+
+class StoreError(ModError):
+    """The node's store cannot be written."""
 
 
 def default_root() -> Path:

@@ -12,14 +12,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunecast.client.training.errors import TrainerError
-
-__all__ = ["Evaluation", "TensorBatches", "Training", "best_device", "evaluate", "train"]
+__all__ = [
+    "Evaluation",
+    "TensorBatches",
+    "TrainerError",
+    "Training",
+    "best_device",
+    "evaluate",
+    "train",
+]
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """What a model is called with: one tensor, several in order, or several by name."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batch = tuple[Inputs, Tensor]
+
+
+class TrainerError(RuntimeError):
+    """Local training or evaluation cannot be done as asked."""
 
 
 @dataclass(frozen=True)

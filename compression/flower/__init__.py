@@ -1,26 +1,21 @@
-"""Payloads inside Flower records: what the grid and the mod agree on.
+"""Flower records: which can be coded, and how payloads travel inside, as grid and mod agree.
 
-The only place below client and server that knows Flower; `versions` stays free of it.
+With `prunecast.compression.flower.internals` the only place below client and server that knows
+Flower; `versions` stays free of it.
 """
 
-from prunecast.compression.flower.records import (
-    CONTROL_RECORD,
-    STATISTICS_RECORD,
-    STYPE,
-    array_record,
-    coded_record,
-    dense_arrays,
-    float_names,
-    is_codable,
-    open_coded,
-    payload_of,
-    payload_record,
-    stated_round,
-    stream_id,
-)
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
 __all__ = [
     "CONTROL_RECORD",
+    "NUMPY",
     "STATISTICS_RECORD",
     "STYPE",
     "array_record",
@@ -34,3 +29,106 @@ __all__ = [
     "stated_round",
     "stream_id",
 ]
+
+NUMPY = "numpy.ndarray"
+"""Flower's serialisation type for NumPy arrays."""
+STYPE = "prunecast/1 (ClientApp needs compression_mod())"
+"""Serialisation type of a payload; a client without the mod shows it in Flower's own error."""
+CONTROL_RECORD = "prunecast"
+"""Key of the config record that carries an `Instruction` or a `NodeReport`."""
+STATISTICS_RECORD = "prunecast-statistics"
+"""Key of the record with what a node contributes to pruning, in a reply whose message asked."""
+_ARRAY_NAME = "prunecast"
+
+
+def stream_id(run_id: int, key: str) -> bytes:
+    """Identifier of the stream of one record key in one run."""
+    return f"{run_id}/{key}".encode()
+
+
+def is_codable(record: ArrayRecord) -> bool:
+    """Whether every array is a NumPy array of a dtype the codec knows.
+
+    Complex numbers, strings and arrays in somebody's own serialisation are left as they are.
+    """
+    if len(record) == 0:
+        return False
+    for array in record.values():
+        if array.stype != NUMPY:
+            return False
+        try:
+            dtype = np.dtype(array.dtype)
+        except TypeError:
+            return False
+        if dtype.kind not in "biuf" or dtype.itemsize > 8:
+            return False
+    return True
+
+
+def dense_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """Every array of a record, deserialised once."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def array_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """An ordinary Flower record of dense arrays; reads each array of the mapping once."""
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = Array(array)
+    return record
+
+
+def payload_record(payload: bytes) -> ArrayRecord:
+    """A record with one array that carries `payload` under our serialisation type.
+
+    Flower refuses to read an unknown serialisation type, so a client without the mod fails
+    instead of training on something else.
+    """
+    record = ArrayRecord()
+    record[_ARRAY_NAME] = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
+    return record
+
+
+def payload_of(record: object) -> bytes | None:
+    """The payload a record carries, or None for anything else."""
+    if not isinstance(record, ArrayRecord) or list(record) != [_ARRAY_NAME]:
+        return None
+    return record[_ARRAY_NAME].data if record[_ARRAY_NAME].stype == STYPE else None
+
+
+def float_names(record: ArrayRecord) -> list[str]:
+    """Names of the arrays that a scheme can code: NumPy's floating point, float16 to float64."""
+    return [
+        name
+        for name, array in record.items()
+        if array.stype == NUMPY and array.dtype in ("float16", "float32", "float64")
+    ]
+
+
+def coded_record(payload: bytes, exact: Mapping[str, Array]) -> ArrayRecord:
+    """A record of a scheme's payload and, as they are, the arrays that no scheme codes."""
+    record = payload_record(payload)
+    for name, array in exact.items():
+        record[f"={name}"] = array
+    return record
+
+
+def open_coded(record: ArrayRecord) -> tuple[bytes, dict[str, Array]] | None:
+    """Inverse of `coded_record`; None for any other record."""
+    names = list(record)
+    if not names or names[0] != _ARRAY_NAME or any(name[:1] != "=" for name in names[1:]):
+        return None
+    payload = payload_of(ArrayRecord({_ARRAY_NAME: record[_ARRAY_NAME]}))
+    if payload is None:
+        return None
+    return payload, {name[1:]: record[name] for name in names[1:]}
+
+
+def stated_round(content: RecordDict) -> int:
+    """Flower's ``server-round`` where a config record states it, else 0."""
+    for record in content.values():
+        if isinstance(record, ConfigRecord) and isinstance(
+            stated := record.get("server-round"), int
+        ):
+            return stated
+    return 0

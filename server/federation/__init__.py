@@ -13,8 +13,7 @@ from prunecast.server.federation.events import read_events
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Entry, Ledger, Tally, Totals, serialised_bytes
 from prunecast.server.federation.policy import PRESETS, Policy
-from prunecast.server.federation.release_rule import ReleaseRule
-from prunecast.server.federation.releasing import AutomaticReleases
+from prunecast.server.federation.releasing import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.run import Run
 
 __all__ = [

@@ -12,8 +12,8 @@ from flwr.app import Array
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import DTypeLike, NDArray
 
+from prunecast.compression.flower import NUMPY
 from prunecast.compression.flower.internals import is_averaging
-from prunecast.compression.flower.records import NUMPY
 from prunecast.compression.versions import Change
 from prunecast.server.federation.ledger import Entry
 

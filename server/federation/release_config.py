@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunecast.server.federation.errors import ReleaseRuleError
-from prunecast.server.federation.release_rule import ReleaseRule
-from prunecast.server.federation.releasing import AutomaticReleases, recipe_releaser
+from prunecast.server.federation.releasing import AutomaticReleases, ReleaseRule, recipe_releaser
 
 if TYPE_CHECKING:
     from torch import nn

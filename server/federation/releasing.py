@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prunecast.compression.flower.internals import log
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation.errors import ReleaseRuleError
-from prunecast.server.federation.release_rule import ReleaseRule, ReleaseWatch
 
 if TYPE_CHECKING:
     from prunecast.server.repository import Repository
@@ -19,11 +18,125 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutomaticReleases",
+    "ReleaseRule",
+    "ReleaseWatch",
     "Released",
     "Releaser",
     "finite_numbers",
     "recipe_releaser",
 ]
+
+
+@dataclass(frozen=True)
+class ReleaseRule:
+    """When to release. `every` and `metric` may both be given: either is enough.
+
+    Attributes:
+        every: release after every so many rounds; 0 for never.
+        metric: name of an evaluation metric; empty for none.
+        reach: release when the metric gets as good as this. Once in a run, unless `improve` is
+            given; then it is the least a release must have.
+        improve: release when the metric is better by this than in the last release.
+        lower_is_better: for a loss or an error.
+
+    Raises:
+        ReleaseRuleError: never releases, or a value outside its range; names the key.
+
+    Examples:
+        >>> watch = ReleaseWatch(ReleaseRule(metric="accuracy", reach=0.8, improve=0.02))
+        >>> [watch.due(n, {"accuracy": a}) for n, a in enumerate((0.1, 0.79, 0.81), start=1)]
+        [None, None, 'accuracy 0.81 reached 0.8']
+        >>> watch.released({"accuracy": 0.81})
+        >>> watch.due(4, {"accuracy": 0.82}), watch.due(5, {"accuracy": 0.84})
+        (None, 'accuracy 0.84 is better by 0.03 than in the last release')
+    """
+
+    every: int = 0
+    metric: str = ""
+    reach: float | None = None
+    improve: float | None = None
+    lower_is_better: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ReleaseRuleError(
+                f"release.every = {self.every} is below 0: give a number of rounds, or 0"
+            )
+        if self.reach is not None and not math.isfinite(self.reach):
+            raise ReleaseRuleError(f"release.reach = {self.reach} is not finite: give a number")
+        if self.improve is not None and not (math.isfinite(self.improve) and self.improve > 0):
+            raise ReleaseRuleError(
+                f"release.improve = {self.improve} is not above 0: give the least gain, such as "
+                "0.01; for a metric that falls, add release.lower-is-better = true"
+            )
+        wants = self.reach is not None or self.improve is not None
+        if wants and not self.metric:
+            raise ReleaseRuleError(
+                "release.reach and release.improve need a metric: set release.metric"
+            )
+        if self.metric and not wants:
+            raise ReleaseRuleError(
+                f"release.metric = {self.metric!r} says what to watch, not when to release: set "
+                "release.reach or release.improve"
+            )
+        if not (self.every or self.metric):
+            raise ReleaseRuleError(
+                "nothing would be released: set release.every, or release.metric with "
+                "release.reach or release.improve"
+            )
+
+
+class ReleaseWatch:
+    """Applies a rule from round to round.
+
+    Args:
+        rule: when to release.
+        held: the metric's value in the newest release, if there is one that states it. Then
+            `improve` is measured from it, so that a new run does not publish a worse model.
+    """
+
+    def __init__(self, rule: ReleaseRule, held: float | None = None) -> None:
+        self.rule, self._held = rule, held
+        self._reached = False
+
+    def due(self, server_round: int, metrics: Mapping[str, float]) -> str | None:
+        """Why the model of this round is to be released, or None.
+
+        Args:
+            server_round: 1 for the first; the initial model (0) is never released.
+            metrics: measured on the model of this round; NaN releases nothing.
+        """
+        rule = self.rule
+        if server_round < 1:
+            return None
+        if rule.every and server_round % rule.every == 0:
+            return f"round {server_round}, one of every {rule.every}"
+        value = metrics.get(rule.metric, math.nan) if rule.metric else math.nan
+        if not math.isfinite(value):
+            return None
+        sign = -1.0 if rule.lower_is_better else 1.0
+        if rule.reach is not None and sign * (value - rule.reach) < 0:
+            return None
+        if rule.improve is None:
+            return None if self._reached else f"{rule.metric} {value:.6g} reached {rule.reach:.6g}"
+        if self._held is None:
+            least = f" reached {rule.reach:.6g}" if rule.reach is not None else ", the first"
+            return f"{rule.metric} {value:.6g}{least}"
+        gain = sign * (value - self._held)
+        # a gain of exactly the threshold counts, whatever binary fractions make of it
+        if gain >= rule.improve or math.isclose(gain, rule.improve, rel_tol=1e-9):
+            return f"{rule.metric} {value:.6g} is better by {gain:.3g} than in the last release"
+        return None
+
+    def released(self, metrics: Mapping[str, float]) -> None:
+        """Note that a model with these metrics was released, for whatever reason."""
+        value = metrics.get(self.rule.metric, math.nan)
+        if not math.isfinite(value):
+            return
+        self._held = value
+        sign = -1.0 if self.rule.lower_is_better else 1.0
+        if self.rule.reach is not None and sign * (value - self.rule.reach) >= 0:
+            self._reached = True
 
 
 class Releaser(Protocol):

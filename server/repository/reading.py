@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from prunecast.common.locks import is_locked
+from prunecast.common.files import is_locked
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import (
     FileRef,

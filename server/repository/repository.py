@@ -25,8 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, TargetFile
 
-from prunecast.common.files import write_atomically
-from prunecast.common.locks import lock_file
+from prunecast.common.files import lock_file, write_atomically
 from prunecast.compression.release.manifest import (
     ReleaseManifest,
     blob_path,

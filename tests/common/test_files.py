@@ -11,14 +11,15 @@ from prunecast.common.files import (
     cache_folder,
     file_digest,
     folder_bytes,
+    is_locked,
     keep_only,
+    lock_file,
     make_folder,
     replacing,
     write_atomically,
     write_new,
     write_synced,
 )
-from prunecast.common.locks import is_locked, lock_file
 from support.powercut import VARIANTS, Recorder
 
 
@@ -115,7 +116,7 @@ def test_a_lock_excludes_others_until_its_holder_ends(tmp_path):
     assert not is_locked(path)
     program = (
         "import os, pathlib, sys\n"
-        "from prunecast.common.locks import is_locked, lock_file\n"
+        "from prunecast.common.files import is_locked, lock_file\n"
         "held = lock_file(pathlib.Path(sys.argv[1]))\n"
         "os._exit(3 if is_locked(pathlib.Path(sys.argv[1])) else 4)\n"
     )

@@ -21,8 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import SSlibKey
 from tuf.api.metadata import Root, Targets
 
-from prunecast.common.files import file_digest
-from prunecast.common.locks import is_locked
+from prunecast.common.files import file_digest, is_locked
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import (
     FileRef,

@@ -8,8 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import nn
 
 from prunecast.client.training.client_app import LocalTraining, app, training_seed
-from prunecast.client.training.errors import TrainerError
-from prunecast.client.training.trainer import TensorBatches
+from prunecast.client.training.trainer import TensorBatches, TrainerError
 from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prunecast.client.training import trainer
-from prunecast.client.training.errors import TrainerError
-from prunecast.client.training.trainer import TensorBatches, evaluate, train
+from prunecast.client.training.trainer import TensorBatches, TrainerError, evaluate, train
 
 
 def network() -> nn.Module:

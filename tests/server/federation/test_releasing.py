@@ -25,7 +25,7 @@ from prunecast.server.federation import (
     server_app,
 )
 from prunecast.server.federation.release_config import releases_from_config
-from prunecast.server.federation.release_rule import ReleaseWatch
+from prunecast.server.federation.releasing import ReleaseWatch
 from prunecast.server.repository import (
     Change,
     KeyRing,
