@@ -41,7 +41,8 @@ def _per_layer(scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
 
 def _globally(scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
     """One ranking over all tensors: those that matter little give more."""
-    flat = [score.ravel().astype(np.float64) for score in scores.values()]
+    # joining widens where dtypes differ, which ranks the same
+    flat = [score.ravel() for score in scores.values()]
     kept = _keep_highest(np.concatenate(flat or [np.zeros(0)]), sparsity)
     parts = np.split(kept, np.cumsum([score.size for score in flat])[:-1])
     return {n: part.reshape(s.shape) for (n, s), part in zip(scores.items(), parts, strict=False)}
