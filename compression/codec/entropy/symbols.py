@@ -18,6 +18,7 @@ from ..errors import MalformedPayload
 __all__ = ["FieldValues", "Placement", "Symbols", "collect", "distribute"]
 
 _CHUNK = 1 << 16
+_SORT_BITS = 18
 
 
 @dataclass(frozen=True)
@@ -114,27 +115,30 @@ class FieldValues:
 def _sorted_positions(
     clusters: NDArray[np.uint8], bucket: NDArray[np.uint8], count: int
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Positions by the bucket of their cluster, in order within each; and the buckets' sizes.
-
-    A stable sort, in chunks to bound the temporary arrays.
-    """
+    """Positions by the bucket of their cluster, in order within each; and the buckets' sizes."""
     n = len(clusters)
+    if n <= 1 << _SORT_BITS:
+        # bucket and position in one integer: sorting it takes half the time of a stable argsort
+        keys = (bucket.astype(np.uint32) << _SORT_BITS).take(clusters)
+        keys |= np.arange(n, dtype=np.uint32)
+        keys.sort()
+        fences = np.arange(count + 1, dtype=np.uint32) << _SORT_BITS
+        sizes = np.diff(np.searchsorted(keys, fences))
+        keys &= np.uint32((1 << _SORT_BITS) - 1)
+        return keys.view(np.int32), sizes
+    # In chunks, to bound temporary arrays.
     order: NDArray[Any] = np.empty(n, np.int32 if n < 1 << 31 else np.int64)
-    starts = range(0, n, _CHUNK)
-    sizes = []
-    total = np.zeros(count, np.int64)
-    for s in starts:
-        by_cluster = np.bincount(clusters[s : s + _CHUNK], minlength=len(bucket))
-        sizes.append(np.bincount(bucket, by_cluster, count).astype(np.int64))
-        total += sizes[-1]
+    chunks = [clusters[s : s + (1 << _SORT_BITS)] for s in range(0, n, 1 << _SORT_BITS)]
+    each = [np.bincount(bucket.take(chunk), minlength=count) for chunk in chunks]
+    total = np.sum(each, axis=0)
     at = (np.cumsum(total) - total).tolist()
-    for s, parts in zip(starts, sizes, strict=True):
-        chunk = np.argsort(bucket.take(clusters[s : s + _CHUNK]), kind="stable")
-        chunk += s
+    for i, (chunk, parts) in enumerate(zip(chunks, each, strict=True)):
+        own = _sorted_positions(chunk, bucket, count)[0].astype(order.dtype, copy=False)
+        own += i << _SORT_BITS
         done = 0
         for b in np.flatnonzero(parts).tolist():
             k = int(parts[b])
-            order[at[b] : at[b] + k] = chunk[done : done + k]
+            order[at[b] : at[b] + k] = own[done : done + k]
             at[b] += k
             done += k
     return order, total

@@ -133,3 +133,14 @@ def test_static_side_information_may_be_empty() -> None:
     payload = seal(Context(), w.coder.finish(), b"")
     assert decode(payload)["w"].tolist() == [7, 7]
     assert sum(measure_costs(payload).sections.values()) == len(payload)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 18, (1 << 18) + 1, 700_003])
+@pytest.mark.parametrize("buckets", [2, 256])
+def test_positions_are_sorted_by_bucket_and_in_order(size: int, buckets: int) -> None:
+    rng = np.random.default_rng(size)
+    clusters = rng.integers(0, buckets, size).astype(np.uint8)
+    bucket = rng.permutation(buckets).astype(np.uint8)
+    order, sizes = symbols._sorted_positions(clusters, bucket, buckets)
+    assert np.array_equal(order, np.argsort(bucket[clusters], kind="stable"))
+    assert np.array_equal(sizes, np.bincount(bucket[clusters], minlength=buckets))
