@@ -145,6 +145,7 @@ class Measured:
 
     Attributes:
         copy: the record without caches of before; those that measuring fills are its own.
+        object_id: digest of the record.
         objects: id of every object that the record consists of, to its bytes.
     """
 
@@ -153,6 +154,7 @@ class Measured:
         with no_object_id_recompute():
             parts = get_all_nested_objects(self.copy)
             self.objects = {key: len(part.deflate()) for key, part in parts.items()}
+            self.object_id = self.copy.object_id
 
     @property
     def nbytes(self) -> int:

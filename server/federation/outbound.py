@@ -95,6 +95,7 @@ class Batch:
 
     def __init__(self, messages: Iterable[Message]) -> None:
         self._measured: dict[int, Measured] = {}
+        self._sizes: dict[int, int] = {}
         self.messages = list(messages)
 
     @cached_property
@@ -115,9 +116,16 @@ class Batch:
             self._measured[id(record)] = Measured(record)
         return self._measured[id(record)]
 
+    def size(self, content: RecordDict) -> int:
+        """Serialised bytes of the content of one of the messages; most share one."""
+        if id(content) not in self._sizes:
+            records = {key: self.measured(record) for key, record in content.items()}
+            self._sizes[id(content)] = content_bytes(records)
+        return self._sizes[id(content)]
+
     def content_id(self, record: ArrayRecord) -> str:
         """Digest of a record's content."""
-        return self.measured(record).copy.object_id
+        return self.measured(record).object_id
 
     def is_shared(self, key: str, record: ArrayRecord) -> bool:
         """Whether a record is not a personalised one."""
@@ -227,8 +235,7 @@ class Outbound:
             prepared.round = max(v.model.counter for v in prepared.versions.values())
         # the envelope of both messages is the same but for one record key
         envelope = make_message(original.metadata, RecordDict())
-        records = {key: batch.measured(record) for key, record in original.content.items()}
-        prepared.dense_bytes = content_bytes(records) + own_bytes(envelope)
+        prepared.dense_bytes = batch.size(original.content) + own_bytes(envelope)
         return prepared
 
     def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:

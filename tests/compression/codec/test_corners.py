@@ -8,6 +8,7 @@ import pytest
 from fuzz.writer import HeadWriter
 from prunecast.compression.codec import Context, MalformedPayload, decode, measure_costs
 from prunecast.compression.codec.container.wire import seal
+from prunecast.compression.codec.entropy import symbols
 from prunecast.compression.codec.entropy.rans import RansTables
 from prunecast.compression.codec.entropy.streams import write_stream
 
