@@ -247,7 +247,8 @@ def scenario_from_mapping(table: Mapping[str, Any]) -> Scenario:
     Raises:
         ScenarioError: names the key, what is wrong with it, and the remedy.
     """
-    table = dict(table)
+    # in JSON, null says that there is none
+    table = {k: v for k, v in table.items() if v is not None or k not in ("arms", "release")}
     schema = table.pop("schema", None)
     if schema != SCHEMA:
         found = "is missing" if schema is None else f"is {schema!r}"

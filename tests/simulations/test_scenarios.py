@@ -130,6 +130,12 @@ def test_schema_must_be_stated():
         scenario_from_mapping({"rounds": 3})
 
 
+def test_null_says_that_there_are_no_such_tables(tiny):
+    del tiny["arms"]
+    same = scenario_from_mapping(tiny)
+    assert scenario_from_mapping({**tiny, "arms": None, "release": None}) == same
+
+
 def test_integers_do_for_numbers(tiny):
     scenario = scenario_from_mapping(change(tiny, "partition/alpha", 1))
     assert scenario.partition.alpha == 1.0
