@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prunecast.server.control.errors import QuotaExceeded
 
-__all__ = ["Concurrency", "ControlLimits", "RateQuota"]
-
-_MOST_KEYS = 100_000
+__all__ = ["Concurrency", "ControlLimits"]
 
 
 @dataclass(frozen=True)
@@ -41,37 +39,6 @@ class ControlLimits:
     watch_burst: int = 20
     keep_alive: float = 30.0
     drain: float = 10.0
-
-
-class RateQuota:
-    """A token bucket per key; keys that have not been seen for long are forgotten.
-
-    Args:
-        per_second: calls that a key may make on average.
-        burst: calls that it may make at once.
-
-    >>> quota = RateQuota(per_second=1, burst=2)
-    >>> quota.take("cam", now=0), quota.take("cam", now=0), quota.take("cam", now=1)
-    (None, None, None)
-    """
-
-    def __init__(self, *, per_second: float, burst: int) -> None:
-        self._rate, self._burst = per_second, burst
-        self._held: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def take(self, key: str, *, now: float) -> None:
-        """Account for one call at a time in monotonic seconds.
-
-        Raises:
-            QuotaExceeded: the key has made too many.
-        """
-        held, seen = self._held.pop(key, (float(self._burst), now))
-        held = min(self._burst, held + (now - seen) * self._rate)
-        self._held[key] = (held - 1 if held >= 1 else held, now)
-        if len(self._held) > _MOST_KEYS:
-            self._held.popitem(last=False)
-        if held < 1:
-            raise QuotaExceeded((1 - held) / self._rate)
 
 
 class Concurrency:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, Future
 from contextlib import closing
@@ -15,8 +14,8 @@ from grpc import StatusCode
 
 from prunecast.common.fleet_protocol import CHUNK_BYTES, messages
 from prunecast.server.control.authentication import credential_of
-from prunecast.server.control.errors import Refused, answering
-from prunecast.server.control.quota import Concurrency, ControlLimits, RateQuota
+from prunecast.server.control.errors import QuotaExceeded, Refused, answering
+from prunecast.server.control.quota import Concurrency, ControlLimits
 from prunecast.server.control.repository import open_file
 from prunecast.server.control.watches import WatchRegistry
 from prunecast.server.fleet.errors import Unusable
@@ -29,6 +28,7 @@ from prunecast.server.fleet.reports import (
     Health,
     Identity,
 )
+from prunecast.server.repository.serving.connection import Quota
 from prunecast.server.repository.serving.files import FilePart
 
 __all__ = ["Servicer", "device_report", "device_state", "directive_event"]
@@ -56,15 +56,15 @@ class Servicer:
     ) -> None:
         self._registry, self._repository, self._limits = watches, repository, limits
         self._files, self._certificates = files, certificates
-        self._reports = RateQuota(per_second=limits.reports_per_second, burst=limits.report_burst)
-        self._watches = RateQuota(per_second=limits.watches_per_second, burst=limits.watch_burst)
+        self._reports = Quota(limits.reports_per_second, burst=limits.report_burst, most=100_000)
+        self._watches = Quota(limits.watches_per_second, burst=limits.watch_burst, most=100_000)
         self._fetches = Concurrency(limits.fetches)
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """See `fleet.proto`."""
         async with answering(context):
             credential, identity = await self._admit(context, request.device)
-            self._watches.take(identity.device, now=time.monotonic())
+            _account(self._watches, identity.device)
             if request.release != identity.release:
                 raise Refused(
                     StatusCode.FAILED_PRECONDITION,
@@ -99,7 +99,7 @@ class Servicer:
         """See `fleet.proto`."""
         async with answering(context):
             credential, identity = await self._admit(context, request.device)
-            self._reports.take(identity.device, now=time.monotonic())
+            _account(self._reports, identity.device)
             report = device_report(request)
             now = self._registry.clock()
             receipt = await self._registry.call(
@@ -218,3 +218,8 @@ def directive_event(directive: Directive) -> Any:
     if directive.release is not None:
         made.release, made.version = directive.release.name, directive.release.version
     return messages.WatchEvent(directive=made)
+
+
+def _account(quota: Quota, device: str) -> None:
+    if seconds := quota.take(device, 1):
+        raise QuotaExceeded(seconds)

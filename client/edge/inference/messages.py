@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from prunecast.client.edge.errors import RequestRefused
 from prunecast.compression.release.runtime import Signature
 
-__all__ = ["InferRequest", "datatype_of", "encode_response", "parse_request"]
+__all__ = [
+    "DATATYPE_NAMES",
+    "InferRequest",
+    "encode_response",
+    "least_output_bytes",
+    "parse_request",
+]
 
 _MOST_ID = 1024
 _SLICE = 1 << 14  # values: some milliseconds
@@ -34,7 +40,8 @@ _DATATYPES = {
     "FP32": "float32",
     "FP64": "float64",
 }
-_NAMES = {dtype: name for name, dtype in _DATATYPES.items()}
+DATATYPE_NAMES = {dtype: name for name, dtype in _DATATYPES.items()}
+"""Names in the protocol by the numpy dtypes that a model may have."""
 _JSON_TYPES: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
 
 
@@ -117,7 +124,7 @@ def encode_response(
             )
         tensor: dict[str, Any] = {
             "name": output,
-            "datatype": datatype_of(array.dtype.name),
+            "datatype": DATATYPE_NAMES[array.dtype.name],
             "shape": list(array.shape),
         }
         if as_binary:
@@ -199,15 +206,6 @@ def _name(item: Mapping[str, Any], seen: Mapping[str, object]) -> str:
     if name in seen:
         raise RequestRefused(400, f"tensor {name[:80]!r} is given twice")
     return name
-
-
-def datatype_of(dtype: str) -> str:
-    """Name in the protocol of a numpy dtype that a model may have.
-
-    >>> datatype_of("float32")
-    'FP32'
-    """
-    return _NAMES[dtype]
 
 
 def _dtype_of(tensor: str, datatype: object) -> np.dtype[Any]:

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from prunecast.client.edge.config import AGENT_VERSION
 from prunecast.client.edge.errors import NoModel, RequestRefused, VersionNotActive
 from prunecast.client.edge.inference.messages import (
-    datatype_of,
+    DATATYPE_NAMES,
     encode_response,
     least_output_bytes,
     parse_request,
@@ -277,6 +277,6 @@ def _number(version: str | None) -> int | None:
 def _described(signature: Signature) -> dict[str, Any]:
     return {
         "name": signature.name,
-        "datatype": datatype_of(signature.dtype),
+        "datatype": DATATYPE_NAMES[signature.dtype],
         "shape": [n if isinstance(n, int) else -1 for n in signature.shape],
     }

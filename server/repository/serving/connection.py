@@ -29,8 +29,6 @@ _MOST_KERNEL, _MOST_TLS = 4 * 2**20, 128 * 1024  # likewise, if it is quick
 _FIRST = 64 * 1024
 _QUICK = 1.0  # seconds: the next piece is twice as large
 _IN_MEMORY = 128 * 1024  # bytes up to which one write with the head is cheaper than sendfile
-_BURST = 10.0  # seconds of the rate that may come at once
-_ADDRESSES = 65_536  # remembered; the one that asked least recently is forgotten first
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,8 @@ class Quota:
 
     Args:
         rate: units per second.
+        burst: units that may come at once; default: ten seconds of the rate.
+        most: clients that are remembered; the one that asked least recently is forgotten first.
         clock: monotonic seconds, for tests.
 
     >>> quota = Quota(2.0, clock=lambda: 0.0)
@@ -71,9 +71,16 @@ class Quota:
     (0.0, 15.5, 0.0)
     """
 
-    def __init__(self, rate: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._clock = rate, clock
-        self._most = max(1.0, _BURST * rate)
+    def __init__(
+        self,
+        rate: float,
+        *,
+        burst: float | None = None,
+        most: int = 65_536,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._rate, self._clients, self._clock = rate, most, clock
+        self._most = max(1.0, 10 * rate) if burst is None else float(burst)
         self._accounts: OrderedDict[str, tuple[float, float]] = OrderedDict()  # level, as of when
 
     def take(self, client: str, amount: float) -> float:
@@ -86,7 +93,7 @@ class Quota:
         paid = amount if level >= 1.0 else 0.0
         self._accounts[client] = (level - paid, self._clock())
         self._accounts.move_to_end(client)
-        if len(self._accounts) > _ADDRESSES:
+        if len(self._accounts) > self._clients:
             self._accounts.popitem(last=False)
         return max(0.0, (1.0 - level) / self._rate)
 

@@ -49,11 +49,15 @@ def test_a_large_file_is_paid_for_afterwards(clock: Callable[..., float]) -> Non
     assert quota.take("a", 1) == 0.0
 
 
-def test_quotas_forget_who_asked_least_recently(
-    clock: Callable[..., float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("prunecast.server.repository.serving.connection._ADDRESSES", 2)
-    quota = Quota(1.0, clock=clock)
+def test_a_burst_is_what_was_said(clock: Callable[..., float]) -> None:
+    quota = Quota(1.0, burst=2, clock=clock)
+    assert [quota.take("cam", 1) for _ in range(3)] == [0.0, 0.0, 1.0]
+    clock(1.0)
+    assert quota.take("cam", 1) == 0.0
+
+
+def test_quotas_forget_who_asked_least_recently(clock: Callable[..., float]) -> None:
+    quota = Quota(1.0, most=2, clock=clock)
     for client in "abac":
         quota.take(client, 50)
     assert sorted(quota._accounts) == ["a", "c"]
