@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
 from prunecast.client.edge import Agent, AgentConfig
-from prunecast.client.edge.slots.patch_base import patch_base
+from prunecast.client.edge.slots.weights import patch_base
 from prunecast.client.edge.state import read_status
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.onnx.export import export_graph

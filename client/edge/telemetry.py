@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 InferenceOutcome = Literal["answered", "refused", "failed"]
-_SCHEMA = 1
 _FILE = "telemetry.json"
 _REMEMBERED = 8  # releases
 _MOST_BYTES = 1 << 20
@@ -162,6 +161,7 @@ class TelemetrySnapshot:
         uptime_seconds: since this agent started.
         resident_bytes: resident set of the agent's process; None where it cannot be told.
         releases: the latest releases, ascending.
+        schema: of the JSON form.
     """
 
     at: str
@@ -171,31 +171,12 @@ class TelemetrySnapshot:
     uptime_seconds: float = 0.0
     resident_bytes: int | None = None
     releases: tuple[ReleaseFigures, ...] = ()
+    schema: Literal[1] = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         releases = [release.to_json() for release in self.releases]
-        return {"schema": _SCHEMA, **asdict(self), "releases": releases}
-
-    @classmethod
-    def from_json(cls, document: object) -> TelemetrySnapshot:
-        """Read what `to_json` made.
-
-        Raises:
-            ValueError: not such a document.
-        """
-        if not isinstance(document, dict) or document.get("schema") != _SCHEMA:
-            raise ValueError("of another schema")
-        return from_document(cls, document)
-
-
-@dataclass
-class _Release:
-    figures: ReleaseFigures
-    latency: LatencyHistogram
-
-    def frozen(self) -> ReleaseFigures:
-        return replace(self.figures, buckets=self.latency.pairs())
+        return {**asdict(self), "releases": releases}
 
 
 class Telemetry:
@@ -207,7 +188,6 @@ class Telemetry:
     Args:
         state: the agent's state folder; earlier counts in it are continued.
         clock: seconds that never go back.
-        now: UTC time.
     """
 
     def __init__(
@@ -215,16 +195,14 @@ class Telemetry:
         state: Path,
         *,
         clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._path, self._clock, self._now = Path(state) / _FILE, clock, now
+        self._path, self._clock = Path(state) / _FILE, clock
         self._lock, self._saving = threading.Lock(), threading.Lock()
         earlier = read_telemetry(state)
         self._starts = earlier.starts + 1 if earlier else 1
-        self._releases = {
-            one.version: _Release(replace(one, buckets=()), LatencyHistogram(one.buckets))
-            for one in (earlier.releases if earlier else ())
-        }
+        known = earlier.releases if earlier else ()
+        self._releases = {one.version: replace(one, buckets=()) for one in known}
+        self._latencies = {one.version: LatencyHistogram(one.buckets) for one in known}
         self._active: int | None = None
         self._started = self._since = clock()
         self._saved: tuple[ReleaseFigures, ...] | None = None
@@ -232,10 +210,10 @@ class Telemetry:
     def observe(self, version: int, outcome: InferenceOutcome, seconds: float) -> None:
         """Count an inference, see `Observer`."""
         with self._lock:
-            release = self._release(version)
-            self._change(version, **{outcome: getattr(release.figures, outcome) + 1})
+            count = getattr(self._release(version), outcome) + 1
+            self._change(version, **{outcome: count})
             if outcome == "answered":
-                release.latency.add(seconds)
+                self._latencies[version].add(seconds)
 
     def activated(self, version: int, difference: float) -> None:
         """A release passed its self-test and is served from now on."""
@@ -254,13 +232,16 @@ class Telemetry:
         with self._lock:
             self._count_time()
             return TelemetrySnapshot(
-                self._now().isoformat(timespec="seconds"),
+                datetime.now(UTC).isoformat(timespec="seconds"),
                 AGENT_VERSION,
                 self._active,
                 self._starts,
                 round(self._clock() - self._started, 3),
                 _resident_bytes(),
-                tuple(self._releases[v].frozen() for v in sorted(self._releases)),
+                tuple(
+                    replace(self._releases[v], buckets=self._latencies[v].pairs())
+                    for v in sorted(self._releases)
+                ),
             )
 
     def save(self) -> None:
@@ -303,24 +284,22 @@ class Telemetry:
             with suppress(StateError):
                 self.save()
 
-    def _release(self, version: int) -> _Release:
-        found = self._releases.get(version)
-        if found is None:
-            found = self._releases[version] = _Release(ReleaseFigures(version), LatencyHistogram())
-            for old in sorted(v for v in self._releases if v not in (self._active, version)):
-                if len(self._releases) <= _REMEMBERED:
-                    break
-                del self._releases[old]
-        return found
+    def _release(self, version: int) -> ReleaseFigures:
+        if version not in self._releases:
+            self._releases[version] = ReleaseFigures(version)
+            self._latencies[version] = LatencyHistogram()
+            others = sorted(v for v in self._releases if v not in (self._active, version))
+            for old in others[: max(0, len(self._releases) - _REMEMBERED)]:
+                del self._releases[old], self._latencies[old]
+        return self._releases[version]
 
     def _change(self, version: int, **figures: Any) -> None:
-        release = self._release(version)
-        release.figures = replace(release.figures, **figures)
+        self._releases[version] = replace(self._release(version), **figures)
 
     def _count_time(self) -> None:
         now = self._clock()
         if self._active is not None:
-            served = self._release(self._active).figures.served_seconds + now - self._since
+            served = self._release(self._active).served_seconds + now - self._since
             self._change(self._active, served_seconds=round(served, 3))
         self._since = now
 
@@ -329,7 +308,7 @@ def read_telemetry(state: Path) -> TelemetrySnapshot | None:
     """The figures that were last saved in a state folder; None when there are none to read."""
     try:
         document = read_document(Path(state) / _FILE, most_bytes=_MOST_BYTES)
-        return TelemetrySnapshot.from_json(document)
+        return from_document(TelemetrySnapshot, document)
     except (OSError, ValueError):
         return None  # figures only inform: unreadable ones are begun anew
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -71,7 +70,6 @@ class Controller:
         wake: set when there is another directive.
         on_event: called with True when connected, and with every new problem.
         rng: source of the jitter; default seeded from the operating system.
-        make_id: makes identifiers of reports.
     """
 
     def __init__(
@@ -82,11 +80,10 @@ class Controller:
         wake: threading.Event,
         on_event: Callable[[bool | ControlProblem], None] = lambda event: None,
         rng: random.Random | None = None,
-        make_id: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self._agent, self._channel = agent, channel
         self._wake, self._on_event = wake, on_event
-        self.store = ControlStore(StateFolder(agent.config.state), make_id)
+        self.store = ControlStore(StateFolder(agent.config.state))
         self._said: tuple[str, int | None] | None = None
         self._said_at = time.monotonic()
         limits = (channel.settings.first_wait, channel.settings.most_wait, rng or random.Random())

@@ -6,6 +6,7 @@ a power cut neither loses an answer nor makes a second one.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -84,7 +85,11 @@ class ControlStore:
     """
 
     def __init__(
-        self, folder: StateFolder, make_id: Callable[[], str], *, most: int = _MOST_REPORTS
+        self,
+        folder: StateFolder,
+        make_id: Callable[[], str] = lambda: secrets.token_hex(16),
+        *,
+        most: int = _MOST_REPORTS,
     ) -> None:
         self._folder, self._make_id, self._most = folder, make_id, most
         self._lock = threading.Lock()

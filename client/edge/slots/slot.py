@@ -29,8 +29,7 @@ from pathlib import Path
 
 from prunecast.client.edge.config import AGENT_VERSION
 from prunecast.client.edge.errors import ContentRefused, StateError, disk
-from prunecast.client.edge.slots.externals import check_externals
-from prunecast.client.edge.slots.patch_base import REST, save_rest
+from prunecast.client.edge.slots.weights import REST, check_externals, save_rest
 from prunecast.common.files import file_digest, make_folder, sync, write_synced
 from prunecast.compression.release import LayoutError, ReleaseError, RuntimeFailure
 from prunecast.compression.release.layout import WeightsLayout

@@ -20,7 +20,7 @@ from prunecast.client.edge.errors import (
     StateError,
     disk,
 )
-from prunecast.client.edge.slots.patch_base import patch_base
+from prunecast.client.edge.slots.weights import patch_base
 from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.updating.transport import AskLater, Fetcher
 from prunecast.common.files import file_digest, folder_bytes, keep_only, make_folder, sync
@@ -31,6 +31,7 @@ from prunecast.compression.versions import PublishedModel, VersionsError, decode
 __all__ = ["Acquirer", "Download"]
 
 _SPARE = 2**20
+_ATTEMPTS = 4  # over a connection that breaks
 _PATIENCE = 60.0  # seconds that a server may ask for between two attempts
 
 
@@ -204,7 +205,6 @@ class Download:
         path: where it goes.
         on_bytes: called with the number of bytes of every piece received.
         wait: sleeps for so many seconds between attempts.
-        attempts: how often a broken connection is retried.
     """
 
     fetcher: Fetcher
@@ -213,7 +213,6 @@ class Download:
     path: Path
     on_bytes: Callable[[int], None] = lambda count: None
     wait: Callable[[float], None] = time.sleep
-    attempts: int = 4
 
     @property
     def _part(self) -> Path:
@@ -251,7 +250,7 @@ class Download:
             part.unlink()
         resumed = _size(part) > 0
         whole = not resumed  # whether every byte of the part came in this call
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, _ATTEMPTS + 1):
             problem: DownloadError
             pause = 0.25 * 2**attempt
             try:
@@ -274,12 +273,12 @@ class Download:
             else:
                 if _size(part) == self.ref.length:
                     return resumed
-                if attempt == self.attempts:  # every time without any error: the file is too short
+                if attempt == _ATTEMPTS:  # every time without any error: the file is too short
                     raise self._short()
                 problem = DownloadError("ended early")
-            if attempt < self.attempts:
+            if attempt < _ATTEMPTS:
                 self.wait(pause)
-        told = f"cannot download after {self.attempts} attempts: {problem}"
+        told = f"cannot download after {_ATTEMPTS} attempts: {problem}"
         raise NetworkError(told) from problem
 
     def _short(self) -> ContentRefused:

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _CHUNK = 64 * 1024  # bytes
+_CONNECT = 10.0  # seconds
 _POOLS: dict[str, type[urllib3.HTTPConnectionPool]] = {
     "http": urllib3.HTTPConnectionPool,
     "https": urllib3.HTTPSConnectionPool,
@@ -143,13 +144,11 @@ class HttpFetcher(Fetcher):
         ca_file: PEM file of the authorities to trust for TLS; default: the system's.
         client_certificate: PEM files of the device's certificate and key.
         headers: sent with every request, for instance an authorization.
-        connect_timeout: seconds.
         read_timeout: seconds without any byte.
         least_rate: bytes per second that an answer, headers included, must average once
             `patience` is over; a server that trickles is as useless as one that is silent. An
             answer of n bytes takes at most ``patience + n / least_rate`` seconds.
         patience: seconds; only time spent waiting for the server counts.
-        clock: monotonic seconds, for tests.
 
     Raises:
         NetworkError: a certificate file is unusable.
@@ -161,11 +160,9 @@ class HttpFetcher(Fetcher):
         ca_file: Path | None = None,
         client_certificate: tuple[Path, Path] | None = None,
         headers: Mapping[str, str] | None = None,
-        connect_timeout: float = 10.0,
         read_timeout: float = 30.0,
         least_rate: float = 512.0,
         patience: float = 30.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         try:
             context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
@@ -176,7 +173,7 @@ class HttpFetcher(Fetcher):
         # identity: a compressed answer would make the byte limits meaningless
         self._pool = urllib3.PoolManager(
             headers={"accept-encoding": "identity", **(headers or {})},
-            timeout=urllib3.Timeout(connect=connect_timeout, read=read_timeout),
+            timeout=urllib3.Timeout(connect=_CONNECT, read=read_timeout),
             retries=urllib3.Retry(
                 connect=2,
                 read=0,
@@ -188,7 +185,7 @@ class HttpFetcher(Fetcher):
             ),
             ssl_context=context,
         )
-        connections = _paced(lambda: LeastRate(least_rate, patience, read_timeout, clock))
+        connections = _paced(lambda: LeastRate(least_rate, patience, read_timeout))
         pools = zip(_POOLS.items(), connections, strict=True)
         self._pool.pool_classes_by_scheme = {
             scheme: type(f"_{pool.__name__}", (pool,), {"ConnectionCls": connection})

@@ -209,10 +209,8 @@ def check_health(root: Path, now: datetime) -> RepositoryHealth:
 class HealthCheck:
     """The health of a repository, looked at when somebody asks and it is not known of late."""
 
-    def __init__(
-        self, root: Path, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
-    ) -> None:
-        self._root, self._now = root, now
+    def __init__(self, root: Path) -> None:
+        self._root = root
         self._last: tuple[float, RepositoryHealth] | None = None
         self._lock = asyncio.Lock()
 
@@ -220,6 +218,6 @@ class HealthCheck:
         """The health, at most five seconds old."""
         async with self._lock:
             if self._last is None or time.monotonic() - self._last[0] > _KEPT:
-                health = await asyncio.to_thread(check_health, self._root, self._now())
+                health = await asyncio.to_thread(check_health, self._root, datetime.now(UTC))
                 self._last = (time.monotonic(), health)
             return self._last[1]

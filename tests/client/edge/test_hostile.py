@@ -19,8 +19,8 @@ import pytest
 
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.errors import ContentRefused, StateError
-from prunecast.client.edge.slots.externals import check_externals
 from prunecast.client.edge.slots.slot import verify_slot
+from prunecast.client.edge.slots.weights import check_externals
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release import RuntimeFailure

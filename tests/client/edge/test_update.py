@@ -23,7 +23,7 @@ from prunecast.client.edge.errors import (
     NoModel,
     StateError,
 )
-from prunecast.client.edge.slots.patch_base import patch_base
+from prunecast.client.edge.slots.weights import patch_base
 from prunecast.client.edge.state import read_status
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release.manifest import ReleaseManifest

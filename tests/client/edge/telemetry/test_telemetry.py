@@ -20,6 +20,7 @@ from prunecast.client.edge.telemetry import (
     TelemetrySnapshot,
     read_telemetry,
 )
+from prunecast.common.documents import from_document
 from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.manifest import ReleaseManifest
 
@@ -87,7 +88,7 @@ def test_counts_continue_after_a_restart(tmp_path: Path) -> None:
     assert release.latency(1.0) == pytest.approx(0.03, rel=0.05)
     assert (found.starts, found.active, found.uptime_seconds) == (2, 3, 25)
     assert found.resident_bytes is None or found.resident_bytes > 1 << 20
-    assert TelemetrySnapshot.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert from_document(TelemetrySnapshot, json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_only_the_latest_releases_and_the_active_one_are_remembered(tmp_path: Path) -> None:
