@@ -22,7 +22,6 @@ __all__ = [
     "file_progress",
     "is_usage",
     "make_console",
-    "print_json",
     "print_table",
     "printable",
     "say",
@@ -60,12 +59,7 @@ def make_console(*, stderr: bool = False) -> Console:
     return console
 
 
-def print_json(document: object) -> None:
-    """Print a document as one line, at once."""
-    print(json.dumps(document), flush=True)  # noqa: T201
-
-
-def show(document: object, as_json: bool, text: str) -> None:
+def show(document: object, as_json: bool = True, text: str = "") -> None:
     """Print a document as one line of JSON, or the text that says the same, at once."""
     print(json.dumps(document) if as_json else text, flush=True)  # noqa: T201
 

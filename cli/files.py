@@ -12,11 +12,11 @@ from prunecast.cli.console import (
     Column,
     file_progress,
     make_console,
-    print_json,
     print_table,
     say,
     shape_text,
     short_dtype,
+    show,
 )
 from prunecast.common.text import bits_text, bytes_text, count_text, percent, ratio_text
 
@@ -78,7 +78,7 @@ def compress(
     with file_progress() as progress:
         result = compress_file(source, target, lossy=lossy, on_progress=progress)
     if as_json:
-        print_json(_document(source, target, result))
+        show(_document(source, target, result))
     else:
         _show(source, target, result)
 
@@ -112,7 +112,7 @@ def decompress(
         restore_file(archive, output, on_progress=progress)
     dropped = sorted(archive.metadata) if suffix == ".npz" else []
     if as_json:
-        print_json(
+        show(
             {
                 "file": str(file),
                 "output": str(output),
@@ -260,7 +260,7 @@ def inspect(
         with file_progress() as progress:
             found = inspect_archive(archive, on_progress=progress)
     if as_json:
-        print_json(_inspected(source, found, outlines))
+        show(_inspected(source, found, outlines))
     elif outlines:
         _show_archive(source, found, outlines)
     else:
@@ -310,7 +310,7 @@ def _outline(outline: Outline) -> dict[str, Any]:
 
 def _show_outlines(file: Path, outlines: list[Outline], as_json: bool) -> None:
     if as_json:
-        print_json({"file": str(file), "payloads": [_outline(o) for o in outlines]})
+        show({"file": str(file), "payloads": [_outline(o) for o in outlines]})
         return
     for o in outlines:
         say(

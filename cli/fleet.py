@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from prunecast.cli import fleet_devices
-from prunecast.cli.console import AsJson, print_json, say, show
+from prunecast.cli.console import AsJson, say, show
 from prunecast.cli.fleet_devices import (
     DEFAULT,
     AfterDevice,
@@ -241,7 +241,7 @@ def show_rollout(
         members = service.devices(rollout=name, after=after, limit=limit)
     rows = [device_view(device) for device in members]
     if as_json:
-        print_json({**document, "members": rows})
+        show({**document, "members": rows})
         return
     show_document(document, 10)
     rows.sort(key=lambda row: (row["stage"], row["device"]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, Column, make_console, print_json, print_table, say, show
+from prunecast.cli.console import AsJson, Column, make_console, print_table, say, show
 from prunecast.server.fleet import events
 from prunecast.server.fleet.views import device_view, health_view
 
@@ -107,7 +107,7 @@ def operate(database: str, event: events.AnyEvent) -> None:
 def show_rows(rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
     """Print rows as a table with some columns, or all of them as JSON."""
     if as_json:
-        print_json(rows)
+        show(rows)
         return
     texts = [[_text(row[name]) for name in columns] for row in rows]
     print_table(make_console(), [Column(name.replace("_", " ")) for name in columns], texts)
@@ -192,7 +192,7 @@ def show_device(name: DeviceName, database: Database = DEFAULT, as_json: AsJson 
         if (health := service.health(name)) is not None:
             document |= health_view(*health)
     if as_json:
-        print_json(document)
+        show(document)
         return
     figures = document.pop("figures", {})
     show_document({**document, **dict(sorted(figures.items()))}, 20)

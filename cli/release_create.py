@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,11 +193,9 @@ def _factory(reference: str) -> Callable[[], Any]:
 
 def _metric(text: str) -> tuple[str, float]:
     name, sep, value = text.partition("=")
-    try:
+    with suppress(ValueError):
         if sep and name:
             return name, float(value)
-    except ValueError:
-        pass
     raise typer.BadParameter(f"{text!r} is not name=value", param_hint="--metric")
 
 

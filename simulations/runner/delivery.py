@@ -29,6 +29,7 @@ from prunecast.simulations.tasks import Task
 
 __all__ = ["automatic_releases", "deliver", "rule_of"]
 
+_STEPS = ("before", "after"), ("downloads", "patches itself to")
 _DEVICE = "prunecast.simulations.runner.device"
 
 
@@ -125,23 +126,19 @@ def deliver(
     root = prepared.folder / "root.json"
     root.write_bytes(repository.trusted_root())
 
-    def publish(version: _Published) -> PublishedRelease:
-        metrics = {task.metric: version.score}
-        return recipe.release(repository, spec.name, version.model, metrics)
-
-    on_step("signing the release before the last round")
-    first = publish(versions[0])
-    reports = []
+    made: list[PublishedRelease] = []
+    reports: list[dict[str, Any]] = []
     with ReleaseServer(repository.path) as server:
-        on_step(f"the device downloads release {first.version}")
-        reports.append(_update(prepared, server.url, spec.name))
-        on_step("signing the release after the last round")
-        second = publish(versions[1])
-        on_step(f"the device patches itself to release {second.version}")
-        reports.append(_update(prepared, server.url, spec.name))
-    made = (first, second)
-    for release, version, report in zip(made, versions, reports, strict=True):
-        _compare(prepared, release.version, version, report, patched=release is second)
+        for version, when, does in zip(versions, *_STEPS, strict=True):
+            on_step(f"signing the release {when} the last round")
+            metrics = {task.metric: version.score}
+            release = recipe.release(repository, spec.name, version.model, metrics)
+            on_step(f"the device {does} release {release.version}")
+            report = _update(prepared, server.url, spec.name)
+            _compare(prepared, release.version, version, report, patched=bool(made))
+            made.append(release)
+            reports.append(report)
+    first, second = made
     last, found = versions[1], _answers(prepared, second.version)
     return {
         "name": spec.name,
