@@ -212,11 +212,8 @@ class MetadataSet:
 
         Rotating root itself is signed by the old key and by the new one, so that devices which
         trust the old root accept the new one.
-
-        Raises:
-            ThresholdNotMet: root or the role has several holders.
+        Root and the role must have one key each, see `require_sole`.
         """
-        self.require_sole("root", role)
         old = self.usable("root", signers)
         for keyid in list(self.root.signed.roles[role].keyids):
             self.root.signed.revoke_key(keyid, role)

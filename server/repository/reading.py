@@ -35,6 +35,7 @@ from prunecast.server.repository.metadata import MetadataSet
 from prunecast.server.repository.roles import ROLES, Expiry
 
 __all__ = [
+    "GRACE",
     "VERSIONED",
     "Kept",
     "ReleaseEntry",
@@ -48,6 +49,11 @@ __all__ = [
 
 VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*)\.json")
 """Names of metadata: number and role."""
+
+GRACE = timedelta(days=1)
+"""How long files stay after nothing live refers to them, for devices in mid-download."""
+
+_log = logging.getLogger(__name__)
 
 
 def target_file(repository: Path, path: str, sha256: str) -> Path:
@@ -131,16 +137,14 @@ class RepositoryReader:
         expires = {role: getattr(state, role).signed.expires for role in ROLES}
         return expires | {role: held.signed.expires for role, held in state.delegated.items()}
 
-    def change(
-        self, folder: Path | str, change: Change, now: datetime, expiry: Expiry | None = None
-    ) -> Ceremony:
+    def change(self, folder: Path | str, change: Change, now: datetime) -> Ceremony:
         """Prepare a change of keys, thresholds or delegations for its holders to sign.
 
         Raises:
             CeremonyError: what was asked for cannot be, or the folder holds a ceremony.
         """
         state = self._load()
-        requests = changed_metadata(state, change, expiry or Expiry(), now)
+        requests = changed_metadata(state, change, Expiry(), now)
         return Ceremony.create(folder, requests, state.root, now)
 
     def _entries(self, state: MetadataSet) -> list[ReleaseEntry]:
@@ -202,9 +206,6 @@ def _checked(path: Path, ref: FileRef) -> bytes:
     return data
 
 
-_log = logging.getLogger(__name__)
-
-
 @dataclass
 class Kept:
     """What the lists of releases on disk refer to, superseded ones included.
@@ -222,7 +223,7 @@ class Kept:
     damaged_manifests: list[Path] = field(default_factory=list)
 
 
-def collect(repository: Path, now: datetime, grace: timedelta) -> list[Path]:
+def collect(repository: Path, now: datetime, grace: timedelta = GRACE) -> list[Path]:
     """Remove superseded metadata older than `grace` and files that no kept state refers to.
 
     Says in the log what it had to leave because a list or a manifest is damaged.

@@ -83,13 +83,14 @@ class PublishedRelease:
 class Repository(RepositoryReader):
     """A release repository on disk, to publish into and to keep valid.
 
+    Attributes:
+        patience: how long to wait while another process writes.
+
     Args:
         path: its folder, the one that is served.
         keys: where the private keys are; None for reading only.
         window: how many releases of one name stay live; publishing one more retires the oldest.
         expiry: lifetimes of the signed metadata.
-        grace: how long files stay after nothing live refers to them, for devices in mid-download.
-        patience: how long to wait while another process writes.
         now: the clock, for tests.
 
     Raises:
@@ -104,15 +105,13 @@ class Repository(RepositoryReader):
         *,
         window: int = 16,
         expiry: Expiry | None = None,
-        grace: timedelta = timedelta(days=1),
-        patience: timedelta = timedelta(seconds=10),
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
         if window < 1:
             raise RepositoryError("the window holds at least one release")
         super().__init__(path)
         _check_outside(keys, self.path)
-        self.window, self.grace, self.patience = window, grace, patience
+        self.window, self.patience = window, timedelta(seconds=10)
         self._keys, self._expiry, self._now = keys, expiry or Expiry(), now
 
     @classmethod
@@ -350,7 +349,7 @@ class Repository(RepositoryReader):
     ) -> Mapping[str, bytes]:
         files = state.sign(roles, self._signers, self._expiry, now)
         self._commit(files)
-        collect(self.path, now, self.grace)
+        collect(self.path, now)
         return files
 
     def _commit(self, files: Mapping[str, bytes]) -> None:

@@ -18,12 +18,11 @@ A variant is a release of its own name: a device follows one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +55,8 @@ from prunecast.server.repository.reading import RepositoryReader
 from prunecast.server.repository.repository import PublishedRelease, Repository
 
 __all__ = ["VARIANTS", "NewestRelease", "ReleaseRecipe", "read_recipe"]
+
+T = TypeVar("T")
 
 VARIANTS = ("fp32", "int8", "int8-qdq", "structured")
 _SELFTEST = 4  # samples, where no inputs are given
@@ -315,22 +316,21 @@ def read_recipe(
     Raises:
         RecipeError: names the file that cannot be used, or the field that does not go with others.
     """
-    with _file("graph"):
-        loaded = load_graph(graph) if graph is not None else None
-    with _file("selftest"):
-        inputs = unpack_arrays(selftest.read_bytes()) if selftest is not None else None
-    samples = None
-    with _file("calibration"):
-        if calibration is not None:
-            arrays = unpack_arrays(calibration.read_bytes(), max_bytes=2**33)
-            samples = split_samples(arrays)
-    return ReleaseRecipe(graph=loaded, selftest=inputs, samples=samples, **options)
+    return ReleaseRecipe(
+        graph=_read("graph", graph, load_graph),
+        selftest=_read("selftest", selftest, lambda file: unpack_arrays(file.read_bytes())),
+        samples=_read("calibration", calibration, _samples),
+        **options,
+    )
 
 
-@contextmanager
-def _file(option: str) -> Iterator[None]:
+def _samples(file: Path) -> Samples:
+    return split_samples(unpack_arrays(file.read_bytes(), max_bytes=2**33))
+
+
+def _read(option: str, path: Path | None, read: Callable[[Path], T]) -> T | None:
     try:
-        yield
+        return None if path is None else read(path)
     except OSError as error:
         reason = f"cannot read {error.filename}: {error.strerror or error}"
         raise RecipeError(option, reason) from error

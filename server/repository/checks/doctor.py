@@ -11,14 +11,10 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from securesystemslib.signer import SSlibKey
 from tuf.api.metadata import Root, Targets
 
 from prunecast.common.files import file_digest, is_locked
@@ -36,8 +32,8 @@ from prunecast.server.repository.checks.metadata import (
     check_metadata,
 )
 from prunecast.server.repository.errors import KeyFileError
-from prunecast.server.repository.keys.keyholders import KeyRing
-from prunecast.server.repository.reading import VERSIONED, age, kept_files, target_file
+from prunecast.server.repository.keys.keyholders import KeyRing, as_signer
+from prunecast.server.repository.reading import GRACE, VERSIONED, age, kept_files, target_file
 from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, delegations_of
 
 __all__ = ["examine"]
@@ -51,7 +47,6 @@ def examine(
     path: Path | str,
     keys: KeyRing | None = None,
     *,
-    grace: timedelta = timedelta(days=1),
     now: Callable[[], datetime] = _utc_now,
 ) -> list[Finding]:
     """Examine a repository; nothing is changed.
@@ -59,7 +54,6 @@ def examine(
     Args:
         path: its folder.
         keys: where private keys lie; None leaves them out.
-        grace: how long files may stay after nothing live refers to them.
         now: the clock, for tests.
 
     Returns:
@@ -78,7 +72,7 @@ def examine(
         remedy = "run this again when it is done; leftovers were not looked for"
         found.note("busy", path, "is being changed by another process", remedy)
     else:
-        _check_leftovers(path, state, at, grace, found)
+        _check_leftovers(path, state, at, found)
     _check_served_keys(path, found)
     _check_permissions(path, found)
     if keys is not None:
@@ -140,12 +134,9 @@ def _key_id(file: Path) -> str | None:
             return None
         if stated := _KEY_ID.search(data):
             return stated[1].decode()
-        key = load_pem_private_key(data, password=None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        return as_signer(file, data, None).public_key.keyid
+    except (OSError, KeyFileError):
         return None
-    if not isinstance(key, Ed25519PrivateKey):
-        return None
-    return SSlibKey.from_crypto(key.public_key()).keyid
 
 
 def _check_keys(keys: KeyRing, state: RepositoryState, found: Findings) -> None:
@@ -262,9 +253,7 @@ def _sound(file: Path, ref: FileRef, label: str, kind: str, found: Findings) -> 
     return size == ref.length and digest == ref.sha256
 
 
-def _check_leftovers(
-    path: Path, state: RepositoryState, now: datetime, grace: timedelta, found: Findings
-) -> None:
+def _check_leftovers(path: Path, state: RepositoryState, now: datetime, found: Findings) -> None:
     """What a publication that was cut off left behind, and files that nothing refers to."""
     temporary = [p for p in _files(path) if _TEMPORARY.fullmatch(p.name)]
     if temporary:
@@ -303,7 +292,7 @@ def _check_leftovers(
     orphans = [p for p in inside if p not in kept.manifests | kept.blobs | {*temporary}]
     if orphans:
         size = sum(p.stat().st_size for p in orphans)
-        young = sum(1 for p in orphans if age(p, now) <= grace)
+        young = sum(1 for p in orphans if age(p, now) <= GRACE)
         youth = f", {young} of them younger than the grace period" if young else ""
         found.note(
             "orphaned",

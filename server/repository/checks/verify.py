@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,6 +22,7 @@ from prunecast.server.repository.reading import RepositoryReader
 
 __all__ = ["VerifiedRelease", "verify_repository"]
 
+_TUF_ERRORS = (tuf_errors.RepositoryError, tuf_errors.DownloadError)
 _HOST = "http://repository.invalid/"
 
 
@@ -55,18 +56,12 @@ class _FolderFetcher(FetcherInterface):
         return iter([path.read_bytes()])
 
 
-def verify_repository(
-    repository: RepositoryReader,
-    trusted_root: bytes,
-    *,
-    on_release: Callable[[VerifiedRelease], None] | None = None,
-) -> list[VerifiedRelease]:
+def verify_repository(repository: RepositoryReader, trusted_root: bytes) -> list[VerifiedRelease]:
     """Check signatures, digests, payloads, rebuilt weights and self-tests of every live release.
 
     Args:
         repository: what to verify.
         trusted_root: the root metadata that devices were provisioned with.
-        on_release: called for each release that passed.
 
     Raises:
         VerificationFailed: names the release and what is wrong with it.
@@ -90,15 +85,10 @@ def verify_repository(
                 difference = _run(repository, manifest, model)
             except VerificationFailed:
                 raise
-            except (
-                *(RepositoryError, ReleaseError, VersionsError),
-                *(tuf_errors.RepositoryError, tuf_errors.DownloadError),
-            ) as error:
+            except (RepositoryError, ReleaseError, VersionsError, *_TUF_ERRORS) as error:
                 raise VerificationFailed(f"{label}: {error}") from error
             models[manifest.name, manifest.model_digest] = model
             verified.append(VerifiedRelease(entry.name, entry.version, patches, difference))
-            if on_release:
-                on_release(verified[-1])
     return verified
 
 
@@ -113,7 +103,7 @@ def _refreshed(path: Path, trusted_root: bytes, folder: Path) -> Updater:
             bootstrap=trusted_root,
         )
         updater.refresh()
-    except (tuf_errors.RepositoryError, tuf_errors.DownloadError, OSError) as error:
+    except (*_TUF_ERRORS, OSError) as error:
         raise VerificationFailed(f"the metadata does not verify: {error}") from error
     return updater
 

@@ -103,9 +103,7 @@ class Ceremony:
         folder = Path(folder)
         if (folder / "ceremony.json").exists():
             raise CeremonyError(f"{folder} holds a ceremony already: name a new folder")
-        files: dict[str, Metadata[Any]] = {}
-        for role, request in requests.items():
-            files[f"{role}.json"] = Metadata(request)
+        files = {f"{role}.json": Metadata[Any](request) for role, request in requests.items()}
         if trusted is not None:
             files["trusted-root.json"] = trusted
         for name, metadata in files.items():

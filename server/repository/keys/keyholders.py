@@ -42,6 +42,7 @@ from prunecast.server.repository.roles import HOLDER, HOLDER_NAME, OFFLINE_ROLES
 
 __all__ = [
     "KeyRing",
+    "as_signer",
     "describe_key",
     "encrypted_pem",
     "fingerprint",
@@ -146,10 +147,15 @@ def _load(path: Path) -> CryptoSigner:
         raise KeyFileError(
             f"{path} is encrypted: its holder signs with it, `prunecast release keys sign`"
         )
-    return _as_signer(path, data, None)
+    return as_signer(path, data, None)
 
 
-def _as_signer(path: Path, data: bytes, passphrase: bytes | None) -> CryptoSigner:
+def as_signer(path: Path, data: bytes, passphrase: bytes | None) -> CryptoSigner:
+    """The signer of a key file's content.
+
+    Raises:
+        KeyFileError: not an Ed25519 key in PEM, or another passphrase.
+    """
     try:
         key = load_pem_private_key(data, passphrase)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -195,7 +201,7 @@ def load_holder(path: Path, passphrase: str) -> CryptoSigner:
         raise KeyFileError(
             f"{path} is not an encrypted private key: make one with `release keys make`"
         )
-    return _as_signer(path, data, passphrase.encode())
+    return as_signer(path, data, passphrase.encode())
 
 
 def make_online(folder: Path, role: str) -> tuple[Path, Path]:
