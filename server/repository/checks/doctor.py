@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from tuf.api.metadata import Root, Targets
-
 from prunecast.common.files import file_digest, is_locked
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import (
@@ -102,11 +100,9 @@ def _check_offline(
             (alone if single else shared).append(f"{file} ({', '.join(roles)})")
     what = "is an offline private key on the machine that serves: whoever breaks in can sign"
     remedy = "move it to a medium of its own; only online keys are needed here"
-    if shared:
-        away = f"{remedy}. If others use this machine, have the key revoked: `release keys change`"
-        found.problem("offline-key-here", shared, what, away)
-    if alone:
-        found.note("offline-key-here", alone, what, remedy)
+    away = f"{remedy}. If others use this machine, have the key revoked: `release keys change`"
+    found.problem("offline-key-here", shared, what, away)
+    found.note("offline-key-here", alone, what, remedy)
 
 
 def _candidates(path: Path, keys: KeyRing | None) -> Iterator[Path]:
@@ -141,14 +137,11 @@ def _key_id(file: Path) -> str | None:
 
 def _check_keys(keys: KeyRing, state: RepositoryState, found: Findings) -> None:
     """Compare the keys at hand with those that root and targets name."""
-    targets = state.targets.signed if state.targets else None
-    delegated = tuple(delegations_of(targets)) if targets else ()
-    for role in (*ROLES, *delegated):
-        delegator: Root | Targets | None = targets if role in delegated else None
-        if role in ROLES and state.root is not None:
-            delegator = state.root.signed
+    named = dict(state.root.signed.roles) if state.root else {}
+    named |= delegations_of(state.targets.signed) if state.targets else {}
+    for role in dict.fromkeys([*ROLES, *named]):
         try:
-            keys.path(role)
+            path = keys.path(role)
         except KeyFileError as error:
             _missing(role, str(error), found)
             continue
@@ -158,14 +151,10 @@ def _check_keys(keys: KeyRing, state: RepositoryState, found: Findings) -> None:
             remedy = f"restore {role}.pem or its mode; its owner alone may read it"
             found.problem("key-unusable", role, str(error), remedy)
             continue
-        trusted = delegator.get_delegated_role(role).keyids if delegator else None
-        if trusted is not None and signer.public_key.keyid not in trusted:
-            found.problem(
-                "key-foreign",
-                role,
-                f"{keys.path(role)} is not the key that this repository trusts",
-                "use the key folder of this repository; after a rotation, the new key",
-            )
+        if role in named and signer.public_key.keyid not in named[role].keyids:
+            what = f"{path} is not the key that this repository trusts"
+            remedy = "use the key folder of this repository; after a rotation, the new key"
+            found.problem("key-foreign", role, what, remedy)
     _leftovers(keys, found)
 
 
@@ -185,12 +174,8 @@ def _leftovers(keys: KeyRing, found: Findings) -> None:
         for role in ROLES:
             fresh, old = folder / f"{role}.pem.new", folder / f"{role}.pem.old"
             if fresh.exists():
-                found.problem(
-                    "unfinished-rotation",
-                    fresh,
-                    "a rotation of this key was cut off before anything was published",
-                    "delete it and rotate again",
-                )
+                what = "a rotation of this key was cut off before anything was published"
+                found.problem("unfinished-rotation", fresh, what, "delete it and rotate again")
             if old.exists():
                 found.note("old-key", old, "is a rotated key that nothing needs", "destroy it")
 
@@ -210,9 +195,8 @@ def _check_releases(path: Path, state: RepositoryState, found: Findings) -> None
     for name, target in sorted(live.items()):
         release = parse_manifest_path(name)
         if release is None:
-            found.note(
-                "foreign-target", name, "is signed, but is no release", "nothing: agents ignore it"
-            )
+            what = "is signed, but is no release"
+            found.note("foreign-target", name, what, "nothing: agents ignore it")
             continue
         label = f"{release[0]} {release[1]}"
         ref = FileRef(target.hashes.get("sha256", ""), target.length)
@@ -256,50 +240,40 @@ def _sound(file: Path, ref: FileRef, label: str, kind: str, found: Findings) -> 
 def _check_leftovers(path: Path, state: RepositoryState, now: datetime, found: Findings) -> None:
     """What a publication that was cut off left behind, and files that nothing refers to."""
     temporary = [p for p in _files(path) if _TEMPORARY.fullmatch(p.name)]
-    if temporary:
-        found.problem(
-            "unfinished-write",
-            temporary,
-            "is a file that a process did not finish writing",
-            "delete it; nothing refers to it",
-        )
+    what = "is a file that a process did not finish writing"
+    found.problem("unfinished-write", temporary, what, "delete it; nothing refers to it")
     ahead = []
     for file in (path / "metadata").iterdir():
         parsed = VERSIONED.fullmatch(file.name)
         current = state.versions.get(parsed[2]) if parsed else None
         if parsed and current is not None and int(parsed[1]) > current:
             ahead.append(file)
-    if ahead:
-        found.problem(
-            "unfinished-publication",
-            ahead,
-            "was written, but timestamp.json does not lead to it: devices see the state before",
-            "publish, retire or renew again: it overwrites these files",
-        )
+    found.problem(
+        "unfinished-publication",
+        ahead,
+        "was written, but timestamp.json does not lead to it: devices see the state before",
+        "publish, retire or renew again: it overwrites these files",
+    )
     kept = kept_files(path)
     in_force = {f"{version}.{role}.json" for role, version in state.versions.items()}
     damaged = [p for p in kept.damaged_lists if p.name not in in_force]
-    if damaged:
-        found.note(
-            "old-list-damaged",
-            damaged,
-            "is a superseded list that cannot be read: what it refers to is kept meanwhile",
-            "nothing: it goes when the grace period ends; delete it to free the space now",
-        )
-    inside = [p for folder in ("targets", "blobs") for p in _files(path / folder)]
+    found.note(
+        "old-list-damaged",
+        damaged,
+        "is a superseded list that cannot be read: what it refers to is kept meanwhile",
+        "nothing: it goes when the grace period ends; delete it to free the space now",
+    )
     if kept.damaged_lists or kept.damaged_manifests:
-        inside = []  # what those refer to would look orphaned
-    orphans = [p for p in inside if p not in kept.manifests | kept.blobs | {*temporary}]
-    if orphans:
-        size = sum(p.stat().st_size for p in orphans)
-        young = sum(1 for p in orphans if age(p, now) <= GRACE)
-        youth = f", {young} of them younger than the grace period" if young else ""
-        found.note(
-            "orphaned",
-            orphans,
-            f"{len(orphans)} files ({size} bytes) that no kept metadata refers to{youth}",
-            "nothing: the next publication or renewal after the grace period removes them",
-        )
+        return  # what those refer to would look orphaned
+    known = kept.manifests | kept.blobs | {*temporary}
+    inside = [p for folder in ("targets", "blobs") for p in _files(path / folder)]
+    orphans = [p for p in inside if p not in known]
+    size = sum(p.stat().st_size for p in orphans)
+    young = sum(1 for p in orphans if age(p, now) <= GRACE)
+    youth = f", {young} of them younger than the grace period" if young else ""
+    what = f"{len(orphans)} files ({size} bytes) that no kept metadata refers to{youth}"
+    remedy = "nothing: the next publication or renewal after the grace period removes them"
+    found.note("orphaned", orphans, what, remedy)
 
 
 def _check_served_keys(path: Path, found: Findings) -> None:
@@ -309,13 +283,9 @@ def _check_served_keys(path: Path, found: Findings) -> None:
         with suppress(OSError), open(file, "rb") as data:
             if b"PRIVATE KEY-----" in data.read(4096):
                 keys.append(file)
-    if keys:
-        found.problem(
-            "key-served",
-            keys,
-            "is a private key in the served folder: whoever downloaded it can sign",
-            "move it out, then `prunecast release rotate-key` for its role",
-        )
+    what = "is a private key in the served folder: whoever downloaded it can sign"
+    remedy = "move it out, then `prunecast release rotate-key` for its role"
+    found.problem("key-served", keys, what, remedy)
 
 
 def _check_permissions(path: Path, found: Findings) -> None:
@@ -327,22 +297,17 @@ def _check_permissions(path: Path, found: Findings) -> None:
     closed = [p for p in folders if p.is_dir() and not p.stat().st_mode & stat.S_IXOTH]
     files = [p for name in _SERVED for p in _files(path / name)]
     hidden = [p for p in files if not p.stat().st_mode & stat.S_IROTH]
-    if closed or hidden:
-        found.problem(
-            "not-readable",
-            [*closed, *hidden],
-            f"{len(closed)} folders and {len(hidden)} files are closed to other users, such "
-            "as a web server's",
-            f"chmod -R o+rX {path}, and publish under umask 022",
-        )
+    found.problem(
+        "not-readable",
+        [*closed, *hidden],
+        f"{len(closed)} folders and {len(hidden)} files are closed to other users, such as a web "
+        "server's",
+        f"chmod -R o+rX {path}, and publish under umask 022",
+    )
     above = [p for p in path.resolve().parents if not p.stat().st_mode & stat.S_IXOTH]
-    if above:
-        found.note(
-            "folder-above-closed",
-            above[-1],
-            "lies above the repository and is closed to other users",
-            "chmod o+x it, unless `prunecast serve` runs as this user",
-        )
+    what = "lies above the repository and is closed to other users"
+    remedy = "chmod o+x it, unless `prunecast serve` runs as this user"
+    found.note("folder-above-closed", above[-1:], what, remedy)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass
 class Findings:
-    """Collects what checks find.
+    """Collects what checks find; where they name a list of subjects and it is empty, nothing.
 
     Attributes:
         path: the repository; files in it are named relative to it.
@@ -63,8 +63,8 @@ class Findings:
 
     def _add(self, severity: Severity, code: str, subject: Subject, what: str, remedy: str) -> None:
         several = [subject] if isinstance(subject, str | Path) else subject
-        names = [self._name(each) for each in several]
-        self.all.append(Finding(severity, code, listed(names), what, remedy))
+        if names := [self._name(each) for each in several]:
+            self.all.append(Finding(severity, code, listed(names), what, remedy))
 
     def _name(self, subject: str | Path) -> str:
         if isinstance(subject, Path) and self.path in subject.parents:
