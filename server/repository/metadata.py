@@ -107,25 +107,25 @@ class MetadataSet:
         Raises:
             RepositoryCorrupt: missing, damaged, or not signed by the keys in force.
         """
+
+        def trusted(role: str, delegator: Root | Targets | None, version: int) -> Metadata[Any]:
+            name = f"{version}.{role}.json" if version else f"{role}.json"
+            metadata = Metadata[Any].from_bytes(read(name))
+            counted = tally(delegator or metadata.signed, role, metadata)
+            if counted.missing:
+                raise ValueError(str(counted))
+            return metadata
+
         try:
-            root = Metadata[Root].from_bytes(read(f"{root_version}.root.json"))
-            _trust(root.signed, Root.type, root)
-            timestamp = Metadata[Timestamp].from_bytes(read("timestamp.json"))
-            number = timestamp.signed.snapshot_meta.version
-            snapshot = Metadata[Snapshot].from_bytes(read(f"{number}.snapshot.json"))
-            number = snapshot.signed.meta["targets.json"].version
-            targets = Metadata[Targets].from_bytes(read(f"{number}.targets.json"))
-            for role, metadata in (
-                (Timestamp.type, timestamp),
-                (Snapshot.type, snapshot),
-                (Targets.type, targets),
-            ):
-                _trust(root.signed, role, metadata)
-            delegated = {}
-            for role in delegations_of(targets.signed):
-                number = snapshot.signed.meta[f"{role}.json"].version
-                delegated[role] = Metadata[Targets].from_bytes(read(f"{number}.{role}.json"))
-                _trust(targets.signed, role, delegated[role])
+            root = trusted("root", None, root_version)
+            timestamp = trusted("timestamp", root.signed, 0)
+            snapshot = trusted("snapshot", root.signed, timestamp.signed.snapshot_meta.version)
+            meta = snapshot.signed.meta
+            targets = trusted("targets", root.signed, meta["targets.json"].version)
+            delegated = {
+                role: trusted(role, targets.signed, meta[f"{role}.json"].version)
+                for role in delegations_of(targets.signed)
+            }
         except (tuf_errors.RepositoryError, KeyError, ValueError, OSError) as error:
             raise RepositoryCorrupt(
                 f"the repository's metadata cannot be trusted: {error}; restore it from a copy"
@@ -340,9 +340,3 @@ class MetadataSet:
         self._bump(role, expiry, now)
         for number, signer in enumerate(self.usable(role, signers)):
             self._role(role).sign(signer, append=number > 0)
-
-
-def _trust(delegator: Root | Targets, role: str, metadata: Metadata[Any]) -> None:
-    counted = tally(delegator, role, metadata)
-    if counted.missing:
-        raise ValueError(str(counted))

@@ -275,15 +275,15 @@ def _variant(
     if bits is None:
         return "fp32", []
     notes = [f"{len(lattice)} of {len(model.tensors)} tensors are on the lattice"]
-    stay = "weights.bin holds float32; integers travel all the same"
+    wide, why = any(t.q.dtype not in _NARROW for t in lattice), ""
     if variant == "lattice" and lifted.opset < _DEQUANTISES_INT8:
-        notes.append(f"opset {lifted.opset} has no DequantizeLinear: {stay}")
-        return "fp32", notes
-    wide = any(t.q.dtype not in _NARROW for t in lattice)
-    if variant == "lattice" and wide and lifted.opset < _DEQUANTISES_INT16:
-        notes.append(f"opset {lifted.opset} cannot dequantise 16 bits: {stay}")
-        return "fp32", notes
-    return variant, notes
+        why = "has no DequantizeLinear"
+    elif variant == "lattice" and wide and lifted.opset < _DEQUANTISES_INT16:
+        why = "cannot dequantise 16 bits"
+    if not why:
+        return variant, notes
+    stay = "weights.bin holds float32; integers travel all the same"
+    return "fp32", [*notes, f"opset {lifted.opset} {why}: {stay}"]
 
 
 def export_release(repository: RepositoryReader, manifest: ReleaseManifest, path: Path) -> int:

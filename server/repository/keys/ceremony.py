@@ -63,7 +63,14 @@ class Ceremony:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        about = self._read_json("ceremony.json")
+        try:
+            about: Any = json.loads((self.folder / "ceremony.json").read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CeremonyError(
+                f"{self.folder} holds no ceremony: prepare one with `release keys plan` or "
+                "`release keys change`"
+            ) from error
+        about = about if isinstance(about, dict) else {}
         if about.get("schema") != _SCHEMA or not isinstance(about.get("prepared"), str):
             raise CeremonyError(f"{self.folder} is no ceremony of a kind this version knows")
         self.prepared: str = about["prepared"]
@@ -257,16 +264,6 @@ class Ceremony:
         if not isinstance(metadata.signed, kind):
             raise CeremonyError(f"{self.folder / name} holds {metadata.signed.type}")
         return metadata
-
-    def _read_json(self, name: str) -> dict[str, Any]:
-        try:
-            document = json.loads((self.folder / name).read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise CeremonyError(
-                f"{self.folder} holds no ceremony: prepare one with `release keys plan` or "
-                "`release keys change`"
-            ) from error
-        return document if isinstance(document, dict) else {}
 
 
 def describe_requests(ceremony: Ceremony) -> list[str]:

@@ -24,6 +24,7 @@ from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import CryptoSigner, Key, Signature
 from tuf.api.metadata import DelegatedRole, Delegations, Root, Targets
 
+from prunecast.common.documents import from_document
 from prunecast.server.repository.errors import CeremonyError
 from prunecast.server.repository.metadata import MetadataSet
 from prunecast.server.repository.roles import (
@@ -279,12 +280,9 @@ class HolderSignature:
             if len(data) > _MOST:
                 raise ValueError("too long")
             document: dict[str, Any] = json.loads(data)
-            if document.pop("schema") != _SCHEMA:
+            if document["schema"] != _SCHEMA:
                 raise ValueError("another schema")
-            made = cls(**document)
-            texts = (made.role, made.sha256, made.keyid, made.sig, made.at, made.statement)
-            if not all(isinstance(text, str) for text in texts) or type(made.version) is not int:
-                raise ValueError("a field of another type")
+            made = from_document(cls, document)
             bytes.fromhex(made.keyid), bytes.fromhex(made.sig), bytes.fromhex(made.statement)
             if len(made.keyid) != 64 or made.role not in ("root", "targets"):
                 raise ValueError("an unusable key id or role")
