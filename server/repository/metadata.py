@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -51,6 +52,7 @@ Signers = Callable[[str], Sequence[CryptoSigner]]
 _SERIALISER = JSONSerializer(compact=True)
 
 
+@dataclass(eq=False)
 class MetadataSet:
     """The metadata in force.
 
@@ -62,17 +64,11 @@ class MetadataSet:
         delegated: live releases of the names that a role of its own publishes, by role.
     """
 
-    def __init__(
-        self,
-        root: Metadata[Root],
-        targets: Metadata[Targets],
-        snapshot: Metadata[Snapshot],
-        timestamp: Metadata[Timestamp],
-        delegated: Mapping[str, Metadata[Targets]] | None = None,
-    ) -> None:
-        self.root, self.targets = root, targets
-        self.snapshot, self.timestamp = snapshot, timestamp
-        self.delegated = dict(delegated or {})
+    root: Metadata[Root]
+    targets: Metadata[Targets]
+    snapshot: Metadata[Snapshot]
+    timestamp: Metadata[Timestamp]
+    delegated: dict[str, Metadata[Targets]] = field(default_factory=dict)
 
     @classmethod
     def found(

@@ -206,8 +206,8 @@ def from_onnx(
 
     Args:
         path: the ``.onnx`` file; external data in its folder or below.
-        bits: 2 to 16, for kernels and embeddings; None keeps every value exactly.
-        steps: how lattice steps are chosen, see `prunecast.compression.onnx.lattice`.
+        bits: for kernels and embeddings, see `from_arrays`, and so `steps` and `held`.
+        steps: how lattice steps are chosen.
         variant: what `weights.bin` should hold; ``fp32`` where the opset allows nothing else.
         held: the newest live version of the same release, for ``steps="held"``.
         inputs: real inputs by name; drawn from `seed` when not given.

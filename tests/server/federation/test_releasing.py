@@ -33,7 +33,8 @@ from prunecast.server.repository import (
     RepositoryError,
     verify_repository,
 )
-from prunecast.server.repository.authoring import ReleaseRecipe, Samples, from_arrays
+from prunecast.server.repository.authoring import ReleaseRecipe, Samples
+from prunecast.server.repository.authoring.sources import from_arrays
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support import narrowable
 from support.ceremonies import Circle

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prunecast.common.files import StorageError
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, save_model
 from prunecast.server.repository import RepositoryError
-from prunecast.server.repository.authoring import from_arrays, read_checkpoint
+from prunecast.server.repository.authoring.sources import from_arrays, read_checkpoint
 
 ARRAYS = {
     "w": np.array([[0.5, -1.27], [0.0, 0.01]], np.float32),

@@ -21,8 +21,8 @@ from prunecast.server.repository.authoring import (
     ReleaseRecipe,
     Samples,
     export_release,
-    from_onnx,
 )
+from prunecast.server.repository.authoring.sources import from_onnx
 from support import foreign
 
 

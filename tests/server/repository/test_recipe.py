@@ -32,9 +32,9 @@ from prunecast.server.repository.authoring import (
     ReleaseRecipe,
     Samples,
     build,
-    from_arrays,
     read_recipe,
 )
+from prunecast.server.repository.authoring.sources import from_arrays
 from support import narrowable
 from support.classifier import classifier, classifier_graph, classifier_inputs
 from support.releases import publish_model
