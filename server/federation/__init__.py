@@ -11,7 +11,7 @@ from prunecast.server.federation.errors import (
 )
 from prunecast.server.federation.events import read_events
 from prunecast.server.federation.grid import CompressedGrid
-from prunecast.server.federation.ledger import Entry, Ledger, Tally, Totals, serialised_bytes
+from prunecast.server.federation.ledger import Entry, Ledger, Tally, Totals
 from prunecast.server.federation.policy import PRESETS, Policy
 from prunecast.server.federation.releasing import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.run import Run
@@ -35,5 +35,4 @@ __all__ = [
     "Tally",
     "Totals",
     "read_events",
-    "serialised_bytes",
 ]

@@ -29,7 +29,7 @@ from prunecast.server.federation.inbound import decode_reply, refuse, report_of,
 from prunecast.server.federation.ledger import Entry, Ledger
 from prunecast.server.federation.outbound import Batch, Outbound, Prepared
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.streams import Streams
+from prunecast.server.federation.publisher import Streams
 from prunecast.server.federation.wrapper import GridWrapper
 
 __all__ = ["CompressedGrid", "Recode"]
@@ -313,7 +313,7 @@ class CompressedGrid(GridWrapper):
             FederationError: the stream has published a version already.
         """
         stream = self._streams.stream(self.run.run_id, key)
-        return array_record(stream.publisher.draw(dense_arrays(like), seed))
+        return array_record(stream.draw(dense_arrays(like), seed))
 
     def checkpoint(self, arrays: ArrayRecord, *, key: str = "arrays") -> Checkpoint:
         """What a later run needs to go on from `arrays`; save it with `Checkpoint.save`.
@@ -322,7 +322,7 @@ class CompressedGrid(GridWrapper):
             arrays: master weights as the strategy holds them.
             key: key of the record in the strategy's messages.
         """
-        counter, steps = self._streams.stream(self.run.run_id, key).publisher.position
+        counter, steps = self._streams.stream(self.run.run_id, key).position
         return Checkpoint(dense_arrays(arrays), counter, steps, key)
 
     def resume(self, checkpoint: Checkpoint) -> ArrayRecord:
@@ -332,7 +332,7 @@ class CompressedGrid(GridWrapper):
             The master weights, to be given to the strategy as `initial_arrays`.
         """
         stream = self._streams.stream(self.run.run_id, checkpoint.key)
-        stream.publisher.resume(checkpoint.counter, checkpoint.steps)
+        stream.resume(checkpoint.counter, checkpoint.steps)
         return array_record(checkpoint.arrays)
 
     def evaluate_published(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
@@ -44,10 +45,7 @@ from prunecast.server.federation.outbound import Prepared
 from prunecast.server.federation.policy import Policy
 
 __all__ = [
-    "DenseUp",
-    "LatticeUp",
     "Read",
-    "SchemeUp",
     "Up",
     "decode_reply",
     "refuse",
@@ -73,122 +71,102 @@ class Read:
     update: bool = False
 
 
-class Up(Protocol):
-    """How array records come back from the nodes."""
+Up = Callable[[str, ArrayRecord, Prepared, Entry], Read]
+"""How array records come back: understands the one under a key of a reply to a message.
 
-    def read(self, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
-        """Understand one array record of a reply to `sent`; decoding time goes into `entry`.
-
-        Raises:
-            VersionsError: it is damaged, or of another run, version or model.
-            CodecError: a scheme's payload is damaged, or of another scheme.
-        """
-        ...
-
-
-class DenseUp:
-    """As in plain Flower."""
-
-    def read(self, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
-        """See `Up.read`."""
-        return Read(record, "dense")
-
-
-class LatticeUp:
-    """Updates on the version that was sent; other arrays losslessly.
-
-    Args:
-        verify: decode every array once now, so that a damaged reply is refused alone.
-    """
-
-    def __init__(self, verify: bool) -> None:
-        self._verify = verify
-
-    def read(self, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
-        """See `Up.read`."""
-        payload = payload_of(record)
-        if payload is None:
-            return Read(record, "verbatim")
-        kind = inspect(payload).kind
-        started = time.perf_counter()
-        if kind is Kind.UPDATE:
-            sent_key, update = _open_update(payload, key, sent)
-            master, dense = sent.versions[sent_key].master, sent.dense[sent_key]
-            if self._verify:
-                update.verify(master)
-            arrays = _update_arrays(update, master, entry)
-        elif kind is Kind.PLAIN:
-            run_id = sent.original.metadata.run_id
-            plain = _Plain(open_plain(payload, stream=stream_id(run_id, key)))
-            if self._verify:
-                for name in plain.specs:
-                    plain.array(name)
-            arrays = ArrayRecord()
-            for name, spec in plain.specs.items():
-                arrays[name] = LazyArray(partial(plain.copy, name), spec.dtype, spec.shape, entry)
-            # 128 bytes of NumPy header and about 300 of Flower's objects surround every array
-            dense = sum(
-                s.dtype.itemsize * int(np.prod(s.shape)) + 428 for s in plain.specs.values()
-            )
-        else:
-            raise BadPayload(f"a node does not send {kind.name.lower()} payloads")
-        entry.decode_ms += (time.perf_counter() - started) * 1e3
-        return Read(arrays, kind.name.lower(), dense, update=kind is Kind.UPDATE)
-
-
-class SchemeUp:
-    """Updates of what was sent by a scheme of the literature; strategies see *sent + update*."""
-
-    def __init__(self, scheme: Scheme) -> None:
-        self._scheme = scheme
-
-    def read(self, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
-        """See `Up.read`."""
-        base = sent.original.content.array_records.get(key)
-        coded = open_coded(record)
-        if coded is None:
-            if base is not None and float_names(base) and list(record) == list(base):
-                raise BadPayload(f"record {key!r} came without the scheme")
-            return Read(record, "verbatim")
-        if base is None:
-            raise BadPayload(f"record {key!r} is an update of something that was not sent")
-        started = time.perf_counter()
-        payload, exact = coded
-        arrays = self._updated(key, base, payload, exact)
-        entry.decode_ms += (time.perf_counter() - started) * 1e3
-        return Read(arrays, self._scheme.name, object_bytes(uncached(arrays)), update=True)
-
-    def _updated(
-        self, key: str, base: ArrayRecord, payload: bytes, exact: dict[str, Array]
-    ) -> ArrayRecord:
-        """*Sent + update* for every array that the scheme coded, the others as they came."""
-        update = self._scheme.decode(payload)
-        names = float_names(base)
-        shapes = {name: tuple(base[name].shape) for name in names}
-        if {n: a.shape for n, a in update.items()} != shapes or list(update) != names:
-            raise BadPayload(f"record {key!r}: the update is not of the arrays that were sent")
-        others = {n: (a.dtype, tuple(a.shape)) for n, a in base.items() if n not in shapes}
-        if {n: (a.dtype, tuple(a.shape)) for n, a in exact.items()} != others:
-            raise BadPayload(f"record {key!r}: other arrays came than were sent")
-        result = ArrayRecord()
-        for name, array in base.items():
-            if name not in update:
-                result[name] = exact[name]
-                continue
-            held = array.numpy()
-            with np.errstate(over="ignore"):
-                value = np.asarray(held + update[name].astype(held.dtype), held.dtype)
-            if not np.isfinite(value).all():
-                raise BadPayload(f"update of {name!r} makes NaN or infinity")
-            result[name] = Array(value)
-        return result
+Decoding time goes into the ledger entry. Raises VersionsError where the record is damaged, or of
+another run, version or model, and CodecError where a scheme's payload is damaged or of another one.
+"""
 
 
 def up_of(policy: Policy, *, verify: bool) -> Up:
-    """The coding that a policy asks for; `verify` as in `LatticeUp`."""
+    """The coding that a policy asks for.
+
+    Args:
+        policy: whose `up` decides.
+        verify: decode every array of the lattice once now, so that a damaged reply is refused
+            alone.
+    """
     if policy.scheme is not None:
-        return SchemeUp(policy.scheme)
-    return LatticeUp(verify) if policy.up == "lattice" else DenseUp()
+        return partial(_by_scheme, policy.scheme)
+    if policy.up == "lattice":
+        return partial(_on_lattice, verify)
+    return lambda key, record, sent, entry: Read(record, "dense")
+
+
+def _on_lattice(verify: bool, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
+    """Updates on the version that was sent; other arrays losslessly."""
+    payload = payload_of(record)
+    if payload is None:
+        return Read(record, "verbatim")
+    kind = inspect(payload).kind
+    started = time.perf_counter()
+    if kind is Kind.UPDATE:
+        sent_key, update = _open_update(payload, key, sent)
+        master, dense = sent.versions[sent_key].master, sent.dense[sent_key]
+        if verify:
+            update.verify(master)
+        arrays = _update_arrays(update, master, entry)
+    elif kind is Kind.PLAIN:
+        run_id = sent.original.metadata.run_id
+        plain = _Plain(open_plain(payload, stream=stream_id(run_id, key)))
+        if verify:
+            for name in plain.specs:
+                plain.array(name)
+        arrays = ArrayRecord()
+        for name, spec in plain.specs.items():
+            arrays[name] = LazyArray(partial(plain.copy, name), spec.dtype, spec.shape, entry)
+        # 128 bytes of NumPy header and about 300 of Flower's objects surround every array
+        dense = sum(s.dtype.itemsize * math.prod(s.shape) + 428 for s in plain.specs.values())
+    else:
+        raise BadPayload(f"a node does not send {kind.name.lower()} payloads")
+    entry.decode_ms += (time.perf_counter() - started) * 1e3
+    return Read(arrays, kind.name.lower(), dense, update=kind is Kind.UPDATE)
+
+
+def _by_scheme(scheme: Scheme, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
+    """Updates of what was sent by a scheme of the literature; strategies see *sent + update*."""
+    base = sent.original.content.array_records.get(key)
+    coded = open_coded(record)
+    if coded is None:
+        if base is not None and float_names(base) and list(record) == list(base):
+            raise BadPayload(f"record {key!r} came without the scheme")
+        return Read(record, "verbatim")
+    if base is None:
+        raise BadPayload(f"record {key!r} is an update of something that was not sent")
+    started = time.perf_counter()
+    payload, exact = coded
+    arrays = _updated(key, base, scheme.decode(payload), exact)
+    entry.decode_ms += (time.perf_counter() - started) * 1e3
+    return Read(arrays, scheme.name, object_bytes(uncached(arrays)), update=True)
+
+
+def _updated(
+    key: str,
+    base: ArrayRecord,
+    update: Mapping[str, NDArray[Any]],
+    exact: Mapping[str, Array],
+) -> ArrayRecord:
+    """*Sent + update* for every array that the scheme coded, the others as they came."""
+    names = float_names(base)
+    shapes = {name: tuple(base[name].shape) for name in names}
+    if {n: a.shape for n, a in update.items()} != shapes or list(update) != names:
+        raise BadPayload(f"record {key!r}: the update is not of the arrays that were sent")
+    others = {n: (a.dtype, tuple(a.shape)) for n, a in base.items() if n not in shapes}
+    if {n: (a.dtype, tuple(a.shape)) for n, a in exact.items()} != others:
+        raise BadPayload(f"record {key!r}: other arrays came than were sent")
+    result = ArrayRecord()
+    for name, array in base.items():
+        if name not in update:
+            result[name] = exact[name]
+            continue
+        held = array.numpy()
+        with np.errstate(over="ignore"):
+            value = np.asarray(held + update[name].astype(held.dtype), held.dtype)
+        if not np.isfinite(value).all():
+            raise BadPayload(f"update of {name!r} makes NaN or infinity")
+        result[name] = Array(value)
+    return result
 
 
 def refuse(reply: Message, reason: str) -> Message:
@@ -234,7 +212,7 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
             continue
         content[key] = record
         if isinstance(record, ArrayRecord):
-            read = up.read(key, record, sent, entry)
+            read = up(key, record, sent, entry)
             if read.dense is not None:
                 entry.dense_bytes += read.dense - object_bytes(record)
             content[key] = read.arrays

@@ -10,29 +10,17 @@ from logging import WARNING
 from pathlib import Path
 from typing import Any, Literal
 
-from flwr.app import Message
-
 from prunecast.common.files import StorageError
 from prunecast.common.journal import Journal, new_run_id, read_run
-from prunecast.compression.flower.internals import log, object_bytes
+from prunecast.compression.flower.internals import log
 from prunecast.server.federation.errors import FederationError
 
-__all__ = ["Direction", "Entry", "Ledger", "Tally", "Totals", "serialised_bytes"]
+__all__ = ["Direction", "Entry", "Ledger", "Tally", "Totals"]
 
 SCHEMA = 1
 """Grows when old readers would misread a ledger; new fields do not change it."""
 
 Direction = Literal["down", "up"]
-
-
-def serialised_bytes(message: Message) -> int:
-    """Bytes of a message as Flower serialises it: every object it consists of, once.
-
-    Flower sends a message as content-addressed objects (the message, its records, arrays and
-    array chunks); an object that occurs twice in a message is sent once. HTTP framing and TLS
-    come on top and are not counted.
-    """
-    return object_bytes(message)
 
 
 @dataclass
@@ -46,7 +34,8 @@ class Entry:
         kind: keyframe, delta, reuse, update, plain, verbatim, base-missing, error or none;
             several, joined by "+", where a message has several array records.
         message_type: Flower's message type.
-        payload_bytes: bytes of the serialised message.
+        payload_bytes: bytes of the message as Flower serialises it, every object it consists of
+            once; HTTP framing and TLS come on top and are not counted.
         dense_bytes: bytes the same message has in plain Flower.
         encode_ms: milliseconds spent encoding; 0.0 where a payload made for another node served.
         decode_ms: milliseconds spent decoding on the server.

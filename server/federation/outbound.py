@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -36,10 +35,9 @@ from prunecast.compression.versions import (
     short,
 )
 from prunecast.server.federation.errors import FederationError
-from prunecast.server.federation.publisher import Version
-from prunecast.server.federation.streams import NodeState, Streams
+from prunecast.server.federation.publisher import NodeState, Streams, Version
 
-__all__ = ["Batch", "DenseDown", "Down", "LatticeDown", "Outbound", "Prepared"]
+__all__ = ["Batch", "Outbound", "Prepared"]
 
 
 @dataclass
@@ -132,67 +130,6 @@ class Batch:
         return self.content_id(record) in self._shared[key]
 
 
-class Down(Protocol):
-    """How array records travel to the nodes."""
-
-    def code(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
-        """The record that takes the place of `record`; notes in `prepared` what it became.
-
-        Raises:
-            NonFiniteModel: the model holds NaN or infinity.
-        """
-        ...
-
-
-class DenseDown:
-    """As in plain Flower."""
-
-    def code(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
-        """See `Down.code`."""
-        prepared.kinds.append("dense")
-        prepared.measured[key] = prepared.batch.measured(record)
-        return record
-
-
-class LatticeDown:
-    """Versions of a published model: keyframe, delta or reuse, whatever the node holds.
-
-    A personalised model cannot be shared and goes losslessly, outside the stream.
-    """
-
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
-
-    def code(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
-        """See `Down.code`."""
-        metadata, batch = prepared.original.metadata, prepared.batch
-        if not is_codable(record):
-            prepared.kinds.append("verbatim")
-            return record
-        started = time.perf_counter()
-        if not batch.is_shared(key, record):
-            data = encode_plain(dense_arrays(record), stream=stream_id(metadata.run_id, key))
-            prepared.encode_ms += (time.perf_counter() - started) * 1e3
-            prepared.kinds.append("plain")
-            return payload_record(data)
-        stream = self._streams.stream(metadata.run_id, key)
-        version = stream.version_of(record, batch.content_id(record))
-        held = self._streams.node(metadata.dst_node_id).held.get(key)
-        prepared.versions[key] = version
-        if stream.publisher.wanted and not prepared.wanted:
-            prepared.wanted, prepared.pruned = stream.publisher.wanted, key
-        if held == short(version.model.digest):
-            prepared.reuse[key] = held
-            prepared.kinds.append("reuse")
-            # an empty record holds the place: two objects less than a payload on every message
-            return ArrayRecord()
-        payload = stream.publisher.payload(version, held)
-        prepared.encode_ms += (time.perf_counter() - started) * 1e3
-        prepared.kinds.append(payload.kind.name.lower())
-        prepared.measured[key] = payload.measured
-        return payload.record
-
-
 class Outbound:
     """Prepares messages by a policy.
 
@@ -204,8 +141,6 @@ class Outbound:
     def __init__(self, streams: Streams, seed: int) -> None:
         self._streams, self._seed, self._count = streams, seed, 0
         self._policy, self._scheme = streams.policy, streams.policy.scheme
-        lattice = self._policy.down == "lattice"
-        self._down: Down = LatticeDown(streams) if lattice else DenseDown()
 
     def prepare(self, batch: Batch, original: Message) -> Prepared:
         """Code the array records of one message for its node.
@@ -225,7 +160,7 @@ class Outbound:
             content[key] = record
             if isinstance(record, ArrayRecord):
                 prepared.dense[key] = batch.measured(record).nbytes
-                content[key] = self._down.code(prepared, key, record)
+                content[key] = self._coded(prepared, key, record)
         instruction = self._instruction(prepared, self._streams.node(original.metadata.dst_node_id))
         if instruction is not None:
             prepared.rule = instruction.rule
@@ -237,6 +172,42 @@ class Outbound:
         envelope = make_message(original.metadata, RecordDict())
         prepared.dense_bytes = batch.size(original.content) + own_bytes(envelope)
         return prepared
+
+    def _coded(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
+        """What takes the place of a record: densely itself, else keyframe, delta or reuse.
+
+        A personalised model cannot be shared and goes losslessly, outside the stream.
+        """
+        metadata, batch = prepared.original.metadata, prepared.batch
+        if self._policy.down == "dense":
+            prepared.kinds.append("dense")
+            prepared.measured[key] = batch.measured(record)
+            return record
+        if not is_codable(record):
+            prepared.kinds.append("verbatim")
+            return record
+        started = time.perf_counter()
+        if not batch.is_shared(key, record):
+            data = encode_plain(dense_arrays(record), stream=stream_id(metadata.run_id, key))
+            prepared.encode_ms += (time.perf_counter() - started) * 1e3
+            prepared.kinds.append("plain")
+            return payload_record(data)
+        stream = self._streams.stream(metadata.run_id, key)
+        version = stream.version_of(record, batch.content_id(record))
+        held = self._streams.node(metadata.dst_node_id).held.get(key)
+        prepared.versions[key] = version
+        if stream.wanted and not prepared.wanted:
+            prepared.wanted, prepared.pruned = stream.wanted, key
+        if held == short(version.model.digest):
+            prepared.reuse[key] = held
+            prepared.kinds.append("reuse")
+            # an empty record holds the place: two objects less than a payload on every message
+            return ArrayRecord()
+        payload = stream.payload(version, held)
+        prepared.encode_ms += (time.perf_counter() - started) * 1e3
+        prepared.kinds.append(payload.kind.name.lower())
+        prepared.measured[key] = payload.measured
+        return payload.record
 
     def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:
         told = node.accepted, prepared.reuse, prepared.wanted

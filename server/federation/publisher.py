@@ -1,13 +1,14 @@
-"""From master weights to published versions, and to the payload each node needs."""
+"""From master weights to published versions, to what nodes hold, and to the payload each needs."""
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from logging import WARNING
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import Limits, quantise, spread
-from prunecast.compression.flower import payload_record
-from prunecast.compression.flower.internals import Measured
-from prunecast.compression.pruning.plan import Knowledge, PruningPlan, Statistics
+from prunecast.compression.flower import dense_arrays, payload_record, stream_id
+from prunecast.compression.flower.internals import Measured, log
+from prunecast.compression.pruning.plan import Knowledge, PruningPlan, Statistics, StatisticsMean
 from prunecast.compression.versions import (
     InvalidModel,
     Kind,
@@ -35,9 +36,10 @@ from prunecast.compression.versions import (
 from prunecast.server.federation.errors import FederationError, NonFiniteModel
 from prunecast.server.federation.policy import Policy
 
-__all__ = ["EncodedPayload", "Publisher", "Version"]
+__all__ = ["EncodedPayload", "NodeState", "Publisher", "Streams", "Version"]
 
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
+_RECENT = 4  # contents whose version is remembered, so that train and evaluate share one
 _VECTOR_STEP = 0.25  # biases and norms are few and sensitive: a finer lattice for them
 
 
@@ -47,7 +49,6 @@ class EncodedPayload:
 
     kind: Kind
     data: bytes
-    encode_ms: float
 
     @cached_property
     def record(self) -> ArrayRecord:
@@ -90,10 +91,15 @@ class Publisher:
         policy: steps, what travels exactly, how many versions are kept.
         stream: identifier of the stream, part of every payload.
         plan: what is pruned; None prunes nothing.
+
+    Attributes:
+        statistics: what nodes contributed since the last version.
     """
 
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
         self.policy, self.stream, self._plan = policy, stream, plan
+        self.statistics = StatisticsMean()
+        self._recent: OrderedDict[str, Version] = OrderedDict()
         self._before: dict[str, NDArray[Any]] = {}
         self._statistics: Statistics = {}
         self._steps: dict[str, float] = {}
@@ -131,6 +137,24 @@ class Publisher:
             # receivers refuse to be told by a few bytes to allocate more than that
             self._seeded = (model.digest, source)
         return model.arrays()
+
+    def version_of(self, record: ArrayRecord, content_id: str) -> Version:
+        """The version of a content, published now unless it already was.
+
+        Args:
+            record: the dense arrays, as the strategy hands them over.
+            content_id: digest of the record's content.
+
+        Raises:
+            NonFiniteModel: an array holds NaN or infinity.
+        """
+        version = self._recent.pop(content_id, None)
+        if version is None:
+            version = self.publish(dense_arrays(record), self.statistics.take())
+        self._recent[content_id] = version
+        while len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+        return version
 
     def publish(
         self, master: Mapping[str, NDArray[Any]], statistics: Statistics | None = None
@@ -236,13 +260,55 @@ class Publisher:
         return version.payloads[key]
 
     def _encode(self, version: Version, base: PublishedModel | None) -> EncodedPayload:
-        started = time.perf_counter()
-        kind, data = Kind.KEYFRAME, b""
         if base is not None:
-            try:
-                kind, data = Kind.DELTA, encode_delta(base, version.model, stream=self.stream)
-            except InvalidModel:
-                base = None  # the record's tensors changed: a delta is impossible
-        if base is None:
-            data = encode_keyframe(version.model, stream=self.stream, seed=version.seed)
-        return EncodedPayload(kind, data, (time.perf_counter() - started) * 1e3)
+            with suppress(InvalidModel):  # the record's tensors changed: a delta is impossible
+                delta = encode_delta(base, version.model, stream=self.stream)
+                return EncodedPayload(Kind.DELTA, delta)
+        data = encode_keyframe(version.model, stream=self.stream, seed=version.seed)
+        return EncodedPayload(Kind.KEYFRAME, data)
+
+
+# -- every stream and every node ------------------------------------------------------------------
+
+
+@dataclass
+class NodeState:
+    """What one node said of itself.
+
+    Attributes:
+        held: record key to short digest of the version the node last reported to hold.
+        accepted: tag of its last reply with an update that was accepted.
+        speaks: whether it ever answered through the mod.
+    """
+
+    held: dict[str, bytes] = field(default_factory=dict)
+    accepted: str = ""
+    speaks: bool = False
+
+
+class Streams:
+    """All streams and nodes of one run."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._streams: dict[tuple[int, str], Publisher] = {}
+        self._nodes: dict[int, NodeState] = {}
+
+    def stream(self, run_id: int, key: str) -> Publisher:
+        """The publisher of a record key's versions, made if necessary."""
+        if (run_id, key) not in self._streams:
+            if self.policy.sparsity and key not in self.policy.pruning_records:
+                log(
+                    WARNING,
+                    "Array record %r is not pruned: pruning_records names %s. Add it there if it "
+                    "holds the model.",
+                    key,
+                    ", ".join(map(repr, self.policy.pruning_records)) or "none",
+                )
+            plan = self.policy.pruning if key in self.policy.pruning_records else None
+            self._streams[run_id, key] = Publisher(self.policy, stream_id(run_id, key), plan)
+        return self._streams[run_id, key]
+
+    def node(self, node_id: int) -> NodeState:
+        """What is known of a node; nothing at first."""
+        return self._nodes.setdefault(node_id, NodeState())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from prunecast.compression.flower.internals import log
 from prunecast.compression.versions import PublishedModel
@@ -22,7 +22,6 @@ __all__ = [
     "ReleaseWatch",
     "Released",
     "Releaser",
-    "finite_numbers",
     "recipe_releaser",
 ]
 
@@ -139,15 +138,11 @@ class ReleaseWatch:
             self._reached = True
 
 
-class Releaser(Protocol):
-    """Publishes a model as the next release; `recipe_releaser` makes one."""
+Releaser = Callable[[PublishedModel, Mapping[str, float]], int]
+"""Publishes a model with its metrics and returns the number of the release.
 
-    def __call__(self, model: PublishedModel, metrics: Mapping[str, float]) -> int:
-        """Publish and return the number of the release.
-
-        Raises:
-            ValueError: it could not be published; nothing was.
-        """
+Raises ValueError where it could not be published; nothing was, then.
+"""
 
 
 def recipe_releaser(recipe: ReleaseRecipe, repository: Repository, name: str) -> Releaser:
@@ -248,12 +243,3 @@ class AutomaticReleases:
         self.made.append(Released(server_round, version, reason, dict(metrics)))
         log(INFO, "Release %d after round %d: %s", version, server_round, reason)
         return self.made[-1]
-
-
-def finite_numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    """The metrics that are finite numbers; lists and NaN are left out."""
-    found = {}
-    for name, value in (metrics or {}).items():
-        if isinstance(value, int | float) and math.isfinite(value):
-            found[name] = float(value)
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from prunecast.server.federation.events import EventLog, OnEvent
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Ledger
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.releasing import AutomaticReleases, finite_numbers
+from prunecast.server.federation.releasing import AutomaticReleases
 from prunecast.server.federation.wrapper import GridWrapper
 
 if TYPE_CHECKING:
@@ -325,7 +326,9 @@ class _Rounds(GridWrapper):
             except StorageError as error:
                 log(WARNING, "No checkpoint of round %d: %s", server_round, error)
         if run.releases is not None and published is not None:
-            metrics = finite_numbers({**self._metrics.get("evaluate", {}), **(measured or {})})
+            known = {**self._metrics.get("evaluate", {}), **(measured or {})}
+            numbers = {n: float(v) for n, v in known.items() if isinstance(v, int | float)}
+            metrics = {name: value for name, value in numbers.items() if math.isfinite(value)}
             made = run.releases.after_round(server_round, metrics, lambda: published)
             if made is not None:
                 self._events.write("release", **dataclasses.asdict(made))
@@ -335,10 +338,6 @@ class _Rounds(GridWrapper):
     def cost(self) -> dict[str, float]:
         """Bytes of the run so far, and its seconds."""
         totals = self._run.grid.ledger.totals()
-        return {
-            "bytes_down": totals.bytes_down,
-            "bytes_up": totals.bytes_up,
-            "dense_bytes_down": totals.dense_bytes_down,
-            "dense_bytes_up": totals.dense_bytes_up,
-            "seconds": round(time.monotonic() - self._began, 3),
-        }
+        names = ("bytes_down", "bytes_up", "dense_bytes_down", "dense_bytes_up")
+        seconds = round(time.monotonic() - self._began, 3)
+        return {**{name: getattr(totals, name) for name in names}, "seconds": seconds}

@@ -6,7 +6,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from prunecast.server.federation import CompressedGrid, Ledger, serialised_bytes
+from prunecast.compression.flower.internals import object_bytes
+from prunecast.server.federation import CompressedGrid, Ledger
 from prunecast.simulations.runner.inprocess import InProcessGrid
 
 app = ClientApp()
@@ -42,8 +43,8 @@ def test_every_message_is_counted_both_ways(tmp_path):
     assert len(replies) == 3
     entries = grid.ledger.entries
     assert [e.direction for e in entries] == ["down"] * 3 + ["up"] * 3
-    assert [e.payload_bytes for e in entries[:3]] == [serialised_bytes(m) for m in sent]
-    assert [e.payload_bytes for e in entries[3:]] == [serialised_bytes(m) for m in replies]
+    assert [e.payload_bytes for e in entries[:3]] == [object_bytes(m) for m in sent]
+    assert [e.payload_bytes for e in entries[3:]] == [object_bytes(m) for m in replies]
     assert {e.round for e in entries} == {4}
     assert [e.kind for e in entries] == ["dense"] * 5 + ["error"]
     for entry in entries:

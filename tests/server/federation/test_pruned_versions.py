@@ -196,7 +196,7 @@ def test_nodes_contribute_what_the_criterion_asks_for(federation, tmp_path):
     mask = grid.published(result.arrays).masks()["fc.weight"]
     assert mask[:, :20].mean() > 0.9  # the rest lies at zero on the lattice
     assert mask[:, 20:].mean() < 0.05
-    (mean,) = grid._streams.stream(RUN_ID, "arrays").publisher._statistics.values()
+    (mean,) = grid._streams.stream(RUN_ID, "arrays")._statistics.values()
     assert mean["fc.weight"][0, 0] == pytest.approx((1 + 4 + 9) / 6, rel=0.1)  # by examples
     replied = [e.dense_bytes for e in grid.ledger.entries if e.direction == "up"]
     assert max(replied) - min(replied) < 100  # plain Flower has no such record
