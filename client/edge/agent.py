@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -164,14 +163,17 @@ class Agent:
         """
         draw, bell = rng or random.Random(), wake or stop
         active_since = time.monotonic()
+        wanted: Order | None = None
+
+        def superseded() -> bool:
+            return order() != wanted
+
         while not stop.is_set():
             if wake:
                 wake.clear()  # before asking: what changes from now on wakes again
             wanted = order()
             try:
-                outcome: UpdateResult | EdgeError = self.update_once(
-                    wanted, superseded=partial(_differs, order, wanted)
-                )
+                outcome: UpdateResult | EdgeError = self.update_once(wanted, superseded=superseded)
             except EdgeError as error:
                 outcome = error
             if isinstance(outcome, UpdateResult) and outcome.outcome == "updated":
@@ -396,7 +398,3 @@ class Agent:
         if state != self._state:
             self._folder.write(state)
             self._state = state
-
-
-def _differs(order: Callable[[], Order | None], wanted: Order | None) -> bool:
-    return order() != wanted
