@@ -171,6 +171,8 @@ class Agent:
         while not stop.is_set():
             if wake:
                 wake.clear()  # before asking: what changes from now on wakes again
+                if stop.is_set():  # its wake may be the one that was cleared
+                    return
             wanted = order()
             try:
                 outcome: UpdateResult | EdgeError = self.update_once(wanted, superseded=superseded)

@@ -421,3 +421,23 @@ def test_state_files_are_where_the_documentation_says(
     names = {str(p.relative_to(config.state)) for p in Path(config.state).rglob("*")}
     assert {"state.json", "status.json", "slots/a/release.json", "slots/a/weights.bin"} <= names
     assert not any(name.startswith("downloads/") for name in names)
+
+
+def test_a_stop_just_before_its_wake_is_cleared_ends_the_loop(start: Start) -> None:
+    class Late(threading.Event):
+        """Whoever stops the loop is heard between its check and the clearing of the wake."""
+
+        def clear(self) -> None:
+            stop.set()
+            self.set()
+            super().clear()
+
+    agent, stop, results = start(), threading.Event(), []
+    loop = threading.Thread(
+        target=lambda: agent.run(3600, stop=stop, wake=Late(), on_result=results.append),
+        daemon=True,
+    )
+    loop.start()
+    loop.join(timeout=30)
+    assert not loop.is_alive()
+    assert not results
