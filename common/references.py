@@ -1,12 +1,44 @@
-"""Objects named in run configs and scenario files: ``package.module:attribute``."""
+"""Values of run configs, and objects named there and in scenario files as ``module:attribute``."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-__all__ = ["load_callable"]
+__all__ = ["configured_callable", "load_callable", "typed"]
+
+T = TypeVar("T")
+
+
+def typed(key: str, value: object, kind: type[T], error: type[Exception]) -> T:
+    """A value of Flower's run config, which must be of a type; a whole number serves as a float.
+
+    Raises:
+        error: it is of another type; names the key.
+    """
+    if kind is float and type(value) is int:
+        return float(value)  # type: ignore[return-value]
+    if type(value) is not kind:
+        raise error(f"{key} = {value!r} in the run config is no {kind.__name__}: correct it")
+    return value
+
+
+def configured_callable(
+    config: Mapping[str, Any], key: str, error: type[Exception]
+) -> Callable[..., Any]:
+    """What a key of Flower's run config names, see `load_callable`.
+
+    Raises:
+        error: the key is missing, or names nothing callable.
+    """
+    reference = config.get(key)
+    if not isinstance(reference, str) or not reference:
+        raise error(f'the run config lacks {key!r}: set {key} = "package.module:function"')
+    try:
+        return load_callable(reference)
+    except ValueError as reason:
+        raise error(f"{key} in the run config: {reason}") from reason
 
 
 def load_callable(reference: str) -> Callable[..., Any]:

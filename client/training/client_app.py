@@ -28,7 +28,7 @@ from torch import nn
 
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import Batch, Loss, TrainerError, evaluate, train
-from prunecast.common.references import load_callable
+from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
 from prunecast.compression.pruning.masks import (
@@ -85,14 +85,8 @@ class LocalTraining:
         given: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             key = field.name.replace("_", "-")
-            if key not in run_config:
-                continue
-            value, wanted = run_config[key], type(field.default)
-            if wanted is float and type(value) is int:
-                value = float(value)
-            if type(value) is not wanted:
-                raise TrainerError(f"{key} = {value!r} in the run config is no {wanted.__name__}")
-            given[field.name] = value
+            if key in run_config:
+                given[field.name] = typed(key, run_config[key], type(field.default), TrainerError)
         return cls(**given)
 
 
@@ -181,25 +175,15 @@ def _load(model: ModelFactory, message: Message, context: Context) -> tuple[str,
     return key, module
 
 
-def _configured(context: Context, key: str) -> Callable[..., Any]:
-    reference = context.run_config.get(key)
-    if not isinstance(reference, str) or not reference:
-        raise TrainerError(f'the run config lacks {key!r}: set {key} = "package.module:function"')
-    try:
-        return load_callable(reference)
-    except ValueError as error:
-        raise TrainerError(f"{key} in the run config: {error}") from error
-
-
 def _model_from_run_config(context: Context) -> nn.Module:
-    module = _configured(context, "model")()
+    module = configured_callable(context.run_config, "model", TrainerError)()
     if not isinstance(module, nn.Module):
         raise TrainerError(f"model in the run config made a {type(module).__name__}, no nn.Module")
     return module
 
 
 def _data_from_run_config(context: Context) -> tuple[Loader, Loader | None]:
-    loaders = _configured(context, "data")(context)
+    loaders = configured_callable(context.run_config, "data", TrainerError)(context)
     if not (isinstance(loaders, tuple) and len(loaders) == 2):
         raise TrainerError(
             "data in the run config must return (training loader, validation loader or None)"

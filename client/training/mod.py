@@ -167,17 +167,24 @@ class _Exchange:
         started = time.perf_counter()
         content = RecordDict()
         for key, record in reply.items():
-            content[key] = record
-            if not isinstance(record, ArrayRecord):
-                continue
-            if self._scheme is not None:
-                content[key] = self._by_scheme(self._scheme, key, record)
-            elif isinstance(self._instruction.rule, UpdateRule) and is_codable(record):
-                payload = self._on_lattice(key, dense_arrays(record), self._instruction.rule)
-                content[key] = payload_record(payload)
+            try:
+                coded = self._coded(key, record) if isinstance(record, ArrayRecord) else record
+            except NonFiniteError as error:
+                raise NonFiniteUpdate(f"the update was not sent: {error}") from error
+            except CodecError as error:
+                raise ModError(f"the update was not sent: {error}") from error
+            content[key] = coded
         if statistics:
             content[STATISTICS_RECORD] = payload_record(pack_statistics(statistics))
         return self.wrap(content, (time.perf_counter() - started) * 1e3)
+
+    def _coded(self, key: str, record: ArrayRecord) -> ArrayRecord:
+        rule = self._instruction.rule
+        if self._scheme is not None:
+            return self._by_scheme(self._scheme, key, record)
+        if isinstance(rule, UpdateRule) and is_codable(record):
+            return payload_record(self._on_lattice(key, dense_arrays(record), rule))
+        return record
 
     def _on_lattice(self, key: str, arrays: Mapping[str, NDArray[Any]], rule: UpdateRule) -> bytes:
         """A quantised update of the version received, or the exact arrays where there is none."""
@@ -203,12 +210,7 @@ class _Exchange:
         with suppress(StateError):  # nothing was kept yet, or of another model
             state = state_from(self._store.residual(kept, self._instruction.accepted), state)
         assert isinstance(self._instruction.rule, SchemeRule)
-        try:
-            payload, state = chosen.encode(update, state, key=self._instruction.rule.key)
-        except NonFiniteError as error:
-            raise NonFiniteUpdate(f"the update was not sent: {error}") from error
-        except CodecError as error:
-            raise ModError(f"the update was not sent: {error}") from error
+        payload, state = chosen.encode(update, state, key=self._instruction.rule.key)
         self._store.stage(kept, self._tag, state_arrays(state))
         return coded_record(payload, {n: a for n, a in record.items() if n not in names})
 
@@ -300,7 +302,8 @@ def _quantise(
     if mask is not None:
         change *= mask
     weights = change.size if mask is None else int(np.count_nonzero(mask))
-    step = float(np.float32(rule.step * spread(change, "rms", count=weights)))
+    with np.errstate(over="ignore"):  # an infinite step is refused below
+        step = float(np.float32(rule.step * spread(change, "rms", count=weights)))
     target = change
     if rule.error_feedback and residual is not None and residual.shape == change.shape:
         target = change + (residual if mask is None else residual * mask).astype(working)

@@ -20,7 +20,8 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +90,15 @@ class NodeStore:
     def held(self, key: str) -> PublishedModel | None:
         """The version held under a record key; None when there is none or its file is damaged."""
         try:
-            with np.load(self._path(key, "model"), allow_pickle=False) as file:
-                meta = json.loads(bytes(file["meta"]))
-                tensors: dict[str, Tensor] = {}
-                for index, (name, step, pruned, dtype) in enumerate(meta["tensors"]):
-                    values = file[str(index)]
-                    if step is None:
-                        tensors[name] = RawTensor(values)
-                    else:
-                        tensors[name] = LatticeTensor(values, step, pruned, np.dtype(dtype))
-                model = PublishedModel(tensors, meta["counter"])
-                return model if model.digest.hex() == meta["digest"] else None
+            meta, arrays = _read(self._path(key, "model"))
+            tensors: dict[str, Tensor] = {}
+            for (name, step, pruned, dtype), values in zip(meta["tensors"], arrays, strict=True):
+                if step is None:
+                    tensors[name] = RawTensor(values)
+                else:
+                    tensors[name] = LatticeTensor(values, step, pruned, np.dtype(dtype))
+            model = PublishedModel(tensors, meta["counter"])
+            return model if model.digest.hex() == meta["digest"] else None
         except _DAMAGED:
             return None
 
@@ -109,17 +108,18 @@ class NodeStore:
         Raises:
             StoreError: the file cannot be written; the old version stays.
         """
-        heads, arrays = [], {}
-        for index, (name, tensor) in enumerate(model.tensors.items()):
-            lattice = isinstance(tensor, LatticeTensor)
-            arrays[str(index)] = tensor.q if isinstance(tensor, LatticeTensor) else tensor.values
-            step = tensor.step if isinstance(tensor, LatticeTensor) else None
-            heads.append(
-                [name, step, lattice and tensor.mask() is not None, np.dtype(tensor.dtype).name]
-            )
+        heads: list[tuple[str, float | None, bool, str]] = []
+        arrays: list[NDArray[Any]] = []
+        for name, tensor in model.tensors.items():
+            dtype = np.dtype(tensor.dtype).name
+            if isinstance(tensor, LatticeTensor):
+                heads.append((name, tensor.step, tensor.mask() is not None, dtype))
+                arrays.append(tensor.q)
+            else:
+                heads.append((name, None, False, dtype))
+                arrays.append(tensor.values)
         meta = {"tensors": heads, "counter": model.counter, "digest": model.digest.hex()}
-        arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-        self._write(self._path(key, "model"), arrays)
+        self._write(self._path(key, "model"), meta, arrays)
 
     def residual(self, key: str, accepted: str) -> dict[str, NDArray[Any]]:
         """What was kept with the last accepted reply, by name; empty at first.
@@ -137,9 +137,7 @@ class NodeStore:
             except OSError as error:
                 raise _unwritable(self._folder, error) from error
         try:
-            with np.load(committed, allow_pickle=False) as file:
-                names = json.loads(bytes(file["meta"]))
-                return {name: file[str(index)] for index, name in enumerate(names)}
+            return dict(zip(*_read(committed), strict=True))
         except _DAMAGED:
             return {}
 
@@ -149,12 +147,8 @@ class NodeStore:
         Raises:
             StoreError: the file cannot be written.
         """
-        arrays: dict[str, NDArray[np.generic]] = {
-            str(index): array for index, array in enumerate(residual.values())
-        }
-        arrays["meta"] = np.frombuffer(json.dumps(list(residual)).encode(), dtype=np.uint8)
         target = self._pending(key, tag)
-        self._write(target, arrays)
+        self._write(target, list(residual), residual.values())
         for old in self._folder.glob(f"{self._path(key, 'pending').name}-*"):
             if old != target:
                 old.unlink(missing_ok=True)
@@ -162,13 +156,20 @@ class NodeStore:
     def _pending(self, key: str, tag: str) -> Path:
         return self._path(key, f"pending-{tag}")
 
-    def _write(self, path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    def _write(self, path: Path, meta: Any, arrays: Iterable[NDArray[Any]]) -> None:
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, *arrays, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8))
         try:
             write_atomically(path, buffer.getvalue())
         except StorageError as error:
             raise _unwritable(self._folder, error) from error
+
+
+def _read(path: Path) -> tuple[Any, list[NDArray[Any]]]:
+    """What `NodeStore._write` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = [file[f"arr_{index}"] for index in range(len(file.files) - 1)]
+        return json.loads(bytes(file["meta"])), arrays
 
 
 def _unwritable(folder: Path, error: Exception) -> StoreError:
@@ -179,8 +180,11 @@ def _unwritable(folder: Path, error: Exception) -> StoreError:
 
 
 def _remove_stale_runs(root: Path, *, keep: str) -> None:
-    """Drop what runs of more than a month ago left behind."""
+    """Drop what runs left behind in which nothing was written for a month."""
     limit = time.time() - _STALE_SECONDS
     for folder in root.iterdir():
-        if folder.name.isdigit() and folder.name != keep and folder.stat().st_mtime < limit:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder.name.isdigit() and folder.name != keep:
+            with suppress(OSError):  # another node of this machine does the same at the same time
+                # writing into a node's folder does not touch the time of the run's
+                if max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < limit:
+                    shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -176,7 +175,7 @@ def train(
             for inputs, targets in loader:
                 targets = _move(targets, target)
                 optimiser.zero_grad(set_to_none=True)
-                with _autocast(target, precision):
+                with torch.autocast(target.type, precision, enabled=precision is not None):
                     loss = loss_fn(_outputs(model, inputs, target), targets)
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimiser)
@@ -253,12 +252,6 @@ def _precision(device: torch.device, wanted: bool | None) -> torch.dtype | None:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return torch.float16
     return torch.bfloat16
-
-
-def _autocast(
-    device: torch.device, precision: torch.dtype | None
-) -> AbstractContextManager[object]:
-    return nullcontext() if precision is None else torch.autocast(device.type, dtype=precision)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

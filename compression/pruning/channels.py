@@ -123,12 +123,14 @@ class ChannelPlan:
             share = float(document["share"])
         except PlanError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"the plan of channels is damaged: {error}") from error
         return cls(kept, steps, share)
 
 
 def _mask(entry: str) -> NDArray[np.bool_]:
     size, _, digits = entry.partition(":")
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8), count=int(size))
-    return bits.astype(np.bool_)
+    packed = np.frombuffer(bytes.fromhex(digits), np.uint8)
+    if not 0 <= 8 * packed.size - int(size) < 8:  # NumPy would pad with any number of zeros
+        raise ValueError(f"a mask of {size} places in {packed.size} bytes")
+    return np.unpackbits(packed, count=int(size)).astype(np.bool_)

@@ -24,6 +24,15 @@ __all__ = ["Checkpoint"]
 
 _METADATA = "prunecast"
 _SCHEMA = 1
+_UNUSABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +94,7 @@ class Checkpoint:
             if not all(math.isfinite(step) and step > 0 for step in steps.values()):
                 raise ValueError("a lattice step is not a positive number")
             return cls(arrays, counter, steps, str(meta["key"]))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (*_UNUSABLE, SafetensorError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "
                 "Checkpoint.save wrote"

@@ -1,26 +1,4 @@
-"""Automatic releases by Flower's run config.
-
-===========================  =======================================================================
-``release.repository``       "" (no releases) or the folder of a release repository
-``release.keys``             folders with its online keys, separated by commas
-``release.name``             of the release
-``release.selftest``         ``.npz`` with a few real inputs, one array per input of the model
-``release.graph``            "" (the model is exported, some seconds) or a graph that was exported
-``release.graph-cache``      "" (in the user's cache) or a folder that keeps exported graphs
-``release.variant``          "int8" (the published integers), "fp32", "int8-qdq" or "structured"
-``release.calibration``      "" or ``.npz`` with real samples, and labels where they are known: the
-                             last two variants need it, and every release then states how far it is
-                             from the published model in float32
-``release.channels``         share of the channels that remain, with any variant
-``release.window``           16: how many releases stay live
-``release.licence``          "" or the SPDX expression of the weights
-``release.every``            0: release after every so many rounds
-``release.metric``           "": name of a metric of the evaluation, on the server or on clients
-``release.reach``            release when the metric gets as good as this
-``release.improve``          release when the metric is better by this than in the last release
-``release.lower-is-better``  false; true for a loss
-===========================  =======================================================================
-"""
+"""Automatic releases by Flower's run config; docs/releases.md lists the keys."""
 
 from __future__ import annotations
 
@@ -28,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunecast.common.references import typed
 from prunecast.server.federation.errors import ReleaseRuleError
 from prunecast.server.federation.releasing import AutomaticReleases, ReleaseRule, recipe_releaser
 
@@ -60,11 +39,17 @@ def releases_from_config(
     Raises:
         ReleaseRuleError: a key is unknown, missing or unusable; names it and the remedy.
     """
-    given = {k.removeprefix(_PREFIX): v for k, v in config.items() if k.startswith(_PREFIX)}
-    for key, value in given.items():
-        given[key] = _typed(key, value)
-    # a key that the app declares cannot be left out in Flower: "" stands for absence
-    given = {key: value for key, value in given.items() if value not in ("", None)}
+    given: dict[str, Any] = {}
+    for name, value in config.items():
+        key = name.removeprefix(_PREFIX)
+        if key == name:
+            continue
+        if key not in _TYPES:
+            known = ", ".join(_PREFIX + key for key in _TYPES)
+            raise ReleaseRuleError(f"unknown run config key {name}: choose one of {known}")
+        # a key that the app declares cannot be left out in Flower: "" stands for absence
+        if value not in ("", None):
+            given[key] = typed(name, value, _TYPES[key], ReleaseRuleError)
     if "repository" not in given:
         if given.keys() - {"every", "window", "variant", "lower-is-better"} or given.get("every"):
             raise ReleaseRuleError(
@@ -128,17 +113,3 @@ def _open(
         raise ReleaseRuleError(f"{_PREFIX}{wrong} = {given.get(wrong, '')!r}: {reason}") from error
     held = newest.metrics.get(rule.metric) if newest else None
     return AutomaticReleases(rule, recipe_releaser(recipe, repository, given["name"]), held)
-
-
-def _typed(key: str, value: Any) -> Any:
-    if key not in _TYPES:
-        known = ", ".join(_PREFIX + name for name in _TYPES)
-        raise ReleaseRuleError(f"unknown run config key release.{key}: choose one of {known}")
-    wanted = _TYPES[key]
-    if wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not wanted and not (wanted is float and value == ""):
-        raise ReleaseRuleError(
-            f"release.{key} = {value!r} in the run config is no {wanted.__name__}: correct it"
-        )
-    return value

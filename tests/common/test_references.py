@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prunecast.common.references import load_callable
+from prunecast.common.references import configured_callable, load_callable, typed
 
 
 def test_functions_and_methods_are_found():
@@ -33,3 +33,22 @@ def test_what_a_module_itself_needs_is_not_blamed_on_the_reference(tmp_path, mon
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="not_installed_here"):
         load_callable("needs_more:net")
+
+
+def test_values_of_a_run_config_have_their_type():
+    assert typed("timeout", 5, float, RuntimeError) == 5.0
+    assert typed("seed", 5, int, RuntimeError) == 5
+    for value, kind in ((True, int), (True, float), ("5", int), (2.5, int), (None, str)):
+        with pytest.raises(
+            RuntimeError, match=f"^knob = .* in the run config is no {kind.__name__}"
+        ):
+            typed("knob", value, kind, RuntimeError)
+
+
+def test_a_callable_that_a_run_config_lacks_is_named():
+    assert configured_callable({"model": "json:loads"}, "model", RuntimeError) is json.loads
+    for config in ({}, {"model": ""}, {"model": 3}):
+        with pytest.raises(RuntimeError, match="the run config lacks 'model'"):
+            configured_callable(config, "model", RuntimeError)
+    with pytest.raises(RuntimeError, match="model in the run config: module 'json' has no 'net'"):
+        configured_callable({"model": "json:net"}, "model", RuntimeError)

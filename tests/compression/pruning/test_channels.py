@@ -108,7 +108,15 @@ def test_what_does_not_fit_is_refused(module: nn.Module, plan: ChannelPlan) -> N
     wide = dict(_published(module).tensors)
     with pytest.raises(PlanError, match="made for another shape"):
         plan.narrow(PublishedModel({**wide, "fc.bias": RawTensor(np.zeros(7))}))
-    for text in ("", "{}", '{"schema":2}', plan.to_text().replace('"masks":["', '"masks":["x')):
+    huge = '{"schema":1,"share":0.5,"kept":{},"steps":[],"masks":["9000000000000:ff"]}'
+    for text in (
+        "",
+        "{}",
+        '{"schema":2}',
+        huge,
+        "[" * 10**5,
+        plan.to_text().replace('"masks":["', '"masks":["x'),
+    ):
         with pytest.raises(PlanError):
             ChannelPlan.from_text(text)
     with pytest.raises(PlanError, match="cannot be removed"):

@@ -64,6 +64,18 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path):
         Checkpoint.load(tmp_path / "c.safetensors")
 
 
+@pytest.mark.parametrize(
+    "meta", ["[" * 10**5, "[]", '{"order": [], "counter": Infinity, "steps": {}}']
+)
+def test_metadata_that_makes_no_sense_is_refused(tmp_path, meta):
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "c.safetensors"
+    save_file({"w": np.zeros(3, np.float32)}, path, metadata={"prunecast": meta})
+    with pytest.raises(CheckpointError, match=r"Checkpoint\.save"):
+        Checkpoint.load(path)
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):

@@ -255,6 +255,7 @@ def test_the_ready_server_app_keeps_a_folder(
         "ledger": "",
         "output": "",
         "seed": 5,
+        "timeout": 60.5,
     }
     caplog.set_level("INFO")
     server_app.app(inner, Context(RUN_ID, 0, {}, RecordDict(), config))

@@ -283,6 +283,20 @@ def test_training_that_diverges_is_an_error_of_the_node(tmp_path):
     assert refusal(reply, "NonFiniteUpdate", "fc.bias")
 
 
+def test_an_update_that_cannot_be_quantised_is_an_error_of_the_node(tmp_path):
+    app = ClientApp(mods=[compression_mod(tmp_path)])
+
+    @app.train()
+    def train(message, context):
+        arrays = to_arrays(message.content["arrays"])
+        arrays["fc.bias"][:] = 3e38
+        return Message(RecordDict({"arrays": to_record(arrays)}), reply_to=message)
+
+    grid = CompressedGrid(InProcessGrid(app, 1, run_id=RUN_ID), poll_interval=0.01)
+    (reply,) = exchange(grid, initial_arrays())
+    assert refusal(reply, "ModError", "the update was not sent", "fc.bias")
+
+
 def stc_payload(arrays, name="stc"):
     one = scheme(name)
     floats = {k: a for k, a in arrays.items() if a.dtype.kind == "f"}

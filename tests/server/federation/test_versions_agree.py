@@ -1,5 +1,6 @@
 """Server and clients hold the same digest, whatever happens to nodes and their stores."""
 
+import os
 import random
 import shutil
 import time
@@ -79,6 +80,17 @@ def test_a_damaged_store_counts_as_lost(federation, tmp_path):
 
     rounds(grid, inner, tmp_path, [{1, 2}, damage])
     assert kinds_of(grid, 2) == ["keyframe", "delta", "keyframe"]
+
+
+def test_only_runs_in_which_nothing_was_written_for_long_are_dropped(tmp_path):
+    for run, node in ((11, 1), (12, 1), (13, 1)):
+        NodeStore(tmp_path, run, node)
+    os.utime(tmp_path / "11", (0, 0))
+    os.utime(tmp_path / "11" / "1", (0, 0))
+    os.utime(tmp_path / "12", (0, 0))  # its node still writes
+    (tmp_path / "14").symlink_to("gone")  # as if another node were removing it
+    NodeStore(tmp_path, 15, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["12", "13", "14", "15"]
 
 
 def test_a_node_that_joins_late_starts_with_a_keyframe(federation, tmp_path):
