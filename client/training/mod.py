@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ from prunecast.compression.versions import (
     short,
 )
 
-__all__ = ["Change", "compress_update", "compression_mod"]
+__all__ = ["compress_update", "compression_mod"]
 
 
 def compression_mod(store: Path | str | None = None) -> Mod:
@@ -193,10 +192,10 @@ class _Exchange:
             return encode_plain(arrays, stream=self._stream(key))
         base = self._models[base_key]
         residual = self._store.residual(base_key, self._instruction.accepted)
-        change = compress_update(base, arrays, residual, rule)
-        payload = encode_update(base, change.changes, stream=self._stream(base_key))
-        if change.residual:
-            self._store.stage(base_key, self._tag, change.residual)
+        changes, dropped = compress_update(base, arrays, residual, rule)
+        payload = encode_update(base, changes, stream=self._stream(base_key))
+        if dropped:
+            self._store.stage(base_key, self._tag, dropped)
         return payload
 
     def _by_scheme(self, chosen: Scheme, key: str, record: ArrayRecord) -> ArrayRecord:
@@ -235,25 +234,12 @@ def _layout(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], str]]:
     return [(name, a.dtype, tuple(a.shape), a.stype) for name, a in record.items()]
 
 
-@dataclass(frozen=True)
-class Change:
-    """What a node sends, and what it keeps.
-
-    Attributes:
-        changes: per tensor its quantised change or its exact new array; unchanged ones absent.
-        residual: per lattice tensor what quantisation dropped; empty without error feedback.
-    """
-
-    changes: dict[str, QuantisedTensor | NDArray[Any]]
-    residual: dict[str, NDArray[np.floating]]
-
-
 def compress_update(
     base: PublishedModel,
     trained: Mapping[str, NDArray[Any]],
     residual: Mapping[str, NDArray[np.floating]],
     rule: UpdateRule,
-) -> Change:
+) -> tuple[dict[str, QuantisedTensor | NDArray[Any]], dict[str, NDArray[np.floating]]]:
     """Quantise ``trained - published + residual`` where the mask keeps weights.
 
     The step of a tensor is ``rule.step`` times the root mean square of its change over the kept
@@ -264,6 +250,10 @@ def compress_update(
         trained: name to array after local training; same names, shapes and dtypes.
         residual: what earlier rounds dropped; a tensor of another shape starts afresh.
         rule: step, dead zone, error feedback.
+
+    Returns:
+        What is sent, per tensor its quantised change or its exact new array, unchanged ones absent;
+        and per lattice tensor what quantisation dropped, empty without error feedback.
 
     Raises:
         NonFiniteUpdate: a tensor holds NaN or infinity, unless the rule sends exact arrays.
@@ -286,7 +276,7 @@ def compress_update(
             changes[name] = quantised
         if rule.error_feedback:
             kept[name] = dropped
-    return Change(changes, kept)
+    return changes, kept
 
 
 def _quantise(

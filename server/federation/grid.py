@@ -316,12 +316,7 @@ class CompressedGrid(GridWrapper):
         return array_record(stream.draw(dense_arrays(like), seed))
 
     def checkpoint(self, arrays: ArrayRecord, *, key: str = "arrays") -> Checkpoint:
-        """What a later run needs to go on from `arrays`; save it with `Checkpoint.save`.
-
-        Args:
-            arrays: master weights as the strategy holds them.
-            key: key of the record in the strategy's messages.
-        """
+        """What a later run needs to go on from these master weights; see `Checkpoint.save`."""
         counter, steps = self._streams.stream(self.run.run_id, key).position
         return Checkpoint(dense_arrays(arrays), counter, steps, key)
 

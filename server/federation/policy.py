@@ -36,43 +36,18 @@ _NAMED: dict[str, Mapping[str, Any]] = {
 class Policy:
     """How models and updates are pruned, put on a lattice and coded.
 
-    Every field is a knob that Flower's run config can set, as ``prunecast.<field with dashes>``.
+    Every field is a knob that Flower's run config can set, as ``prunecast.<field with dashes>``;
+    docs/policy.md says what each one means, with its unit and range.
 
     Raises:
         PolicyError: a value outside its range; names the knob, as configured, and the remedy.
-
-    Attributes:
-        down: how models travel to nodes: "lattice" as versions of a published model, "dense" as in
-            plain Flower.
-        up: how they come back: "lattice" as quantised updates on the version that was sent, the
-            name of a scheme of `prunecast.compression.schemes`, or "dense".
-        up_options: options of that scheme.
-        down_step: lattice step of the published model, in standard deviations of each tensor;
-            0 publishes the exact arrays.
-        up_step: quantisation step of updates, in standard deviations of each tensor's update;
-            0 sends the exact arrays (then `down_step` must be 0 as well for an exact run).
-        dead_zone: fraction of `up_step` below which a change rounds to zero, 0.5 to 1.
-        error_feedback: nodes keep what quantisation dropped and add it to their next update.
-        sparsity: final fraction of zeros in prunable tensors, 0 <= sparsity < 1.
-        pruning_begin: last version that is dense.
-        pruning_end: first version at the final sparsity.
-        pruning_scope: "layer" prunes every tensor alike, "global" ranks all of them together.
-        pruning_criterion: what is removed first: "magnitude", "taylor" or "fisher".
-        pruning_schedule: how sparsity rises in between: "cubic".
-        pruning_records: keys of the array records that are pruned; others (control variates, say)
-            are only quantised.
-        pruning_min_size: tensors with fewer elements are never pruned.
-        pruning_exclude: name patterns (shell style) that are never pruned.
-        lossless: name patterns that always travel exactly, by default BatchNorm's statistics.
-        history: number of past versions kept for deltas; a node that holds an older one gets a
-            keyframe.
     """
 
     down: str = "lattice"
     up: str = "lattice"
     up_options: Mapping[str, Option] = field(default_factory=dict)
-    down_step: float = 0.1
-    up_step: float = 3.0
+    down_step: float = 0.1  # in standard deviations of each tensor
+    up_step: float = 3.0  # in standard deviations of each tensor's update
     dead_zone: float = 0.6
     error_feedback: bool = True
     sparsity: float = 0.0

@@ -45,15 +45,10 @@ _VECTOR_STEP = 0.25  # biases and norms are few and sensitive: a finer lattice f
 
 @dataclass(frozen=True)
 class EncodedPayload:
-    """One payload, shared by every node that needs it."""
+    """One payload, in one record for every node that needs it, so that Flower uploads it once."""
 
     kind: Kind
-    data: bytes
-
-    @cached_property
-    def record(self) -> ArrayRecord:
-        """The record that carries it; one object, so Flower uploads it once for all nodes."""
-        return payload_record(self.data)
+    record: ArrayRecord
 
     @cached_property
     def measured(self) -> Measured:
@@ -263,9 +258,9 @@ class Publisher:
         if base is not None:
             with suppress(InvalidModel):  # the record's tensors changed: a delta is impossible
                 delta = encode_delta(base, version.model, stream=self.stream)
-                return EncodedPayload(Kind.DELTA, delta)
+                return EncodedPayload(Kind.DELTA, payload_record(delta))
         data = encode_keyframe(version.model, stream=self.stream, seed=version.seed)
-        return EncodedPayload(Kind.KEYFRAME, data)
+        return EncodedPayload(Kind.KEYFRAME, payload_record(data))
 
 
 # -- every stream and every node ------------------------------------------------------------------

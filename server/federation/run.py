@@ -40,6 +40,7 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 LEDGER, EVENTS = "ledger.jsonl", "events.jsonl"
 CHECKPOINT, MODEL = "checkpoint.safetensors", "final.model"
 
+_AGGREGATED = ("train", "evaluate")
 _NAMED, _LONGEST = 100, 300  # failed nodes in an event, and characters of a reason
 
 
@@ -268,34 +269,26 @@ class _Rounds(GridWrapper):
     @contextmanager
     def observing(self, strategy: Strategy) -> Iterator[None]:
         """Note the metrics that a strategy aggregates while it runs."""
-        train, evaluate = strategy.aggregate_train, strategy.aggregate_evaluate
-
-        def aggregate_train(
-            server_round: int, replies: Iterable[Message]
-        ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-            arrays, metrics = train(server_round, replies)
-            self._metrics["train"] = dict(metrics or {})
-            return arrays, metrics
-
-        def aggregate_evaluate(
-            server_round: int, replies: Iterable[Message]
-        ) -> MetricRecord | None:
-            metrics = evaluate(server_round, replies)
-            self._metrics["evaluate"] = dict(metrics or {})
-            return metrics
-
         before = dict(vars(strategy))
-        vars(strategy).update(
-            aggregate_train=aggregate_train, aggregate_evaluate=aggregate_evaluate
-        )
+        for kind in _AGGREGATED:
+            name = f"aggregate_{kind}"
+            vars(strategy)[name] = self._noting(kind, getattr(strategy, name))
         try:
             yield
         finally:
-            for name in ("aggregate_train", "aggregate_evaluate"):
+            for name in map("aggregate_{}".format, _AGGREGATED):
+                del vars(strategy)[name]
                 if name in before:
                     vars(strategy)[name] = before[name]
-                else:
-                    del vars(strategy)[name]
+
+    def _noting(self, kind: str, aggregate: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(server_round: int, replies: Iterable[Message]) -> Any:
+            result = aggregate(server_round, replies)
+            metrics = result[1] if kind == "train" else result
+            self._metrics[kind] = dict(metrics or {})
+            return result
+
+        return noted
 
     def after(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """What Flower calls before the first round (0) and at the end of each."""

@@ -26,7 +26,7 @@ from prunecast.common.references import configured_callable, typed
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.release_config import releases_from_config
+from prunecast.server.federation.releasing import releases_from_config
 from prunecast.server.federation.run import Run, initial_arrays
 from prunecast.server.federation.strategies import build_strategy
 

@@ -13,18 +13,8 @@ from prunecast.server.federation.errors import FederationError
 
 __all__ = ["STRATEGIES", "StrategyError", "build_strategy"]
 
-STRATEGIES: Mapping[str, str] = {
-    "fedavg": "FedAvg",
-    "fedavgm": "FedAvgM",
-    "fedadagrad": "FedAdagrad",
-    "fedadam": "FedAdam",
-    "fedyogi": "FedYogi",
-    "fedmedian": "FedMedian",
-    "fedtrimmedavg": "FedTrimmedAvg",
-    "krum": "Krum",
-    "multikrum": "MultiKrum",
-    "bulyan": "Bulyan",
-}
+_CLASSES = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedMedian", "FedTrimmedAvg")
+STRATEGIES = {name.lower(): name for name in (*_CLASSES, "Krum", "MultiKrum", "Bulyan")}
 """Name to class in `flwr.serverapp.strategy`: those that need nothing special of the client."""
 
 
@@ -46,11 +36,7 @@ def build_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strat
         raise StrategyError(f"unknown strategy {name!r}: choose one of {', '.join(STRATEGIES)}")
     cls = getattr(flower, STRATEGIES[name])
     given = {key.replace("-", "_"): value for key, value in (options or {}).items()}
-    known = [
-        parameter.name
-        for parameter in inspect.signature(cls).parameters.values()
-        if not parameter.name.endswith("_fn")
-    ]
+    known = [name for name in inspect.signature(cls).parameters if not name.endswith("_fn")]
     for key in given:
         if key not in known:
             raise StrategyError(f"{name} has no option {key!r}: choose one of {', '.join(known)}")

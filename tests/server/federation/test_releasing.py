@@ -24,8 +24,7 @@ from prunecast.server.federation import (
     Run,
     server_app,
 )
-from prunecast.server.federation.release_config import releases_from_config
-from prunecast.server.federation.releasing import ReleaseWatch
+from prunecast.server.federation.releasing import ReleaseWatch, releases_from_config
 from prunecast.server.repository import (
     Change,
     KeyRing,
