@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 
-__all__ = ["Axes", "ChannelPlan"]
+__all__ = ["Axes", "ChannelPlan", "Steps"]
 
 _SCHEMA = 1
 Axes = tuple[NDArray[np.bool_] | None, ...]
+Steps = tuple[tuple[str, bool, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class ChannelPlan:
     """
 
     kept: Mapping[str, Axes]
-    steps: tuple[tuple[str, bool, tuple[int, ...]], ...] = ()
+    steps: Steps = ()
     share: float = 1.0
 
     def narrow(self, model: PublishedModel) -> PublishedModel:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunecast.common.text import first_line
-from prunecast.compression.pruning.channels import Axes, ChannelPlan
+from prunecast.compression.pruning.channels import Axes, ChannelPlan, Steps
 from prunecast.compression.pruning.plan import PlanError
 
 __all__ = ["choose_channels", "narrow_module"]
@@ -137,7 +137,7 @@ def _last_layers(graph: Any) -> list[nn.Module]:
 def _remove(
     module: nn.Module,
     example: tuple[torch.Tensor, ...],
-    steps: tuple[tuple[str, bool, tuple[int, ...]], ...],
+    steps: Steps,
     values: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Remove channels in place; `values` replace the tensors once the groups are known."""
@@ -153,7 +153,7 @@ def _remove(
 def _kept(
     module: nn.Module,
     example: tuple[torch.Tensor, ...],
-    steps: tuple[tuple[str, bool, tuple[int, ...]], ...],
+    steps: Steps,
 ) -> dict[str, Axes]:
     """What remains of each tensor, found by removing channels from tensors of positions."""
     work = _copy(module)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.common.documents import from_document
 from prunecast.common.files import replacing
 from prunecast.server.federation.errors import CheckpointError
 
@@ -24,15 +25,15 @@ __all__ = ["Checkpoint"]
 
 _METADATA = "prunecast"
 _SCHEMA = 1
-_UNUSABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-)
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    schema: int
+    counter: int
+    steps: dict[str, float]
+    key: str
+    order: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +61,11 @@ class Checkpoint:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        meta = {
-            "schema": _SCHEMA,
-            "counter": self.counter,
-            "steps": dict(self.steps),
-            "key": self.key,
-            "order": list(self.arrays),
-        }
+        meta = _Metadata(_SCHEMA, self.counter, dict(self.steps), self.key, tuple(self.arrays))
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         with replacing(Path(path)) as temporary:
             try:
-                save_file(arrays, temporary, metadata={_METADATA: json.dumps(meta)})
+                save_file(arrays, temporary, metadata={_METADATA: json.dumps(asdict(meta))})
             except SafetensorError as error:
                 raise OSError(str(error)) from error
 
@@ -85,16 +80,14 @@ class Checkpoint:
 
         try:
             with safe_open(path, framework="numpy") as file:
-                meta = json.loads((file.metadata() or {})[_METADATA])
-                arrays = {name: file.get_tensor(name) for name in meta["order"]}
-            steps = {str(name): float(step) for name, step in meta["steps"].items()}
-            counter = int(meta["counter"])
-            if meta["schema"] != _SCHEMA or counter < 0:
-                raise ValueError(f"schema {meta['schema']!r} or counter {counter} is not supported")
-            if not all(math.isfinite(step) and step > 0 for step in steps.values()):
+                meta = from_document(_Metadata, json.loads((file.metadata() or {})[_METADATA]))
+                arrays = {name: file.get_tensor(name) for name in meta.order}
+            if meta.schema != _SCHEMA or meta.counter < 0:
+                raise ValueError(f"schema {meta.schema} or counter {meta.counter} is not supported")
+            if not all(math.isfinite(step) and step > 0 for step in meta.steps.values()):
                 raise ValueError("a lattice step is not a positive number")
-            return cls(arrays, counter, steps, str(meta["key"]))
-        except (*_UNUSABLE, SafetensorError) as error:
+            return cls(arrays, meta.counter, meta.steps, meta.key)
+        except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "
                 "Checkpoint.save wrote"

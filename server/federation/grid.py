@@ -11,7 +11,13 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from prunecast.compression.codec import CodecError
-from prunecast.compression.flower import STATISTICS_RECORD, array_record, dense_arrays, payload_of
+from prunecast.compression.flower import (
+    CONTROL_RECORD,
+    STATISTICS_RECORD,
+    array_record,
+    dense_arrays,
+    payload_of,
+)
 from prunecast.compression.flower.internals import (
     Measured,
     content_bytes,
@@ -22,10 +28,10 @@ from prunecast.compression.flower.internals import (
     uncached,
     unsent,
 )
-from prunecast.compression.versions import PublishedModel, VersionsError, reply_tag
+from prunecast.compression.versions import NodeReport, PublishedModel, VersionsError, reply_tag
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError
-from prunecast.server.federation.inbound import decode_reply, refuse, report_of, up_of
+from prunecast.server.federation.inbound import decode_reply, refuse, up_of
 from prunecast.server.federation.ledger import Entry, Ledger
 from prunecast.server.federation.outbound import Batch, Outbound, Prepared
 from prunecast.server.federation.policy import Policy
@@ -223,7 +229,9 @@ class CompressedGrid(GridWrapper):
     ) -> Message | None:
         """The reply as the strategy sees it; None when the node needs a keyframe first."""
         node = self._streams.node(entry.node)
-        report = report_of(reply)
+        control = reply.content.config_records.get(CONTROL_RECORD)
+        # none: the reply did not pass through the mod
+        report = None if control is None else NodeReport.from_bytes(control.get("report"))
         if report is None and sent.coded:
             return refuse(reply, f"node {entry.node} has not {_NO_MOD}")
         if report is not None:

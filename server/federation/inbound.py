@@ -33,7 +33,6 @@ from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.versions import (
     BadPayload,
     Kind,
-    NodeReport,
     Update,
     inspect,
     open_plain,
@@ -44,14 +43,7 @@ from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.outbound import Prepared
 from prunecast.server.federation.policy import Policy
 
-__all__ = [
-    "Read",
-    "Up",
-    "decode_reply",
-    "refuse",
-    "report_of",
-    "up_of",
-]
+__all__ = ["Read", "Up", "decode_reply", "refuse", "up_of"]
 
 
 @dataclass(frozen=True)
@@ -173,18 +165,6 @@ def refuse(reply: Message, reason: str) -> Message:
     """The reply turned into an error, so that strategies skip it and log why."""
     error = Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=reason)
     return make_message(reply.metadata, error=error)
-
-
-def report_of(reply: Message) -> NodeReport | None:
-    """What the node's mod says of itself; None when the reply did not pass through the mod.
-
-    Raises:
-        BadPayload: the control record is damaged.
-    """
-    control = reply.content.config_records.get(CONTROL_RECORD)
-    if control is None:
-        return None
-    return NodeReport.from_bytes(control.get("report"))
 
 
 def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[RecordDict, bool]:
