@@ -209,15 +209,16 @@ def check_federation(device: str) -> dict[str, Any]:
         require(ran.returncode == 0, f"the federation failed: {ran.stderr[-2000:]}")
         result = json.loads(ran.stdout)
     release = result["release"]
+    alike = release["identical_examples"]
     require(
-        release["identical_images"] == release["images"],
-        f"the device answered {release['identical_images']} of {release['images']} as the server",
+        alike == release["examples"],
+        f"the device answered {alike} of {release['examples']} as the server",
     )
     arms = {
         name: {key: arm[key] for key in ("accuracy", "bytes_up", "bytes_down", "seconds")}
         for name, arm in result["arms"].items()
     }
-    return {"arms": arms, "identical_images": release["identical_images"]}
+    return {"arms": arms, "identical_examples": alike}
 
 
 def require(holds: bool, message: str) -> None:

@@ -52,7 +52,7 @@ def test_a_step_that_fails_is_reported_and_the_others_run(
         raise AssertionError("a pruned weight moved")
 
     monkeypatch.setattr(gpu_check, "check_trainer", broken)
-    monkeypatch.setattr(gpu_check, "check_federation", lambda device: {"identical_images": 0})
+    monkeypatch.setattr(gpu_check, "check_federation", lambda device: {"identical_examples": 0})
     target = tmp_path / "report.json"
     assert gpu_check.main(["--device", "cpu", "--json", str(target)]) == 1
     report = json.loads(target.read_text())
@@ -64,5 +64,5 @@ def test_a_step_that_fails_is_reported_and_the_others_run(
 @pytest.mark.engine
 def test_two_clients_on_one_device_and_a_release() -> None:
     found = gpu_check.check_federation("cpu")
-    assert found["identical_images"] == 1000
+    assert found["identical_examples"] == 1000
     assert found["arms"]["prunecast"]["bytes_up"] < found["arms"]["dense"]["bytes_up"] / 5
