@@ -48,7 +48,14 @@ class Journal:
         except OSError as error:
             raise self._failed(error) from error
         try:
-            self._lock()
+            try:
+                take_lock(self._fd)
+            except BlockingIOError as error:
+                raise StorageError(
+                    f"another run is writing {path}: give this one a file of its own"
+                ) from error
+            except OSError:
+                pass  # a file system without locks: appending still keeps lines whole
             size = os.fstat(self._fd).st_size
             if size and os.pread(self._fd, 1, size - 1) != b"\n":
                 self._write(b"\n")
@@ -78,16 +85,6 @@ class Journal:
             finally:
                 os.close(self._fd)
                 self._fd = -1
-
-    def _lock(self) -> None:
-        try:
-            take_lock(self._fd)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another run is writing {self.path}: give this one a file of its own"
-            ) from error
-        except OSError:
-            pass  # a file system without locks: appending still keeps lines whole
 
     def _write(self, data: bytes) -> None:
         if self._fd < 0:
