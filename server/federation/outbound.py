@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -37,7 +37,7 @@ from prunecast.compression.versions import (
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.publisher import NodeState, Streams, Version
 
-__all__ = ["Batch", "Outbound", "Prepared"]
+__all__ = ["Batch", "Down", "Outbound", "Prepared"]
 
 
 @dataclass
@@ -130,6 +130,11 @@ class Batch:
         return self.content_id(record) in self._shared[key]
 
 
+Down = Callable[[Prepared, str, ArrayRecord], ArrayRecord]
+"""How an array record travels to a node: given what is being prepared, the record's key and the
+record, the record that takes its place; notes in what is being prepared what it became."""
+
+
 class Outbound:
     """Prepares messages by a policy.
 
@@ -141,6 +146,7 @@ class Outbound:
     def __init__(self, streams: Streams, seed: int) -> None:
         self._streams, self._seed, self._count = streams, seed, 0
         self._policy, self._scheme = streams.policy, streams.policy.scheme
+        self._down: Down = self._densely if self._policy.down == "dense" else self._by_version
 
     def prepare(self, batch: Batch, original: Message) -> Prepared:
         """Code the array records of one message for its node.
@@ -160,7 +166,7 @@ class Outbound:
             content[key] = record
             if isinstance(record, ArrayRecord):
                 prepared.dense[key] = batch.measured(record).nbytes
-                content[key] = self._coded(prepared, key, record)
+                content[key] = self._down(prepared, key, record)
         instruction = self._instruction(prepared, self._streams.node(original.metadata.dst_node_id))
         if instruction is not None:
             prepared.rule = instruction.rule
@@ -173,16 +179,18 @@ class Outbound:
         prepared.dense_bytes = batch.size(original.content) + own_bytes(envelope)
         return prepared
 
-    def _coded(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
-        """What takes the place of a record: densely itself, else keyframe, delta or reuse.
+    def _densely(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
+        """As in plain Flower."""
+        prepared.kinds.append("dense")
+        prepared.measured[key] = prepared.batch.measured(record)
+        return record
+
+    def _by_version(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
+        """A version of a published model: keyframe, delta or reuse, whatever the node holds.
 
         A personalised model cannot be shared and goes losslessly, outside the stream.
         """
         metadata, batch = prepared.original.metadata, prepared.batch
-        if self._policy.down == "dense":
-            prepared.kinds.append("dense")
-            prepared.measured[key] = batch.measured(record)
-            return record
         if not is_codable(record):
             prepared.kinds.append("verbatim")
             return record
