@@ -6,6 +6,8 @@ READ COMMITTED with row locks, always in the order groups, rollouts, devices (`t
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,7 +220,16 @@ def _engine(url: URL) -> Engine:
 
 def _set_up(connection: Any, record: object) -> None:
     connection.isolation_level = None  # the driver must not begin transactions by itself
-    connection.execute("PRAGMA journal_mode=WAL")
+    deadline = time.monotonic() + _WAIT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # of two that open a new database, SQLite refuses one here at once, whatever its timeout
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
     connection.execute("PRAGMA foreign_keys=ON")
 
 

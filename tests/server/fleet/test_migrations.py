@@ -163,6 +163,23 @@ def test_an_upgrade_that_fails_changes_nothing(url: str, monkeypatch: pytest.Mon
     assert on(url, differences) == []
 
 
+def test_a_new_file_that_another_is_writing_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's own timeout does not hold where a file's journal mode changes."""
+    other = sqlite3.connect(tmp_path / "fleet.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    waits = []
+
+    def end(seconds: float) -> None:
+        waits.append(seconds)
+        other.close()
+
+    monkeypatch.setattr("prunecast.server.fleet.database.time.sleep", end)
+    Database.create(f"sqlite:///{tmp_path / 'fleet.db'}", {}).close()
+    assert len(waits) == 1
+
+
 def test_of_two_that_change_tables_one_waits(url: str) -> None:
     def create(_: int) -> str:
         try:
