@@ -157,10 +157,10 @@ class CompressedGrid(GridWrapper):
         A node that misses the base of a payload is sent a keyframe at once; its reply appears
         under the original message's id in a later call.
         """
-        wanted = list(message_ids)
-        known = set(wanted)
-        retries = [retry for retry, origin in self._retries.items() if origin in known]
-        replies = self._grid.pull_messages([*wanted, *retries])
+        # in place of the original: the SuperLink forgets a message whose reply it delivered, and
+        # answers for one that it does not know with an error
+        retries = {origin: retry for retry, origin in self._retries.items()}
+        replies = self._grid.pull_messages([retries.get(wanted, wanted) for wanted in message_ids])
         received = (self._receive(reply) for reply in replies)
         return [reply for reply in received if reply is not None]
 
@@ -191,10 +191,12 @@ class CompressedGrid(GridWrapper):
 
     def _receive(self, reply: Message) -> Message | None:
         message_id = reply.metadata.reply_to_message_id
+        # of equal content and envelope, a retry may have the id of its original
+        retried, origin = message_id in self._retries, self._retries.pop(message_id, message_id)
         sent = self._sent.pop(message_id, None)
         if sent is None:
+            set_reply_to(reply, origin)
             return reply
-        origin = self._retries.pop(message_id, message_id)
         size, alternatives = self._measured(reply)
         entry = Entry(
             round=sent.round,
@@ -214,7 +216,7 @@ class CompressedGrid(GridWrapper):
                 log(WARNING, "Node %s answered with an error and has never %s", entry.node, _NO_MOD)
         else:
             try:
-                result = self._understand(reply, sent, entry, retried=origin != message_id)
+                result = self._understand(reply, sent, entry, retried=retried)
             except (VersionsError, CodecError) as error:
                 entry.kind = "error"
                 result = refuse(reply, f"reply of node {entry.node} was refused: {error}")

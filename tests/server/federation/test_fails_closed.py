@@ -1,5 +1,6 @@
 """What must not work, and what it says."""
 
+import itertools
 import os
 
 import numpy as np
@@ -15,9 +16,10 @@ from prunecast.server.federation import FederationError, NonFiniteModel, Policy,
 from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record
 
 
-def send(grid, node=1, arrays=None, key="arrays"):
+def send(grid, node=1, arrays=None, key="arrays", timeout=None):
     content = RecordDict({key: to_record(arrays or initial_arrays())})
-    (reply,) = grid.send_and_receive([Message(content, dst_node_id=node, message_type="train")])
+    message = Message(content, dst_node_id=node, message_type="train")
+    (reply,) = grid.send_and_receive([message], timeout=timeout)
     return reply
 
 
@@ -170,6 +172,20 @@ def test_a_node_that_never_keeps_what_it_gets_is_refused_after_one_keyframe(fede
     assert [e.kind for e in grid.ledger.entries][-4:] == [
         "delta", "base-missing", "keyframe", "error",
     ]  # fmt: skip
+
+
+def test_a_node_that_misses_every_keyframe_is_refused_where_ids_are_of_the_content(federation):
+    grid, inner, _ = federation("balanced")
+    inner._numbers = itertools.repeat(1)  # as of messages that are equal
+
+    def always_missing(reply):
+        report = b'{"h":{},"m":["arrays"],"t":"000000000"}'
+        return make_message(
+            reply.metadata, RecordDict({"prunecast": ConfigRecord({"report": report})})
+        )
+
+    inner.on_reply = always_missing
+    assert refused(send(grid, timeout=5), "store directory", "'arrays'")
 
 
 @pytest.mark.parametrize(

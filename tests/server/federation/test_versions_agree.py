@@ -7,9 +7,11 @@ import time
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 from flwr.serverapp.strategy import FedAvg
 
 from prunecast.client.training.store import NodeStore
+from prunecast.compression.flower.internals import set_message_id
 from prunecast.server.federation import Policy
 from support.federation import RUN_ID, initial_arrays, local_step, to_record
 
@@ -68,6 +70,50 @@ def test_a_node_that_loses_its_store_gets_a_keyframe_in_the_same_round(federatio
     assert kinds_of(grid, 2) == ["keyframe", "delta", "delta", "keyframe", "delta"]
     assert kinds_of(grid, 2, "up") == ["update", "update", "base-missing", "update", "update"]
     assert sum(1 for node, _, _ in seen if node == 2) == 4
+
+
+def forgets_what_it_delivered(inner):
+    """As the SuperLink: a message whose reply was delivered, or that never came, is unknown."""
+    pull = inner.pull_messages
+
+    def pull_messages(message_ids):
+        wanted = list(message_ids)
+        replies = pull(wanted)
+        found = {reply.metadata.reply_to_message_id for reply in replies}
+        unknown = [message_id for message_id in wanted if message_id not in found]
+        errors = [create_message_error_unavailable_ins_message(i, RUN_ID) for i in unknown]
+        return [*replies, *errors]
+
+    inner.pull_messages = pull_messages
+
+
+def test_a_keyframe_that_follows_is_waited_for_where_the_server_forgets(federation, tmp_path):
+    grid, inner, _ = federation(SMALL)
+    forgets_what_it_delivered(inner)
+    rounds(grid, inner, tmp_path, [{1, 2}])
+    shutil.rmtree(tmp_path / "store")
+    content = RecordDict({"arrays": to_record(initial_arrays(1))})
+    replies = list(grid.send_and_receive([Message(content, n, "train") for n in (1, 2)]))
+    assert [reply.has_error() for reply in replies] == [False, False]
+    assert kinds_of(grid, 1, "up")[-2:] == ["base-missing", "update"]
+    assert not grid._sent
+    assert not grid._retries
+
+
+def test_a_keyframe_that_cannot_be_sent_is_an_error_of_that_node(federation, tmp_path):
+    grid, inner, _ = federation(SMALL)
+    forgets_what_it_delivered(inner)
+    rounds(grid, inner, tmp_path, [{1, 2}])
+    shutil.rmtree(tmp_path / "store" / str(RUN_ID) / "2")
+    push = inner.push_messages
+    inner.push_messages = lambda messages: (
+        push(messages) if len(messages) > 1 else [set_message_id(messages[0], "lost")]
+    )
+    content = RecordDict({"arrays": to_record(initial_arrays(1))})
+    messages = [Message(content, n, "train") for n in (1, 2)]
+    replies = list(grid.send_and_receive(messages, timeout=5))
+    assert [reply.has_error() for reply in replies] == [False, True]
+    assert replies[1].metadata.reply_to_message_id == messages[1].metadata.message_id
 
 
 def test_a_damaged_store_counts_as_lost(federation, tmp_path):
