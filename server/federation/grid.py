@@ -238,7 +238,8 @@ class CompressedGrid(GridWrapper):
             return refuse(reply, f"node {entry.node} has not {_NO_MOD}")
         if report is not None:
             node.speaks = True
-            node.held.update(report.held)
+            # of the versions it was sent alone: a node must not fill this side's memory
+            node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
             for key in report.missing:
                 node.held.pop(key, None)
             entry.encode_ms = report.encode_ms

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import FedAvg
 from prunecast.client.training import compression_mod
 from prunecast.compression.flower import payload_of, payload_record
 from prunecast.compression.flower.internals import make_message
+from prunecast.compression.versions import NodeReport
 from prunecast.server.federation import FederationError, NonFiniteModel, Policy, PolicyError
 from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record
 
@@ -186,6 +187,19 @@ def test_a_node_that_misses_every_keyframe_is_refused_where_ids_are_of_the_conte
 
     inner.on_reply = always_missing
     assert refused(send(grid, timeout=5), "store directory", "'arrays'")
+
+
+def test_a_node_cannot_name_versions_that_it_was_not_sent(federation):
+    grid, inner, _ = federation("balanced")
+
+    def boast(reply):
+        held = {f"record {number}": bytes(16) for number in range(100)}
+        reply.content["prunecast"] = ConfigRecord({"report": NodeReport(held).to_bytes()})
+        return reply
+
+    inner.on_reply = boast
+    assert not send(grid).has_error()
+    assert grid._streams.node(1).held == {}
 
 
 @pytest.mark.parametrize(
