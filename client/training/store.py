@@ -126,18 +126,18 @@ class NodeStore:
 
         Args:
             key: record key.
-            accepted: tag of the last reply the server accepted; what was staged with that reply
-                is committed now.
+            accepted: tag of the last reply the server accepted; what was staged with that reply,
+                under any key, is committed now.
         """
-        committed = self._path(key, "residual")
-        pending = self._pending(key, accepted)
-        if accepted.isalnum() and pending.exists():
+        # of all records: the reply after the next is told about another one
+        staged = self._folder.glob(f"*.pending-{accepted}") if accepted.isalnum() else ()
+        for pending in staged:
             try:
-                os.replace(pending, committed)
+                os.replace(pending, pending.with_suffix(".residual"))
             except OSError as error:
                 raise _unwritable(self._folder, error) from error
         try:
-            return dict(zip(*_read(committed), strict=True))
+            return dict(zip(*_read(self._path(key, "residual")), strict=True))
         except _DAMAGED:
             return {}
 

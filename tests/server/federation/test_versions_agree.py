@@ -7,9 +7,11 @@ import time
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 from flwr.serverapp.strategy import FedAvg
 
+from prunecast.client.training import compression_mod
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.flower.internals import set_message_id
 from prunecast.server.federation import Policy
@@ -114,6 +116,25 @@ def test_a_keyframe_that_cannot_be_sent_is_an_error_of_that_node(federation, tmp
     replies = list(grid.send_and_receive(messages, timeout=5))
     assert [reply.has_error() for reply in replies] == [False, True]
     assert replies[1].metadata.reply_to_message_id == messages[1].metadata.message_id
+
+
+def test_residuals_of_records_that_take_turns_are_kept(federation, tmp_path):
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.train()
+    def train(message, context):
+        ((key, record),) = message.content.array_records.items()
+        arrays = local_step({n: a.numpy() for n, a in record.items()}, 1)
+        return Message(RecordDict({key: to_record(arrays)}), reply_to=message)
+
+    grid, _, _ = federation("balanced", nodes=1, app=app)
+    store = NodeStore(tmp_path / "store", RUN_ID, 1)
+    for key in ("generator", "critic", "generator"):
+        content = RecordDict({key: to_record(initial_arrays())})
+        (reply,) = grid.send_and_receive([Message(content, 1, "train")])
+        assert not reply.has_error()
+    for key in ("generator", "critic"):
+        assert store.residual(key, "")
 
 
 def test_a_damaged_store_counts_as_lost(federation, tmp_path):
