@@ -111,6 +111,7 @@ class _Exchange:
         self._models: dict[str, PublishedModel] = {}
         self.missing: list[str] = []
         self.content = RecordDict()
+        self._reply = RecordDict()
         for key, record in message.content.items():
             if key == CONTROL_RECORD:
                 continue
@@ -164,7 +165,7 @@ class _Exchange:
         Statistics that were contributed are added in a record of their own.
         """
         started = time.perf_counter()
-        content = RecordDict()
+        self._reply, content = reply, RecordDict()
         for key, record in reply.items():
             try:
                 coded = self._coded(key, record) if isinstance(record, ArrayRecord) else record
@@ -218,7 +219,10 @@ class _Exchange:
         return reply_tag(self._metadata.message_id)
 
     def _base_for(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> str | None:
-        """The received record a reply's record is an update of: same key or same layout."""
+        """The received record a reply's record is an update of: same key or same layout.
+
+        More in the layout of the model, such as control variates beside it, is no update of it.
+        """
         layout = [(name, array.dtype, array.shape) for name, array in arrays.items()]
         matching = [
             candidate
@@ -227,7 +231,10 @@ class _Exchange:
         ]
         if key in matching:
             return key
-        return matching[0] if len(matching) == 1 and key not in self._models else None
+        if len(matching) != 1 or key in self._models:
+            return None
+        replied = [_layout(record) for record in self._reply.array_records.values()]
+        return matching[0] if replied.count(_layout(self._reply.array_records[key])) == 1 else None
 
 
 def _layout(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], str]]:

@@ -51,6 +51,41 @@ def test_control_variates_have_their_own_stream_and_are_never_pruned(federation,
         assert kinds(grid, "down")[-3:] == [expected] * 3
 
 
+def test_what_comes_beside_the_model_in_its_layout_is_no_update_of_it(federation, tmp_path):
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+    variates = local_step(initial_arrays(5), 1)
+
+    @app.train()
+    def train(message, context):
+        arrays = local_step(to_arrays(message.content["arrays"]), 1)
+        content = RecordDict({"arrays": to_record(arrays), "own": to_record(variates)})
+        return Message(content, reply_to=message)
+
+    grid, _, _ = federation("balanced", nodes=1, app=app)
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    (reply,) = grid.send_and_receive([message_to(1, content)])
+    assert kinds(grid, "up") == ["update+plain"]
+    for name, array in to_arrays(reply.content["own"]).items():
+        assert array.tobytes() == variates[name].tobytes()
+
+
+def test_a_model_that_comes_back_under_another_key_alone_is_an_update(federation, tmp_path):
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.train()
+    def train(message, context):
+        arrays = local_step(to_arrays(message.content["arrays"]), 1)
+        more = ArrayRecord({"counts": Array(np.arange(3))})
+        content = RecordDict({"trained": to_record(arrays), "more": more})
+        return Message(content, reply_to=message)
+
+    grid, _, _ = federation("balanced", nodes=1, app=app)
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    (reply,) = grid.send_and_receive([message_to(1, content)])
+    assert list(reply.content.array_records) == ["trained", "more"]
+    assert kinds(grid, "up") == ["update+plain"]
+
+
 def test_a_model_under_another_key_is_not_silently_left_unpruned(federation, tmp_path, caplog):
     grid, _, _ = federation(SMALL, app=echo_app(tmp_path))
     content = RecordDict({"model": to_record(initial_arrays())})
