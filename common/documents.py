@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
 from dataclasses import fields, is_dataclass
 from itertools import repeat
@@ -64,6 +65,6 @@ def _made(kind: Any, value: Any) -> Any:
         return kind(**{name: _made(hints[name], value[name]) for name in names})  # type: ignore[operator]
     if type(value) is kind:
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     raise ValueError(f"{str(value)[:80]!r} stands in the place of {kind}")

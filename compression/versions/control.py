@@ -20,6 +20,8 @@ from prunecast.compression.versions.frame import SHORT_DIGEST
 __all__ = ["Instruction", "NodeReport", "SchemeRule", "UpdateRule", "reply_tag"]
 
 _MAX_BYTES = 1 << 20
+_TAG = 16  # characters of a reply's tag
+_DIGITS = 20  # of the largest integer of 64 bits
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Instruction:
         """
         match _load(data):
             case {"r": list() as rule, "a": str() as accepted, "u": dict() as reuse, **rest} if (
-                isinstance(asked := rest.get("s", []), list)
+                (not accepted or (accepted.isalnum() and len(accepted) <= _TAG))
+                and isinstance(asked := rest.get("s", []), list)
                 and all(isinstance(name, str) for name in asked)
             ):
                 held = {str(k): _digest(v) for k, v in reuse.items()}
@@ -146,7 +149,7 @@ class NodeReport:
 
 def reply_tag(message_id: str) -> str:
     """Short name of the reply to a message, the same on both sides; 16 characters."""
-    return hashlib.sha256(message_id.encode()).hexdigest()[:16]
+    return hashlib.sha256(message_id.encode()).hexdigest()[:_TAG]
 
 
 def _rule(value: list[object]) -> UpdateRule | SchemeRule | None:
@@ -181,6 +184,12 @@ def _load(data: object) -> object:
     if not isinstance(data, bytes) or len(data) > _MAX_BYTES:
         raise BadPayload(f"control record carries no text, or more than {_MAX_BYTES} bytes of it")
     try:
-        return json.loads(data)
+        return json.loads(data, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise BadPayload(f"control record is not JSON: {error}") from error
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _DIGITS:  # no float and no key can be made of it
+        raise ValueError("it has an integer of more than 64 bits")
+    return int(digits)

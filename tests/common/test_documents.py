@@ -45,6 +45,7 @@ def test_what_asdict_made_comes_back_and_more_is_ignored() -> None:
         ("leaf", {"number": 1}),
         ("leaf", {"number": True, "share": 1.0}),
         ("leaf", {"number": 1, "share": "1"}),
+        ("leaf", {"number": 1, "share": 10**400}),
         ("leaf", []),
         ("pairs", [[1]]),
         ("pairs", [[1, 2, 3]]),
