@@ -72,6 +72,10 @@ class LazyArray(Array):
         """The array in NumPy's format, serialised afresh at every access."""
         return Array(self.numpy()).data
 
+    def __reduce__(self) -> tuple[type[Array], tuple[NDArray[Any]]]:
+        # copied or pickled, it is the array alone: not the reply and the version that it is made of
+        return Array, (self.numpy(),)
+
 
 class WeightedSum(NDArrayOperatorsMixin):
     """``sum of weight * (master + change)`` over replies to one version, for one tensor.

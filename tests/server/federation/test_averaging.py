@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 
 import numpy as np
@@ -116,6 +118,18 @@ def test_everybody_else_gets_arrays(federation):
     state = record.to_torch_state_dict()
     assert torch.equal(state["fc.weight"], torch.from_numpy(record["fc.weight"].numpy()))
     assert all(type(array) is np.ndarray for array in record.to_numpy_ndarrays())
+
+
+def test_a_copy_is_the_array_alone(federation):
+    grid, _, _ = federation(SMALL, nodes=1)
+    record = replies_of(grid)[0].content["arrays"]
+    pickled = pickle.loads(pickle.dumps(record))  # noqa: S301 - of our own making
+    for copied in (pickled, copy.deepcopy(record)):
+        for name, array in record.items():
+            assert type(copied[name]) is Array
+            assert copied[name].data == array.data
+            assert (copied[name].dtype, copied[name].shape) == (array.dtype, array.shape)
+    assert type(copy.copy(record["fc.weight"])) is Array
 
 
 @pytest.mark.parametrize("verify", [True, False])
