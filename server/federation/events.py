@@ -56,7 +56,11 @@ class EventLog(logging.Handler):
         if path is not None:
             self._journal = Journal(path, header)
         if on_event is not None:
-            on_event(header)
+            try:
+                on_event(header)
+            except BaseException:
+                self.close()
+                raise
 
     def write(self, event: str, **fields: Any) -> None:
         """Pass one event on; numbers that JSON cannot express become null."""

@@ -243,7 +243,7 @@ class _Rounds(GridWrapper):
             NodesFailed: a node did not, and the run stops then.
         """
         batch = list(messages)
-        training = sum(m.metadata.message_type == MessageType.TRAIN for m in batch)
+        training = sum(map(_trains, batch))
         if training and not self._asked:
             self._events.write("round-begun", round=self._number, nodes=training)
         self._asked += training
@@ -253,7 +253,7 @@ class _Rounds(GridWrapper):
         for message in batch:
             reply = answers.get(message.metadata.message_id)
             if reply is not None and not reply.has_error():
-                self._trained += message.metadata.message_type == MessageType.TRAIN
+                self._trained += _trains(message)
                 continue
             reason = "no reply in time" if reply is None else str(reply.error.reason)[:_LONGEST]
             # as text: JavaScript rounds integers of 64 bits
@@ -334,3 +334,8 @@ class _Rounds(GridWrapper):
         names = ("bytes_down", "bytes_up", "dense_bytes_down", "dense_bytes_up")
         seconds = round(time.monotonic() - self._began, 3)
         return {**{name: getattr(totals, name) for name in names}, "seconds": seconds}
+
+
+def _trains(message: Message) -> bool:
+    """Whether a message asks for training, by a ClientApp's only function for it or a named one."""
+    return message.metadata.message_type.partition(".")[0] == MessageType.TRAIN

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
+from prunecast.client.training import compression_mod
 from prunecast.common.files import StorageError
 from prunecast.compression.versions import load_model
 from prunecast.server.federation import (
@@ -198,6 +199,39 @@ def test_an_evaluation_that_fails_ends_the_run_in_order(
     # everything is closed, the strategy is as it was: the next run can begin
     inner = InProcessGrid(make_app(tmp_path / "another"), 3, run_id=RUN_ID + 1)
     Run(inner, run.strategy, folder=tmp_path / "run").start(arrays(), num_rounds=1)
+
+
+def test_a_listener_that_fails_at_once_leaves_no_file_open(
+    inner: InProcessGrid, tmp_path: Path
+) -> None:
+    def fails(event: Any) -> None:
+        raise RuntimeError("no listener")
+
+    with pytest.raises(RuntimeError, match="no listener"):
+        Run(inner, FedAvg(), folder=tmp_path, on_event=fails).start(arrays(), num_rounds=1)
+    Run(inner, FedAvg(), folder=tmp_path).start(arrays(), num_rounds=1)
+
+
+def test_training_by_a_named_function_counts_as_training(tmp_path: Path) -> None:
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.train("head")
+    def train(message: Message, context: Context) -> Message:
+        content = RecordDict({"arrays": message.content["arrays"]})
+        content["metrics"] = MetricRecord({"num-examples": 1})
+        return Message(content, reply_to=message)
+
+    class Named(FedAvg):
+        def configure_train(self, *args: Any) -> Any:
+            asked = super().configure_train(*args)
+            return [Message(m.content, m.metadata.dst_node_id, "train.head") for m in asked]
+
+    told: list[Any] = []
+    inner = InProcessGrid(app, 2, run_id=RUN_ID)
+    run = Run(inner, Named(fraction_evaluate=0.0), on_event=told.append)
+    run.start(arrays(), num_rounds=1)
+    assert [e["nodes"] for e in told if e["event"] == "round-begun"] == [2]
+    assert [e["nodes"]["trained"] for e in told if e["event"] == "round-finished"] == [0, 2]
 
 
 def test_two_runs_cannot_share_a_folder_at_a_time(inner: InProcessGrid, tmp_path: Path) -> None:
