@@ -147,8 +147,10 @@ def _lines_of_run(path: Path, place: int) -> Iterator[dict[str, Any]]:
                 return
             if torn:
                 raise StorageError(f"{path} is damaged: a line in the middle of a run is not JSON")
-            torn = parsed is None or not line.endswith(b"\n")
-            if parsed is not None and not torn:
+            if not line.endswith(b"\n"):
+                return  # the end so far: what is read next would be the rest of it
+            torn = parsed is None
+            if parsed is not None:
                 yield parsed
 
 

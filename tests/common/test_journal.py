@@ -74,6 +74,25 @@ def test_a_running_run_can_be_read(tmp_path: Path) -> None:
         journal.append([{"n": 3}])
 
 
+def test_a_line_that_is_being_written_is_the_end_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    write(path, "one", {"n": 1})
+    with path.open("ab", buffering=0) as file:
+        file.write(b'{"n": ')
+        really = json.loads
+
+        def loads(line: bytes) -> Any:
+            if not line.endswith(b"\n"):
+                file.write(b"2}\n")  # the rest comes while the reader is at it
+            return really(line)
+
+        monkeypatch.setattr(json, "loads", loads)
+        assert numbers(path) == [1]
+        assert numbers(path) == [1, 2]
+
+
 def test_damage_in_the_middle_is_told(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     write(path, "one", {"n": 1}, {"n": 2})
