@@ -21,6 +21,7 @@ DTYPE_CODES: tuple[str, ...] = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
     "float16", "float32", "float64",
 )  # fmt: skip
+_DTYPES = frozenset(map(np.dtype, DTYPE_CODES))  # a dtype's name takes numpy longer than its hash
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class TensorSpec:
 
 def check_dtype(name: str, dtype: np.dtype[Any]) -> None:
     """UnsupportedDtype when a dtype has no coding."""
-    if dtype.name not in DTYPE_CODES:
+    if dtype.newbyteorder("=") not in _DTYPES:
         raise UnsupportedDtype(
             f"tensor {name!r} has dtype {dtype}; the codec takes bool, int8 to int64, "
             "uint8 to uint64 and float16 to float64: convert it first"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,12 @@ def encode_update(
 
 def _held(array: NDArray[np.generic]) -> NDArray[np.generic] | None:
     return None if array.dtype.kind == "b" else array
+
+
+@cache
+def _far_from_infinity(dtype: np.dtype[Any]) -> float:
+    """Half of what a float dtype, and float32, in which changes are formed, can hold."""
+    return min(float(np.finfo(kind).max) for kind in (dtype, np.float32)) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,11 +229,11 @@ class Update:
         if name in self._exact:
             values, at = self._exact[name]
             return bool(np.isfinite(values).all()) and (at is None or math.isfinite(largest))
-        if name in self._changes:
-            ends = [float(np.finfo(dtype).max) for dtype in (master.dtype.name, "float32")]
-            if not self._changes[name].reach + largest < min(ends) / 2:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    return bool(np.isfinite(self.apply(name, master)).all())
+        if name in self._changes and not (
+            self._changes[name].reach + largest < _far_from_infinity(master.dtype)
+        ):
+            with np.errstate(over="ignore", invalid="ignore"):
+                return bool(np.isfinite(self.apply(name, master)).all())
         return math.isfinite(largest)
 
     def _decode(self, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class LazyArray(Array):
             _form=form,
             _summand=summand,
             _entry=entry,
-            dtype=str(dtype),
+            dtype=_named(dtype),
             shape=shape,
             stype=NUMPY,
         )
@@ -75,6 +76,11 @@ class LazyArray(Array):
     def __reduce__(self) -> tuple[type[Array], tuple[NDArray[Any]]]:
         # copied or pickled, it is the array alone: not the reply and the version that it is made of
         return Array, (self.numpy(),)
+
+
+@cache
+def _named(dtype: np.dtype[Any]) -> str:
+    return str(dtype)
 
 
 class WeightedSum(NDArrayOperatorsMixin):
