@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,9 +26,9 @@ from prunecast.cli.fleet_devices import (
     show_rows,
     stamp,
 )
-from prunecast.server.fleet import events
-from prunecast.server.fleet.model import Release, RolloutPolicy
-from prunecast.server.fleet.views import audit_view, device_view, group_view, rollout_view
+
+if TYPE_CHECKING:
+    from prunecast.server.fleet import events
 
 __all__ = ["app"]
 
@@ -141,6 +141,8 @@ def add_group(
     database: Database = DEFAULT,
 ) -> None:
     """Make a group."""
+    from prunecast.server.fleet import events
+
     operate(database, events.AddGroup(group=name, release=release, stable=stable, **stamp()))
     say(f"group {name} follows {release}")
 
@@ -148,6 +150,8 @@ def add_group(
 @group_app.command(name="list")
 def list_groups(database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show every group and the version in force."""
+    from prunecast.server.fleet.views import group_view
+
     with service_of(database) as service:
         service.tick(time.time())
         counts = service.device_counts()
@@ -187,6 +191,10 @@ def start_rollout(
     as_json: AsJson = False,
 ) -> None:
     """Start to bring a release to groups: a few devices first, more when they report success."""
+    from prunecast.server.fleet import events
+    from prunecast.server.fleet.model import Release, RolloutPolicy
+    from prunecast.server.fleet.views import rollout_view
+
     policy = RolloutPolicy(
         max_error_rate=max_error_rate,
         max_silent_rate=max_silent_rate,
@@ -219,6 +227,8 @@ def start_rollout(
 @rollout_app.command(name="list")
 def list_rollouts(database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show every rollout, oldest first."""
+    from prunecast.server.fleet.views import rollout_view
+
     with service_of(database) as service:
         service.tick(time.time())
         rows = [rollout_view(found) for found in service.rollouts()]
@@ -235,6 +245,8 @@ def show_rollout(
     as_json: AsJson = False,
 ) -> None:
     """Show how far a rollout is, device by device."""
+    from prunecast.server.fleet.views import device_view, rollout_view
+
     with service_of(database) as service:
         service.tick(time.time())
         document = rollout_view(service.rollout(name))
@@ -251,6 +263,8 @@ def show_rollout(
 @app.command()
 def promote(rollout: RolloutName, database: Database = DEFAULT) -> None:
     """Begin the next stage at once, paused or not; after the last one the release is stable."""
+    from prunecast.server.fleet import events
+
     _steer(database, events.Promote(rollout=rollout, **stamp()))
 
 
@@ -259,12 +273,16 @@ def pause(
     rollout: RolloutName, reason: Reason = "by an operator", database: Database = DEFAULT
 ) -> None:
     """Tell nobody new; devices that were told stay told."""
+    from prunecast.server.fleet import events
+
     _steer(database, events.Pause(rollout=rollout, reason=reason, **stamp()))
 
 
 @app.command()
 def resume(rollout: RolloutName, database: Database = DEFAULT) -> None:
     """Go on with the stage and count anew: accept failures so far, wait again for the silent."""
+    from prunecast.server.fleet import events
+
     _steer(database, events.Resume(rollout=rollout, **stamp()))
 
 
@@ -273,6 +291,8 @@ def abort(
     rollout: RolloutName, reason: Reason = "by an operator", database: Database = DEFAULT
 ) -> None:
     """End a rollout and roll back: devices that were told are told the previous release."""
+    from prunecast.server.fleet import events
+
     _steer(database, events.Abort(rollout=rollout, reason=reason, **stamp()))
 
 
@@ -310,6 +330,8 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Show who did what and when, oldest first."""
+    from prunecast.server.fleet.views import audit_view
+
     with service_of(database) as service:
         entries = service.audit(subject=subject, after=after, limit=limit)
     rows = [audit_view(entry) for entry in entries]
@@ -325,6 +347,8 @@ def _steer(database: str, event: events.Steering) -> None:
 
 
 def _pin(database: str, device: str | None, group: str | None, version: int | None) -> None:
+    from prunecast.server.fleet import events
+
     if device is not None and group is None:
         operate(database, events.PinDevice(device=device, version=version, **stamp()))
     elif group is not None and device is None:

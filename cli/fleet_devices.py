@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecast.cli.console import AsJson, Column, make_console, print_table, say, show
-from prunecast.server.fleet import events
-from prunecast.server.fleet.views import device_view, health_view
 
 if TYPE_CHECKING:
+    from prunecast.server.fleet import events
     from prunecast.server.fleet.service import FleetService
 
 __all__ = [
@@ -153,6 +152,8 @@ def list_devices(
     as_json: AsJson = False,
 ) -> None:
     """Show every device: what it was told, what it runs, what it answered, when."""
+    from prunecast.server.fleet.views import device_view
+
     with service_of(database) as service:
         devices = service.devices(group, after=after, limit=limit)
     columns = ("device", "group", "runs", "told", "answer", "rollout", "pin", "seen")
@@ -162,6 +163,8 @@ def list_devices(
 @app.command(name="revoke")
 def revoke_device(name: DeviceName, database: Database = DEFAULT) -> None:
     """Refuse a device's token from now on; its name is not used again."""
+    from prunecast.server.fleet import events
+
     operate(database, events.RevokeDevice(device=name, **stamp()))
     say(f"revoked {name}; it keeps the release that it runs")
 
@@ -180,6 +183,8 @@ def move_device(
     database: Database = DEFAULT,
 ) -> None:
     """Put a device into another group; in a rollout there it is a late joiner."""
+    from prunecast.server.fleet import events
+
     operate(database, events.MoveDevice(device=name, group=group, **stamp()))
     say(f"{name} is in group {group}")
 
@@ -187,6 +192,8 @@ def move_device(
 @app.command(name="show")
 def show_device(name: DeviceName, database: Database = DEFAULT, as_json: AsJson = False) -> None:
     """Show a device: what it was told, and how it last said it is."""
+    from prunecast.server.fleet.views import device_view, health_view
+
     with service_of(database) as service:
         document = device_view(service.device(name))
         if (health := service.health(name)) is not None:
