@@ -91,10 +91,11 @@ def _on_lattice(verify: bool, key: str, record: ArrayRecord, sent: Prepared, ent
     payload = payload_of(record)
     if payload is None:
         return Read(record, "verbatim")
-    kind = inspect(payload).kind
+    info = inspect(payload)
+    kind = info.kind
     started = time.perf_counter()
     if kind is Kind.UPDATE:
-        sent_key, update = _open_update(payload, key, sent)
+        sent_key, update = _open_update(payload, info.stream, key, sent)
         master, dense = sent.versions[sent_key].master, sent.dense[sent_key]
         if verify:
             update.verify(master)
@@ -208,9 +209,9 @@ def _mention(content: RecordDict, key: str) -> int:
     return own_bytes(content) - own_bytes(without)
 
 
-def _open_update(payload: bytes, key: str, sent: Prepared) -> tuple[str, Update]:
+def _open_update(payload: bytes, tag: bytes, key: str, sent: Prepared) -> tuple[str, Update]:
     """Find the record an update answers: the same key, or the one whose stream it names."""
-    run_id, tag = sent.original.metadata.run_id, inspect(payload).stream
+    run_id = sent.original.metadata.run_id
     for candidate in sorted(sent.versions, key=lambda k: k != key):
         stream = stream_id(run_id, candidate)
         if stream_tag(stream) == tag:
