@@ -8,9 +8,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,7 @@ __all__ = [
     "keep_only",
     "lock_file",
     "make_folder",
+    "remove_abandoned",
     "replacing",
     "sync",
     "take_lock",
@@ -30,6 +32,9 @@ __all__ = [
     "write_new",
     "write_synced",
 ]
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 
 
 class StorageError(ValueError):
@@ -78,9 +83,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # opened by hand and not by tempfile, so that the file gets the user's usual permissions
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        temporary, handle = _temporary(path)
         try:
             yield temporary
             sync(temporary)
@@ -88,9 +91,43 @@ def replacing(path: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        finally:
+            os.close(handle)
         sync(path.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _temporary(path: Path) -> tuple[Path, int]:
+    """A new file beside `path`, and a handle that holds its lock as long as it is written."""
+    while True:
+        # opened by hand and not by tempfile, so that the file gets the user's usual permissions
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            take_lock(handle)
+        except BlockingIOError:  # `remove_abandoned` was quicker
+            os.close(handle)
+            continue
+        except OSError:  # a file system without locks, where nothing is taken for abandoned
+            return temporary, handle
+        if temporary.exists():
+            return temporary, handle
+        os.close(handle)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what `replacing` left in a folder when it was killed; what is being written stays."""
+    for path in folder.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name) is None:
+            continue
+        with suppress(OSError):
+            handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+            try:
+                take_lock(handle)
+                path.unlink()
+            finally:
+                os.close(handle)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

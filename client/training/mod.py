@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
-from prunecast.client.training.store import ModError, NodeStore, NonFiniteUpdate, default_root
+from prunecast.client.training.store import (
+    ModError,
+    NodeStore,
+    NonFiniteUpdate,
+    StoreError,
+    default_root,
+)
 from prunecast.compression.codec import CodecError, NonFiniteError, quantise, spread
 from prunecast.compression.flower import (
     CONTROL_RECORD,
@@ -26,7 +33,7 @@ from prunecast.compression.flower import (
     payload_record,
     stream_id,
 )
-from prunecast.compression.flower.internals import ClientAppCallable, Mod, make_message
+from prunecast.compression.flower.internals import ClientAppCallable, Mod, log, make_message
 from prunecast.compression.pruning.masks import holding
 from prunecast.compression.pruning.plan import Statistics, pack_statistics
 from prunecast.compression.schemes import StateError
@@ -85,6 +92,7 @@ def compression_mod(store: Path | str | None = None) -> Mod:
         node = NodeStore(root, message.metadata.run_id, context.node_id)
         try:
             instruction = Instruction.from_bytes(control.get("instruction"))
+            node.settle(instruction.accepted, instruction.given_up)
             exchange = _Exchange(message, instruction, node)
         except (VersionsError, CodecError) as error:
             raise ModError(f"message from the server was refused: {error}") from error
@@ -112,6 +120,8 @@ class _Exchange:
         self.missing: list[str] = []
         self.content = RecordDict()
         self._reply = RecordDict()
+        self._unkept: dict[str, PublishedModel | None] = {}  # what is held in a version's stead
+        self._trouble = ""
         for key, record in message.content.items():
             if key == CONTROL_RECORD:
                 continue
@@ -141,9 +151,13 @@ class _Exchange:
         except BaseMissing:
             self.missing.append(key)
             return ArrayRecord()
-        if held is None or held.digest != model.digest:
-            self._store.keep(key, model)
-        self._models[key] = model
+        self._models[key] = held if held is not None and held.digest == model.digest else model
+        if held is not self._models[key]:
+            try:
+                self._store.keep(key, model)
+            except StoreError as error:
+                self._in_trouble(error)
+                self._unkept[key] = held
         return array_record(model.arrays())
 
     def masks(self) -> dict[str, NDArray[np.bool_]]:
@@ -152,10 +166,16 @@ class _Exchange:
             name: mask for model in self._models.values() for name, mask in model.masks().items()
         }
 
+    def _in_trouble(self, error: StoreError) -> None:
+        """Go on without what cannot be kept: training is worth more than the bytes it saves."""
+        log(WARNING, "The reply is sent, but nothing was kept for the next one: %s", error)
+        self._trouble = str(error)
+
     def wrap(self, content: RecordDict, encode_ms: float = 0.0) -> RecordDict:
         """Add the report of what this node holds."""
-        held = {key: short(model.digest) for key, model in self._models.items()}
-        report = NodeReport(held, tuple(self.missing), encode_ms)
+        kept = {**self._models, **self._unkept}
+        held = {key: short(model.digest) for key, model in kept.items() if model is not None}
+        report = NodeReport(held, tuple(self.missing), encode_ms, self._trouble)
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content
 
@@ -192,12 +212,21 @@ class _Exchange:
         if base_key is None:
             return encode_plain(arrays, stream=self._stream(key))
         base = self._models[base_key]
-        residual = self._store.residual(base_key, self._instruction.accepted)
+        residual = self._store.residual(base_key)
         changes, dropped = compress_update(base, arrays, residual, rule)
-        payload = encode_update(base, changes, stream=self._stream(base_key))
-        if dropped:
-            self._store.stage(base_key, self._tag, dropped)
-        return payload
+        if dropped and not self._stage(base_key, dropped):
+            # the residual stays where it is, for a reply that can tell what it leaves
+            changes, _ = compress_update(base, arrays, {}, rule)
+        return encode_update(base, changes, stream=self._stream(base_key))
+
+    def _stage(self, key: str, dropped: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether what a reply drops could be written."""
+        try:
+            self._store.stage(key, self._tag, dropped)
+        except StoreError as error:
+            self._in_trouble(error)
+            return False
+        return True
 
     def _by_scheme(self, chosen: Scheme, key: str, record: ArrayRecord) -> ArrayRecord:
         """*Trained - received* by a scheme, where the reply has the arrays that were received."""
@@ -206,12 +235,14 @@ class _Exchange:
             return record
         names = float_names(base)
         update = {name: record[name].numpy() - base[name].numpy() for name in names}
-        state, kept = chosen.init(layout_of(update)), f"{key} by {chosen.name}"
+        fresh, kept = chosen.init(layout_of(update)), f"{key} by {chosen.name}"
+        state = fresh
         with suppress(StateError):  # nothing was kept yet, or of another model
-            state = state_from(self._store.residual(kept, self._instruction.accepted), state)
+            state = state_from(self._store.residual(kept), state)
         assert isinstance(self._instruction.rule, SchemeRule)
-        payload, state = chosen.encode(update, state, key=self._instruction.rule.key)
-        self._store.stage(kept, self._tag, state_arrays(state))
+        payload, after = chosen.encode(update, state, key=self._instruction.rule.key)
+        if not self._stage(kept, state_arrays(after)):
+            payload, _ = chosen.encode(update, fresh, key=self._instruction.rule.key)
         return coded_record(payload, {n: a for n, a in record.items() if n not in names})
 
     @property

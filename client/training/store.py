@@ -3,12 +3,15 @@
 Flower's `context.state` lives in memory, crosses process borders with every message and is lost
 when a SuperNode restarts. Blobs are files here, replaced atomically, before the reply is sent::
 
-    <root>/<run id>/<node id>/<record>.model           the version this node holds
-    <root>/<run id>/<node id>/<record>.residual        what quantisation dropped so far
-    <root>/<run id>/<node id>/<record>.pending-<id>    the residual that follows from reply <id>
+    <root>/<run id>/<node id>/<record>.model          the version this node holds
+    <root>/<run id>/<node id>/<record>.residual       what no reply under way has taken along
+    <root>/<run id>/<node id>/<record>.pending-<tag>  what the reply with this tag dropped
+    <root>/<run id>/<node id>/<record>.taken-<tag>    the residual that this reply took along
 
-A residual belongs to a reply: it replaces the old one only when the server says that it accepted
-that reply. A reply that is lost on the way therefore never loses a residual.
+A reply takes the whole residual along, so that one which is encoded while it is still under way
+begins with none. Once the server says that it accepted the reply, what the reply dropped is added
+to the residual; once it says that it gave the reply up, what the reply took along is put back. So
+every residual counts once, however many replies are under way, are lost or arrive late.
 """
 
 from __future__ import annotations
@@ -28,7 +31,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.common.files import StorageError, cache_folder, write_atomically
+from prunecast.common.files import (
+    StorageError,
+    cache_folder,
+    remove_abandoned,
+    write_atomically,
+)
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,
@@ -40,7 +48,12 @@ from prunecast.compression.versions import (
 __all__ = ["ModError", "NodeStore", "NonFiniteUpdate", "StoreError", "default_root"]
 
 _STALE_SECONDS = 30 * 24 * 3600
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, VersionsError)
+_SIGN_OF_LIFE_SECONDS = 24 * 3600
+_TAGS = 64  # that a residual remembers to have been added
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
+    *(zipfile.BadZipFile, VersionsError),
+)
 
 
 class ModError(RuntimeError):
@@ -69,20 +82,25 @@ class NodeStore:
         root: directory for all runs and nodes of this machine.
         run_id: Flower's run id.
         node_id: Flower's node id.
-
-    Raises:
-        StoreError: the directory cannot be made.
     """
 
     def __init__(self, root: Path, run_id: int, node_id: int) -> None:
         self._folder = root / str(run_id) / str(node_id)
         if not self._folder.is_dir():
-            try:
-                # what a node drops from its updates says something of its data: owner only
-                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            except OSError as error:
-                raise _unwritable(root, error) from error
-            _remove_stale_runs(root, keep=str(run_id))
+            with suppress(StoreError):  # said where something is to be written
+                self._make_folder()
+                _remove_stale_runs(root, keep=str(run_id))
+        with suppress(OSError):  # a node that is only told what it holds writes nothing for long
+            if time.time() - self._folder.stat().st_mtime > _SIGN_OF_LIFE_SECONDS:
+                os.utime(self._folder)
+        remove_abandoned(self._folder)
+
+    def _make_folder(self) -> None:
+        try:
+            # what a node drops from its updates says something of its data: owner only
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise _unwritable(self._folder.parent.parent, error) from error
 
     def _path(self, key: str, suffix: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.{suffix}"
@@ -121,48 +139,98 @@ class NodeStore:
         meta = {"tensors": heads, "counter": model.counter, "digest": model.digest.hex()}
         self._write(self._path(key, "model"), meta, arrays)
 
-    def residual(self, key: str, accepted: str) -> dict[str, NDArray[Any]]:
-        """What was kept with the last accepted reply, by name; empty at first.
+    def residual(self, key: str, accepted: str = "") -> dict[str, NDArray[Any]]:
+        """What no reply under way has taken along, by name; empty at first.
 
         Args:
             key: record key.
-            accepted: tag of the last reply the server accepted; what was staged with that reply,
-                under any key, is committed now.
-        """
-        # of all records: the reply after the next is told about another one
-        staged = self._folder.glob(f"*.pending-{accepted}") if accepted.isalnum() else ()
-        for pending in staged:
-            try:
-                os.replace(pending, pending.with_suffix(".residual"))
-            except OSError as error:
-                raise _unwritable(self._folder, error) from error
-        try:
-            return dict(zip(*_read(self._path(key, "residual")), strict=True))
-        except _DAMAGED:
-            return {}
-
-    def stage(self, key: str, tag: str, residual: Mapping[str, NDArray[Any]]) -> None:
-        """Write the residual that holds if the reply with this tag is accepted.
+            accepted: tag of a reply to settle first; "" for none.
 
         Raises:
-            StoreError: the file cannot be written.
+            StoreError: a file cannot be written.
         """
-        target = self._pending(key, tag)
-        self._write(target, list(residual), residual.values())
-        for old in self._folder.glob(f"{self._path(key, 'pending').name}-*"):
-            if old != target:
-                old.unlink(missing_ok=True)
+        self.settle([accepted])
+        return self._residual(self._path(key, "residual"))[0]
 
-    def _pending(self, key: str, tag: str) -> Path:
-        return self._path(key, f"pending-{tag}")
+    def stage(self, key: str, tag: str, dropped: Mapping[str, NDArray[Any]]) -> None:
+        """Write what a reply drops; it takes the residual along.
+
+        Args:
+            key: record key.
+            tag: of the reply; letters and digits.
+            dropped: what quantisation dropped, by name.
+
+        Raises:
+            StoreError: it cannot be written; the residual stays as it was.
+        """
+        self._write(self._path(key, f"pending-{tag}"), {"names": list(dropped)}, dropped.values())
+        with suppress(FileNotFoundError):  # there was none to take along
+            os.replace(self._path(key, "residual"), self._path(key, f"taken-{tag}"))
+
+    def settle(self, accepted: Iterable[str], given_up: Iterable[str] = ()) -> None:
+        """End what the server knows the end of; tags that are settled already are passed over.
+
+        Args:
+            accepted: tags of replies whose updates were applied: what they dropped is added to
+                the residual, of every record.
+            given_up: tags of replies that will not be applied: what they took along is added.
+
+        Raises:
+            StoreError: a file cannot be written.
+        """
+        for tags, added, removed in (
+            (accepted, "pending", "taken"),
+            (given_up, "taken", "pending"),
+        ):
+            for tag in tags:
+                for path in self._folder.glob(f"*.{added}-{tag}") if tag.isalnum() else ():
+                    self._add(path, tag)
+                for path in self._folder.glob(f"*.{removed}-{tag}") if tag.isalnum() else ():
+                    path.unlink(missing_ok=True)
+
+    def _add(self, path: Path, tag: str) -> None:
+        """Add a file's arrays to its record's residual, once even if killed in between."""
+        target = path.with_suffix(".residual")
+        try:
+            if not target.exists():
+                os.replace(path, target)
+                return
+            before, added_before = self._residual(target)
+            if tag not in added_before:
+                more, _ = self._residual(path)
+                meta = {"names": list(_sum(before, more)), "added": [*added_before[-_TAGS:], tag]}
+                self._write(target, meta, _sum(before, more).values())
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(self._folder, error) from error
+
+    def _residual(self, path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
+        try:
+            meta, arrays = _read(path)
+            return dict(zip(meta["names"], arrays, strict=True)), meta.get("added", [])
+        except _DAMAGED:
+            return {}, []
 
     def _write(self, path: Path, meta: Any, arrays: Iterable[NDArray[Any]]) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, *arrays, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8))
+        self._make_folder()  # another process may have taken it for one of a run long over
         try:
             write_atomically(path, buffer.getvalue())
         except StorageError as error:
             raise _unwritable(self._folder, error) from error
+
+
+def _sum(
+    before: Mapping[str, NDArray[Any]], more: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Residuals add up; an array of another layout, or not of floats, replaces the old one."""
+    total = {**before, **more}
+    for name, array in more.items():
+        old = before.get(name)
+        if old is not None and old.shape == array.shape and array.dtype.kind == "f":
+            total[name] = (old + array).astype(array.dtype)
+    return total
 
 
 def _read(path: Path) -> tuple[Any, list[NDArray[Any]]]:
@@ -173,9 +241,11 @@ def _read(path: Path) -> tuple[Any, list[NDArray[Any]]]:
 
 
 def _unwritable(folder: Path, error: Exception) -> StoreError:
+    cause = error.__cause__ or error
     return StoreError(
-        f"the node's store {folder} cannot be written ({error}): set PRUNECAST_STORE, or "
-        "compression_mod(store=...), to a directory this user owns"
+        f"the node's store cannot be written ({getattr(cause, 'strerror', None) or cause}): make "
+        f"room in {folder}, or set PRUNECAST_STORE, or compression_mod(store=...), to a directory "
+        "that this user owns"
     )
 
 

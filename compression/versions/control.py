@@ -1,9 +1,9 @@
 """The small control record that accompanies every message between grid and mod.
 
-Server to node: the last reply that was accepted (so that the node commits what it staged with it)
-and how arrays are to come back: as updates on a version, by a scheme of the literature, or as they
-are. Node to server: which version it holds of each record's stream, and which records it cannot
-decode because the base is missing.
+Server to node: the replies that were accepted or given up (so that the node knows what became of
+the residuals they took along), and how arrays are to come back: as updates on a version, by a
+scheme of the literature, or as they are. Node to server: which version it holds of each record's
+stream, and which records it cannot decode because the base is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from prunecast.compression.versions.frame import SHORT_DIGEST
 __all__ = ["Instruction", "NodeReport", "SchemeRule", "UpdateRule", "reply_tag"]
 
 _MAX_BYTES = 1 << 20
+_LONGEST = 300  # characters of a node's trouble
 _TAG = 16  # characters of a reply's tag
+_HEX = frozenset("0123456789abcdef")
 _DIGITS = 20  # of the largest integer of 64 bits
 
 
@@ -68,13 +70,16 @@ class Instruction:
 
     Attributes:
         rule: how arrays come back; None for as they are.
-        accepted: `reply_tag` of the node's last reply the server accepted; "" for none.
+        accepted: `reply_tag` of the node's replies that the server accepted, as far as the node
+            has not said that it knows.
+        given_up: likewise of those it will not accept any more: refused, or not waited for.
         reuse: record key to short digest of the version to use, where the node holds it already.
         statistics: names of the statistics that the node may contribute to pruning.
     """
 
     rule: UpdateRule | SchemeRule | None
-    accepted: str = ""
+    accepted: tuple[str, ...] = ()
+    given_up: tuple[str, ...] = ()
     reuse: Mapping[str, bytes] = field(default_factory=dict)
     statistics: tuple[str, ...] = ()
 
@@ -87,7 +92,8 @@ class Instruction:
             rule = [self.rule.name, dict(self.rule.options), self.rule.key]
         reuse = {key: digest.hex() for key, digest in self.reuse.items()}
         asked = {"s": list(self.statistics)} if self.statistics else {}
-        return _dump({"r": rule, "a": self.accepted, "u": reuse, **asked})
+        lost = {"x": "".join(self.given_up)} if self.given_up else {}
+        return _dump({"r": rule, "a": "".join(self.accepted), "u": reuse, **asked, **lost})
 
     @classmethod
     def from_bytes(cls, data: object) -> Instruction:
@@ -98,12 +104,12 @@ class Instruction:
         """
         match _load(data):
             case {"r": list() as rule, "a": str() as accepted, "u": dict() as reuse, **rest} if (
-                (not accepted or (accepted.isalnum() and len(accepted) <= _TAG))
-                and isinstance(asked := rest.get("s", []), list)
+                isinstance(asked := rest.get("s", []), list)
                 and all(isinstance(name, str) for name in asked)
             ):
                 held = {str(k): _digest(v) for k, v in reuse.items()}
-                return cls(_rule(rule), accepted, held, tuple(asked))
+                tags = _tags(accepted), _tags(rest.get("x", ""))
+                return cls(_rule(rule), *tags, held, tuple(asked))
         raise BadPayload("control record from the server is not understood: versions differ?")
 
 
@@ -116,17 +122,21 @@ class NodeReport:
         missing: record keys whose payload could not be decoded because the base is missing.
         encode_ms: milliseconds the node spent encoding its reply, 0 to 10**6; carried with a
             fixed width, so that timing never changes the number of bytes.
+        trouble: why the node could not keep on disk what it should, 300 characters at most; ""
+            when it could. It then holds what it held before.
     """
 
     held: Mapping[str, bytes] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     encode_ms: float = 0.0
+    trouble: str = ""
 
     def to_bytes(self) -> bytes:
         """Compact JSON."""
         micros = f"{min(round(self.encode_ms * 1e3), 999_999_999):09d}"
         held = {key: digest.hex() for key, digest in self.held.items()}
-        return _dump({"h": held, "m": list(self.missing), "t": micros})
+        trouble = {"e": self.trouble[:_LONGEST]} if self.trouble else {}
+        return _dump({"h": held, "m": list(self.missing), "t": micros, **trouble})
 
     @classmethod
     def from_bytes(cls, data: object) -> NodeReport:
@@ -136,20 +146,27 @@ class NodeReport:
             BadPayload: not a report.
         """
         match _load(data):
-            case {"h": dict() as held, "m": list() as missing, "t": str() as micros} if (
+            case {"h": dict() as held, "m": list() as missing, "t": str() as micros, **rest} if (
                 all(isinstance(k, str) for k in missing)
+                and isinstance(trouble := rest.get("e", ""), str)
                 and len(micros) == 9
                 and micros.isascii()
                 and micros.isdigit()
             ):
                 digests = {str(k): _digest(v) for k, v in held.items()}
-                return cls(digests, tuple(missing), int(micros) / 1e3)
+                return cls(digests, tuple(missing), int(micros) / 1e3, trouble[:_LONGEST])
         raise BadPayload("control record from the node is not understood: versions differ?")
 
 
 def reply_tag(message_id: str) -> str:
     """Short name of the reply to a message, the same on both sides; 16 characters."""
     return hashlib.sha256(message_id.encode()).hexdigest()[:_TAG]
+
+
+def _tags(text: object) -> tuple[str, ...]:
+    if not isinstance(text, str) or len(text) % _TAG or not _HEX.issuperset(text):
+        raise BadPayload("control record names a reply by something that is no tag")
+    return tuple(text[at : at + _TAG] for at in range(0, len(text), _TAG))
 
 
 def _rule(value: list[object]) -> UpdateRule | SchemeRule | None:

@@ -223,6 +223,8 @@ class CompressedGrid(GridWrapper):
         if result is None:
             self._retry(sent, origin)
             return None
+        if result.has_error():
+            self._give_up(message_id, sent)
         set_reply_to(result, origin)
         return result
 
@@ -238,6 +240,16 @@ class CompressedGrid(GridWrapper):
             return refuse(reply, f"node {entry.node} has not {_NO_MOD}")
         if report is not None:
             node.speaks = True
+            node.knows(sent.told)
+            if report.trouble and not node.troubled:
+                log(
+                    WARNING,
+                    "Node %s cannot keep what makes its next messages small, until that is mended: "
+                    "%s",
+                    entry.node,
+                    report.trouble,
+                )
+            node.troubled = bool(report.trouble)
             # of the versions it was sent alone: a node must not fill this side's memory
             node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
             for key in report.missing:
@@ -261,7 +273,7 @@ class CompressedGrid(GridWrapper):
             mean = self._streams.stream(reply.metadata.run_id, sent.pruned).statistics
             mean.add(statistics, sent.wanted, shapes, weight)
         if has_update:
-            node.accepted = reply_tag(reply.metadata.reply_to_message_id)
+            node.settled(reply_tag(reply.metadata.reply_to_message_id), accepted=True)
         return make_message(reply.metadata, content)
 
     def _retry(self, sent: Prepared, origin: str) -> None:
@@ -284,8 +296,15 @@ class CompressedGrid(GridWrapper):
         gone = set(message_ids)
         gone |= {retry for retry, origin in self._retries.items() if origin in gone}
         for message_id in gone:
-            self._sent.pop(message_id, None)
+            if (sent := self._sent.pop(message_id, None)) is not None:
+                self._give_up(message_id, sent)
             self._retries.pop(message_id, None)
+
+    def _give_up(self, message_id: str, sent: Prepared) -> None:
+        """Its reply moves nothing: let the node take back what it sent along."""
+        if sent.rule is not None:
+            node = self._streams.node(sent.original.metadata.dst_node_id)
+            node.settled(reply_tag(message_id), accepted=False)
 
     # -- the published model ------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ class Prepared:
         wanted: the statistics that the node is asked to contribute, by name.
         pruned: key of the record that they are of.
         measured: record key to the record of `message` that other messages hold, too.
+        told: tags of replies that the node is told the end of.
     """
 
     batch: Batch
@@ -75,6 +76,7 @@ class Prepared:
     wanted: tuple[str, ...] = ()
     pruned: str = ""
     measured: dict[str, Measured] = field(default_factory=dict)
+    told: frozenset[str] = frozenset()
 
     @property
     def coded(self) -> bool:
@@ -218,7 +220,9 @@ class Outbound:
         return payload.record
 
     def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:
-        told = node.accepted, prepared.reuse, prepared.wanted
+        tags = tuple(node.accepted), tuple(node.given_up)
+        prepared.told = frozenset(tags[0] + tags[1])
+        told = *tags, prepared.reuse, prepared.wanted
         if self._policy.up == "lattice":
             return Instruction(self._policy.update_rule, *told)
         records = prepared.original.content.array_records.values()
@@ -228,4 +232,4 @@ class Outbound:
             key = int.from_bytes(hashlib.sha256(label).digest()[:8], "little")
             rule = SchemeRule(self._scheme.name, self._scheme.config(), key)
             return Instruction(rule, *told)
-        return Instruction(None, "", *told[1:]) if self._policy.down == "lattice" else None
+        return Instruction(None, *told) if self._policy.down == "lattice" else None

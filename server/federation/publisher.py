@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +40,7 @@ __all__ = ["EncodedPayload", "NodeState", "Publisher", "Streams", "Version"]
 
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _RECENT = 4  # contents whose version is remembered, so that train and evaluate share one
+_TAGS = 64  # of replies that a node that never answers is told of
 _VECTOR_STEP = 0.25  # biases and norms are few and sensitive: a finer lattice for them
 
 
@@ -272,13 +273,28 @@ class NodeState:
 
     Attributes:
         held: record key to short digest of the version the node last reported to hold.
-        accepted: tag of its last reply with an update that was accepted.
+        accepted: tags of its replies with an update that was accepted, as far as it may not know.
+        given_up: likewise of those that were refused, or are not waited for any more.
         speaks: whether it ever answered through the mod.
+        troubled: whether it said, the last time, that it cannot keep what it should.
     """
 
     held: dict[str, bytes] = field(default_factory=dict)
-    accepted: str = ""
+    accepted: list[str] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
     speaks: bool = False
+    troubled: bool = False
+
+    def settled(self, tag: str, *, accepted: bool) -> None:
+        """Tell the node with its next messages what became of a reply."""
+        tags = self.accepted if accepted else self.given_up
+        tags.append(tag)
+        del tags[:-_TAGS]
+
+    def knows(self, tags: Collection[str]) -> None:
+        """Tell it no more of these."""
+        for known in (self.accepted, self.given_up):
+            known[:] = [tag for tag in known if tag not in tags]
 
 
 class Streams:

@@ -173,7 +173,7 @@ def test_what_a_scheme_keeps_belongs_to_accepted_replies(tmp_path):
     for server_round in range(1, 7):
         lost = server_round in (3, 4)
         inner.on_reply = (lambda reply: None) if lost else (lambda reply: reply)
-        replies = list(grid.pull_messages(grid.push_messages(messages(grid, sent, server_round))))
+        replies = list(grid.send_and_receive(messages(grid, sent, server_round), timeout=0.05))
         trained = local_step(sent, server_round + 100)
         change = {k: trained[k] - sent[k] for k in sent}
         state = state or stc.init(layout_of(change))
@@ -348,7 +348,8 @@ def test_replies_that_are_refused(tmp_path, case):
     inner.push_messages = lambda m: push(seen.append(x) or x for x in m)
     exchange(grid, initial_arrays())
     told = Instruction.from_bytes(seen[0].content[CONTROL_RECORD]["instruction"])
-    assert told.accepted == ""
+    assert told.accepted == ()
+    assert len(told.given_up) == 1
 
 
 def test_messages_without_floats_pass_as_they_are(tmp_path):
@@ -361,8 +362,13 @@ def test_messages_without_floats_pass_as_they_are(tmp_path):
 def test_records_of_the_wire():
     rule = SchemeRule("stc", {"density": 0.5, "scope": "tensor"}, 2**64 - 1)
     for instruction in (
-        Instruction(rule, "ab"),
-        Instruction(UpdateRule(3.0, 0.6, False), "ab", {"arrays": bytes(range(16))}),
+        Instruction(rule, ("ab" * 8,)),
+        Instruction(
+            UpdateRule(3.0, 0.6, False),
+            ("ab" * 8, "01" * 8),
+            ("cd" * 8,),
+            {"arrays": bytes(range(16))},
+        ),
         Instruction(None, statistics=("gradient",)),
         Instruction(None),
     ):

@@ -5,6 +5,7 @@ import random
 import shutil
 import time
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -12,10 +13,20 @@ from flwr.server.superlink.linkstate.utils import create_message_error_unavailab
 from flwr.serverapp.strategy import FedAvg
 
 from prunecast.client.training import compression_mod
+from prunecast.client.training import store as store_module
 from prunecast.client.training.store import NodeStore
+from prunecast.common.files import StorageError, replacing, write_atomically
 from prunecast.compression.flower.internals import set_message_id
 from prunecast.server.federation import Policy
-from support.federation import RUN_ID, initial_arrays, local_step, to_record
+from prunecast.server.federation import grid as grid_module
+from support.federation import (
+    RUN_ID,
+    initial_arrays,
+    local_step,
+    make_app,
+    to_arrays,
+    to_record,
+)
 
 SMALL = Policy.preset("small", pruning_begin=1, pruning_end=8, history=4)
 
@@ -134,7 +145,8 @@ def test_residuals_of_records_that_take_turns_are_kept(federation, tmp_path):
         (reply,) = grid.send_and_receive([Message(content, 1, "train")])
         assert not reply.has_error()
     for key in ("generator", "critic"):
-        assert store.residual(key, "")
+        store.settle(grid._streams.node(1).accepted)
+        assert store.residual(key)
 
 
 def test_a_damaged_store_counts_as_lost(federation, tmp_path):
@@ -160,6 +172,68 @@ def test_only_runs_in_which_nothing_was_written_for_long_are_dropped(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["12", "13", "14", "15"]
 
 
+def test_a_run_that_is_only_told_what_it_holds_is_alive(tmp_path):
+    NodeStore(tmp_path, 11, 1)
+    for folder in (tmp_path / "11", tmp_path / "11" / "1"):
+        os.utime(folder, (time.time() - 31 * 86400,) * 2)
+    NodeStore(tmp_path, 11, 1)  # a message arrives, and nothing is written
+    NodeStore(tmp_path, 12, 1)
+    assert (tmp_path / "11" / "1").is_dir()
+
+
+def test_what_a_killed_write_leaves_is_removed_and_what_is_being_written_is_not(tmp_path):
+    store = NodeStore(tmp_path, 11, 1)
+    (store._folder / f".0123.model.{'ab' * 8}").write_bytes(b"half")
+    with replacing(store._folder / "other.model") as temporary:
+        NodeStore(tmp_path, 11, 1)
+        assert list(store._folder.glob(".*")) == [temporary]
+        temporary.write_bytes(b"whole")
+    assert [path.name for path in store._folder.iterdir()] == ["other.model"]
+
+
+@pytest.mark.parametrize("full_for", ["model", "pending", ""])
+def test_a_full_disk_costs_bytes_and_no_training(federation, tmp_path, monkeypatch, full_for):
+    """Neither an update nor a residual is lost; the log names the store, once."""
+    warnings = []
+    monkeypatch.setattr(grid_module, "log", lambda level, text, *args: warnings.append(text % args))
+    grid, inner, _ = federation("balanced", nodes=1)
+    store, node = NodeStore(tmp_path / "store", RUN_ID, 1), grid._streams.node(1)
+    rounds(grid, inner, tmp_path, [{1}])
+    held = held_digest(tmp_path, 1)
+    store.settle(node.accepted)
+    before = store.residual("arrays")
+
+    def full(path, data):
+        if full_for in path.name:
+            raise StorageError("cannot write") from OSError(28, "No space left on device")
+        write_atomically(path, data)
+
+    monkeypatch.setattr(store_module, "write_atomically", full)
+    arrays = {n: a + np.float32(0.01) for n, a in initial_arrays().items()}
+    for number in (2, 3):
+        content = {"arrays": to_record(arrays), "config": ConfigRecord({"server-round": number})}
+        (reply,) = grid.send_and_receive([Message(RecordDict(content), 1, "train")])
+        assert not reply.has_error()
+        got = to_arrays(reply.content["arrays"])
+        assert any(np.any(got[n] != arrays[n]) for n in arrays)
+    assert len(warnings) == 1
+    assert "Node 1 cannot keep" in warnings[0]
+    assert "No space left on device" in warnings[0]
+    if full_for != "pending":
+        assert held_digest(tmp_path, 1) == held
+    if full_for != "model":
+        after = store.residual("arrays")
+        assert {k: v.tobytes() for k, v in after.items()} == {
+            k: v.tobytes() for k, v in before.items()
+        }
+    # what is held is known, so that no message is sent in vain
+    monkeypatch.undo()
+    arrays = to_record({n: a + np.float32(0.02) for n, a in initial_arrays().items()})
+    list(grid.send_and_receive([Message(RecordDict({"arrays": arrays}), 1, "train")]))
+    assert kinds_of(grid, 1)[-1] == "delta"
+    assert "base-missing" not in kinds_of(grid, 1, "up")
+
+
 def test_a_node_that_joins_late_starts_with_a_keyframe(federation, tmp_path):
     grid, inner, _ = federation(SMALL)
     rounds(grid, inner, tmp_path, [{1, 2}, {1, 2}, {1, 2, 3}, {1, 2, 3}])
@@ -169,9 +243,10 @@ def test_a_node_that_joins_late_starts_with_a_keyframe(federation, tmp_path):
 def test_a_lost_reply_neither_moves_the_version_nor_loses_the_residual(federation, tmp_path):
     grid, inner, _ = federation(SMALL)
     rounds(grid, inner, tmp_path, [{1, 2}, {1, 2}])
-    store = NodeStore(tmp_path / "store", RUN_ID, 2)
-    accepted = grid._streams.node(2).accepted
-    before = store.residual("arrays", accepted)
+    store, node = NodeStore(tmp_path / "store", RUN_ID, 2), grid._streams.node(2)
+    accepted = list(node.accepted)
+    store.settle(accepted)
+    before = store.residual("arrays")
     assert before
     inner.on_reply = lambda reply: None if reply.metadata.src_node_id == 2 else reply
     arrays = to_record(local_step(initial_arrays(), 5))
@@ -182,13 +257,61 @@ def test_a_lost_reply_neither_moves_the_version_nor_loses_the_residual(federatio
         )
     )
     assert len(replies) == 1
-    after = store.residual("arrays", grid._streams.node(2).accepted)
-    assert grid._streams.node(2).accepted == accepted
+    assert node.accepted == accepted
+    assert not store.residual("arrays")  # the reply took it along
+    store.settle(node.accepted, node.given_up)
+    after = store.residual("arrays")
     assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
     # the reply that did arrive moved the other node's residual on
     inner.on_reply = lambda reply: reply
     rounds(grid, inner, tmp_path, [{1, 2}])
-    assert grid._streams.node(2).accepted != accepted
+    assert node.accepted != accepted
+    assert not node.given_up  # it knows
+
+
+def differences(arrays, trained):
+    return {n: trained[n].astype(np.float64) - arrays[n] for n in ("conv.weight", "fc.weight")}
+
+
+@pytest.mark.parametrize("fate", ["accepted", "reversed", "first lost", "second lost", "late"])
+def test_every_residual_counts_once_with_two_messages_under_way(federation, tmp_path, fate):
+    """What the server got and what the node keeps are together what was trained."""
+    seen = []
+    grid, _, _ = federation("balanced", nodes=1, app=make_app(tmp_path / "store", seen))
+    record, store = to_record(initial_arrays()), NodeStore(tmp_path / "store", RUN_ID, 1)
+    trained = {n: np.zeros(initial_arrays()[n].shape) for n in ("conv.weight", "fc.weight")}
+    got = {n: np.zeros_like(total) for n, total in trained.items()}
+
+    def message(number):
+        config = ConfigRecord({"server-round": number})
+        return Message(RecordDict({"arrays": record, "config": config}), 1, "train")
+
+    def count(number, replies):
+        change = differences(initial_arrays(), to_arrays(replies[0].content["arrays"]))
+        local = differences(seen[0][2], local_step(seen[0][2], 1000 + number))
+        for name in trained:
+            got[name] += change[name]
+            trained[name] += local[name]
+
+    count(1, list(grid.send_and_receive([message(1)])))
+    ids = [list(grid.push_messages([message(number)])) for number in (2, 3)]
+    order = [(3, ids[1]), (2, ids[0])] if fate == "reversed" else [(2, ids[0]), (3, ids[1])]
+    for number, wanted in order:
+        if fate == {2: "first lost", 3: "second lost"}[number]:
+            grid._forget(wanted)
+            continue
+        if fate == "late" and number == 2:
+            count(4, list(grid.send_and_receive([message(4)])))
+        count(number, list(grid.pull_messages(wanted)))
+    for number in (5, 6):
+        count(number, list(grid.send_and_receive([message(number)])))
+    node = grid._streams.node(1)
+    store.settle(node.accepted, node.given_up)
+    left = store.residual("arrays")
+    for name, total in trained.items():
+        np.testing.assert_allclose(got[name] + left[name], total, atol=1e-5)
+    assert not list(store._folder.glob("*.taken-*"))
+    assert not list(store._folder.glob("*.pending-*"))
 
 
 @pytest.mark.parametrize("preset", ["lossless", "balanced", "small"])
