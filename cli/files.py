@@ -66,7 +66,8 @@ def compress(
 
     Every bit is kept, unless `--step`, `--error` or `--bits` asks for quantised floats. Running
     means and variances of normalisation layers, and tensors of fewer than 16 elements, are kept
-    exactly in any case. Of an .onnx file, the initialisers are compressed and not the graph.
+    exactly in any case. Of an .onnx file, the graph is kept as well. What was written is decoded
+    and compared before the file appears.
     """
     from prunecast.compression.files.compressing import compress_file
     from prunecast.compression.files.formats import open_tensors
@@ -86,7 +87,7 @@ def compress(
 def decompress(
     file: Annotated[Path, typer.Argument(help="A file that `prunecast compress` wrote.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="A .safetensors or .npz file to write.")
+        Path, typer.Option("--output", "-o", help="A .safetensors, .npz or .onnx file to write.")
     ],
     max_bytes: Annotated[
         int | None,
@@ -99,7 +100,7 @@ def decompress(
 ) -> None:
     """Write the tensors of a compressed file as .safetensors or .npz.
 
-    Also of one that was an .onnx file, whose graph is not in it.
+    One that was an .onnx file becomes that again with `--output` FILE.onnx, external data taken in.
     """
     from prunecast.compression.files.archive import open_archive
     from prunecast.compression.files.compressing import restore_file
@@ -111,6 +112,7 @@ def decompress(
     with file_progress() as progress:
         restore_file(archive, output, on_progress=progress)
     dropped = sorted(archive.metadata) if suffix == ".npz" else []
+    without = archive.graph is not None and suffix != ".onnx"
     if as_json:
         show(
             {
@@ -120,6 +122,7 @@ def decompress(
                 "raw_bytes": archive.nbytes,
                 "quantised": sorted(archive.steps),
                 "metadata_left_out": dropped,
+                "graph_left_out": without,
             }
         )
         return
@@ -127,6 +130,8 @@ def decompress(
     say(f"{output}: {count_text(len(archive), 'tensor')}, {archive.nbytes:,} bytes{quantised}.")
     if dropped:
         say(f"Note: .npz has no place for the metadata {', '.join(dropped)}.")
+    if without:
+        say("Note: the graph of the .onnx file is left out; --output FILE.onnx writes the model.")
 
 
 def _refuse_to_overwrite(path: Path, force: bool) -> None:
@@ -172,7 +177,7 @@ def _document(source: TensorFile, target: Path, result: Inspection) -> dict[str,
         "parameters": source.size,
         "bits_per_parameter": 8 * result.nbytes / source.size if source.size else None,
         "common_bytes": result.common,
-        "remarks": source.remarks,
+        "graph_bytes": None if source.graph is None else len(source.graph),
         "tensors": [
             {
                 "name": name,
@@ -210,9 +215,10 @@ def _show(source: TensorFile, target: Path, result: Inspection) -> None:
         bytes_text(source.nbytes), bytes_text(result.nbytes), bits,
     ]  # fmt: skip
     print_table(make_console(), [Column("tensor"), *cells], rows, total=total)
+    plain = source.nbytes + len(source.graph or b"")
     say(
-        f"{target}: {result.nbytes:,} bytes instead of {source.nbytes:,}, "
-        f"{ratio_text(source.nbytes / result.nbytes)} smaller, {bits} bits per parameter."
+        f"{target}: {result.nbytes:,} bytes instead of {plain:,}, "
+        f"{ratio_text(plain / result.nbytes)} smaller, {bits} bits per parameter."
     )
     if lossy:
         errors = {n: t.error for n, t in result.tensors.items() if t.error is not None}
@@ -223,9 +229,8 @@ def _show(source: TensorFile, target: Path, result: Inspection) -> None:
         )
     else:
         say("Lossless: every bit of every tensor is kept.")
-    if source.kind == "onnx":
-        say("It holds the initialisers, not the graph: keep the .onnx file for that.")
-    say(*(f"Note: {remark}." for remark in source.remarks))
+    if source.graph is not None:
+        say(f"It holds the graph too: prunecast decompress {target} -o model.onnx")
 
 
 # -- inspect --------------------------------------------------------------------------------------
@@ -279,7 +284,7 @@ def _inspected(source: TensorFile, found: Inspection, outlines: list[Outline]) -
         "elements": source.size,
         "sections": found.sections,
         "metadata": source.metadata,
-        "remarks": source.remarks,
+        "graph_bytes": None if source.graph is None else len(source.graph),
         "tensors": [
             {
                 "name": name,
@@ -369,7 +374,6 @@ def _show_tensors(source: TensorFile, found: Inspection) -> None:
         "H0: zeroth-order entropy in bits per element, of the values of integers and of the "
         "bytes of floats. bits: per element. Coded losslessly; "
         "prunecast compress --error 0.01 would quantise.",
-        *(f"Note: {remark}." for remark in source.remarks),
     )
 
 

@@ -88,7 +88,7 @@ class Archive(TensorFile):
             self._last = None  # before another is opened
             part = self._open(payload)
             if not number:
-                count, self.metadata = part.count, part.metadata
+                count, self.metadata, self.graph = part.count, part.metadata, part.graph
             if part.count != count or part.number != number:
                 raise UnreadableFile(f"{self.path}: its parts are not those of one file, in order")
             for name, spec in part.specs.items():

@@ -19,14 +19,16 @@ from prunecast.compression.codec import (
     step_for_bits,
     step_for_error,
 )
-from prunecast.compression.files import FilesError, UnsupportedTensor
+from prunecast.compression.files import FilesError, UnreadableFile, UnsupportedTensor
 from prunecast.compression.files.archive import PART_BYTES, Archive, plan_parts
-from prunecast.compression.files.formats import write_tensors
+from prunecast.compression.files.formats import writable_format, write_tensors
 from prunecast.compression.files.inspection import InspectedTensor, Inspection, Progress, own_limits
+from prunecast.compression.files.onnx_skeleton import write_onnx
 from prunecast.compression.files.parts import (
     Coded,
     keep,
     lattice_coding,
+    open_part,
     pack_part,
     put_on_lattice,
     restore,
@@ -161,7 +163,8 @@ def compress_file(
 ) -> Inspection:
     """Write the tensors of a file as a compressed one, atomically.
 
-    Every bit of every tensor is kept unless `lossy` says otherwise. One part after the other is
+    Every bit of every tensor is kept unless `lossy` says otherwise: each part is decoded again and
+    compared before the file appears. One part after the other is
     held in memory, except with `Lossy.bits` or `Lossy.common`, which need all floats at once.
 
     Args:
@@ -198,13 +201,39 @@ def compress_file(
                     error = relative_error(tensor.real(), restore(coded[name]).real())
                 seen[name] = InspectedTensor(source.specs[name], step=step, error=error)
                 done += source.specs[name].nbytes
+            metadata, graph = ({}, None) if number else (source.metadata, source.graph)
             payload = pack_part(
-                coded, number=number, count=len(plan), metadata={} if number else source.metadata
+                coded, number=number, count=len(plan), metadata=metadata, graph=graph
             )
+            on_progress(done, total, "verifying")
+            _verify(payload, coded, graph)
             file.write(payload)
             result.add(payload, own_limits(), seen)
             on_progress(done, total, "")
     return result
+
+
+def _verify(payload: bytes, coded: Mapping[str, Coded], graph: bytes | None) -> None:
+    """Decode a part and compare every bit with what went into it.
+
+    Raises:
+        UnreadableFile: they differ, so that the file must not be written.
+    """
+    part = open_part(payload, own_limits())
+    for name, tensor in coded.items():
+        wanted, found = restore(tensor), part.load(name)
+        same = found.spec == wanted.spec and np.array_equal(_bits(found), _bits(wanted))
+        if not same:
+            raise UnreadableFile(
+                f"tensor {name!r} does not come back as it was: nothing was written; please "
+                "report the file"
+            )
+    if part.graph != graph:
+        raise UnreadableFile("the graph does not come back as it was: nothing was written")
+
+
+def _bits(tensor: FileTensor) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(tensor.values).reshape(-1).view(np.uint8)
 
 
 class _Measure:
@@ -225,8 +254,13 @@ class _Measure:
                 total += self._fixed[number]
                 continue
             coded = {n: quantised[n] if n in quantised else keep(self._source[n]) for n in names}
-            metadata = {} if number else self._source.metadata
-            length = len(pack_part(coded, number=number, count=len(self._plan), metadata=metadata))
+            whole = self._source
+            metadata, graph = ({}, None) if number else (whole.metadata, whole.graph)
+            length = len(
+                pack_part(
+                    coded, number=number, count=len(self._plan), metadata=metadata, graph=graph
+                )
+            )
             total += length
             if not any(name in quantised for name in names):
                 self._fixed[number] = length
@@ -238,10 +272,12 @@ class _Measure:
 def restore_file(
     archive: Archive, path: Path, *, on_progress: Progress = lambda done, total, what: None
 ) -> None:
-    """Write the tensors of a compressed file as ``.safetensors`` or ``.npz``, atomically.
+    """Write a compressed file as ``.safetensors`` or ``.npz``, or as the ``.onnx`` it was.
+
+    It is written whole or not at all.
 
     Raises:
-        FilesError: it cannot be decoded, or the format cannot hold a tensor.
+        FilesError: it cannot be decoded, the format cannot hold a tensor, or it holds no graph.
         StorageError: the file system refuses.
     """
     total, done = archive.nbytes, 0
@@ -251,4 +287,11 @@ def restore_file(
         tensors[name] = archive[name]
         done += spec.nbytes
     on_progress(total, total, f"writing {Path(path).name}")
-    write_tensors(path, tensors, archive.metadata)
+    if writable_format(path) == ".onnx":
+        if archive.graph is None:
+            raise UnsupportedTensor(
+                f"{archive.path} holds tensors without a graph: write .safetensors or .npz"
+            )
+        write_onnx(path, tensors, archive.graph)
+    else:
+        write_tensors(path, tensors, archive.metadata)

@@ -234,11 +234,14 @@ def writable_format(path: Path) -> str:
     """Return the suffix of a file that can be written.
 
     Raises:
-        UnknownFormat: neither ``.safetensors`` nor ``.npz``.
+        UnknownFormat: none of ``.safetensors``, ``.npz`` and, for what was one, ``.onnx``.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in (".safetensors", ".npz"):
-        raise UnknownFormat(f"{path}: tensors are written as .safetensors or .npz, not {suffix!r}")
+    if suffix not in (".safetensors", ".npz", ".onnx"):
+        raise UnknownFormat(
+            f"{path}: tensors are written as .safetensors or .npz, and as .onnx what was one, "
+            f"not {suffix!r}"
+        )
     return suffix
 
 
@@ -253,6 +256,8 @@ def write_tensors(
         StorageError: the file system refuses.
     """
     suffix = writable_format(path)
+    if suffix == ".onnx":
+        raise UnknownFormat(f"{path}: tensors alone are no .onnx model: write .safetensors or .npz")
     with replacing(Path(path)) as temporary:
         if suffix == ".npz":
             _write_npz(temporary, tensors)

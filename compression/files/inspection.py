@@ -128,8 +128,8 @@ def inspect_tensors(
             seen[name] = InspectedTensor(spec, zeros=_zeros(tensor), entropy=entropy_bits(tensor))
             result.zlib = (result.zlib or 0) + _deflated(tensor)
             done += spec.nbytes
-        metadata = {} if number else source.metadata
-        payload = pack_part(coded, number=number, count=len(plan), metadata=metadata)
+        metadata, graph = ({}, None) if number else (source.metadata, source.graph)
+        payload = pack_part(coded, number=number, count=len(plan), metadata=metadata, graph=graph)
         result.add(payload, own_limits(), seen)
     on_progress(done, source.nbytes, "")
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.files import UnreadableFile, UnsafePath, UnsupportedTensor
+from prunecast.compression.files.onnx_skeleton import Place, places, subgraphs
 from prunecast.compression.files.tensors import (
     FOREIGN,
     NATIVE,
@@ -20,7 +21,7 @@ from prunecast.compression.files.tensors import (
     raw_dtype,
 )
 
-__all__ = ["TensorReader", "inner_graphs", "open_onnx", "read_proto", "subgraphs"]
+__all__ = ["TensorReader", "inner_graphs", "open_onnx", "read_proto"]
 
 _MOST_ELEMENTS = 2**33  # of one tensor
 _PROTOBUF_LIMIT = 2**31 - 1
@@ -29,32 +30,74 @@ _IN_A_BYTE = {"uint4": 2, "int4": 2, "float4_e2m1fn": 2, "uint2": 4, "int2": 4}
 
 
 def open_onnx(path: Path) -> TensorFile:
-    """Open a model; its initialisers are the tensors, the graph is left alone.
+    """Open a model: the tensors that can be coded, wherever they lie, and the graph without them.
+
+    Tensors of other types (strings, four bits) stay in the graph; external data are taken in.
 
     Raises:
         UnreadableFile: missing or damaged.
         UnsafePath: external data outside the model's folder.
-        UnsupportedTensor: an initialiser has a type that cannot be coded.
     """
-    graph, reader = read_proto(path).graph, TensorReader(path)
-    protos = {proto.name: proto for proto in graph.initializer}
-    if len(protos) != len(graph.initializer):
+    model, reader = read_proto(path), TensorReader(path)
+    names = [proto.name for proto in model.graph.initializer]
+    if len(set(names)) != len(names):
         raise UnreadableFile(f"{path} names an initialiser twice")
-    specs = {name: reader.spec(proto) for name, proto in protos.items()}
+    try:
+        found = places(model)
+    except TypeError as error:  # protobuf hands out bytes instead
+        raise UnreadableFile(f"{path} holds a name that is not UTF-8: it is damaged") from error
+    specs: dict[str, FileSpec] = {}
+    held: dict[str, Callable[[], FileTensor]] = {}
+    for place in found:
+        taken = _take_list(place) if place.values is not None else _take_out(place, reader)
+        if taken is not None:
+            specs[place.name], held[place.name] = taken
+    skeleton = model.SerializeToString(deterministic=True)
+    return TensorFile(path, "onnx", specs, lambda name: held[name](), graph=skeleton)
 
-    def load(name: str) -> FileTensor:
-        dtype = specs[name].dtype
-        values = reader.array(protos[name])
-        return FileTensor(values.view(FOREIGN[dtype]) if dtype in FOREIGN else values, dtype)
 
-    remarks = []
-    inner = sum(len(graph.initializer) for graph in inner_graphs(graph))
-    sparse = len(graph.sparse_initializer)
-    if inner:
-        remarks.append(f"{inner} initialisers of inner graphs are not among the tensors")
-    if sparse:
-        remarks.append(f"{sparse} sparse initialisers are not among the tensors")
-    return TensorFile(path, "onnx", specs, load, remarks=remarks)
+Taken = tuple[FileSpec, Callable[[], FileTensor]]
+
+
+def _take_list(place: Place) -> Taken:
+    assert place.values is not None
+    field, dtype = place.values
+    values = np.array(getattr(place.holder, field), dtype)
+    place.holder.ClearField(field)
+    return FileSpec(dtype, values.shape), lambda: FileTensor(values, dtype)
+
+
+def _take_out(place: Place, reader: TensorReader) -> Taken | None:
+    """What a tensor is and how to read it, its values taken out; None if it has to stay."""
+    proto = place.holder
+    if not reader.codable(proto):
+        reader.embed(proto)
+        return None
+    spec, source = reader.spec(proto), type(proto)()
+    source.CopyFrom(proto)
+
+    def load() -> FileTensor:
+        values = reader.array(source)
+        view = values.view(FOREIGN[spec.dtype]) if spec.dtype in FOREIGN else values
+        return FileTensor(view, spec.dtype)
+
+    if proto.data_location == _EXTERNAL or proto.HasField("raw_data"):
+        proto.ClearField("data_location")
+        del proto.external_data[:]
+        proto.raw_data = b""  # says where the values go
+    elif spec.size:
+        from onnx import helper
+
+        field = helper.tensor_dtype_to_field(proto.data_type)
+        proto.ClearField(field)
+        place.fill(load())
+        if proto.SerializeToString(deterministic=True) != source.SerializeToString(
+            deterministic=True
+        ):
+            proto.CopyFrom(source)  # it would not come back as it was written
+            return None
+        proto.ClearField(field)
+    return spec, load
 
 
 def read_proto(path: Path) -> Any:
@@ -87,15 +130,6 @@ def read_proto(path: Path) -> Any:
     return model
 
 
-def subgraphs(node: Any) -> Iterator[tuple[str, Any]]:
-    """Graphs in the attributes of a node, with the attribute's name."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.name, attribute.g
-        for i, graph in enumerate(attribute.graphs):
-            yield f"{attribute.name}{i}", graph
-
-
 def inner_graphs(graph: Any) -> Iterator[Any]:
     """All graphs inside a graph's or function's nodes (of If, Loop, Scan), outer ones first."""
     for node in graph.node:
@@ -118,6 +152,11 @@ class TensorReader:
         """Whether the tensor has a dtype of numpy's that can be coded."""
         dtype = _dtype(proto)
         return dtype is not None and dtype.name in NATIVE
+
+    def codable(self, proto: Any) -> bool:
+        """Whether the tensor has a dtype that can be coded, numpy's or another."""
+        dtype = _dtype(proto)
+        return dtype is not None and dtype.name in (*NATIVE, *FOREIGN)
 
     def spec(self, proto: Any) -> FileSpec:
         """dtype and shape of a tensor that can be coded, once it is known to have its size.

@@ -138,8 +138,8 @@ MOST_NAME = 1 << 16
 """Bytes of the longest name."""
 RESERVED = "prunecast:"
 ESCAPED = "prunecast:="
-_PART, _CODINGS, _STEPS, _METADATA = (
-    RESERVED + key for key in ("part", "codings", "steps", "metadata")
+_PART, _CODINGS, _STEPS, _METADATA, _GRAPH = (
+    RESERVED + key for key in ("part", "codings", "steps", "metadata", "graph")
 )
 _MOST_METADATA = 1 << 24  # bytes
 _MOST_DIMS = 32  # of the codec's format
@@ -156,6 +156,7 @@ def pack_part(
     number: int = 0,
     count: int = 1,
     metadata: Mapping[str, str] | None = None,
+    graph: bytes | None = None,
 ) -> bytes:
     """Return one part.
 
@@ -164,6 +165,7 @@ def pack_part(
         number: of this part, from 0.
         count: number of parts.
         metadata: texts for the whole file; in the first part.
+        graph: of a model that was an ``.onnx`` file; in the first part.
 
     Raises:
         CodecError: a tensor cannot be coded.
@@ -189,6 +191,8 @@ def pack_part(
         if len(encoded) > _MOST_METADATA:
             raise UnsupportedTensor(f"the file's metadata exceed {_MOST_METADATA} bytes")
         arrays[_METADATA] = np.frombuffer(encoded, np.uint8)
+    if graph is not None:
+        arrays[_GRAPH] = np.frombuffer(graph, np.uint8)
     return encode(arrays)
 
 
@@ -213,6 +217,20 @@ class FilePart:
     count: int = 1
     metadata: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def graph(self) -> bytes | None:
+        """Skeleton of an ``.onnx`` model; None in a part without.
+
+        Raises:
+            UnreadableFile: its bytes are damaged.
+        """
+        if _GRAPH not in self.payload.specs:
+            return None
+        try:
+            return self.payload[_GRAPH].tobytes()
+        except CodecError as error:
+            raise UnreadableFile(f"the graph cannot be decoded: {error}") from error
+
     def load(self, name: str) -> FileTensor:
         """Decode one tensor.
 
@@ -235,7 +253,7 @@ def open_part(payload: bytes, limits: Limits | None = None) -> FilePart:
     """
     opened = open_payload(payload, limits=limits)
     stored: dict[str, str] = {}
-    notes = {_PART, _CODINGS, _STEPS, _METADATA} & set(opened.specs)
+    notes = {_PART, _CODINGS, _STEPS, _METADATA, _GRAPH} & set(opened.specs)
     for held in opened.specs:
         if held in notes:
             continue
@@ -263,6 +281,10 @@ def open_part(payload: bytes, limits: Limits | None = None) -> FilePart:
     if _PART in notes:
         number, count = _note(opened, _PART, "int64", 2).tolist()
     metadata = _metadata(opened) if _METADATA in notes else {}
+    if _GRAPH in notes and (
+        opened.specs[_GRAPH].dtype != np.uint8 or len(opened.specs[_GRAPH].shape) != 1
+    ):
+        raise UnreadableFile(f"the note {_GRAPH!r} is no graph")
     return FilePart(opened, specs, codings, steps, number, count, metadata)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class TensorFile(Mapping[str, FileTensor]):
         kind: ``safetensors``, ``npz``, ``onnx`` or ``pcc``.
         specs: name to dtype and shape, in the file's order.
         metadata: texts that travel with the tensors.
-        remarks: what of the file is not among its tensors, in sentences for people.
+        graph: of an ``.onnx`` file, the model without the tensors, serialised; None of others.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class TensorFile(Mapping[str, FileTensor]):
         load: Callable[[str], FileTensor],
         *,
         metadata: Mapping[str, str] | None = None,
-        remarks: Sequence[str] = (),
+        graph: bytes | None = None,
     ) -> None:
         self.path, self.kind, self.specs = path, kind, dict(specs)
-        self.metadata, self.remarks = dict(metadata or {}), list(remarks)
+        self.metadata, self.graph = dict(metadata or {}), graph
         self._load = load
 
     def __getitem__(self, name: str) -> FileTensor:

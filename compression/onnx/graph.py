@@ -17,7 +17,8 @@ from onnx import ModelProto
 
 from prunecast.common.files import write_atomically
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.files.onnx_files import inner_graphs, subgraphs
+from prunecast.compression.files.onnx_files import inner_graphs
+from prunecast.compression.files.onnx_skeleton import subgraphs
 from prunecast.compression.onnx import ExportError, ForeignModel
 
 __all__ = [

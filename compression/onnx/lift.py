@@ -26,8 +26,8 @@ from prunecast.compression.files.onnx_files import (
     TensorReader,
     inner_graphs,
     read_proto,
-    subgraphs,
 )
+from prunecast.compression.files.onnx_skeleton import subgraphs
 from prunecast.compression.onnx import ForeignModel
 from prunecast.compression.onnx.graph import (
     ExportedGraph,

@@ -132,15 +132,31 @@ def test_patterns_and_dead_zone(run: Run, weights: Path) -> None:
     assert [t["name"] for t in result["tensors"] if t["step"]] == ["classifier.weight"]
 
 
-def test_an_onnx_files_tensors_and_not_its_graph(run: Run, tmp_path: Path) -> None:
+def test_an_onnx_file_comes_back_with_its_graph(run: Run, tmp_path: Path) -> None:
     weight = np.arange(12, dtype=np.float32).reshape(3, 4)
-    graph = helper.make_graph([], "g", [], [], [numpy_helper.from_array(weight, "w")])
-    (tmp_path / "m.onnx").write_bytes(helper.make_model(graph).SerializeToString())
-    shown = ok(run("compress", tmp_path / "m.onnx")).output
-    assert "It holds the initialisers, not the graph" in shown
-    ok(run("decompress", tmp_path / "m.pcc", "-o", tmp_path / "w.npz"))
+    constant = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(weight))
+    graph = helper.make_graph([constant], "g", [], [])
+    model = helper.make_model(graph).SerializeToString(deterministic=True)
+    (tmp_path / "m.onnx").write_bytes(model)
+    shown = " ".join(ok(run("compress", tmp_path / "m.onnx")).output.split())
+    assert "Lossless: every bit of every tensor is kept" in shown
+    assert "It holds the graph too" in shown
+    told = " ".join(
+        ok(run("decompress", tmp_path / "m.pcc", "-o", tmp_path / "w.npz")).output.split()
+    )
+    assert "the graph of the .onnx file is left out" in told
     assert np.array_equal(np.load(tmp_path / "w.npz")["w"], weight)
+    ok(run("decompress", tmp_path / "m.pcc", "-o", tmp_path / "again.onnx"))
+    assert (tmp_path / "again.onnx").read_bytes() == model
     assert "1 tensor" in ok(run("inspect", tmp_path / "m.onnx")).output
+
+
+def test_a_checkpoint_has_no_graph_to_restore(run: Run, weights: Path, tmp_path: Path) -> None:
+    ok(run("compress", weights))
+    result = run("decompress", tmp_path / "net.pcc", "-o", tmp_path / "net.onnx")
+    assert result.exit_code == 1
+    assert "holds tensors without a graph" in " ".join(result.output.split())
+    assert not (tmp_path / "net.onnx").exists()
 
 
 def test_inspecting_a_checkpoint(run: Run, weights: Path, tmp_path: Path) -> None:
