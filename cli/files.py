@@ -365,9 +365,10 @@ def _show_tensors(source: TensorFile, found: Inspection) -> None:
         Column("coded"): lambda t: bytes_text(t.nbytes),
     }
     _show_costs(found, cells, total)
-    sizes = {"plain": source.nbytes, "zlib -6": found.zlib or 0, "coded": found.nbytes}
+    plain = source.nbytes + len(source.graph or b"")
+    sizes = {"plain": plain, "zlib -6": found.zlib or 0, "coded": found.nbytes}
     for label, size in sizes.items():
-        ratio = ratio_text(source.nbytes / size) if size else "–"
+        ratio = ratio_text(plain / size) if size else "–"
         say(f"{label:8} {size:>15,} bytes {ratio:>7}")
     say(
         "",

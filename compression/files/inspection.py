@@ -73,7 +73,7 @@ class Inspection:
         nbytes: coded size: that of the compressed file, or of the one that would be written.
         sections: section of the payloads to bytes; they sum to `nbytes`.
         parts: number of parts.
-        zlib: size of the plain tensors, each through zlib at level 6; None for compressed files.
+        zlib: size of tensors and graph, each through zlib at level 6; None for compressed files.
     """
 
     tensors: dict[str, InspectedTensor] = field(default_factory=dict)
@@ -118,7 +118,7 @@ def inspect_tensors(
         FilesError, CodecError: a tensor cannot be read or coded.
     """
     plan = plan_parts(source.specs)
-    result, done = Inspection(zlib=0), 0
+    result, done = Inspection(zlib=len(zlib.compress(source.graph)) if source.graph else 0), 0
     for number, names in enumerate(plan):
         coded, seen = {}, {}
         for name in names:

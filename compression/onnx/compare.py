@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prunecast.compression.onnx import ForeignModel, NumericsError
 from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.runtime import InferenceSession, Signature
-from prunecast.compression.release.selftest import Arrays, distances
+from prunecast.compression.release.selftest import Arrays, distances, dtype_name, same_values
 
 __all__ = ["Difference", "differ", "draw_inputs", "record"]
 
@@ -26,7 +26,8 @@ class Difference:
 
     Attributes:
         absolute: largest absolute difference.
-        relative: that over the largest absolute value of the same output, the largest of all.
+        relative: that over the largest absolute value of the same output, the largest of all; 1
+            where a text differs.
         classes: share of argmax decisions over the last axis that differ; 0 where none are made.
     """
 
@@ -36,7 +37,7 @@ class Difference:
 
 
 def draw_inputs(session: InferenceSession, seed: int) -> dict[str, NDArray[np.generic]]:
-    """Inputs that a model accepts: normal floats, small integers, coin flips.
+    """Inputs that a model accepts: normal floats, small integers, coin flips, short texts.
 
     Args:
         session: the model.
@@ -76,6 +77,8 @@ def _draw(
     dtype = np.dtype(signature.dtype)
     if dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape)).astype(dtype)
+    if dtype.kind == "U":
+        return np.asarray(rng.integers(0, most, shape)).astype(str)
     if dtype.kind == "b":
         return np.asarray(rng.random(shape) < 0.5)
     return np.asarray(rng.integers(0, 256 if dtype == np.uint8 else most, shape)).astype(dtype)
@@ -109,12 +112,15 @@ def differ(wanted: Arrays, found: Arrays) -> Difference:
         raise NumericsError(f"the outputs are {list(found)}, the original's {list(wanted)}")
     for name, want in wanted.items():
         have = found[name]
-        if (want.shape, want.dtype) != (have.shape, have.dtype):
+        if (want.shape, dtype_name(want)) != (have.shape, dtype_name(have)):
             raise NumericsError(
-                f"output {name!r} is {have.dtype}{list(have.shape)}, the original's "
-                f"{want.dtype}{list(want.shape)}"
+                f"output {name!r} is {dtype_name(have)}{list(have.shape)}, the original's "
+                f"{dtype_name(want)}{list(want.shape)}"
             )
         if not want.size:
+            continue
+        if dtype_name(want) == "str":  # a text differs or not: as far as can be
+            relative = max(relative, float(not same_values(want, have)))
             continue
         far = float(distances(want, have).max())
         if not np.isfinite(far):

@@ -87,7 +87,7 @@ def lift_model(path: Path) -> LiftedModel:
     """Read an ``.onnx`` file and take its weights out.
 
     Raises:
-        ForeignModel: damaged, without weights, or it refers to files outside its folder.
+        ForeignModel: damaged, or it refers to files outside its folder.
     """
     try:
         return _lift(Path(path))
@@ -115,7 +115,7 @@ def _lift(path: Path) -> LiftedModel:
     if inlined:
         work.share(proto.graph)
     if not work.arrays:
-        raise ForeignModel(f"{path} holds no weights: there is nothing to release")
+        notes.append("no tensor holds weights: the model travels as it is, in model.onnx")
     taken = [n for n in work.arrays if {f"{n}::q", f"{n}::step", f"{n}::float32"} & work.names]
     if taken:
         raise ForeignModel(f"{path}: tensor {taken[0]!r} collides with a reserved name")
@@ -292,7 +292,7 @@ def _inlined(proto: Any, path: Path) -> Any:
 
 def _tidy(graph: Any) -> None:
     """Remove what names a developer's disk; shapes, names and the model's own metadata stay."""
-    graph.doc_string = ""
+    graph.ClearField("doc_string")
     for node in graph.node:
-        node.doc_string = ""
+        node.ClearField("doc_string")
         del node.metadata_props[:]

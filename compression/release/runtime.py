@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from prunecast.common.text import first_line
 from prunecast.compression.release import InputRefused, RuntimeFailure
+from prunecast.compression.release.selftest import dtype_name
 
 __all__ = [
     "InferenceSession",
@@ -36,6 +37,7 @@ _DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(bool)": "bool",
+    "tensor(string)": "str",
     **{
         f"tensor({sign}int{bits})": f"{sign}int{bits}"
         for sign in ("", "u")
@@ -46,7 +48,10 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Signature:
-    """Name, numpy dtype name and shape of one input or output; a free dimension is a string."""
+    """Name, numpy dtype name and shape of one input or output; a free dimension is a string.
+
+    Texts are of dtype ``str``, whatever their length.
+    """
 
     name: str
     dtype: str
@@ -67,7 +72,7 @@ class InferenceSession:
         self.outputs = tuple(_signature(node) for node in session.get_outputs())
 
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        """Outputs by name.
+        """Outputs by name; texts as objects, since one long one would set the size of all.
 
         Raises:
             InputRefused: an input is missing, unknown, or has the wrong dtype or shape.
@@ -75,7 +80,9 @@ class InferenceSession:
         """
         self._check(inputs)
         try:
-            values = self._session.run(None, dict(inputs))
+            # onnxruntime takes texts as objects
+            given = {n: a.astype(object) if a.dtype.kind == "U" else a for n, a in inputs.items()}
+            values = self._session.run(None, given)
         except Exception as error:  # onnxruntime raises its own and RuntimeError
             raise RuntimeFailure(f"inference failed: {first_line(error)}") from error
         return {s.name: np.asarray(v) for s, v in zip(self.outputs, values, strict=True)}
@@ -91,10 +98,10 @@ class InferenceSession:
             fits = len(array.shape) == len(want.shape) and all(
                 isinstance(n, str) or n == m for n, m in zip(want.shape, array.shape, strict=True)
             )
-            if array.dtype.name != want.dtype or not fits:
+            if dtype_name(array) != want.dtype or not fits:
                 raise InputRefused(
                     f"input {name!r} must be {want.dtype}{list(want.shape)}, "
-                    f"not {array.dtype.name}{list(array.shape)}"
+                    f"not {dtype_name(array)}{list(array.shape)}"
                 )
 
 

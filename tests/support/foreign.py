@@ -222,3 +222,103 @@ def save(proto: onnx.ModelProto, path: Path, *, external: bool = False) -> Path:
     else:
         onnx.save(proto, path)
     return path
+
+
+def _ml(
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+) -> onnx.ModelProto:
+    """A model with the operators of ai.onnx.ml, as scikit-learn's converter leaves them."""
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+_TREE = {
+    "nodes_treeids": [0, 0, 0], "nodes_nodeids": [0, 1, 2], "nodes_featureids": [1, 0, 0],
+    "nodes_modes": ["BRANCH_LEQ", "LEAF", "LEAF"], "nodes_values": [0.25, 0.0, 0.0],
+    "nodes_truenodeids": [1, 0, 0], "nodes_falsenodeids": [2, 0, 0],
+    "nodes_missing_value_tracks_true": [0, 0, 0],
+}  # fmt: skip
+
+
+def trees() -> onnx.ModelProto:
+    """A tree ensemble that says a number: its thresholds are attributes."""
+    targets = {
+        "target_treeids": [0, 0], "target_nodeids": [1, 2], "target_ids": [0, 0],
+        "target_weights": [-1.5, 2.25], "n_targets": 1,
+    }  # fmt: skip
+    node = helper.make_node(
+        "TreeEnsembleRegressor", ["x"], ["y"], domain="ai.onnx.ml", **_TREE, **targets
+    )
+    return _ml([node], [value("x", "batch", 3)], [value("y", "batch", 1)])
+
+
+def labelling_trees() -> onnx.ModelProto:
+    """A tree ensemble that says a class by its name, and how sure it is."""
+    classes = {
+        "class_treeids": [0, 0], "class_nodeids": [1, 2], "class_ids": [0, 1],
+        "class_weights": [1.0, 1.0], "classlabels_strings": ["no", "yes, surely"],
+    }  # fmt: skip
+    node = helper.make_node(
+        "TreeEnsembleClassifier", ["x"], ["label", "p"], domain="ai.onnx.ml", **_TREE, **classes
+    )
+    outputs = [value("label", "batch", kind=TensorProto.STRING), value("p", "batch", 2)]
+    return _ml([node], [value("x", "batch", 3)], outputs)
+
+
+def linear() -> onnx.ModelProto:
+    """A linear model whose coefficients are attributes."""
+    node = helper.make_node(
+        "LinearRegressor",
+        ["x"],
+        ["y"],
+        domain="ai.onnx.ml",
+        coefficients=[0.5, -1.0, 2.0],
+        intercepts=[0.125],
+        targets=1,
+    )
+    return _ml([node], [value("x", "batch", 3)], [value("y", "batch", 1)])
+
+
+def texts() -> onnx.ModelProto:
+    """Words in; numbers, and words, out."""
+    nodes = [
+        helper.make_node(
+            "LabelEncoder",
+            ["word"],
+            ["code"],
+            domain="ai.onnx.ml",
+            keys_strings=["1", "2", "straße"],
+            values_int64s=[10, 20, 30],
+            default_int64=-1,
+        ),
+        helper.make_node(
+            "LabelEncoder",
+            ["word"],
+            ["name"],
+            domain="ai.onnx.ml",
+            keys_strings=["1", "2", "straße"],
+            values_strings=["one", "", "road"],
+            default_string="none of them",
+        ),
+    ]
+    ends = [value("code", 3, kind=TensorProto.INT64), value("name", 3, kind=TensorProto.STRING)]
+    return _ml(nodes, [value("word", 3, kind=TensorProto.STRING)], ends)
+
+
+def arithmetic() -> onnx.ModelProto:
+    """No weight at all."""
+    node = helper.make_node("Softmax", ["x"], ["y"])
+    return model([node], [value("x", "batch", 3)], [value("y", "batch", 3)], [])
+
+
+WEIGHTLESS: dict[str, Callable[[], onnx.ModelProto]] = {
+    "trees": trees,
+    "labelling trees": labelling_trees,
+    "linear": linear,
+    "texts": texts,
+    "arithmetic": arithmetic,
+}
+"""Models that hold no tensor of weights."""

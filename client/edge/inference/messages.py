@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from prunecast.client.edge.errors import RequestRefused
 from prunecast.compression.release.runtime import Signature
+from prunecast.compression.release.selftest import dtype_name
 
 __all__ = [
     "DATATYPE_NAMES",
@@ -39,10 +40,18 @@ _DATATYPES = {
     "FP16": "float16",
     "FP32": "float32",
     "FP64": "float64",
+    "BYTES": "str",
 }
 DATATYPE_NAMES = {dtype: name for name, dtype in _DATATYPES.items()}
 """Names in the protocol by the numpy dtypes that a model may have."""
-_JSON_TYPES: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
+_JSON_TYPES: dict[str, set[type]] = {
+    "b": {bool},
+    "i": {int},
+    "u": {int},
+    "f": {int, float},
+    "U": {str},
+}
+_LENGTH = 4  # bytes before each text
 
 
 @dataclass(frozen=True)
@@ -124,12 +133,12 @@ def encode_response(
             )
         tensor: dict[str, Any] = {
             "name": output,
-            "datatype": DATATYPE_NAMES[array.dtype.name],
+            "datatype": DATATYPE_NAMES[dtype_name(array)],
             "shape": list(array.shape),
         }
         if as_binary:
             binary.append(_to_binary(array))
-            tensor["parameters"] = {"binary_data_size": array.nbytes}
+            tensor["parameters"] = {"binary_data_size": len(binary[-1])}
             described.append(_compact(tensor))
         else:
             described.append(f'{_compact(tensor)[:-1]},"data":[{_values(array)}]}}')
@@ -251,6 +260,8 @@ def _from_json(
         kinds = ", ".join(sorted(kind.__name__ for kind in wrong))
         raise RequestRefused(400, f"input {tensor!r} of {dtype.name} holds values of type {kinds}")
     try:
+        if dtype.kind == "U":
+            return _texts(values, shape)
         with np.errstate(over="ignore"):
             array = np.array(values, dtype=dtype.newbyteorder("="))
     except (OverflowError, ValueError):
@@ -261,10 +272,36 @@ def _from_json(
     return array.reshape(shape)
 
 
+def _texts(values: list[str], shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """Texts as objects: in numpy's own text arrays, the longest would set the size of all."""
+    array: NDArray[Any] = np.empty(len(values), object)
+    array[:] = values
+    return array.reshape(shape)
+
+
 def _from_binary(
     tensor: str, dtype: np.dtype[Any], shape: tuple[int, ...], data: memoryview
 ) -> NDArray[np.generic]:
-    """An array from bytes: little-endian, row-major, nothing between the elements."""
+    """An array from bytes: little-endian, row-major, nothing between the elements.
+
+    Each text comes after its length in bytes of UTF-8, four bytes.
+    """
+    if dtype.kind == "U":
+        texts, at = [], 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + _LENGTH], "little")
+            at += _LENGTH + size
+            if at > len(data):
+                raise RequestRefused(400, f"input {tensor!r}: a text goes beyond the binary data")
+            try:
+                texts.append(str(data[at - size : at], "utf-8"))
+            except UnicodeDecodeError:
+                raise RequestRefused(400, f"input {tensor!r}: a text is not UTF-8") from None
+        if len(texts) != math.prod(shape):
+            raise RequestRefused(
+                400, f"input {tensor!r} has {len(texts)} texts; its shape needs {math.prod(shape)}"
+            )
+        return _texts(texts, shape)
     needed = math.prod(shape) * dtype.itemsize
     if len(data) != needed:
         raise RequestRefused(
@@ -278,6 +315,9 @@ def _from_binary(
 
 def _to_binary(array: NDArray[np.generic]) -> memoryview:
     """The bytes of an array as the protocol wants them."""
+    if array.dtype.kind in "UO":
+        texts = (text.encode() for text in array.ravel().tolist())
+        return memoryview(b"".join(len(t).to_bytes(_LENGTH, "little") + t for t in texts))
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 

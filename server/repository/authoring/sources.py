@@ -215,7 +215,7 @@ def from_onnx(
         most_difference: refuse a relative difference above this.
 
     Raises:
-        ForeignModel: the file is damaged, holds no weights, draws random numbers, or refers to
+        ForeignModel: the file is damaged, draws random numbers, or refers to
             files outside its folder.
         NumericsError: the rebuilt model computes something else, or differs too much.
         RuntimeFailure: onnxruntime refuses the original or its inputs.

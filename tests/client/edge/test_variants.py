@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from prunecast.client.edge import Agent, AgentConfig
-from prunecast.compression.release.runtime import computes_in_integers
+from prunecast.compression.onnx.compare import draw_inputs
+from prunecast.compression.release.runtime import computes_in_integers, open_session
 from prunecast.server.repository import Repository, verify_repository
 from prunecast.server.repository.authoring import ReleaseRecipe, Samples
+from prunecast.server.repository.authoring.sources import from_onnx
+from support import foreign
 from support.convolutional import (
     convolutional,
     convolutional_graph,
@@ -57,3 +61,24 @@ def test_other_variants_compute_the_published_values(kind: str) -> None:
     assert made.variant == ("lattice" if kind == "int8" else "fp32")
     assert made.numerics["max_difference"] < 1e-6
     assert "accuracy" not in made.numerics
+
+
+@pytest.mark.parametrize("kind", foreign.WEIGHTLESS)
+def test_an_agent_runs_models_without_tensors_of_weights(
+    kind: str,
+    start: Callable[..., Agent],
+    repository: Repository,
+    config: AgentConfig,
+    tmp_path: Path,
+) -> None:
+    path = foreign.save(foreign.WEIGHTLESS[kind](), tmp_path / "m.onnx")
+    repository.publish("toy", from_onnx(path))
+    agent = start()
+    result = agent.update_once()
+    assert (result.outcome, result.version, result.difference) == ("updated", 1, 0.0)
+    session = open_session(path)
+    inputs = draw_inputs(session, 7)
+    wanted, found = session.run(inputs), agent.model.run(inputs)
+    assert {n: a.tolist() for n, a in found.items()} == {n: a.tolist() for n, a in wanted.items()}
+    agent.close()
+    assert start().model.manifest.version == 1  # opened from its slot, and tested again

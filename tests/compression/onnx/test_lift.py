@@ -254,10 +254,19 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(ForeignModel, match=r"m\.onnx is not"):
             lift_model(path)
-    end = [foreign.value("x", 2)], [foreign.value("y", 2)]
-    proto = foreign.model([helper.make_node("Relu", ["x"], ["y"])], *end, [])
-    with pytest.raises(ForeignModel, match="no weights"):
-        lift_model(foreign.save(proto, path))
+
+
+@pytest.mark.parametrize("kind", foreign.WEIGHTLESS)
+def test_a_model_without_weights_stays_as_it_is(kind: str, tmp_path: Path) -> None:
+    proto = foreign.WEIGHTLESS[kind]()
+    lifted = lift_model(foreign.save(proto, tmp_path / "m.onnx"))
+    assert not lifted.arrays
+    again = onnx.ModelProto.FromString(lifted.graph.skeleton).graph
+    assert (list(again.node), list(again.input), list(again.output)) == (
+        list(proto.graph.node),
+        list(proto.graph.input),
+        list(proto.graph.output),
+    )
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,43 @@ def test_every_kind_becomes_a_release_that_verifies(
     onnx.checker.check_model(str(tmp_path / "single.onnx"))
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("kind", foreign.WEIGHTLESS)
+def test_models_without_tensors_of_weights_are_released_exactly(
+    kind: str, bits: int | None, repository: Repository, tmp_path: Path
+) -> None:
+    path = foreign.save(foreign.WEIGHTLESS[kind](), tmp_path / "m.onnx")
+    made = from_onnx(path, bits=bits)
+    assert made.metrics["onnx_max_difference"] == made.metrics["onnx_relative_difference"] == 0.0
+    assert [n for n in made.notes if n.startswith("no tensor holds weights")]
+    manifest = repository.publish("toy", made).manifest
+    assert manifest.weights.length == 0
+    assert [v.version for v in verify_repository(repository, repository.trusted_root())] == [1]
+    export_release(repository, manifest, tmp_path / "single.onnx")
+    original, single = open_session(path), open_session(tmp_path / "single.onnx")
+    inputs = unpack_arrays(repository.blob(manifest.files["selftest.npz"]))
+    wanted, got = original.run(inputs), single.run(inputs)
+    for name, values in wanted.items():
+        assert values.tolist() == got[name].tolist()
+
+
+def test_a_model_of_texts_is_released_with_the_texts_it_was_given(
+    repository: Repository, tmp_path: Path
+) -> None:
+    path = foreign.save(foreign.texts(), tmp_path / "m.onnx")
+    words = np.array(["2", "straße", "unknown to it"])
+    made = from_onnx(path, inputs={"word": words})
+    manifest = repository.publish("toy", made).manifest
+    assert [(s.dtype, s.shape) for s in (*manifest.inputs, *manifest.outputs)] == [
+        ("str", (3,)), ("int64", (3,)), ("str", (3,)),
+    ]  # fmt: skip
+    held = unpack_arrays(repository.blob(manifest.files["selftest.npz"]))
+    expected = unpack_arrays(repository.blob(manifest.files["expected.npz"]))
+    assert held["word"].tolist() == words.tolist()
+    assert expected["code"].tolist() == [20, 30, -1]
+    assert expected["name"].tolist() == ["", "road", "none of them"]
+
+
 @pytest.mark.parametrize(
     ("opset", "bits", "variant", "note"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ from prunecast.client.edge.inference.messages import (
 )
 from prunecast.client.edge.inference.protocol import EndpointReply
 from prunecast.client.edge.slots.slot import LoadedRelease
-from prunecast.compression.release.runtime import Signature
+from prunecast.compression.release.runtime import Signature, open_session
+from support import foreign
 from support.classifier import classifier_inputs
 from support.served import DTYPES, classifier_outputs
 
@@ -83,6 +86,58 @@ def test_an_answer_in_json(protocol: InferenceProtocol, data: list[object]) -> N
     assert (output["name"], output["datatype"], output["shape"]) == ("output", "FP32", [4, 5])
     found = np.array(output["data"], np.float32).reshape(4, 5)
     assert np.abs(found - classifier_outputs(1, X)).max() < 1e-5
+
+
+def bytes_of(texts: list[str]) -> bytes:
+    coded = [text.encode() for text in texts]
+    return b"".join(len(text).to_bytes(4, "little") + text for text in coded)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_texts_go_in_and_out(echo: LoadedRelease, tmp_path: Path, binary: bool) -> None:
+    session = open_session(foreign.save(foreign.texts(), tmp_path / "m.onnx"))
+    protocol = InferenceProtocol(EdgeModel(replace(echo, session=session)), "echo")
+    words, path = ["2", "straße", "unknown"], "/v2/models/echo/infer"
+    sent = bytes_of(words)
+    one = {"name": "word", "shape": [3], "datatype": "BYTES"}
+    one |= {"parameters": {"binary_data_size": len(sent)}} if binary else {"data": words}
+    asked = [{"name": "name", "parameters": {"binary_data": binary}}, {"name": "code"}]
+    answer = post(protocol, {"inputs": [one], "outputs": asked}, sent if binary else b"", path)
+    assert answer.status == 200, answer.body
+    at = int(answer.headers.get("Inference-Header-Content-Length", len(answer.body)))
+    name, code = json.loads(answer.body[:at])["outputs"]
+    assert code["data"] == [20, 30, -1]
+    assert (name["datatype"], name["shape"]) == ("BYTES", [3])
+    wanted = ["", "road", "none of them"]
+    assert name.get("data", wanted) == wanted
+    assert bytes(answer.body[at:]) == (bytes_of(wanted) if binary else b"")
+    if binary:
+        assert name["parameters"] == {"binary_data_size": len(bytes_of(wanted))}
+
+
+@pytest.mark.parametrize(
+    ("binary", "told"),
+    [
+        (bytes_of(["a", "b"]), "2 texts; its shape needs 3"),
+        (bytes_of(["a", "b", "c"])[:-1], "goes beyond"),
+        (bytes_of(["a", "b", "c"]) + b"\1", "goes beyond"),
+        (b"\xff\xff\xff\xff" + bytes(8), "goes beyond"),
+        (b"\1\0\0\0\xff" + bytes(8), "not UTF-8"),
+    ],
+)
+def test_texts_that_are_none_are_refused(
+    echo: LoadedRelease, tmp_path: Path, binary: bytes, told: str
+) -> None:
+    session = open_session(foreign.save(foreign.texts(), tmp_path / "m.onnx"))
+    protocol = InferenceProtocol(EdgeModel(replace(echo, session=session)), "echo")
+    one = {"name": "word", "shape": [3], "datatype": "BYTES"}
+    path = "/v2/models/echo/infer"
+    given = {**one, "parameters": {"binary_data_size": len(binary)}}
+    answer = post(protocol, {"inputs": [given]}, binary, path)
+    assert answer.status == 400
+    assert told in json.loads(answer.body)["error"]
+    answer = post(protocol, {"inputs": [{**one, "data": ["a", 1, "b"]}]}, path=path)
+    assert (answer.status, "type int" in json.loads(answer.body)["error"]) == (400, True)
 
 
 def test_binary_tensors_of_every_datatype_come_back_as_they_went(echo: LoadedRelease) -> None:
@@ -155,7 +210,7 @@ def test_what_json_cannot_say_must_be_asked_for_as_binary(echo: LoadedRelease) -
     ("change", "says"),
     [
         ({"datatype": "FP64"}, "must be float32"),
-        ({"datatype": "BYTES"}, "has the datatype"),
+        ({"datatype": "BF16"}, "has the datatype"),
         ({"datatype": ...}, "has the datatype None"),
         ({"datatype": []}, "has the datatype"),
         ({"shape": [4, 13]}, "needs 52"),
