@@ -19,12 +19,14 @@ from prunecast.cli.fleet_devices import (
     Database,
     Limit,
     OneGroup,
+    follow_repository,
     operate,
     repository_of,
     service_of,
     show_document,
     show_rows,
     stamp,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -118,6 +120,7 @@ def init(
 
     RepositoryReader(repository)
     FleetService.create(database, list, repository=repository).close()
+    follow_repository(repository, database)
     say(f"created {database}; next: prunecast fleet group add NAME --release NAME")
 
 
@@ -125,8 +128,12 @@ def init(
 def upgrade(database: Database = DEFAULT) -> None:
     """Bring the tables of an earlier version up to date; do so before the services start."""
     from prunecast.server.fleet.database import Database as Opened
+    from prunecast.server.fleet.service import FleetService
 
     Opened.upgrade(database).close()
+    with FleetService(database, list) as service:
+        if folder := service.settings().get("repository"):
+            follow_repository(Path(folder), database)
     say(f"{database} is up to date")
 
 
@@ -154,9 +161,9 @@ def list_groups(database: Database = DEFAULT, as_json: AsJson = False) -> None:
 
     with service_of(database) as service:
         service.tick(time.time())
-        counts = service.device_counts()
-        found = [group_view(g, stable, counts.get(g.id, 0)) for g, stable in service.groups()]
-    columns = ("group", "release", "stable", "pin", "last_rollout", "devices")
+        counts, fleet = service.device_counts(), service.overview()
+    found = [group_view(fleet, group, counts.get(group.id, 0)) for group in fleet.groups.values()]
+    columns = ("group", "release", "stable", "pin", "last_rollout", "devices", "problem")
     show_rows(found, columns, as_json)
 
 
@@ -218,8 +225,9 @@ def start_rollout(
         **stamp(),
     )
     with service_of(database) as service:
-        service.operate(event)
+        warnings = service.operate(event)
         rollout = service.rollout(event.rollout)
+    warn(warnings)
     text = f"started {rollout.id}: {rollout.expected} of {sum(rollout.cohorts)} devices first"
     show(rollout_view(rollout), as_json, text)
 
@@ -290,7 +298,11 @@ def resume(rollout: RolloutName, database: Database = DEFAULT) -> None:
 def abort(
     rollout: RolloutName, reason: Reason = "by an operator", database: Database = DEFAULT
 ) -> None:
-    """End a rollout and roll back: devices that were told are told the previous release."""
+    """End a rollout and roll back: devices that were told are told the previous release.
+
+    The exit code is 1 if some of them have nothing to go back to: the rollout is aborted, and they
+    keep what they run.
+    """
     from prunecast.server.fleet import events
 
     _steer(database, events.Abort(rollout=rollout, reason=reason, **stamp()))
@@ -340,10 +352,13 @@ def audit(
 
 def _steer(database: str, event: events.Steering) -> None:
     with service_of(database) as service:
-        service.operate(event)
+        warnings = service.operate(event)
         rollout = service.rollout(event.rollout)
     percent = rollout.stages[rollout.stage]
     say(f"{rollout.id} ({rollout.release}) is {rollout.status} at {percent:g} %")
+    warn(warnings)
+    if warnings:
+        raise typer.Exit(1)
 
 
 def _pin(database: str, device: str | None, group: str | None, version: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, Column, make_console, print_table, say, show
+from prunecast.cli.console import AsJson, Column, make_console, print_table, printable, say, show
 
 if TYPE_CHECKING:
     from prunecast.server.fleet import events
@@ -23,12 +23,14 @@ __all__ = [
     "Limit",
     "OneGroup",
     "app",
+    "follow_repository",
     "operate",
     "repository_of",
     "service_of",
     "show_document",
     "show_rows",
     "stamp",
+    "warn",
 ]
 
 Database = Annotated[
@@ -59,15 +61,14 @@ def service_of(database: str) -> FleetService:
     from prunecast.server.fleet.service import FleetService
     from prunecast.server.repository import RepositoryReader
 
-    live: list[Release] = []
-    service = FleetService(database, lambda: live)
-    try:
-        found = RepositoryReader(repository_of(service, database)).releases()
-        live += [Release(e.name, e.version) for e in found]
-    except BaseException:
-        service.close()
-        raise
-    return service
+    with FleetService(database, list) as service:
+        reader = RepositoryReader(repository_of(service, database))
+
+    def live() -> list[Release]:
+        return [Release(e.name, e.version) for e in reader.releases()]
+
+    live()  # a repository that is damaged is no matter of one operation
+    return FleetService(database, live, guard=reader.held)
 
 
 def _actor() -> str:
@@ -92,15 +93,40 @@ def repository_of(service: FleetService, database: str) -> Path:
     return Path(folder)
 
 
+def follow_repository(repository: Path, database: str) -> None:
+    """Let the repository ask this fleet before it withdraws a release."""
+    from prunecast.common.files import StorageError
+    from prunecast.server.repository import RepositoryError, RepositoryReader
+    from prunecast.server.repository.fleets import remember_fleet
+
+    try:
+        with RepositoryReader(repository).held():
+            remember_fleet(repository, database)
+    except (RepositoryError, StorageError) as error:
+        warn(
+            [
+                f"{repository} does not know of this fleet ({error}), so releases that it stands "
+                "on can be retired: let the repository's owner run "
+                f"`prunecast release fleets {repository} --remember URL`"
+            ]
+        )
+
+
 def stamp() -> dict[str, Any]:
     """When and by whom, as every event says."""
     return {"at": time.time(), "actor": _actor()}
 
 
 def operate(database: str, event: events.AnyEvent) -> None:
-    """Apply what an operator wants."""
+    """Apply what an operator wants, and say what the operator ought to know about it."""
     with service_of(database) as service:
-        service.operate(event)
+        warn(service.operate(event))
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """Print warnings, each in a line on standard error."""
+    for text in warnings:
+        make_console(stderr=True).print(f"warning: {printable(text)}", markup=False, soft_wrap=True)
 
 
 def show_rows(rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:

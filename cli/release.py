@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecast.cli.console import AsJson, show
-from prunecast.cli.release_create import Folder, Keys, Name, create
+from prunecast.cli.release_create import Fleets, Folder, Keys, Name, create
 from prunecast.cli.release_keys import app as keys_app
 
 if TYPE_CHECKING:
@@ -121,16 +121,17 @@ def doctor(
         list[Path] | None,
         typer.Option("--keys", help="Folder with private keys, to examine them too."),
     ] = None,
+    fleet: Fleets = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what is wrong with a repository and what to do; nothing is changed.
 
-    Looks at metadata, keys, the files of every live release, permissions and leftovers. The exit
-    code is 1 if something must be done.
+    Looks at metadata, keys, the files of every live release, permissions and leftovers, and whether
+    its fleets stand on releases that are live. The exit code is 1 if something must be done.
     """
     from prunecast.server.repository import KeyRing, examine
 
-    findings = examine(repository, KeyRing(*keys) if keys else None)
+    findings = examine(repository, KeyRing(*keys) if keys else None, fleets=fleet or ())
     problems = sum(f.severity == "problem" for f in findings)
     lines = [f"{f.severity}: {f.subject}: {f.what}\n  {f.remedy}" for f in findings]
     lines.append(f"{problems} problems" if problems else "nothing needs to be done")
@@ -146,10 +147,42 @@ def retire(
     name: Name,
     version: Annotated[int, typer.Argument(help="Number of the release.")],
     keys: Keys,
+    fleet: Fleets = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Withdraw it whatever fleets stand on; they are not asked."),
+    ] = False,
 ) -> None:
-    """Withdraw a release; devices that run it keep it until a later one appears."""
-    _writer(repository, keys).retire(name, version)
+    """Withdraw a release; devices that run it keep it until a later one appears.
+
+    What a fleet stands on is refused: a group's stable release, a pin, the release of a rollout
+    that is under way and the one that it would go back to.
+    """
+    _writer(repository, keys, fleet or ()).retire(name, version, force=force)
     print(f"retired {name} {version}")  # noqa: T201
+
+
+@app.command()
+def fleets(
+    repository: Folder,
+    remember: Annotated[
+        str | None, typer.Option(help="Database of a fleet to ask from now on.")
+    ] = None,
+    forget: Annotated[
+        str | None, typer.Option(help="Database of a fleet that is no more: ask it no longer.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the fleets that are asked before a release is withdrawn; `fleet init` adds its own."""
+    from prunecast.server.repository.fleets import forget_fleet, known_fleets, remember_fleet
+
+    with _reader(repository).held():
+        if remember is not None:
+            remember_fleet(repository, remember)
+        if forget is not None:
+            forget_fleet(repository, forget)
+        known = known_fleets(repository)
+    show({"fleets": known}, as_json, "\n".join(known or ["no fleet follows this repository"]))
 
 
 @app.command()
@@ -204,10 +237,10 @@ def _reader(repository: Path) -> RepositoryReader:
     return RepositoryReader(repository)
 
 
-def _writer(repository: Path, keys: list[Path]) -> Repository:
+def _writer(repository: Path, keys: list[Path], fleets: Sequence[str] = ()) -> Repository:
     from prunecast.server.repository import KeyRing, Repository
 
-    return Repository(repository, KeyRing(*keys))
+    return Repository(repository, KeyRing(*keys), fleets=fleets)
 
 
 def _table(rows: list[dict[str, Any]], expires: dict[str, str]) -> str:

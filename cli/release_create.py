@@ -13,7 +13,7 @@ import typer
 from prunecast.cli.console import AsJson, make_console, show
 from prunecast.common.references import load_callable
 
-__all__ = ["Folder", "Keys", "Name", "create"]
+__all__ = ["Fleets", "Folder", "Keys", "Name", "create"]
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the release repository.")]
 Keys = Annotated[
@@ -23,6 +23,14 @@ Keys = Annotated[
     ),
 ]
 Name = Annotated[str, typer.Argument(help="Name of the release.")]
+Fleets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fleet",
+        help="Database of a fleet to ask what it stands on, besides those that the repository "
+        "remembers (`prunecast release fleets`); may be given several times.",
+    ),
+]
 
 
 def create(
@@ -109,7 +117,11 @@ def create(
         list[str] | None, typer.Option(help="name=value, measured on this very model.")
     ] = None,
     licence: Annotated[str | None, typer.Option(help="SPDX expression of the weights.")] = None,
-    window: Annotated[int, typer.Option(help="How many releases stay live.", min=1)] = 16,
+    window: Annotated[
+        int,
+        typer.Option(help="How many releases stay live, besides those that a fleet needs.", min=1),
+    ] = 16,
+    fleet: Fleets = None,
     at_least: Annotated[
         int, typer.Option(help="Lowest number of the release, to overtake one of a thief.", min=1)
     ] = 1,
@@ -135,7 +147,7 @@ def create(
     if source is not None and (model, module, graph) != (None, None, None):
         raise typer.BadParameter("--from has graph and weights: no --model, --module, --graph")
     metrics = dict(map(_metric, metric or []))
-    target = Repository(repository, KeyRing(*keys), window=window)
+    target = Repository(repository, KeyRing(*keys), window=window, fleets=fleet or ())
     try:
         recipe = read_recipe(
             graph=graph,
@@ -171,6 +183,7 @@ def create(
         "patch_bytes": {str(base): size for base, size in published.patch_bytes.items()},
         "file_bytes": {**files, "release.json": len(manifest.to_bytes())},
         "retired": list(published.retired),
+        "kept": {str(version): why for version, why in published.kept.items()},
         "variant": made.variant,
         "kind": made.kind,
         "numerics": dict(made.numerics),
@@ -227,4 +240,9 @@ def _created(result: dict[str, Any]) -> str:
             f"accuracy {numerics['accuracy']:.4f}, float32 {numerics['reference_accuracy']:.4f}"
         )
     lines += [f"note: {note}" for note in result.get("notes", ())]
+    if result["retired"]:
+        lines.append(f"retired {', '.join(map(str, result['retired']))}: outside the window")
+    lines += [
+        f"kept {version} outside the window: {why}" for version, why in result["kept"].items()
+    ]
     return "\n".join(lines)

@@ -22,7 +22,8 @@ LAYERS = (
     {"compression.versions", "compression.schemes"},
     {"compression.pruning", "compression.files", "compression.release", "compression.flower"},
     {"compression.onnx"},
-    {"client.training", "client.edge", "server.repository", "server.fleet"},
+    {"client.training", "client.edge", "server.fleet"},
+    {"server.repository"},  # asks its fleets what they stand on
     {"client", "server.federation"},
     {"server.control"},
     {"server"},

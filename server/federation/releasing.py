@@ -159,7 +159,10 @@ def recipe_releaser(recipe: ReleaseRecipe, repository: Repository, name: str) ->
     repository.check_publishable(name)
 
     def release(model: PublishedModel, metrics: Mapping[str, float]) -> int:
-        return recipe.release(repository, name, model, metrics).version
+        published = recipe.release(repository, name, model, metrics)
+        for version, why in published.kept.items():
+            log(WARNING, "Release %d stays live outside the window: %s", version, why)
+        return published.version
 
     return release
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["AuditEntry", "AuditKind", "Cause", "audit_text", "reason_text"]
+__all__ = ["AuditEntry", "AuditKind", "Cause", "audit_text", "no_way_back_text", "reason_text"]
 
 
 class AuditKind(StrEnum):
@@ -54,6 +54,7 @@ class Cause(StrEnum):
     ERROR_RATE = "error_rate"
     SILENCE = "silence"
     TOO_FEW_REPORTS = "too_few_reports"
+    RETIRED = "retired"
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,34 @@ def reason_text(fields: Mapping[str, Any]) -> str:
     Args:
         fields: ``cause``, a `Cause`; with ``OPERATOR`` an operator's ``words``, else how many
             devices ``succeeded``, ``failed``, were ``silent``, of how many ``expected``, and with
-            ``TOO_FEW_REPORTS`` how many reports are ``needed``.
+            ``TOO_FEW_REPORTS`` how many reports are ``needed``. With ``no_way_back``, the stable
+            version of every group that cannot go back, also the name of the ``release``.
 
     >>> reason_text({"cause": "silence", "succeeded": 1, "failed": 0, "silent": 2, "expected": 3})
     'silence: 1 succeeded, 0 failed, 2 silent of 3'
     """
+    lost = fields.get("no_way_back") or {}
+    lines = [no_way_back_text(fields["release"], group, stable) for group, stable in lost.items()]
+    return "; ".join([_cause_text(fields), *lines])
+
+
+def no_way_back_text(release: str, group: str, stable: int | None) -> str:
+    """Why the devices of a group stay on what they run when a rollout ends.
+
+    >>> no_way_back_text("digits", "lab", 2)
+    'group lab cannot go back: digits 2, its stable release, is retired'
+    """
+    missing = f"{release} {stable}, its stable release, is retired"
+    return f"group {group} cannot go back: " + (
+        "it has no stable release" if stable is None else missing
+    )
+
+
+def _cause_text(fields: Mapping[str, Any]) -> str:
     if fields["cause"] == Cause.OPERATOR:
         return str(fields["words"])
+    if fields["cause"] == Cause.RETIRED:
+        return f"{fields['release']} {fields['version']} is retired, so it is told to nobody"
     counts = ", ".join(f"{fields[key]} {key}" for key in ("succeeded", "failed", "silent"))
     figures = f"{counts} of {fields['expected']}"
     match fields["cause"]:

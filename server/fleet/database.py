@@ -39,13 +39,34 @@ from prunecast.server.fleet.errors import (
 )
 from prunecast.server.fleet.tables import REVISION, REVISION_TABLE, Base, MetaRow
 
-__all__ = ["Database"]
+__all__ = ["Database", "lasting_url"]
 
 _WAIT = 30.0
 """Seconds that a SQLite transaction waits for another one."""
 _LOCK = 0x5072756E65636173
 """Of PostgreSQL, for whoever changes tables."""
 _MIGRATIONS = Path(__file__).with_name("migrations")
+
+
+def lasting_url(url: str) -> str:
+    """A database's URL as it may be written down: without a password, SQLite's path absolute.
+
+    PostgreSQL's own ways give the password then: ``PGPASSWORD`` or ``~/.pgpass``.
+
+    Raises:
+        Unusable: the URL is none, or of another database.
+
+    >>> lasting_url("postgresql://fleet:secret@db/fleet")
+    'postgresql+psycopg://fleet@db/fleet'
+    """
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        parsed = parsed.set(database=str(Path(parsed.database).absolute()))
+    kept = {key: value for key, value in parsed.query.items() if key != "password"}
+    bare = URL.create(
+        parsed.drivername, parsed.username, None, parsed.host, parsed.port, parsed.database, kept
+    )
+    return bare.render_as_string()
 
 
 class Database:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from prunecast.server.fleet import events
-from prunecast.server.fleet.audit import AuditKind, Cause
+from prunecast.server.fleet.audit import AuditKind, Cause, no_way_back_text
 from prunecast.server.fleet.errors import AlreadyExists, NotPossible, ReleaseUnknown, RolloutOverlap
 from prunecast.server.fleet.model import (
     Device,
@@ -35,6 +35,7 @@ from prunecast.server.fleet.model import (
 from prunecast.server.fleet.step import (
     Decision,
     Step,
+    abort,
     advance,
     assign,
     check_stages,
@@ -117,7 +118,11 @@ def _start(step: Step, event: events.StartRollout) -> None:
     cohorts = tuple(list(stage_of.values()).count(stage) for stage in range(len(stages)))
     step.put(replace(made, cohorts=cohorts, expected=cohorts[0]))
     for group in groups:
-        step.put(replace(group, stable=fleet.stable(group), rollout=made.id))
+        stable = fleet.stable(group)
+        if stable is None or Release(release.name, stable) not in fleet.releases:
+            lost = no_way_back_text(release.name, group.id, stable)
+            step.warnings.append(f"{lost}; an abort leaves its devices on what they run")
+        step.put(replace(group, stable=stable, rollout=made.id))
     for name, device in members.items():
         step.put(replace(device, part=Part(made.id, stage_of[name])))
     step.log(
@@ -159,6 +164,7 @@ def _steer(step: Step, event: events.Steering) -> None:
         )
     match event:
         case events.Promote():
+            _check_live(step.fleet, rollout.release)
             advance(step, rollout, {"cause": Cause.OPERATOR, "words": "by an operator"})
         case events.Pause():
             if rollout.status is Status.PAUSED:
@@ -168,12 +174,12 @@ def _steer(step: Step, event: events.Steering) -> None:
         case events.Resume():
             if rollout.status is Status.RUNNING:
                 raise NotPossible(f"rollout {rollout.id} is running already")
+            _check_live(step.fleet, rollout.release)
             rollout = wait_again(step, rollout)
             step.begin_window(rollout, stage=rollout.stage)
             step.log(AuditKind.ROLLOUT_RESUMED, rollout.id, was=rollout.reason)
         case events.Abort():
-            step.end(rollout, Status.ABORTED, event.reason)
-            step.log(AuditKind.ROLLOUT_ABORTED, rollout.id, **_by_operator(event))
+            abort(step, rollout, _by_operator(event))
 
 
 def _enrol(step: Step, event: events.Enrolment) -> None:

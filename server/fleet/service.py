@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar
@@ -43,6 +44,9 @@ class FleetService(DeviceService):
     Args:
         url: of the database, such as ``sqlite:///fleet.db``.
         releases: gives the live releases; called in every operation, so it should be quick.
+        guard: held while an operator's event is decided and stored; the repository's lock
+            (`RepositoryReader.held`), so that no release that the event names is retired
+            between the look at the live ones and the use.
 
     Raises:
         DatabaseMissing: the database holds no fleet: `create` one.
@@ -50,8 +54,15 @@ class FleetService(DeviceService):
         DatabaseError: it cannot be reached.
     """
 
-    def __init__(self, url: str, releases: Callable[[], Iterable[Release]]) -> None:
+    def __init__(
+        self,
+        url: str,
+        releases: Callable[[], Iterable[Release]],
+        *,
+        guard: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         super().__init__(Database(url), releases)
+        self._guard = guard
 
     @classmethod
     def create(
@@ -124,8 +135,11 @@ class FleetService(DeviceService):
             write_audit(session, [AuditEntry(now, actor, AuditKind.TOKEN_RENEWED, device)])
         return token
 
-    def operate(self, event: events.AnyEvent) -> None:
+    def operate(self, event: events.AnyEvent) -> tuple[str, ...]:
         """Apply what an operator wants: any event but a device's.
+
+        Returns:
+            What the operator ought to know about it; see `Decision.warnings`.
 
         Raises:
             FleetError: it cannot be; nothing changed.
@@ -133,25 +147,38 @@ class FleetService(DeviceService):
         if isinstance(event, events.AddDevice | events.Poll | events.ReportOutcome | events.Tick):
             raise Unusable(f"{type(event).__name__} is not an operator's event: use its own method")
 
-        def work(session: Session) -> None:
-            decide(session, self._load(session, event), event)
+        def work(session: Session) -> tuple[str, ...]:
+            (decision,) = decide(session, self._load(session, event), event)
             if isinstance(event, events.RevokeDevice):
                 session.execute(delete(TokenRow).where(TokenRow.device == event.device))
+            return decision.warnings
 
-        self._transact(work)
+        with self._guard():
+            return self._transact(work)
 
     def settings(self) -> dict[str, str]:
         """What was stored with the tables: the repository's folder."""
         return self._database.settings()
 
-    def groups(self) -> list[tuple[Group, int | None]]:
-        """All groups by name, each with the version in force."""
+    def overview(self) -> Fleet:
+        """The live releases, all groups with their last rollouts, and the devices with a pin."""
+        pinned = DeviceRow.pin.is_not(None) & DeviceRow.revoked.is_(False)
         with self._database.transaction() as session:
             rows = list(session.scalars(select(GroupRow).order_by(GroupRow.id)))
             last = {r.rollout for r in rows if r.rollout}
-            found = session.scalars(select(RolloutRow).where(RolloutRow.id.in_(last)))
-            fleet = Fleet(rollouts={r.id: to_rollout(r) for r in found})
-            return [(group, fleet.stable(group)) for group in map(to_group, rows)]
+            rollouts = session.scalars(select(RolloutRow).where(RolloutRow.id.in_(last)))
+            devices = session.scalars(select(DeviceRow).where(pinned).order_by(DeviceRow.id))
+            return Fleet(
+                frozenset(self._releases()),
+                {row.id: to_group(row) for row in rows},
+                {row.id: to_device(row) for row in devices},
+                {row.id: to_rollout(row) for row in rollouts},
+            )
+
+    def groups(self) -> list[tuple[Group, int | None]]:
+        """All groups by name, each with the version in force."""
+        fleet = self.overview()
+        return [(group, fleet.stable(group)) for group in fleet.groups.values()]
 
     def device_counts(self) -> dict[str, int]:
         """How many devices that are not revoked each group has; a group without any is left out."""

@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from prunecast.server.fleet.audit import AuditEntry, AuditKind, Cause, reason_text
+from prunecast.server.fleet.audit import (
+    AuditEntry,
+    AuditKind,
+    Cause,
+    no_way_back_text,
+    reason_text,
+)
 from prunecast.server.fleet.errors import Unusable
 from prunecast.server.fleet.events import Event
 from prunecast.server.fleet.model import (
@@ -26,10 +32,12 @@ from prunecast.server.fleet.model import (
     Status,
     Tally,
 )
+from prunecast.server.fleet.uses import way_back
 
 __all__ = [
     "Decision",
     "Step",
+    "abort",
     "advance",
     "assign",
     "check_stages",
@@ -38,6 +46,7 @@ __all__ = [
     "expire",
     "join",
     "leave",
+    "no_way_back",
     "rank",
     "takes_part",
     "wait_again",
@@ -53,12 +62,14 @@ class Decision:
         directives: what to tell devices; one for a poll, none otherwise, as devices ask.
         audit: what to write into the audit log.
         accepted: False for a report that changed nothing: replayed, foreign or out of order.
+        warnings: what was done all the same, but an operator ought to know, in sentences.
     """
 
     fleet: Fleet
     directives: tuple[Directive, ...] = ()
     audit: tuple[AuditEntry, ...] = ()
     accepted: bool = True
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -68,6 +79,7 @@ class Step:
     before: Fleet
     event: Event
     audit: list[AuditEntry] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         groups, devices = dict(self.before.groups), dict(self.before.devices)
@@ -92,7 +104,7 @@ class Step:
 
     def decision(self, *directives: Directive, accepted: bool = True) -> Decision:
         """The result."""
-        return Decision(self.fleet, directives, tuple(self.audit), accepted)
+        return Decision(self.fleet, directives, tuple(self.audit), accepted, tuple(self.warnings))
 
     def active_part(self, device: Device) -> tuple[Rollout, Part] | None:
         """The active rollout that a device takes part in, and its part."""
@@ -289,8 +301,46 @@ def advance(step: Step, rollout: Rollout, reason: Mapping[str, Any], *, actor: s
         step.log(AuditKind.ROLLOUT_PROMOTED, rollout.id, actor=actor, percent=percent, **reason)
 
 
+def abort(step: Step, rollout: Rollout, reason: Mapping[str, Any], *, actor: str = "") -> None:
+    """End a rollout: whoever was told its release is told the stable one again.
+
+    Where there is none to go back to, the reason, the audit log and a warning say so.
+
+    Args:
+        step: the working copy, with all groups of the rollout.
+        rollout: which.
+        reason: see `reason_text`.
+        actor: who did it; empty: the event's actor.
+    """
+    name, lost = rollout.release.name, no_way_back(step.fleet, rollout)
+    if lost:
+        reason = {**reason, "release": name, "no_way_back": lost}
+        where = "; ".join(no_way_back_text(name, group, was) for group, was in lost.items())
+        step.warnings.append(
+            f"nothing is rolled back there, devices keep what they run: {where}. Publish the model "
+            f"that they shall run as a new version of {name}, and roll that out"
+        )
+    step.end(rollout, Status.ABORTED, reason_text(reason))
+    step.log(AuditKind.ROLLOUT_ABORTED, rollout.id, actor=actor, **reason)
+
+
+def no_way_back(fleet: Fleet, rollout: Rollout) -> dict[str, int | None]:
+    """Groups whose devices cannot go back from a rollout, with their stable version.
+
+    None where nobody was told.
+    """
+    if not rollout.told:
+        return {}
+    found = {name: way_back(fleet, fleet.group(name)) for name in rollout.groups}
+    return {name: stable for name, (stable, there) in found.items() if not there}
+
+
 def _evaluate(step: Step, rollout: Rollout) -> None:
     if rollout.status is not Status.RUNNING:
+        return
+    if rollout.release not in step.fleet.releases:
+        named = {"release": rollout.release.name, "version": rollout.release.version}
+        _stop(step, rollout, Status.PAUSED, {"cause": Cause.RETIRED, **named})
         return
     policy, tally = rollout.policy, rollout.tally
     # a stage that expects fewer devices than min_reports is decided by all of them
@@ -315,9 +365,11 @@ def _evaluate(step: Step, rollout: Rollout) -> None:
 
 
 def _stop(step: Step, rollout: Rollout, status: Status, reason: Mapping[str, Any]) -> None:
+    if status is Status.ABORTED:
+        abort(step, rollout, reason, actor="fleet")
+        return
     step.end(rollout, status, reason_text(reason))
-    kind = AuditKind.ROLLOUT_PAUSED if status is Status.PAUSED else AuditKind.ROLLOUT_ABORTED
-    step.log(kind, rollout.id, actor="fleet", **reason)
+    step.log(AuditKind.ROLLOUT_PAUSED, rollout.id, actor="fleet", **reason)
 
 
 def _count(tally: Tally, progress: Progress, by: int) -> Tally:

@@ -88,8 +88,9 @@ def load(
     if everybody:
         conditions.append(DeviceRow.group.in_(groups))
     members = _locked(session, select(DeviceRow).where(or_(*conditions)), DeviceRow)
-    # groups of overdue devices elsewhere in the same rollout; read only
-    if foreign := {d.group for d in members} - {g.id for g in held}:
+    # the other groups of an active rollout, and those of overdue devices there; read only
+    shared = {g for r in rollouts if r.status in _ACTIVE for g in r.groups}
+    if foreign := (shared | {d.group for d in members}) - {g.id for g in held}:
         held += session.scalars(select(GroupRow).where(GroupRow.id.in_(foreign)))
     session.info["rows"] = held, rollouts, members  # a session holds what it has loaded weakly
     return Fleet(

@@ -10,14 +10,29 @@ from datetime import UTC, datetime
 from typing import Any
 
 from prunecast.server.fleet.audit import AuditEntry, audit_text
-from prunecast.server.fleet.model import Device, Group, Rollout
+from prunecast.server.fleet.model import Device, Fleet, Group, Release, Rollout
 from prunecast.server.fleet.reports import Health
 
 __all__ = ["audit_view", "device_view", "group_view", "health_view", "rollout_view"]
 
 
-def group_view(group: Group, stable: int | None, devices: int) -> dict[str, Any]:
-    """A group: what it follows, the version in force, its pin, and how many devices it has."""
+def group_view(fleet: Fleet, group: Group, devices: int) -> dict[str, Any]:
+    """A group: what it follows, the version in force, its pin, and how many devices it has.
+
+    `problem` says what it stands on without it being live; empty: all of it is.
+
+    Args:
+        fleet: with the live releases, the group and its last rollout.
+        group: which.
+        devices: how many it has that are not revoked.
+    """
+    stable = fleet.stable(group)
+    stands = {"stable": stable, "pinned": group.pin}
+    lost = [
+        f"{what} {version} is retired"
+        for what, version in stands.items()
+        if version is not None and Release(group.release, version) not in fleet.releases
+    ]
     return {
         "group": group.id,
         "release": group.release,
@@ -25,6 +40,7 @@ def group_view(group: Group, stable: int | None, devices: int) -> dict[str, Any]
         "pin": group.pin,
         "last_rollout": group.rollout,
         "devices": devices,
+        "problem": "; ".join(lost),
     }
 
 

@@ -8,8 +8,10 @@ from prunecast.server.repository.checks.metadata import Finding
 from prunecast.server.repository.checks.verify import verify_repository
 from prunecast.server.repository.errors import (
     CeremonyError,
+    FleetUnanswered,
     KeyFileError,
     RecipeError,
+    ReleaseInUse,
     ReleaseNotFound,
     RepositoryCorrupt,
     RepositoryError,
@@ -39,10 +41,12 @@ __all__ = [
     "Change",
     "Expiry",
     "Finding",
+    "FleetUnanswered",
     "KeyFileError",
     "KeyRing",
     "PublishedRelease",
     "RecipeError",
+    "ReleaseInUse",
     "ReleaseNotFound",
     "Repository",
     "RepositoryCorrupt",

@@ -2,8 +2,10 @@
 
 __all__ = [
     "CeremonyError",
+    "FleetUnanswered",
     "KeyFileError",
     "RecipeError",
+    "ReleaseInUse",
     "ReleaseNotFound",
     "RepositoryCorrupt",
     "RepositoryError",
@@ -45,6 +47,14 @@ class RepositoryCorrupt(RepositoryError):
 
 class ReleaseNotFound(RepositoryError):
     """No live release of that name and version."""
+
+
+class ReleaseInUse(RepositoryError):
+    """A fleet stands on a release that would be withdrawn."""
+
+
+class FleetUnanswered(RepositoryError):
+    """A fleet that follows the repository cannot be asked what it stands on."""
 
 
 class VerificationFailed(RepositoryError):

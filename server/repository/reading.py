@@ -11,14 +11,16 @@ import hashlib
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from prunecast.common.files import is_locked
+from prunecast.common.files import is_locked, lock_file, take_lock
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import (
     FileRef,
@@ -28,7 +30,11 @@ from prunecast.compression.release.manifest import (
     parse_manifest_path,
 )
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
-from prunecast.server.repository.errors import ReleaseNotFound, RepositoryCorrupt
+from prunecast.server.repository.errors import (
+    ReleaseNotFound,
+    RepositoryCorrupt,
+    RepositoryError,
+)
 from prunecast.server.repository.keys.ceremony import Ceremony
 from prunecast.server.repository.keys.signing import Change, changed_metadata
 from prunecast.server.repository.metadata import MetadataSet
@@ -53,6 +59,7 @@ VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*)\.json")
 GRACE = timedelta(days=1)
 """How long files stay after nothing live refers to them, for devices in mid-download."""
 
+_RETRY = 0.05  # seconds between tries for the lock; a writer holds it for less than a second
 _log = logging.getLogger(__name__)
 
 
@@ -80,6 +87,9 @@ class ReleaseEntry:
 class RepositoryReader:
     """The live releases of a repository on disk.
 
+    Attributes:
+        patience: how long to wait while another process writes.
+
     Args:
         path: its folder.
 
@@ -88,7 +98,7 @@ class RepositoryReader:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path, self.patience = Path(path), timedelta(seconds=10)
         if not (self.path / "metadata" / "timestamp.json").is_file():
             raise RepositoryCorrupt(f"{self.path} is not a release repository: create one first")
 
@@ -147,6 +157,34 @@ class RepositoryReader:
         requests = changed_metadata(state, change, Expiry(), now)
         return Ceremony.create(folder, requests, state.root, now)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep everybody from changing the repository while the block runs.
+
+        Whoever may only read the folder holds the lock as well, but cannot make its file: where
+        nobody has ever written, there is none.
+
+        Raises:
+            RepositoryError: another process is changing it all the time.
+        """
+        until = time.monotonic() + self.patience.total_seconds()
+        while True:
+            try:
+                lock = _lock(self.path / ".lock")
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    raise RepositoryError(
+                        f"{self.path} is being changed by another process: try again when it is "
+                        "done"
+                    ) from error
+                time.sleep(_RETRY)
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.close()
+
     def _entries(self, state: MetadataSet) -> list[ReleaseEntry]:
         found = []
         for path, target in state.paths().items():
@@ -194,6 +232,25 @@ class RepositoryReader:
         if not versions:
             raise RepositoryCorrupt(f"{self.path} has no root metadata: restore it from a copy")
         return versions[-1]
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """The held lock; None where it can neither be made nor read."""
+    try:
+        return lock_file(path)
+    except BlockingIOError:
+        raise
+    except OSError:
+        try:
+            file = open(path)  # noqa: SIM115
+        except OSError:
+            return None
+    try:
+        take_lock(file.fileno())
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _checked(path: Path, ref: FileRef) -> bytes:

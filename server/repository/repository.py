@@ -12,11 +12,10 @@ replaces ``timestamp.json`` last, by rename: a reader sees the old state or the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, TargetFile
 
-from prunecast.common.files import lock_file, write_atomically
+from prunecast.common.files import write_atomically
 from prunecast.compression.release.manifest import (
     ReleaseManifest,
     blob_path,
@@ -39,6 +38,7 @@ from prunecast.server.repository.errors import (
     RepositoryExists,
     ThresholdNotMet,
 )
+from prunecast.server.repository.fleets import FollowingFleets
 from prunecast.server.repository.keys.ceremony import Ceremony
 from prunecast.server.repository.keys.keyholders import KeyRing, write_key
 from prunecast.server.repository.keys.signing import RoleKeys, first_metadata
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PublishedRelease", "Repository"]
 
-_RETRY = 0.05  # seconds between tries for the lock; a writer holds it for less than a second
 _utc_now = partial(datetime.now, UTC)
 
 
@@ -63,11 +62,13 @@ class PublishedRelease:
         manifest: content of `release.json`.
         onnx_bytes: the same model as one fp32 ``.onnx`` file; None above protobuf's 2 GiB.
         retired: versions that left the window.
+        kept: versions that stay live outside the window, and why.
     """
 
     manifest: ReleaseManifest
     onnx_bytes: int | None
     retired: tuple[int, ...] = ()
+    kept: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def version(self) -> int:
@@ -83,13 +84,15 @@ class PublishedRelease:
 class Repository(RepositoryReader):
     """A release repository on disk, to publish into and to keep valid.
 
-    Attributes:
-        patience: how long to wait while another process writes.
+    A release that a fleet stands on is not withdrawn: the fleets that `.fleets.json` remembers and
+    those that are given are asked.
 
     Args:
         path: its folder, the one that is served.
         keys: where the private keys are; None for reading only.
-        window: how many releases of one name stay live; publishing one more retires the oldest.
+        window: how many releases of one name stay live; publishing one more retires the oldest,
+            unless a fleet needs them.
+        fleets: URLs of databases of fleets to ask besides those that are remembered.
         expiry: lifetimes of the signed metadata.
         now: the clock, for tests.
 
@@ -104,6 +107,7 @@ class Repository(RepositoryReader):
         keys: KeyRing | None,
         *,
         window: int = 16,
+        fleets: Sequence[str] = (),
         expiry: Expiry | None = None,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
@@ -111,7 +115,7 @@ class Repository(RepositoryReader):
             raise RepositoryError("the window holds at least one release")
         super().__init__(path)
         _check_outside(keys, self.path)
-        self.window, self.patience = window, timedelta(seconds=10)
+        self.window, self._fleets = window, FollowingFleets(self.path, fleets)
         self._keys, self._expiry, self._now = keys, expiry or Expiry(), now
 
     @classmethod
@@ -190,7 +194,7 @@ class Repository(RepositoryReader):
         self.check_publishable(name)
         built = BuiltRelease(contents, name)
         while True:
-            with self._locked():
+            with self.held():
                 state = self._load()
                 publisher = state.publisher_of(name)
                 self._require(state, publisher, *ONLINE_ROLES)
@@ -206,30 +210,40 @@ class Repository(RepositoryReader):
                     file = target_file(self.path, target.path, target.hashes["sha256"])
                     self._write_once(file, data)
                     state.list_release(name, version, target)
-                    leaving = live[: max(0, len(live) + 1 - self.window)]
-                    for old in leaving:
-                        state.unlist_release(name, old.version)
+                    outside = [m.version for m in live[: max(0, len(live) + 1 - self.window)]]
+                    kept = self._fleets.needing(name, outside)
+                    retired = tuple(old for old in outside if old not in kept)
+                    for old in retired:
+                        state.unlist_release(name, old)
                     self._sign(state, [publisher], now)
                     break
             for base in missing:
                 built.add_patch(self.model(base))
-        retired = tuple(old.version for old in leaving)
-        return PublishedRelease(manifest, built.onnx_bytes, retired)
+        return PublishedRelease(manifest, built.onnx_bytes, retired, kept)
 
-    def retire(self, name: str, version: int) -> None:
+    def retire(self, name: str, version: int, *, force: bool = False) -> None:
         """Withdraw a release: devices that do not have it yet will not get it any more.
 
         Devices that run it keep it until a later release appears; to make them go back, publish
         the earlier model again, as a new release. Its number is not given again.
 
+        Args:
+            name: of the release.
+            version: its number.
+            force: withdraw it whatever fleets need; they are not even asked.
+
         Raises:
             ReleaseNotFound: no such live release.
+            ReleaseInUse: a fleet stands on it; says who, and how to do without it.
+            FleetUnanswered: a fleet cannot be asked.
         """
-        with self._locked():
+        with self.held():  # a fleet's operators hold it as well while they begin to use a release
             state = self._load()
             entry = self._find(state, name, version)
             publisher = state.publisher_of(name)
             self._require(state, publisher, *ONLINE_ROLES)
+            if not force:
+                self._fleets.require_unused(name, version)
             state.unlist_release(entry.name, entry.version)
             self._sign(state, [publisher], self._now())
 
@@ -240,7 +254,7 @@ class Repository(RepositoryReader):
             RepositoryError: a key is missing or not the one in force, or the repository is damaged.
         """
         check_release_name(name)
-        with self._locked():  # between root and timestamp, metadata do not fit together
+        with self.held():  # between root and timestamp, metadata do not fit together
             state = self._load()
         self._require(state, state.publisher_of(name), *ONLINE_ROLES)
 
@@ -257,7 +271,7 @@ class Repository(RepositoryReader):
         """
         signed = ceremony.complete()
         root, targets = signed.get("root"), signed.get("targets")
-        with self._locked():
+        with self.held():
             newest = self._root_version()
             if root is not None and root.signed.version == newest > 1:
                 # cut off between root and timestamp: go on from the root before
@@ -287,7 +301,7 @@ class Repository(RepositoryReader):
         Raises:
             RepositoryError: an unknown role, or a missing key.
         """
-        with self._locked():
+        with self.held():
             state, now = self._load(), self._now()
             chosen = {*ONLINE_ROLES, *self._due(state, now)} if roles is None else set(roles)
             known = [*ROLES, *state.delegated]
@@ -324,7 +338,7 @@ class Repository(RepositoryReader):
         """
         if role not in ROLES:
             raise RepositoryError(f"roles are {', '.join(ROLES)}, not {role!r}")
-        with self._locked():
+        with self.held():
             state, now = self._load(), self._now()
             state.require_sole("root", role)
             self._require(state, *dict.fromkeys(["root", *ROLES[ROLES.index(role) :]]))
@@ -375,23 +389,6 @@ class Repository(RepositoryReader):
                     f"{error}; to publish without the holders of the targets keys, they hand the "
                     "name to an online role: `prunecast release keys change --delegate`"
                 ) from error
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        until = time.monotonic() + self.patience.total_seconds()
-        while True:
-            try:
-                lock = lock_file(self.path / ".lock")
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= until:
-                    raise RepositoryError(
-                        f"{self.path} is being changed by another process: try again when it is "
-                        "done"
-                    ) from error
-                time.sleep(_RETRY)
-        with lock:
-            yield
 
     def _live(self, state: MetadataSet, name: str) -> list[ReleaseManifest]:
         return [self._manifest(entry) for entry in self._entries(state) if entry.name == name]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
+from prunecast.compression.onnx.graph import save_graph
+from prunecast.compression.versions import save_model
 from prunecast.server.fleet.model import Outcome, Release
 from prunecast.server.fleet.reports import DeviceReport, DeviceState, Health
 from prunecast.server.fleet.service import FleetService
@@ -18,12 +21,10 @@ from support.fleet import report
 from support.releases import publish_model
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with releases 1 and 2."""
-    folder = tmp_path_factory.mktemp("releases")
+def make_repository(folder: Path, versions: int) -> Path:
+    """A repository with some releases; its keys lie beside it."""
     made = Repository.create(folder / "repository", KeyRing.create(folder / "keys"))
-    for version in (1, 2):
+    for version in range(1, versions + 1):
         publish_model(
             made,
             "digits",
@@ -34,6 +35,19 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made.path
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with releases 1 and 2."""
+    return make_repository(tmp_path_factory.mktemp("releases"), 2)
+
+
+def run(*command: object, code: int = 0) -> str:
+    """A command of `prunecast`; what it said, on both channels."""
+    result = CliRunner().invoke(app, [*map(str, command)], prog_name="prunecast")
+    assert result.exit_code == code, result.output
+    return result.output
+
+
 class Fleet:
     """Runs `prunecast fleet` on a database."""
 
@@ -41,10 +55,7 @@ class Fleet:
         self.url = url
 
     def __call__(self, *arguments: object, code: int = 0) -> str:
-        command = ["fleet", *map(str, arguments), "--database", self.url]
-        result = CliRunner().invoke(app, command, prog_name="prunecast")
-        assert result.exit_code == code, result.output
-        return result.output
+        return run("fleet", *arguments, "--database", self.url, code=code)
 
     def json(self, *arguments: object):
         return json.loads(self(*arguments, "--json"))
@@ -92,6 +103,7 @@ def test_a_rollout_from_enrolment_to_the_stable_release(fleet: Fleet) -> None:
         "pin": None,
         "last_rollout": "r",
         "devices": 4,
+        "problem": "",
     }
     shown = fleet.json("rollout", "show", "r")
     assert sorted(d["stage"] for d in shown["members"]) == [1, 2, 2, 2]
@@ -206,3 +218,55 @@ def test_a_server_needs_tls_files_that_work(fleet: Fleet, tmp_path: Path) -> Non
     fleet("serve", code=2)
     absent = ("--certificate", tmp_path / "c.pem", "--key", tmp_path / "k.pem")
     assert "a TLS file is unusable" in fleet("serve", *absent, code=1)
+
+
+def test_what_a_fleet_stands_on_stays_live_until_it_is_forced(empty: Fleet, tmp_path: Path) -> None:
+    repository, keys = make_repository(tmp_path, 3), ("--keys", tmp_path / "keys")
+    empty("init", "--repository", repository)
+    assert run("release", "fleets", repository) == f"{empty.url}\n"
+    empty("group", "add", "field", "--release", "digits", "--stable", 2)
+    token = empty("device", "add", "cam", "--group", "field").strip()
+    options = ("--group", "field", "--stages", "100", "--manual", "--name", "go3")
+    empty("rollout", "start", "digits", 3, *options)
+    live = [Release("digits", version) for version in (1, 2, 3)]
+    with FleetService(empty.url, lambda: live) as service:
+        assert service.poll(token, DeviceState(2), 1).release == live[2]
+    said = run("release", "retire", repository, "digits", 2, *keys, code=1)
+    assert said.startswith("error: digits 2 stays live: rollout go3 goes back to it in group field")
+    assert "wait until rollout go3 has completed" in said
+    assert "brings it to devices" in run(
+        "release", "retire", repository, "digits", 3, *keys, code=1
+    )
+    assert "retired digits 1" in run("release", "retire", repository, "digits", 1, *keys)
+    run("release", "retire", repository, "digits", 2, *keys, "--force")
+    assert "stable 2 is retired" in empty("group", "list")
+    assert empty.json("group", "list")[0]["problem"] == "stable 2 is retired"
+    said = run("release", "doctor", repository, *keys, code=1)
+    assert f"problem: rollout go3 (fleet {empty.url}): goes back to it in group field" in said
+    said = empty("abort", "go3", "--reason", "want back to 2", code=1)
+    assert said.startswith("go3 (digits 3) is aborted at 100 %\nwarning: nothing is rolled back")
+    lost = "want back to 2; group field cannot go back: digits 2, its stable release, is retired"
+    assert empty.json("rollout", "show", "go3")["reason"] == lost
+    assert lost in empty("audit", "--subject", "go3")
+    run("release", "fleets", repository, "--forget", empty.url)
+    assert run("release", "fleets", repository) == "no fleet follows this repository\n"
+    assert "is up to date" in empty("upgrade")
+    assert run("release", "fleets", repository) == f"{empty.url}\n"
+
+
+def test_a_publication_says_what_its_window_keeps(empty: Fleet, tmp_path: Path) -> None:
+    repository, keys = make_repository(tmp_path, 2), ("--keys", tmp_path / "keys")
+    empty("init", "--repository", repository)
+    empty("group", "add", "field", "--release", "digits", "--stable", 1)
+    save_graph(classifier_graph(), tmp_path / "toy.graph")
+    save_model(classifier(3), tmp_path / "3.model")
+    np.savez(tmp_path / "x.npz", input=classifier_inputs())
+    said = run(
+        *("release", "create", repository, "digits", *keys, "--window", 1),
+        *("--model", tmp_path / "3.model", "--graph", tmp_path / "toy.graph"),
+        *("--selftest", tmp_path / "x.npz"),
+    )
+    assert "retired 2: outside the window\n" in said
+    assert "kept 1 outside the window: group field has it as its stable release" in said
+    listed = json.loads(run("release", "list", repository, "--json"))["releases"]
+    assert [release["version"] for release in listed] == [1, 3]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+
+from tuf.api.metadata import TargetFile
 
 from prunecast.common.files import file_digest, is_locked
 from prunecast.compression.release import ManifestError
@@ -29,7 +31,8 @@ from prunecast.server.repository.checks.metadata import (
     RepositoryState,
     check_metadata,
 )
-from prunecast.server.repository.errors import KeyFileError
+from prunecast.server.repository.errors import FleetUnanswered, KeyFileError
+from prunecast.server.repository.fleets import FollowingFleets
 from prunecast.server.repository.keys.keyholders import KeyRing, as_signer
 from prunecast.server.repository.reading import GRACE, VERSIONED, age, kept_files, target_file
 from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, delegations_of
@@ -45,6 +48,7 @@ def examine(
     path: Path | str,
     keys: KeyRing | None = None,
     *,
+    fleets: Sequence[str] = (),
     now: Callable[[], datetime] = _utc_now,
 ) -> list[Finding]:
     """Examine a repository; nothing is changed.
@@ -52,6 +56,7 @@ def examine(
     Args:
         path: its folder.
         keys: where private keys lie; None leaves them out.
+        fleets: URLs of databases of fleets to ask besides those that the repository remembers.
         now: the clock, for tests.
 
     Returns:
@@ -71,6 +76,7 @@ def examine(
         found.note("busy", path, "is being changed by another process", remedy)
     else:
         _check_leftovers(path, state, at, found)
+    _check_fleets(path, fleets, state, found)
     _check_served_keys(path, found)
     _check_permissions(path, found)
     if keys is not None:
@@ -190,9 +196,7 @@ def _check_releases(path: Path, state: RepositoryState, found: Findings) -> None
     if state.targets is None:
         return
     checked: set[str] = set()
-    lists = [state.targets.signed, *(held.signed for held in state.delegated.values())]
-    live = {name: target for signed in lists for name, target in signed.targets.items()}
-    for name, target in sorted(live.items()):
+    for name, target in sorted(_listed(state).items()):
         release = parse_manifest_path(name)
         if release is None:
             what = "is signed, but is no release"
@@ -216,6 +220,35 @@ def _check_releases(path: Path, state: RepositoryState, found: Findings) -> None
                 checked.add(blob.sha256)
                 place = path / blob_path(blob.sha256)
                 _sound(place, blob, f"{what} of {label}", "blob", found)
+
+
+def _listed(state: RepositoryState) -> dict[str, TargetFile]:
+    """Live targets by path."""
+    lists = [state.targets.signed] if state.targets else []
+    lists += [held.signed for held in state.delegated.values()]
+    return {name: target for signed in lists for name, target in signed.targets.items()}
+
+
+def _check_fleets(
+    path: Path, given: Sequence[str], state: RepositoryState, found: Findings
+) -> None:
+    """Whether everything that the fleets stand on is live."""
+    if state.targets is None:
+        return
+    live = set(map(parse_manifest_path, _listed(state)))
+    try:
+        for fleet, use in FollowingFleets(path, given).uses():
+            if (use.release.name, use.release.version) not in live:
+                found.problem(
+                    "fleet-on-retired",
+                    f"{use.user} (fleet {fleet})",
+                    f"{use.why}: {use.release}, which is retired, so no device is told it",
+                    "publish that model again as a new version and roll it out; until then devices "
+                    "keep what they run, and an abort brings nothing back",
+                )
+    except FleetUnanswered as error:
+        remedy = "see to it before the next release is retired: nothing is, meanwhile"
+        found.problem("fleet-unanswered", path, str(error), remedy)
 
 
 def _sound(file: Path, ref: FileRef, label: str, kind: str, found: Findings) -> bool:

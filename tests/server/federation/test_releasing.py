@@ -25,6 +25,9 @@ from prunecast.server.federation import (
     server_app,
 )
 from prunecast.server.federation.releasing import ReleaseWatch, releases_from_config
+from prunecast.server.fleet.events import AddGroup
+from prunecast.server.fleet.model import Release
+from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import (
     Change,
     KeyRing,
@@ -34,6 +37,7 @@ from prunecast.server.repository import (
 )
 from prunecast.server.repository.authoring import ReleaseRecipe, Samples
 from prunecast.server.repository.authoring.sources import from_arrays
+from prunecast.server.repository.fleets import remember_fleet
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support import narrowable
 from support.ceremonies import Circle
@@ -244,6 +248,35 @@ def test_the_ready_server_app_releases_as_it_trains(config: dict[str, Any], tmp_
 
     final = load_model(tmp_path / "final.model")
     assert manifests[1].model_digest == final.digest.hex()
+
+
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+def test_a_release_that_a_fleet_stands_on_outlives_the_window(
+    config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, variant: str
+) -> None:
+    repository = Repository(config["release.repository"], None)
+    url = f"sqlite:///{tmp_path / 'fleet.db'}"
+    FleetService.create(url, list).close()
+    remember_fleet(repository.path, url)
+    inner = InProcessGrid(make_app(tmp_path / "store"), 2, run_id=RUN_ID)
+    run_config = {
+        **config,
+        "model": "support.torch_classifier:Classifier",
+        "release.variant": variant,
+        "release.window": 1,
+        "release.every": 1,
+    }
+
+    def run(rounds: int) -> list[int]:
+        context = Context(RUN_ID, 0, {}, RecordDict(), {**run_config, "num-server-rounds": rounds})
+        server_app.app(inner, context)
+        return [entry.version for entry in repository.releases()]
+
+    assert run(1) == [1]
+    with FleetService(url, lambda: [Release("toy", 1)]) as fleet:
+        fleet.operate(AddGroup(at=0, group="lab", release="toy", stable=1))
+    assert run(2) == [1, 3]
+    assert "Release 1 stays live outside the window: group lab has it as its stable" in caplog.text
 
 
 def test_the_newest_release_is_what_an_improvement_is_measured_from(

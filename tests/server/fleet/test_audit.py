@@ -68,7 +68,8 @@ def test_every_kind_has_words(kind: AuditKind) -> None:
 
 @pytest.mark.parametrize("cause", Cause)
 def test_every_cause_has_words(cause: Cause) -> None:
-    assert reason_text({"cause": cause.value, "words": "w", "needed": 4, **COUNTS})
+    named = {"release": "digits", "version": 2}
+    assert reason_text({"cause": cause.value, "words": "w", "needed": 4, **named, **COUNTS})
 
 
 def test_only_what_concerns_one_device_wakes_one_device() -> None:

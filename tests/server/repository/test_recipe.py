@@ -26,7 +26,7 @@ from prunecast.server.repository import (
     RepositoryError,
     verify_repository,
 )
-from prunecast.server.repository import repository as module
+from prunecast.server.repository import reading as module
 from prunecast.server.repository.authoring import (
     NewestRelease,
     ReleaseRecipe,

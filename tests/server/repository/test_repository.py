@@ -249,7 +249,7 @@ def test_garbage_goes_after_the_grace_period_only(
 def test_two_writers_exclude_each_other(repository: Repository) -> None:
     repository.patience = timedelta(0)
     with (
-        repository._locked(),
+        repository.held(),
         pytest.raises(RepositoryError, match="another process"),
     ):
         repository.renew()
