@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,6 +38,7 @@ __all__ = [
     "Statistics",
     "StatisticsMean",
     "Structure",
+    "low_rank_factors",
     "pack_statistics",
 ]
 
@@ -254,6 +256,46 @@ SCHEDULES: dict[str, Callable[[float, int, int], Schedule]] = {"cubic": CubicSch
 """What makes a schedule of final sparsity, begin and end, by the name `pruning_schedule` has."""
 
 
+_ADAPTER = re.compile(
+    r"(^|[._])(lora|loha|hada|lokr|ia3|oft|boft|vera|dora|adalora|adapters?|prompt_encoder"
+    r"|prompt_embeddings?|prefix_encoder)([._0-9]|$)",
+    re.IGNORECASE,
+)
+_FACTORS = ({"a", "b"}, {"down", "up"}, {"left", "right"}, {"u", "v"})
+_LOW_RANK = 4  # times smaller than the matrix's sides is the rank of its factors
+
+
+def low_rank_factors(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Names of adapters' weights, such as LoRA's (Hu et al. 2022, section 4.1).
+
+    They are told by what libraries of adapters call them, or by being two factors of a matrix:
+    names that differ in one part, as ``q.A`` and ``q.B`` or ``down`` and ``up``, and shapes
+    (rank, n) and (m, rank) with a rank of at most a quarter of n and m.
+
+    Args:
+        shapes: name to shape of all tensors of a model.
+
+    Examples:
+        >>> sorted(low_rank_factors({"q.A": (4, 64), "q.B": (32, 4), "q.weight": (32, 64)}))
+        ['q.A', 'q.B']
+    """
+    found = {name for name in shapes if _ADAPTER.search(name)}
+    factors: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for name, shape in shapes.items():
+        parts = re.split(r"[._]", name)
+        for at, part in enumerate(parts):
+            if len(shape) == 2 and any(part.lower() in pair for pair in _FACTORS):
+                factors.setdefault((*parts[:at], "*", *parts[at + 1 :]), []).append((part, name))
+    for group in factors.values():
+        for one, first in group:
+            for other, second in group:
+                (rank, n), (m, inner) = shapes[first], shapes[second]
+                is_product = {one.lower(), other.lower()} in _FACTORS and rank == inner
+                if is_product and rank * _LOW_RANK <= min(n, m):
+                    found |= {first, second}
+    return found
+
+
 @dataclass(frozen=True)
 class PruningPlan:
     """What a publisher prunes; by default nothing.
@@ -264,6 +306,8 @@ class PruningPlan:
         allocation: how the sparsity is spread over tensors.
         min_size: tensors with fewer elements are never pruned.
         exclude: name patterns (shell style) that are never pruned.
+        adapters: whether low-rank factors may be pruned; they are small already, and what is
+            removed from one factor is lost in a whole row or column of their product.
         records: keys of the array records that are pruned.
         structure: "weights". Channels are chosen when a release is made (`choose_channels`).
 
@@ -276,6 +320,7 @@ class PruningPlan:
     allocation: Allocation = ALLOCATIONS["layer"]
     min_size: int = 1024
     exclude: tuple[str, ...] = ()
+    adapters: bool = False
     records: tuple[str, ...] = ("arrays",)
     structure: Structure = "weights"
 
@@ -287,12 +332,14 @@ class PruningPlan:
             )
 
     def prunable(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The tensors that may be pruned: matrices and kernels of some size."""
+        """The tensors that may be pruned: matrices and kernels of some size, and no adapters."""
+        left = set() if self.adapters else low_rank_factors({n: a.shape for n, a in arrays.items()})
         return {
             name: array
             for name, array in arrays.items()
             if array.ndim >= 2
             and array.size >= self.min_size
+            and name not in left
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
         }
 

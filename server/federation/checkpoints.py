@@ -24,7 +24,7 @@ from prunecast.server.federation.errors import CheckpointError
 __all__ = ["Checkpoint"]
 
 _METADATA = "prunecast"
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class _Metadata:
     schema: int
     counter: int
     steps: dict[str, float]
+    clock: int
     key: str
     order: tuple[str, ...]
 
@@ -42,14 +43,16 @@ class Checkpoint:
 
     Attributes:
         arrays: master weights, name to array.
-        counter: number of the version last published, which the pruning schedule goes on from.
+        counter: number of the version last published.
         steps: lattice step per tensor.
+        clock: round of the pruning schedule that the arrays are published in, counted from 1.
         key: record key of the stream.
     """
 
     arrays: Mapping[str, NDArray[Any]]
     counter: int
     steps: Mapping[str, float]
+    clock: int = 0
     key: str = "arrays"
 
     def save(self, path: Path) -> None:
@@ -61,7 +64,8 @@ class Checkpoint:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        meta = _Metadata(_SCHEMA, self.counter, dict(self.steps), self.key, tuple(self.arrays))
+        steps, order = dict(self.steps), tuple(self.arrays)
+        meta = _Metadata(_SCHEMA, self.counter, steps, self.clock, self.key, order)
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         with replacing(Path(path)) as temporary:
             try:
@@ -82,11 +86,11 @@ class Checkpoint:
             with safe_open(path, framework="numpy") as file:
                 meta = from_document(_Metadata, json.loads((file.metadata() or {})[_METADATA]))
                 arrays = {name: file.get_tensor(name) for name in meta.order}
-            if meta.schema != _SCHEMA or meta.counter < 0:
+            if meta.schema != _SCHEMA or meta.counter < 0 or meta.clock < 0:
                 raise ValueError(f"schema {meta.schema} or counter {meta.counter} is not supported")
             if not all(math.isfinite(step) and step > 0 for step in meta.steps.values()):
                 raise ValueError("a lattice step is not a positive number")
-            return cls(arrays, meta.counter, meta.steps, meta.key)
+            return cls(arrays, meta.counter, meta.steps, meta.clock, meta.key)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "

@@ -43,6 +43,7 @@ __all__ = ["CompressedGrid", "Recode"]
 Recode = Callable[[bytes], int]
 """From the bytes of a message to how many bytes it has under another coding."""
 
+_KEPT = 1000  # entries of a ledger
 _NO_MOD = (
     "answered through Prunecast's mod, so it cannot have read the published model: add "
     "compression_mod() to ClientApp(mods=[...]) on the clients"
@@ -63,7 +64,7 @@ class CompressedGrid(GridWrapper):
         grid: the grid to wrap.
         policy: a `Policy`, or the name of a preset: "dense", "lossless", "balanced" or "small".
         ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file that is
-            appended to, or None to count only.
+            appended to, or None for no file. The latest 1000 are kept in memory.
         seed: decides, with the number of the message, everything random in replies by a scheme.
         alternatives: other codings to measure on the very same messages, by name, such as
             ``{"zstd-3": lambda data: len(zstandard.compress(data, 3))}``. Each is given the
@@ -86,7 +87,9 @@ class CompressedGrid(GridWrapper):
     ) -> None:
         super().__init__(grid)
         self.policy = Policy.preset(policy) if isinstance(policy, str) else policy
-        self.ledger = Ledger(ledger) if ledger is None or isinstance(ledger, Path) else ledger
+        if not isinstance(ledger, Ledger):
+            ledger = Ledger(ledger, keep=_KEPT)
+        self.ledger = ledger
         self._poll_interval = poll_interval
         self._alternatives = dict(alternatives or {})
         self._streams = Streams(self.policy)
@@ -306,6 +309,17 @@ class CompressedGrid(GridWrapper):
             node = self._streams.node(sent.original.metadata.dst_node_id)
             node.settled(reply_tag(message_id), accepted=False)
 
+    def begin_round(self, number: int) -> None:
+        """State the round of messages that state none themselves; schedules of pruning follow it.
+
+        Flower's strategies state it, as ``server-round`` in a config record; a loop of one's own
+        may do either. Without both, every batch of messages with new weights counts as a round.
+
+        Args:
+            number: 1 for the first.
+        """
+        self._streams.round = number
+
     # -- the published model ------------------------------------------------------------------
 
     def published(self, arrays: ArrayRecord, *, key: str = "arrays") -> PublishedModel:
@@ -347,8 +361,8 @@ class CompressedGrid(GridWrapper):
 
     def checkpoint(self, arrays: ArrayRecord, *, key: str = "arrays") -> Checkpoint:
         """What a later run needs to go on from these master weights; see `Checkpoint.save`."""
-        counter, steps = self._streams.stream(self.run.run_id, key).position
-        return Checkpoint(dense_arrays(arrays), counter, steps, key)
+        stream = self._streams.stream(self.run.run_id, key)
+        return Checkpoint(stream.as_published(dense_arrays(arrays)), *stream.position, key)
 
     def resume(self, checkpoint: Checkpoint) -> ArrayRecord:
         """Continue a stream from a checkpoint; call before the first message.
@@ -357,7 +371,7 @@ class CompressedGrid(GridWrapper):
             The master weights, to be given to the strategy as `initial_arrays`.
         """
         stream = self._streams.stream(self.run.run_id, checkpoint.key)
-        stream.resume(checkpoint.counter, checkpoint.steps)
+        stream.resume(checkpoint.counter, checkpoint.steps, checkpoint.clock)
         return array_record(checkpoint.arrays)
 
     def evaluate_published(

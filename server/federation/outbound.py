@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from prunecast.compression.flower import (
     CONTROL_RECORD,
@@ -97,6 +97,7 @@ class Batch:
         self._measured: dict[int, Measured] = {}
         self._sizes: dict[int, int] = {}
         self.messages = list(messages)
+        self.occasion = object()  # a round, where messages state none
 
     @cached_property
     def _shared(self) -> dict[str, set[str]]:
@@ -203,7 +204,13 @@ class Outbound:
             prepared.kinds.append("plain")
             return payload_record(data)
         stream = self._streams.stream(metadata.run_id, key)
-        version = stream.version_of(record, batch.content_id(record))
+        version = stream.version_of(
+            record,
+            batch.content_id(record),
+            stated=prepared.round or self._streams.round,
+            training=metadata.message_type.partition(".")[0] != MessageType.EVALUATE,
+            occasion=batch.occasion,
+        )
         held = self._streams.node(metadata.dst_node_id).held.get(key)
         prepared.versions[key] = version
         if stream.wanted and not prepared.wanted:

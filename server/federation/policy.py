@@ -7,11 +7,13 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from logging import WARNING
 from typing import Any
 
 import numpy as np
 
+from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.masks import ALLOCATIONS
 from prunecast.compression.pruning.plan import CRITERIA, SCHEDULES, PruningPlan
 from prunecast.compression.schemes import SchemeError
@@ -59,6 +61,7 @@ class Policy:
     pruning_records: tuple[str, ...] = ("arrays",)
     pruning_min_size: int = 1024
     pruning_exclude: tuple[str, ...] = ()
+    pruning_adapters: bool = False
     lossless: tuple[str, ...] = _STATISTICS
     history: int = 16
 
@@ -125,6 +128,7 @@ class Policy:
             ALLOCATIONS[self.pruning_scope],
             self.pruning_min_size,
             self.pruning_exclude,
+            self.pruning_adapters,
             self.pruning_records,
         )
 
@@ -140,12 +144,29 @@ class Policy:
 
     def is_lossless(self, name: str, dtype: np.dtype[Any], size: int) -> bool:
         """Whether a tensor travels exactly: not a float, fewer than two elements, or by name."""
-        return (
-            self.down_step == 0
-            or dtype.kind != "f"
-            or size < 2
-            or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.lossless)
-        )
+        return self.down_step == 0 or dtype.kind != "f" or size < 2 or _matches(name, self.lossless)
+
+    def is_trained(self, name: str, dtype: np.dtype[Any], size: int) -> bool:
+        """Whether a tensor that becomes NaN or infinite is the sign of a training that diverged.
+
+        So are floats that are no statistics: whatever else travels exactly may hold what it likes.
+        """
+        return dtype.kind == "f" and size >= 2 and not _matches(name, self.lossless)
+
+    def check_rounds(self, rounds: int) -> None:
+        """Warn, once, if pruning cannot arrive where it should.
+
+        Args:
+            rounds: how many there will be in all.
+        """
+        reached = self.pruning.schedule(rounds + 1)  # of what the last round arrives at
+        if reached < self.sparsity:
+            _say_once(
+                f"Pruning ends in round {self.pruning_end}, after the last of {rounds}: the model "
+                f"will have {reached:.0%} of zeros instead of {self.sparsity:.0%}. Set "
+                f"{_key('pruning_end')} to {max(rounds, 1)} or less and {_key('pruning_begin')} "
+                "below that, or train longer."
+            )
 
     @classmethod
     def preset(cls, name: str, **knobs: Any) -> Policy:
@@ -198,7 +219,20 @@ class Policy:
                 known = ", ".join(_PREFIX + n.replace("_", "-") for n in ["preset", *fields])
                 raise PolicyError(f"unknown run config key {key!r}: choose one of {known}")
             knobs[name] = _coerce(key, value, _default(fields[name]))
-        return cls.preset(preset, **knobs)
+        policy = cls.preset(preset, **knobs)
+        rounds = run_config.get("num-server-rounds")
+        if isinstance(rounds, int):
+            policy.check_rounds(rounds)
+        return policy
+
+
+@cache
+def _say_once(message: str) -> None:
+    log(WARNING, "%s", message)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _key(name: str) -> str:

@@ -8,17 +8,23 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from logging import WARNING
+from logging import INFO, WARNING
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits, quantise, spread
+from prunecast.compression.codec import Limits, QuantiseError, quantise, spread
 from prunecast.compression.flower import dense_arrays, payload_record, stream_id
 from prunecast.compression.flower.internals import Measured, log
-from prunecast.compression.pruning.plan import Knowledge, PruningPlan, Statistics, StatisticsMean
+from prunecast.compression.pruning.plan import (
+    Knowledge,
+    PruningPlan,
+    Statistics,
+    StatisticsMean,
+    low_rank_factors,
+)
 from prunecast.compression.versions import (
     InvalidModel,
     Kind,
@@ -40,6 +46,15 @@ __all__ = ["EncodedPayload", "NodeState", "Publisher", "Streams", "Version"]
 
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _RECENT = 4  # contents whose version is remembered, so that train and evaluate share one
+_WHY = (
+    "none is a matrix or kernel of at least pruning-min-size elements that no pattern excludes, or "
+    "all are adapters"
+)
+_NO_ROUND = (
+    "No message states its round, so pruning takes every batch of messages with new weights for "
+    "one: put server-round into a config record, as Flower's strategies do, or call "
+    "grid.begin_round(number)."
+)
 _TAGS = 64  # of replies that a node that never answers is told of
 _VECTOR_STEP = 0.25  # biases and norms are few and sensitive: a finer lattice for them
 
@@ -88,8 +103,13 @@ class Publisher:
         stream: identifier of the stream, part of every payload.
         plan: what is pruned; None prunes nothing.
 
+    A tensor that cannot lie on its lattice travels exactly from then on: one that holds infinity to
+    begin with, such as a causal mask or the range of an observer, or one whose values are too large
+    for its spread. Integers that an average made floats of are integers again.
+
     Attributes:
         statistics: what nodes contributed since the last version.
+        clock: the pruning schedule's round of the last version, counted from 1.
     """
 
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
@@ -100,17 +120,24 @@ class Publisher:
         self._statistics: Statistics = {}
         self._steps: dict[str, float] = {}
         self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
-        self._counter = 0
+        self._counter = self.clock = 0
+        self._before_resume = 0  # rounds of the run that is resumed, where this one's begin anew
+        self._trained = 0  # the last round that a message stated to train
+        self._occasion: object = None
+        self._exact: set[str] = set()
+        self._finite: set[str] = set()
+        self._dtypes: dict[str, np.dtype[Any]] = {}
         self._seeded: tuple[bytes, Seed] | None = None
 
     @property
-    def position(self) -> tuple[int, dict[str, float]]:
-        """Number of the last version and the current step of every lattice tensor."""
-        return self._counter, dict(self._steps)
+    def position(self) -> tuple[int, dict[str, float], int]:
+        """Number of the last version, the current step of every lattice tensor, and the clock."""
+        return self._counter, dict(self._steps), self.clock
 
-    def resume(self, counter: int, steps: Mapping[str, float]) -> None:
-        """Go on where another publisher's `position` was."""
+    def resume(self, counter: int, steps: Mapping[str, float], clock: int) -> None:
+        """Go on where another publisher's `position` was, with the same master."""
         self._counter, self._steps = counter, dict(steps)
+        self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
 
     def draw(self, like: Mapping[str, NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
         """Draw a from-scratch model whose keyframe is its seed.
@@ -134,19 +161,43 @@ class Publisher:
             self._seeded = (model.digest, source)
         return model.arrays()
 
-    def version_of(self, record: ArrayRecord, content_id: str) -> Version:
+    def version_of(
+        self,
+        record: ArrayRecord,
+        content_id: str,
+        *,
+        stated: int = 0,
+        training: bool = True,
+        occasion: object = None,
+    ) -> Version:
         """The version of a content, published now unless it already was.
 
         Args:
             record: the dense arrays, as the strategy hands them over.
             content_id: digest of the record's content.
+            stated: the round that the message states which it is for; 0 for none.
+            training: whether that message asks for training; else the content is what the stated
+                round arrived at, which the next one trains.
+            occasion: contents without a stated round that have it in common are of one round.
 
         Raises:
-            NonFiniteModel: an array holds NaN or infinity.
+            NonFiniteModel: a trained tensor became NaN or infinite.
         """
+        if stated and training:
+            self._trained = max(self._trained, stated)
         version = self._recent.pop(content_id, None)
         if version is None:
-            version = self.publish(dense_arrays(record), self.statistics.take())
+            clock = self.clock
+            if stated or self._trained:
+                now = stated if stated and training else max(stated, self._trained) + 1
+                clock = max(clock, now + self._before_resume)
+            elif occasion is None or occasion is not self._occasion:
+                clock += 1
+                if self.policy.sparsity and self._plan is not None and clock == 2:
+                    log(WARNING, _NO_ROUND)
+            self._occasion = occasion
+            statistics = self.statistics.take()
+            version = self._publish(dense_arrays(record), statistics, clock)
         self._recent[content_id] = version
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
@@ -155,27 +206,25 @@ class Publisher:
     def publish(
         self, master: Mapping[str, NDArray[Any]], statistics: Statistics | None = None
     ) -> Version:
-        """Make the next version.
+        """Make the next version, of the next round.
 
         Args:
-            master: name to array, any shapes; float arrays must be finite unless lossless.
+            master: name to array, any shapes.
             statistics: what nodes contributed since the last version, by statistic and tensor; what
                 is not given stays as it was.
 
         Raises:
-            NonFiniteModel: a tensor to be put on the lattice holds NaN or infinity.
+            NonFiniteModel: a trained tensor became NaN or infinite.
         """
-        lattice = {
-            name: array
-            for name, array in master.items()
-            if not self.policy.is_lossless(name, array.dtype, array.size)
-        }
-        for name, array in lattice.items():
-            if not np.isfinite(array).all():
-                raise NonFiniteModel(
-                    f"tensor {name!r} of the global model holds NaN or infinity: the training "
-                    "diverged; nothing was sent"
-                )
+        return self._publish(master, statistics, self.clock + 1)
+
+    def _publish(
+        self, master: Mapping[str, NDArray[Any]], statistics: Statistics | None, clock: int
+    ) -> Version:
+        self._check_finite(master)
+        self.clock = clock
+        master = self.as_published(master)
+        lattice = {name: array for name, array in master.items() if not self._is_exact(name, array)}
         self._counter += 1
         self._statistics = {**self._statistics, **(statistics or {})}
         model = self._on_lattice(master, self._masks(lattice))
@@ -188,15 +237,68 @@ class Publisher:
             seed = self._seeded[1]
         return Version(model, master, seed)
 
+    def as_published(self, master: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Master weights in which what was published as integers first is integers again.
+
+        Strategies average a counter of int64 in floats, and a client's answer has its own dtype.
+        """
+        arrays = dict(master)
+        for name, array in arrays.items():
+            dtype = self._dtypes.get(name, array.dtype)
+            if dtype.kind not in "biu" or array.dtype.kind != "f" or not np.isfinite(array).all():
+                continue
+            nearest = np.rint(array)
+            if dtype.kind != "b":
+                bounds = np.iinfo(dtype)
+                if array.size and not (bounds.min <= nearest.min() and nearest.max() <= bounds.max):
+                    continue
+            arrays[name] = nearest.astype(dtype)
+        return arrays
+
+    def _check_finite(self, master: Mapping[str, NDArray[Any]]) -> None:
+        finite = set()
+        for name, array in master.items():
+            if not self.policy.is_trained(name, array.dtype, array.size):
+                continue
+            if np.isfinite(array).all():
+                finite.add(name)
+                continue
+            known = name in self._finite or name in self._exact
+            if name in self._finite or np.isnan(array).any():
+                what = (
+                    "the training diverged"
+                    if known
+                    else "does it belong there? Name it in lossless"
+                )
+                raise NonFiniteModel(
+                    f"tensor {name!r} of the global model holds NaN or infinity: {what}; nothing "
+                    "was sent"
+                )
+            if not known:
+                self._travels_exactly(name, "it holds infinity from the start")
+        self._finite = finite
+        self._dtypes = {n: self._dtypes.get(n, array.dtype) for n, array in master.items()}
+
+    def _travels_exactly(self, name: str, why: str) -> None:
+        if self.policy.down_step > 0:
+            log(INFO, "Tensor %r travels exactly, not on the lattice: %s.", name, why)
+        self._exact.add(name)
+
+    def _is_exact(self, name: str, array: NDArray[Any]) -> bool:
+        dtype = self._dtypes.get(name, array.dtype)  # what was no float is no weight
+        return name in self._exact or self.policy.is_lossless(name, dtype, array.size)
+
     @property
     def wanted(self) -> tuple[str, ...]:
         """Statistics to ask of the nodes that train from the last version."""
-        return self._plan.wanted(self._counter, self._statistics) if self._plan else ()
+        return self._plan.wanted(self.clock, self._statistics) if self._plan else ()
 
     def _masks(self, lattice: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.bool_]]:
         if self._plan is None:
             return {}
         weights = self._plan.prunable(lattice)
+        if self._counter == 1 and self.policy.sparsity:
+            self._say_unpruned(lattice)
         shapes = {name: array.shape for name, array in weights.items()}
         update = {
             name: np.subtract(weights[name], array, dtype=np.float64)
@@ -208,26 +310,53 @@ class Publisher:
             name: {t: array for t, array in arrays.items() if array.shape == shapes.get(t)}
             for name, arrays in self._statistics.items()
         }
-        return self._plan.masks(self._counter, Knowledge(weights, update, known))
+        return self._plan.masks(self.clock, Knowledge(weights, update, known))
+
+    def _say_unpruned(self, lattice: Mapping[str, NDArray[Any]]) -> None:
+        plan = self._plan
+        assert plan is not None
+        adapters = low_rank_factors({name: array.shape for name, array in lattice.items()})
+        if adapters and not plan.adapters:
+            log(
+                INFO,
+                "Not pruned: %d low-rank factors such as %r, whose products would lose whole rows; "
+                "prunecast.pruning-adapters = true prunes them.",
+                len(adapters),
+                min(adapters),
+            )
+        if not plan.prunable(lattice):
+            log(
+                WARNING, "The model has no tensor that may be pruned, so nothing will be: %s.", _WHY
+            )
 
     def _on_lattice(
         self, master: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[np.bool_]]
     ) -> PublishedModel:
         tensors: dict[str, Tensor] = {}
         for name, array in master.items():
-            if self.policy.is_lossless(name, array.dtype, array.size):
-                tensors[name] = RawTensor(array)
-                continue
-            step = self._step(name, array)
-            q = quantise(array, step, name=name)
-            if name in masks:
-                q *= masks[name]
-            tensors[name] = LatticeTensor(q, step, name in masks, array.dtype)
+            if not self._is_exact(name, array):
+                try:
+                    tensors[name] = self._lattice_tensor(name, array, masks.get(name))
+                    continue
+                except QuantiseError as error:
+                    self._travels_exactly(name, str(error))
+            tensors[name] = RawTensor(array)
         return PublishedModel(tensors, self._counter)
+
+    def _lattice_tensor(
+        self, name: str, array: NDArray[Any], mask: NDArray[np.bool_] | None
+    ) -> LatticeTensor:
+        step = self._step(name, array)
+        q = quantise(array, step, name=name)
+        if mask is not None:
+            q *= mask
+        return LatticeTensor(q, step, mask is not None, array.dtype)
 
     def _step(self, name: str, array: NDArray[Any]) -> float:
         unit = max(spread(array, "std"), _SMALLEST_SPREAD)
         ideal = self.policy.down_step * unit * (1.0 if array.ndim > 1 else _VECTOR_STEP)
+        if not ideal <= float(np.finfo(np.float32).max) / 4:
+            raise QuantiseError(f"the values of {name!r} spread over more than float32 holds")
         step = self._steps.get(name)
         if step is None:
             step = float(np.float32(ideal))
@@ -298,10 +427,14 @@ class NodeState:
 
 
 class Streams:
-    """All streams and nodes of one run."""
+    """All streams and nodes of one run.
+
+    Attributes:
+        round: of messages that state none; 0 where nobody said.
+    """
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.round = policy, 0
         self._streams: dict[tuple[int, str], Publisher] = {}
         self._nodes: dict[int, NodeState] = {}
 

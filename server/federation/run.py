@@ -165,7 +165,9 @@ class Run:
         """
         if isinstance(initial, Checkpoint):
             arrays = self.grid.resume(initial)
+            self.grid.policy.check_rounds(num_rounds + max(0, initial.clock - 1))
         else:
+            self.grid.policy.check_rounds(num_rounds)
             like = initial
             arrays = self.grid.draw_initial(like, self.seed, key=self.key) if drawn else like
         random.seed(self.seed)  # Flower samples nodes with it

@@ -16,6 +16,7 @@ from prunecast.compression.pruning.plan import (
     Knowledge,
     PlanError,
     PruningPlan,
+    low_rank_factors,
 )
 
 WEIGHTS = hnp.arrays(
@@ -137,6 +138,30 @@ def test_what_is_prunable():
     }
     assert list(PruningPlan(min_size=100, exclude=("head.*",)).prunable(arrays)) == ["conv"]
     assert list(PruningPlan(min_size=0).prunable(arrays)) == ["conv", "small", "head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("names", "shapes", "found"),
+    [
+        (["q.lora_A.default.weight", "q.lora_B.default.weight"], [(8, 64), (64, 8)], True),
+        (["lora_a", "lora_b"], [(64, 8), (8, 64)], True),  # by name, whatever the orientation
+        (["adapter.0.weight", "x.hada_w1_a"], [(64, 64), (64, 64)], True),
+        (["layer.A", "layer.B"], [(8, 64), (32, 8)], True),
+        (["proj_down.weight", "proj_up.weight"], [(8, 64), (64, 8)], True),
+        (["layer.U", "layer.V"], [(64, 8), (8, 64)], True),
+        (["layer.A", "layer.B"], [(16, 63), (63, 16)], False),  # of no low rank
+        (["layer.A", "other.B"], [(8, 64), (64, 8)], False),  # of two layers
+        (["encoder.weight", "decoder.weight"], [(8, 64), (64, 8)], False),  # an autoencoder
+        (["a.weight", "explorer.weight"], [(64, 8), (64, 64)], False),
+    ],
+)
+def test_low_rank_factors_are_left_alone_unless_asked(names, shapes, found):
+    arrays = {name: np.zeros(shape) for name, shape in zip(names, shapes, strict=True)}
+    assert low_rank_factors({n: a.shape for n, a in arrays.items()}) == set(names if found else ())
+    dense = {**arrays, "fc.weight": np.zeros((20, 20))}
+    kept = PruningPlan(min_size=1).prunable(dense)
+    assert list(kept) == (["fc.weight"] if found else list(dense))
+    assert list(PruningPlan(min_size=1, adapters=True).prunable(dense)) == list(dense)
 
 
 def test_statistics_are_asked_for_while_they_decide():

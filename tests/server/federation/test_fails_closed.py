@@ -151,11 +151,16 @@ def test_nan_in_the_global_model(federation):
     assert grid.published(to_record(initial_arrays())).counter == 1
 
 
-def test_a_node_whose_store_cannot_be_written(federation, tmp_path):
+def test_a_node_whose_store_cannot_be_written_costs_bytes_alone(federation, tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
     grid, _, _ = federation("small", app=make_app(blocked))
-    assert refused(send(grid), "PRUNECAST_STORE")
+    for seed in (0, 1):
+        assert not send(grid, arrays=initial_arrays(seed)).has_error()
+    assert [e.kind for e in grid.ledger.entries] == ["keyframe", "update", "keyframe", "update"]
+    said = [r.getMessage() for r in caplog.records if "Node 1 cannot keep" in r.getMessage()]
+    assert len(said) == 1
+    assert "PRUNECAST_STORE" in said[0]
 
 
 def test_a_node_that_never_keeps_what_it_gets_is_refused_after_one_keyframe(federation, tmp_path):

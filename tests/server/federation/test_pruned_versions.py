@@ -21,12 +21,16 @@ from prunecast.client.training import (
 )
 from prunecast.compression.flower import payload_of, payload_record
 from prunecast.compression.pruning.plan import CRITERIA, pack_statistics
-from prunecast.server.federation import Policy
+from prunecast.compression.versions import LatticeTensor
+from prunecast.server.federation import CompressedGrid, NonFiniteModel, Policy
+from prunecast.server.federation.policy import _say_once
 from prunecast.server.federation.publisher import Publisher
+from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import (
     RUN_ID,
     initial_arrays,
     local_step,
+    make_app,
     seed_of,
     to_arrays,
     to_record,
@@ -100,6 +104,185 @@ def test_versions_are_those_of_the_code_before_there_were_plans(
         for name, mask in model.masks().items():
             pruned.update(name.encode() + np.packbits(mask).tobytes())
     assert (pruned.hexdigest()[:32], found.hexdigest()[:32]) == (masks, models)
+
+
+# -- the clock -----------------------------------------------------------------------------------
+
+CLOCKED = {"sparsity": 0.8, "pruning_begin": 1, "pruning_end": 9, "pruning_min_size": 100}
+
+
+def grid_of(tmp_path: Path, nodes: int = 2, **knobs: Any) -> CompressedGrid:
+    inner = InProcessGrid(make_app(tmp_path), nodes, run_id=RUN_ID)
+    return CompressedGrid(inner, Policy.preset("balanced", **CLOCKED, **knobs), poll_interval=0.01)
+
+
+def message(seed: int, node: int = 1, server_round: int = 0, kind: str = "train") -> Message:
+    content = RecordDict({"arrays": to_record(initial_arrays(seed))})
+    if server_round:
+        content["config"] = ConfigRecord({"server-round": server_round})
+    return Message(content, node, kind)
+
+
+def sparsities(grid: CompressedGrid) -> list[float]:
+    """Of the versions that the one stream knows, in their order, as a schedule states them."""
+    (publisher,) = grid._streams._streams.values()
+    return [
+        1 - float(m.masks()["fc.weight"].mean()) if m.masks() else 0.0
+        for m in publisher._history.values()
+    ]
+
+
+def schedule(*rounds: int) -> Any:
+    return pytest.approx([Policy(**CLOCKED).pruning.schedule(r) for r in rounds], abs=0.03)
+
+
+def test_models_of_several_widths_are_of_one_round(tmp_path: Path) -> None:
+    """As of HeteroFL: every class of devices gets a content of its own."""
+    grid = grid_of(tmp_path, nodes=6)
+    for server_round in (1, 2, 3):
+        classes = [(10 * server_round + node // 2, node) for node in range(6)]
+        batch = [message(seed, node + 1, server_round) for seed, node in classes]
+        assert not any(reply.has_error() for reply in grid.send_and_receive(batch))
+    assert sparsities(grid) == schedule(1, 1, 1, 2, 2, 2, 3, 3, 3)
+
+
+def test_what_a_round_arrived_at_is_the_model_that_the_next_one_trains(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path)
+    for seed, server_round, kind in ((0, 4, "train"), (1, 4, "evaluate"), (1, 5, "train")):
+        list(grid.send_and_receive([message(seed, 1, server_round, kind)]))
+    assert grid.published(to_record(initial_arrays(2))).counter == 3
+    assert sparsities(grid) == schedule(4, 5, 6)
+
+
+def test_rounds_may_be_skipped_and_never_go_back(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path)
+    for seed, server_round in enumerate((1, 7, 3, 8)):
+        list(grid.send_and_receive([message(seed, 1, server_round)]))
+    assert sparsities(grid) == schedule(1, 7, 7, 8)
+
+
+def test_an_asynchronous_loop_states_its_rounds_by_hand(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new model after every reply is no round."""
+    grid = grid_of(tmp_path)
+    for seed in range(6):
+        grid.begin_round(1 + seed // 3)
+        list(grid.send_and_receive([message(seed, 1 + seed % 2)]))
+    assert sparsities(grid) == schedule(1, 1, 1, 2, 2, 2)
+    assert "states its round" not in caplog.text
+
+
+def test_without_rounds_every_batch_is_one_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = grid_of(tmp_path, nodes=4)
+    for number in range(3):
+        batch = [message(2 * number + node // 2, node + 1) for node in range(4)]
+        list(grid.send_and_receive(batch))
+    assert sparsities(grid) == schedule(1, 1, 2, 2, 3, 3)
+    assert caplog.text.count("No message states its round") == 1
+    assert "begin_round" in caplog.text
+
+
+@pytest.mark.parametrize(("rounds", "said"), [(3, "0%"), (12, "57%"), (24, None), (40, None)])
+def test_a_schedule_that_cannot_end_is_named_once(
+    caplog: pytest.LogCaptureFixture, rounds: int, said: str | None
+) -> None:
+    _say_once.cache_clear()
+    config = {"prunecast.preset": "small", "num-server-rounds": rounds}
+    policy = Policy.from_run_config(config)
+    policy.check_rounds(rounds)
+    assert caplog.text.count("Pruning ends in round 25") == (said is not None)
+    if said is not None:
+        assert "prunecast.pruning-end" in caplog.text
+        assert "instead of 90%" in caplog.text
+        reached = policy.pruning.schedule(rounds + 1)
+        assert f"will have {reached:.0%} of zeros" in caplog.text
+
+
+def test_lora_survives_small(caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    factors = {
+        "q.lora_A.weight": rng.normal(size=(8, 256)).astype(np.float32) / 16,
+        "q.lora_B.weight": rng.normal(size=(256, 8)).astype(np.float32) / 500,
+    }
+    policy = Policy.preset("small", pruning_begin=0, pruning_end=1)
+    publisher = Publisher(policy, b"s", policy.pruning)
+    sent = publisher.publish(factors).model.arrays()
+    a, b = factors.values()
+    sent_a, sent_b = sent.values()
+    error = np.linalg.norm(sent_b @ sent_a - b @ a) / np.linalg.norm(b @ a)
+    assert error < 0.05
+    assert "nothing will be" in caplog.text
+    asked = Policy.preset("small", pruning_begin=0, pruning_end=1, pruning_adapters=True)
+    model = Publisher(asked, b"s", asked.pruning).publish(factors).model
+    assert model.sparsity() == pytest.approx(0.9, abs=0.01)
+
+
+# -- what cannot lie on a lattice -----------------------------------------------------------------
+
+
+def test_averaged_integers_are_integers_again() -> None:
+    publisher = Publisher(Policy(), b"s")
+    first = {"n": np.int64(0), "m": np.array([True, False]), "k": np.arange(3, dtype=np.uint8)}
+    publisher.publish({n: np.asarray(a) for n, a in first.items()})
+    averaged = {"n": np.float64(2.6), "m": np.array([0.7, 0.2]), "k": np.array([0.0, 1.4, 254.6])}
+    version = publisher.publish({n: np.asarray(a) for n, a in averaged.items()})
+    for arrays in (version.model.arrays(), version.master):
+        assert [a.dtype.name for a in arrays.values()] == ["int64", "bool", "uint8"]
+        assert [a.tolist() for a in arrays.values()] == [3, [True, False], [0, 1, 255]]
+    outside = publisher.publish({**first, "k": np.array([0.0, 1.0, 300.0])})
+    assert outside.model.arrays()["k"].tolist() == [0.0, 1.0, 300.0]  # rather than another value
+
+
+@pytest.mark.parametrize("preset", ["lossless", "balanced", "small"])
+def test_infinity_that_belongs_there_travels_exactly(preset: str) -> None:
+    publisher = Publisher(Policy.preset(preset), b"s")
+    mask = np.triu(np.full((16, 16), -np.inf, np.float32), 1)
+    master = {
+        "fc.weight": np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8),
+        "attn.mask": mask,
+        "observer.min_val": np.array(np.inf, np.float32),
+        "bn.running_var": np.array([1, np.inf], np.float32),
+    }
+    for step in range(3):
+        master = {**master, "fc.weight": master["fc.weight"] + np.float32(0.01 * step)}
+        sent = publisher.publish(master).model.arrays()
+        for name in ("attn.mask", "observer.min_val", "bn.running_var"):
+            assert sent[name].tobytes() == master[name].tobytes()
+    master["observer.min_val"] = np.array(-1, np.float32)
+    master["attn.mask"] = np.zeros_like(mask)
+    publisher.publish(master)
+    diverged = {**master, "fc.weight": master["fc.weight"] * np.float32(np.inf)}
+    with pytest.raises(NonFiniteModel, match=r"'fc\.weight'.*diverged"):
+        publisher.publish(diverged)
+
+
+@pytest.mark.parametrize(
+    "values", [[123456] * 3, [1e12, 1e12], [3e37] * 2, [np.finfo("f4").max] * 2]
+)
+def test_what_no_lattice_holds_travels_exactly_by_itself(values: list[float]) -> None:
+    publisher = Publisher(Policy(), b"s")
+    odd = np.array(values, np.float32)
+    weight = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
+    for scale in (1, 0.5):
+        sent = publisher.publish({"odd": odd * np.float32(scale), "w": weight}).model
+        assert sent.arrays()["odd"].tobytes() == (odd * np.float32(scale)).tobytes()
+        assert isinstance(sent["w"], LatticeTensor)
+
+
+def test_a_tensor_that_leaves_its_lattice_needs_no_keyframe(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path)
+    for number, value in enumerate((1.0, 1e12, 1.1e12), start=1):
+        arrays = {**initial_arrays(), "fc.bias": np.full(64, value, np.float32)}
+        content = RecordDict(
+            {"arrays": to_record(arrays), "config": ConfigRecord({"server-round": number})}
+        )
+        (reply,) = grid.send_and_receive([Message(content, 1, "evaluate")])
+        assert not reply.has_error()
+    down = [e.kind for e in grid.ledger.entries if e.direction == "down"]
+    assert down == ["keyframe", "delta", "delta"]
 
 
 def test_without_a_plan_nothing_is_pruned() -> None:
