@@ -18,6 +18,7 @@ from rich.text import Text
 __all__ = [
     "AsJson",
     "Column",
+    "MaxBytes",
     "explain",
     "file_progress",
     "is_usage",
@@ -31,6 +32,14 @@ __all__ = [
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+MaxBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Most bytes that the content of a file may take in memory; default 1 GiB, or 64 times "
+        "the file if that is more.",
+    ),
+]
 
 _WIDE = 100  # from so many columns on, a terminal has room for everything
 

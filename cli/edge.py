@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, show
+from prunecast.cli.console import AsJson, MaxBytes, show
 
 if TYPE_CHECKING:
     from prunecast.client.edge import Agent, AgentConfig
@@ -225,14 +225,16 @@ def infer(
     inputs: Annotated[Path, typer.Option(help=".npz with one array per input of the model.")],
     outputs: Annotated[Path, typer.Option(help=".npz to write, one array per output.")],
     threads: Threads = None,
+    max_bytes: MaxBytes = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the active release on arrays in a file; needs no network."""
     from prunecast.client.edge import open_model
     from prunecast.common.files import write_atomically
-    from prunecast.compression.release.selftest import pack_arrays, unpack_arrays
+    from prunecast.common.npz import NpzArchive
+    from prunecast.compression.release.selftest import pack_arrays
 
-    arrays = unpack_arrays(inputs.read_bytes(), max_bytes=2**34)
+    arrays = NpzArchive(inputs, max_bytes=max_bytes).read_all()
     model = open_model(state, threads=threads)
     begun = time.perf_counter()
     served = model.infer(arrays)

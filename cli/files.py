@@ -10,6 +10,7 @@ import typer
 
 from prunecast.cli.console import (
     Column,
+    MaxBytes,
     file_progress,
     make_console,
     print_table,
@@ -59,6 +60,7 @@ def compress(
         list[str] | None,
         typer.Option(help="Name pattern of tensors that stay exact; may be repeated."),
     ] = None,
+    max_bytes: MaxBytes = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -74,7 +76,7 @@ def compress(
 
     lossy = _lossy(step, error, bits, common, dead_zone, keep or [])
     target = output or file.with_suffix(".pcc")
-    source = open_tensors(file)
+    source = open_tensors(file, max_bytes=max_bytes)
     _refuse_to_overwrite(target, force)
     with file_progress() as progress:
         result = compress_file(source, target, lossy=lossy, on_progress=progress)
@@ -89,12 +91,7 @@ def decompress(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A .safetensors, .npz or .onnx file to write.")
     ],
-    max_bytes: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Most bytes to restore; default 8 GiB, or 64 times FILE if that is more."
-        ),
-    ] = None,
+    max_bytes: MaxBytes = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -240,6 +237,7 @@ def inspect(
     file: Annotated[
         Path, typer.Argument(help="A .safetensors, .npz or .onnx file, or a compressed .pcc.")
     ],
+    max_bytes: MaxBytes = None,
     as_json: AsJson = False,
 ) -> None:
     """Show every tensor of a checkpoint, and what it costs when it is coded losslessly.
@@ -253,7 +251,7 @@ def inspect(
     outlines: list[Outline] = []
     source: TensorFile
     if file.suffix.lower() in (".safetensors", ".npz", ".onnx"):
-        source = open_tensors(file)
+        source = open_tensors(file, max_bytes=max_bytes)
         with file_progress() as progress:
             found = inspect_tensors(source, on_progress=progress)
     else:
@@ -261,7 +259,7 @@ def inspect(
         if any(o.needs for o in outlines):
             _show_outlines(file, outlines, as_json)
             return
-        source = archive = open_archive(file)
+        source = archive = open_archive(file, max_bytes=max_bytes)
         with file_progress() as progress:
             found = inspect_archive(archive, on_progress=progress)
     if as_json:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, make_console, show
+from prunecast.cli.console import AsJson, MaxBytes, make_console, show
 from prunecast.common.references import load_callable
 
 __all__ = ["Fleets", "Folder", "Keys", "Name", "create"]
@@ -128,6 +128,15 @@ def create(
     export: Annotated[
         Path | None, typer.Option(help="Write what was published as a single .onnx file, too.")
     ] = None,
+    max_bytes: MaxBytes = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="How long a model of --from may take to be read, quantised and run; default 40, "
+            "and one for every megabyte.",
+            min=0.1,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish a model as the next release: keyframe, patches from live releases, self-test."""
@@ -163,8 +172,10 @@ def create(
             seed=seed,
             licence=licence,
             cache=graph_cache,
+            max_bytes=max_bytes,
+            max_seconds=max_seconds,
         )
-        weights = None if model is None else read_checkpoint(model)
+        weights = None if model is None else read_checkpoint(model, max_bytes=max_bytes)
         with make_console(stderr=True).status(f"making {name} from {source or module or graph}"):
             made = recipe.make(weights, metrics, newest=NewestRelease(target, name))
     except RecipeError as error:

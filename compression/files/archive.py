@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from prunecast.common.bounds import byte_limit, too_large
 from prunecast.compression.codec import (
     CodecError,
     LimitExceeded,
@@ -30,8 +31,6 @@ __all__ = [
 PART_BYTES = 1 << 25
 """Parts hold tensors of up to so many bytes together, or one larger tensor."""
 _PART_TENSORS = 1 << 14
-_FREE_BYTES = 1 << 33
-_FREE_EXPANSION = 64
 _START = 16  # bytes that hold a payload's length
 
 
@@ -75,7 +74,9 @@ class Archive(TensorFile):
         try:
             return open_part(payload, self.limits)
         except LimitExceeded as error:
-            raise FileTooLarge(f"{self.path}: {error} (max_bytes, --max-bytes)") from error
+            raise FileTooLarge(
+                f"{self.path}: {error}; allow more if you trust it (--max-bytes)"
+            ) from error
         except CodecError as error:
             raise UnreadableFile(f"{self.path} cannot be decoded: {error}") from error
         except UnreadableFile as error:
@@ -99,10 +100,8 @@ class Archive(TensorFile):
                 total += spec.nbytes
             self.steps |= part.steps
             if total > self.limits.decoded_bytes:
-                raise FileTooLarge(
-                    f"{self.path} states tensors of more than {self.limits.decoded_bytes:,} bytes; "
-                    "allow more if you trust it (max_bytes, --max-bytes)"
-                )
+                limit = self.limits.decoded_bytes
+                raise FileTooLarge(f"{self.path}: {too_large('its tensors take', limit)}")
             self.places.append((offset, len(payload)))
             self._last = (number, part)
             offset += len(payload)
@@ -161,7 +160,7 @@ def open_archive(path: Path, *, max_bytes: int | None = None) -> Archive:
 
     Args:
         path: a ``.pcc`` file, or any file of codec payloads that need no context.
-        max_bytes: most bytes that its tensors may take together; default 8 GiB, or 64 times the
+        max_bytes: most bytes that its tensors may take together; default 1 GiB, or 64 times the
             file's size if that is more.
 
     Raises:
@@ -176,7 +175,7 @@ def _limits(path: Path, max_bytes: int | None) -> Limits:
         size = path.stat().st_size
     except OSError as error:
         raise UnreadableFile(f"cannot read {path}: {error.strerror}") from error
-    most = max(_FREE_BYTES, _FREE_EXPANSION * size) if max_bytes is None else max_bytes
+    most = byte_limit(size, max_bytes)
     free = Limits().free_bytes if max_bytes is None else max_bytes
     return Limits(
         payload_bytes=size,

@@ -6,18 +6,22 @@ its library; ``.onnx`` by `prunecast.compression.files.onnx_files`, and it is re
 
 from __future__ import annotations
 
-import lzma
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from prunecast.common.bounds import byte_limit, disk_bytes, too_large
 from prunecast.common.files import replacing
-from prunecast.compression.files import UnknownFormat, UnreadableFile, UnsupportedTensor
+from prunecast.common.npz import NpzArchive, NpzError, NpzTooLarge
+from prunecast.compression.files import (
+    FileTooLarge,
+    UnknownFormat,
+    UnreadableFile,
+    UnsupportedTensor,
+)
 from prunecast.compression.files.onnx_files import open_onnx
 from prunecast.compression.files.tensors import (
     FOREIGN,
@@ -34,81 +38,52 @@ __all__ = [
     "write_tensors",
 ]
 
-# What zipfile, its decompressors and numpy's header parser (a tokenizer and literal_eval) raise.
-_BAD = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, NotImplementedError),
-    *(ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError),
-    *(SyntaxError, tokenize.TokenError, MemoryError),
-)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same tensors give the same bytes
 
 
-def _open_npz(path: Path) -> TensorFile:
+def _open_npz(path: Path, max_bytes: int | None) -> TensorFile:
     """Open an archive of plain arrays."""
     specs: dict[str, FileSpec] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                name = _name(member.filename)
-                if name in specs:
-                    raise UnreadableFile(f"{path} holds {name!r} twice")
-                with archive.open(member) as stream:
-                    spec = _header(stream)[0]
-                    if spec.nbytes != member.file_size - stream.tell():
-                        raise UnreadableFile(f"{path}: {name!r} has not the size of its shape")
-                specs[name] = spec
-    except UnsupportedTensor as error:
-        raise UnsupportedTensor(f"{path}: array {name!r} {error}") from error
-    except UnreadableFile:
-        raise
-    except _BAD as error:
-        raise _unreadable(path, error) from error
+        archive = NpzArchive(path, max_bytes=max_bytes)
+    except NpzTooLarge as error:
+        raise FileTooLarge(str(error)) from error
+    except NpzError as error:
+        raise UnreadableFile(f"no readable archive of plain arrays: {error}") from error
+    for name, member in archive.members.items():
+        if member.dtype.name not in NATIVE:
+            raise UnsupportedTensor(f"{path}: array {name!r} has dtype {_remedy(member.dtype)}")
+        specs[name] = FileSpec(member.dtype.name, member.shape)
 
     def load(name: str) -> FileTensor:
         try:
-            with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-                spec, dtype, fortran = _header(stream)
-                flat = np.frombuffer(stream.read(), dtype)
-                flat = flat.astype(dtype.newbyteorder("="), copy=False)
-                values = flat.reshape(spec.shape, order="F" if fortran else "C")
-                return FileTensor(values, spec.dtype)
-        except _BAD as error:
-            raise _unreadable(path, error) from error
+            values = archive.read(name)
+        except NpzError as error:
+            raise UnreadableFile(
+                f"{path} is not a readable .npz of plain arrays: {error}"
+            ) from error
+        native = values.astype(values.dtype.newbyteorder("="), copy=False)
+        return FileTensor(native, specs[name].dtype)
 
     return TensorFile(path, "npz", specs, load)
 
 
-def _name(member: str) -> str:
-    if not member.endswith(".npy"):
-        raise ValueError(f"{member!r} is not an array")
-    return member.removesuffix(".npy")
-
-
-def _header(stream: IO[bytes]) -> tuple[FileSpec, np.dtype[Any], bool]:
-    """dtype and shape that an array's header states, and whether its order is Fortran's."""
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
-        raise ValueError(f"an array is of format {version}")
-    if dtype.hasobject:
-        raise ValueError("an array holds Python objects, which only pickle reads: refused")
-    if dtype.name not in NATIVE:
-        raise UnsupportedTensor(
-            f"has dtype {dtype}; only booleans, integers and real floats of up to 64 bits can be "
-            "coded: convert it or leave it out"
+def _remedy(dtype: np.dtype[Any]) -> str:
+    """A dtype that cannot be coded, and what to do with the array."""
+    if dtype.kind == "c":
+        half = np.dtype(f"f{dtype.itemsize // 2}")
+        return (
+            f"{dtype}, and complex numbers have no coding: save its real and imaginary parts as "
+            f"two {half} arrays (array.real and array.imag)"
         )
-    if any(d < 0 for d in shape):
-        raise ValueError("an array has a negative dimension")
-    return FileSpec(dtype.name, shape), dtype, fortran
-
-
-def _unreadable(path: Path, error: Exception) -> UnreadableFile:
-    if isinstance(error, OSError) and error.strerror:
-        return UnreadableFile(f"cannot read {path}: {error.strerror}")
-    return UnreadableFile(f"{path} is not a readable .npz archive of plain arrays: {error}")
+    if dtype.kind == "f":
+        return f"{dtype}, and floats have up to 64 bits: convert it with array.astype('float64')"
+    if dtype.kind in "US":
+        return f"{dtype}, which is text: leave the array out, it holds no weights"
+    return (
+        f"{dtype}; only booleans, integers and real floats of up to 64 bits can be coded: convert "
+        "it or leave it out"
+    )
 
 
 def _write_npz(path: Path, tensors: Mapping[str, FileTensor]) -> None:
@@ -139,7 +114,7 @@ _DTYPES = {
 }
 
 
-def _open_safetensors(path: Path) -> TensorFile:
+def _open_safetensors(path: Path, max_bytes: int | None) -> TensorFile:
     """Open a file."""
     from safetensors import SafetensorError, safe_open
 
@@ -167,6 +142,10 @@ def _open_safetensors(path: Path) -> TensorFile:
         raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UnreadableFile(f"{path} is not a readable .safetensors file: {error}") from error
+
+    limit = byte_limit(disk_bytes(path), max_bytes)
+    if sum(spec.nbytes for spec in specs.values()) > limit:
+        raise FileTooLarge(f"{path}: {too_large('its tensors take', limit)}")
 
     def load(name: str) -> FileTensor:
         spec = specs[name]
@@ -208,13 +187,33 @@ def _write_safetensors(
         raise UnreadableFile(f"cannot write {path}: {error}") from error
 
 
+_TORCH = (
+    ": a file of torch's is a pickle and is not read; load it where you trust it, with "
+    "torch.load(file, weights_only=True), and save its state_dict by "
+    "safetensors.torch.save_file"
+)
+_CONVERSIONS = {
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"), _TORCH),
+    ".pt2": ": export the program to .onnx, or save its state_dict by safetensors.torch.save_file",
+    ".npy": ": save the array by its name, with numpy.savez",
+    ".h5": ": save its arrays by their names, with numpy.savez",
+    ".msgpack": ": save its arrays by their names, with numpy.savez",
+    ".gguf": ": save its tensors as .safetensors",
+    ".pcc": ": it is compressed already; prunecast decompress restores it",
+}
 _READERS = {".safetensors": _open_safetensors, ".npz": _open_npz, ".onnx": open_onnx}
 
 
-def open_tensors(path: Path) -> TensorFile:
+def open_tensors(path: Path, *, max_bytes: int | None = None) -> TensorFile:
     """Open a ``.safetensors``, ``.npz`` or ``.onnx`` file; tensors are read when asked for.
 
+    Args:
+        path: of the file.
+        max_bytes: most bytes that its tensors may take together; default 1 GiB, or 64 times what
+            the file takes on disk if that is more.
+
     Raises:
+        FileTooLarge: its tensors exceed `max_bytes`.
         UnknownFormat: another suffix.
         UnreadableFile: missing, damaged, or not what its suffix says.
         UnsafePath: it refers to data outside its folder.
@@ -224,10 +223,17 @@ def open_tensors(path: Path) -> TensorFile:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         known = ", ".join(_READERS)
-        raise UnknownFormat(f"{path}: the suffix {path.suffix!r} is none of {known}")
-    if not path.is_file():
+        raise UnknownFormat(
+            f"{path}: the suffix {path.suffix!r} is none of {known}"
+            + _CONVERSIONS.get(path.suffix.lower(), "")
+        )
+    if path.is_dir():
+        raise UnreadableFile(f"{path} is a folder: name the file in it")
+    if not path.exists():
         raise UnreadableFile(f"cannot read {path}: there is no such file")
-    return reader(path)
+    if not path.is_file():
+        raise UnreadableFile(f"cannot read {path}: it is no regular file")
+    return reader(path, max_bytes)
 
 
 def writable_format(path: Path) -> str:

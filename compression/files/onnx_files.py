@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.files import UnreadableFile, UnsafePath, UnsupportedTensor
+from prunecast.common.bounds import byte_limit, disk_bytes, too_large
+from prunecast.compression.files import (
+    FileTooLarge,
+    UnreadableFile,
+    UnsafePath,
+    UnsupportedTensor,
+)
 from prunecast.compression.files.onnx_skeleton import Place, places, subgraphs
 from prunecast.compression.files.tensors import (
     FOREIGN,
@@ -29,16 +35,17 @@ _EXTERNAL = 1  # TensorProto.DataLocation; onnx itself is imported when there is
 _IN_A_BYTE = {"uint4": 2, "int4": 2, "float4_e2m1fn": 2, "uint2": 4, "int2": 4}
 
 
-def open_onnx(path: Path) -> TensorFile:
+def open_onnx(path: Path, max_bytes: int | None = None) -> TensorFile:
     """Open a model: the tensors that can be coded, wherever they lie, and the graph without them.
 
     Tensors of other types (strings, four bits) stay in the graph; external data are taken in.
 
     Raises:
+        FileTooLarge: its tensors exceed `max_bytes`, see `TensorReader`.
         UnreadableFile: missing or damaged.
         UnsafePath: external data outside the model's folder.
     """
-    model, reader = read_proto(path), TensorReader(path)
+    model, reader = read_proto(path), TensorReader(path, max_bytes)
     names = [proto.name for proto in model.graph.initializer]
     if len(set(names)) != len(names):
         raise UnreadableFile(f"{path} names an initialiser twice")
@@ -52,6 +59,7 @@ def open_onnx(path: Path) -> TensorFile:
         taken = _take_list(place) if place.values is not None else _take_out(place, reader)
         if taken is not None:
             specs[place.name], held[place.name] = taken
+    reader.check(sum(spec.nbytes for spec in specs.values()))
     skeleton = model.SerializeToString(deterministic=True)
     return TensorFile(path, "onnx", specs, lambda name: held[name](), graph=skeleton)
 
@@ -142,11 +150,43 @@ class TensorReader:
     """Reads the tensors of one model.
 
     Args:
-        path: the ``.onnx`` file; external data must lie in its folder or below.
+        path: the ``.onnx`` file; external data must lie in its folder or below. Links are followed
+            to files there, and, where `path` is a link itself, to files beside the one it means:
+            so does a cache of huggingface_hub look.
+        max_bytes: most bytes that the tensors may take together; default 1 GiB, or 64 times what
+            the files take on disk if that is more.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_bytes: int | None = None) -> None:
         self._path, self._folder = path, path.parent.resolve()
+        self._home = path.resolve().parent
+        self._max_bytes = max_bytes
+        self._disk = {path: disk_bytes(path)}
+        self._made = 0
+
+    @property
+    def files(self) -> list[Path]:
+        """The model and the external data that have been asked for, links followed."""
+        return list(self._disk)
+
+    def check(self, nbytes: int) -> None:
+        """Compare what tensors take together with the limit.
+
+        Raises:
+            FileTooLarge: they take more.
+        """
+        limit = byte_limit(sum(self._disk.values()), self._max_bytes)
+        if nbytes > limit:
+            raise FileTooLarge(f"{self._path}: {too_large('its tensors take', limit)}")
+
+    def stated(self, proto: Any) -> int:
+        """Bytes that a tensor states, 0 for a type without numbers.
+
+        Raises:
+            UnreadableFile: a negative or absurd shape.
+        """
+        dtype = _dtype(proto)
+        return 0 if dtype is None or dtype.hasobject else self.size(proto) * dtype.itemsize
 
     def plain(self, proto: Any) -> bool:
         """Whether the tensor has a dtype of numpy's that can be coded."""
@@ -179,8 +219,18 @@ class TensorReader:
         spec = FileSpec(dtype.name, tuple(proto.dims))
         if proto.data_location == _EXTERNAL:
             self.place(proto, spec.nbytes)
-        elif proto.HasField("raw_data") and len(proto.raw_data) != spec.nbytes:
-            raise UnreadableFile(f"{self._label(proto)} has not the size of its shape")
+        elif proto.HasField("raw_data"):
+            if len(proto.raw_data) != spec.nbytes:
+                raise UnreadableFile(f"{self._label(proto)} has not the size of its shape")
+        else:
+            from onnx import helper
+
+            count = len(getattr(proto, helper.tensor_dtype_to_field(proto.data_type)))
+            if count != spec.size:
+                raise UnreadableFile(
+                    f"{self._label(proto)} is damaged: {count} values for the shape "
+                    f"{list(spec.shape)}"
+                )
         return spec
 
     def size(self, proto: Any) -> int:
@@ -230,9 +280,12 @@ class TensorReader:
 
         Raises:
             UnreadableFile: damaged.
+            FileTooLarge: all sparse tensors together exceed the limit.
         """
         values, indices = self.array(sparse.values).ravel(), self.array(sparse.indices)
         shape = tuple(sparse.dims)
+        self._made += math.prod(shape) * values.itemsize if all(n >= 0 for n in shape) else 0
+        self.check(self._made)
         out = np.zeros(self._size(sparse.values, shape), values.dtype)
         try:
             if indices.ndim == 2:
@@ -246,6 +299,7 @@ class TensorReader:
         """Move a tensor's external data into the graph.
 
         Raises:
+            FileTooLarge: all that is moved exceeds the limit.
             UnreadableFile, UnsafePath: see `array`.
         """
         if proto.data_location != _EXTERNAL:
@@ -253,6 +307,8 @@ class TensorReader:
         dtype = self._known(proto)
         length = -(-self.size(proto) * dtype.itemsize // _IN_A_BYTE.get(dtype.name, 1))
         where, offset = self.place(proto, length)
+        self._made += length
+        self.check(self._made)
         with open(where, "rb") as file:
             file.seek(offset)
             proto.raw_data = file.read(length)
@@ -275,14 +331,14 @@ class TensorReader:
                 f"{self._label(proto)} names external data at {location[:200]!r}; only relative "
                 "paths below the model's folder are read"
             )
-        where = self._folder
-        for part in parts:
-            where /= part
-            if where.is_symlink():
-                raise UnsafePath(
-                    f"{self._label(proto)}: {where} is a symbolic link; put the file itself into "
-                    "the model's folder"
-                )
+        named = self._folder.joinpath(*parts)
+        where = named.resolve()
+        beside = self._path.is_symlink() and where.parent == self._home
+        if where != named and not (where.is_relative_to(self._folder) or beside):
+            raise UnsafePath(
+                f"{self._label(proto)}: {named} is a symbolic link to {where}, which is out of the "
+                "model's folder; put the file itself there"
+            )
         if not where.is_file():
             raise UnreadableFile(f"{self._path} needs {location[:200]!r} beside it: not there")
         try:
@@ -290,6 +346,7 @@ class TensorReader:
             length = int(entries.get("length", str(0 if nbytes is None else nbytes)))
         except ValueError as error:
             raise UnreadableFile(f"{self._label(proto)}: {error}") from error
+        self._disk.setdefault(where, disk_bytes(where))
         wrong = nbytes is not None and length != nbytes
         if offset < 0 or length < 0 or wrong or offset + length > where.stat().st_size:
             raise UnreadableFile(

@@ -83,25 +83,30 @@ class LiftedModel:
     notes: tuple[str, ...] = ()
 
 
-def lift_model(path: Path) -> LiftedModel:
+def lift_model(path: Path, *, max_bytes: int | None = None) -> LiftedModel:
     """Read an ``.onnx`` file and take its weights out.
+
+    Args:
+        path: of the file.
+        max_bytes: most bytes that its tensors may take, see `TensorReader`.
 
     Raises:
         ForeignModel: damaged, or it refers to files outside its folder.
     """
     try:
-        return _lift(Path(path))
+        return _lift(Path(path), max_bytes)
     except FilesError as error:
         raise ForeignModel(str(error)) from error
 
 
-def _lift(path: Path) -> LiftedModel:
-    proto, reader = read_proto(path), TensorReader(path)
+def _lift(path: Path, max_bytes: int | None) -> LiftedModel:
+    proto, reader = read_proto(path), TensorReader(path, max_bytes)
     if not proto.graph.output or not proto.opset_import:
         raise ForeignModel(f"{path} is not an .onnx model: it lacks outputs or an opset")
     for tensor in tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL:
             reader.place(tensor)
+    reader.check(sum(map(reader.stated, tensors(proto))))
     check_texts(proto, path)
     notes = []
     inlined = any(_holds_weights(function, reader) for function in proto.functions)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.common.npz import NpzArchive, NpzError
 from prunecast.compression.release import SelfTestFailed
 
 __all__ = [
@@ -28,10 +28,6 @@ __all__ = [
 
 Arrays = Mapping[str, NDArray[np.generic]]
 _ROUNDING = 1e-5  # relative; float32 sums in another order stay well below
-_DAMAGED = (
-    *(zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError),
-    RuntimeError,  # an encrypted member, an unknown method of compression
-)
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -68,8 +64,12 @@ def dtype_name(array: NDArray[np.generic]) -> str:
     return "str" if array.dtype.kind in "UO" else str(array.dtype.name)
 
 
-def pack_arrays(arrays: Arrays) -> bytes:
+def pack_arrays(arrays: Arrays, *, level: int = 9) -> bytes:
     """An ``.npz`` archive with fixed timestamps: the same arrays give the same bytes.
+
+    Args:
+        arrays: by name.
+        level: of zlib; 0 for what is written and read once.
 
     Raises:
         SelfTestFailed: a text ends in NUL, which numpy does not keep.
@@ -85,50 +85,27 @@ def pack_arrays(arrays: Arrays) -> bytes:
             np.lib.format.write_array(member, values, allow_pickle=False)
             info = zipfile.ZipInfo(f"{name}.npy", _EPOCH)
             info.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(info, member.getvalue(), compresslevel=9)
+            archive.writestr(info, member.getvalue(), compresslevel=level)
     return out.getvalue()
 
 
-def unpack_arrays(data: bytes, *, max_bytes: int = 256 * 2**20) -> dict[str, NDArray[np.generic]]:
+def unpack_arrays(
+    data: bytes, *, max_bytes: int | None = 256 * 2**20
+) -> dict[str, NDArray[np.generic]]:
     """Read an ``.npz`` archive without pickle and without inflating more than `max_bytes`.
+
+    Args:
+        data: content of the archive.
+        max_bytes: most bytes of all arrays together; by default what a device allows a release,
+            None for what every reader allows, see `prunecast.common.bounds.byte_limit`.
 
     Raises:
         SelfTestFailed: no such archive, or larger than allowed.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = archive.infolist()
-            if sum(member.file_size for member in members) > max_bytes:
-                raise SelfTestFailed(f"the archive inflates to more than {max_bytes} bytes")
-            arrays: dict[str, NDArray[np.generic]] = {}
-            for member in members:
-                content = io.BytesIO(archive.read(member))
-                _check_declared(content, member.file_size)
-                arrays[member.filename.removesuffix(".npy")] = np.lib.format.read_array(
-                    content, allow_pickle=False
-                )
-    except SelfTestFailed:
-        raise
-    except _DAMAGED as e:
-        raise SelfTestFailed(f"not a readable .npz archive of plain arrays: {e}") from e
-    return arrays
-
-
-def _check_declared(content: io.BytesIO, size: int) -> None:
-    """Refuse an array that declares more than its member holds: numpy allocates what it declares.
-
-    Raises:
-        SelfTestFailed: it does.
-        ValueError: no array.
-    """
-    version = np.lib.format.read_magic(content)
-    read = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-        read = np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(content)
-    content.seek(0)
-    if math.prod(shape) * dtype.itemsize > size:
-        raise SelfTestFailed(f"an array declares {list(shape)} values in {size} bytes")
+        return NpzArchive(data, max_bytes=max_bytes).read_all()
+    except NpzError as error:
+        raise SelfTestFailed(f"not a readable .npz archive of plain arrays: {error}") from error
 
 
 def check_outputs(expected: Arrays, actual: Arrays, tolerance: Tolerance) -> float:

@@ -211,6 +211,74 @@ KINDS: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 
 
+def _bomb(
+    node: str, *inputs: np.ndarray, functions: list[onnx.FunctionProto] | None = None, **attributes
+) -> onnx.ModelProto:
+    """A small model, one of whose nodes makes 32 GiB of nothing."""
+    names = [f"i{i}" if given.size else "" for i, given in enumerate(inputs)]
+    nodes = [
+        helper.make_node(node, names, ["c"], **attributes),
+        helper.make_node("Cast", ["c"], ["f"], to=FLOAT),
+        helper.make_node("ReduceSum", ["f"], ["s"], keepdims=0),
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Add", ["m", "s"], ["y"]),
+    ]
+    held = [tensor(given, name) for given, name in zip(inputs, names, strict=True) if name]
+    held.append(tensor(weight(4, 4), "w"))
+    made = model(nodes, [value("x", "n", 4)], [value("y", "n", 4)], held)
+    if functions:
+        nodes[0].domain = "d"
+        made.graph.node[0].domain = "d"
+        made.opset_import.append(helper.make_opsetid("d", 1))
+        made.functions.extend(functions)
+    return made
+
+
+def _laughs() -> onnx.ModelProto:
+    """Functions that call the one before them twice: inlined, they are 2^40 nodes."""
+    functions = []
+    for i in range(40):
+        nodes = [
+            helper.make_node(f"f{i - 1}", ["a"], ["t"], domain="d"),
+            helper.make_node(f"f{i - 1}", ["t"], ["b"], domain="d"),
+        ]
+        if not i:
+            nodes = [constant(weight(4), "k"), helper.make_node("Mul", ["a", "k"], ["b"])]
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+        functions.append(helper.make_function("d", f"f{i}", ["a"], ["b"], nodes, opsets))
+    return _bomb("f39", weight(4), functions=functions)
+
+
+_HUGE, _ONE = np.int64(1 << 33), weight(1)
+BOMBS: dict[str, Callable[[], onnx.ModelProto]] = {
+    "ConstantOfShape": lambda: _bomb("ConstantOfShape", np.array([_HUGE])),
+    "Expand": lambda: _bomb("Expand", _ONE, np.array([_HUGE])),
+    "Range": lambda: _bomb("Range", np.int64(0), _HUGE, np.int64(1)),
+    "Pad": lambda: _bomb("Pad", _ONE, np.array([0, _HUGE])),
+    "Resize": lambda: _bomb("Resize", weight(1, 1, 1), np.zeros(0), np.float32([1, 1, 1 << 33])),
+    "RandomNormal": lambda: _bomb("RandomNormal", shape=[1 << 33]),
+    "OneHot": lambda: _bomb("OneHot", np.array([1]), _HUGE, np.float32([0, 1])),
+    "functions": _laughs,
+}
+"""Models of up to 3 kB that ask for more memory than there is."""
+
+
+def endless() -> onnx.ModelProto:
+    """A loop of 2^62 turns."""
+    inputs = [value("i", kind=TensorProto.INT64), value("go", kind=TensorProto.BOOL)]
+    body = helper.make_graph(
+        [
+            helper.make_node("Add", ["acc", "one"], ["sum"]),
+            helper.make_node("Identity", ["go"], ["on"]),
+        ],
+        "body",
+        [*inputs, value("acc", 1)],
+        [value("on", kind=TensorProto.BOOL), value("sum", 1)],
+        [tensor(weight(1), "one")],
+    )
+    return _bomb("Loop", np.int64(1 << 62), np.zeros(0), _ONE, body=body)
+
+
 def save(proto: onnx.ModelProto, path: Path, *, external: bool = False) -> Path:
     """Write a model, with its large tensors beside it if `external`."""
     if external:

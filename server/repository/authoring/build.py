@@ -28,6 +28,7 @@ from prunecast.compression.onnx.qdq import quantise
 from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest
 from prunecast.compression.release.runtime import (
     InferenceSession,
+    Signature,
     computes_in_integers,
     fit_inputs,
     open_session,
@@ -51,10 +52,12 @@ from prunecast.server.repository.errors import RepositoryError
 
 __all__ = [
     "BuiltRelease",
+    "RecordedModel",
     "ReleaseContents",
     "Samples",
     "bound_session",
     "make_variant",
+    "record_selftest",
     "reference_outputs",
     "run_samples",
     "split_samples",
@@ -79,6 +82,7 @@ class ReleaseContents:
         numerics: how far it computes from the float32 reference.
         notes: what a user should know, a sentence each; not part of the release.
         exported: the architecture before it was quantised, for another time.
+        recorded: what the model answered to its self-test, where it has been run elsewhere.
     """
 
     model: PublishedModel
@@ -93,6 +97,26 @@ class ReleaseContents:
     numerics: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     exported: ExportedGraph | None = None
+    recorded: RecordedModel | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedModel:
+    """What a model answered to its self-test.
+
+    Attributes:
+        inputs: by name, in the model's dtypes.
+        expected: outputs by name.
+        tolerance: how far a device may be off.
+        takes: what the model takes.
+        gives: what it gives.
+    """
+
+    inputs: Arrays
+    expected: Arrays
+    tolerance: Tolerance
+    takes: tuple[Signature, ...]
+    gives: tuple[Signature, ...]
 
 
 class BuiltRelease:
@@ -116,17 +140,12 @@ class BuiltRelease:
         model = contents.model
         with tempfile.TemporaryDirectory() as folder:
             bound = bind_weights(contents.graph, model, Path(folder), variant=contents.variant)
-            session = open_session(bound.model)
-            inputs = _inputs(session, contents.inputs)
-            expected = session.run(inputs)
-            tolerance = contents.tolerance or _tolerance(
-                expected, _spread(bound.model, inputs, expected)
-            )
+            recorded = contents.recorded or _record(bound.model, contents)
             files = {
                 "model.onnx": self._keep(bound.model.read_bytes()),
                 "layout.json": self._keep(bound.layout.to_bytes()),
-                "selftest.npz": self._keep(pack_arrays(inputs)),
-                "expected.npz": self._keep(pack_arrays(expected)),
+                "selftest.npz": self._keep(pack_arrays(recorded.inputs)),
+                "expected.npz": self._keep(pack_arrays(recorded.expected)),
             }
         self._unnumbered = ReleaseManifest(
             name=name,
@@ -135,13 +154,13 @@ class BuiltRelease:
             model_digest=model.digest.hex(),
             counter=model.counter,
             variant=contents.variant,
-            inputs=session.inputs,
-            outputs=session.outputs,
+            inputs=recorded.takes,
+            outputs=recorded.gives,
             files=files,
             weights=FileRef(bound.weights_sha256, bound.layout.size),
             keyframe=self._keep(encode_keyframe(model, stream=name.encode())),
             patches=(),
-            tolerance=tolerance,
+            tolerance=recorded.tolerance,
             metrics={key: float(value) for key, value in contents.metrics.items()},
             licence=contents.licence,
             minimum_agent=contents.minimum_agent,
@@ -210,6 +229,26 @@ def bound_session(
     """
     with tempfile.TemporaryDirectory() as folder:
         yield open_session(bind_weights(graph, model, Path(folder), variant=variant).model)
+
+
+def record_selftest(contents: ReleaseContents) -> RecordedModel:
+    """Run the model of a release, as a device will.
+
+    Raises:
+        ReleaseError: the model does not fit the graph, or onnxruntime refuses it or its inputs.
+        RepositoryError: the self-test inputs are unusable.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        bound = bind_weights(contents.graph, contents.model, Path(folder), variant=contents.variant)
+        return _record(bound.model, contents)
+
+
+def _record(model: Path, contents: ReleaseContents) -> RecordedModel:
+    session = open_session(model)
+    inputs = _inputs(session, contents.inputs)
+    expected = session.run(inputs)
+    tolerance = contents.tolerance or _tolerance(expected, _spread(model, inputs, expected))
+    return RecordedModel(inputs, expected, tolerance, session.inputs, session.outputs)
 
 
 def _inputs(

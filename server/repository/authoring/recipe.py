@@ -28,26 +28,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.common.files import cache_folder
+from prunecast.common.npz import NpzArchive
 from prunecast.compression.onnx.graph import ExportedGraph, load_graph
 from prunecast.compression.onnx.lattice import STEPS, Steps
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.release.manifest import ReleaseManifest
-from prunecast.compression.release.runtime import open_session
-from prunecast.compression.release.selftest import Arrays, unpack_arrays
+from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository.authoring.build import (
     ReleaseContents,
     Samples,
     make_variant,
     reference_outputs,
-    run_samples,
     split_samples,
 )
+from prunecast.server.repository.authoring.foreign import ForeignFile, make_bounded
 from prunecast.server.repository.authoring.sources import (
     Architecture,
     export_module,
     from_arrays,
-    from_onnx,
     plan_of,
 )
 from prunecast.server.repository.errors import RecipeError
@@ -111,6 +110,9 @@ class ReleaseRecipe:
         seed: of drawn inputs.
         licence: SPDX expression of the weights.
         cache: folder of exported graphs; None for the user's own.
+        max_bytes: of memory that reading and running an ``.onnx`` file may take; None for 1 GiB,
+            or 64 times what is read if that is more.
+        max_seconds: that making its release may take; None for 40, and one for every megabyte.
 
     Raises:
         RecipeError: names the field that is missing or does not go with the others.
@@ -129,6 +131,8 @@ class ReleaseRecipe:
     seed: int = 0
     licence: str | None = None
     cache: Path | None = None
+    max_bytes: int | None = None
+    max_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.variant not in (*VARIANTS, "lattice"):
@@ -261,25 +265,21 @@ class ReleaseRecipe:
 
     def _from_file(self, newest: NewestRelease | None) -> ReleaseContents:
         assert self.onnx is not None
-        held = self._held(newest)
-        inputs = self._named_inputs() if self.selftest is not None or self.samples else None
-        made = from_onnx(
-            self.onnx,
-            bits=self.bits,
-            steps=self.steps,
-            variant="fp32" if self.variant == "fp32" else "lattice",
-            held=held,
-            inputs=inputs,
-            seed=self.seed,
-            most_difference=self.most_difference,
+        return make_bounded(
+            ForeignFile(
+                path=self.onnx,
+                variant=self.variant,
+                bits=self.bits,
+                steps=self.steps,
+                most_difference=self.most_difference,
+                seed=self.seed,
+                inputs=self._named_inputs() if self.selftest is not None or self.samples else None,
+                samples=self.samples,
+                held=self._held(newest),
+                max_bytes=self.max_bytes,
+                max_seconds=self.max_seconds,
+            )
         )
-        kind = "int8-qdq" if self.variant == "int8-qdq" else made.kind
-        if self.samples is None and kind != "int8-qdq":
-            return made
-        reference = None
-        if self.samples is not None:  # what the file refers to has been checked
-            reference = run_samples(open_session(self.onnx), self.samples)
-        return make_variant(made, kind, self.samples, reference=reference, held=held)
 
     def _held(self, newest: NewestRelease | None) -> PublishedModel | None:
         wanted = self.bits is not None or self.variant == "int8-qdq" or self.onnx is not None
@@ -303,6 +303,7 @@ def read_recipe(
     graph: Path | None = None,
     selftest: Path | None = None,
     calibration: Path | None = None,
+    max_bytes: int | None = None,
     **options: Any,
 ) -> ReleaseRecipe:
     """A recipe whose parts lie in files.
@@ -311,21 +312,24 @@ def read_recipe(
         graph: that `save_graph` wrote.
         selftest: ``.npz``, one array per input.
         calibration: ``.npz`` with samples, one array per input, and ``labels`` where known.
+        max_bytes: most bytes that the arrays of a file may take, see
+            `prunecast.common.bounds.byte_limit`; and so for the ``.onnx`` file.
         options: the other fields of `ReleaseRecipe`.
 
     Raises:
         RecipeError: names the file that cannot be used, or the field that does not go with others.
     """
+
+    def arrays(file: Path) -> Arrays:
+        return NpzArchive(file, max_bytes=max_bytes).read_all()
+
     return ReleaseRecipe(
         graph=_read("graph", graph, load_graph),
-        selftest=_read("selftest", selftest, lambda file: unpack_arrays(file.read_bytes())),
-        samples=_read("calibration", calibration, _samples),
+        selftest=_read("selftest", selftest, arrays),
+        samples=_read("calibration", calibration, lambda file: split_samples(arrays(file))),
+        max_bytes=max_bytes,
         **options,
     )
-
-
-def _samples(file: Path) -> Samples:
-    return split_samples(unpack_arrays(file.read_bytes(), max_bytes=2**33))
 
 
 def _read(option: str, path: Path | None, read: Callable[[Path], T]) -> T | None:

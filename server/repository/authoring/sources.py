@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.compression.codec import Limits
 from prunecast.compression.files import FilesError
 from prunecast.compression.files.formats import open_tensors
 from prunecast.compression.files.tensors import FOREIGN, FileTensor
@@ -198,6 +199,7 @@ def from_onnx(
     inputs: Arrays | None = None,
     seed: int = 0,
     most_difference: float | None = None,
+    max_bytes: int | None = None,
 ) -> ReleaseContents:
     """Take a model apart, quantise it, and compare it with the original in onnxruntime.
 
@@ -213,6 +215,8 @@ def from_onnx(
         inputs: real inputs by name; drawn from `seed` when not given.
         seed: of drawn inputs.
         most_difference: refuse a relative difference above this.
+        max_bytes: most bytes that its tensors may take, see `TensorReader`; what running it takes
+            is bounded by `authoring.foreign`.
 
     Raises:
         ForeignModel: the file is damaged, draws random numbers, or refers to
@@ -220,7 +224,9 @@ def from_onnx(
         NumericsError: the rebuilt model computes something else, or differs too much.
         RuntimeFailure: onnxruntime refuses the original or its inputs.
     """
-    lifted = lift_model(path)  # checks what the original refers to, before anything runs it
+    lifted = lift_model(
+        path, max_bytes=max_bytes
+    )  # checks what the original refers to, before anything runs it
     original = open_session(path)
     wanted_types = {s.name: s.dtype for s in original.inputs}
     given = draw_inputs(original, seed) if inputs is None else fit_inputs(inputs, wanted_types)
@@ -305,12 +311,15 @@ def read_checkpoint(
     bits: int | None = None,
     steps: Steps = "range",
     held: PublishedModel | None = None,
+    max_bytes: int | None = None,
 ) -> PublishedModel:
     """Read a published model, or a dense checkpoint as one.
 
     Args:
         path: ``.safetensors``, ``.npz``, or a file that `save_model` wrote.
         bits: for dense checkpoints, see `from_arrays`, and so the others.
+        max_bytes: most bytes that its tensors may take together; default 1 GiB, or 64 times what
+            the file takes on disk if that is more.
 
     Raises:
         RepositoryError: not readable as its suffix says, or `bits` given for a published model.
@@ -320,12 +329,22 @@ def read_checkpoint(
     if path.suffix not in (".safetensors", ".npz"):
         if bits is not None:
             raise RepositoryError(f"{path} is a published model: its lattice is fixed already")
-        return load_model(path)
+        return load_model(path, limits=_limits(path, max_bytes))
     try:
-        arrays = {name: _plain(path, name, tensor) for name, tensor in open_tensors(path).items()}
+        tensors = open_tensors(path, max_bytes=max_bytes)
+        arrays = {name: _plain(path, name, tensor) for name, tensor in tensors.items()}
     except FilesError as error:
         raise RepositoryError(str(error)) from error
     return from_arrays(arrays, bits=bits, steps=steps, held=held)
+
+
+def _limits(path: Path, max_bytes: int | None) -> Limits | None:
+    """Of a file that the user names; a published model is smaller than its weights by far."""
+    if max_bytes is None or not path.is_file():
+        return None
+    size = path.stat().st_size
+    most = {"elements": max_bytes, "decoded_bytes": max_bytes, "free_bytes": max_bytes}
+    return replace(Limits(), payload_bytes=max(size, Limits().payload_bytes), **most)
 
 
 def from_arrays(

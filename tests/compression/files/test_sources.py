@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from functools import cache
@@ -22,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from prunecast.compression.files import (
     FilesError,
+    FileTooLarge,
     UnknownFormat,
     UnreadableFile,
     UnsafePath,
@@ -201,6 +203,48 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
         open_tensors(path)
 
 
+@pytest.mark.parametrize(
+    ("array", "remedy"),
+    [
+        (np.array([1j], np.complex64), r"complex64.*two float32 arrays \(array\.real"),
+        (np.array([1j]), r"complex128.*two float64 arrays"),
+        (np.array(["text"]), "which is text: leave the array out"),
+        (np.zeros(2, np.longdouble), r"astype\('float64'\)"),
+        (np.zeros(2, "M8[s]"), "convert it or leave it out"),
+    ],
+    ids=lambda given: str(getattr(given, "dtype", "")),
+)
+def test_a_dtype_that_cannot_be_coded_says_what_to_do(
+    tmp_path: Path, array: np.ndarray, remedy: str
+) -> None:
+    np.savez(tmp_path / "x.npz", fine=np.zeros(2), odd=array)
+    with pytest.raises(UnsupportedTensor, match=rf"x\.npz: array 'odd' has dtype .*{remedy}"):
+        open_tensors(tmp_path / "x.npz")
+
+
+def test_objects_are_named_and_no_pickle_is_suggested(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", fine=np.zeros(2), odd=np.array([1, {}], dtype=object))
+    with pytest.raises(UnreadableFile, match=r"x\.npz: array 'odd' holds .*astype") as told:
+        open_tensors(tmp_path / "x.npz")
+    assert "allow_pickle" not in str(told.value)
+
+
+def test_what_files_state_has_one_limit(tmp_path: Path) -> None:
+    """Of every format: 1 GiB or 64 times the file, or what the caller allows."""
+    np.savez_compressed(tmp_path / "x.npz", x=np.zeros(1 << 20))
+    header = {"x": {"dtype": "U8", "shape": [1 << 31], "data_offsets": [0, 1 << 31]}}
+    (tmp_path / "x.safetensors").write_bytes(safetensors_file(header))
+    os.truncate(tmp_path / "x.safetensors", (tmp_path / "x.safetensors").stat().st_size + (1 << 31))
+    assert len(open_tensors(tmp_path / "x.npz")) == 1
+    with pytest.raises(FileTooLarge, match=r"more than 1,073,741,824 bytes.*--max-bytes"):
+        open_tensors(tmp_path / "x.safetensors")
+    assert open_tensors(tmp_path / "x.safetensors", max_bytes=1 << 31).nbytes == 1 << 31
+    save_model(tmp_path / "x.onnx", [raw_proto("w", WEIGHT)])
+    for name in ("x.npz", "x.safetensors", "x.onnx"):
+        with pytest.raises(FileTooLarge, match="more than 10 bytes"):
+            open_tensors(tmp_path / name, max_bytes=10)
+
+
 @pytest.mark.parametrize("array", [np.array(["text"]), np.array([1j]), np.zeros(2, "f4,i4")])
 def test_npz_dtypes_that_cannot_be_coded_are_named(tmp_path: Path, array: np.ndarray) -> None:
     np.savez(tmp_path / "x.npz", odd=array)
@@ -374,6 +418,21 @@ def test_damaged_onnx_are_refused(tmp_path: Path) -> None:
 
 
 # --- all ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model.pth", r"weights_only=True.*safetensors\.torch\.save_file"),
+        ("model.ckpt", "is a pickle and is not read"),
+        ("model.pt2", "export the program to"),
+        ("x.npy", r"numpy\.savez"),
+        ("x.pcc", "prunecast decompress"),
+    ],
+)
+def test_other_formats_say_how_to_convert(tmp_path: Path, name: str, remedy: str) -> None:
+    with pytest.raises(UnknownFormat, match=remedy):
+        open_tensors(tmp_path / name)
 
 
 def test_suffix_decides_and_others_are_named(tmp_path: Path, checkpoint: Path) -> None:

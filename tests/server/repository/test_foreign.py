@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import resource
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,8 @@ from typer.testing import CliRunner
 from prunecast.cli.main import app
 from prunecast.compression.onnx import ForeignModel, NumericsError
 from prunecast.compression.onnx.compare import draw_inputs
+from prunecast.compression.onnx.lift import lift_model
+from prunecast.compression.release import InputRefused
 from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import unpack_arrays
 from prunecast.server.repository import KeyRing, Repository, verify_repository
@@ -22,6 +29,7 @@ from prunecast.server.repository.authoring import (
     Samples,
     export_release,
 )
+from prunecast.server.repository.authoring.build import BuiltRelease
 from prunecast.server.repository.authoring.sources import from_onnx
 from support import foreign
 
@@ -246,3 +254,119 @@ def test_a_file_with_samples_states_its_distance_from_the_original(
     tested = unpack_arrays(repository.blob(manifest.files["selftest.npz"]))
     assert np.array_equal(tested["x"], samples.inputs["x"][:4])
     assert len(verify_repository(repository, repository.trusted_root())) == 1
+
+
+# files that ask for more than they are
+
+
+@pytest.mark.parametrize("bomb", foreign.BOMBS)
+def test_a_small_file_that_asks_for_gigabytes_is_refused(bomb: str, tmp_path: Path) -> None:
+    """In a process of its own, which ends instead of this one."""
+    path = foreign.save(foreign.BOMBS[bomb](), tmp_path / "m.onnx")
+    assert path.stat().st_size < 5000
+    with pytest.raises(ForeignModel, match=r"m\.onnx .*takes more memory than .* MB.*--max-bytes"):
+        ReleaseRecipe(onnx=path, max_bytes=1 << 27).make()
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 21  # kB
+
+
+def test_a_model_that_never_ends_is_ended(
+    repository: Repository, keys: KeyRing, tmp_path: Path
+) -> None:
+    path = foreign.save(foreign.endless(), tmp_path / "m.onnx")
+    start = ("release", "create", repository.path, "toy", "--keys", keys.folders[0])
+    said = _run(*start, "--from", path, "--max-seconds", 4, code=1)
+    assert "takes too long and was ended; allow more if you trust it (--max-seconds)" in said
+    assert repository.releases() == []
+
+
+def _sparse(tmp_path: Path) -> Path:
+    proto = foreign.plain()
+    one, place = foreign.tensor(foreign.weight(1), "s"), foreign.tensor(np.array([0]), "")
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(one, place, [1 << 33]))
+    return foreign.save(proto, tmp_path / "m.onnx")
+
+
+def _hole(tmp_path: Path) -> Path:
+    """Terabytes of external data that are a hole in a file."""
+    proto = foreign.plain()
+    huge = proto.graph.initializer.add(name="huge", data_type=TensorProto.FLOAT, dims=[1 << 33])
+    huge.data_location = TensorProto.EXTERNAL
+    huge.external_data.add(key="location", value="huge.bin")
+    (tmp_path / "huge.bin").write_bytes(b"")
+    os.truncate(tmp_path / "huge.bin", 1 << 35)
+    return foreign.save(proto, tmp_path / "m.onnx")
+
+
+def _overlapping(tmp_path: Path) -> Path:
+    """A thousand tensors that are the same megabyte of a file."""
+    proto = foreign.plain()
+    for i in range(1000):
+        same = proto.graph.initializer.add(
+            name=f"w{i}", data_type=TensorProto.FLOAT, dims=[1 << 18]
+        )
+        same.data_location = TensorProto.EXTERNAL
+        same.external_data.add(key="location", value="same.bin")
+    (tmp_path / "same.bin").write_bytes(bytes(1 << 20))
+    return foreign.save(proto, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("make", [_sparse, _hole, _overlapping])
+def test_what_tensors_state_is_added_up_first(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    with pytest.raises(ForeignModel, match=r"its tensors take more than .* bytes.*--max-bytes"):
+        lift_model(make(tmp_path), max_bytes=1 << 29)
+
+
+def test_what_its_process_says_arrives(tmp_path: Path) -> None:
+    path = foreign.save(foreign.plain(), tmp_path / "m.onnx")
+    with pytest.raises(NumericsError, match="use more bits, or none"):
+        ReleaseRecipe(onnx=path, bits=3, most_difference=0.1).make()
+    with pytest.raises(InputRefused, match=r"takes the inputs \['x'\], not \['other'\]"):
+        ReleaseRecipe(onnx=path, selftest={"other": foreign.weight(3, 24)}).make()
+    (tmp_path / "m.onnx").write_bytes(b"no model")
+    with pytest.raises(ForeignModel, match="not a readable"):
+        ReleaseRecipe(onnx=path).make()
+    with pytest.raises(ForeignModel, match="No such file"):
+        ReleaseRecipe(onnx=tmp_path / "none.onnx").make()
+
+
+def test_a_process_of_its_own_makes_the_same(tmp_path: Path) -> None:
+    path = foreign.save(foreign.plain(), tmp_path / "m.onnx", external=True)
+    held = from_onnx(path, bits=8).model
+    bounded, here = ReleaseRecipe(onnx=path, bits=8).make(), from_onnx(path, bits=8)
+    assert bounded.model.digest == here.model.digest == held.digest
+    assert bounded.graph == here.graph
+    assert bounded.metrics == here.metrics
+    assert {n: a.tobytes() for n, a in bounded.inputs.items()} == {
+        n: a.tobytes() for n, a in here.inputs.items()
+    }
+    built = BuiltRelease(bounded, "toy").finish(1, datetime.now(UTC), [])
+    again = BuiltRelease(here, "toy").finish(1, datetime.now(UTC), [])
+    assert built[1] == again[1]
+
+
+def test_a_model_in_a_cache_of_links_is_read(tmp_path: Path, repository: Repository) -> None:
+    """As huggingface_hub lays it out: files in snapshots are links to blobs."""
+    (tmp_path / "plain").mkdir()
+    foreign.save(foreign.plain(), tmp_path / "plain" / "model.onnx")
+    onnx.save(
+        foreign.plain(), tmp_path / "plain" / "model.onnx", save_as_external_data=True,
+        location="model.onnx_data", size_threshold=100,
+    )  # fmt: skip
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in ("model.onnx", "model.onnx_data"):
+        blob = blobs / hashlib.sha256(name.encode()).hexdigest()
+        blob.write_bytes((tmp_path / "plain" / name).read_bytes())
+        (snapshot / name).symlink_to(f"../../blobs/{blob.name}")
+    found, wanted = lift_model(snapshot / "model.onnx"), lift_model(tmp_path / "plain/model.onnx")
+    assert {n: a.tobytes() for n, a in found.arrays.items()} == {
+        n: a.tobytes() for n, a in wanted.arrays.items()
+    }
+    ReleaseRecipe(onnx=snapshot / "model.onnx").release(repository, "toy")
+    assert len(verify_repository(repository, repository.trusted_root())) == 1
+    # a model that is no link itself leads nowhere by links
+    (snapshot / "model.onnx").unlink()
+    (snapshot / "model.onnx").write_bytes((tmp_path / "plain" / "model.onnx").read_bytes())
+    with pytest.raises(ForeignModel, match=r"symbolic link.*out of the model's folder"):
+        lift_model(snapshot / "model.onnx")
