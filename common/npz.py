@@ -152,8 +152,10 @@ class NpzArchive:
         except NpzError as error:
             raise type(error)(f"{self._label}{error}") from error.__cause__
         except _BAD as error:
-            known = isinstance(error, OSError) and error.strerror
-            raise NpzError(f"{self._label}{known or f'it is damaged: {error}'}") from error
+            if isinstance(error, OSError) and error.strerror:
+                raise NpzError(f"{self._label}{error.strerror}") from error
+            what = self._label.removesuffix(": ") or "it"
+            raise NpzError(f"{what} is not a readable .npz archive: {error}") from error
 
 
 class _Inflated:

@@ -49,7 +49,7 @@ def _open_npz(path: Path, max_bytes: int | None) -> TensorFile:
     except NpzTooLarge as error:
         raise FileTooLarge(str(error)) from error
     except NpzError as error:
-        raise UnreadableFile(f"no readable archive of plain arrays: {error}") from error
+        raise UnreadableFile(str(error)) from error
     for name, member in archive.members.items():
         if member.dtype.name not in NATIVE:
             raise UnsupportedTensor(f"{path}: array {name!r} has dtype {_remedy(member.dtype)}")
@@ -59,9 +59,7 @@ def _open_npz(path: Path, max_bytes: int | None) -> TensorFile:
         try:
             values = archive.read(name)
         except NpzError as error:
-            raise UnreadableFile(
-                f"{path} is not a readable .npz of plain arrays: {error}"
-            ) from error
+            raise UnreadableFile(str(error)) from error
         native = values.astype(values.dtype.newbyteorder("="), copy=False)
         return FileTensor(native, specs[name].dtype)
 

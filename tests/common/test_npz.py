@@ -139,14 +139,15 @@ def test_an_lzma_dictionary_counts() -> None:
     ("fields", "says"),
     [
         ({"offset": 1 << 20}, "damaged"),
-        ({"stored": 10}, "cut off"),
+        ({"stored": 500}, "cut off"),
+        ({"stored": 10}, "expected .* got"),
         ({"method": 99}, r"compressed by method 99.*numpy\.savez"),
     ],
     ids=lambda given: str(given)[:20],
 )
 def test_lies_of_the_directory_are_our_errors(fields: dict[str, int], says: str) -> None:
     data = archive(x=header((1000,)) + bytes(1000))
-    with pytest.raises(NpzError, match=f"(?s){says}|damaged"):
+    with pytest.raises(NpzError, match=says):
         NpzArchive(patched(data, **fields)).read("x")
 
 
