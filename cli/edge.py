@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 _PROBE_SECONDS = 5.0
+_LATE_SECONDS = 30.0  # after which native code that should have ended is taken for hanging
 
 app = typer.Typer(no_args_is_help=True, help="Follow signed releases on a device and run them.")
 
@@ -55,6 +56,18 @@ Optimise = Annotated[
     typer.Option(
         "--optimise", help="Keep releases as optimised for this CPU: quicker starts, more disk."
     ),
+]
+InferenceMemory = Annotated[
+    int | None,
+    typer.Option(
+        help="Bytes that inferences may take besides the weights; by default half of the memory, "
+        "and at most 512 MiB.",
+        min=2**20,
+    ),
+]
+InferenceSeconds = Annotated[
+    float,
+    typer.Option(help="Seconds after which an inference of --listen is broken off.", min=0.001),
 ]
 Listen = Annotated[
     list[str] | None,
@@ -97,12 +110,13 @@ def update(
     bandwidth: Bandwidth = None,
     quiet: Quiet = None,
     optimise: Optimise = False,
+    inference_memory: InferenceMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Check once for a newer release; download, verify, self-test and activate it."""
     from prunecast.client.edge import Agent
 
-    config = _config(state, url, name, root, threads, quiet, optimise)
+    config = _config(state, url, name, root, threads, quiet, optimise, inference_memory)
     fetcher = _limited(_fetcher(ca_file, certificate, key, token_file), bandwidth, time.sleep)
     with Agent(config, fetcher=fetcher) as agent:
         result = agent.update_once()
@@ -133,6 +147,8 @@ def run(
     bandwidth: Bandwidth = None,
     quiet: Quiet = None,
     optimise: Optimise = False,
+    inference_memory: InferenceMemory = None,
+    inference_seconds: InferenceSeconds = 30.0,
     listen: Listen = None,
     control: Control = None,
     control_token: ControlToken = None,
@@ -175,7 +191,9 @@ def run(
             raise NetworkError("the agent was asked to end; what has come is kept")
 
     source: Fetcher = _fetcher(ca_file, certificate, key, token_file)
-    config = _config(state, url or "https://", name, root, threads, quiet, optimise)
+    config = _config(
+        state, url or "https://", name, root, threads, quiet, optimise, inference_memory
+    )
     if fleet is not None:
         from prunecast.client.edge.control import ControlChannel, ControlFetcher, Controller
 
@@ -185,7 +203,7 @@ def run(
     fetcher = _limited(source, bandwidth, wait)
     with (
         Agent(config, fetcher=fetcher, wait=wait) as agent,
-        _serving(agent, name, listen or (), as_json) as tell_manager,
+        _serving(agent, name, listen or (), inference_seconds, as_json) as tell_manager,
     ):
         follow = partial(agent.run, interval, stop=stop, jitter=jitter)
         if fleet is None:
@@ -256,8 +274,9 @@ def _config(
     threads: int | None,
     quiet: str | None,
     optimise: bool,
+    inference_memory: int | None,
 ) -> AgentConfig:
-    from prunecast.client.edge.config import AgentConfig, QuietHours
+    from prunecast.client.edge.config import AgentConfig, Bounds, QuietHours
 
     if not url.startswith(("http://", "https://")):
         raise typer.BadParameter("must begin with http:// or https://", param_hint="--url")
@@ -266,7 +285,13 @@ def _config(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--quiet") from error
     content = root.read_bytes()
-    return AgentConfig(state, url, name, content, threads=threads, quiet=hours, optimise=optimise)
+    return AgentConfig(
+        *(state, url, name, content),
+        threads=threads,
+        quiet=hours,
+        bounds=Bounds(inference_bytes=inference_memory),
+        optimise=optimise,
+    )
 
 
 def _limited(fetcher: Fetcher, bandwidth: float | None, sleep: Callable[[float], None]) -> Fetcher:
@@ -311,27 +336,32 @@ def _control_settings(
 
 @contextmanager
 def _serving(
-    agent: Agent, name: str, addresses: Sequence[str], as_json: bool
+    agent: Agent, name: str, addresses: Sequence[str], seconds: float, as_json: bool
 ) -> Iterator[Callable[[str], None]]:
     """Listen while the block runs, with the service manager told; one line per endpoint.
 
     Yields:
         A function that shows the manager one line about what the agent does.
     """
-    from prunecast.client.edge.inference import InferenceServer, is_answering
+    from prunecast.client.edge.inference import EndpointLimits, InferenceServer, is_answering
     from prunecast.client.edge.service_manager import ServiceManager
+    from prunecast.compression.release.overseer import OVERSEER
 
+    limits = EndpointLimits(inference_seconds=seconds)
     manager = ServiceManager()
     with ExitStack() as stack:
         listening = []
         for address in addresses:
-            endpoint = stack.enter_context(InferenceServer(agent.model, name, address))
+            endpoint = stack.enter_context(
+                InferenceServer(agent.model, name, address, limits=limits)
+            )
             listening.append(endpoint.address)
             told = {"outcome": "listening", "address": endpoint.address}
             show(told, as_json, f"listening on {endpoint.address}")
 
         def alive() -> bool:
-            return all(is_answering(address, _PROBE_SECONDS) for address in listening)
+            answers = all(is_answering(address, _PROBE_SECONDS) for address in listening)
+            return answers and not OVERSEER.is_late(_LATE_SECONDS)
 
         with manager.watching(alive):
             yield lambda line: manager.tell(STATUS=line)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -238,9 +239,9 @@ class Agent:
                 self._write(replace(self._state, active=started))
             try:
                 loaded = self._load(active)
-                if loaded.seal and loaded.seal != active.optimised:
-                    sealed = replace(self._state.active or active, optimised=loaded.seal)
-                    self._write(replace(self._state, active=sealed))
+                seal, record = loaded.seal or active.optimised, self._state.active or active
+                marked = replace(record, optimised=seal, passed=loaded.passed)
+                self._write(replace(self._state, active=marked))
                 self._serve(loaded)
                 return
             except ReleaseError as error:
@@ -249,6 +250,8 @@ class Agent:
                 if not proven:
                     self._go_back(problem, "rolled back")
                     continue
+            except NetworkError:
+                raise  # the agent was asked to end, which says nothing about the release
             except EdgeError as error:
                 problem = f"release {active.version}: {error}"
             # a damaged disk, or too little memory: the release itself may be fetched again
@@ -274,14 +277,22 @@ class Agent:
         slot = self._folder.slot(record.slot)
         manifest = verify_slot(slot, record.manifest)
         if self.config.optimise:
-            quick = open_optimised(slot, manifest, record.optimised, threads=self.config.threads)
+            quick = open_optimised(slot, manifest, record.optimised, **self._how())
             if quick is not None:
                 return quick
-        return self._open(slot, manifest)
+        return self._open(slot, manifest, record.passed)
 
-    def _open(self, slot: Path, manifest: ReleaseManifest) -> LoadedRelease:
+    def _open(
+        self, slot: Path, manifest: ReleaseManifest, passed: str | None = None
+    ) -> LoadedRelease:
+        return open_slot(
+            slot, manifest, optimise=self.config.optimise, passed=passed, **self._how()
+        )
+
+    def _how(self) -> dict[str, Any]:
         config = self.config
-        return open_slot(slot, manifest, threads=config.threads, optimise=config.optimise)
+        poll = partial(self._wait, 0.0)  # raises when the agent is asked to end
+        return {"threads": config.threads, "bounds": config.bounds, "poll": poll}
 
     def _update(
         self, counted: Counter[str], order: Order | None, superseded: Callable[[], bool]
@@ -328,6 +339,8 @@ class Agent:
             return None
         try:
             loaded = self._load(previous)
+        except NetworkError:
+            raise
         except (EdgeError, ReleaseError):
             return None  # the repository has it, too
         self._activate(self._state.exchange(), loaded)
@@ -380,7 +393,9 @@ class Agent:
             loaded = self._open(folder, manifest)
         except ReleaseError as error:
             return self._reject(manifest, digest, str(error))
-        record = SlotRecord(slot, manifest.version, digest, optimised=loaded.seal)
+        record = SlotRecord(
+            slot, manifest.version, digest, optimised=loaded.seal, passed=loaded.passed
+        )
         self._activate(self._state.activate(record), loaded)
         self._step("clean up")
         shutil.rmtree(self._folder.downloads, ignore_errors=True)

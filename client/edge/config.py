@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, time
 from pathlib import Path
@@ -13,16 +15,24 @@ from prunecast.client.edge.errors import OrderRefused
 
 __all__ = [
     "AGENT_VERSION",
+    "DEFAULT_BOUNDS",
     "AgentConfig",
+    "Bounds",
     "Order",
     "PayloadKind",
     "QuietHours",
     "UpdateResult",
     "candidates",
+    "memory_bytes",
 ]
 
 AGENT_VERSION = "0.1.0"
 PayloadKind = Literal["patch", "keyframe", "none"]
+_BYTES_PER_SECOND = 10e6
+_MOST_INFERENCE = 512 * 2**20
+_EXPANSION = 5  # 8-bit integers become float32, and a little for layouts
+_STACK = 16 * 2**20  # of a thread, and its share of the allocator's arenas
+_LIBRARIES = 64 * 2**20  # what onnxruntime takes for itself, and the self-test
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 
@@ -64,6 +74,62 @@ class QuietHours:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """What a release may cost on this device.
+
+    Attributes:
+        seconds: for loading it and its self-test, and one more for each 10 MB of it.
+        inference_bytes: memory for the tensors of all inferences that run at a time, besides
+            the weights. None: half of what the process may have, and at most 512 MiB.
+    """
+
+    seconds: float = 60.0
+    inference_bytes: int | None = None
+
+    def load_seconds(self, slot: Path) -> float:
+        """Seconds that the trial of the release in a slot may take."""
+        return self.seconds + _size(slot) / _BYTES_PER_SECOND
+
+    def memory(self, slot: Path) -> int:
+        """Bytes that a session of the release in a slot may take."""
+        own = self.inference_bytes
+        if own is None:
+            own = min(_MOST_INFERENCE, memory_bytes() // 2)
+        return _EXPANSION * _size(slot) + own
+
+    def load_bytes(self, slot: Path) -> int:
+        """Bytes that a process may take to load it: for a moment weights exist twice."""
+        stacks = _STACK * (os.cpu_count() or 1)
+        return self.memory(slot) + _EXPANSION * _size(slot) + stacks + _LIBRARIES
+
+
+DEFAULT_BOUNDS = Bounds()
+
+
+def _size(slot: Path) -> int:
+    return sum((slot / name).stat().st_size for name in ("model.onnx", "weights.bin"))
+
+
+def memory_bytes() -> int:
+    """Memory that this process may have: of its control group if that is less than the machine's.
+
+    >>> memory_bytes() > 0
+    True
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers:
+                continue  # version 1
+            folder = Path("/sys/fs/cgroup") / group.lstrip("/")
+            for one in (folder, *folder.parents):
+                with suppress(OSError, ValueError):
+                    found.append(int((one / "memory.max").read_text()))
+    return min(found)
+
+
+@dataclass(frozen=True)
 class AgentConfig:
     """What an agent needs to know; trust has no default.
 
@@ -78,6 +144,7 @@ class AgentConfig:
             before the agent goes back: the sign of a crash loop.
         confirm_after: seconds of service after which `run` confirms a release.
         quiet: daily window in which no release is downloaded; metadata are.
+        bounds: what a release may cost here; one that needs more is rejected.
         optimise: keep each release as onnxruntime has optimised it for this CPU; starts are
             quicker and need less memory, for up to five times the disk of `weights.bin`.
     """
@@ -91,6 +158,7 @@ class AgentConfig:
     most_starts: int = 3
     confirm_after: float = 60.0
     quiet: QuietHours | None = None
+    bounds: Bounds = DEFAULT_BOUNDS
     optimise: bool = False
 
     def waits(self, version: int, at: datetime) -> str | None:

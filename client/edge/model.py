@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.client.edge.config import Bounds, memory_bytes
 from prunecast.client.edge.errors import EdgeError, NoModel, StateError, VersionNotActive
 from prunecast.client.edge.slots.slot import LoadedRelease, open_optimised, open_slot, verify_slot
 from prunecast.client.edge.state import StateFolder
@@ -55,15 +57,22 @@ class EdgeModel:
         return self.infer(inputs).outputs
 
     def infer(
-        self, inputs: Mapping[str, NDArray[np.generic]], *, version: int | None = None
+        self,
+        inputs: Mapping[str, NDArray[np.generic]],
+        *,
+        version: int | None = None,
+        seconds: float = math.inf,
     ) -> Inference:
         """Like `run`, and says which release computed the outputs.
 
         Args:
             inputs: arrays by name.
             version: the release that must compute them; None takes whichever is active.
+            seconds: after which the inference is broken off.
 
         Raises:
+            OutOfTime: it took longer than `seconds`.
+            OutOfMemory: it needs more memory than the release may take.
             VersionNotActive: another release than `version` is active.
         """
         loaded = self.current(version)
@@ -71,7 +80,7 @@ class EdgeModel:
         begun = time.perf_counter()
         outcome: InferenceOutcome = "failed"
         try:
-            outputs = loaded.session.run(inputs)
+            outputs = loaded.session.run(inputs, seconds=seconds)
             outcome = "answered"
         except InputRefused:
             outcome = "refused"
@@ -115,15 +124,23 @@ class EdgeModel:
         return loaded
 
 
-def open_model(state: Path | str, *, threads: int | None = None) -> EdgeModel:
+def open_model(
+    state: Path | str, *, threads: int | None = None, bounds: Bounds | None = None
+) -> EdgeModel:
     """The active release of a state folder, verified and self-tested, without any network.
 
     Safe while an agent updates the same folder. The model does not follow later updates.
+
+    Args:
+        state: the agent's folder.
+        threads: of the session.
+        bounds: what the release may cost; None: inferences may take all memory.
 
     Raises:
         NoModel: no release is active there.
         StateError: neither the active release nor the one before it is intact.
     """
+    bounds = bounds or Bounds(inference_bytes=memory_bytes())
     folder = StateFolder(state)
     problem: Exception | None = None
     for _ in range(3):  # an agent may activate and rebuild a slot while it is being read
@@ -136,9 +153,15 @@ def open_model(state: Path | str, *, threads: int | None = None) -> EdgeModel:
             try:
                 manifest = verify_slot(slot, record.manifest)
                 quick = open_optimised(
-                    slot, manifest, record.optimised, threads=threads, mark=False
+                    *(slot, manifest, record.optimised),
+                    threads=threads, mark=False, bounds=bounds,
+                )  # fmt: skip
+                return EdgeModel(
+                    quick
+                    or open_slot(
+                        slot, manifest, threads=threads, bounds=bounds, passed=record.passed
+                    )
                 )
-                return EdgeModel(quick or open_slot(slot, manifest, threads=threads))
             except (EdgeError, ReleaseError) as error:
                 problem = error
     raise StateError(f"no intact release in {folder.path}: {problem}; run an update")

@@ -69,6 +69,7 @@ class SlotRecord:
         confirmed: whether it has proved itself in service.
         starts: how often a process has started with it unconfirmed.
         optimised: seal of the model that was optimised for this CPU; None without one.
+        passed: with which agent, onnxruntime and CPU its trial was passed, as a digest.
     """
 
     slot: SlotName
@@ -77,6 +78,7 @@ class SlotRecord:
     confirmed: bool = False
     starts: int = 0
     optimised: str | None = None
+    passed: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ __all__ = [
     "InputRefused",
     "LayoutError",
     "ManifestError",
+    "OutOfMemory",
+    "OutOfTime",
     "ReleaseError",
     "RuntimeFailure",
     "SelfTestFailed",
@@ -36,3 +38,11 @@ class RuntimeFailure(ReleaseError):
 
 class InputRefused(RuntimeFailure):
     """An input is missing, unknown, or has the wrong dtype or shape; the model did not run."""
+
+
+class OutOfTime(RuntimeFailure):
+    """An inference did not end in the time that it was given."""
+
+
+class OutOfMemory(RuntimeFailure):
+    """A model needs more memory than it was given."""

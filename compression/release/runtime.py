@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import re
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.common.text import first_line
-from prunecast.compression.release import InputRefused, RuntimeFailure
+from prunecast.compression.release import InputRefused, OutOfMemory, OutOfTime, RuntimeFailure
+from prunecast.compression.release.overseer import OVERSEER
 from prunecast.compression.release.selftest import dtype_name
 
 __all__ = [
@@ -61,30 +66,66 @@ class Signature:
 class InferenceSession:
     """An onnxruntime session on the CPU; safe to call from several threads.
 
+    Args:
+        session: of onnxruntime.
+        entries: settings that it was opened with.
+        memory: bytes that it may take; what an inference took is then given back when it ends,
+            except for that of its outputs. None: no limit.
+
     Attributes:
         inputs: what `run` takes.
         outputs: what `run` gives.
+        entries: onnxruntime's session settings that are in force, beyond its defaults.
     """
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    def __init__(
+        self,
+        session: Any,
+        entries: Mapping[str, str] | None = None,
+        *,
+        memory: int | None = None,
+    ) -> None:
+        self._session, self._memory = session, memory
+        self.entries = dict(entries or {})
         self.inputs = tuple(_signature(node) for node in session.get_inputs())
         self.outputs = tuple(_signature(node) for node in session.get_outputs())
 
-    def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
+    def run(
+        self, inputs: Mapping[str, NDArray[np.generic]], *, seconds: float = math.inf
+    ) -> dict[str, NDArray[np.generic]]:
         """Outputs by name; texts as objects, since one long one would set the size of all.
+
+        Args:
+            inputs: arrays by name.
+            seconds: after which it is broken off, between two operators.
 
         Raises:
             InputRefused: an input is missing, unknown, or has the wrong dtype or shape.
+            OutOfTime: it took longer than `seconds`, or `OVERSEER.end_all` ended it.
+            OutOfMemory: it needs more memory than the session may take.
             RuntimeFailure: onnxruntime failed.
         """
         self._check(inputs)
-        try:
-            # onnxruntime takes texts as objects
-            given = {n: a.astype(object) if a.dtype.kind == "U" else a for n, a in inputs.items()}
-            values = self._session.run(None, given)
-        except Exception as error:  # onnxruntime raises its own and RuntimeError
-            raise RuntimeFailure(f"inference failed: {first_line(error)}") from error
+        options = import_onnxruntime().RunOptions()
+        if self._memory is not None:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+        def end() -> None:
+            options.terminate = True
+
+        with OVERSEER.watching(seconds, end) as watched:
+            try:
+                # onnxruntime takes texts as objects
+                given = {
+                    n: a.astype(object) if a.dtype.kind == "U" else a for n, a in inputs.items()
+                }
+                values = self._session.run(None, given, options)
+            except Exception as error:  # onnxruntime raises its own and RuntimeError
+                if watched.ended == "time":
+                    raise OutOfTime(f"inference did not end within {seconds:g} seconds") from error
+                if watched.ended:
+                    raise OutOfTime(f"inference was broken off: {watched.ended}") from error
+                raise _failure("inference failed", error, self._memory) from error
         return {s.name: np.asarray(v) for s, v in zip(self.outputs, values, strict=True)}
 
     def _check(self, inputs: Mapping[str, NDArray[np.generic]]) -> None:
@@ -180,8 +221,12 @@ def open_session(
     integers: bool | None = None,
     optimise: bool = True,
     save_optimised: Path | None = None,
+    memory: int | None = None,
 ) -> InferenceSession:
     """Load a model file (and the `weights.bin` beside it) on the CPU.
+
+    Settings that this onnxruntime refuses for this model are left out: `InferenceSession.entries`
+    has those that are in force.
 
     Args:
         path: the ``.onnx`` file.
@@ -190,40 +235,90 @@ def open_session(
         optimise: False for a file that was written as `save_optimised`.
         save_optimised: where to write the optimised graph; its weights go beside it, into
             `weights.bin`. Both are for this CPU and this onnxruntime alone.
+        memory: bytes that the session may take for weights that it converts and for tensors of
+            all inferences that run at a time; None: no limit.
 
     Raises:
+        OutOfMemory: the model needs more while it is loaded.
         RuntimeFailure: onnxruntime is not installed or refuses the file.
     """
     onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: they reach the caller as exceptions
+    entries: dict[str, str] = {}
     if computes_in_integers(path) if integers is None else integers:
         # x86 without VNNI adds pairs of products in 16 bits and saturates; with this it does not,
         # so that such a device computes what the server recorded.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        entries["session.x64quantprecision"] = "1"
     else:
         # Without this, DequantizeLinear stays in the graph and dequantises at every inference.
         # With it, lattice weights become float constants while loading: same values, speed of
         # fp32.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if save_optimised is not None:
-        options.optimized_model_filepath = str(save_optimised)
-        # weights in a file of their own are mapped, not copied, when they are loaded again
-        external = "session.optimized_model_external_initializers_"
-        options.add_session_config_entry(f"{external}file_name", "weights.bin")
-        options.add_session_config_entry(f"{external}min_size_in_bytes", "1024")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
+        entries["session.disable_quant_qdq"] = "1"
+
+    def load(entries: Mapping[str, str]) -> InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors reach the caller as exceptions
+        for name, value in entries.items():
+            options.add_session_config_entry(name, value)
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if save_optimised is not None:
+            options.optimized_model_filepath = str(save_optimised)
+            # weights in a file of their own are mapped, not copied, when they are loaded again
+            external = "session.optimized_model_external_initializers_"
+            options.add_session_config_entry(f"{external}file_name", "weights.bin")
+            options.add_session_config_entry(f"{external}min_size_in_bytes", "1024")
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        with _ARENA if memory is not None else nullcontext():
+            if memory is not None:
+                _limit_arena(onnxruntime, options, memory)
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        return InferenceSession(session, entries, memory=memory)
+
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            return load(entries)
+        except RuntimeFailure:
+            raise  # it loads, but has what we do not support
+        except Exception as error:
+            if isinstance(_failure("", error, memory), OutOfMemory):
+                raise
+            return load({})  # refused by this model, or unknown to this onnxruntime
+    except RuntimeFailure:
+        raise
     except Exception as error:  # onnxruntime raises its own and RuntimeError
-        raise RuntimeFailure(f"onnxruntime refuses {path}: {first_line(error)}") from error
-    return InferenceSession(session)
+        raise _failure(f"onnxruntime refuses {path}", error, memory) from error
+
+
+_ARENA = threading.Lock()  # onnxruntime has one place for the memory of the next session
+_NO_MEMORY = re.compile(r"bfc_arena|[Ff]ailed to allocate|bad.alloc")
+
+
+def _limit_arena(onnxruntime: Any, options: Any, memory: int) -> None:
+    """The session takes its memory from an arena of its own, which is as large as that.
+
+    What a model's weights take while they are loaded counts, but is not refused: whoever loads a
+    model that may be hostile must do that where memory is limited by other means.
+    """
+    info = onnxruntime.OrtMemoryInfo(
+        "Cpu",
+        onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+        0,
+        onnxruntime.OrtMemType.DEFAULT,
+    )
+    # -1: onnxruntime's own choice of how it grows and begins
+    onnxruntime.create_and_register_allocator(info, onnxruntime.OrtArenaCfg(memory, -1, -1, -1))
+    options.add_session_config_entry("session.use_env_allocators", "1")
+
+
+def _failure(what: str, error: Exception, memory: int | None) -> RuntimeFailure:
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        allowed = "there is" if memory is None else f"the {memory:,} bytes that it may take"
+        return OutOfMemory(f"{what}: it needs more memory than {allowed}")
+    return RuntimeFailure(f"{what}: {first_line(error)}")
 
 
 def _signature(node: Any) -> Signature:

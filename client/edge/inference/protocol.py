@@ -20,7 +20,7 @@ from prunecast.client.edge.inference.messages import (
     parse_request,
 )
 from prunecast.client.edge.model import EdgeModel
-from prunecast.compression.release import InputRefused, ReleaseError
+from prunecast.compression.release import InputRefused, OutOfMemory, OutOfTime, ReleaseError
 from prunecast.compression.release.runtime import Signature
 
 __all__ = [
@@ -44,6 +44,7 @@ class EndpointLimits:
             an input leads to, it does not even run.
         connections: open at a time; one more is answered 503 and closed.
         running: inferences at a time; others wait.
+        inference_seconds: after which an inference is broken off and answered 504.
         waiting_seconds: how long a request waits for memory or for its turn before it is
             answered 503.
         request_seconds: from the first byte of a request to its last, and for the answer.
@@ -57,6 +58,7 @@ class EndpointLimits:
     output_bytes: int = 64 * 2**20
     connections: int = 32
     running: int = 4
+    inference_seconds: float = 30.0
     waiting_seconds: float = 5.0
     request_seconds: float = 30.0
     idle_seconds: float = 60.0
@@ -74,6 +76,11 @@ class Budget:
     def __init__(self, units: int, what: str) -> None:
         self._units, self._free, self._what = units, units, what
         self._changed = threading.Condition()
+
+    @property
+    def taken(self) -> int:
+        """How many units are held at this moment."""
+        return self._units - self._free
 
     @contextmanager
     def take(self, units: int, seconds: float) -> Iterator[None]:
@@ -138,6 +145,11 @@ class InferenceProtocol:
         self._turns = Budget(self.limits.running, "turn")
         self._parsing = threading.Lock()
 
+    @property
+    def running(self) -> int:
+        """How many inferences run at this moment."""
+        return self._turns.taken
+
     def answer(
         self, method: str, path: str, body: memoryview, json_bytes: str | None = None
     ) -> EndpointReply:
@@ -157,6 +169,10 @@ class InferenceProtocol:
             return EndpointReply.error(503, str(error))
         except VersionNotActive as error:
             return EndpointReply.error(404, str(error))
+        except OutOfTime as error:
+            return EndpointReply.error(504, f"{error}: send fewer rows at a time")
+        except OutOfMemory as error:
+            return EndpointReply.error(413, f"{error}: send fewer rows at a time")
         except ReleaseError as error:
             return EndpointReply.error(500, str(error))
         except MemoryError:
@@ -240,7 +256,9 @@ class InferenceProtocol:
         session = self._model.current().session
         self._check_outputs(least_output_bytes(session.inputs, session.outputs, request.inputs))
         with self._turns.take(1, self.limits.waiting_seconds):
-            served = self._model.infer(request.inputs, version=version)
+            served = self._model.infer(
+                request.inputs, version=version, seconds=self.limits.inference_seconds
+            )
             self._check_outputs(sum(array.nbytes for array in served.outputs.values()))
             length, whole = encode_response(request, served.outputs, self._name, served.version)
         if not any((request.outputs or {"": request.binary}).values()):

@@ -27,6 +27,7 @@ from prunecast.client.edge.inference.protocol import (
     InferenceProtocol,
 )
 from prunecast.client.edge.model import EdgeModel
+from prunecast.compression.release.overseer import OVERSEER
 
 __all__ = ["InferenceServer"]
 
@@ -81,7 +82,10 @@ class InferenceServer:
         self.close()
 
     def close(self) -> None:
-        """End: requests in progress are answered, for as long as the limits allow."""
+        """End: requests in progress are answered, for as long as the limits allow.
+
+        Inferences that last longer are broken off.
+        """
         with self._lock:
             self._closing = True
             connections = dict(self._open)
@@ -90,6 +94,11 @@ class InferenceServer:
         for connection in connections:
             connection.end_if_idle()
         deadline = time.monotonic() + self.limits.closing_seconds
+        for thread in connections.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in connections.values()):
+            OVERSEER.end_all("the endpoint ends")
+            deadline = time.monotonic() + _LINGER
         for connection, thread in connections.items():
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():

@@ -2,7 +2,7 @@
 
 Arguments named alike mean the same: `folder` is the slot, which `verify_slot` has checked before
 it is opened; `manifest` is of the release in it; `threads` as in `open_session`; `seal` as
-`state.json` has it.
+`state.json` has it; `bounds` are what the release may cost; `poll` as in `Poll`.
 
 Beside the signed model may lie what onnxruntime makes of it for this CPU: optimising and folding
 constants again at every start costs time and memory. It is not signed and nobody else may use it:
@@ -22,13 +22,15 @@ import hashlib
 import platform
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from prunecast.client.edge.config import AGENT_VERSION
+from prunecast.client.edge.config import AGENT_VERSION, DEFAULT_BOUNDS, Bounds
 from prunecast.client.edge.errors import ContentRefused, StateError, disk
+from prunecast.client.edge.slots.trial import Poll, patiently, self_test, try_release
 from prunecast.client.edge.slots.weights import REST, check_externals, save_rest
 from prunecast.common.files import file_digest, make_folder, sync, write_synced
 from prunecast.compression.release import LayoutError, ReleaseError, RuntimeFailure
@@ -40,7 +42,6 @@ from prunecast.compression.release.runtime import (
     import_onnxruntime,
     open_session,
 )
-from prunecast.compression.release.selftest import check_outputs, unpack_arrays
 from prunecast.compression.versions import PublishedModel, VersionsError
 
 __all__ = [
@@ -69,12 +70,14 @@ class LoadedRelease:
         session: runs it.
         difference: largest difference in the self-test, in units of the output.
         seal: of the optimised model that the session was loaded from; None: the signed one.
+        passed: digest of the agent, the onnxruntime and the CPU with which its trial was passed.
     """
 
     manifest: ReleaseManifest
     session: InferenceSession
     difference: float
     seal: str | None = None
+    passed: str | None = None
 
 
 def clear_slot(folder: Path) -> None:
@@ -146,27 +149,49 @@ def verify_slot(folder: Path, manifest_sha256: str) -> ReleaseManifest:
 
 
 def open_slot(
-    folder: Path, manifest: ReleaseManifest, *, threads: int | None, optimise: bool = False
+    folder: Path,
+    manifest: ReleaseManifest,
+    *,
+    threads: int | None,
+    optimise: bool = False,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    passed: str | None = None,
+    poll: Poll = lambda: None,
 ) -> LoadedRelease:
     """Load a new session of the signed model and run the self-test.
+
+    Unless it has passed here before, it is tried in a process of its own first.
 
     Args:
         optimise: keep what onnxruntime makes of the model, if the disk has room, and serve that
             after the same self-test.
+        passed: `LoadedRelease.passed` of an earlier time.
 
     Raises:
+        OutOfTime, OutOfMemory: it costs more than the bounds allow.
         RuntimeFailure: onnxruntime refuses the model, or it reads other files than its own.
         SelfTestFailed: it does not reproduce the recorded outputs.
-        StateError: a file cannot be read.
+        StateError: a file cannot be read, or the trial could not be made.
     """
     with disk(f"read {folder / 'model.onnx'}"):
         graph = (folder / "model.onnx").read_bytes()
     check_externals(graph, file=_WEIGHTS, size=manifest.weights.length)
+    here = _digest_of_platform()
+    if passed != here:
+        try_release(folder, manifest, threads=threads, bounds=bounds, poll=poll)
+    how = _How(folder, manifest, threads, bounds, poll)
     if not (optimise and _may_optimise(folder, manifest)):
-        return _tested(folder, manifest, open_session(folder / "model.onnx", threads=threads))
-    session, seal = _open_and_seal(folder, manifest, threads)
-    loaded = _tested(folder, manifest, session)
-    return open_optimised(folder, manifest, seal, threads=threads) or loaded
+        return how.test(lambda: how.open(folder / "model.onnx"))
+    seal: str | None = None
+
+    def open_and_seal() -> InferenceSession:
+        nonlocal seal
+        session, seal = _open_and_seal(how)
+        return session
+
+    loaded = how.test(open_and_seal)
+    quick = open_optimised(folder, manifest, seal, threads=threads, bounds=bounds, poll=poll)
+    return quick or loaded
 
 
 def open_optimised(
@@ -176,6 +201,8 @@ def open_optimised(
     *,
     threads: int | None,
     mark: bool = True,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    poll: Poll = lambda: None,
 ) -> LoadedRelease | None:
     """Load the model that was optimised for this CPU and run the self-test.
 
@@ -188,40 +215,50 @@ def open_optimised(
     Raises:
         StateError: a file cannot be read.
     """
-    session = _open_sealed(folder, seal, threads, mark)
-    if session is None:
-        return None
-    try:
-        return replace(_tested(folder, manifest, session), seal=seal)
-    except ReleaseError:
-        return None
-
-
-def _open_sealed(
-    folder: Path, seal: str | None, threads: int | None, mark: bool
-) -> InferenceSession | None:
-    """The optimised model of a slot whose signed files were verified; None without this seal."""
     if seal is None or (folder / _MARK).exists() or _seal(folder, folder / _FOLDER) != seal:
         return None
+    how = _How(folder, manifest, threads, bounds, poll)
     try:
-        _check(folder / _FOLDER)
-        with _marked(folder) if mark else nullcontext():
-            return open_session(
-                folder / _FOLDER / "model.onnx",
-                threads=threads,
-                integers=computes_in_integers(folder / "model.onnx"),
-                optimise=False,
-            )
+        return replace(how.test(lambda: _open_sealed(how, mark)), seal=seal)
     except (OSError, ReleaseError):
         return None
 
 
-def _tested(folder: Path, manifest: ReleaseManifest, session: InferenceSession) -> LoadedRelease:
-    with disk(f"read the self-test in {folder}"):
-        inputs = unpack_arrays((folder / "selftest.npz").read_bytes())
-        expected = unpack_arrays((folder / "expected.npz").read_bytes())
-    difference = check_outputs(expected, session.run(inputs), manifest.tolerance)
-    return LoadedRelease(manifest, session, difference)
+@dataclass(frozen=True)
+class _How:
+    """How the release in a slot is opened and tested."""
+
+    folder: Path
+    manifest: ReleaseManifest
+    threads: int | None
+    bounds: Bounds
+    poll: Poll
+
+    def open(self, path: Path, **options: Any) -> InferenceSession:
+        memory = self.bounds.memory(self.folder)
+        return open_session(path, threads=self.threads, memory=memory, **options)
+
+    def test(self, opening: Callable[[], InferenceSession]) -> LoadedRelease:
+        seconds = self.bounds.load_seconds(self.folder)
+
+        def load() -> LoadedRelease:
+            session = opening()
+            difference = self_test(self.folder, self.manifest, session, seconds)
+            passed = _digest_of_platform()
+            return LoadedRelease(self.manifest, session, difference, passed=passed)
+
+        return patiently(load, seconds, self.poll)
+
+
+def _open_sealed(how: _How, mark: bool) -> InferenceSession:
+    """The optimised model of a slot whose signed files were verified."""
+    _check(how.folder / _FOLDER)
+    with _marked(how.folder) if mark else nullcontext():
+        return how.open(
+            how.folder / _FOLDER / "model.onnx",
+            integers=computes_in_integers(how.folder / "model.onnx"),
+            optimise=False,
+        )
 
 
 def _may_optimise(folder: Path, manifest: ReleaseManifest) -> bool:
@@ -233,22 +270,19 @@ def _may_optimise(folder: Path, manifest: ReleaseManifest) -> bool:
         return False
 
 
-def _open_and_seal(
-    folder: Path, manifest: ReleaseManifest, threads: int | None
-) -> tuple[InferenceSession, str | None]:
+def _open_and_seal(how: _How) -> tuple[InferenceSession, str | None]:
     """Open the signed model of a slot, and keep what onnxruntime makes of it, with its seal.
 
     A disk that refuses costs the optimised model (the seal is None), not the signed one.
     """
+    folder = how.folder
     new = folder / _NEW
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         with _marked(folder):
-            session = open_session(
-                folder / "model.onnx", threads=threads, save_optimised=new / "model.onnx"
-            )
-        if sum(path.stat().st_size for path in new.iterdir()) > _most_bytes(folder, manifest):
+            session = how.open(folder / "model.onnx", save_optimised=new / "model.onnx")
+        if sum(path.stat().st_size for path in new.iterdir()) > _most_bytes(folder, how.manifest):
             raise OSError("the optimised model is too large")
         _check(new)
         for name in _FILES:
@@ -261,7 +295,7 @@ def _open_and_seal(
         return session, seal
     except (OSError, RuntimeFailure):
         shutil.rmtree(new, ignore_errors=True)
-        return open_session(folder / "model.onnx", threads=threads), None
+        return how.open(folder / "model.onnx"), None
 
 
 def _seal(folder: Path, optimised: Path) -> str | None:
@@ -308,6 +342,10 @@ def _check(folder: Path) -> None:
 
 def _most_bytes(folder: Path, manifest: ReleaseManifest) -> int:
     return _GROWTH * (manifest.weights.length + (folder / "model.onnx").stat().st_size) + 2**20
+
+
+def _digest_of_platform() -> str:
+    return hashlib.sha256(_platform().encode()).hexdigest()
 
 
 def _platform() -> str:

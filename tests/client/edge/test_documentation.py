@@ -54,6 +54,7 @@ def test_bounds_are_the_defaults() -> None:
         f"{limits.connections}, {limits.running}",
         f"{limits.request_seconds:.0f} s, {limits.idle_seconds:.0f} s",
         f"{limits.waiting_seconds:.0f} s",
+        f"{limits.inference_seconds:.0f} s",
     ):
         assert f"| {value} |" in bounds
 

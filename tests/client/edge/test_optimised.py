@@ -163,8 +163,9 @@ def test_the_seal_binds_more_than_the_bytes(
     elif what == "CPU":
         monkeypatch.setattr(module.platform, "machine", lambda: "another")
     else:
+        manifest = ReleaseManifest.from_bytes((slot / "release.json").read_bytes())
         (slot / "release.json").write_bytes((slot / "release.json").read_bytes() + b" ")
-        assert module._open_sealed(slot, before, 1, True) is None
+        assert module.open_optimised(slot, manifest, before, threads=1) is None
         return
     agent = start()
     answers(agent)
@@ -186,7 +187,9 @@ def test_the_self_test_runs_with_what_is_served(
     assert state.active
     forged = module._seal(slot, slot / "optimised")
     folder.write(replace(state, active=replace(state.active, optimised=forged)))
-    assert module._open_sealed(slot, forged, 1, True) is not None
+    manifest = ReleaseManifest.from_bytes((slot / "release.json").read_bytes())
+    how = module._How(slot, manifest, 1, config.bounds, lambda: None)
+    assert module._open_sealed(how, True) is not None
     agent = start()
     answers(agent)
     assert agent.model.current().seal not in (None, forged)
