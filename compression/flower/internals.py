@@ -7,17 +7,22 @@ so what a new minor version of Flower may break is what this file names.
 from __future__ import annotations
 
 import copy
+import inspect
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from types import CodeType, FrameType
 from typing import TypeVar, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
+from flwr.app.metadata import Metadata
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore import log
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
     get_all_nested_objects,
@@ -29,6 +34,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = [
     "SUPERLINK_NODE_ID",
+    "Aggregation",
     "ClientAppCallable",
     "ErrorCode",
     "InflatableObject",
@@ -37,6 +43,7 @@ __all__ = [
     "NodeInfo",
     "Record",
     "Run",
+    "aggregation_above",
     "content_bytes",
     "identify_process",
     "is_averaging",
@@ -49,6 +56,7 @@ __all__ = [
     "set_message_id",
     "set_reply_to",
     "set_source",
+    "unavailable",
     "uncached",
     "unsent",
 ]
@@ -80,6 +88,26 @@ def unsent(message: Message) -> Message:
     copied = make_message(copy.deepcopy(message.metadata), message.content)
     set_message_id(copied, "")
     return copied
+
+
+def unavailable(message_id: str, run_id: int) -> Message:
+    """What the SuperLink answers for a message that it does not have.
+
+    It never got it, it expired, or its reply was delivered.
+    """
+    metadata = Metadata(
+        run_id=run_id,
+        message_id="",
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=SUPERLINK_NODE_ID,
+        reply_to_message_id=message_id,
+        group_id="",
+        created_at=time.time(),
+        ttl=0,
+        message_type=SYSTEM_MESSAGE_TYPE,
+    )
+    reason = f"Error: Message Unavailable - {message_id} expired, was answered or never existed"
+    return make_message(metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))
 
 
 def identify_process(run_id: int, node_id: int, task_id: int = 1) -> None:
@@ -192,3 +220,59 @@ def _averaging_code() -> CodeType:
     from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords  # not for nodes
 
     return aggregate_arrayrecords.__code__
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What Flower's own aggregation asks of the replies it is given, or else ends the run.
+
+    Attributes:
+        weight: name of the metric that replies are weighed by.
+        arrays: exactly one array record each, with the same arrays.
+        shapes: these of the same shapes.
+        lengths: metrics that are lists of the same lengths.
+    """
+
+    weight: str
+    arrays: bool
+    shapes: bool
+    lengths: bool
+
+
+def aggregation_above(frame: FrameType | None, message_type: str) -> Aggregation | None:
+    """What Flower makes of the replies to messages that are sent in a frame.
+
+    Args:
+        frame: whose callers are looked at for a strategy.
+        message_type: of the messages.
+
+    Returns:
+        None where nobody knows: outside a strategy, or where it aggregates by code of its own.
+    """
+    from flwr.serverapp.strategy import Strategy
+
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Strategy):
+            return _aggregation(found, message_type.partition(".")[0])
+        frame = frame.f_back
+    return None
+
+
+def _aggregation(strategy: object, kind: str) -> Aggregation | None:
+    from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+
+    aggregate = inspect.unwrap(getattr(strategy, f"aggregate_{kind}", _aggregation))
+    module = aggregate.__module__.rpartition(".")
+    if module[0] != "flwr.serverapp.strategy":
+        return None
+    wrapped = getattr(strategy, "strategy", None)  # as those for differential privacy have
+    if wrapped is not None:
+        return _aggregation(wrapped, kind)
+    metrics = getattr(strategy, f"{kind}_metrics_aggr_fn", None)
+    return Aggregation(
+        weight=getattr(strategy, "weighted_by_key", "num-examples"),
+        arrays=kind == "train",
+        shapes="xgb" not in module[2],  # trees are appended to each other
+        lengths=metrics is aggregate_metricrecords,
+    )

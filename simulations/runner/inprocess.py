@@ -2,12 +2,14 @@
 
 Messages cross it as bytes: every message is serialised into Flower's objects and built anew on
 the other side, so what works here works over a wire. There are no threads and no waiting; replies
-exist as soon as `push_messages` returns.
+exist as soon as `push_messages` returns. Asked for a message that it does not know, or whose reply
+it delivered, it answers with an error, as the SuperLink does.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
@@ -23,6 +25,7 @@ from prunecast.compression.flower.internals import (
     over_the_wire,
     set_message_id,
     set_source,
+    unavailable,
 )
 
 __all__ = ["InProcessGrid"]
@@ -65,6 +68,7 @@ class InProcessGrid(Grid):
             for node in nodes
         }
         self._replies: dict[str, Message] = {}
+        self._waiting: dict[str, float] = {}  # id of a message -> until when its reply may come
         self._numbers = itertools.count(1)
         self.online = set(nodes)
         self.on_reply: Callable[[Message], Message | None] = lambda reply: reply
@@ -100,6 +104,7 @@ class InProcessGrid(Grid):
         for message in messages:
             ids.append(f"message-{next(self._numbers):012d}")
             set_message_id(message, ids[-1])
+            self._waiting[ids[-1]] = message.metadata.created_at + message.metadata.ttl
             reply = self.on_reply(self._run_client(over_the_wire(message)))
             if reply is not None:
                 self._replies[ids[-1]] = reply
@@ -124,8 +129,20 @@ class InProcessGrid(Grid):
         return over_the_wire(make_message(reply.metadata, reply.content))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies to the given messages, each delivered once."""
-        return [self._replies.pop(wanted) for wanted in message_ids if wanted in self._replies]
+        """Replies to the given messages, each delivered once; nothing for those not there yet.
+
+        A message that is not waited for, or no longer, is answered with an error that names it.
+        """
+        answers = []
+        for wanted in dict.fromkeys(message_ids):
+            if self._waiting.get(wanted, 0.0) < time.time():
+                self._waiting.pop(wanted, None)
+                self._replies.pop(wanted, None)
+                answers.append(unavailable(wanted, self._run.run_id))
+            elif wanted in self._replies:
+                del self._waiting[wanted]
+                answers.append(self._replies.pop(wanted))
+        return answers
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
