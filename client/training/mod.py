@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from logging import WARNING
+from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from numpy.typing import NDArray
 
 from prunecast.client.training.store import (
@@ -23,6 +23,8 @@ from prunecast.client.training.store import (
 from prunecast.compression.codec import CodecError, NonFiniteError, quantise, spread
 from prunecast.compression.flower import (
     CONTROL_RECORD,
+    ERROR_CODE,
+    ERROR_REASON,
     STATISTICS_RECORD,
     array_record,
     coded_record,
@@ -33,7 +35,13 @@ from prunecast.compression.flower import (
     payload_record,
     stream_id,
 )
-from prunecast.compression.flower.internals import ClientAppCallable, Mod, log, make_message
+from prunecast.compression.flower.internals import (
+    ClientAppCallable,
+    ErrorCode,
+    Mod,
+    log,
+    make_message,
+)
 from prunecast.compression.pruning.masks import holding
 from prunecast.compression.pruning.plan import Statistics, pack_statistics
 from prunecast.compression.schemes import StateError
@@ -62,6 +70,8 @@ from prunecast.compression.versions import (
 
 __all__ = ["compress_update", "compression_mod"]
 
+_LONGEST = 10_000  # characters of the reason of an error
+
 
 def compression_mod(store: Path | str | None = None) -> Mod:
     """A Flower mod that decodes what `CompressedGrid` sends and encodes the reply.
@@ -77,6 +87,9 @@ def compression_mod(store: Path | str | None = None) -> Mod:
         store: directory for held models and residuals. Default: ``prunecast-store`` of the node
             config, else ``$PRUNECAST_STORE``, else ``prunecast/nodes`` in the user's cache
             directory. Simulations that span machines need one that all of them see.
+
+    An exception of the ClientApp, or of a mod inside, is logged and reported to the server together
+    with what the node holds; strategies see Flower's error reply.
 
     Raises (while handling a message, reported to the server by Flower):
         ModError: a payload is damaged, of another run, or of a newer format.
@@ -98,11 +111,17 @@ def compression_mod(store: Path | str | None = None) -> Mod:
             raise ModError(f"message from the server was refused: {error}") from error
         if exchange.missing:
             return Message(exchange.wrap(RecordDict()), reply_to=message)
-        with holding(exchange.masks(), instruction.statistics) as statistics:
-            reply = call_next(make_message(message.metadata, exchange.content), context)
-        if reply.has_error():
-            return reply
-        return make_message(reply.metadata, exchange.encode(reply.content, statistics))
+        try:
+            with holding(exchange.masks(), instruction.statistics) as statistics:
+                reply = call_next(make_message(message.metadata, exchange.content), context)
+            if not reply.has_error():
+                return make_message(reply.metadata, exchange.encode(reply.content, statistics))
+            failure = reply.error
+        except Exception as raised:
+            # Flower would make the error reply, in which there is no place for what this node holds
+            log(ERROR, "ClientApp raised an exception", exc_info=raised)
+            failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(raised)}:<'{raised}'>")
+        return Message(exchange.failed(failure), reply_to=message)
 
     return mod
 
@@ -137,20 +156,21 @@ class _Exchange:
     def _reuse(self, key: str, digest: bytes) -> ArrayRecord:
         held = self._store.held(key)
         if held is None or short(held.digest) != digest:
-            self.missing.append(key)
-            return ArrayRecord()
+            return self._miss(key, held)
         self._models[key] = held
         return array_record(held.arrays())
 
     def _decode(self, key: str, payload: bytes) -> ArrayRecord:
-        if inspect(payload).kind is Kind.PLAIN:
+        info = inspect(payload)
+        if info.kind is Kind.PLAIN:
             return array_record(open_plain(payload, stream=self._stream(key)))
         held = self._store.held(key)
         try:
             model = decode_model(payload, held=held, stream=self._stream(key))
         except BaseMissing:
-            self.missing.append(key)
-            return ArrayRecord()
+            if held is None or short(held.digest) != info.digest:
+                return self._miss(key, held)
+            model = held  # the server does not know that its last reply was lost on the way
         self._models[key] = held if held is not None and held.digest == model.digest else model
         if held is not self._models[key]:
             try:
@@ -159,6 +179,12 @@ class _Exchange:
                 self._in_trouble(error)
                 self._unkept[key] = held
         return array_record(model.arrays())
+
+    def _miss(self, key: str, held: PublishedModel | None) -> ArrayRecord:
+        """Note that a record cannot be had, and what there is instead."""
+        self.missing.append(key)
+        self._unkept[key] = held
+        return ArrayRecord()
 
     def masks(self) -> dict[str, NDArray[np.bool_]]:
         """Masks of all received models together."""
@@ -177,6 +203,13 @@ class _Exchange:
         held = {key: short(model.digest) for key, model in kept.items() if model is not None}
         report = NodeReport(held, tuple(self.missing), encode_ms, self._trouble)
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
+        return content
+
+    def failed(self, error: Error) -> RecordDict:
+        """An error, in whose place the server puts an error reply, and what this node holds."""
+        content = self.wrap(RecordDict())
+        control = content.config_records[CONTROL_RECORD]
+        control[ERROR_CODE], control[ERROR_REASON] = error.code, (error.reason or "")[:_LONGEST]
         return content
 
     def encode(self, reply: RecordDict, statistics: Statistics) -> RecordDict:

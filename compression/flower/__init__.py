@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 __all__ = [
     "CONTROL_RECORD",
+    "ERROR_CODE",
+    "ERROR_REASON",
     "NUMPY",
     "STATISTICS_RECORD",
     "STYPE",
@@ -36,6 +38,8 @@ STYPE = "prunecast/1 (ClientApp needs compression_mod())"
 """Serialisation type of a payload; a client without the mod shows it in Flower's own error."""
 CONTROL_RECORD = "prunecast"
 """Key of the config record that carries an `Instruction` or a `NodeReport`."""
+ERROR_CODE, ERROR_REASON = "error-code", "error"
+"""Keys of the control record of a reply in whose place the client has an error to report."""
 STATISTICS_RECORD = "prunecast-statistics"
 """Key of the record with what a node contributes to pruning, in a reply whose message asked."""
 _ARRAY_NAME = "prunecast"

@@ -30,5 +30,9 @@ class ReleaseRuleError(FederationError):
     """Automatic releases are configured in a way that cannot work."""
 
 
+class ReplyRefused(FederationError):
+    """A reply holds what it cannot, given what was sent; strategies see an error in its place."""
+
+
 class NodesFailed(FederationError):
     """Nodes answered with an error, or not in time, in a run that stops then."""

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from logging import WARNING
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from prunecast.compression.codec import CodecError
-from prunecast.compression.flower import (
-    CONTROL_RECORD,
-    STATISTICS_RECORD,
-    array_record,
-    dense_arrays,
-    payload_of,
-)
+from prunecast.compression.flower import array_record, dense_arrays
 from prunecast.compression.flower.internals import (
+    Aggregation,
     Measured,
+    aggregation_above,
     content_bytes,
-    log,
-    make_message,
     serialised_objects,
     set_reply_to,
     uncached,
     unsent,
 )
-from prunecast.compression.versions import NodeReport, PublishedModel, VersionsError, reply_tag
+from prunecast.compression.versions import PublishedModel, reply_tag
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError
-from prunecast.server.federation.inbound import decode_reply, refuse, up_of
+from prunecast.server.federation.inbound import up_of
 from prunecast.server.federation.ledger import Entry, Ledger
+from prunecast.server.federation.notices import Notices
 from prunecast.server.federation.outbound import Batch, Outbound, Prepared
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publisher import Streams
+from prunecast.server.federation.receiving import Received, Receiver, refuse
 from prunecast.server.federation.wrapper import GridWrapper
 
 __all__ = ["CompressedGrid", "Recode"]
@@ -44,10 +39,6 @@ Recode = Callable[[bytes], int]
 """From the bytes of a message to how many bytes it has under another coding."""
 
 _KEPT = 1000  # entries of a ledger
-_NO_MOD = (
-    "answered through Prunecast's mod, so it cannot have read the published model: add "
-    "compression_mod() to ClientApp(mods=[...]) on the clients"
-)
 
 
 class CompressedGrid(GridWrapper):
@@ -94,7 +85,9 @@ class CompressedGrid(GridWrapper):
         self._alternatives = dict(alternatives or {})
         self._streams = Streams(self.policy)
         self._outbound = Outbound(self._streams, seed)
-        self._up = up_of(self.policy, verify=verify_replies)
+        self._notices = Notices()
+        up = up_of(self.policy, verify=verify_replies)
+        self._receiver = Receiver(self._streams, up, self._notices, verify=verify_replies)
         self._sent: dict[str, Prepared] = {}
         self._retries: dict[str, str] = {}  # message id of a retry -> id the caller knows
 
@@ -160,12 +153,7 @@ class CompressedGrid(GridWrapper):
         A node that misses the base of a payload is sent a keyframe at once; its reply appears
         under the original message's id in a later call.
         """
-        # in place of the original: the SuperLink forgets a message whose reply it delivered, and
-        # answers for one that it does not know with an error
-        retries = {origin: retry for retry, origin in self._retries.items()}
-        replies = self._grid.pull_messages([retries.get(wanted, wanted) for wanted in message_ids])
-        received = (self._receive(reply) for reply in replies)
-        return [reply for reply in received if reply is not None]
+        return self._take(self._pull(message_ids))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -175,31 +163,56 @@ class CompressedGrid(GridWrapper):
         Replies come in the order of the messages, whichever arrived first, so that sums of
         floats do not depend on timing.
         """
-        sent = [message_id for message_id in self.push_messages(messages) if message_id]
+        batch = list(messages)
+        kinds = {message.metadata.message_type for message in batch}
+        aggregation = aggregation_above(sys._getframe(1), kinds.pop()) if len(kinds) == 1 else None
+        sent = [message_id for message_id in self.push_messages(batch) if message_id]
         waiting = dict.fromkeys(sent)
         deadline = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
+        found: list[Message | Received] = []
         while waiting and (deadline is None or time.monotonic() < deadline):
-            arrived = list(self.pull_messages(waiting))
-            replies.extend(arrived)
-            for reply in arrived:
+            arrived = self._pull(waiting)
+            found.extend(arrived)
+            for item in arrived:
+                reply = item.message if isinstance(item, Received) else item
                 waiting.pop(reply.metadata.reply_to_message_id, None)
             if waiting and not arrived:
                 time.sleep(self._poll_interval)
         self._forget(waiting)
         order = {message_id: position for position, message_id in enumerate(sent)}
+        replies = self._take(found, aggregation)
         return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
 
     # -- replies ------------------------------------------------------------------------------
 
-    def _receive(self, reply: Message) -> Message | None:
+    def _pull(self, message_ids: Iterable[str]) -> list[Message | Received]:
+        """Replies that have arrived; those to messages that are not known here as they are."""
+        # in place of the original: the SuperLink forgets a message whose reply it delivered, and
+        # answers for one that it does not know with an error
+        retries = {origin: retry for retry, origin in self._retries.items()}
+        asked = dict.fromkeys(retries.get(wanted, wanted) for wanted in message_ids)
+        found: list[Message | Received] = []
+        for reply in self._grid.pull_messages(list(asked)):
+            message_id = reply.metadata.reply_to_message_id
+            if message_id not in asked:
+                self._notices.unasked(reply.metadata.src_node_id)
+                continue
+            del asked[message_id]
+            received = self._receive(reply)
+            if received is not None:
+                found.append(received)
+        return found
+
+    def _receive(self, reply: Message) -> Message | Received | None:
         message_id = reply.metadata.reply_to_message_id
         # of equal content and envelope, a retry may have the id of its original
         retried, origin = message_id in self._retries, self._retries.pop(message_id, message_id)
         sent = self._sent.pop(message_id, None)
         if sent is None:
             set_reply_to(reply, origin)
-            return reply
+            if reply.has_error():
+                return reply
+            return refuse(reply, "it answers a message that was given up, or not sent from here")
         size, alternatives = self._measured(reply)
         entry = Entry(
             round=sent.round,
@@ -213,71 +226,18 @@ class CompressedGrid(GridWrapper):
             alternatives=alternatives,
         )
         self.ledger.add(entry)
-        if reply.has_error():
-            result: Message | None = reply
-            if sent.coded and not self._streams.node(entry.node).speaks:
-                log(WARNING, "Node %s answered with an error and has never %s", entry.node, _NO_MOD)
-        else:
-            try:
-                result = self._understand(reply, sent, entry, retried=retried)
-            except (VersionsError, CodecError) as error:
-                entry.kind = "error"
-                result = refuse(reply, f"reply of node {entry.node} was refused: {error}")
-        if result is None:
+        received = self._receiver.understand(reply, sent, entry, retried=retried)
+        if received is None:
             self._retry(sent, origin)
             return None
-        if result.has_error():
-            self._give_up(message_id, sent)
-        set_reply_to(result, origin)
-        return result
+        set_reply_to(received.message, origin)
+        return received
 
-    def _understand(
-        self, reply: Message, sent: Prepared, entry: Entry, *, retried: bool
-    ) -> Message | None:
-        """The reply as the strategy sees it; None when the node needs a keyframe first."""
-        node = self._streams.node(entry.node)
-        control = reply.content.config_records.get(CONTROL_RECORD)
-        # none: the reply did not pass through the mod
-        report = None if control is None else NodeReport.from_bytes(control.get("report"))
-        if report is None and sent.coded:
-            return refuse(reply, f"node {entry.node} has not {_NO_MOD}")
-        if report is not None:
-            node.speaks = True
-            node.knows(sent.told)
-            if report.trouble and not node.troubled:
-                log(
-                    WARNING,
-                    "Node %s cannot keep what makes its next messages small, until that is mended: "
-                    "%s",
-                    entry.node,
-                    report.trouble,
-                )
-            node.troubled = bool(report.trouble)
-            # of the versions it was sent alone: a node must not fill this side's memory
-            node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
-            for key in report.missing:
-                node.held.pop(key, None)
-            entry.encode_ms = report.encode_ms
-            if report.missing:
-                entry.kind = "error" if retried else "base-missing"
-                if retried:
-                    return refuse(
-                        reply,
-                        f"node {entry.node} cannot keep the base of {report.missing[0]!r}: check "
-                        "that its store directory is writable and belongs to it alone",
-                    )
-                return None
-        content, has_update = decode_reply(reply, sent, entry, self._up)
-        statistics = payload_of(reply.content.get(STATISTICS_RECORD))
-        if sent.wanted and statistics is not None:
-            shapes = {n: t.shape for n, t in sent.versions[sent.pruned].model.tensors.items()}
-            stated = [m.get("num-examples") for m in reply.content.metric_records.values()]
-            weight = next((n for n in stated if isinstance(n, int | float)), 1.0)
-            mean = self._streams.stream(reply.metadata.run_id, sent.pruned).statistics
-            mean.add(statistics, sent.wanted, shapes, weight)
-        if has_update:
-            node.settled(reply_tag(reply.metadata.reply_to_message_id), accepted=True)
-        return make_message(reply.metadata, content)
+    def _take(
+        self, found: list[Message | Received], aggregation: Aggregation | None = None
+    ) -> list[Message]:
+        self._receiver.take([item for item in found if isinstance(item, Received)], aggregation)
+        return [item.message if isinstance(item, Received) else item for item in found]
 
     def _retry(self, sent: Prepared, origin: str) -> None:
         """Send the same message again, with keyframes for what the node does not hold."""
@@ -300,14 +260,8 @@ class CompressedGrid(GridWrapper):
         gone |= {retry for retry, origin in self._retries.items() if origin in gone}
         for message_id in gone:
             if (sent := self._sent.pop(message_id, None)) is not None:
-                self._give_up(message_id, sent)
+                self._receiver.give_up(reply_tag(message_id), sent)
             self._retries.pop(message_id, None)
-
-    def _give_up(self, message_id: str, sent: Prepared) -> None:
-        """Its reply moves nothing: let the node take back what it sent along."""
-        if sent.rule is not None:
-            node = self._streams.node(sent.original.metadata.dst_node_id)
-            node.settled(reply_tag(message_id), accepted=False)
 
     def begin_round(self, number: int) -> None:
         """State the round of messages that state none themselves; schedules of pruning follow it.

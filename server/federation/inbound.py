@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import CodecError, Payload
@@ -23,8 +23,6 @@ from prunecast.compression.flower import (
     stream_id,
 )
 from prunecast.compression.flower.internals import (
-    ErrorCode,
-    make_message,
     object_bytes,
     own_bytes,
     uncached,
@@ -43,7 +41,7 @@ from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.outbound import Prepared
 from prunecast.server.federation.policy import Policy
 
-__all__ = ["Read", "Up", "decode_reply", "refuse", "up_of"]
+__all__ = ["Read", "Up", "decode_reply", "up_of"]
 
 
 @dataclass(frozen=True)
@@ -160,12 +158,6 @@ def _updated(
             raise BadPayload(f"update of {name!r} makes NaN or infinity")
         result[name] = Array(value)
     return result
-
-
-def refuse(reply: Message, reason: str) -> Message:
-    """The reply turned into an error, so that strategies skip it and log why."""
-    error = Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=reason)
-    return make_message(reply.metadata, error=error)
 
 
 def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[RecordDict, bool]:

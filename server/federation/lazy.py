@@ -18,7 +18,7 @@ from prunecast.compression.flower.internals import is_averaging
 from prunecast.compression.versions import Change
 from prunecast.server.federation.ledger import Entry
 
-__all__ = ["LazyArray", "WeightedSum"]
+__all__ = ["LazyArray", "WeightedSum", "largest_of"]
 
 
 class LazyArray(Array):
@@ -68,6 +68,20 @@ class LazyArray(Array):
         self.__dict__["_entry"].decode_ms += (time.perf_counter() - started) * 1e3
         return value
 
+    def reach(self, largest: Callable[[NDArray[Any]], float]) -> float:
+        """The largest magnitude in a float array, or a little more; NaN where it holds NaN.
+
+        Args:
+            largest: the same of an array that many replies have in common.
+
+        Raises:
+            BadPayload: the reply's bytes for this tensor are damaged.
+        """
+        if self.__dict__["_summand"] is None:
+            return largest_of(self.numpy())
+        summand: WeightedSum = self.__dict__["_summand"]()
+        return summand.reach(largest)
+
     @property
     def data(self) -> bytes:  # type: ignore[override]
         """The array in NumPy's format, serialised afresh at every access."""
@@ -76,6 +90,11 @@ class LazyArray(Array):
     def __reduce__(self) -> tuple[type[Array], tuple[NDArray[Any]]]:
         # copied or pickled, it is the array alone: not the reply and the version that it is made of
         return Array, (self.numpy(),)
+
+
+def largest_of(array: NDArray[Any]) -> float:
+    """The largest magnitude in a float array; NaN where it holds NaN."""
+    return float(max(array.max(), -array.min())) if array.size else 0.0
 
 
 @cache
@@ -134,6 +153,10 @@ class WeightedSum(NDArrayOperatorsMixin):
             self._sum = np.zeros(size)
         at = slice(None) if change.at is None else change.at
         self._sum[at] += np.multiply(change.values, weight * change.step, dtype=np.float64)
+
+    def reach(self, largest: Callable[[NDArray[Any]], float]) -> float:
+        """A bound on the magnitude of one reply's array, see `LazyArray.reach`."""
+        return largest(self._master) + sum(change.reach for _, change in self._changes)
 
     def array(self) -> NDArray[Any]:
         """The sum as an array, in the master's dtype."""

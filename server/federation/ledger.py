@@ -40,6 +40,7 @@ class Entry:
         encode_ms: milliseconds spent encoding; 0.0 where a payload made for another node served.
         decode_ms: milliseconds spent decoding on the server.
         alternatives: bytes of the same message under other codings measured beside it.
+        reason: why a reply is an error or was refused; "" for one that is neither.
     """
 
     round: int
@@ -52,6 +53,7 @@ class Entry:
     encode_ms: float = 0.0
     decode_ms: float = 0.0
     alternatives: dict[str, int] = field(default_factory=dict)
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,9 @@ class Ledger:
         if self._journal is not None:
             lines = [dict(vars(entry)) for entry in done]
             for line in lines:
-                if not line["alternatives"]:
-                    del line["alternatives"]
+                for name in ("alternatives", "reason"):
+                    if not line[name]:
+                        del line[name]
             try:
                 self._journal.append(lines)
             except StorageError as error:

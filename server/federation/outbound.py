@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from numpy.typing import NDArray
 
 from prunecast.compression.flower import (
     CONTROL_RECORD,
@@ -35,6 +37,7 @@ from prunecast.compression.versions import (
     short,
 )
 from prunecast.server.federation.errors import FederationError
+from prunecast.server.federation.lazy import largest_of
 from prunecast.server.federation.publisher import NodeState, Streams, Version
 
 __all__ = ["Batch", "Down", "Outbound", "Prepared"]
@@ -96,6 +99,7 @@ class Batch:
     def __init__(self, messages: Iterable[Message]) -> None:
         self._measured: dict[int, Measured] = {}
         self._sizes: dict[int, int] = {}
+        self._largest: dict[int, tuple[object, float]] = {}
         self.messages = list(messages)
         self.occasion = object()  # a round, where messages state none
 
@@ -127,6 +131,12 @@ class Batch:
     def content_id(self, record: ArrayRecord) -> str:
         """Digest of a record's content."""
         return self.measured(record).object_id
+
+    def largest(self, array: NDArray[Any]) -> float:
+        """The largest magnitude of an array that the replies have in common, computed once."""
+        if id(array) not in self._largest:
+            self._largest[id(array)] = array, largest_of(array)
+        return self._largest[id(array)][1]
 
     def is_shared(self, key: str, record: ArrayRecord) -> bool:
         """Whether a record is not a personalised one."""

@@ -404,14 +404,12 @@ class NodeState:
         held: record key to short digest of the version the node last reported to hold.
         accepted: tags of its replies with an update that was accepted, as far as it may not know.
         given_up: likewise of those that were refused, or are not waited for any more.
-        speaks: whether it ever answered through the mod.
         troubled: whether it said, the last time, that it cannot keep what it should.
     """
 
     held: dict[str, bytes] = field(default_factory=dict)
     accepted: list[str] = field(default_factory=list)
     given_up: list[str] = field(default_factory=list)
-    speaks: bool = False
     troubled: bool = False
 
     def settled(self, tag: str, *, accepted: bool) -> None:

@@ -159,8 +159,8 @@ class Run:
             evaluate_config: for the nodes' evaluation, as in Flower.
 
         Raises:
-            FederationError: nodes failed and the run was to stop then; the model diverged; the
-                metric to release by is not measured.
+            FederationError: nodes failed and the run was to stop then, or no reply of the whole
+                run could be used; the model diverged; the metric to release by is not measured.
             StorageError: a file cannot be written to begin with, or the final model.
         """
         if isinstance(initial, Checkpoint):
@@ -200,6 +200,7 @@ class Run:
                     evaluate_config=evaluate_config,
                     evaluate_fn=rounds.after,
                 )
+            rounds.check()
             if self._output is not None and self.lattice and result.arrays:
                 save_model(self.grid.published(result.arrays, key=self.key), self._output)
             self.grid.ledger.flush()
@@ -229,6 +230,8 @@ class _Rounds(GridWrapper):
         super().__init__(grid)
         self._run, self._events = run, events
         self._began = time.monotonic()
+        self._in_vain: dict[str, str] = {}  # "train" or "other" -> why its first reply failed
+        self._used: set[str] = set()  # of these, what had a reply that could be used
         self._begin(0)
 
     def _begin(self, number: int) -> None:
@@ -254,12 +257,15 @@ class _Rounds(GridWrapper):
         failed: list[dict[str, str]] = []
         for message in batch:
             reply = answers.get(message.metadata.message_id)
+            kind = "train" if _trains(message) else "other"
             if reply is not None and not reply.has_error():
                 self._trained += _trains(message)
+                self._used.add(kind)
                 continue
             reason = "no reply in time" if reply is None else str(reply.error.reason)[:_LONGEST]
             # as text: JavaScript rounds integers of 64 bits
             failed.append({"node": str(message.metadata.dst_node_id), "reason": reason})
+            self._in_vain.setdefault(kind, f"node {failed[-1]['node']}: {reason}")
         self._failed += failed
         if failed and self._run.stop_on_failure:
             raise NodesFailed(
@@ -267,6 +273,17 @@ class _Rounds(GridWrapper):
                 f"{failed[0]['reason']}"
             )
         return replies
+
+    def check(self) -> None:
+        """See that the run was not for nothing: Flower's strategies skip errors in silence.
+
+        Raises:
+            NodesFailed: it asked for training, or anything, and no reply could be used.
+        """
+        in_vain = self._in_vain.get("train", "") if "train" not in self._used else ""
+        if in_vain or (self._in_vain and not self._used):
+            reason = in_vain or next(iter(self._in_vain.values()))
+            raise NodesFailed(f"no reply of the whole run could be used; the first, of {reason}")
 
     @contextmanager
     def observing(self, strategy: Strategy) -> Iterator[None]:

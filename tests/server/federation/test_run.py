@@ -167,7 +167,47 @@ def test_failed_nodes_are_told_and_left_out(inner: InProcessGrid, tmp_path: Path
     assert failed["node"] == again["node"] == "2"
     assert failed["reason"]
     warnings = [event["text"] for event in heard if event["event"] == "warning"]
-    assert any("has never answered through Prunecast's mod" in text for text in warnings)
+    # its own words, each once; nothing of a mod that it may lack
+    assert [text for text in warnings if "Node 2" in text] == [
+        f"Node 2: ValueError: No {kind} function registered with name 'default'"
+        for kind in ("train", "evaluate")
+    ]
+
+
+@pytest.mark.parametrize("evaluate", [0.0, 1.0])
+def test_a_run_without_a_reply_that_could_be_used_ends_with_an_error(
+    tmp_path: Path, evaluate: float
+) -> None:
+    app = make_app(tmp_path / "store")
+
+    @app.train("broken")
+    def train(message: Message, context: Any) -> Message:
+        raise RuntimeError("CUDA out of memory")
+
+    app._registered_funcs["train.default"] = app._registered_funcs["train.broken"]
+    heard: list[Any] = []
+    run = Run(
+        InProcessGrid(app, 3, run_id=RUN_ID),
+        FedAvg(fraction_evaluate=evaluate),
+        folder=tmp_path / "run",
+        on_event=heard.append,
+    )
+    with pytest.raises(NodesFailed, match=r"no reply .* node \d: .*CUDA out of memory"):
+        run.start(arrays(), num_rounds=2)
+    assert heard[-1]["event"] == "run-failed"
+    assert not (tmp_path / "run" / "final.model").exists()
+    warnings = [event["text"] for event in heard if event["event"] == "warning"]
+    causes = [text for text in warnings if text.startswith("Node")]
+    assert sorted(causes) == [
+        f"Node {node}: RuntimeError: CUDA out of memory" for node in (1, 2, 3)
+    ]
+
+
+def test_a_run_whose_nodes_cannot_evaluate_is_no_failure(tmp_path: Path) -> None:
+    app = make_app(tmp_path / "store")
+    del app._registered_funcs["evaluate.default"]
+    result = Run(InProcessGrid(app, 2, run_id=RUN_ID), FedAvg()).start(arrays(), num_rounds=1)
+    assert result.arrays
 
 
 def test_a_run_that_must_not_lose_a_node_stops(tmp_path: Path) -> None:
@@ -396,7 +436,8 @@ def test_an_event_names_a_bounded_number_of_failed_nodes(
     monkeypatch.setattr("prunecast.server.federation.run._NAMED", 2)
     heard: list[Any] = []
     broken = InProcessGrid(ClientApp(), 3, run_id=RUN_ID)
-    Run(broken, FedAvg(), on_event=heard.append).start(arrays(), num_rounds=1)
+    with pytest.raises(NodesFailed):
+        Run(broken, FedAvg(), on_event=heard.append).start(arrays(), num_rounds=1)
     nodes = heard[-2]["nodes"]
     assert (nodes["asked"], nodes["trained"], nodes["failures"]) == (3, 0, 6)
     assert len(nodes["failed"]) == 2

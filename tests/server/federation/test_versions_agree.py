@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 from flwr.serverapp.strategy import FedAvg
 
 from prunecast.client.training import compression_mod
 from prunecast.client.training import store as store_module
 from prunecast.client.training.store import NodeStore
 from prunecast.common.files import StorageError, replacing, write_atomically
-from prunecast.compression.flower.internals import set_message_id
+from prunecast.compression.flower.internals import make_message, set_message_id
 from prunecast.server.federation import Policy
-from prunecast.server.federation import grid as grid_module
 from support.federation import (
     RUN_ID,
     initial_arrays,
@@ -85,24 +83,8 @@ def test_a_node_that_loses_its_store_gets_a_keyframe_in_the_same_round(federatio
     assert sum(1 for node, _, _ in seen if node == 2) == 4
 
 
-def forgets_what_it_delivered(inner):
-    """As the SuperLink: a message whose reply was delivered, or that never came, is unknown."""
-    pull = inner.pull_messages
-
-    def pull_messages(message_ids):
-        wanted = list(message_ids)
-        replies = pull(wanted)
-        found = {reply.metadata.reply_to_message_id for reply in replies}
-        unknown = [message_id for message_id in wanted if message_id not in found]
-        errors = [create_message_error_unavailable_ins_message(i, RUN_ID) for i in unknown]
-        return [*replies, *errors]
-
-    inner.pull_messages = pull_messages
-
-
 def test_a_keyframe_that_follows_is_waited_for_where_the_server_forgets(federation, tmp_path):
     grid, inner, _ = federation(SMALL)
-    forgets_what_it_delivered(inner)
     rounds(grid, inner, tmp_path, [{1, 2}])
     shutil.rmtree(tmp_path / "store")
     content = RecordDict({"arrays": to_record(initial_arrays(1))})
@@ -115,7 +97,6 @@ def test_a_keyframe_that_follows_is_waited_for_where_the_server_forgets(federati
 
 def test_a_keyframe_that_cannot_be_sent_is_an_error_of_that_node(federation, tmp_path):
     grid, inner, _ = federation(SMALL)
-    forgets_what_it_delivered(inner)
     rounds(grid, inner, tmp_path, [{1, 2}])
     shutil.rmtree(tmp_path / "store" / str(RUN_ID) / "2")
     push = inner.push_messages
@@ -127,6 +108,68 @@ def test_a_keyframe_that_cannot_be_sent_is_an_error_of_that_node(federation, tmp
     replies = list(grid.send_and_receive(messages, timeout=5))
     assert [reply.has_error() for reply in replies] == [False, True]
     assert replies[1].metadata.reply_to_message_id == messages[1].metadata.message_id
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "train"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_reply_that_was_lost_costs_no_keyframe(federation, kind, known):
+    """The node holds a version that the server does not know it to hold: the next, or another."""
+    grid, inner, _ = federation("balanced", nodes=1)
+
+    def send(seed, message_type="train", timeout=None):
+        content = RecordDict({"arrays": to_record(initial_arrays(seed))})
+        return list(grid.send_and_receive([Message(content, 1, message_type)], timeout=timeout))
+
+    send(0)
+    inner.on_reply = lambda reply: None
+    assert send(1, kind, timeout=0.03) == []
+    inner.on_reply = lambda reply: reply
+    (reply,) = send(1 if known else 2)
+    assert not reply.has_error()
+    down = ["delta"] if known else ["delta", "delta"]
+    assert kinds_of(grid, 1) == ["keyframe", "delta", *down]
+    assert kinds_of(grid, 1, "up")[-len(down) :] == ["base-missing", "update"][-len(down) :]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_reply_that_nobody_waits_for_is_dropped_and_said_once(federation, caplog, late):
+    grid, inner, _ = federation("balanced", nodes=2)
+    pull, kept = inner.pull_messages, []
+
+    def deliver(message_ids):
+        fresh = list(pull(message_ids))
+        copies = [make_message(m.metadata, m.content) for m in (kept if late else fresh)]
+        kept[:] = fresh
+        return [*fresh, *copies]
+
+    inner.pull_messages = deliver
+    result = FedAvg().start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=2)
+    assert list(result.arrays) == list(initial_arrays())
+    dropped = [r.getMessage() for r in caplog.records if "dropped" in r.getMessage()]
+    assert sorted(text[:7] for text in dropped) == ["Node 1:", "Node 2:"]
+    assert len([e for e in grid.ledger.entries if e.direction == "up"]) == 2 * 2 * 2
+
+
+def test_a_reply_to_a_message_that_was_given_up_is_an_error(federation):
+    grid, _, _ = federation("balanced", nodes=1)
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    (message_id,) = grid.push_messages([Message(content, 1, "train")])
+    grid._forget([message_id])
+    (reply,) = grid.pull_messages([message_id])
+    assert "given up" in reply.error.reason
+
+
+def test_ids_that_are_not_known_or_were_answered_are_errors_that_name_them(federation):
+    grid, inner, _ = federation("balanced", nodes=2)
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    answered, *_ = grid.push_messages([Message(content, 1, "train")])
+    list(grid.pull_messages([answered]))
+    inner.on_reply = lambda reply: None
+    waiting, *_ = grid.push_messages([Message(content, 2, "train")])
+    for wrapped in (inner, grid):
+        errors = list(wrapped.pull_messages([answered, waiting, "never"]))
+        assert [e.metadata.reply_to_message_id for e in errors] == [answered, "never"]
+        assert all("Message Unavailable" in e.error.reason for e in errors)
 
 
 def test_residuals_of_records_that_take_turns_are_kept(federation, tmp_path):
@@ -192,10 +235,10 @@ def test_what_a_killed_write_leaves_is_removed_and_what_is_being_written_is_not(
 
 
 @pytest.mark.parametrize("full_for", ["model", "pending", ""])
-def test_a_full_disk_costs_bytes_and_no_training(federation, tmp_path, monkeypatch, full_for):
+def test_a_full_disk_costs_bytes_and_no_training(
+    federation, tmp_path, monkeypatch, caplog, full_for
+):
     """Neither an update nor a residual is lost; the log names the store, once."""
-    warnings = []
-    monkeypatch.setattr(grid_module, "log", lambda level, text, *args: warnings.append(text % args))
     grid, inner, _ = federation("balanced", nodes=1)
     store, node = NodeStore(tmp_path / "store", RUN_ID, 1), grid._streams.node(1)
     rounds(grid, inner, tmp_path, [{1}])
@@ -216,8 +259,9 @@ def test_a_full_disk_costs_bytes_and_no_training(federation, tmp_path, monkeypat
         assert not reply.has_error()
         got = to_arrays(reply.content["arrays"])
         assert any(np.any(got[n] != arrays[n]) for n in arrays)
+    texts = [record.getMessage() for record in caplog.records]
+    warnings = [text for text in texts if "Node 1 cannot keep" in text]
     assert len(warnings) == 1
-    assert "Node 1 cannot keep" in warnings[0]
     assert "No space left on device" in warnings[0]
     if full_for != "pending":
         assert held_digest(tmp_path, 1) == held

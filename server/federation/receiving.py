@@ -1,0 +1,212 @@
+"""Replies as they arrive: understood, held to what was sent and to each other, then taken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Error, Message
+
+from prunecast.compression.codec import CodecError
+from prunecast.compression.flower import (
+    CONTROL_RECORD,
+    ERROR_CODE,
+    ERROR_REASON,
+    STATISTICS_RECORD,
+    STYPE,
+    payload_of,
+)
+from prunecast.compression.flower.internals import Aggregation, ErrorCode, make_message
+from prunecast.compression.versions import NodeReport, VersionsError, reply_tag
+from prunecast.server.federation.checks import EXAMPLES, check_reply, misfits
+from prunecast.server.federation.errors import ReplyRefused
+from prunecast.server.federation.inbound import Up, decode_reply
+from prunecast.server.federation.ledger import Entry
+from prunecast.server.federation.notices import Notices
+from prunecast.server.federation.outbound import Prepared
+from prunecast.server.federation.publisher import Streams
+
+__all__ = ["Received", "Receiver", "refuse"]
+
+_LONGEST = 500  # characters of a reason that came from outside
+_EXCEPTION = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>:<'(.*)'>", re.DOTALL)
+_NO_MOD = (
+    "answered without Prunecast's mod, so it cannot have read the published model: add "
+    "compression_mod() to ClientApp(mods=[...]) on the clients"
+)
+_ORDER = (
+    "a mod in front of it, or a client without it, met arrays that only compression_mod() reads: "
+    "put it first in ClientApp(mods=[...])"
+)
+
+
+@dataclass
+class Received:
+    """A reply that arrived.
+
+    Attributes:
+        message: as the strategy sees it.
+        sent: the message that it answers.
+        entry: its line in the ledger.
+        tag: what the node calls what it staged with it.
+        update: whether it staged something.
+        statistics: what the node contributes to pruning; None for nothing.
+    """
+
+    message: Message
+    sent: Prepared
+    entry: Entry
+    tag: str
+    update: bool = False
+    statistics: bytes | None = None
+
+
+class Receiver:
+    """Makes of replies what strategies see.
+
+    Args:
+        streams: versions and nodes of the run, with its policy.
+        up: how array records come back.
+        notices: told what was refused, and what failed on nodes.
+        verify: decode every reply once on arrival.
+    """
+
+    def __init__(self, streams: Streams, up: Up, notices: Notices, *, verify: bool) -> None:
+        self._streams, self._up, self._notices, self._verify = streams, up, notices, verify
+
+    def understand(
+        self, reply: Message, sent: Prepared, entry: Entry, *, retried: bool
+    ) -> Received | None:
+        """A reply as it came to the strategy's view; None when the node needs a keyframe first.
+
+        Args:
+            reply: as it arrived.
+            sent: the message that it answers.
+            entry: its line in the ledger, of the kind "error" so far.
+            retried: whether the node was sent a keyframe for this message already.
+        """
+        received = Received(reply, sent, entry, reply_tag(reply.metadata.reply_to_message_id))
+        if reply.has_error():
+            self._failed(received)
+            return received
+        try:
+            if self._open(received, retried=retried):
+                return received
+        except (VersionsError, CodecError, ReplyRefused) as error:
+            self._refuse(received, str(error))
+            return received
+        return None
+
+    def take(self, received: Sequence[Received], aggregation: Aggregation | None) -> None:
+        """Accept replies, but for those that do not fit the others.
+
+        Args:
+            received: replies to messages that were sent together.
+            aggregation: what Flower makes of them; None where nobody knows.
+        """
+        taken = [item for item in received if not item.message.has_error()]
+        policy = self._streams.policy
+        if aggregation is not None and not policy.down == policy.up == "dense":
+            odd = misfits([(item.message.content, item.sent) for item in taken], aggregation)
+            for index, reason in odd.items():
+                self._refuse(taken[index], reason)
+        for item in taken:
+            if not item.message.has_error():
+                self._count(item)
+        for item in received:
+            if item.message.has_error():
+                self.give_up(item.tag, item.sent)
+            elif item.update:
+                self._streams.node(item.entry.node).settled(item.tag, accepted=True)
+
+    def give_up(self, tag: str, sent: Prepared) -> None:
+        """A reply moves nothing: let the node take back what it sent along."""
+        if sent.rule is not None:
+            node = self._streams.node(sent.original.metadata.dst_node_id)
+            node.settled(tag, accepted=False)
+
+    def _open(self, received: Received, *, retried: bool) -> bool:
+        """Decode a reply into what the strategy sees; whether the node could read the message."""
+        reply, sent, entry = received.message, received.sent, received.entry
+        node = self._streams.node(entry.node)
+        control = reply.content.config_records.get(CONTROL_RECORD)
+        # none: the reply did not pass through the mod
+        report = None if control is None else NodeReport.from_bytes(control.get("report"))
+        if report is None and sent.coded:
+            raise ReplyRefused(f"it {_NO_MOD}")
+        if report is not None and control is not None:
+            # of the versions it was sent alone: a node must not fill this side's memory
+            node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
+            node.knows(sent.told)
+            if report.trouble and not node.troubled:
+                self._notices.unkept(entry.node, report.trouble)
+            node.troubled = bool(report.trouble)
+            entry.encode_ms = report.encode_ms
+            missing = [key for key in report.missing if key in sent.versions]
+            for key in missing:
+                if retried or key not in report.held:
+                    node.held.pop(key, None)
+            if missing and not retried:
+                entry.kind = "base-missing"
+                return False
+            if missing:
+                raise ReplyRefused(
+                    f"it cannot keep the base of {missing[0]!r}: check that its store directory is "
+                    "writable and belongs to it alone"
+                )
+            if ERROR_REASON in control:
+                received.message = make_message(reply.metadata, error=_error_in(control))
+                self._failed(received)
+                return True
+        content, received.update = decode_reply(reply, sent, entry, self._up)
+        kind, entry.kind = entry.kind, "error"
+        check_reply(content, sent, self._streams.policy, values=self._verify)
+        entry.kind = kind
+        if sent.wanted:
+            received.statistics = payload_of(reply.content.get(STATISTICS_RECORD))
+        received.message = make_message(reply.metadata, content)
+        return True
+
+    def _count(self, item: Received) -> None:
+        """Add what a node contributes to pruning."""
+        if item.statistics is None:
+            return
+        sent, metadata = item.sent, item.message.metadata
+        shapes = {n: t.shape for n, t in sent.versions[sent.pruned].model.tensors.items()}
+        stated = [m.get(EXAMPLES) for m in item.message.content.metric_records.values()]
+        weight = next((n for n in stated if isinstance(n, int | float)), 1.0)
+        mean = self._streams.stream(metadata.run_id, sent.pruned).statistics
+        try:
+            mean.add(item.statistics, sent.wanted, shapes, weight)
+        except (VersionsError, CodecError) as error:
+            self._refuse(item, str(error))
+
+    def _failed(self, received: Received) -> None:
+        """Say once why a node failed: its own words come first."""
+        entry, reason = received.entry, str(received.message.error.reason)
+        found = _EXCEPTION.fullmatch(reason)
+        entry.kind = "error"
+        entry.reason = (f"{found[1]}: {found[2]}" if found else reason)[:_LONGEST]
+        self._notices.failed(entry.node, entry.reason, _ORDER if STYPE in reason else "")
+
+    def _refuse(self, received: Received, reason: str) -> None:
+        entry = received.entry
+        entry.kind, entry.reason = "error", reason[:_LONGEST]
+        self._notices.failed(entry.node, f"its reply was refused: {entry.reason}")
+        told = f"reply of node {entry.node} was refused: {reason}"
+        received.message = refuse(received.message, told)
+
+
+def refuse(reply: Message, reason: str) -> Message:
+    """The reply turned into an error, so that strategies skip it and log why."""
+    error = Error(code=ErrorCode.MOD_FAILED_PRECONDITION, reason=reason)
+    return make_message(reply.metadata, error=error)
+
+
+def _error_in(control: ConfigRecord) -> Error:
+    """The error that a node reports together with what it holds."""
+    code, reason = control.get(ERROR_CODE), control.get(ERROR_REASON)
+    if not isinstance(code, int) or code == 0:
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    return Error(code, str(reason))
