@@ -30,6 +30,9 @@ def serve(
     connections: Annotated[
         int, typer.Option(help="Connections at the same time; further ones get 503.", min=1)
     ] = 1024,
+    connections_per_client: Annotated[
+        int, typer.Option(help="Of them, of one address; more behind a proxy.", min=1)
+    ] = 256,
     header_bytes: Annotated[
         int, typer.Option(help="Bytes of a request's headers together.", min=256)
     ] = 16 * 1024,
@@ -70,6 +73,7 @@ def serve(
 
     limits = ServingLimits(
         connections=connections,
+        connections_per_client=connections_per_client,
         header_bytes=header_bytes,
         request_timeout=request_timeout,
         idle_timeout=idle_timeout,

@@ -25,7 +25,7 @@ def test_every_option_is_documented_and_every_documented_option_exists() -> None
 
 def test_documented_defaults_are_those_of_server_and_command() -> None:
     rows = dict(re.findall(r"^\| `--([a-z-]+)` \| ([0-9]+)", TEXT, flags=re.MULTILINE))
-    assert len(rows) == 6
+    assert len(rows) == 7
     rows["header-bytes"] = str(int(rows["header-bytes"]) * 1024)
     for name, value in rows.items():
         assert float(value) == DEFAULTS[name] == getattr(ServingLimits(), name.replace("-", "_"))

@@ -4,7 +4,6 @@ client a quota."""
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -16,10 +15,11 @@ from typing import IO
 
 import h11
 
+from prunecast.common.listening import Standing
 from prunecast.server.repository.serving.files import FilePart, Reply, in_words
 from prunecast.server.repository.serving.monitoring import Metrics
 
-__all__ = ["Connection", "Quota", "Request", "Respond", "ServingLimits", "client_of"]
+__all__ = ["Connection", "Quota", "Request", "Respond", "ServingLimits"]
 
 _READ = 64 * 1024  # bytes
 _GOODBYE = 1.0  # seconds
@@ -36,7 +36,10 @@ class ServingLimits:
     """Limits of a release server; times in seconds.
 
     Attributes:
-        connections: at the same time; further ones are answered 503.
+        connections: at the same time, counted when they are accepted; further ones are answered
+            503, over TLS closed.
+        connections_per_client: of them, of one address.
+        patience: for a connection that has asked for nothing, while others want its place.
         header_bytes: of a request's line and headers together; longer ones are answered 431.
         request_timeout: for a TLS handshake, and for a request from its first byte to its last.
         idle_timeout: between two requests of a connection.
@@ -48,6 +51,8 @@ class ServingLimits:
     """
 
     connections: int = 1024
+    connections_per_client: int = 256
+    patience: float = 1.0
     header_bytes: int = 16 * 1024
     request_timeout: float = 30.0
     idle_timeout: float = 75.0
@@ -107,35 +112,34 @@ class Quota:
         return min(self._most, level + self._rate * (self._clock() - then))
 
 
-def client_of(address: str) -> str:
-    """Who an address counts as: itself, or its /64, the least that an IPv6 customer is given.
-
-    >>> client_of("192.0.2.7"), client_of("2001:db8::1:2:3:4"), client_of("::ffff:192.0.2.7")
-    ('192.0.2.7', '2001:db8::', '192.0.2.7')
-    """
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(found, ipaddress.IPv4Address):
-        return str(found)
-    if found.ipv4_mapped is not None:
-        return str(found.ipv4_mapped)
-    return str(ipaddress.IPv6Address(int(found) >> 64 << 64))
-
-
 class Request:
     """A request without body: method, target as it came, headers by lower-case name."""
 
     def __init__(self, event: h11.Request) -> None:
         self.method, self.target = event.method.decode("ascii"), event.target.decode("ascii")
         self.headers: dict[str, str] = {}
-        # as large as it came, about: h11 itself bounds only what it must wait for
-        self.size = len(event.method) + len(event.target) + len(" HTTP/1.1\r\n\r\n")
         for raw, text in event.headers:
             name, value = raw.decode("ascii"), text.decode("latin-1")
             self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
-            self.size += len(raw) + len(text) + len(": \r\n")
+
+
+def _is_ambiguous(head: bytes) -> bool:
+    """Whether another server could see other headers, or another end of the request.
+
+    h11 reads what RFC 9112 allows to be read leniently (sections 2.2, 5.2 and 6.3): ends of lines
+    without a carriage return, folded lines, a length that is stated several times.
+
+    >>> _is_ambiguous(b"GET / HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 0\\r\\n\\r\\n")
+    False
+    >>> _is_ambiguous(b"GET / HTTP/1.1\\r\\nHost: x\\nContent-Length: 5\\r\\n\\r\\n")
+    True
+    """
+    lines = head.split(b"\r\n")
+    if any(line[:1] in (b" ", b"\t") or b"\n" in line or b"\r" in line for line in lines):
+        return True
+    names = [line.partition(b":") for line in lines]
+    lengths = [value for name, _, value in names if name.strip().lower() == b"content-length"]
+    return len(lengths) > 1 or any(b"," in value for value in lengths)
 
 
 Respond = Callable[[Request, str], Awaitable[Reply]]
@@ -157,11 +161,8 @@ class Connection:
 
     Args:
         respond: makes the replies.
-        limited: whether it counts among `ServingLimits.connections`.
-
-    Attributes:
-        client: who it counts as, see `client_of`.
-        waits: for a request, or for the rest of one.
+        client: who it counts as.
+        shows: told how it stands: busy with a request, or idle after one.
     """
 
     def __init__(
@@ -171,17 +172,16 @@ class Connection:
         limits: ServingLimits,
         metrics: Metrics,
         respond: Respond,
-        *,
-        limited: bool,
+        client: str,
+        shows: Callable[[Standing], None],
     ) -> None:
         self._reader, self._writer = reader, writer
         self._limits, self._metrics, self._respond = limits, metrics, respond
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.header_bytes)
         self._idle, self._last, self._head_only, self._answered = True, False, False, False
+        self._text = b""  # of the request's line and headers, as they came
         self._sent = 0  # bytes of the reply's body that are on their way
-        peer = writer.get_extra_info("peername")
-        self.client = client_of(str(peer[0]) if peer else "")
-        self.limited, self.waits = limited, True
+        self._client, self._shows = client, shows
         self._tls = writer.get_extra_info("ssl_object") is not None
         # drain waits until the kernel has it all (over TLS, all but a piece; there a high-water
         # mark of 0 would stop the flow for good)
@@ -229,7 +229,6 @@ class Connection:
 
     async def _one(self) -> bool:
         """One request and its reply; False when it was the last."""
-        self.waits = True
         try:
             request = await self._request()
             whole = request is None or isinstance(self._http.next_event(), h11.EndOfMessage)
@@ -242,25 +241,29 @@ class Connection:
             return await self._wrong(408, "the request took too long")
         if request is None:
             return False
-        self.waits = False
-        if request.size > self._limits.header_bytes:
+        self._shows(Standing.BUSY)
+        if len(self._text) > self._limits.header_bytes:  # h11 bounds only what it must wait for
             return await self._wrong(431, "the request's headers are too long")
+        if _is_ambiguous(self._text):
+            return await self._wrong(400, "the request can be read in two ways")
         if not whole or "transfer-encoding" in request.headers:
             return await self._wrong(413, "requests have no body here")
         begun = time.monotonic()
         if request.method in ("GET", "HEAD"):
-            reply = await self._respond(request, self.client)
+            reply = await self._respond(request, self._client)
         else:
             reply = in_words(405, "only GET and HEAD", allow="GET, HEAD")
         await self._send(reply, begun)
         self._idle = self._answered = True
+        self._shows(Standing.IDLE)
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
 
     async def _request(self) -> Request | None:
         """The next request, or None when the client has ended the connection."""
         limits = self._limits
         self._head_only = False
-        self._idle = not self._http.trailing_data[0]
+        came = self._http.trailing_data[0]
+        self._idle = not came
         waits = self._idle and self._answered
         allowed = limits.idle_timeout if waits else limits.request_timeout
         async with asyncio.timeout(allowed) as timeout:
@@ -271,9 +274,11 @@ class Connection:
                     now = asyncio.get_running_loop().time()
                     timeout.reschedule(now + limits.request_timeout)
                 self._http.receive_data(data)
+                came += data
         if not isinstance(event, h11.Request):
             return None
         self._idle, self._head_only = False, event.method == b"HEAD"
+        self._text = came[: len(came) - len(self._http.trailing_data[0])]
         return Request(event)
 
     async def _wrong(self, status: int, text: str) -> bool:

@@ -1,134 +1,58 @@
-"""The release server: what is answered where; sockets, TLS, threads, signals."""
+"""The release server: sockets and who may have one, TLS, threads, signals."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import resource
 import signal
 import socket
 import ssl
 import threading
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
 
-from prometheus_client import CONTENT_TYPE_LATEST
-
+from prunecast.common.listening import (
+    Acceptor,
+    Admission,
+    Place,
+    SparingLog,
+    Standing,
+    allow_descriptors,
+    bind,
+    end_socket,
+)
 from prunecast.server.repository.errors import ServerError
+from prunecast.server.repository.serving.application import Application
 from prunecast.server.repository.serving.connection import (
     Connection,
-    Quota,
-    Request,
     Respond,
     ServingLimits,
 )
-from prunecast.server.repository.serving.files import (
-    TIMESTAMP,
-    Reply,
-    file_reply,
-    in_words,
-    path_of,
-)
-from prunecast.server.repository.serving.monitoring import BlobKinds, HealthCheck, Metrics
+from prunecast.server.repository.serving.files import TIMESTAMP, in_words
 
-__all__ = ["Application", "ReleaseServer"]
+__all__ = ["ReleaseServer"]
 
 _log = logging.getLogger(__name__)
 
 
-class Application:
-    """A repository as clients see it.
-
-    Attributes:
-        metrics: what is counted.
-        draining: the server is about to end; health says so.
-    """
-
-    def __init__(self, root: Path, limits: ServingLimits) -> None:
-        self._root = root
-        self.metrics = Metrics()
-        self.draining = False
-        self._health = HealthCheck(root)
-        self._kinds = BlobKinds(root)
-        rates = {"requests": limits.requests_per_second, "bytes": limits.bytes_per_second}
-        self._quotas = {name: Quota(rate) for name, rate in rates.items() if rate is not None}
-        self._looking: asyncio.Task[None] | None = None
-
-    async def public(self, request: Request, client: str) -> Reply:
-        """Files of the repository, and its health."""
-        name = path_of(request.target)
-        if refusal := self._over(client, "requests", 1):
-            return refusal
-        if name == "healthz":
-            return await self._healthz()
-        try:
-            reply = file_reply(self._root, name, request.headers)
-        except OSError as error:
-            _log.error("%s: %s", request.target[:200], error.strerror or error)
-            return in_words(503, "the file cannot be read now", retry_after="60")
-        reply.kind = self._kind(reply, name)
-        if request.method == "GET" and reply.status in (200, 206) and "bytes" in self._quotas:
-            length = reply.length
-            if refusal := self._over(client, "bytes", length):
-                reply.close()
-                return refusal
-            give_back = partial(self._quotas["bytes"].give_back, client)
-            reply.settle = lambda sent: give_back(length - sent)
-        return reply
-
-    async def private(self, request: Request, client: str) -> Reply:
-        """Metrics, and the same health."""
-        path = path_of(request.target)
-        if path == "healthz":
-            return await self._healthz()
-        if path != "metrics":
-            return in_words(404, "see /metrics and /healthz")
-        health = await self._health.get()
-        expires = {role: at.timestamp() for role, at in health.expires.items()}
-        text = self.metrics.text(ready=health.ready, expires=expires)
-        headers = {"content-type": CONTENT_TYPE_LATEST, "cache-control": "no-store"}
-        return Reply(200, text, headers, "metrics")
-
-    def look(self) -> None:
-        """Learn what blobs are for, beside everything else."""
-        if self._kinds.stale and (self._looking is None or self._looking.done()):
-            self._looking = asyncio.create_task(asyncio.to_thread(self._kinds.look))
-
-    def _over(self, client: str, quota: str, amount: int) -> Reply | None:
-        """The refusal, if a client has used up its quota."""
-        if quota not in self._quotas or not (wait := self._quotas[quota].take(client, amount)):
-            return None
-        self.metrics.refused(quota)
-        seconds = max(1, math.ceil(wait))
-        text = f"this address has used up its {quota}; ask again in {seconds} s"
-        return in_words(429, text, retry_after=str(seconds))
-
-    def _kind(self, reply: Reply, name: str) -> str:
-        if reply.kind == "manifest" and reply.status < 400:
-            self._kinds.read(name)  # devices ask for a manifest before its blobs
-        if reply.kind != "blob":
-            return reply.kind
-        kind = self._kinds.of(name.rpartition("/")[2])
-        if kind == "blob":
-            self.look()
-        return kind
-
-    async def _healthz(self) -> Reply:
-        health = await self._health.get()
-        headers = {"content-type": "application/json", "cache-control": "no-store"}
-        if self.draining:
-            return in_words(503, "the server is about to end", "health")
-        return Reply(200 if health.ready else 503, health.json(), headers, "health")
-
-
-_BACKLOG = 2048
-_ROUNDS = 5  # of the event loop, from accept(2) to a connection
+_ROUNDS = 5  # of the event loop, from the end of a connection until its place is free
 _LAST = 5.0  # seconds for connections that were cut off
+_REFUSED = 64  # connections that are told of their refusal at the same time; others are closed
+_WATCHING = 32  # connections for metrics
 _OTHER_FILES = 64  # open files beside those of connections
+
+
+@dataclass(frozen=True)
+class _Door:
+    """Where connections come in, and what becomes of them."""
+
+    bound: socket.socket
+    respond: Respond
+    context: ssl.SSLContext | None
+    places: Admission
 
 
 class ReleaseServer:
@@ -171,7 +95,7 @@ class ReleaseServer:
         if not (folder / TIMESTAMP).is_file():
             raise ServerError(f"{folder} is not a release repository: prunecast release init")
         self._limits = limits or ServingLimits()
-        _allow_files(2 * self._limits.connections + _OTHER_FILES)
+        _reserve(2 * self._limits.connections + _REFUSED + _WATCHING + _OTHER_FILES)
         self._tls = _tls_context(certificate, key)
         self._pair = (certificate, key) if certificate and key else None
         self._socket = _bind(host, port)
@@ -188,7 +112,17 @@ class ReleaseServer:
         shown = f"[{host}]" if ":" in host else host
         self.url = f"{'https' if self._tls else 'http'}://{shown}:{self.port}/"
         self._app = Application(folder, self._limits)
-        self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._places = Admission(
+            self._limits.connections,
+            self._limits.connections_per_client,
+            patience=self._limits.patience,
+        )
+        # whoever watches the server must reach it when it is full, too
+        self._watching = Admission(_WATCHING, _WATCHING)
+        self._sparing = SparingLog(_log)
+        self._refusing = 0
+        # a socket: the handshake is not over
+        self._connections: dict[asyncio.Task[None], Connection | socket.socket] = {}
         self._asked = 0  # how often the server was asked to end
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
@@ -250,29 +184,28 @@ class ReleaseServer:
 
     async def _main(self) -> None:
         self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
-        servers = [await self._listen(self._socket, self._app.public, self._tls)]
+        doors = [_Door(self._socket, self._app.public, self._tls, self._places)]
         if self._metrics_socket is not None:
-            servers.append(await self._listen(self._metrics_socket, self._app.private, None))
+            private = self._app.private
+            doors.append(_Door(self._metrics_socket, private, None, self._watching))
+        acceptors = [Acceptor(d.bound, partial(self._accept, d), self._sparing) for d in doors]
         self._app.look()
         while not self._asked:  # it may have been asked before there was an event
             await self._wake.wait()
-        # a connection that is accepted while its server closes would stay open, without a task:
-        # accept no more, let those that were accepted become connections, then close
-        for bound in (self._socket, self._metrics_socket):
-            if bound is not None:
-                self._loop.remove_reader(bound)
-        for _ in range(_ROUNDS):
-            await asyncio.sleep(0)
-        for server in servers:
-            server.close()
+        for acceptor in acceptors:
+            acceptor.close()
         await self._drain()
+        self._sparing.close()
 
     async def _drain(self) -> None:
         """Let downloads in progress finish, for a while."""
         assert self._wake is not None
         self._app.draining = True
-        for connection in list(self._connections):
-            connection.finish()
+        for connection in self._connections.values():
+            if isinstance(connection, socket.socket):
+                end_socket(connection)
+            else:
+                connection.finish()
         deadline = asyncio.get_running_loop().time() + self._limits.drain
         while self._connections and self._asked < 2:
             left = deadline - asyncio.get_running_loop().time()
@@ -280,71 +213,104 @@ class ReleaseServer:
                 break
             self._wake.clear()
             asked = asyncio.create_task(self._wake.wait())
-            tasks = {asked, *self._connections.values()}
+            tasks = {asked, *self._connections}
             await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             asked.cancel()
         if self._connections:
             _log.warning("%d downloads were cut off", len(self._connections))
-            for task in self._connections.values():
+            for task in self._connections:
                 task.cancel()
-            await asyncio.wait(list(self._connections.values()), timeout=_LAST)
+            await asyncio.wait(list(self._connections), timeout=_LAST)
 
-    async def _listen(
-        self, bound: socket.socket, respond: Respond, context: ssl.SSLContext | None
-    ) -> asyncio.Server:
-        # no coroutine: a connection must be known from its first moment on, also to `_drain`
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            # whoever watches the server must reach it when it is full, too
-            public = bound is self._socket
-            metrics = self._app.metrics
-            connection = Connection(reader, writer, self._limits, metrics, respond, limited=public)
-            self._connections[connection] = asyncio.create_task(self._serve(connection))
+    def _accept(self, door: _Door, accepted: socket.socket, client: str) -> None:
+        """Count a connection before anything is read of it, a handshake neither."""
+        place = self._place(door, accepted, client)
+        task = asyncio.create_task(self._serve(door, accepted, client, place))
+        self._connections[task] = accepted
+        task.add_done_callback(self._connections.pop)
 
-        return await asyncio.start_server(
-            accept,
-            sock=bound,
-            ssl=context,
-            backlog=_BACKLOG,
-            ssl_handshake_timeout=self._limits.request_timeout if context else None,
-            ssl_shutdown_timeout=self._limits.stall_timeout if context else None,
-        )
+    def _place(self, door: _Door, accepted: socket.socket, client: str) -> Place | None:
+        place = door.places.enter(client, partial(self._make_room, accepted))
+        self._app.metrics.connections = len(self._places)
+        return place
 
-    async def _serve(self, connection: Connection) -> None:
-        metrics, limited = self._app.metrics, connection.limited
-        metrics.connections += limited
+    def _make_room(self, connection: socket.socket) -> None:
+        self._app.metrics.refused("connections")
+        end_socket(connection)
+
+    async def _serve(
+        self, door: _Door, accepted: socket.socket, client: str, place: Place | None
+    ) -> None:
+        for _ in range(_ROUNDS):  # what has ended just now gives up its place first
+            if place is None:
+                await asyncio.sleep(0)
+                place = self._place(door, accepted, client)
         try:
-            full = limited and metrics.connections > self._limits.connections
-            if full:
-                metrics.refused("connections")
-            if full and not self._make_room(connection.client):
-                await connection.refuse(in_words(503, "too many connections", retry_after="10"))
-            else:
+            if place is None:
+                await self._refuse(door, accepted, client)
+            elif connection := await self._connect(door, accepted, client, place):
                 await connection.serve()
         except Exception:
             _log.exception("a connection was ended by an error of this server")
         finally:
-            del self._connections[connection]
-            metrics.connections -= limited
+            if place is not None:
+                door.places.leave(place)
+                self._app.metrics.connections = len(self._places)
 
-    def _make_room(self, newcomer: str) -> bool:
-        """End a connection of the client that has most, if it has more than one who comes now.
+    async def _refuse(self, door: _Door, accepted: socket.socket, client: str) -> None:
+        """Say that there is no place, unless that would take many descriptors itself."""
+        self._app.metrics.refused("connections")
+        self._sparing.warning("connections", "too many connections: %s has to wait", client)
+        if door.context is not None or self._refusing >= _REFUSED:
+            accepted.close()
+            return
+        self._refusing += 1
+        try:
+            if connection := await self._connect(door, accepted, client, None):
+                await connection.refuse(in_words(503, "too many connections", retry_after="10"))
+        finally:
+            self._refusing -= 1
 
-        Only of those that wait for a request: so one client's silence does not keep others out,
-        and no download is cut off.
-        """
-        held = Counter(connection.client for connection in self._connections)
-        waiting = (one for one in self._connections if one.waits and one.limited)
-        found = max(waiting, key=lambda one: held[one.client], default=None)
-        if found is None or held[found.client] <= held[newcomer]:
-            return False
-        found.break_off()
-        return True
+    async def _connect(
+        self, door: _Door, accepted: socket.socket, client: str, place: Place | None
+    ) -> Connection | None:
+        """The connection after its handshake; None if there was none, or it took too long."""
+        try:
+            reader, writer = await self._streams(accepted, door.context)
+        except (OSError, TimeoutError):
+            return None
+        shows = partial(door.places.move, place) if place else _nothing
+        metrics, limits = self._app.metrics, self._limits
+        connection = Connection(reader, writer, limits, metrics, door.respond, client, shows)
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[task] = connection
+        return connection
+
+    async def _streams(
+        self, accepted: socket.socket, context: ssl.SSLContext | None
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """As `asyncio.start_server` makes them."""
+        loop, limits = asyncio.get_running_loop(), self._limits
+        reader = asyncio.StreamReader(loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        transport, _ = await loop.connect_accepted_socket(
+            lambda: protocol,
+            accepted,
+            ssl=context,
+            ssl_handshake_timeout=limits.request_timeout if context else None,
+            ssl_shutdown_timeout=limits.stall_timeout if context else None,
+        )
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+def _nothing(standing: Standing) -> None:
+    """A connection without a place stands nowhere."""
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return bind(host, port)
     except OSError as error:
         raise ServerError(f"cannot bind {host}:{port}: {error.strerror or error}") from error
 
@@ -353,17 +319,13 @@ def _port(bound: socket.socket) -> int:
     return int(bound.getsockname()[1])
 
 
-def _allow_files(count: int) -> None:
-    """Raise the limit of open files of this process, if it must be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= count:
-        return
-    if hard != resource.RLIM_INFINITY and hard < count:
+def _reserve(count: int) -> None:
+    """Have so many descriptors at hand before the first connection takes one."""
+    if (allowed := allow_descriptors()) < count:
         raise ServerError(
-            f"the system allows {hard} open files and {count} may be needed: "
+            f"the system allows {allowed} open files and {count} may be needed: "
             "raise the limit (ulimit -n) or allow fewer connections"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def _tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:

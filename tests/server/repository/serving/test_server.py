@@ -240,7 +240,9 @@ def test_clients_that_stall_or_leave_are_let_go(repository: Repository) -> None:
 
 
 def test_quotas_and_connections_are_limited(repository: Repository) -> None:
-    limits = ServingLimits(connections=2, requests_per_second=0.2, bytes_per_second=1000.0)
+    limits = ServingLimits(
+        connections=2, patience=60.0, requests_per_second=0.2, bytes_per_second=1000.0
+    )
     with ReleaseServer(repository.path, limits=limits, metrics_port=0) as server:
         assert len(_get(server.port, BLOB)[2]) == len(LARGE)  # begun with credit
         status, headers, body = _get(server.port, "/metadata/1.root.json")
@@ -264,7 +266,9 @@ def test_quotas_and_connections_are_limited(repository: Repository) -> None:
 
 def test_one_client_does_not_keep_others_out(repository: Repository) -> None:
     """Full of one address: another one is answered, for a silent connection of the first."""
-    with ReleaseServer(repository.path, limits=ServingLimits(connections=4)) as server:
+    with ReleaseServer(
+        repository.path, limits=ServingLimits(connections=4, patience=60.0)
+    ) as server:
         download = _slow(server.port)
         silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
         silent[0].sendall(b"GET /blobs/")  # part of a request is silence, too
