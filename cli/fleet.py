@@ -74,6 +74,13 @@ def serve(
     drain: Annotated[
         float, typer.Option(help="Seconds that calls may take when the server ends.", min=0.0)
     ] = 10.0,
+    connections: Annotated[
+        int | None,
+        typer.Option(help="Connections at a time; default a third of `ulimit -Hn`.", min=1),
+    ] = None,
+    connections_per_client: Annotated[
+        int, typer.Option(help="Of one address, those that have not shown a credential.", min=1)
+    ] = 256,
     database: Database = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
@@ -101,7 +108,13 @@ def serve(
         client_ca=client_ca,
         host=host,
         port=port,
-        limits=ControlLimits(keep_alive=keep_alive, fetch_bytes=fetch_limit, drain=drain),
+        limits=ControlLimits(
+            keep_alive=keep_alive,
+            fetch_bytes=fetch_limit,
+            drain=drain,
+            connections=connections,
+            connections_per_client=connections_per_client,
+        ),
         interval=interval,
     )
     server.run(ready)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 
+from prunecast.common.listening import SparingLog
 from prunecast.server.fleet.errors import DatabaseError, TokenRefused, Unusable
 
 __all__ = [
+    "Answering",
     "ControlError",
     "QuotaExceeded",
     "Refused",
     "Unbindable",
-    "answering",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -63,30 +64,44 @@ class QuotaExceeded(ControlError):
         self.seconds = seconds
 
 
-@asynccontextmanager
-async def answering(context: Any) -> AsyncIterator[None]:
-    """End the call with the right status when the body raises.
+class Answering:
+    """Ends calls with the right status when they raise; strangers cannot fill the log by it.
 
     A device learns what it did wrong, and nothing about the inside of the server.
+
+    Args:
+        address: where a call comes from, by gRPC's name for it.
+        log: of what is refused.
     """
-    try:
-        yield
-    except grpc.aio.AbortError:
-        raise
-    except DatabaseError as error:
-        _LOG.warning("the fleet's database: %s", error)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the fleet's database does not answer")
-    except QuotaExceeded as error:
-        await context.abort(error.code, str(error), (("retry-after", f"{error.seconds:.0f}"),))
-    except Unusable as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-    except TokenRefused as error:
-        _LOG.warning("%s is refused: %s", context.peer(), error)
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
-    except ControlError as error:
-        if error.code is grpc.StatusCode.PERMISSION_DENIED:
-            _LOG.warning("%s is refused: %s", context.peer(), error)
-        await context.abort(error.code, str(error))
-    except Exception:
-        _LOG.exception("a call of %s failed", context.peer())
-        await context.abort(grpc.StatusCode.INTERNAL, "the server failed, see its log")
+
+    def __init__(self, address: Callable[[str], str], log: SparingLog) -> None:
+        self._address, self._log = address, log
+
+    @asynccontextmanager
+    async def __call__(self, context: Any) -> AsyncIterator[None]:
+        """For one call."""
+        try:
+            yield
+        except grpc.aio.AbortError:
+            raise
+        except DatabaseError as error:
+            self._log.warning("database", "the fleet's database: %s", error)
+            words = "the fleet's database does not answer"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, words)
+        except QuotaExceeded as error:
+            await context.abort(error.code, str(error), (("retry-after", f"{error.seconds:.0f}"),))
+        except Unusable as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except TokenRefused as error:
+            self._refused("credential", context, error)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        except ControlError as error:
+            if error.code is grpc.StatusCode.PERMISSION_DENIED:
+                self._refused("permission", context, error)
+            await context.abort(error.code, str(error))
+        except Exception:
+            _LOG.exception("a call of %s failed", self._address(context.peer()))
+            await context.abort(grpc.StatusCode.INTERNAL, "the server failed, see its log")
+
+    def _refused(self, kind: str, context: Any, error: Exception) -> None:
+        self._log.warning(kind, "%s is refused: %s", self._address(context.peer()), error)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prunecast.server.control.errors import QuotaExceeded
 
-__all__ = ["Concurrency", "ControlLimits"]
+__all__ = ["Acquainted", "Concurrency", "ControlLimits"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,17 @@ class ControlLimits:
 
     Attributes:
         request_bytes: of one request.
+        connections: at the same time; None: as many as the system has descriptors for.
+        connections_per_client: of them, those of one address that have not yet proved whose they
+            are.
+        patience: seconds for which such a one keeps its place while others want it.
+        handshake: seconds until a connection has begun its handshake, and then to end it.
+        unused: seconds that a connection may stay open without a call.
         streams: calls in progress of all devices together.
+        health_watches: streams of the health service, which needs no credential.
+        health_watches_per_client: of them, of one address.
+        refusals_per_second: unknown credentials of one address that are looked up on average.
+        refusal_burst: that are looked up at once.
         fetches: files that one device gets at the same time.
         fetch_bytes: of the largest file that is handed out.
         reports_per_second: of one device on average.
@@ -30,7 +40,16 @@ class ControlLimits:
     """
 
     request_bytes: int = 64 * 1024
+    connections: int | None = None
+    connections_per_client: int = 256
+    patience: float = 1.0
+    handshake: float = 10.0
+    unused: float = 300.0
     streams: int = 20_000
+    health_watches: int = 512
+    health_watches_per_client: int = 64
+    refusals_per_second: float = 1.0
+    refusal_burst: int = 50
     fetches: int = 2
     fetch_bytes: int = 64 * 2**20
     reports_per_second: float = 0.2
@@ -39,6 +58,31 @@ class ControlLimits:
     watch_burst: int = 20
     keep_alive: float = 30.0
     drain: float = 10.0
+
+
+class Acquainted:
+    """The keys that were added last.
+
+    Args:
+        most: that are remembered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._keys = most, OrderedDict[str, None]()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def add(self, key: str) -> None:
+        """Remember a key; the one that was added least recently may be forgotten."""
+        self._keys[key] = None
+        self._keys.move_to_end(key)
+        if len(self._keys) > self._most:
+            self._keys.popitem(last=False)
+
+    def discard(self, key: str) -> None:
+        """Forget a key, if it is there."""
+        self._keys.pop(key, None)
 
 
 class Concurrency:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
-from prunecast.common.fleet_protocol import SERVICE, add_servicer
+from prunecast.common.fleet_protocol import add_servicer
+from prunecast.common.listening import Admission, SparingLog, allow_descriptors, bind
 from prunecast.server.control.authentication import server_credentials
-from prunecast.server.control.errors import Unbindable
+from prunecast.server.control.errors import Answering, Unbindable
+from prunecast.server.control.gate import Gate
+from prunecast.server.control.health import HealthService
 from prunecast.server.control.quota import ControlLimits
 from prunecast.server.control.repository import LiveReleases
 from prunecast.server.control.servicer import Servicer
@@ -25,8 +30,11 @@ from prunecast.server.fleet.service import FleetService
 
 __all__ = ["ControlServer"]
 
+_LOG = logging.getLogger(__name__)
 _THREADS = 8
 _START = 30.0
+_PER_CONNECTION = 3  # descriptors: the client's, and both ends of what leads to gRPC
+_OTHER_FILES = 128  # descriptors for the database, files that are sent, gRPC itself
 
 
 class ControlServer:
@@ -81,7 +89,7 @@ class ControlServer:
     @property
     def address(self) -> str:
         """``HOST:PORT``; the port is known once it serves."""
-        return f"{self.host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def run(self, ready: Callable[[str], None] | None = None) -> None:
         """Serve in this thread until SIGINT, SIGTERM or `stop`; calls in progress are drained.
@@ -132,44 +140,63 @@ class ControlServer:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, over.set)
-        limits = self._limits
+        limits, log = self._limits, SparingLog(_LOG)
+        gate = Gate(_places(limits), handshake=limits.handshake, log=log)
         with (
+            closing(gate),
             ThreadPoolExecutor(self._threads, "control database") as database,
             ThreadPoolExecutor(_THREADS, "control files") as files,
+            self._bound() as bound,
         ):
             watches = WatchRegistry(self._service, self._live, database, interval=self._interval)
-            server = grpc.aio.server(
-                options=_options(limits), maximum_concurrent_rpcs=limits.streams
-            )
+            server = grpc.aio.server(options=_options(limits))
+            answering = Answering(gate.address, log)
             servicer = Servicer(
-                watches, self._repository, files, limits, certificates=self._certificates
+                *(watches, self._repository, files, limits, gate, answering),
+                certificates=self._certificates,
             )
             add_servicer(servicer, server)
-            alive = health.aio.HealthServicer()
+            alive = HealthService(limits, gate.address, answering)
             health_pb2_grpc.add_HealthServicer_to_server(alive, server)
-            self._bind(server)
+            server.add_secure_port(gate.target, self._credentials)
             await server.start()
-            await _set(alive, health_pb2.HealthCheckResponse.SERVING)
+            gate.open(bound)
             follower = asyncio.create_task(watches.follow())
             try:
                 ready(self.address)
                 await over.wait()
             finally:
-                await _set(alive, health_pb2.HealthCheckResponse.NOT_SERVING)
+                gate.shut()
+                alive.end()
                 watches.close()
                 await server.stop(limits.drain)
                 follower.cancel()
                 with suppress(asyncio.CancelledError):
                     await follower
+                log.close()
 
-    def _bind(self, server: Any) -> None:
+    def _bound(self) -> socket.socket:
         try:
-            bound = server.add_secure_port(self.address, self._credentials)
-        except RuntimeError as error:
-            raise Unbindable(f"cannot bind {self.address}: is it in use?") from error
-        if not bound:
-            raise Unbindable(f"cannot bind {self.address}: is it in use?")
-        self.port = int(bound)
+            bound = bind(self.host.strip("[]"), self.port)
+        except OSError as error:
+            why = error.strerror or error
+            raise Unbindable(f"cannot bind {self.address}: {why}; is it in use?") from error
+        self.port = int(bound.getsockname()[1])
+        return bound
+
+
+def _places(limits: ControlLimits) -> Admission:
+    """As many as are wanted, by default as many as the system has descriptors for."""
+    allowed = allow_descriptors()
+    most = max(0, allowed - _OTHER_FILES) // _PER_CONNECTION
+    if most < (limits.connections or 1):
+        raise Unbindable(
+            f"the system allows {allowed} open files, which is enough for {most} connections: "
+            "raise the limit (ulimit -Hn) or allow fewer connections"
+        )
+    return Admission(
+        limits.connections or most, limits.connections_per_client, patience=limits.patience
+    )
 
 
 def _options(limits: ControlLimits) -> list[tuple[str, int]]:
@@ -178,18 +205,14 @@ def _options(limits: ControlLimits) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", limits.request_bytes),
         ("grpc.max_metadata_size", 16 * 1024),
         ("grpc.max_concurrent_streams", 8),  # of one connection, so of one device
-        ("grpc.so_reuseport", 0),  # two servers on one port would share the devices by chance
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1000)),
+        ("grpc.max_connection_idle_ms", int(limits.unused * 1000)),
         # a connection whose device has gone is found by these pings
         ("grpc.keepalive_time_ms", alive),
         ("grpc.keepalive_timeout_ms", alive),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
-
-
-async def _set(alive: Any, status: Any) -> None:
-    for name in ("", SERVICE):
-        await alive.set(name, status)
 
 
 def _quietly(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:

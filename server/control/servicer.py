@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, Future
-from contextlib import closing
+from contextlib import ExitStack, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from grpc import StatusCode
 
 from prunecast.common.fleet_protocol import CHUNK_BYTES, messages
 from prunecast.server.control.authentication import credential_of
-from prunecast.server.control.errors import QuotaExceeded, Refused, answering
-from prunecast.server.control.quota import Concurrency, ControlLimits
+from prunecast.server.control.errors import Answering, QuotaExceeded, Refused
+from prunecast.server.control.gate import Gate
+from prunecast.server.control.quota import Acquainted, Concurrency, ControlLimits
 from prunecast.server.control.repository import open_file
 from prunecast.server.control.watches import WatchRegistry
-from prunecast.server.fleet.errors import Unusable
+from prunecast.server.fleet.devices import token_hash
+from prunecast.server.fleet.errors import TokenRefused, Unusable
 from prunecast.server.fleet.model import Directive, Outcome
 from prunecast.server.fleet.reports import (
+    Certified,
     Credential,
     DeviceReport,
     DeviceState,
@@ -33,6 +36,9 @@ from prunecast.server.repository.serving.files import FilePart
 
 __all__ = ["Servicer", "device_report", "device_state", "directive_event"]
 
+_LOOKED_UP = 16
+"""Unknown credentials of one address that are looked up at the same time."""
+
 
 class Servicer:
     """Answers devices.
@@ -42,6 +48,8 @@ class Servicer:
         repository: folder of the release repository.
         files: its threads wait for the disk.
         limits: see `ControlLimits`.
+        gate: that the calls came through.
+        answering: ends calls with a status.
         certificates: whether devices authenticate by client certificates instead of tokens.
     """
 
@@ -51,6 +59,8 @@ class Servicer:
         repository: Path,
         files: Executor,
         limits: ControlLimits,
+        gate: Gate,
+        answering: Answering,
         *,
         certificates: bool,
     ) -> None:
@@ -59,11 +69,16 @@ class Servicer:
         self._reports = Quota(limits.reports_per_second, burst=limits.report_burst, most=100_000)
         self._watches = Quota(limits.watches_per_second, burst=limits.watch_burst, most=100_000)
         self._fetches = Concurrency(limits.fetches)
+        self._gate, self._answering = gate, answering
+        self._calls = Concurrency(limits.streams)
+        self._refusals = Quota(limits.refusals_per_second, burst=limits.refusal_burst)
+        self._unknown = Concurrency(_LOOKED_UP)
+        self._acquainted = Acquainted(100_000)
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """See `fleet.proto`."""
-        async with answering(context):
-            credential, identity = await self._admit(context, request.device)
+        admitted = self._admitted(context, request.device)
+        async with self._answering(context), admitted as (credential, identity):
             _account(self._watches, identity.device)
             if request.release != identity.release:
                 raise Refused(
@@ -97,8 +112,8 @@ class Servicer:
 
     async def Report(self, request: Any, context: Any) -> Any:
         """See `fleet.proto`."""
-        async with answering(context):
-            credential, identity = await self._admit(context, request.device)
+        admitted = self._admitted(context, request.device)
+        async with self._answering(context), admitted as (credential, identity):
             _account(self._reports, identity.device)
             report = device_report(request)
             now = self._registry.clock()
@@ -109,8 +124,7 @@ class Servicer:
 
     async def Fetch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """See `fleet.proto`."""
-        async with answering(context):
-            _, identity = await self._admit(context, "")
+        async with self._answering(context), self._admitted(context, "") as (_, identity):
             with self._fetches.entered(identity.device):
                 loop = asyncio.get_running_loop()
                 with closing(await self._open(request.path, request.offset)) as part:
@@ -150,24 +164,50 @@ class Servicer:
                 yield messages.WatchEvent(keep_alive=messages.KeepAlive())
             woken = await watcher.wait(self._limits.keep_alive)
 
-    async def _admit(self, context: Any, claimed: str) -> tuple[Credential, Identity]:
-        """Who calls.
+    @asynccontextmanager
+    async def _admitted(
+        self, context: Any, claimed: str
+    ) -> AsyncIterator[tuple[Credential, Identity]]:
+        """Who calls; it is among the calls in progress meanwhile.
 
         Raises:
             TokenRefused: nobody whom the fleet knows.
+            QuotaExceeded: the address has tried too many credentials, or there are too many calls.
             Refused: another device than the one that the request names.
         """
         credential = credential_of(
             context.invocation_metadata(), context.auth_context(), certificates=self._certificates
         )
-        identity = await self._registry.call(lambda: self._registry.service.identify(credential))
+        identity = await self._identified(credential, context.peer())
         if claimed and claimed != identity.device:
             raise Refused(
                 StatusCode.PERMISSION_DENIED,
                 f"this is the credential of {identity.device}, not of {claimed[:80]!r}: every "
                 "device needs its own token and its own state folder",
             )
-        return credential, identity
+        with self._calls.entered(""):
+            yield credential, identity
+
+    async def _identified(self, credential: Credential, peer: str) -> Identity:
+        """Look up a credential; one that was good before does not wait behind strangers'."""
+        key = credential.device if isinstance(credential, Certified) else token_hash(credential)
+        address = self._gate.address(peer)
+        with ExitStack() as held:
+            if key not in self._acquainted:
+                if seconds := self._refusals.take(address, 0):
+                    raise QuotaExceeded(seconds)
+                held.enter_context(self._unknown.entered(address))
+            try:
+                identity = await self._registry.call(
+                    lambda: self._registry.service.identify(credential)
+                )
+            except TokenRefused:
+                self._acquainted.discard(key)
+                self._refusals.take(address, 1)
+                raise
+        self._acquainted.add(key)
+        self._gate.known(peer)
+        return identity
 
 
 def _close(opened: Future[FilePart]) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from prunecast.common.listening import SparingLog
 from prunecast.server.control import ControlLimits, servicer
 from prunecast.server.control import repository as files
+from prunecast.server.control.errors import Answering
 from prunecast.server.control.repository import open_file
 
 NAME = "blobs/" + "0" * 64
@@ -40,15 +44,19 @@ def test_a_device_that_leaves_while_its_file_is_opened_leaves_no_open_file(
         opened.append(open_file(*args, **options))
         return opened[-1]
 
-    async def admit(self: object, context: object, claimed: str) -> Any:
-        return "token", SimpleNamespace(device="cam")
+    @asynccontextmanager
+    async def admitted(self: object, context: object, claimed: str) -> AsyncIterator[Any]:
+        yield "token", SimpleNamespace(device="cam")
 
     monkeypatch.setattr(servicer, "open_file", slow)
-    monkeypatch.setattr(servicer.Servicer, "_admit", admit)
+    monkeypatch.setattr(servicer.Servicer, "_admitted", admitted)
 
     async def leave(threads: ThreadPoolExecutor) -> None:
-        watches: Any = None
-        serving = servicer.Servicer(watches, folder, threads, ControlLimits(), certificates=False)
+        absent: Any = None
+        answering = Answering(str, SparingLog(logging.getLogger()))
+        serving = servicer.Servicer(
+            *(absent, folder, threads, ControlLimits(), absent, answering), certificates=False
+        )
         chunks = serving.Fetch(SimpleNamespace(path=NAME, offset=0), None)
         task = asyncio.create_task(anext(chunks))  # type: ignore[arg-type]
         await asyncio.to_thread(opening.wait, 10)
