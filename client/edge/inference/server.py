@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from http import HTTPStatus
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
@@ -27,11 +28,13 @@ from prunecast.client.edge.inference.protocol import (
     InferenceProtocol,
 )
 from prunecast.client.edge.model import EdgeModel
+from prunecast.common.listening import Admission, Place, Standing, allow_descriptors, end_socket
 from prunecast.compression.release.overseer import OVERSEER
 
 __all__ = ["InferenceServer"]
 
 _LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
+_ODD = re.compile(r"[\r\n\0]")  # in a header's value: a folded line, or worse
 _LINGER = 2.0  # seconds in which the rest of a refused request is read and dropped
 _HEAD_BYTES = 80 * 1024  # of request line and headers, a line of 64 KiB among them
 _STEP = 1 << 20  # bytes of a body for which memory is taken before they come
@@ -62,6 +65,9 @@ class InferenceServer:
         self.limits = limits or EndpointLimits()
         self.protocol = InferenceProtocol(model, name, self.limits)
         self.memory = Budget(self.limits.total_bytes, "memory")
+        allow_descriptors()
+        # whoever has asked for something keeps its place; silence makes room
+        self._places = Admission(self.limits.connections, self.limits.connections)
         self._listener = listen(address)
         self.address = self._listener.address
         self._lock = threading.Lock()
@@ -119,10 +125,11 @@ class InferenceServer:
         connection = _Connection(accepted, self)
         thread = threading.Thread(target=connection.serve, name="connection", daemon=True)
         with self._lock:
-            full = len(self._open) >= self.limits.connections
-            if not full and not self._closing:
+            place = self._places.enter("", partial(end_socket, accepted))
+            connection.place = place
+            if place is not None and not self._closing:
                 self._open[connection] = thread
-        if full:
+        if place is None:
             connection.turn_away()
         elif self._closing:
             accepted.close()
@@ -137,6 +144,14 @@ class InferenceServer:
         """A connection has ended."""
         with self._lock:
             self._open.pop(connection, None)
+            if connection.place is not None:
+                self._places.leave(connection.place)
+
+    def keep(self, connection: _Connection) -> None:
+        """A connection has asked for something, so it need not make room for others."""
+        with self._lock:
+            if connection.place is not None:
+                self._places.move(connection.place, Standing.BUSY)
 
 
 class _Deadline(io.RawIOBase):
@@ -183,6 +198,7 @@ class _Connection(BaseHTTPRequestHandler):
         self.wfile = io.BytesIO()  # only errors of the base class
         self._lock = threading.Lock()
         self._busy = self._lingers = False
+        self.place: Place | None = None
 
     def serve(self) -> None:
         """Answer requests until the connection ends."""
@@ -248,9 +264,11 @@ class _Connection(BaseHTTPRequestHandler):
             return False
         self._raw.head = None
         lengths = len(self.headers.get_all("content-length", []))
-        if self.headers.defects or lengths + ("transfer-encoding" in self.headers) > 1:
+        odd = any(_ODD.search(value) for value in self.headers.values())
+        if self.headers.defects or odd or lengths + ("transfer-encoding" in self.headers) > 1:
             self._refuse(RequestRefused(400, "the headers are malformed, or state two lengths"))
             return False
+        self.server.keep(self)
         return True
 
     def do_GET(self) -> None:
