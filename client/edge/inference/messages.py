@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -25,9 +26,13 @@ from prunecast.compression.release.selftest import dtype_name
 __all__ = [
     "DATATYPE_NAMES",
     "InferRequest",
+    "chosen_outputs",
     "encode_response",
     "least_output_bytes",
     "parse_request",
+    "response_bytes",
+    "size_of",
+    "unpaid_values",
 ]
 
 _MOST_ID = 1024
@@ -51,6 +56,8 @@ _JSON_TYPES: dict[str, set[type]] = {
     "f": {int, float},
     "U": {str},
 }
+_LEAST_JSON, _MOST_JSON = 2, 26  # bytes of a value; of a text, it can be more
+_MOST_TEXTS = 4 << 20  # bytes of a body's texts, which take more than ten times as much here
 _LENGTH = 4  # bytes before each text
 
 
@@ -83,7 +90,7 @@ def parse_request(body: memoryview, json_bytes: int) -> InferRequest:
     if identifier is not None and (type(identifier) is not str or len(identifier) > _MOST_ID):
         raise RequestRefused(400, f"id must be a string of at most {_MOST_ID} characters")
     inputs: dict[str, NDArray[np.generic]] = {}
-    at = json_bytes
+    at, texts = json_bytes, 0
     for item in _objects(document.get("inputs"), "inputs"):
         name = _name(item, inputs)
         size = _object(item.get("parameters", {}), "parameters").get("binary_data_size")
@@ -96,6 +103,9 @@ def parse_request(body: memoryview, json_bytes: int) -> InferRequest:
             raise RequestRefused(
                 400, f"input {name!r}: binary_data_size goes beyond the {len(body)} bytes received"
             )
+        texts += size if dtype.kind == "U" else 0
+        if texts > _MOST_TEXTS:
+            raise RequestRefused(413, f"texts may have {_MOST_TEXTS} bytes: send fewer at a time")
         inputs[name] = _from_binary(name, dtype, shape, body[at : at + size])
         at += size
     if at != len(body):
@@ -112,25 +122,76 @@ def parse_request(body: memoryview, json_bytes: int) -> InferRequest:
     return InferRequest(inputs, outputs, binary, identifier)
 
 
+def chosen_outputs(
+    request: InferRequest, outputs: Mapping[str, NDArray[np.generic]]
+) -> dict[str, bool]:
+    """Names of the outputs that are asked for, and whether as binary data.
+
+    Raises:
+        RequestRefused: one does not exist.
+    """
+    if request.outputs is None:
+        return dict.fromkeys(outputs, request.binary)
+    for output in request.outputs:
+        if output not in outputs:
+            raise RequestRefused(
+                400, f"there is no output {output[:80]!r}: the model has {', '.join(outputs)}"
+            )
+    return request.outputs
+
+
+def response_bytes(
+    request: InferRequest, outputs: Mapping[str, NDArray[np.generic]], most_json: int
+) -> int:
+    """The most bytes that a response can have: binary data, and `most_json` if there is JSON.
+
+    Raises:
+        RequestRefused: JSON would surely have more, or an output does not exist.
+    """
+    chosen = chosen_outputs(request, outputs)
+    values = sum(outputs[name].size for name, binary in chosen.items() if not binary)
+    if values * _LEAST_JSON > most_json:
+        raise _too_much_json(most_json)
+    binary = sum(size_of(outputs[name]) for name, binary in chosen.items() if binary)
+    return binary + min(most_json, _MOST_JSON * values)
+
+
+def size_of(array: NDArray[np.generic]) -> int:
+    """Bytes of an array as binary data; of texts, at least."""
+    if array.dtype.kind == "O":
+        return sum(map(len, array.ravel().tolist())) + _LENGTH * array.size
+    return array.nbytes
+
+
+def _too_much_json(most: int) -> RequestRefused:
+    return RequestRefused(
+        413, f"outputs as JSON may have {most} bytes: ask for binary data (binary_data_output)"
+    )
+
+
 def encode_response(
-    request: InferRequest, outputs: Mapping[str, NDArray[np.generic]], name: str, version: int
+    request: InferRequest,
+    outputs: Mapping[str, NDArray[np.generic]],
+    name: str,
+    version: int,
+    most_json: int = sys.maxsize,
 ) -> tuple[int, bytes]:
     """A response: bytes of its JSON document, and all of it with the binary data that follows.
+
+    Args:
+        request: what was asked for.
+        outputs: of the model, by name.
+        name: of the model.
+        version: of the release.
+        most_json: bytes that values may have in JSON.
 
     Raises:
         RequestRefused: an output does not exist, or JSON cannot carry it.
     """
-    wanted = request.outputs
-    if wanted is None:
-        wanted = dict.fromkeys(outputs, request.binary)
     described: list[str] = []
     binary: list[memoryview] = []
-    for output, as_binary in wanted.items():
-        array = outputs.get(output)
-        if array is None:
-            raise RequestRefused(
-                400, f"there is no output {output!r}: the model has {', '.join(outputs)}"
-            )
+    for output, as_binary in chosen_outputs(request, outputs).items():
+        array = outputs[output]
         tensor: dict[str, Any] = {
             "name": output,
             "datatype": DATATYPE_NAMES[dtype_name(array)],
@@ -141,7 +202,9 @@ def encode_response(
             tensor["parameters"] = {"binary_data_size": len(binary[-1])}
             described.append(_compact(tensor))
         else:
-            described.append(f'{_compact(tensor)[:-1]},"data":[{_values(array)}]}}')
+            values = _values(array, most_json)
+            most_json -= len(values)
+            described.append(f'{_compact(tensor)[:-1]},"data":[{values}]}}')
     document: dict[str, Any] = {"model_name": name, "model_version": str(version)}
     if request.id is not None:
         document["id"] = request.id
@@ -154,16 +217,20 @@ def _compact(value: object) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-def _values(array: NDArray[np.generic]) -> str:
+def _values(array: NDArray[np.generic], most: int) -> str:
     """JSON of all values, made in slices: other requests get their turn between two of them."""
-    flat = array.ravel()
-    slices = (flat[at : at + _SLICE].tolist() for at in range(0, flat.size, _SLICE))
-    try:
-        return ",".join(_compact(values)[1:-1] for values in slices)
-    except ValueError:
-        raise RequestRefused(
-            400, "an output is not finite, which JSON cannot say: ask for binary data"
-        ) from None
+    flat, parts, size = array.ravel(), [], 0
+    for at in range(0, flat.size, _SLICE):
+        try:
+            parts.append(_compact(flat[at : at + _SLICE].tolist())[1:-1])
+        except ValueError:
+            raise RequestRefused(
+                400, "an output is not finite, which JSON cannot say: ask for binary data"
+            ) from None
+        size += len(parts[-1]) + 1
+        if size > most + 1:
+            raise _too_much_json(most)
+    return ",".join(parts)
 
 
 def least_output_bytes(
@@ -187,6 +254,21 @@ def least_output_bytes(
         * np.dtype(output.dtype).itemsize
         for output in outputs
     )
+
+
+def unpaid_values(inputs: Sequence[Signature], given: Mapping[str, NDArray[Any]]) -> int:
+    """The most values that an empty tensor among the inputs would have without its zeros.
+
+    Sizes that a model leaves free are paid for with the bytes of a tensor's values, so they are
+    as large as its sender cares to make them where there are none. Fixed sizes do not count.
+    """
+    most = 0
+    for one in inputs:
+        array = given.get(one.name)
+        if array is not None and not array.size and array.ndim == len(one.shape):
+            free = [n for n, m in zip(array.shape, one.shape, strict=True) if isinstance(m, str)]
+            most = max(most, math.prod(n or 1 for n in free))
+    return most
 
 
 def _load(data: memoryview) -> dict[str, Any]:
@@ -261,6 +343,7 @@ def _from_json(
         raise RequestRefused(400, f"input {tensor!r} of {dtype.name} holds values of type {kinds}")
     try:
         if dtype.kind == "U":
+            "".join(values).encode()  # JSON may hold halves of characters
             return _texts(values, shape)
         with np.errstate(over="ignore"):
             array = np.array(values, dtype=dtype.newbyteorder("="))

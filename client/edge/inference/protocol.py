@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prunecast.client.edge.config import AGENT_VERSION
 from prunecast.client.edge.errors import NoModel, RequestRefused, VersionNotActive
@@ -18,17 +21,24 @@ from prunecast.client.edge.inference.messages import (
     encode_response,
     least_output_bytes,
     parse_request,
+    response_bytes,
+    size_of,
+    unpaid_values,
 )
 from prunecast.client.edge.model import EdgeModel
 from prunecast.compression.release import InputRefused, OutOfMemory, OutOfTime, ReleaseError
 from prunecast.compression.release.runtime import Signature
 
 __all__ = [
+    "SMALL",
     "Budget",
     "EndpointLimits",
     "EndpointReply",
     "InferenceProtocol",
 ]
+
+SMALL = 1 << 20
+"""Bytes of a body or answer up to which it is small, and finds memory where large ones wait."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,14 @@ class EndpointLimits:
         body_bytes: of one request.
         json_bytes: of the JSON in it; parsed, JSON takes up to twenty times its size, so only one
             large document is parsed at a time.
-        total_bytes: of all bodies that are in memory at a time.
+        total_bytes: of all bodies that are in memory at a time; an eighth of it is kept for
+            small ones.
         output_bytes: of all outputs of one inference; where the model's signature tells what
             an input leads to, it does not even run.
+        json_output_bytes: of their values as JSON; more must be asked for as binary data.
+        answers_bytes: of all large answers that are in memory at a time.
         connections: open at a time; one more is answered 503 and closed.
-        running: inferences at a time; others wait.
+        running: inferences at a time; others wait. One turn is kept for requests with small bodies.
         inference_seconds: after which an inference is broken off and answered 504.
         waiting_seconds: how long a request waits for memory or for its turn before it is
             answered 503.
@@ -56,6 +69,8 @@ class EndpointLimits:
     json_bytes: int = 4 * 2**20
     total_bytes: int = 64 * 2**20
     output_bytes: int = 64 * 2**20
+    json_output_bytes: int = 16 * 2**20
+    answers_bytes: int = 128 * 2**20
     connections: int = 32
     running: int = 4
     inference_seconds: float = 30.0
@@ -83,15 +98,20 @@ class Budget:
         return self._units - self._free
 
     @contextmanager
-    def take(self, units: int, seconds: float) -> Iterator[None]:
+    def take(self, units: int, seconds: float, *, leave: int = 0) -> Iterator[None]:
         """Hold so many units while the block runs; wait for them at most `seconds`.
+
+        Args:
+            units: how many; as many as there are, if it is more.
+            seconds: to wait.
+            leave: units that must stay free for others.
 
         Raises:
             RequestRefused: 503, they did not become free.
         """
-        units = min(units, self._units)
+        units = min(units, self._units - leave)
         with self._changed:
-            if not self._changed.wait_for(lambda: self._free >= units, timeout=seconds):
+            if not self._changed.wait_for(lambda: self._free - leave >= units, timeout=seconds):
                 raise RequestRefused(503, f"busy: no {self._what} became free, try again")
             self._free -= units
         try:
@@ -103,6 +123,7 @@ class Budget:
 
 
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(?:/(ready|infer))?")
+_MOST_UNPAID = 1 << 16
 _LARGE_JSON = 64 * 2**10
 _MOST_TEXT = 500
 _JSON = "application/json"
@@ -110,11 +131,19 @@ _JSON = "application/json"
 
 @dataclass(frozen=True)
 class EndpointReply:
-    """What goes back to the client."""
+    """What goes back to the client.
+
+    Attributes:
+        status: of HTTP.
+        body: of the answer.
+        headers: besides its length.
+        held: memory that is taken until `held` is closed, when the answer has been sent.
+    """
 
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": _JSON})
+    held: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
     def json(cls, status: int, document: object) -> EndpointReply:
@@ -137,12 +166,17 @@ class InferenceProtocol:
         model: whatever release is active.
         name: under which it is served.
         limits: what requests may cost.
+
+    Attributes:
+        limits: the same.
+        answers: memory for large answers.
     """
 
     def __init__(self, model: EdgeModel, name: str, limits: EndpointLimits | None = None) -> None:
         self.limits = limits or EndpointLimits()
         self._model, self._name = model, name
         self._turns = Budget(self.limits.running, "turn")
+        self.answers = Budget(self.limits.answers_bytes, "memory")
         self._parsing = threading.Lock()
 
     @property
@@ -251,26 +285,40 @@ class InferenceProtocol:
             raise RequestRefused(
                 413, f"JSON may have {self.limits.json_bytes} bytes: send binary tensor data"
             )
-        with self._parsing if size > _LARGE_JSON else nullcontext():
-            request = parse_request(body, size)
-        session = self._model.current().session
-        self._check_outputs(least_output_bytes(session.inputs, session.outputs, request.inputs))
-        with self._turns.take(1, self.limits.waiting_seconds):
+        limits = self.limits
+        kept = 1 if len(body) > SMALL and limits.running > 1 else 0
+        with self._turns.take(1, limits.waiting_seconds, leave=kept):
+            with self._parsing if len(body) > _LARGE_JSON else nullcontext():
+                request = parse_request(body, size)
+            self._check_sizes(request.inputs)
             served = self._model.infer(
-                request.inputs, version=version, seconds=self.limits.inference_seconds
+                request.inputs, version=version, seconds=limits.inference_seconds
             )
-            self._check_outputs(sum(array.nbytes for array in served.outputs.values()))
-            length, whole = encode_response(request, served.outputs, self._name, served.version)
+            self._check_outputs(sum(map(size_of, served.outputs.values())))
+            most = response_bytes(request, served.outputs, limits.json_output_bytes)
+            with ExitStack() as taken:
+                if most > SMALL:
+                    taken.enter_context(self.answers.take(most, limits.waiting_seconds))
+                length, whole = encode_response(
+                    *(request, served.outputs, self._name, served.version, limits.json_output_bytes)
+                )
+                held = taken.pop_all()
         if not any((request.outputs or {"": request.binary}).values()):
-            return EndpointReply(200, whole)
-        return EndpointReply(
-            200,
-            whole,
-            {
-                "Content-Type": "application/octet-stream",
-                "Inference-Header-Content-Length": str(length),
-            },
-        )
+            return EndpointReply(200, whole, held=held)
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Inference-Header-Content-Length": str(length),
+        }
+        return EndpointReply(200, whole, headers, held)
+
+    def _check_sizes(self, inputs: Mapping[str, NDArray[np.generic]]) -> None:
+        """Refuse what surely costs too much, before it does."""
+        session = self._model.current().session
+        if unpaid_values(session.inputs, inputs) > _MOST_UNPAID:
+            raise RequestRefused(
+                400, f"an empty tensor's other free sizes may have a product of {_MOST_UNPAID}"
+            )
+        self._check_outputs(least_output_bytes(session.inputs, session.outputs, inputs))
 
     def _check_outputs(self, size: int) -> None:
         if size > self.limits.output_bytes:

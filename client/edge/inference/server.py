@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from http import HTTPStatus
 from http.client import HTTPException
@@ -22,6 +22,7 @@ import numpy as np
 from prunecast.client.edge.errors import RequestRefused
 from prunecast.client.edge.inference.address import listen
 from prunecast.client.edge.inference.protocol import (
+    SMALL,
     Budget,
     EndpointLimits,
     EndpointReply,
@@ -37,7 +38,10 @@ _LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _ODD = re.compile(r"[\r\n\0]")  # in a header's value: a folded line, or worse
 _LINGER = 2.0  # seconds in which the rest of a refused request is read and dropped
 _HEAD_BYTES = 80 * 1024  # of request line and headers, a line of 64 KiB among them
-_STEP = 1 << 20  # bytes of a body for which memory is taken before they come
+_STEP = 1 << 18  # bytes of a body for which memory is taken at a time
+_KEPT = 8  # large bodies leave one part in so many to small ones
+_SPARE = 8  # connections beyond the limit, for those that ask at once
+_BRIEF = 1.0  # seconds that one of these has to send its request
 _EMPTY = memoryview(b"")
 
 
@@ -80,6 +84,11 @@ class InferenceServer:
     def closing(self) -> bool:
         """Whether no further requests are taken."""
         return self._closing
+
+    @property
+    def connections(self) -> int:
+        """How many are open at this moment."""
+        return len(self._open)
 
     def __enter__(self) -> Self:
         return self
@@ -126,10 +135,12 @@ class InferenceServer:
         thread = threading.Thread(target=connection.serve, name="connection", daemon=True)
         with self._lock:
             place = self._places.enter("", partial(end_socket, accepted))
+            brief = sum(one.place is None for one in self._open)
+            full = place is None and brief >= _SPARE
             connection.place = place
-            if place is not None and not self._closing:
+            if not full and not self._closing:
                 self._open[connection] = thread
-        if place is None:
+        if full:
             connection.turn_away()
         elif self._closing:
             accepted.close()
@@ -198,7 +209,7 @@ class _Connection(BaseHTTPRequestHandler):
         self.wfile = io.BytesIO()  # only errors of the base class
         self._lock = threading.Lock()
         self._busy = self._lingers = False
-        self.place: Place | None = None
+        self.place: Place | None = None  # None: one request, at once, all places are taken
 
     def serve(self) -> None:
         """Answer requests until the connection ends."""
@@ -243,20 +254,33 @@ class _Connection(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection = True
-        self._raw.at = time.monotonic() + self._limits.idle_seconds
-        if not self.rfile.peek(1):  # type: ignore[attr-defined]
+        limits = self._limits
+        idle, time_to_send = limits.idle_seconds, limits.request_seconds
+        if self.place is None:
+            idle = time_to_send = min(_BRIEF, time_to_send)
+        self._raw.at = time.monotonic() + idle
+        if not self._has_begun():
             return
         with self._lock:
             self._busy = not self.server.closing
         if not self._busy:  # it comes too late
             return
         try:
-            self._raw.at = time.monotonic() + self._limits.request_seconds
+            self._raw.at = time.monotonic() + time_to_send
             self._raw.head = _HEAD_BYTES
             super().handle_one_request()
         finally:
             with self._lock:
                 self._busy = False
+
+    def _has_begun(self) -> bool:
+        """Whether a request comes; for a brief connection it has to come at once."""
+        with suppress(TimeoutError) if self.place is None else nullcontext():
+            if self.rfile.peek(1):  # type: ignore[attr-defined]
+                return True
+        if self.place is None:
+            self._refuse(RequestRefused(503, "busy: too many connections"))
+        return False
 
     def parse_request(self) -> bool:
         """Request line and headers; what could be read in two ways is refused."""
@@ -286,20 +310,23 @@ class _Connection(BaseHTTPRequestHandler):
             size = self._body_size()
             part = body = np.empty(size, np.uint8).data  # pages that are not written take nothing
             with ExitStack() as held:
+                memory, waits = self.server.memory, self._limits.waiting_seconds
+                total = self._limits.total_bytes
+                kept = min(total // _KEPT, max(0, total - size)) if size > SMALL else 0
                 for start in range(0, size, _STEP):
-                    # step by step: a client that sends nothing keeps hardly any memory from others
+                    # step by step, when something of it has come: who sends nothing keeps nothing
                     part = body[start : start + _STEP]
-                    held.enter_context(
-                        self.server.memory.take(len(part), self._limits.waiting_seconds)
-                    )
+                    if not self.rfile.peek(1):  # type: ignore[attr-defined]
+                        self.close_connection = True
+                        return
+                    held.enter_context(memory.take(len(part), waits, leave=kept))
                     if self.rfile.readinto(part) != len(part):
                         self.close_connection = True
                         return
                 stated = self.headers.get("inference-header-content-length")
                 answer = self.server.protocol.answer("POST", self._path(), body, stated)
-            del body, part  # an answer may wait for the memory that they held
-            large = len(answer.body) if len(answer.body) > _STEP else 0
-            with self.server.memory.take(large, self._limits.waiting_seconds):
+            del body, part
+            with answer.held:
                 self._send(answer)
         except RequestRefused as error:
             self._refuse(error)
@@ -352,7 +379,7 @@ class _Connection(BaseHTTPRequestHandler):
         self._send(EndpointReply.error(error.status, str(error)))
 
     def _send(self, answer: EndpointReply) -> None:
-        if self.server.closing:
+        if self.server.closing or self.place is None:
             self.close_connection = True
         self.connection.settimeout(self._limits.request_seconds)
         head = _head(answer, close=self.close_connection)

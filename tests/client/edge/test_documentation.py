@@ -50,7 +50,8 @@ def test_bounds_are_the_defaults() -> None:
     for value in (
         f"{limits.body_bytes >> 20} MiB, {limits.json_bytes >> 20} MiB",
         f"{limits.total_bytes >> 20} MiB",
-        f"{limits.output_bytes >> 20} MiB",
+        f"{limits.output_bytes >> 20} MiB, {limits.json_output_bytes >> 20} MiB",
+        f"{limits.answers_bytes >> 20} MiB",
         f"{limits.connections}, {limits.running}",
         f"{limits.request_seconds:.0f} s, {limits.idle_seconds:.0f} s",
         f"{limits.waiting_seconds:.0f} s",
