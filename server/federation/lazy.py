@@ -66,7 +66,13 @@ class LazyArray(Array):
             form = self.__dict__["_summand"]
         value: NDArray[Any] = form()
         self.__dict__["_entry"].decode_ms += (time.perf_counter() - started) * 1e3
+        if (formed := self.__dict__.pop("_formed", None)) is not None:
+            formed()
         return value
+
+    def when_formed(self, call: Callable[[], object]) -> None:
+        """Call something once, as soon as the array could be formed."""
+        self.__dict__["_formed"] = call
 
     def reach(self, largest: Callable[[NDArray[Any]], float]) -> float:
         """The largest magnitude in a float array, or a little more; NaN where it holds NaN.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from flwr.app import ConfigRecord, Error, Message
 
@@ -22,6 +23,7 @@ from prunecast.compression.versions import NodeReport, VersionsError, reply_tag
 from prunecast.server.federation.checks import EXAMPLES, check_reply, misfits
 from prunecast.server.federation.errors import ReplyRefused
 from prunecast.server.federation.inbound import Up, decode_reply
+from prunecast.server.federation.lazy import LazyArray
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.notices import Notices
 from prunecast.server.federation.outbound import Prepared
@@ -117,8 +119,21 @@ class Receiver:
         for item in received:
             if item.message.has_error():
                 self.give_up(item.tag, item.sent)
-            elif item.update:
+            elif item.update and self._verify:
                 self._streams.node(item.entry.node).settled(item.tag, accepted=True)
+            elif item.update:
+                self._accept_when_decoded(item)
+
+    def _accept_when_decoded(self, item: Received) -> None:
+        records = item.message.content.array_records.values()
+        left = {id(a): a for r in records for a in r.values() if isinstance(a, LazyArray)}
+
+        def decoded(key: int) -> None:
+            if left.pop(key, None) is not None and not left:
+                self._streams.node(item.entry.node).settled(item.tag, accepted=True)
+
+        for key, array in list(left.items()):
+            array.when_formed(partial(decoded, key))
 
     def give_up(self, tag: str, sent: Prepared) -> None:
         """A reply moves nothing: let the node take back what it sent along."""

@@ -167,6 +167,19 @@ def test_without_verifying_a_damaged_reply_stops_the_average(federation):
     assert all(reply.has_error() for reply in replies_of(grid))
 
 
+def test_without_verifying_a_residual_is_committed_when_all_arrays_are_decoded(federation):
+    grid, _, _ = federation(SMALL, nodes=1, verify_replies=False)
+    (reply,) = replies_of(grid)
+    node = grid._streams.node(1)
+    *some, last = reply.content["arrays"].values()
+    for array in some * 2:
+        array.numpy()
+    assert node.accepted == []
+    last.numpy()
+    last.numpy()
+    assert len(node.accepted) == 1
+
+
 # -- the sum itself -------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """What a node does."""
 
+import shutil
+
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -27,6 +29,8 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     arrays, goal = load(message, context)
+    if message.content["config"]["server-round"] == context.run_config["lose-store-in-round"]:
+        shutil.rmtree(context.node_config["prunecast-store"])
     loss = float(np.mean(np.square(arrays["weight"] - goal["weight"])))
     metrics = MetricRecord({"loss": loss, "num-examples": 1})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
