@@ -49,6 +49,7 @@ from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.schemes.layout import layout_of, state_arrays, state_from
 from prunecast.compression.schemes.registry import scheme
 from prunecast.compression.versions import (
+    MAX_MODEL_BYTES,
     BaseMissing,
     Instruction,
     Kind,
@@ -57,12 +58,14 @@ from prunecast.compression.versions import (
     PublishedModel,
     QuantisedTensor,
     SchemeRule,
+    TooLarge,
     UpdateRule,
     VersionsError,
     decode_model,
     encode_plain,
     encode_update,
     inspect,
+    model_limits,
     open_plain,
     reply_tag,
     short,
@@ -73,7 +76,7 @@ __all__ = ["compress_update", "compression_mod"]
 _LONGEST = 10_000  # characters of the reason of an error
 
 
-def compression_mod(store: Path | str | None = None) -> Mod:
+def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | None = None) -> Mod:
     """A Flower mod that decodes what `CompressedGrid` sends and encodes the reply.
 
     Put it first, outside mods that look at arrays::
@@ -106,7 +109,13 @@ def compression_mod(store: Path | str | None = None) -> Mod:
         try:
             instruction = Instruction.from_bytes(control.get("instruction"))
             node.settle(instruction.accepted, instruction.given_up)
-            exchange = _Exchange(message, instruction, node)
+            exchange = _Exchange(message, instruction, node, _most(max_model_bytes, context))
+        except TooLarge as error:
+            raise ModError(
+                f"message from the server was refused: {error}: set "
+                "compression_mod(max_model_bytes=...), or prunecast-max-model-bytes in the node "
+                "config, to the bytes of the largest model that this node may take"
+            ) from error
         except (VersionsError, CodecError) as error:
             raise ModError(f"message from the server was refused: {error}") from error
         if exchange.missing:
@@ -126,11 +135,24 @@ def compression_mod(store: Path | str | None = None) -> Mod:
     return mod
 
 
+def _most(stated: int | None, context: Context) -> int:
+    config = context.node_config.get("prunecast-max-model-bytes", MAX_MODEL_BYTES)
+    most = config if stated is None else stated
+    if not isinstance(most, int) or isinstance(most, bool) or most <= 0:
+        raise ModError(
+            f"max_model_bytes (prunecast-max-model-bytes) is {most!r}: give a positive number of "
+            "bytes"
+        )
+    return most
+
+
 class _Exchange:
     """One message and its reply."""
 
-    def __init__(self, message: Message, instruction: Instruction, store: NodeStore) -> None:
-        self._metadata = message.metadata
+    def __init__(
+        self, message: Message, instruction: Instruction, store: NodeStore, most: int
+    ) -> None:
+        self._metadata, self._most = message.metadata, most
         self._instruction = instruction
         self._store = store
         rule = instruction.rule
@@ -163,10 +185,13 @@ class _Exchange:
     def _decode(self, key: str, payload: bytes) -> ArrayRecord:
         info = inspect(payload)
         if info.kind is Kind.PLAIN:
-            return array_record(open_plain(payload, stream=self._stream(key)))
+            limits = model_limits(self._most, info.size)
+            return array_record(open_plain(payload, stream=self._stream(key), limits=limits))
         held = self._store.held(key)
+        known = 0 if held is None else sum(spec.nbytes for spec in held.specs.values())
+        limits = model_limits(max(known, self._most), info.size)
         try:
-            model = decode_model(payload, held=held, stream=self._stream(key))
+            model = decode_model(payload, held=held, stream=self._stream(key), limits=limits)
         except BaseMissing:
             if held is None or short(held.digest) != info.digest:
                 return self._miss(key, held)

@@ -5,6 +5,7 @@ integers on a lattice, one step per tensor, and the mask. Everything here is pur
 standard library, no sockets, no Flower. The byte formats are written down in ``docs/format.md``.
 """
 
+from prunecast.compression.versions.bodies import MAX_MODEL_BYTES, model_limits
 from prunecast.compression.versions.control import (
     Instruction,
     NodeReport,
@@ -17,6 +18,7 @@ from prunecast.compression.versions.errors import (
     BaseMissing,
     DigestMismatch,
     InvalidModel,
+    TooLarge,
     VersionsError,
     WrongStream,
 )
@@ -53,6 +55,7 @@ from prunecast.compression.versions.updates import (
 )
 
 __all__ = [
+    "MAX_MODEL_BYTES",
     "BadPayload",
     "BaseMissing",
     "Change",
@@ -69,6 +72,7 @@ __all__ = [
     "SchemeRule",
     "Seed",
     "Tensor",
+    "TooLarge",
     "Update",
     "UpdateReader",
     "UpdateRule",
@@ -83,6 +87,7 @@ __all__ = [
     "encode_update",
     "inspect",
     "load_model",
+    "model_limits",
     "open_plain",
     "refine",
     "reply_tag",

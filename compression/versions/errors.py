@@ -5,6 +5,7 @@ __all__ = [
     "BaseMissing",
     "DigestMismatch",
     "InvalidModel",
+    "TooLarge",
     "VersionsError",
     "WrongStream",
 ]
@@ -20,6 +21,10 @@ class InvalidModel(VersionsError):
 
 class BadPayload(VersionsError):
     """The bytes are not a payload of this format, or they are damaged."""
+
+
+class TooLarge(BadPayload):
+    """The payload states more than its receiver accepts; nothing of it was allocated."""
 
 
 class WrongStream(VersionsError):

@@ -9,11 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import CodecError, Context, Limits, Payload, encode, open_payload
+from prunecast.compression.codec import (
+    CodecError,
+    Context,
+    LimitExceeded,
+    Limits,
+    Payload,
+    encode,
+    open_payload,
+)
 from prunecast.compression.versions import frame
-from prunecast.compression.versions.bodies import Q, check_size, coded_spec, open_body, read_body
+from prunecast.compression.versions.bodies import (
+    MAX_MODEL_BYTES,
+    Q,
+    check_size,
+    coded_spec,
+    model_limits,
+    open_body,
+    read_body,
+)
 from prunecast.compression.versions.deltas import encode_delta, read_delta
-from prunecast.compression.versions.errors import BadPayload, DigestMismatch
+from prunecast.compression.versions.errors import BadPayload, DigestMismatch, TooLarge
 from prunecast.compression.versions.frame import Kind, short
 from prunecast.compression.versions.layout import TensorHead, head_of, pack_heads, unpack_heads
 from prunecast.compression.versions.model import (
@@ -116,16 +132,18 @@ def decode_model(
         payload: the bytes.
         held: the version this side holds, if any; needed for a delta.
         stream: identifier the payload must have been made for.
-        limits: bounds on what a payload may make this side allocate.
+        limits: bounds on what a payload may make this side allocate; None for models of
+            `MAX_MODEL_BYTES` at most, or 256 bytes for each byte of the payload.
 
     Raises:
         BadPayload: no such payload, or damaged.
+        TooLarge: it states more than `limits` allow.
         WrongStream: made for another stream.
         BaseMissing: the version it builds on is not `held`.
         DigestMismatch: the result is not the announced version.
     """
     parsed = frame.unpack(payload, stream=stream)
-    limits = limits or Limits()
+    limits = limits or model_limits(MAX_MODEL_BYTES, parsed.size)
     if parsed.kind is Kind.DELTA:
         found = read_delta(parsed, held, limits)
     elif parsed.kind in (Kind.KEYFRAME, Kind.SEEDED):
@@ -183,6 +201,7 @@ def open_plain(payload: bytes, *, stream: bytes = b"", limits: Limits | None = N
 
     Raises:
         BadPayload: no plain payload, or damaged.
+        TooLarge: it states more than `limits` allow.
         WrongStream: made for another stream.
     """
     parsed = frame.unpack(payload, stream=stream)
@@ -190,5 +209,7 @@ def open_plain(payload: bytes, *, stream: bytes = b"", limits: Limits | None = N
         raise BadPayload(f"expected a plain record, got a {parsed.kind.name.lower()} payload")
     try:
         return open_payload(parsed.body, limits=limits or Limits())
+    except LimitExceeded as error:
+        raise TooLarge(f"plain record cannot be decoded: {error}") from error
     except CodecError as error:
         raise BadPayload(f"plain record cannot be decoded: {error}") from error

@@ -35,6 +35,6 @@ def load_model(path: Path, *, limits: Limits | None = None) -> PublishedModel:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     try:
-        return decode_model(data, stream=_STREAM, limits=limits or Limits())
+        return decode_model(data, stream=_STREAM, limits=limits)
     except VersionsError as error:
         raise StorageError(f"{path} is not a usable model file: {error}") from error

@@ -21,7 +21,7 @@ from prunecast.compression.flower.internals import (
     uncached,
     unsent,
 )
-from prunecast.compression.versions import PublishedModel, reply_tag
+from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel, reply_tag
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.inbound import up_of
@@ -295,7 +295,14 @@ class CompressedGrid(GridWrapper):
         stream = self._streams.stream(self.run.run_id, key)
         return stream.version_of(arrays, arrays.object_id).model
 
-    def draw_initial(self, like: ArrayRecord, seed: int, *, key: str = "arrays") -> ArrayRecord:
+    def draw_initial(
+        self,
+        like: ArrayRecord,
+        seed: int,
+        *,
+        key: str = "arrays",
+        max_model_bytes: int = MAX_MODEL_BYTES,
+    ) -> ArrayRecord:
         """Draw a from-scratch model from a seed, so that its first keyframe is a few bytes.
 
         Args:
@@ -303,6 +310,8 @@ class CompressedGrid(GridWrapper):
                 values are not.
             seed: 0 to 2**64 - 1; the same seed draws the same model on every machine.
             key: key of the record in the strategy's messages.
+            max_model_bytes: what nodes have as `compression_mod(max_model_bytes=...)`; a larger
+                model travels whole.
 
         Returns:
             The arrays to give to the strategy as `initial_arrays`.
@@ -311,7 +320,7 @@ class CompressedGrid(GridWrapper):
             FederationError: the stream has published a version already.
         """
         stream = self._streams.stream(self.run.run_id, key)
-        return array_record(stream.draw(dense_arrays(like), seed))
+        return array_record(stream.draw(dense_arrays(like), seed, max_model_bytes))
 
     def checkpoint(self, arrays: ArrayRecord, *, key: str = "arrays") -> Checkpoint:
         """What a later run needs to go on from these master weights; see `Checkpoint.save`."""

@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits, QuantiseError, quantise, spread
+from prunecast.compression.codec import QuantiseError, quantise, spread
 from prunecast.compression.flower import dense_arrays, payload_record, stream_id
 from prunecast.compression.flower.internals import Measured, log
 from prunecast.compression.pruning.plan import (
@@ -26,6 +26,7 @@ from prunecast.compression.pruning.plan import (
     low_rank_factors,
 )
 from prunecast.compression.versions import (
+    MAX_MODEL_BYTES,
     InvalidModel,
     Kind,
     LatticeTensor,
@@ -139,12 +140,16 @@ class Publisher:
         self._counter, self._steps = counter, dict(steps)
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
 
-    def draw(self, like: Mapping[str, NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
+    def draw(
+        self, like: Mapping[str, NDArray[Any]], seed: int, most: int = MAX_MODEL_BYTES
+    ) -> dict[str, NDArray[Any]]:
         """Draw a from-scratch model whose keyframe is its seed.
 
         Args:
             like: a freshly initialised model; layout, means and spreads are taken from it.
             seed: 0 to 2**64 - 1.
+            most: largest model, in bytes, that nodes let a seed stand for; a larger one travels
+                whole.
 
         Returns:
             The master weights to begin with, which lie on the lattice exactly.
@@ -156,7 +161,7 @@ class Publisher:
             raise FederationError("a model can only be drawn before the first version is published")
         template = self._on_lattice(like, {})
         model, source = draw_like(template, seed)
-        if sum(spec.nbytes for spec in model.specs.values()) <= Limits().free_bytes:
+        if sum(spec.nbytes for spec in model.specs.values()) <= most:
             # receivers refuse to be told by a few bytes to allocate more than that
             self._seeded = (model.digest, source)
         return model.arrays()

@@ -180,7 +180,7 @@ def _limits(manifest: ReleaseManifest) -> Limits:
     and stored in a byte or more; inference may leave out as many tensors as it reads.
     """
     elements = 2 * manifest.weights.length + _SPARE
-    return Limits(elements=elements, decoded_bytes=4 * elements)
+    return Limits(elements=elements, decoded_bytes=4 * elements, free_bytes=4 * elements)
 
 
 def _check_digest(model: PublishedModel, manifest: ReleaseManifest, what: str) -> None:
