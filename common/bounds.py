@@ -117,11 +117,12 @@ def run_bounded(
     bounds = [str(memory), str(seconds)]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(part for part in [os.getcwd(), *sys.path] if part),
+        # what is installed, and nothing that lies in the current folder, beside a model perhaps
+        "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
         "OPENBLAS_NUM_THREADS": "1",  # its buffers for every CPU would count
     }
     with subprocess.Popen(
-        [sys.executable, "-m", __name__, *bounds, function, *arguments],
+        [sys.executable, "-P", "-m", __name__, *bounds, function, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

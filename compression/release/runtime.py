@@ -321,9 +321,26 @@ def _failure(what: str, error: Exception, memory: int | None) -> RuntimeFailure:
     return RuntimeFailure(f"{what}: {first_line(error)}")
 
 
+# What to do with inputs and outputs of other types, by a part of the type's name.
+_REMEDIES = (
+    (
+        "map(",
+        "classifiers of scikit-learn end in a ZipMap; export without it (skl2onnx: to_onnx(..., "
+        "options={'zipmap': False}); onnxmltools: convert_lightgbm(..., zipmap=False)), so that "
+        "the probabilities are one tensor",
+    ),
+    ("seq(", "export the model so that it takes and gives tensors, concatenated or one by one"),
+    ("optional(", "export the model so that it always takes and gives a tensor"),
+    ("sparse_tensor(", "export the model so that it takes and gives dense tensors"),
+    ("bfloat16", "let the model cast it to float32 at its inputs and outputs"),
+    ("", "let the model cast it to float32 or int8, or export it with other inputs and outputs"),
+)
+
+
 def _signature(node: Any) -> Signature:
     dtype = _DTYPES.get(node.type)
     if dtype is None:
-        raise RuntimeFailure(f"{node.name!r} is a {node.type}, which is not supported")
+        remedy = next(text for kind, text in _REMEDIES if kind in node.type)
+        raise RuntimeFailure(f"{node.name!r} is a {node.type}, and no tensor of numpy: {remedy}")
     shape = tuple(n if isinstance(n, int) else str(n or "dynamic") for n in node.shape)
     return Signature(str(node.name), dtype, shape)

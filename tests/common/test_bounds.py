@@ -45,6 +45,16 @@ def test_a_function_runs_with_its_arguments(run) -> None:
     assert run("print('a' * 100)\nimport os; os.close(1)") == (0, "a" * 100)
 
 
+def test_what_lies_in_the_current_folder_is_not_imported(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "downloaded").mkdir()
+    (tmp_path / "downloaded" / "types.py").write_text("raise SystemExit('a stranger ran')")
+    monkeypatch.chdir(tmp_path / "downloaded")
+    monkeypatch.syspath_prepend("")
+    assert run("import types") == (0, "")
+
+
 def test_memory_ends_it(run) -> None:
     with pytest.raises(BoundsExceeded, match=r"running it takes more memory.*--max-bytes"):
         run("x = bytearray(8 << 30)")
