@@ -41,6 +41,13 @@ def create(
         Path | None,
         typer.Option(help="Saved published model, or a .safetensors or .npz checkpoint."),
     ] = None,
+    strip_prefix: Annotated[
+        str,
+        typer.Option(
+            help="Take the tensors of --model whose names begin so (module. say), under the rest "
+            "of their names."
+        ),
+    ] = "",
     source: Annotated[
         Path | None,
         typer.Option(
@@ -175,7 +182,11 @@ def create(
             max_bytes=max_bytes,
             max_seconds=max_seconds,
         )
-        weights = None if model is None else read_checkpoint(model, max_bytes=max_bytes)
+        weights = (
+            None
+            if model is None
+            else read_checkpoint(model, max_bytes=max_bytes, prefix=strip_prefix)
+        )
         with make_console(stderr=True).status(f"making {name} from {source or module or graph}"):
             made = recipe.make(weights, metrics, newest=NewestRelease(target, name))
     except RecipeError as error:

@@ -13,7 +13,8 @@ long as no tensor changes its width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +32,11 @@ from prunecast.compression.release.layout import Segment, WeightsLayout, place
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 
 __all__ = [
+    "WRAPPERS",
     "BoundModel",
     "Variant",
     "bind_weights",
+    "explain_names",
     "export_single",
     "single_file_size",
 ]
@@ -151,10 +154,8 @@ def resolve(graph: ExportedGraph, model: PublishedModel) -> list[tuple[str, str,
     known = {*graph.parameters, *graph.aliases, *graph.unused}
     unknown = [name for name in model.tensors if name not in known]
     if unknown:
-        raise BindError(
-            f"the graph has no place for {', '.join(map(repr, unknown[:5]))}: it was exported "
-            "from another architecture"
-        )
+        few = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise BindError(f"the graph has no place for {few}: {explain_names(model, known)}")
     chosen = []
     for parameter, spec in graph.parameters.items():
         names = [name for name in graph.names_of(parameter) if name in model.tensors]
@@ -175,6 +176,65 @@ def resolve(graph: ExportedGraph, model: PublishedModel) -> list[tuple[str, str,
                 )
         chosen.append((parameter, names[0], tensor))
     return chosen
+
+
+def explain_names(names: Iterable[str], known: Collection[str]) -> str:
+    """Why tensors of a checkpoint are not those of a graph or module, and what to do.
+
+    Args:
+        names: of the checkpoint's tensors.
+        known: names that fit.
+    """
+    names, wanted = list(names), set(known)
+    for wrapper in WRAPPERS:
+        if any(wrapper in name for name in names):
+            fitting = sum(name.replace(wrapper, "") in wanted for name in names)
+            if 2 * fitting > len(wanted):
+                return (
+                    f"its names hold {wrapper!r}, {_BY[wrapper]}; drop that with "
+                    f"--strip-prefix {wrapper}"
+                )
+    prefix, count = _wrapped(names, wanted)
+    if 2 * count > len(wanted):
+        by = _BY.get(prefix, "as a module that holds the model names them")
+        return f"its names begin with {prefix!r}, {by}; drop that with --strip-prefix {prefix}"
+    prefix, count = _wrapped(known, set(names))
+    if 2 * count > len(wanted):
+        by = _BY.get(prefix, "of a module that holds the model")
+        return (
+            f"the names of the graph begin with {prefix!r}, {by}; export the model itself, without "
+            "what wraps it"
+        )
+    share = len(wanted.intersection(names))
+    return (
+        f"{share} of the {len(wanted)} names that it knows are among the checkpoint's, so it was "
+        "exported from another architecture, or these tensors do not belong to the model: export "
+        "it anew, or leave them out of the checkpoint"
+    )
+
+
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch puts into names wherever it wraps a module; nobody else does."""
+_BY = {
+    "_orig_mod.": "as torch.compile names a module",
+    "_fsdp_wrapped_module.": "as FullyShardedDataParallel names a module",
+    "_checkpoint_wrapped_module.": "as activation checkpointing names a module",
+    "module.": "as DataParallel and DistributedDataParallel name a module",
+    "model.": "as a LightningModule names its model",
+    "state_dict.": "as checkpoints that hold more than weights do",
+    "state_dict.model.": "as checkpoints of Lightning do",
+}
+
+
+def _wrapped(names: Iterable[str], wanted: Collection[str]) -> tuple[str, int]:
+    """The prefix that most names have before one that is wanted, and how many."""
+    found: Counter[str] = Counter()
+    for name in names:
+        at = 0
+        while at := name.find(".", at) + 1:
+            if name[at:] in wanted:
+                found[name[:at]] += 1
+    return found.most_common(1)[0] if found else ("", 0)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

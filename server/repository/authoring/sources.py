@@ -15,7 +15,7 @@ from prunecast.compression.files import FilesError
 from prunecast.compression.files.formats import open_tensors
 from prunecast.compression.files.tensors import FOREIGN, FileTensor
 from prunecast.compression.onnx import ForeignModel, NumericsError
-from prunecast.compression.onnx.bind import Variant, export_single
+from prunecast.compression.onnx.bind import WRAPPERS, Variant, explain_names, export_single
 from prunecast.compression.onnx.compare import Difference, differ, draw_inputs, record
 from prunecast.compression.onnx.graph import ExportedGraph, read_note, with_note
 from prunecast.compression.onnx.lattice import Steps, snap
@@ -146,6 +146,12 @@ def _load(module: torch.nn.Module, model: PublishedModel) -> None:
     import torch
 
     state = {name: torch.from_numpy(np.array(a)) for name, a in model.arrays().items()}
+    wanted = module.state_dict()
+    if unknown := [name for name in state if name not in wanted]:
+        few = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise RepositoryError(
+            f"{type(module).__name__} has no {few}: {explain_names(state, list(wanted))}"
+        )
     try:
         module.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -312,6 +318,7 @@ def read_checkpoint(
     steps: Steps = "range",
     held: PublishedModel | None = None,
     max_bytes: int | None = None,
+    prefix: str = "",
 ) -> PublishedModel:
     """Read a published model, or a dense checkpoint as one.
 
@@ -320,6 +327,8 @@ def read_checkpoint(
         bits: for dense checkpoints, see `from_arrays`, and so the others.
         max_bytes: most bytes that its tensors may take together; default 1 GiB, or 64 times what
             the file takes on disk if that is more.
+        prefix: take the tensors whose names begin so, under the rest of their names, and no
+            others; what torch itself puts into names, such as ``_orig_mod.``, goes wherever it is.
 
     Raises:
         RepositoryError: not readable as its suffix says, or `bits` given for a published model.
@@ -329,13 +338,31 @@ def read_checkpoint(
     if path.suffix not in (".safetensors", ".npz"):
         if bits is not None:
             raise RepositoryError(f"{path} is a published model: its lattice is fixed already")
-        return load_model(path, limits=_limits(path, max_bytes))
+        return _stripped(path, load_model(path, limits=_limits(path, max_bytes)), prefix)
     try:
         tensors = open_tensors(path, max_bytes=max_bytes)
         arrays = {name: _plain(path, name, tensor) for name, tensor in tensors.items()}
     except FilesError as error:
         raise RepositoryError(str(error)) from error
-    return from_arrays(arrays, bits=bits, steps=steps, held=held)
+    return _stripped(path, from_arrays(arrays, bits=bits, steps=steps, held=held), prefix)
+
+
+def _stripped(path: Path, model: PublishedModel, prefix: str) -> PublishedModel:
+    """The tensors under a prefix, named without it."""
+    if not prefix:
+        return model
+    wrapper = prefix in WRAPPERS
+    has = [
+        name for name in model.tensors if (prefix in name if wrapper else name.startswith(prefix))
+    ]
+    if not has:
+        few = ", ".join(map(repr, list(model.tensors)[:3]))
+        raise RepositoryError(f"{path}: no name begins with {prefix!r}; there are {few}, ...")
+    kept = list(model.tensors) if wrapper else has
+    found = {name.replace(prefix, "", -1 if wrapper else 1): model.tensors[name] for name in kept}
+    if len(found) != len(kept):
+        raise RepositoryError(f"{path}: without {prefix!r} two tensors have the same name")
+    return PublishedModel(found, model.counter)
 
 
 def _limits(path: Path, max_bytes: int | None) -> Limits | None:

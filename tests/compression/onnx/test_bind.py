@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 from prunecast.compression.onnx import BindError
-from prunecast.compression.onnx.bind import bind_weights, export_single, single_file_size
+from prunecast.compression.onnx.bind import (
+    bind_weights,
+    explain_names,
+    export_single,
+    single_file_size,
+)
 from prunecast.compression.onnx.export import export_graph
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release.runtime import open_session
@@ -134,6 +139,53 @@ def test_tied_weights_bind_under_any_name_and_must_agree(
     tensors = {**model.tensors, "output.weight": replace(torn, q=torn.q + 1)}
     with pytest.raises(BindError, match="tied"):
         bind_weights(tied_graph, PublishedModel(tensors), tmp_path / "torn")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (
+            lambda n: f"module.{n}",
+            r"begin with 'module\.', as DataParallel .*--strip-prefix module\.",
+        ),
+        (
+            lambda n: f"_orig_mod.{n}",
+            r"hold '_orig_mod\.', as torch\.compile .*--strip-prefix _orig",
+        ),
+        (lambda n: n.replace(".", "._orig_mod.", 1), r"hold '_orig_mod\.', as torch\.compile"),
+        (lambda n: f"model.{n}", r"begin with 'model\.', as a LightningModule"),
+        (lambda n: f"state_dict.model.{n}", r"--strip-prefix state_dict\.model\."),
+        (
+            lambda n: f"student.net.{n}",
+            r"begin with 'student\.net\.'.*--strip-prefix student\.net\.",
+        ),
+    ],
+    ids=["ddp", "compile", "compiled part", "lightning", "nested", "own"],
+)
+def test_a_wrapped_checkpoint_is_recognised(
+    conv_graph: ExportedGraph,
+    conv_module: nn.Module,
+    published: Publish,
+    tmp_path: Path,
+    wrap: Callable[[str], str],
+    says: str,
+) -> None:
+    tensors = {wrap(n): t for n, t in published(conv_module).tensors.items()}
+    with pytest.raises(BindError, match=says):
+        bind_weights(conv_graph, PublishedModel(tensors), tmp_path)
+    with pytest.raises(BindError, match=says):
+        bind_weights(
+            conv_graph,
+            PublishedModel({**tensors, "epoch": RawTensor(np.array(3))}),
+            tmp_path,
+        )
+
+
+def test_a_wrapped_graph_is_recognised_too() -> None:
+    known = ["module.fc.weight", "module.fc.bias"]
+    said = explain_names(["fc.weight", "fc.bias"], known)
+    assert "the names of the graph begin with 'module.'" in said
+    assert "0 of the 2 names" in explain_names(["a", "b"], known)
 
 
 def test_a_model_of_another_architecture_is_refused(

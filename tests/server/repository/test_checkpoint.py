@@ -73,6 +73,35 @@ def test_a_saved_model_is_read_as_it_is(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "absent.model")
 
 
+def test_a_prefix_is_dropped_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "wrapped.npz"
+    wrapped = {f"module.{name}": values for name, values in ARRAYS.items()}
+    np.savez(path, n_averaged=np.array(5), **wrapped)
+    model = read_checkpoint(path, prefix="module.")
+    assert list(model.tensors) == list(ARRAYS)
+    assert np.array_equal(model.arrays()["w"], ARRAYS["w"])
+    assert "module.w" in read_checkpoint(path).tensors
+    with pytest.raises(
+        RepositoryError, match=r"no name begins with 'net\.'; there are 'n_averaged'"
+    ):
+        read_checkpoint(path, prefix="net.")
+    np.savez(path, **{"_orig_mod.w": ARRAYS["w"], "part._orig_mod.b": ARRAYS["b"], "n": 1})
+    assert list(read_checkpoint(path, prefix="_orig_mod.").tensors) == ["w", "part.b", "n"]
+    np.savez(path, **{"_orig_mod.w": ARRAYS["w"], "w": ARRAYS["w"]})
+    with pytest.raises(RepositoryError, match="two tensors have the same name"):
+        read_checkpoint(path, prefix="_orig_mod.")
+
+
+def test_a_checkpoint_has_the_limit_of_every_file(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", x=np.zeros(10_000))
+    with pytest.raises(RepositoryError, match=r"more than 1,000 bytes.*--max-bytes"):
+        read_checkpoint(tmp_path / "x.npz", max_bytes=1000)
+    save_model(PublishedModel({"w": LatticeTensor(np.zeros((100, 100), int), 0.5)}), tmp_path / "m")
+    assert read_checkpoint(tmp_path / "m", max_bytes=1 << 20).tensors
+    with pytest.raises(StorageError, match=r"decoded_bytes|elements"):
+        read_checkpoint(tmp_path / "m", max_bytes=1000)
+
+
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RepositoryError, match="bits"):
         from_arrays(ARRAYS, bits=1)
