@@ -144,6 +144,8 @@ class NpzArchive:
     def _opened(self) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
         try:
             source = self._source
+            if isinstance(source, Path) and source.exists() and not source.is_file():
+                raise NpzError("no regular file")  # reading a pipe would wait for ever
             with (
                 io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
                 zipfile.ZipFile(file) as archive,

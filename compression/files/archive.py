@@ -16,6 +16,7 @@ from prunecast.compression.codec import (
     payload_length,
 )
 from prunecast.compression.files import FileTooLarge, UnreadableFile
+from prunecast.compression.files.contents import content_hint
 from prunecast.compression.files.parts import ESCAPED, MOST_NAME, FilePart, open_part
 from prunecast.compression.files.tensors import FileSpec, FileTensor, TensorFile
 
@@ -132,7 +133,8 @@ def _next(path: Path, file: IO[bytes], size: int) -> bytes:
         length = payload_length(file.read(_START))
     except CodecError as error:
         where = f" (at byte {start})" if start else ""
-        raise UnreadableFile(f"{path} is not a compressed file{where}: {error}") from error
+        hint = "" if start else content_hint(path)
+        raise UnreadableFile(f"{path} is not a compressed file{where}: {error}{hint}") from error
     if length < 1 or length > size - start:
         raise UnreadableFile(f"{path} is cut off: {length} bytes should follow byte {start}")
     file.seek(start)

@@ -22,6 +22,7 @@ from prunecast.compression.files import (
     UnreadableFile,
     UnsupportedTensor,
 )
+from prunecast.compression.files.contents import CONVERSIONS, content_hint
 from prunecast.compression.files.onnx_files import open_onnx
 from prunecast.compression.files.tensors import (
     FOREIGN,
@@ -49,7 +50,8 @@ def _open_npz(path: Path, max_bytes: int | None) -> TensorFile:
     except NpzTooLarge as error:
         raise FileTooLarge(str(error)) from error
     except NpzError as error:
-        raise UnreadableFile(str(error)) from error
+        hint = "" if zipfile.is_zipfile(path) else content_hint(path)
+        raise UnreadableFile(f"{error}{hint}") from error
     for name, member in archive.members.items():
         if member.dtype.name not in NATIVE:
             raise UnsupportedTensor(f"{path}: array {name!r} has dtype {_remedy(member.dtype)}")
@@ -139,7 +141,9 @@ def _open_safetensors(path: Path, max_bytes: int | None) -> TensorFile:
     except OSError as error:
         raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise UnreadableFile(f"{path} is not a readable .safetensors file: {error}") from error
+        raise UnreadableFile(
+            f"{path} is not a readable .safetensors file: {error}{content_hint(path)}"
+        ) from error
 
     limit = byte_limit(disk_bytes(path), max_bytes)
     if sum(spec.nbytes for spec in specs.values()) > limit:
@@ -185,20 +189,6 @@ def _write_safetensors(
         raise UnreadableFile(f"cannot write {path}: {error}") from error
 
 
-_TORCH = (
-    ": a file of torch's is a pickle and is not read; load it where you trust it, with "
-    "torch.load(file, weights_only=True), and save its state_dict by "
-    "safetensors.torch.save_file"
-)
-_CONVERSIONS = {
-    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"), _TORCH),
-    ".pt2": ": export the program to .onnx, or save its state_dict by safetensors.torch.save_file",
-    ".npy": ": save the array by its name, with numpy.savez",
-    ".h5": ": save its arrays by their names, with numpy.savez",
-    ".msgpack": ": save its arrays by their names, with numpy.savez",
-    ".gguf": ": save its tensors as .safetensors",
-    ".pcc": ": it is compressed already; prunecast decompress restores it",
-}
 _READERS = {".safetensors": _open_safetensors, ".npz": _open_npz, ".onnx": open_onnx}
 
 
@@ -223,12 +213,13 @@ def open_tensors(path: Path, *, max_bytes: int | None = None) -> TensorFile:
         known = ", ".join(_READERS)
         raise UnknownFormat(
             f"{path}: the suffix {path.suffix!r} is none of {known}"
-            + _CONVERSIONS.get(path.suffix.lower(), "")
+            + CONVERSIONS.get(path.suffix.lower(), "")
         )
     if path.is_dir():
         raise UnreadableFile(f"{path} is a folder: name the file in it")
     if not path.exists():
-        raise UnreadableFile(f"cannot read {path}: there is no such file")
+        lost = f", it is a link to {path.readlink()}" if path.is_symlink() else ""
+        raise UnreadableFile(f"cannot read {path}: there is no such file{lost}")
     if not path.is_file():
         raise UnreadableFile(f"cannot read {path}: it is no regular file")
     return reader(path, max_bytes)

@@ -17,6 +17,7 @@ from prunecast.compression.files import (
     UnsafePath,
     UnsupportedTensor,
 )
+from prunecast.compression.files.contents import content_hint
 from prunecast.compression.files.onnx_skeleton import Place, places, subgraphs
 from prunecast.compression.files.tensors import (
     FOREIGN,
@@ -132,9 +133,11 @@ def read_proto(path: Path) -> Any:
     except UnreadableFile:
         raise
     except (DecodeError, ValueError, TypeError) as error:
-        raise UnreadableFile(f"{path} is not a readable .onnx model: {error}") from error
+        raise UnreadableFile(
+            f"{path} is not a readable .onnx model: {error}{content_hint(path)}"
+        ) from error
     if not model.HasField("graph"):
-        raise UnreadableFile(f"{path} is not an .onnx model: it has no graph")
+        raise UnreadableFile(f"{path} is not an .onnx model: it has no graph{content_hint(path)}")
     return model
 
 

@@ -160,13 +160,22 @@ def resolve(graph: ExportedGraph, model: PublishedModel) -> list[tuple[str, str,
     for parameter, spec in graph.parameters.items():
         names = [name for name in graph.names_of(parameter) if name in model.tensors]
         if not names:
-            raise BindError(f"the model lacks tensor {parameter!r}, which the graph needs")
+            raise BindError(
+                f"the model lacks tensor {parameter!r}, which the graph needs: save all of "
+                "state_dict(), or export the module that this checkpoint is of"
+            )
         tensor = model.tensors[names[0]]
         found = TensorSpec(np.dtype(tensor.dtype), tensor.shape)
         if found != spec:
             raise BindError(
                 f"tensor {names[0]!r} is {found.dtype}{list(found.shape)}, the graph needs "
-                f"{spec.dtype}{list(spec.shape)}"
+                f"{spec.dtype}{list(spec.shape)}: "
+                + (
+                    "export the module that this checkpoint is of"
+                    if found.shape != spec.shape
+                    else f"convert the checkpoint to {spec.dtype}, or export the module in "
+                    f"{found.dtype}"
+                )
             )
         for other in names[1:]:
             if not _equal(tensor, model.tensors[other]):
@@ -206,10 +215,13 @@ def explain_names(names: Iterable[str], known: Collection[str]) -> str:
             "what wraps it"
         )
     share = len(wanted.intersection(names))
+    if share == len(wanted):
+        return "it has all that it knows, so leave these out of the checkpoint"
+    if all(name.startswith("arr_") for name in names):
+        return "so numpy.savez names arrays that are given without names: give them by name"
     return (
-        f"{share} of the {len(wanted)} names that it knows are among the checkpoint's, so it was "
-        "exported from another architecture, or these tensors do not belong to the model: export "
-        "it anew, or leave them out of the checkpoint"
+        f"only {share} of the {len(wanted)} names that it knows are there, so it was exported from "
+        "another architecture: export it anew, from the module that this checkpoint is of"
     )
 
 

@@ -56,6 +56,7 @@ __all__ = [
     "ReleaseContents",
     "Samples",
     "bound_session",
+    "check_names",
     "make_variant",
     "record_selftest",
     "reference_outputs",
@@ -247,8 +248,31 @@ def _record(model: Path, contents: ReleaseContents) -> RecordedModel:
     session = open_session(model)
     inputs = _inputs(session, contents.inputs)
     expected = session.run(inputs)
+    broken = next((n for n, a in expected.items() if _not_finite(a)), None)
+    if broken is not None and contents.tolerance is None:
+        reason = "correct the inputs, or train the model again"
+        for name, tensor in contents.model.tensors.items():
+            if isinstance(tensor, RawTensor) and _not_finite(tensor.values):
+                reason = f"its tensor {name!r} is not finite either: release another checkpoint"
+                break
+        raise RepositoryError(f"output {broken!r} is not finite on the self-test inputs: {reason}")
     tolerance = contents.tolerance or _tolerance(expected, _spread(model, inputs, expected))
     return RecordedModel(inputs, expected, tolerance, session.inputs, session.outputs)
+
+
+def check_names(session: InferenceSession, given: Arrays) -> None:
+    """Compare the names of arrays with those of a model's inputs.
+
+    Raises:
+        RepositoryError: they are others.
+    """
+    wanted = [s.name for s in session.inputs]
+    if set(given) != set(wanted):
+        call = ", ".join(f"{name}=..." for name in wanted)
+        raise RepositoryError(
+            f"the model takes the inputs {wanted}, the self-test holds {list(given)}: name its "
+            f"arrays so, as numpy.savez(file, {call}) does"
+        )
 
 
 def _inputs(
@@ -259,6 +283,7 @@ def _inputs(
             names = ", ".join(s.name for s in session.inputs)
             raise RepositoryError(f"give the self-test inputs by name: {names}")
         given = {session.inputs[0].name: given}
+    check_names(session, given)
     arrays = fit_inputs(given, {s.name: s.dtype for s in session.inputs})
     if not arrays or any(not a.size for a in arrays.values()):
         raise RepositoryError("a release needs at least one self-test input")
@@ -276,12 +301,14 @@ def _spread(model: Path, inputs: Arrays, expected: Arrays) -> float:
     return check_outputs(expected, floats, Tolerance(np.finfo(np.float64).max, argmax=False))
 
 
+def _not_finite(values: NDArray[np.generic]) -> bool:
+    return values.dtype.kind == "f" and not np.isfinite(values).all()
+
+
 def _tolerance(expected: Mapping[str, NDArray[np.generic]], spread: float) -> Tolerance:
     scale = 1.0
-    for name, values in expected.items():
+    for values in expected.values():
         if values.dtype.kind == "f" and values.size:
-            if not np.isfinite(values).all():
-                raise RepositoryError(f"output {name!r} is not finite on the self-test inputs")
             scale = max(scale, float(np.abs(values.astype(np.float64)).max()))
     atol = 1e-4 * scale + 2 * spread
     return Tolerance(atol=atol, rtol=1e-3, argmax=decided(expected, 2 * atol if spread else 0.0))

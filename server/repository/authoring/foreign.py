@@ -127,6 +127,8 @@ def make_bounded(file: ForeignFile) -> ReleaseContents:
         ForeignModel: it takes more memory or time than is allowed, or crashes.
         ReleaseError, RepositoryError: nothing can be released.
     """
+    if file.path.exists() and not file.path.is_file():
+        raise ForeignModel(f"cannot read {file.path}: it is no regular file")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_order(folder, file)
@@ -169,7 +171,7 @@ def _family(base: type[Exception]) -> Iterator[type[Exception]]:
 def _write_order(folder: Path, file: ForeignFile) -> None:
     simple = ("variant", "bits", "steps", "most_difference", "seed", "max_bytes", "max_seconds")
     document: dict[str, Any] = {key: getattr(file, key) for key in simple}
-    document |= {"path": str(file.path.absolute())}
+    document |= {"path": str(file.path)}  # the process begins in the same folder
     if file.inputs is not None:
         _write_arrays(folder / "given.npz", file.inputs)
     if file.samples is not None:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.common.files import StorageError
+from prunecast.common.text import first_line
 from prunecast.compression.codec import Limits
 from prunecast.compression.files import FilesError
+from prunecast.compression.files.contents import content_hint
 from prunecast.compression.files.formats import open_tensors
 from prunecast.compression.files.tensors import FOREIGN, FileTensor
 from prunecast.compression.onnx import ForeignModel, NumericsError
@@ -22,12 +25,13 @@ from prunecast.compression.onnx.lattice import Steps, snap
 from prunecast.compression.onnx.lift import LiftedModel, lift_model
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.layout import WeightsLayout
 from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.release.runtime import fit_inputs, open_session
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, load_model
-from prunecast.server.repository.authoring.build import ReleaseContents, bound_session
+from prunecast.server.repository.authoring.build import ReleaseContents, bound_session, check_names
 from prunecast.server.repository.errors import RecipeError, RepositoryError
 from prunecast.server.repository.reading import RepositoryReader
 
@@ -109,8 +113,12 @@ def export_module(
     from prunecast.compression.onnx.export import export_cached
     from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
 
-    with torch.random.fork_rng(devices=[]):
-        module = factory()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module = factory()
+    except Exception as error:  # of the user's code
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise RecipeError("module", f"cannot be made, {what}") from error
     if not isinstance(module, torch.nn.Module):
         raise RecipeError("module", f"makes a {type(module).__name__}, not a torch module")
     if model is not None:
@@ -118,6 +126,16 @@ def export_module(
     module.eval()
     examples = _tensors(module, inputs)
     example, names = tuple(examples.values()), list(examples)
+    try:
+        with torch.no_grad():
+            module(*example)
+    except Exception as error:  # of the user's code
+        shapes = ", ".join(f"{n} {str(x.dtype)[6:]}{list(x.shape)}" for n, x in examples.items())
+        raise RecipeError(
+            "selftest",
+            f"{type(module).__name__} does not take {shapes}: {first_line(error)}; give arrays in "
+            "the order of its arguments, the batch first",
+        ) from error
     weights = model or PublishedModel({})
     if share is None:
         graph, found = export_cached(module, example, names, cache)
@@ -190,6 +208,13 @@ def _outputs(
     }
 
 
+# What onnxruntime says of a model that no device could run, and what to do.
+_REFUSED = (
+    ("not a registered function/op", "; devices have ONNX's own operators: export it with these"),
+    ("No Op registered", "; devices have ONNX's own operators: export it with these"),
+    ("IR version", "; save it with a lower ir_version, by an earlier release of onnx say"),
+    ("*guarantees* support", "; export it with a lower opset"),
+)
 _REWRITTEN = 1e-4  # relative; moving weights must not change what a model computes
 _DEQUANTISES_INT8, _DEQUANTISES_INT16 = 10, 21  # opsets
 _NARROW = (np.dtype(np.int8), np.dtype(np.int32))
@@ -233,7 +258,13 @@ def from_onnx(
     lifted = lift_model(
         path, max_bytes=max_bytes
     )  # checks what the original refers to, before anything runs it
-    original = open_session(path)
+    try:
+        original = open_session(path)
+    except RuntimeFailure as error:
+        remedy = next((text for words, text in _REFUSED if words in str(error)), "")
+        raise RuntimeFailure(f"{error}{remedy}") from error
+    if inputs is not None:
+        check_names(original, inputs)
     wanted_types = {s.name: s.dtype for s in original.inputs}
     given = draw_inputs(original, seed) if inputs is None else fit_inputs(inputs, wanted_types)
     wanted = record(original, given)
@@ -338,13 +369,29 @@ def read_checkpoint(
     if path.suffix not in (".safetensors", ".npz"):
         if bits is not None:
             raise RepositoryError(f"{path} is a published model: its lattice is fixed already")
-        return _stripped(path, load_model(path, limits=_limits(path, max_bytes)), prefix)
+        try:
+            model = load_model(path, limits=_limits(path, max_bytes))
+        except StorageError as error:
+            if not path.is_file():
+                raise
+            if "above the limits" in str(error):
+                raise RepositoryError(f"{error} (--max-bytes)") from error
+            raise RepositoryError(f"{error}{_no_checkpoint(path)}") from error
+        return _stripped(path, model, prefix)
     try:
         tensors = open_tensors(path, max_bytes=max_bytes)
         arrays = {name: _plain(path, name, tensor) for name, tensor in tensors.items()}
     except FilesError as error:
         raise RepositoryError(str(error)) from error
     return _stripped(path, from_arrays(arrays, bits=bits, steps=steps, held=held), prefix)
+
+
+def _no_checkpoint(path: Path) -> str:
+    """What to do with a file that is neither a published model nor a checkpoint."""
+    if path.suffix.lower() == ".onnx":
+        return ": an .onnx file has graph and weights, give it with --from"
+    known = "; a checkpoint is a .safetensors or .npz file"
+    return known + content_hint(path)
 
 
 def _stripped(path: Path, model: PublishedModel, prefix: str) -> PublishedModel:

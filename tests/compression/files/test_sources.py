@@ -435,6 +435,38 @@ def test_other_formats_say_how_to_convert(tmp_path: Path, name: str, remedy: str
         open_tensors(tmp_path / name)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".onnx"])
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n", "git lfs pull"),
+        (b"<!doctype html><html>", "a page of HTML"),
+        (b"\x1f\x8b\x08 and more of it", "compressed with gzip"),
+        (
+            b"\x80\x02}q\x00X\x03\x00\x00\x00aaaq",
+            "a pickle, of torch perhaps, which is never loaded",
+        ),
+        (b"", "it is empty"),
+    ],
+    ids=["lfs", "html", "gzip", "pickle", "empty"],
+)
+def test_what_a_file_really_is_is_said(
+    tmp_path: Path, suffix: str, start: bytes, says: str
+) -> None:
+    (tmp_path / f"x{suffix}").write_bytes(start)
+    with pytest.raises(UnreadableFile, match=says):
+        open_tensors(tmp_path / f"x{suffix}")
+
+
+def test_pipes_folders_and_links_to_nowhere_are_said(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "link.npz").symlink_to("nowhere")
+    for name, says in (("pipe", "no regular"), ("folder", "is a folder"), ("link", "to nowhere")):
+        with pytest.raises(UnreadableFile, match=says):
+            open_tensors(tmp_path / f"{name}.npz")
+
+
 def test_suffix_decides_and_others_are_named(tmp_path: Path, checkpoint: Path) -> None:
     upper = checkpoint.rename(tmp_path / "MODEL.SAFETENSORS")
     assert len(open_tensors(upper)) > 10

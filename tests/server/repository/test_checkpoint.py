@@ -98,8 +98,25 @@ def test_a_checkpoint_has_the_limit_of_every_file(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "x.npz", max_bytes=1000)
     save_model(PublishedModel({"w": LatticeTensor(np.zeros((100, 100), int), 0.5)}), tmp_path / "m")
     assert read_checkpoint(tmp_path / "m", max_bytes=1 << 20).tensors
-    with pytest.raises(StorageError, match=r"decoded_bytes|elements"):
+    with pytest.raises(RepositoryError, match=r"40000 bytes, above the limits.*--max-bytes"):
         read_checkpoint(tmp_path / "m", max_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("m.onnx", b"\x08\x08", "give it with --from"),
+        ("m.pt", b"PK\x03\x04\x00\x00archive/data.pkl", r"safetensors\.torch\.save_file"),
+        ("m.pcc", b"PCC2 and more", "prunecast decompress"),
+        ("m.model", b"<html>", "a page of HTML"),
+    ],
+)
+def test_other_files_say_what_they_are(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RepositoryError, match=says):
+        read_checkpoint(tmp_path / name)
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from prunecast.cli.main import app
 from prunecast.compression.onnx import ForeignModel, NumericsError
 from prunecast.compression.onnx.compare import draw_inputs
 from prunecast.compression.onnx.lift import lift_model
-from prunecast.compression.release import InputRefused
+from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import unpack_arrays
-from prunecast.server.repository import KeyRing, Repository, verify_repository
+from prunecast.server.repository import KeyRing, Repository, RepositoryError, verify_repository
 from prunecast.server.repository.authoring import (
     ReleaseRecipe,
     Samples,
@@ -320,7 +320,7 @@ def test_what_its_process_says_arrives(tmp_path: Path) -> None:
     path = foreign.save(foreign.plain(), tmp_path / "m.onnx")
     with pytest.raises(NumericsError, match="use more bits, or none"):
         ReleaseRecipe(onnx=path, bits=3, most_difference=0.1).make()
-    with pytest.raises(InputRefused, match=r"takes the inputs \['x'\], not \['other'\]"):
+    with pytest.raises(RepositoryError, match=r"inputs \['x'\].*numpy\.savez\(file, x=\.\.\.\)"):
         ReleaseRecipe(onnx=path, selftest={"other": foreign.weight(3, 24)}).make()
     (tmp_path / "m.onnx").write_bytes(b"no model")
     with pytest.raises(ForeignModel, match="not a readable"):
@@ -370,3 +370,50 @@ def test_a_model_in_a_cache_of_links_is_read(tmp_path: Path, repository: Reposit
     (snapshot / "model.onnx").write_bytes((tmp_path / "plain" / "model.onnx").read_bytes())
     with pytest.raises(ForeignModel, match=r"symbolic link.*out of the model's folder"):
         lift_model(snapshot / "model.onnx")
+
+
+def test_outputs_that_are_no_tensors_say_how_to_export(tmp_path: Path) -> None:
+    """As skl2onnx makes them unless it is told otherwise."""
+    nodes = [
+        helper.make_node(
+            "LinearClassifier", ["x"], ["label", "scores"], domain="ai.onnx.ml",
+            classlabels_ints=[0, 1, 2], coefficients=[0.1] * 12, intercepts=[0.0, 0.1, 0.2],
+        ),
+        helper.make_node(
+            "ZipMap", ["scores"], ["probability"], domain="ai.onnx.ml",
+            classlabels_int64s=[0, 1, 2],
+        ),
+    ]  # fmt: skip
+    last = onnx.ValueInfoProto(name="probability")
+    kind = last.type.sequence_type.elem_type.map_type
+    kind.key_type, kind.value_type.tensor_type.elem_type = TensorProto.INT64, TensorProto.FLOAT
+    label = foreign.value("label", "n", kind=TensorProto.INT64)
+    proto = foreign.model(nodes, [foreign.value("x", "n", 4)], [label, last], [])
+    proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    with pytest.raises(RuntimeFailure, match=r"'probability' is a seq\(map.*'zipmap': False"):
+        ReleaseRecipe(onnx=foreign.save(proto, tmp_path / "m.onnx")).make()
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda m: setattr(m.opset_import[0], "version", 90), "export it with a lower opset"),
+        (lambda m: setattr(m, "ir_version", 90), "save it with a lower ir_version"),
+        (lambda m: setattr(m.graph.node[0], "op_type", "Foo"), "devices have ONNX's own operators"),
+    ],
+    ids=["opset", "ir", "operator"],
+)
+def test_what_the_runtime_refuses_says_what_to_do(
+    tmp_path: Path, change: Callable[[onnx.ModelProto], None], remedy: str
+) -> None:
+    proto = foreign.plain()
+    change(proto)
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(RuntimeFailure, match=remedy):
+        from_onnx(tmp_path / "m.onnx")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.onnx")
+    with pytest.raises(ForeignModel, match="no regular file"):
+        ReleaseRecipe(onnx=tmp_path / "m.onnx").make()
