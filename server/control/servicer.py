@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from contextlib import ExitStack, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from prunecast.server.fleet.reports import (
     Identity,
 )
 from prunecast.server.repository.serving.connection import Quota
-from prunecast.server.repository.serving.files import FilePart
 
 __all__ = ["Servicer", "device_report", "device_state", "directive_event"]
 
@@ -126,24 +125,26 @@ class Servicer:
         """See `fleet.proto`."""
         async with self._answering(context), self._admitted(context, "") as (_, identity):
             with self._fetches.entered(identity.device):
-                loop = asyncio.get_running_loop()
-                with closing(await self._open(request.path, request.offset)) as part:
-                    begin, end = part.start, part.start + part.length
-                    # an empty rest is a chunk as well, which tells the length
-                    for at in range(begin, max(end, begin + 1), CHUNK_BYTES):
-                        size = min(CHUNK_BYTES, end - at)
-                        data = await loop.run_in_executor(self._files, part.read, at - begin, size)
-                        yield messages.FetchChunk(offset=at, length=end, data=data)
+                at, end = request.offset, -1
+                while at != end:  # an empty rest is a chunk as well, which tells the length
+                    data, end = await self._read(request.path, at)
+                    yield messages.FetchChunk(offset=at, length=end, data=data)
+                    at += len(data)
 
-    async def _open(self, name: str, offset: int) -> FilePart:
-        """Open a file in another thread; closed again if the device has gone meanwhile."""
-        work = partial(open_file, self._repository, name, offset)
-        begun = self._files.submit(work, most_bytes=self._limits.fetch_bytes)
-        try:
-            return await asyncio.wrap_future(begun)
-        except asyncio.CancelledError:
-            begun.add_done_callback(_close)  # the thread may be opening it just now
-            raise
+    async def _read(self, name: str, offset: int) -> tuple[bytes, int]:
+        """A chunk of a file and the file's size, in another thread.
+
+        The file is opened for each chunk: however many devices take their time, no more files are
+        open than there are threads.
+        """
+
+        def read() -> tuple[bytes, int]:
+            most = self._limits.fetch_bytes
+            with closing(open_file(self._repository, name, offset, most_bytes=most)) as part:
+                data = part.read(0, min(CHUNK_BYTES, part.length))
+                return data, part.start + part.length
+
+        return await asyncio.get_running_loop().run_in_executor(self._files, read)
 
     async def _directives(
         self, credential: Credential, state: DeviceState, watcher: Any
@@ -208,11 +209,6 @@ class Servicer:
         self._acquainted.add(key)
         self._gate.known(peer)
         return identity
-
-
-def _close(opened: Future[FilePart]) -> None:
-    if not opened.cancelled() and opened.exception() is None:
-        opened.result().close()
 
 
 _OUTCOMES = {
