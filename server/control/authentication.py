@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import ssl
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
+from cryptography.x509.oid import NameOID
 
 from prunecast.server.control.errors import Unbindable
 from prunecast.server.fleet.errors import TokenRefused
@@ -88,15 +91,10 @@ def credential_of(
             then verified against the authority; their token, if any, is not looked at.
 
     Raises:
-        TokenRefused: there is none.
+        TokenRefused: there is none, or a certificate does not name exactly one device.
     """
     if certificates:
-        names = [name.decode("utf-8", "replace") for name in transport.get("x509_common_name", ())]
-        if len(names) != 1 or not names[0]:
-            raise TokenRefused(
-                "the client certificate names no device: its subject needs one common name"
-            )
-        return Certified(names[0])
+        return Certified(_certified_name(*transport.get("x509_pem_cert", ())))
     given = [str(value) for key, value in metadata if key == "authorization"]
     found = _BEARER.fullmatch(given[0]) if len(given) == 1 else None
     if found is None:
@@ -105,3 +103,42 @@ def credential_of(
             "as metadata authorization: Bearer TOKEN"
         )
     return found[1]
+
+
+@lru_cache(4096)
+def _certified_name(*certificates: bytes) -> str:
+    """The device that a client certificate names.
+
+    gRPC's own ``x509_common_name`` is the last of several, and another program that reads the
+    certificate may take another one.
+    """
+    try:
+        (pem,) = certificates
+        certificate = x509.load_pem_x509_certificate(pem)
+        subject = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        names = [str(one.value) for one in subject]
+        others = _alternative_names(certificate)
+    except ValueError as error:
+        raise TokenRefused("the client certificate cannot be read: issue it anew") from error
+    if len(names) != 1 or not names[0] or not names[0].isprintable():
+        found = ", ".join(repr(name[:80]) for name in names[:4]) or "none"
+        raise TokenRefused(
+            "the client certificate must name one device, as the only common name of its subject; "
+            f"it has {found}: issue it anew"
+        )
+    for other in others:
+        if other != names[0] and not other.startswith(f"{names[0]}."):
+            raise TokenRefused(
+                f"the client certificate names {names[0][:80]!r}, and {other[:80]!r} as an "
+                "alternative: issue it anew with one of them"
+            )
+    return names[0]
+
+
+def _alternative_names(certificate: x509.Certificate) -> list[str]:
+    """The names of hosts in a certificate, which others look at before the common name."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return []
+    return found.value.get_values_for_type(x509.DNSName)

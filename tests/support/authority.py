@@ -39,10 +39,25 @@ class Authority:
         """Certificate and key whose subject is a device."""
         return self._issue(name, x509.BasicConstraints(False, None))
 
-    def _issue(self, name: str, extension: x509.ExtensionType) -> tuple[Path, Path]:
+    def odd(self, file: str, names: list[str], hosts: list[str]) -> tuple[Path, Path]:
+        """Certificate and key with any common names, and names of hosts beside them."""
+        extension: x509.ExtensionType = x509.BasicConstraints(False, None)
+        if hosts:
+            extension = x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts])
+        kinds = [x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names]
+        return self._issue(
+            file,
+            extension,
+            x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "devices"), *kinds]),
+        )
+
+    def _issue(
+        self, name: str, extension: x509.ExtensionType, subject: x509.Name | None = None
+    ) -> tuple[Path, Path]:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate, private = self.folder / f"{name}.pem", self.folder / f"{name}.key"
-        certificate.write_bytes(self._signed(_named(name), key.public_key(), [extension]))
+        made = self._signed(subject or _named(name), key.public_key(), [extension])
+        certificate.write_bytes(made)
         private.write_bytes(_private_pem(key))
         private.chmod(0o600)
         return certificate, private

@@ -274,6 +274,41 @@ def test_devices_with_certificates_and_a_certificate_that_is_renewed(
         assert stale.refused("Report", report())[0] is grpc.StatusCode.UNAVAILABLE
 
 
+def test_a_certificate_names_one_device(
+    database: str,
+    fleet: FleetService,
+    repository: Repository,
+    authority: Authority,
+    enrol: Callable[[str], str],
+    connect: Callable[..., Client],
+) -> None:
+    enrol("cam11")
+    certificate, key = authority.server("odd")
+    with ControlServer(
+        *(database, repository.path), certificate=certificate, key=key, client_ca=authority.ca
+    ) as server:
+
+        def client(names: list[str], hosts: list[str]) -> Client:
+            pair = [file.read_bytes() for file in authority.odd("device", names, hosts)]
+            return connect(None, server.address, certificate=tuple(pair))
+
+        def refusal(names: list[str], hosts: list[str]) -> str:
+            code, words = client(names, hosts).refused("Report", report(1))
+            assert code is grpc.StatusCode.UNAUTHENTICATED
+            return words
+
+        for hosts in ([], ["cam11", "cam11.example.org"]):
+            assert client(["cam11"], hosts).call("Report", report(1)) is not None
+        for names, said in (
+            (["cam11", "cam1"], "'cam11', 'cam1'"),
+            (["cam1", "cam11"], "'cam1', 'cam11'"),
+            ([], "none"),
+            (["cam11\n"], repr("cam11\n")),
+        ):
+            assert f"it has {said}: issue it anew" in refusal(names, [])
+        assert "and 'cam1' as an alternative" in refusal(["cam11"], ["cam11", "cam1"])
+
+
 def test_health_and_a_graceful_end(
     database: str,
     fleet: FleetService,
