@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,7 @@ __all__ = [
     "shape_text",
     "short_dtype",
     "show",
+    "warn_of_exposure",
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -110,6 +112,16 @@ def say(*sentences: str) -> None:
     """Print sentences that may hold names from a file: no markup, no control codes."""
     for text in sentences:
         make_console().print(Text(printable(text)))
+
+
+def warn_of_exposure(*paths: Path | None) -> None:
+    """Say which files with secrets others can read; what is not there is said by who reads it."""
+    from prunecast.common.files import exposure
+
+    for path in paths:
+        with suppress(OSError):
+            if path is not None and (exposed := exposure(path)):
+                typer.echo(f"warning: {printable(exposed)}", err=True)
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, MaxBytes, show
+from prunecast.cli.console import AsJson, MaxBytes, show, warn_of_exposure
 
 if TYPE_CHECKING:
     from prunecast.client.edge import Agent, AgentConfig
@@ -306,6 +306,7 @@ def _fetcher(
     from prunecast.client.edge.updating.transport import HttpFetcher
 
     pair = _pair(certificate, key, "--")
+    warn_of_exposure(key, token_file)
     token = token_file.read_text().strip() if token_file else ""
     headers = {"authorization": f"Bearer {token}"} if token_file else {}
     return HttpFetcher(ca_file=ca_file, client_certificate=pair, headers=headers)
@@ -331,7 +332,9 @@ def _control_settings(
         return None
     from prunecast.client.edge.control import ControlSettings
 
-    return ControlSettings(control, ca, token, _pair(certificate, key, "--control-"))
+    pair = _pair(certificate, key, "--control-")
+    warn_of_exposure(key, token)
+    return ControlSettings(control, ca, token, pair)
 
 
 @contextmanager

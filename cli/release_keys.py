@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -231,13 +230,14 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, list[str]]:
 
 
 def _passphrase(file: Path | None, *, confirm: bool = False) -> str:
+    from prunecast.common.files import exposure
     from prunecast.server.repository import KeyFileError
 
     if file is None:
         asked: Callable[..., str] = typer.prompt
         return asked("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True)
-    if os.name == "posix" and file.stat().st_mode & 0o077:
-        raise KeyFileError(f"{file} can be read by others: chmod 600 {file}")
+    if exposed := exposure(file, own=False):
+        raise KeyFileError(exposed)
     lines = file.read_text(encoding="utf-8").splitlines()
     if not lines or not lines[0]:
         raise KeyFileError(f"the first line of {file} holds no passphrase")

@@ -18,6 +18,7 @@ from typing import IO
 __all__ = [
     "StorageError",
     "cache_folder",
+    "exposure",
     "file_digest",
     "folder_bytes",
     "is_locked",
@@ -57,6 +58,26 @@ def file_digest(path: Path) -> str:
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def exposure(path: Path, *, group: bool = False, own: bool = True) -> str | None:
+    """What is wrong with the permissions of a file that holds a secret; None: nothing.
+
+    Args:
+        path: of a file that is there.
+        group: whether its group may read it.
+        own: judge only a file of this user, as OpenSSH does; for what root or a container hands
+            over, they have decided.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    found = path.stat()
+    if os.name != "posix" or (own and found.st_uid != os.getuid()):
+        return None
+    wrong = found.st_mode & (0o037 if group else 0o077)
+    mode = 640 if group else 600
+    return f"{path} can be read by others: chmod {mode} {path}" if wrong else None
 
 
 def folder_bytes(folder: Path) -> int:

@@ -39,4 +39,5 @@ def loopback_certificate(folder: Path) -> tuple[Path, Path]:
             serialization.NoEncryption(),
         )
     )
+    private.chmod(0o600)
     return certificate, private

@@ -13,6 +13,7 @@ import grpc
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from prunecast.common.files import exposure
 from prunecast.server.control.errors import Unbindable
 from prunecast.server.fleet.errors import TokenRefused
 from prunecast.server.fleet.reports import Certified, Credential
@@ -30,14 +31,18 @@ def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> 
             devices authenticate by tokens.
 
     Raises:
-        Unbindable: a file is missing or unusable.
+        Unbindable: a file is missing or unusable, or others can read the key.
     """
     files = [certificate, key, *([client_ca] if client_ca else [])]
     try:
+        exposed = exposure(key, group=True)
         held, seen = _configuration(*files), _stamps(files)
     except OSError as error:  # ssl.SSLError is one
         where = error.filename or certificate
         raise Unbindable(f"a TLS file is unusable ({error.strerror or error}): {where}") from error
+
+    if exposed:
+        raise Unbindable(exposed)
 
     def fetch() -> Any:
         """Called at every handshake; None: nothing is new."""

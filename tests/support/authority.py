@@ -104,6 +104,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
     certificate, private = folder / "cert.pem", folder / "key.pem"
     certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
     private.write_bytes(_private_pem(key))
+    private.chmod(0o600)
     return certificate, private
 
 

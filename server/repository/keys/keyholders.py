@@ -36,7 +36,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
-from prunecast.common.files import write_atomically, write_new
+from prunecast.common.files import exposure, write_atomically, write_new
 from prunecast.server.repository.errors import CeremonyError, KeyFileError, RepositoryExists
 from prunecast.server.repository.roles import HOLDER, HOLDER_NAME, OFFLINE_ROLES, ROLES, holder_of
 
@@ -139,10 +139,15 @@ def _content(path: Path) -> bytes:
         raise KeyFileError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _load(path: Path) -> CryptoSigner:
+def _secret(path: Path) -> bytes:
     data = _content(path)
-    if os.name == "posix" and path.stat().st_mode & 0o077:
-        raise KeyFileError(f"{path} can be read by others: chmod 600 {path}")
+    if exposed := exposure(path, own=False):
+        raise KeyFileError(exposed)
+    return data
+
+
+def _load(path: Path) -> CryptoSigner:
+    data = _secret(path)
     if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in data:
         raise KeyFileError(
             f"{path} is encrypted: its holder signs with it, `prunecast release keys sign`"
@@ -196,7 +201,7 @@ def load_holder(path: Path, passphrase: str) -> CryptoSigner:
     Raises:
         KeyFileError: not readable, not a key, or another passphrase.
     """
-    data = _content(path)
+    data = _secret(path)
     if b"-----BEGIN ENCRYPTED PRIVATE KEY-----" not in data:
         raise KeyFileError(
             f"{path} is not an encrypted private key: make one with `release keys make`"

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
+from prunecast.common.files import exposure
 from prunecast.common.listening import (
     Acceptor,
     Admission,
@@ -349,7 +350,8 @@ def _load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> 
     """Use a certificate for connections from now on; those that are open keep theirs.
 
     Raises:
-        ServerError: a file is missing or unusable; the context keeps what it had.
+        ServerError: a file is missing or unusable, or others can read the key; the context keeps
+            what it had.
     """
     for file in (certificate, key):
         if not file.is_file():
@@ -357,6 +359,8 @@ def _load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> 
     try:
         # a throw-away context first: a failure must not leave a certificate without its key
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        if exposed := exposure(key, group=True):
+            raise ServerError(exposed)
         context.load_cert_chain(certificate, key)
     except OSError as error:  # ssl.SSLError is one
         raise ServerError(f"the certificate or its key is unusable: {error}") from error
