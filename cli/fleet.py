@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunecast.cli import fleet_devices
+from prunecast.cli import fleet_devices, fleet_operators
 from prunecast.cli.console import AsJson, say, show
 from prunecast.cli.fleet_devices import (
     DEFAULT,
@@ -43,6 +43,7 @@ app = typer.Typer(no_args_is_help=True, help="Control which device runs which re
 group_app = typer.Typer(no_args_is_help=True, help="Groups of devices that follow one release.")
 rollout_app = typer.Typer(no_args_is_help=True, help="Bring a release to groups, in stages.")
 app.add_typer(fleet_devices.app, name="device")
+app.add_typer(fleet_operators.app, name="operator")
 app.add_typer(group_app, name="group")
 app.add_typer(rollout_app, name="rollout")
 

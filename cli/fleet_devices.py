@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, Column, make_console, print_table, printable, say, show
+from prunecast.cli.console import (
+    AsJson,
+    Column,
+    make_console,
+    print_table,
+    printable,
+    say,
+    show,
+    warn_of_exposure,
+)
 
 if TYPE_CHECKING:
     from prunecast.server.fleet import events
@@ -22,6 +32,7 @@ __all__ = [
     "Database",
     "Limit",
     "OneGroup",
+    "actor",
     "app",
     "follow_repository",
     "operate",
@@ -68,15 +79,25 @@ def service_of(database: str) -> FleetService:
         return [Release(e.name, e.version) for e in reader.releases()]
 
     live()  # a repository that is damaged is no matter of one operation
-    return FleetService(database, live, guard=reader.held)
+    return FleetService(database, live, guard=reader.held, operator=_operator_token())
 
 
-def _actor() -> str:
-    """Who calls, for the audit log."""
+def actor() -> str:
+    """Who calls, for the audit log: not what the environment says, which anybody can set."""
+    user = os.getuid()
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "operator"
+        return f"user:{pwd.getpwuid(user).pw_name}"
+    except KeyError:
+        return f"user:{user}"
+
+
+def _operator_token() -> str | None:
+    """The token in the file that ``PRUNECAST_OPERATOR`` names."""
+    named = os.environ.get("PRUNECAST_OPERATOR")
+    if not named:
+        return None
+    warn_of_exposure(Path(named))
+    return Path(named).read_text(encoding="utf-8").strip()
 
 
 def repository_of(service: FleetService, database: str) -> Path:
@@ -114,7 +135,7 @@ def follow_repository(repository: Path, database: str) -> None:
 
 def stamp() -> dict[str, Any]:
     """When and by whom, as every event says."""
-    return {"at": time.time(), "actor": _actor()}
+    return {"at": time.time(), "actor": actor()}
 
 
 def operate(database: str, event: events.AnyEvent) -> None:
@@ -165,7 +186,7 @@ def add_device(
 ) -> None:
     """Enrol a device and print its token, once: only a hash is kept."""
     with service_of(database) as service:
-        token = service.enrol(name, group, now=time.time(), actor=_actor())
+        token = service.enrol(name, group, now=time.time(), actor=actor())
     show({"device": name, "group": group, "token": token}, as_json, token)
 
 
@@ -199,7 +220,7 @@ def revoke_device(name: DeviceName, database: Database = DEFAULT) -> None:
 def renew_token(name: DeviceName, database: Database = DEFAULT) -> None:
     """Replace a device's token, if it was lost or has leaked, and print the new one."""
     with service_of(database) as service:
-        print(service.renew_token(name, now=time.time(), actor=_actor()))  # noqa: T201
+        print(service.renew_token(name, now=time.time(), actor=actor()))  # noqa: T201
 
 
 @app.command(name="move")

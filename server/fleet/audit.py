@@ -24,6 +24,8 @@ class AuditKind(StrEnum):
     DEVICE_TOLD = "device_told"
     DEVICE_SILENT = "device_silent"
     TOKEN_RENEWED = "token_renewed"
+    OPERATOR_ADDED = "operator_added"
+    OPERATOR_REMOVED = "operator_removed"
     RELEASE_FAILED = "release_failed"
     ROLLOUT_STARTED = "rollout_started"
     ROLLOUT_PROMOTED = "rollout_promoted"
@@ -43,7 +45,12 @@ class AuditKind(StrEnum):
         return self.value.replace("_", " ")
 
 
-_ABOUT_ONE_DEVICE = (AuditKind.RELEASE_FAILED, AuditKind.TOKEN_RENEWED)
+_ABOUT_ONE_DEVICE = (
+    AuditKind.RELEASE_FAILED,
+    AuditKind.TOKEN_RENEWED,
+    AuditKind.OPERATOR_ADDED,
+    AuditKind.OPERATOR_REMOVED,
+)
 
 
 class Cause(StrEnum):
@@ -63,7 +70,8 @@ class AuditEntry:
 
     Attributes:
         at: when, in seconds since the epoch.
-        actor: an operator, a device (``device:NAME``) or ``fleet`` for what it did by itself.
+        actor: ``operator:NAME``, who has shown a token; ``user:NAME``, as the system knows who
+            called a command; ``device:NAME``; or ``fleet`` for what it did by itself.
         kind: what happened.
         subject: the device, group or rollout that it happened to.
         fields: the rest, plain JSON values; which ones follows from the kind, see `audit_text`.

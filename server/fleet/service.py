@@ -18,6 +18,7 @@ from prunecast.server.fleet.database import Database
 from prunecast.server.fleet.devices import DeviceService, token_hash
 from prunecast.server.fleet.errors import NotFound, Unusable
 from prunecast.server.fleet.model import Device, Fleet, Group, Release, Rollout, Status
+from prunecast.server.fleet.operators import Operators
 from prunecast.server.fleet.reports import Health
 from prunecast.server.fleet.tables import (
     AuditRow,
@@ -47,6 +48,10 @@ class FleetService(DeviceService):
         guard: held while an operator's event is decided and stored; the repository's lock
             (`RepositoryReader.held`), so that no release that the event names is retired
             between the look at the live ones and the use.
+        operator: the token of the operator who acts; needed where there are `operators`.
+
+    Attributes:
+        operators: who may change the fleet.
 
     Raises:
         DatabaseMissing: the database holds no fleet: `create` one.
@@ -60,9 +65,11 @@ class FleetService(DeviceService):
         releases: Callable[[], Iterable[Release]],
         *,
         guard: Callable[[], AbstractContextManager[object]] = nullcontext,
+        operator: str | None = None,
     ) -> None:
         super().__init__(Database(url), releases)
         self._guard = guard
+        self.operators = Operators(self._database, operator)
 
     @classmethod
     def create(
@@ -108,7 +115,9 @@ class FleetService(DeviceService):
             AlreadyExists: there is, or was, a device of that name.
             NotFound: there is no such group.
             Unusable: the name.
+            TokenRefused: there are operators, and none of them acts.
         """
+        actor = self.operators.acting(actor)
         token = secrets.token_urlsafe(32)
         event = events.AddDevice(at=now, actor=actor, device=device, group=group)
 
@@ -124,7 +133,9 @@ class FleetService(DeviceService):
 
         Raises:
             NotFound: no such device, or it is revoked.
+            TokenRefused: there are operators, and none of them acts.
         """
+        actor = self.operators.acting(actor)
         token = secrets.token_urlsafe(32)
         with self._database.transaction() as session:
             row = session.get(DeviceRow, device, with_for_update=True)
@@ -143,9 +154,11 @@ class FleetService(DeviceService):
 
         Raises:
             FleetError: it cannot be; nothing changed.
+            TokenRefused: there are operators, and none of them acts.
         """
         if isinstance(event, events.AddDevice | events.Poll | events.ReportOutcome | events.Tick):
             raise Unusable(f"{type(event).__name__} is not an operator's event: use its own method")
+        event = replace(event, actor=self.operators.acting(event.actor))
 
         def work(session: Session) -> tuple[str, ...]:
             (decision,) = decide(session, self._load(session, event), event)

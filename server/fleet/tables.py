@@ -69,7 +69,7 @@ class Base(DeclarativeBase):
 
 
 class MetaRow(Base):
-    """Settings: where the release repository is."""
+    """Settings: where the release repository is, and hashes of operators' tokens."""
 
     __tablename__ = "fleet_meta"
     key: Mapped[str] = mapped_column(String(32), primary_key=True)

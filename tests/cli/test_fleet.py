@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 from pathlib import Path
 
 import numpy as np
@@ -270,3 +272,25 @@ def test_a_publication_says_what_its_window_keeps(empty: Fleet, tmp_path: Path) 
     assert "kept 1 outside the window: group field has it as its stable release" in said
     listed = json.loads(run("release", "list", repository, "--json"))["releases"]
     assert [release["version"] for release in listed] == [1, 3]
+
+
+def test_the_audit_log_names_who_calls_and_not_what_the_environment_says(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "mallory")
+    me = f"user:{pwd.getpwuid(os.getuid()).pw_name}"
+    fleet("device", "add", "cam", "--group", "lab")
+    fleet("pin", 1, "--device", "cam")
+    assert {entry["actor"] for entry in fleet.json("audit")[-2:]} == {me}
+    token = tmp_path / "ada.token"
+    token.write_text(fleet("operator", "add", "ada"))
+    token.chmod(0o600)
+    assert fleet.json("operator", "list") == ["ada"]
+    said = fleet("pin", 2, "--device", "cam", code=1)
+    assert "this fleet has operators: let PRUNECAST_OPERATOR name the file" in said
+    monkeypatch.setenv("PRUNECAST_OPERATOR", str(token))
+    fleet("pin", 2, "--device", "cam")
+    assert fleet.json("audit")[-1]["actor"] == "operator:ada"
+    fleet("operator", "remove", "ada")
+    assert "no operators" in fleet("operator", "list")

@@ -25,6 +25,8 @@ SAID = {
     AuditKind.DEVICE_TOLD: ({"release": "digits", "version": None}, "keep what runs"),
     AuditKind.DEVICE_SILENT: ({"rollout": "r2"}, "rollout r2"),
     AuditKind.TOKEN_RENEWED: ({}, ""),
+    AuditKind.OPERATOR_ADDED: ({}, ""),
+    AuditKind.OPERATOR_REMOVED: ({}, ""),
     AuditKind.RELEASE_FAILED: (
         {"release": "digits", "version": 2, "outcome": "crash loop", "detail": ""},
         "digits 2: crash loop",
@@ -78,6 +80,8 @@ def test_only_what_concerns_one_device_wakes_one_device() -> None:
         *(kind for kind in AuditKind if kind.value.startswith("device_")),
         AuditKind.RELEASE_FAILED,
         AuditKind.TOKEN_RENEWED,
+        AuditKind.OPERATOR_ADDED,
+        AuditKind.OPERATOR_REMOVED,
     }
     mixed = [AuditEntry(0, "", kind, "x") for kind in (*alone, AuditKind.GROUP_PINNED)]
     assert concerned_devices(mixed) is None
