@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +119,9 @@ def update(
 
     config = _config(state, url, name, root, threads, quiet, optimise, inference_memory)
     fetcher = _limited(_fetcher(ca_file, certificate, key, token_file), bandwidth, time.sleep)
-    with Agent(config, fetcher=fetcher) as agent:
+    # a timer that has waited too long, a terminal that is closed: ended by itself nevertheless
+    _on_signals(lambda *_: sys.exit(143))
+    with Agent(config, fetcher=fetcher, on_warning=_warn) as agent:
         result = agent.update_once()
         agent.confirm()  # it was loaded and self-tested, which is all one command can tell
     show(asdict(result), as_json, _line(result))
@@ -174,8 +177,8 @@ def run(
         stop.set()
         wake.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+    signal.signal(signal.SIGINT, end)
+    _on_signals(end)
 
     def tell(result: UpdateResult | EdgeError) -> None:
         if isinstance(result, EdgeError):
@@ -202,7 +205,7 @@ def run(
             source, config = ControlFetcher(channel), replace(config, url=fleet.url)
     fetcher = _limited(source, bandwidth, wait)
     with (
-        Agent(config, fetcher=fetcher, wait=wait) as agent,
+        Agent(config, fetcher=fetcher, wait=wait, on_warning=_warn) as agent,
         _serving(agent, name, listen or (), inference_seconds, as_json) as tell_manager,
     ):
         follow = partial(agent.run, interval, stop=stop, jitter=jitter)
@@ -368,6 +371,18 @@ def _serving(
 
         with manager.watching(alive):
             yield lambda line: manager.tell(STATUS=line)
+
+
+def _on_signals(end: Callable[..., object]) -> None:
+    """Call `end` when the process is asked to end; `nohup` keeps its meaning."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def _warn(told: str) -> None:
+    """Say what is wrong although the agent goes on; not in between the lines of --json."""
+    typer.echo(f"warning: {told}", err=True)
 
 
 def _show_event(as_json: bool, event: bool | ControlProblem) -> None:

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from prunecast.client.edge.config import AgentConfig, Order, UpdateResult, candidates
-from prunecast.client.edge.errors import EdgeError, NetworkError, NoRelease, StateError
+from prunecast.client.edge.errors import (
+    EdgeError,
+    MemoryShort,
+    NetworkError,
+    NoRelease,
+    StateError,
+)
 from prunecast.client.edge.model import EdgeModel
 from prunecast.client.edge.slots.slot import (
     LoadedRelease,
     build_slot,
     clear_slot,
+    forget_slot,
     open_optimised,
     open_slot,
     verify_slot,
 )
+from prunecast.client.edge.starts import Begun
 from prunecast.client.edge.state import (
     Failure,
     FailureKind,
@@ -46,6 +55,11 @@ __all__ = ["Agent"]
 
 _TRIES = 3
 _SAVE_EVERY = 900.0  # seconds between writes of telemetry: flash wears out
+_QUARTERS = 4  # notes of the service of a release on its way to be confirmed
+_NO_CRASH = (EdgeError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What may end the agent and speaks against no release."""
+
+_log = logging.getLogger(__name__)
 
 
 class Agent:
@@ -57,6 +71,11 @@ class Agent:
         on_step: called with the name of every step before it begins.
         wait: sleeps for so many seconds between attempts to download.
         now: local time, for the quiet hours.
+        on_warning: called with what is wrong and does not keep the agent from its work; by
+            default it is logged.
+
+    Leaving it by an exception that is not about files, the network or the repository counts as a
+    crash of the release that runs.
 
     Raises:
         AgentBusy: another agent works on the same state folder.
@@ -72,9 +91,15 @@ class Agent:
         on_step: Callable[[str], None] = lambda step: None,
         wait: Callable[[float], None] = time.sleep,
         now: Callable[[], datetime] = datetime.now,
+        on_warning: Callable[[str], None] = _log.warning,
     ) -> None:
         check_release_name(config.name)
-        self.config = config
+        self.config, self._on_warning = config, on_warning
+        self._warned: set[str] = set()
+        self._since: float | None = None  # since when `run` has served the active release
+        self._crashed = False
+        self._begun: Begun | None = None  # what `start.json` says of this process
+        self._state = self._saved = State(config.name)
         self._fetcher = fetcher or HttpFetcher()
         self._step, self._wait, self._now = on_step, wait, now
         self._folder = StateFolder(config.state)
@@ -85,25 +110,32 @@ class Agent:
         self._resources.enter_context(self.telemetry.saving(_SAVE_EVERY))
         try:
             self._folder.tidy()
-            self._state = self._folder.read() or State(config.name)
+            self._state = self._saved = self._folder.read() or State(config.name)
             if self._state.name != config.name:
                 raise StateError(
                     f"{config.state} follows release {self._state.name!r}, not {config.name!r}: "
                     "use another state folder"
                 )
             self._start()
-        except BaseException:
+        except BaseException as error:
+            self._crashed = not isinstance(error, _NO_CRASH)
             self.close()
             raise
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._crashed = self._crashed or not (kind is None or issubclass(kind, _NO_CRASH))
         self.close()
 
     def close(self) -> None:
-        """Release the state folder; the model can still be used."""
+        """End by itself and release the state folder; the model can still be used."""
+        if self._begun is not None and not self._crashed:
+            self._note_service(ending=True)
+            self._keep(self._state.end(self._begun.served))
+            self._note(None)
+        self._begun = None
         self._resources.close()
 
     def update_once(
@@ -131,11 +163,14 @@ class Agent:
         try:
             result = self._update(counted, order, superseded)
         except EdgeError as error:
-            record_check(self._folder, None, counted, str(error))
+            self._record(None, counted, str(error))
+            raise
+        except BaseException as error:
+            self._crashed = not isinstance(error, _NO_CRASH)
             raise
         result = replace(result, downloaded=dict(counted), seconds=time.monotonic() - begun)
         problem = result.reason if result.outcome == "rejected" else None
-        record_check(self._folder, result, counted, problem)
+        self._record(result, counted, problem)
         return result
 
     def run(
@@ -163,7 +198,7 @@ class Agent:
                 as well.
         """
         draw, bell = rng or random.Random(), wake or stop
-        active_since = time.monotonic()
+        self._since = time.monotonic()
         wanted: Order | None = None
 
         def superseded() -> bool:
@@ -179,23 +214,50 @@ class Agent:
                 outcome: UpdateResult | EdgeError = self.update_once(wanted, superseded=superseded)
             except EdgeError as error:
                 outcome = error
-            if isinstance(outcome, UpdateResult) and outcome.outcome == "updated":
-                active_since = time.monotonic()
             on_result(outcome)
             wakes = time.monotonic() + interval * draw.uniform(1 - jitter, 1 + jitter)
-            due = active_since + self.config.confirm_after
-            active = self._state.active
-            if active and not active.confirmed and due < wakes:
-                if bell.wait(max(0.0, due - time.monotonic())):
-                    continue
-                self.confirm()
-            bell.wait(max(0.0, wakes - time.monotonic()))
+            while (left := wakes - time.monotonic()) > 0:
+                if bell.wait(min(left, self._note_service())):
+                    break
+        self._note_service(ending=True)
+        self._since = None
+
+    def _note_service(self, *, ending: bool = False) -> float:
+        """Note how long the active release has served, and confirm it when that is enough.
+
+        Only while `run` runs: who has a loop of their own says themselves what is good enough.
+
+        Args:
+            ending: the note is written with the state of a clean end, which follows.
+
+        Returns:
+            Seconds until there is something to note again.
+        """
+        active, begun, enough = self._state.active, self._begun, self.config.confirm_after
+        if self._since is None or begun is None or not self._serves(active):
+            return enough
+        served, noted = time.monotonic() - self._since, begun.served
+        begun = replace(begun, served=round(served, 1))
+        if not active.confirmed and active.served + served >= enough:
+            self._keep(self._state.confirm())
+            self._note(begun)
+            return enough
+        due = enough if active.confirmed else noted + enough / _QUARTERS
+        if ending:
+            self._begun = begun
+        elif noted < enough and served >= due:
+            self._note(begun)
+            return max(0.01, enough / _QUARTERS)
+        left = due - served if noted < enough else enough
+        return max(0.01, left if active.confirmed else min(left, enough - active.served - served))
+
+    def _serves(self, record: SlotRecord | None) -> TypeGuard[SlotRecord]:
+        return record is not None and record.version == self.model.version
 
     def confirm(self) -> None:
         """The active release has proved itself: the agent will not go back from it by itself."""
-        confirmed = self._state.confirm()
-        if confirmed is not self._state:
-            self._write(confirmed)
+        if self._serves(self._state.active):
+            self._keep(self._state.confirm())
 
     def roll_back(self, reason: str) -> int | None:
         """Go back to the previous release and never try the active one again.
@@ -213,7 +275,9 @@ class Agent:
             raise StateError("there is no previous release to go back to")
         loaded = self._load(self._state.previous)
         self._step("roll back")
+        given_up = self._state.active
         self._write(self._state.go_back(reason, "rolled back").confirm())
+        forget_slot(self._folder.slot(given_up.slot))
         self._serve(loaded)
         return self.model.version
 
@@ -227,41 +291,80 @@ class Agent:
 
     def _start(self) -> None:
         """Load the active release, or the previous one when the active one is not fit."""
+        config, now = self.config, Begun.now("load")
+        rejected = self._state.rejected
+        found = self._folder.read_note()
+        self._keep(self._state.settle(found, now, config.most_starts, config.confirm_after))
+        if self._state.rejected != rejected:
+            self._on_warning(
+                "a release that was given up for a crash loop may be tried again: the one before "
+                "it ends in the same way"
+            )
         while (active := self._state.active) is not None:
             problem: str | None = None
             proven = active.confirmed or self._state.previous is None
-            if not proven and active.starts >= self.config.most_starts:
-                starts = f"not confirmed after {active.starts} starts"
+            if not proven and active.loops(config.most_starts):
+                ends = ", ".join(active.ends)
+                starts = f"not confirmed after {config.most_starts} starts or more (ended: {ends})"
                 self._go_back(f"release {active.version}: {starts}", "crash loop")
                 continue
-            if not proven:
-                started = replace(active, starts=active.starts + 1)
-                self._write(replace(self._state, active=started))
+            noted = self._note(now)
             try:
+                if not (proven or noted):
+                    raise StateError("a crash loop could not be noticed")
                 loaded = self._load(active)
-                seal, record = loaded.seal or active.optimised, self._state.active or active
-                marked = replace(record, optimised=seal, passed=loaded.passed)
-                self._write(replace(self._state, active=marked))
+                seal = loaded.seal or active.optimised
+                marked = replace(active, optimised=seal, passed=loaded.passed)
+                self._keep(replace(self._state, active=marked))
                 self._serve(loaded)
                 return
             except ReleaseError as error:
-                self.telemetry.rejected(active.version, str(error))
                 problem = f"release {active.version}: {error}"
+                self.telemetry.rejected(active.version, str(error))
                 if not proven:
                     self._go_back(problem, "rolled back")
                     continue
             except NetworkError:
                 raise  # the agent was asked to end, which says nothing about the release
+            except MemoryShort as error:
+                if not self._serve_previous(f"release {active.version}: {error}"):
+                    raise
+                return
             except EdgeError as error:
                 problem = f"release {active.version}: {error}"
+                if not noted and self._serve_previous(problem):
+                    return
             # a damaged disk, or too little memory: the release itself may be fetched again
             self._step("drop slot")
-            self._write(self._state.lose_active())
-            record_check(self._folder, None, Counter(), problem)
+            self._keep(self._state.lose_active())
+            self._record(None, Counter(), problem)
+        self._note(None)
+
+    def _serve_previous(self, problem: str) -> bool:
+        """Serve the release before the active one until the next start; whether there is one."""
+        previous = self._state.previous
+        if previous is None:
+            return False
+        try:
+            loaded = self._load(previous)
+        except NetworkError:
+            raise
+        except (EdgeError, ReleaseError):
+            return False
+        self._serve(loaded)
+        self._note(None)
+        told = f"{problem}; release {previous.version} is served until the next start"
+        self._on_warning(told)
+        self._record(None, Counter(), told)
+        return True
 
     def _go_back(self, reason: str, kind: FailureKind) -> None:
         self._step("go back")
-        self._write(self._state.go_back(reason, kind))
+        given_up = self._state.active
+        self._keep(self._state.go_back(reason, kind))
+        self._on_warning(f"{reason}; the agent goes back to the release before it")
+        if given_up is not None:
+            forget_slot(self._folder.slot(given_up.slot))
 
     def _activate(self, state: State, loaded: LoadedRelease) -> None:
         self._step("activate")
@@ -271,6 +374,9 @@ class Agent:
 
     def _serve(self, loaded: LoadedRelease) -> None:
         self.model.swap(loaded)
+        if self._since is not None:
+            self._since = time.monotonic()
+        self._note(Begun.now("serve"))
         self.telemetry.activated(loaded.manifest.version, loaded.difference)
 
     def _load(self, record: SlotRecord) -> LoadedRelease:
@@ -356,7 +462,7 @@ class Agent:
         superseded: Callable[[], bool],
     ) -> UpdateResult:
         before = self.model.version
-        if self._state.tries.get(digest, 0) >= _TRIES:
+        if self._state.gives_up(digest, _TRIES):
             return self._reject(manifest, digest, f"the self-test never ended in {_TRIES} tries")
 
         def check_order() -> None:
@@ -367,6 +473,7 @@ class Agent:
 
         def count(kind: str, size: int) -> None:
             counted.update({kind: size})
+            self._note_service()
             check_order()
             if waits := self.config.waits(manifest.version, self._now()):
                 raise NetworkError(f"{waits}; what has come is kept")
@@ -376,21 +483,22 @@ class Agent:
             *(self.config, self._folder, active, self._fetcher),
             step=self._step, count=count, wait=self._wait,
         )  # fmt: skip
-        files, (model, payload, reason) = acquirer.acquire(manifest)
-        check_order()
-        self._step("free slot")
-        slot, prepared = self._state.free_slot()
-        self._write(prepared)
-        folder = self._folder.slot(slot)
-        clear_slot(folder)
-        self._step("build slot")
-        build_slot(folder, path.read_bytes(), files, model)
-        self._step("verify slot")
-        verify_slot(folder, digest)
-        self._step("self-test")
-        self._write(self._state.tried(digest))
+        with self._noted(Begun.now("install")):
+            files, (model, payload, reason) = acquirer.acquire(manifest)
+            check_order()
+            self._step("free slot")
+            slot, prepared = self._state.free_slot()
+            self._write(prepared)
+            folder = self._folder.slot(slot)
+            clear_slot(folder)
+            self._step("build slot")
+            build_slot(folder, path.read_bytes(), files, model)
+            self._step("verify slot")
+            verify_slot(folder, digest)
+            self._step("self-test")
         try:
-            loaded = self._open(folder, manifest)
+            with self._noted(replace(Begun.now("install"), trying=digest)):
+                loaded = self._open(folder, manifest)
         except ReleaseError as error:
             return self._reject(manifest, digest, str(error))
         record = SlotRecord(
@@ -411,7 +519,64 @@ class Agent:
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
         return UpdateResult("rejected", self.model.version, reason=reason)
 
-    def _write(self, state: State) -> None:
-        if state != self._state:
-            self._folder.write(state)
+    @contextmanager
+    def _noted(self, note: Begun) -> Iterator[None]:
+        """While the block runs, the end of the process does not speak against what is served.
+
+        Raises:
+            StateError: the disk refuses; where a self-test may end the process, that must be known.
+        """
+        resting = self._begun
+        steady = resting is not None and resting.served >= self.config.confirm_after
+        if steady and not note.trying:
+            yield  # it does not any more
+            return
+        self._folder.write_note(note)
+        self._begun = note
+        try:
+            yield
+        except (EdgeError, ReleaseError):
+            self._note(resting)
+            raise
+        self._note(resting)
+
+    def _note(self, begun: Begun | None) -> bool:
+        """Note what would speak against a release; whether the disk has taken it."""
+        self._begun = begun
+        try:
+            self._folder.write_note(begun)
+        except StateError as error:
+            self._warn(f"a crash loop may go unnoticed: {error}")
+            return False
+        return True
+
+    def _record(
+        self, result: UpdateResult | None, counted: Counter[str], problem: str | None
+    ) -> None:
+        """Keep for the status what happened; a disk that refuses is no reason to stop."""
+        try:
+            record_check(self._folder, result, counted, problem)
+        except StateError as error:
+            self._warn(f"the status is not kept: {error}")
+
+    def _warn(self, told: str) -> None:
+        """Say once what would be said again and again."""
+        if told not in self._warned:
+            self._warned.add(told)
+            self._on_warning(told)
+
+    def _keep(self, state: State) -> bool:
+        """Go on with a state that may as well be lost; whether the disk has taken it."""
+        try:
+            self._write(state)
+        except StateError as error:
             self._state = state
+            self._warn(f"the state is not kept: {error}")
+            return False
+        return True
+
+    def _write(self, state: State) -> None:
+        if state != self._saved:
+            self._folder.write(state)
+            self._saved = state
+        self._state = state

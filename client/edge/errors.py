@@ -13,6 +13,7 @@ __all__ = [
     "ControlProblem",
     "EdgeError",
     "EndpointError",
+    "MemoryShort",
     "NetworkError",
     "NoModel",
     "NoRelease",
@@ -47,6 +48,10 @@ class ContentMissing(NetworkError):
 
 class StateError(EdgeError):
     """The state folder cannot be read or written, or is too small."""
+
+
+class MemoryShort(StateError):
+    """There is too little memory at the moment for what has passed its trial, or for the trial."""
 
 
 class AgentBusy(StateError):

@@ -4,6 +4,7 @@
 
     state.json   which slot is active: replacing this file is the moment of activation
     status.json  what the last check for updates did
+    start.json   the note of the process that runs, see `starts`
     slots/a, b   one complete release each; the inactive one is rebuilt by the next update
     metadata/    verified TUF metadata
     downloads/   files on their way, resumable
@@ -27,6 +28,7 @@ from typing import Any, Literal
 
 from prunecast.client.edge.config import AGENT_VERSION, UpdateResult
 from prunecast.client.edge.errors import AgentBusy, StateError, disk
+from prunecast.client.edge.starts import BAD_ENDS, WEIGHTS, Begun, EndKind, how_it_ended
 from prunecast.client.edge.telemetry import read_telemetry
 from prunecast.common.documents import from_document, read_document
 from prunecast.common.files import lock_file, make_folder, write_atomically
@@ -44,10 +46,13 @@ __all__ = [
 SlotName = Literal["a", "b"]
 FailureKind = Literal["self-test failed", "rolled back", "crash loop"]
 
+_LOOP: FailureKind = "crash loop"
 _SCHEMA = 1
-_STATUS = "status.json"
+_STATUS, _NOTE = "status.json", "start.json"
 _SLOTS: tuple[SlotName, ...] = ("a", "b")
 _REMEMBERED = 32
+_REMEMBERED_ENDS = 5
+_ALMOST = 0.05  # thirds of a start do not add up to whole ones
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,9 @@ class SlotRecord:
         version: of the release in it.
         manifest: hex digest of its `release.json`.
         confirmed: whether it has proved itself in service.
-        starts: how often a process has started with it unconfirmed.
+        starts: how many starts it has to answer for while unconfirmed, by how they ended.
+        served: seconds of service, over all starts, that count towards its confirmation.
+        ends: how the latest starts with it ended, the last one at the end.
         optimised: seal of the model that was optimised for this CPU; None without one.
         passed: with which agent, onnxruntime and CPU its trial was passed, as a digest.
     """
@@ -76,9 +83,23 @@ class SlotRecord:
     version: int
     manifest: str
     confirmed: bool = False
-    starts: int = 0
+    starts: float = 0.0
+    served: float = 0.0
+    ends: tuple[EndKind, ...] = ()
     optimised: str | None = None
     passed: str | None = None
+
+    def ended(self, kind: EndKind, *, starts: float = 0.0, served: float = 0.0) -> SlotRecord:
+        """Another start has ended, for which it has to answer so much."""
+        ends = (*self.ends, kind)[-_REMEMBERED_ENDS:]
+        if self.confirmed:
+            return replace(self, ends=ends)
+        starts, served = round(self.starts + starts, 2), round(self.served + served, 1)
+        return replace(self, ends=ends, starts=starts, served=served)
+
+    def loops(self, most_starts: int) -> bool:
+        """Whether it has to answer for a crash loop."""
+        return self.starts >= most_starts - _ALMOST
 
 
 @dataclass(frozen=True)
@@ -90,8 +111,8 @@ class State:
         active: what runs.
         previous: what to go back to.
         rejected: manifests that must not be tried again, with the reason.
-        tries: manifests whose self-test was begun, with how often: a release that kills the
-            process during its self-test must not do so forever.
+        tries: manifests whose self-test ended with the process, with how often: a release that
+            kills the process during its self-test must not do so forever.
         failures: why releases were rejected, by version.
     """
 
@@ -99,8 +120,58 @@ class State:
     active: SlotRecord | None = None
     previous: SlotRecord | None = None
     rejected: dict[str, str] = field(default_factory=dict)
-    tries: dict[str, int] = field(default_factory=dict)
+    tries: dict[str, float] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
+
+    def settle(
+        self, found: Begun | None, now: Begun, most_starts: int, steady_after: float
+    ) -> State:
+        """What the process before this one was ended by is put down to whom it belongs to.
+
+        A release answers for how its starts end, unless what it took the place of ended in the
+        same way: then going back would not help, and that is how this device is used. If a
+        release that was gone back to ends like that again and again, the ones that were given up
+        for their ends may be tried again.
+
+        Args:
+            found: the note of the process before this one; None: it has ended by itself.
+            now: the note of this process.
+            most_starts: that make a crash loop.
+            steady_after: seconds of service after which an end speaks against nobody.
+        """
+        active = self.active
+        if found is None:
+            return self
+        if found.trying:  # after any time of service
+            kind = how_it_ended(replace(found, served=0.0), now, steady_after)
+            return self.tried(found.trying, WEIGHTS[kind])
+        if active is None or found.work == "install":
+            return self
+        kind = how_it_ended(found, now, steady_after)
+        most = min(most_starts, _REMEMBERED_ENDS)
+        usual = self.previous is not None and self.previous.ends.count(kind) >= most
+        if usual:
+            active = active.ended(kind, served=found.served)
+        else:
+            active = active.ended(kind, starts=WEIGHTS[kind])
+        settled = replace(self, active=active)
+        last = active.ends[-most:]
+        if active.confirmed and len(last) == most and set(last) <= set(BAD_ENDS):
+            return settled.forgive()
+        return settled
+
+    def end(self, served: float) -> State:
+        """The process ends by itself, which speaks against nobody; its service counts."""
+        if self.active is None or (self.active.confirmed and not self.active.ends):
+            return self  # nothing that anybody would want to know
+        return replace(self, active=self.active.ended("stopped", served=served))
+
+    def forgive(self) -> State:
+        """Forget that releases were given up for a crash loop: others end like that, too."""
+        loops = {v: failed.reason for v, failed in self.failures.items() if failed.kind == _LOOP}
+        failures = {v: failed for v, failed in self.failures.items() if v not in loops}
+        rejected = {m: why for m, why in self.rejected.items() if why not in loops.values()}
+        return replace(self, failures=failures, rejected=rejected)
 
     def free_slot(self) -> tuple[SlotName, State]:
         """The slot to rebuild, and the state to write before touching it.
@@ -128,7 +199,7 @@ class State:
         """
         if self.previous is None:
             return self
-        active = replace(self.previous, confirmed=True, starts=0)
+        active = replace(self.previous, confirmed=True, starts=0.0)
         return replace(self, active=active, previous=self.active)
 
     def go_back(self, reason: str, kind: FailureKind) -> State:
@@ -136,7 +207,9 @@ class State:
         if self.active is None:
             return self
         failed = self.reject(self.active.manifest, self.active.version, reason, kind)
-        return replace(failed, active=self.previous, previous=None)
+        # how it ends from now on tells whether going back has helped
+        active = replace(self.previous, ends=()) if self.previous else None
+        return replace(failed, active=active, previous=None)
 
     def lose_active(self) -> State:
         """The active slot is unfit through no fault of its release, which may be fetched again."""
@@ -150,15 +223,20 @@ class State:
         failures = list({**self.failures, version: failure}.items())[-_REMEMBERED:]
         return replace(self, rejected=dict(kept), tries=tries, failures=dict(failures))
 
-    def tried(self, manifest: str) -> State:
-        """The self-test of `manifest` is about to begin."""
-        return replace(self, tries={manifest: self.tries.get(manifest, 0) + 1})
+    def tried(self, manifest: str, starts: float) -> State:
+        """The self-test of `manifest` has ended the process, which counts for so many starts."""
+        tries = round(self.tries.get(manifest, 0) + starts, 2)
+        return replace(self, tries={manifest: tries} if tries else {})
+
+    def gives_up(self, manifest: str, most: int) -> bool:
+        """Whether the self-test of `manifest` has ended the process too often."""
+        return self.tries.get(manifest, 0) >= most - _ALMOST
 
     def confirm(self) -> State:
         """The active release has proved itself."""
         if self.active is None or self.active.confirmed:
             return self
-        return replace(self, active=replace(self.active, confirmed=True, starts=0))
+        return replace(self, active=replace(self.active, confirmed=True, starts=0.0, served=0.0))
 
 
 class StateFolder:
@@ -192,8 +270,7 @@ class StateFolder:
         try:
             if document["schema"] != _SCHEMA:
                 raise StateError(f"{path} is of schema {document['schema']}: update the agent")
-            # agents before this field left it out, and ignore it
-            return from_document(State, {"failures": {}, **document})
+            return from_document(State, _completed(document))
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"{path} is malformed: delete the state folder") from error
 
@@ -214,6 +291,21 @@ class StateFolder:
         except (OSError, ValueError):
             return {}
         return document if isinstance(document, dict) else {}
+
+    def read_note(self) -> Begun | None:
+        """The note of a process that has not ended by itself; None: there is no such note."""
+        try:
+            return from_document(Begun, self.read_json(_NOTE))
+        except ValueError:
+            return None
+
+    def write_note(self, begun: Begun | None) -> None:
+        """Replace the note atomically; None removes it."""
+        if begun is not None:
+            self.write_json(_NOTE, asdict(begun))
+            return
+        with disk(f"remove {self.path / _NOTE}"):
+            (self.path / _NOTE).unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Remove temporary files that a crash left behind; only with the lock held."""
@@ -245,6 +337,15 @@ class StateFolder:
                 raise AgentBusy(told) from error
         with lock:
             yield
+
+
+def _completed(document: dict[str, Any]) -> dict[str, Any]:
+    """Agents before these fields left them out, and ignore them."""
+    made = {"failures": {}, **document}
+    for name in ("active", "previous"):
+        if isinstance(made.get(name), dict):
+            made[name] = {"served": 0.0, "ends": [], **made[name]}
+    return made
 
 
 def record_check(

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from prunecast.client.edge.config import AGENT_VERSION, DEFAULT_BOUNDS, Bounds
-from prunecast.client.edge.errors import ContentRefused, StateError, disk
+from prunecast.client.edge.errors import ContentRefused, MemoryShort, StateError, disk
 from prunecast.client.edge.slots.trial import Poll, patiently, self_test, try_release
 from prunecast.client.edge.slots.weights import REST, check_externals, save_rest
 from prunecast.common.files import file_digest, make_folder, sync, write_synced
-from prunecast.compression.release import LayoutError, ReleaseError, RuntimeFailure
+from prunecast.compression.release import LayoutError, OutOfMemory, ReleaseError, RuntimeFailure
 from prunecast.compression.release.layout import WeightsLayout
 from prunecast.compression.release.manifest import RELEASE_FILES, ReleaseManifest
 from prunecast.compression.release.runtime import (
@@ -48,6 +48,7 @@ __all__ = [
     "LoadedRelease",
     "build_slot",
     "clear_slot",
+    "forget_slot",
     "open_optimised",
     "open_slot",
     "verify_slot",
@@ -90,6 +91,12 @@ def clear_slot(folder: Path) -> None:
             shutil.rmtree(folder)
         sync(folder.parent)
         folder.mkdir()
+
+
+def forget_slot(folder: Path) -> None:
+    """Make a slot whose release was given up incomplete, so that it is never recovered."""
+    with suppress(OSError):
+        (folder / _MANIFEST).unlink(missing_ok=True)
 
 
 def build_slot(
@@ -247,7 +254,13 @@ class _How:
             passed = _digest_of_platform()
             return LoadedRelease(self.manifest, session, difference, passed=passed)
 
-        return patiently(load, seconds, self.poll)
+        try:
+            return patiently(load, seconds, self.poll)
+        except OutOfMemory as error:  # within the same bounds it has passed its trial
+            raise MemoryShort(
+                f"too little memory for release {self.manifest.version} beside what runs: free "
+                f"some; it is tried again ({error})"
+            ) from error
 
 
 def _open_sealed(how: _How, mark: bool) -> InferenceSession:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from prunecast.client.edge.config import Bounds
-from prunecast.client.edge.errors import StateError, disk
+from prunecast.client.edge.errors import MemoryShort, StateError, disk
 from prunecast.common.bounded import (
     ChildError,
     ChildFailed,
@@ -61,8 +61,8 @@ def try_release(
         OutOfMemory: it needs more memory than it may take.
         RuntimeFailure: onnxruntime refuses the model, or crashed.
         SelfTestFailed: it does not reproduce the recorded outputs.
-        StateError: somebody else ended the trial, or it could not begin; it says nothing about
-            the release.
+        MemoryShort: the system ended the trial, most likely for want of memory.
+        StateError: it could not begin, or failed for a reason that says nothing about the release.
     """
     seconds = bounds.load_seconds(folder)
     arguments = {
@@ -81,7 +81,7 @@ def try_release(
         ) from error
     except ChildKilled as error:
         if error.signal == _SIGKILL:
-            raise StateError(
+            raise MemoryShort(
                 f"the trial of release {manifest.version} was killed by the system, most likely "
                 "for want of memory: free some; it is tried again"
             ) from error

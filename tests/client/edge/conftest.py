@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,6 +59,21 @@ def start(config: AgentConfig, network: Network) -> Iterator[Callable[..., Agent
         agents.append(Agent(config, fetcher=network, wait=lambda _: None, **options))  # type: ignore[arg-type]
         return agents[-1]
 
+    start.agents = agents  # type: ignore[attr-defined]
     yield start
     for agent in agents:
         agent.close()
+
+
+@pytest.fixture
+def kill(start: Callable[..., Agent], config: AgentConfig, tmp_path: Path) -> Callable[[], None]:
+    """A function: the agent that `start` made last is gone without having written anything."""
+
+    def kill() -> None:
+        left = tmp_path / "left"
+        shutil.copytree(config.state, left, symlinks=True)
+        start.agents[-1].close()  # type: ignore[attr-defined]
+        shutil.rmtree(config.state)
+        left.rename(config.state)
+
+    return kill
