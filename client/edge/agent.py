@@ -22,6 +22,7 @@ from prunecast.client.edge.errors import (
     MemoryShort,
     NetworkError,
     NoRelease,
+    StateDamaged,
     StateError,
 )
 from prunecast.client.edge.model import EdgeModel
@@ -99,7 +100,8 @@ class Agent:
         self._since: float | None = None  # since when `run` has served the active release
         self._crashed = False
         self._begun: Begun | None = None  # what `start.json` says of this process
-        self._state = self._saved = State(config.name)
+        self._state = State(config.name)
+        self._saved: State | None = None  # what is on the disk; None: nothing that counts
         self._fetcher = fetcher or HttpFetcher()
         self._step, self._wait, self._now = on_step, wait, now
         self._folder = StateFolder(config.state)
@@ -109,14 +111,24 @@ class Agent:
         self.model = EdgeModel(observe=self.telemetry.observe)
         self._resources.enter_context(self.telemetry.saving(_SAVE_EVERY))
         try:
-            self._folder.tidy()
-            self._state = self._saved = self._folder.read() or State(config.name)
+            try:
+                self._folder.tidy()
+            except StateError as error:
+                self._warn(str(error))
+            self._state = self._read()
             if self._state.name != config.name:
                 raise StateError(
                     f"{config.state} follows release {self._state.name!r}, not {config.name!r}: "
                     "use another state folder"
                 )
             self._start()
+            if (refuses := self._folder.refuses) is not None:
+                if self.model.version is None:
+                    raise StateError(refuses)
+                self._on_warning(
+                    f"{refuses}; release {self.model.version} is served, and nothing is updated, "
+                    "confirmed or counted before it can be written"
+                )
         except BaseException as error:
             self._crashed = not isinstance(error, _NO_CRASH)
             self.close()
@@ -288,6 +300,25 @@ class Agent:
     def status(self) -> dict[str, Any]:
         """What the agent runs and what its last check did; plain JSON values."""
         return read_status(self.config.state)
+
+    def _read(self) -> State:
+        """The state on the disk, or what the slots tell when that is damaged."""
+        try:
+            self._saved = self._folder.read() or State(self.config.name)
+            return self._saved
+        except StateDamaged as error:
+            from prunecast.client.edge.recovery import recover_state
+
+            found = recover_state(self._folder, self.config.name, self.config.root)
+            told = f"{error}; no slot holds a release that was signed: it is fetched again"
+            if found is not None and found.active is not None:
+                told = f"{error}; release {found.active.version} is recovered from its slot"
+            told += ", and which releases were given up is forgotten"
+            self._on_warning(told)
+            found = found or State(self.config.name)
+            self._keep(found)
+            self._record(None, Counter(), told)
+            return found
 
     def _start(self) -> None:
         """Load the active release, or the previous one when the active one is not fit."""

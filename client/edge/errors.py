@@ -19,6 +19,7 @@ __all__ = [
     "NoRelease",
     "OrderRefused",
     "RequestRefused",
+    "StateDamaged",
     "StateError",
     "TrustError",
     "VersionNotActive",
@@ -52,6 +53,10 @@ class StateError(EdgeError):
 
 class MemoryShort(StateError):
     """There is too little memory at the moment for what has passed its trial, or for the trial."""
+
+
+class StateDamaged(StateError):
+    """`state.json` cannot be read; what the slots hold may be recovered."""
 
 
 class AgentBusy(StateError):

@@ -12,9 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.client.edge.config import Bounds, memory_bytes
-from prunecast.client.edge.errors import EdgeError, NoModel, StateError, VersionNotActive
+from prunecast.client.edge.errors import (
+    EdgeError,
+    NoModel,
+    StateDamaged,
+    StateError,
+    VersionNotActive,
+)
 from prunecast.client.edge.slots.slot import LoadedRelease, open_optimised, open_slot, verify_slot
-from prunecast.client.edge.state import StateFolder
+from prunecast.client.edge.state import State, StateFolder
 from prunecast.client.edge.telemetry import InferenceOutcome
 from prunecast.compression.release import InputRefused, ReleaseError
 from prunecast.compression.release.manifest import ReleaseManifest
@@ -144,7 +150,7 @@ def open_model(
     folder = StateFolder(state)
     problem: Exception | None = None
     for _ in range(3):  # an agent may activate and rebuild a slot while it is being read
-        found = folder.read()
+        found = _read(folder)
         records = [r for r in (found.active, found.previous) if r] if found else []
         if not records:
             raise NoModel(f"no release is active in {folder.path}: run an update first")
@@ -165,3 +171,12 @@ def open_model(
             except (EdgeError, ReleaseError) as error:
                 problem = error
     raise StateError(f"no intact release in {folder.path}: {problem}; run an update")
+
+
+def _read(folder: StateFolder) -> State | None:
+    try:
+        return folder.read()
+    except StateDamaged:
+        from prunecast.client.edge.recovery import recover_state
+
+        return recover_state(folder)

@@ -16,6 +16,7 @@ a complete version to start from.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections import Counter
@@ -27,13 +28,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunecast.client.edge.config import AGENT_VERSION, UpdateResult
-from prunecast.client.edge.errors import AgentBusy, StateError, disk
+from prunecast.client.edge.errors import AgentBusy, StateDamaged, StateError, disk
 from prunecast.client.edge.starts import BAD_ENDS, WEIGHTS, Begun, EndKind, how_it_ended
 from prunecast.client.edge.telemetry import read_telemetry
 from prunecast.common.documents import from_document, read_document
-from prunecast.common.files import lock_file, make_folder, write_atomically
+from prunecast.common.files import lock_file, make_folder, take_lock, write_atomically
 
 __all__ = [
+    "SLOTS",
     "Failure",
     "FailureKind",
     "SlotRecord",
@@ -49,7 +51,7 @@ FailureKind = Literal["self-test failed", "rolled back", "crash loop"]
 _LOOP: FailureKind = "crash loop"
 _SCHEMA = 1
 _STATUS, _NOTE = "status.json", "start.json"
-_SLOTS: tuple[SlotName, ...] = ("a", "b")
+SLOTS: tuple[SlotName, ...] = ("a", "b")
 _REMEMBERED = 32
 _REMEMBERED_ENDS = 5
 _ALMOST = 0.05  # thirds of a start do not add up to whole ones
@@ -184,7 +186,7 @@ class State:
         if active and previous and not active.confirmed:
             return active.slot, replace(self, active=previous, previous=None)
         used = active.slot if active else None
-        return next(s for s in _SLOTS if s != used), replace(self, previous=None)
+        return next(s for s in SLOTS if s != used), replace(self, previous=None)
 
     def activate(self, record: SlotRecord) -> State:
         """`record` becomes active; what ran before becomes previous."""
@@ -249,6 +251,7 @@ class StateFolder:
         self.path = Path(path)
         self.metadata = self.path / "metadata"
         self.downloads = self.path / "downloads"
+        self.refuses: str | None = None  # why it cannot be written
 
     def slot(self, slot: str) -> Path:
         """Folder of a slot."""
@@ -258,21 +261,32 @@ class StateFolder:
         """The state; None when the folder is new.
 
         Raises:
-            StateError: unreadable.
+            StateDamaged: unreadable, or missing although there was one.
+            StateError: of a newer schema.
         """
         path = self.path / "state.json"
         try:
             document = read_document(path)
         except FileNotFoundError:
+            if self._has_served():
+                raise StateDamaged(f"{path} is missing") from None
             return None
-        except (OSError, ValueError) as error:
-            raise StateError(f"{path} is unreadable ({error}): delete the state folder") from error
+        except OSError as error:
+            raise StateDamaged(f"{path} is unreadable ({error.strerror or error})") from error
+        except ValueError as error:
+            raise StateDamaged(f"{path} is unreadable ({error})") from error
         try:
             if document["schema"] != _SCHEMA:
                 raise StateError(f"{path} is of schema {document['schema']}: update the agent")
             return from_document(State, _completed(document))
         except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"{path} is malformed: delete the state folder") from error
+            raise StateDamaged(f"{path} is malformed") from error
+
+    def _has_served(self) -> bool:
+        """Whether an agent has had an active release here, by the files that only inform."""
+        result, figures = self.read_json(_STATUS).get("last_result"), read_telemetry(self.path)
+        checked = isinstance(result, dict) and result.get("version") is not None
+        return checked or (figures is not None and figures.active is not None)
 
     def write(self, state: State) -> None:
         """Replace the state atomically."""
@@ -318,23 +332,34 @@ class StateFolder:
         with disk(f"tidy {self.path}"):
             for path in left:
                 path.unlink(missing_ok=True)
-            for slot in _SLOTS:
+            for slot in SLOTS:
                 shutil.rmtree(self.slot(slot) / "optimised.new", ignore_errors=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Exclude other agents from this folder.
+        """Exclude other agents from this folder; `refuses` then says whether it can be written.
 
         Raises:
             AgentBusy: another agent holds it.
+            StateError: it is not there and cannot be made.
         """
-        with disk(f"write {self.path}"):
+        told = f"another agent works in {self.path}: stop it or use another state folder"
+        try:
             make_folder(self.path)
+            lock = lock_file(self.path / "lock")
+        except BlockingIOError as error:
+            raise AgentBusy(told) from error
+        except OSError as error:
+            self.refuses = f"cannot write {self.path}: {error.strerror or error}"
+            if not self.path.is_dir():
+                raise StateError(self.refuses) from error
             try:
-                lock = lock_file(self.path / "lock")
-            except BlockingIOError as error:
-                told = f"another agent works in {self.path}: stop it or use another state folder"
+                lock = open(self.path / "lock")  # noqa: SIM115
+                take_lock(lock.fileno())
+            except BlockingIOError:
                 raise AgentBusy(told) from error
+            except OSError:
+                lock = io.StringIO()  # who cannot write cannot disturb another agent either
         with lock:
             yield
 
@@ -385,14 +410,19 @@ def read_status(state: Path | str) -> dict[str, Any]:
     """Status of a state folder, without an agent: active and previous release, last check.
 
     Raises:
-        StateError: there is no such folder, or its state is unreadable.
+        StateError: there is no such folder, or its state is of a newer schema.
     """
     folder = StateFolder(state)
     if not folder.path.is_dir():
         raise StateError(
             f"{folder.path} does not exist: name the folder given to prunecast edge update or run"
         )
-    found = folder.read()
+    damage: dict[str, str] = {}
+    try:
+        found = folder.read()
+    except StateDamaged as error:
+        found = None
+        damage = {"last_error": f"{error}: the agent recovers it when it starts"}
     telemetry = read_telemetry(folder.path)
     return {
         "agent": AGENT_VERSION,
@@ -403,4 +433,5 @@ def read_status(state: Path | str) -> dict[str, Any]:
         "telemetry": telemetry.to_json() if telemetry else None,
         "control": _control(folder),
         **folder.read_json(_STATUS),
+        **damage,
     }

@@ -9,12 +9,18 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import urllib3
-from tuf.api.exceptions import DownloadError, DownloadHTTPError, SlowRetrievalError
+from tuf.api.exceptions import (
+    DownloadError,
+    DownloadHTTPError,
+    DownloadLengthMismatchError,
+    SlowRetrievalError,
+)
 from tuf.ngclient import FetcherInterface
 
 from prunecast.client.edge.errors import NetworkError
@@ -81,6 +87,24 @@ class Fetcher(FetcherInterface):
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         return self.open(url).chunks
+
+    @contextmanager
+    def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
+        """What tuf fetches, metadata and manifests, in memory: the disk may be full or read-only.
+
+        Raises:
+            DownloadLengthMismatchError: more than `max_length` bytes came.
+            DownloadError: see `open`.
+        """
+        with io.BytesIO() as file:
+            for chunk in self.fetch(url):
+                if file.tell() + len(chunk) > max_length:
+                    raise DownloadLengthMismatchError(
+                        f"{url} is longer than the {max_length} bytes that it may have"
+                    )
+                file.write(chunk)
+            file.seek(0)
+            yield file
 
 
 class Passing(Fetcher):

@@ -198,6 +198,9 @@ class _DurableUpdater(Updater):
         make_folder(path.parent)
         write_atomically(path, data)
 
+    def _update_root_symlink(self) -> None:
+        """Leave out `root.json`: nobody reads it, and a full disk may refuse to make it anew."""
+
 
 def _check_root(root: bytes) -> None:
     try:
