@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,7 +118,7 @@ def update(
     from prunecast.client.edge import Agent
 
     config = _config(state, url, name, root, threads, quiet, optimise, inference_memory)
-    fetcher = _limited(_fetcher(ca_file, certificate, key, token_file), bandwidth, time.sleep)
+    fetcher = _limited(_fetcher(url, ca_file, certificate, key, token_file), bandwidth, time.sleep)
     # a timer that has waited too long, a terminal that is closed: ended by itself nevertheless
     _on_signals(lambda *_: sys.exit(143))
     with Agent(config, fetcher=fetcher, on_warning=_warn) as agent:
@@ -193,16 +193,18 @@ def run(
         if stop.wait(seconds):
             raise NetworkError("the agent was asked to end; what has come is kept")
 
-    source: Fetcher = _fetcher(ca_file, certificate, key, token_file)
+    source: Fetcher = _fetcher(url or "", ca_file, certificate, key, token_file)
+    here = url if fleet is None or url is not None else fleet.url
     config = _config(
-        state, url or "https://", name, root, threads, quiet, optimise, inference_memory
+        *(state, here or "", name, root, threads, quiet, optimise, inference_memory),
+        given=url is not None,
     )
     if fleet is not None:
         from prunecast.client.edge.control import ControlChannel, ControlFetcher, Controller
 
         channel = ControlChannel(fleet)
         if url is None:
-            source, config = ControlFetcher(channel), replace(config, url=fleet.url)
+            source = ControlFetcher(channel)
     fetcher = _limited(source, bandwidth, wait)
     with (
         Agent(config, fetcher=fetcher, wait=wait, on_warning=_warn) as agent,
@@ -278,11 +280,18 @@ def _config(
     quiet: str | None,
     optimise: bool,
     inference_memory: int | None,
+    *,
+    given: bool = True,
 ) -> AgentConfig:
-    from prunecast.client.edge.config import AgentConfig, Bounds, QuietHours
+    from prunecast.client.edge.config import AgentConfig, Bounds, QuietHours, check_url
+    from prunecast.client.edge.errors import UrlRefused
 
-    if not url.startswith(("http://", "https://")):
-        raise typer.BadParameter("must begin with http:// or https://", param_hint="--url")
+    try:
+        check_url(url)
+        if url.startswith("grpcs://") and given:
+            raise UrlRefused("it begins with http:// or https://; a fleet is named by --control")
+    except UrlRefused as error:
+        raise typer.BadParameter(str(error), param_hint="--url") from None
     try:
         hours = QuietHours.parse(quiet) if quiet else None
     except ValueError as error:
@@ -304,14 +313,22 @@ def _limited(fetcher: Fetcher, bandwidth: float | None, sleep: Callable[[float],
 
 
 def _fetcher(
-    ca_file: Path | None, certificate: Path | None, key: Path | None, token_file: Path | None
+    url: str,
+    ca_file: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    token_file: Path | None,
 ) -> HttpFetcher:
-    from prunecast.client.edge.updating.transport import HttpFetcher
+    from prunecast.client.edge.updating.transport import HttpFetcher, bearer, is_exposed
 
     pair = _pair(certificate, key, "--")
+    headers = bearer(token_file) if token_file else {}
     warn_of_exposure(key, token_file)
-    token = token_file.read_text().strip() if token_file else ""
-    headers = {"authorization": f"Bearer {token}"} if token_file else {}
+    if headers and is_exposed(url):
+        _warn(
+            "the token of --token-file goes over plain http, where everybody on the way can read "
+            "and use it: serve the repository over https"
+        )
     return HttpFetcher(ca_file=ca_file, client_certificate=pair, headers=headers)
 
 

@@ -577,7 +577,7 @@ class Agent:
         try:
             self._folder.write_note(begun)
         except StateError as error:
-            self._warn(f"a crash loop may go unnoticed: {error}")
+            self._warn(f"how this process ends cannot be noted: {error}")
             return False
         return True
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, time
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from prunecast.client.edge.errors import OrderRefused
+from prunecast.client.edge.errors import OrderRefused, UrlRefused
 
 __all__ = [
     "AGENT_VERSION",
@@ -23,6 +24,7 @@ __all__ = [
     "QuietHours",
     "UpdateResult",
     "candidates",
+    "check_url",
     "memory_bytes",
 ]
 
@@ -33,6 +35,7 @@ _MOST_INFERENCE = 512 * 2**20
 _EXPANSION = 5  # 8-bit integers become float32, and a little for layouts
 _STACK = 16 * 2**20  # of a thread, and its share of the allocator's arenas
 _LIBRARIES = 64 * 2**20  # what onnxruntime takes for itself, and the self-test
+_UNPRINTED = re.compile(r"[^!-~]|[\\\\<>\"^`{|}]")
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 
@@ -71,6 +74,35 @@ class QuietHours:
         if self.begin < self.end:
             return self.begin <= at < self.end
         return at >= self.begin or at < self.end
+
+
+def check_url(url: str) -> None:
+    """Hold the URL of a repository to what files can be put under and what may be shown.
+
+    Raises:
+        UrlRefused: it holds credentials, a query or a fragment, or is no URL of http, https or
+            grpcs; what it holds is not repeated.
+
+    >>> check_url("https://releases.example:8443/digits/")
+    """
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https", "grpcs") and bool(parts.hostname)
+        usable = usable and parts.port != 0
+    except ValueError:
+        raise UrlRefused("it is no URL: write it like https://HOST:PORT/PATH/") from None
+    if "@" in parts.netloc or (not usable and "@" in url):
+        raise UrlRefused(
+            "it holds credentials, which would be shown wherever the URL is: put the token into a "
+            "file and give that by --token-file"
+        )
+    if "?" in url or "#" in url:
+        raise UrlRefused(
+            "it has a query or a fragment, after which no file can be named: give what lets this "
+            "device in by --token-file, or by --certificate and --key"
+        )
+    if not usable or _UNPRINTED.search(url):
+        raise UrlRefused("it is no URL: write it like https://HOST:PORT/PATH/")
 
 
 @dataclass(frozen=True)
@@ -147,6 +179,9 @@ class AgentConfig:
         bounds: what a release may cost here; one that needs more is rejected.
         optimise: keep each release as onnxruntime has optimised it for this CPU; starts are
             quicker and need less memory, for up to five times the disk of `weights.bin`.
+
+    Raises:
+        UrlRefused: see `check_url`.
     """
 
     state: Path
@@ -160,6 +195,9 @@ class AgentConfig:
     quiet: QuietHours | None = None
     bounds: Bounds = DEFAULT_BOUNDS
     optimise: bool = False
+
+    def __post_init__(self) -> None:
+        check_url(self.url)
 
     def waits(self, version: int, at: datetime) -> str | None:
         """Why a release must not be downloaded at this local time; None if it may."""

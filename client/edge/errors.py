@@ -22,6 +22,7 @@ __all__ = [
     "StateDamaged",
     "StateError",
     "TrustError",
+    "UrlRefused",
     "VersionNotActive",
     "disk",
 ]
@@ -81,6 +82,10 @@ class OrderRefused(EdgeError):
 
 class NoRelease(EdgeError):
     """The repository lists no release of the name that this device follows."""
+
+
+class UrlRefused(EdgeError, ValueError):
+    """The URL of a repository holds what must not be in it, or is none."""
 
 
 class VersionNotActive(EdgeError):

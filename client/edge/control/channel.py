@@ -12,17 +12,21 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
-from tuf.api.exceptions import DownloadError, DownloadHTTPError
+from tuf.api.exceptions import DownloadError, DownloadHTTPError, SlowRetrievalError
 
-from prunecast.client.edge.errors import ControlProblem
-from prunecast.client.edge.updating.transport import Fetcher, Stream
+from prunecast.client.edge.errors import ControlProblem, NetworkError
+from prunecast.client.edge.updating.problems import TooSlow, certificate_problem, wants_credentials
+from prunecast.client.edge.updating.proxies import Proxies, Proxy
+from prunecast.client.edge.updating.transport import Fetcher, LeastRate, Stream
 from prunecast.common.fleet_protocol import make_stub, messages
 
 __all__ = ["Backoff", "ControlChannel", "ControlFetcher", "ControlSettings", "describe", "watched"]
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED:?([^:;)\]]*)")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
@@ -56,6 +60,11 @@ class ControlSettings:
     def __post_init__(self) -> None:
         found = _ADDRESS.fullmatch(self.address)
         if not found or not 1 <= int(found[2]) <= 65535:
+            if "@" in self.address or "?" in self.address:  # what is in it is not to be shown
+                raise ControlProblem(
+                    "the control server's address is HOST:PORT alone: a credential is given by "
+                    "--control-token, or by --control-certificate and --control-key"
+                )
             raise ControlProblem(f"{self.address!r} is no HOST:PORT of a control server")
         if (self.token_file is None) == (self.certificate is None):
             raise ControlProblem(
@@ -103,10 +112,16 @@ _OPTIONS = [
 
 
 class ControlChannel:
-    """One channel for everything; may be used by several threads."""
+    """One channel for everything; may be used by several threads.
 
-    def __init__(self, settings: ControlSettings) -> None:
+    Args:
+        settings: where the server is, and who this device is.
+        proxies: through which it is reached; default: those of the environment.
+    """
+
+    def __init__(self, settings: ControlSettings, *, proxies: Proxies | None = None) -> None:
         self.settings = settings
+        self._proxies = Proxies() if proxies is None else proxies
         self._lock = threading.Lock()
         self._channel: Any = None
         self._stub: Any = None
@@ -138,10 +153,36 @@ class ControlChannel:
         with self._lock:
             if self._stub is None:
                 self._channel = grpc.secure_channel(
-                    self.settings.address, self._credentials(), options=_OPTIONS
+                    self.settings.address, self._credentials(), options=self._options()
                 )
                 self._stub = make_stub(self._channel)
             return self._stub
+
+    def proxy(self) -> Proxy | None:
+        """The proxy that leads to the server; None: it is reached directly.
+
+        Raises:
+            ControlProblem: a variable of the environment names none that gRPC can use.
+        """
+        try:
+            found = self._proxies.find(self.settings.url)
+        except NetworkError as error:
+            raise ControlProblem(str(error)) from error
+        if found is not None and found.scheme != "http":
+            raise ControlProblem(
+                f"{found.variable} names a proxy that is reached over TLS, which gRPC cannot: name "
+                "one of http:// in grpc_proxy, or leave the server out in no_grpc_proxy"
+            )
+        return found
+
+    def _options(self) -> list[tuple[str, Any]]:
+        """gRPC reads some of the variables itself; all channels shall understand them alike."""
+        proxy = self.proxy()
+        if proxy is None:
+            return [*_OPTIONS, ("grpc.enable_http_proxy", 0)]
+        user, _, password = proxy.credentials.partition(":")
+        given = f"{quote(user, '')}:{quote(password, '')}@" if proxy.credentials else ""
+        return [*_OPTIONS, ("grpc.http_proxy", f"http://{given}{proxy.address}")]
 
     def _credentials(self) -> Any:
         settings = self.settings
@@ -172,7 +213,7 @@ def watched(call: Any, seconds: float) -> Iterator[Callable[[float], None]]:
         call.cancel()
 
 
-def describe(error: Exception) -> ControlProblem:
+def describe(error: Exception, channel: ControlChannel) -> ControlProblem:
     """A failed call in one sentence that names the remedy as far as one is known."""
     if isinstance(error, ControlProblem):
         return error
@@ -180,11 +221,26 @@ def describe(error: Exception) -> ControlProblem:
     details = (error.details() if hasattr(error, "details") else "") or str(error)
     if code is grpc.StatusCode.CANCELLED:
         details = "it fell silent"
-    if code is grpc.StatusCode.UNAVAILABLE and "CERTIFICATE_VERIFY_FAILED" in details:
-        details = "its TLS certificate is refused: see --control-ca"
+    if code is grpc.StatusCode.UNAVAILABLE:
+        details = _connection_problem(details, channel)
     words = " ".join(details.split())[:300]
     name = code.name.lower().replace("_", " ") if code else type(error).__name__
     return ControlProblem(f"the control server ({name}): {words}")
+
+
+def _connection_problem(details: str, channel: ControlChannel) -> str:
+    """The cause out of what gRPC says about a connection that was not made."""
+    words = " ".join(details.split())
+    host = channel.settings.address.rpartition(":")[0]
+    if found := _CERTIFICATE.search(words):
+        return certificate_problem(0, found[1].strip(), host, "--control-ca")
+    if "Hostname Verification" in words or "is not in peer certificate" in words:
+        return certificate_problem(0, "hostname mismatch", host, "--control-ca")
+    proxy = channel.proxy()
+    if proxy is not None and "response code 407" in words:
+        return wants_credentials(proxy)
+    through = f"through the proxy {proxy.address} (of {proxy.variable}): " if proxy else ""
+    return through + words.rpartition("last error: ")[2]
 
 
 class Backoff:
@@ -238,10 +294,14 @@ class ControlFetcher(Fetcher):
 
     Args:
         silence: seconds without a chunk after which a transfer is given up.
+        least_rate: bytes per second that an answer must average after so many seconds of waiting,
+            see `HttpFetcher`.
     """
 
-    def __init__(self, channel: ControlChannel, *, silence: float = 30.0) -> None:
-        self._channel, self._silence = channel, silence
+    def __init__(
+        self, channel: ControlChannel, *, silence: float = 30.0, least_rate: float = 512.0
+    ) -> None:
+        self._channel, self._silence, self._least_rate = channel, silence, least_rate
 
     def open(self, url: str, offset: int = 0) -> Stream:
         """See `Fetcher.open`."""
@@ -259,8 +319,11 @@ class ControlFetcher(Fetcher):
             request = messages.FetchRequest(path=path, offset=offset)
             call: Any = self._channel.call("Fetch", request)
             at = offset
+            pace = LeastRate(self._least_rate, self._silence, self._silence)
+            coming = iter(call)
             with watched(call, self._silence) as allow:
-                for chunk in call:
+                while (chunk := _next(coming, pace)) is not None:
+                    pace.check()  # an empty chunk is a sign of life and nothing else
                     if chunk.offset != at:
                         raise DownloadError(f"{url} came with a gap at byte {at}")
                     at += len(chunk.data)
@@ -268,9 +331,23 @@ class ControlFetcher(Fetcher):
                     allow(3600.0)
                     yield chunk.data
                     allow(self._silence)
+        except TooSlow as error:
+            raise SlowRetrievalError(f"no {url}: the control server: {error}") from error
         except (grpc.RpcError, ControlProblem) as error:
-            problem = f"no {url}: {describe(error)}"
+            problem = f"no {url}: {describe(error, self._channel)}"
             status = _AS_HTTP.get(error.code()) if isinstance(error, grpc.RpcError) else None
             if status is None:
                 raise DownloadError(problem) from error
             raise DownloadHTTPError(problem, status) from error
+
+
+def _next(coming: Iterator[Any], pace: LeastRate) -> Any:
+    """The next chunk, whose way here is measured; None at the end."""
+    found: list[Any] = []
+
+    def read() -> int:
+        found.append(next(coming, None))
+        return 0 if found[0] is None else len(found[0].data)
+
+    pace.receive(read)
+    return found[0]

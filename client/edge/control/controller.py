@@ -182,7 +182,7 @@ class Controller:
                 self._reconnect.reset()
             code = error.code() if isinstance(error, grpc.RpcError) else None
             waits = self._reconnect.long if code in _HOPELESS else self._reconnect.next
-            self._tell(describe(error))
+            self._tell(describe(error, self._channel))
             self._stopped.wait(waits())
 
     def _watch(self) -> Exception:
@@ -199,7 +199,7 @@ class Controller:
             if self._stopped.is_set():  # asked to end between the two
                 self._call.cancel()
             with watched(self._call, _ANSWER) as allow:
-                silence = _ANSWER
+                silence: float | None = None  # nothing but a welcome earns more time
                 for event in self._call:
                     if event.HasField("welcome"):
                         pause = event.welcome.keep_alive_seconds
@@ -210,7 +210,8 @@ class Controller:
                         self.store.accept, _directive(event.directive)
                     ):
                         self._wake.set()
-                    allow(silence)
+                    if silence is not None:
+                        allow(silence)
             return ControlProblem("the control server ended the connection")
         except Exception as error:  # whatever it is, the device must not lose its fleet
             return error
@@ -246,7 +247,7 @@ class Controller:
                 waits = self._resend.next()
             except Exception as error:  # whatever it is, the device must go on reporting
                 if self._online.is_set():  # else the watcher has said why
-                    self._tell(describe(error))
+                    self._tell(describe(error, self._channel))
                 waits = max(self._resend.next(), _asked_to_wait(error))
             self._stopped.wait(waits)
 
@@ -257,7 +258,7 @@ class Controller:
         except grpc.RpcError as error:
             if error.code() not in _NEVER:
                 raise
-            self._tell(describe(error))
+            self._tell(describe(error, self._channel))
         self.store.done(report.id)
         self._resend.reset()
 

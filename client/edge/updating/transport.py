@@ -5,6 +5,8 @@ from __future__ import annotations
 import abc
 import http.client
 import io
+import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -13,17 +15,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
+from urllib.parse import urljoin, urlsplit
 
 import urllib3
 from tuf.api.exceptions import (
     DownloadError,
     DownloadHTTPError,
     DownloadLengthMismatchError,
-    SlowRetrievalError,
 )
 from tuf.ngclient import FetcherInterface
 
 from prunecast.client.edge.errors import NetworkError
+from prunecast.client.edge.updating.problems import (
+    TooSlow,
+    connection_problem,
+    wants_credentials,
+)
+from prunecast.client.edge.updating.proxies import Proxies, Proxy
 
 __all__ = [
     "AskLater",
@@ -34,10 +42,14 @@ __all__ = [
     "Stream",
     "TokenBucket",
     "TooSlow",
+    "bearer",
+    "is_exposed",
 ]
 
 _CHUNK = 64 * 1024  # bytes
+_TOKEN = re.compile(rb"[A-Za-z0-9._~+/-]{1,8000}=*")  # RFC 6750, section 2.1
 _CONNECT = 10.0  # seconds
+_REDIRECTIONS = 3
 _POOLS: dict[str, type[urllib3.HTTPConnectionPool]] = {
     "http": urllib3.HTTPConnectionPool,
     "https": urllib3.HTTPSConnectionPool,
@@ -167,12 +179,14 @@ class HttpFetcher(Fetcher):
     Args:
         ca_file: PEM file of the authorities to trust for TLS; default: the system's.
         client_certificate: PEM files of the device's certificate and key.
-        headers: sent with every request, for instance an authorization.
+        headers: sent with every request, for instance an authorization; not to another origin,
+            to which a request is redirected.
         read_timeout: seconds without any byte.
         least_rate: bytes per second that an answer, headers included, must average once
             `patience` is over; a server that trickles is as useless as one that is silent. An
             answer of n bytes takes at most ``patience + n / least_rate`` seconds.
         patience: seconds; only time spent waiting for the server counts.
+        proxies: through which servers are reached; default: those of the environment.
 
     Raises:
         NetworkError: a certificate file is unusable.
@@ -187,6 +201,7 @@ class HttpFetcher(Fetcher):
         read_timeout: float = 30.0,
         least_rate: float = 512.0,
         patience: float = 30.0,
+        proxies: Proxies | None = None,
     ) -> None:
         try:
             context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
@@ -195,36 +210,36 @@ class HttpFetcher(Fetcher):
         except OSError as error:  # ssl.SSLError is one
             raise NetworkError(f"a TLS file is unusable: {error}") from error
         # identity: a compressed answer would make the byte limits meaningless
-        self._pool = urllib3.PoolManager(
-            headers={"accept-encoding": "identity", **(headers or {})},
-            timeout=urllib3.Timeout(connect=_CONNECT, read=read_timeout),
-            retries=urllib3.Retry(
+        self._plain = {"accept-encoding": "identity"}
+        self._given = dict(headers or {})
+        self._proxies = Proxies() if proxies is None else proxies
+        self._managers: dict[Proxy | None, urllib3.PoolManager] = {}
+        self._options: dict[str, Any] = {
+            "timeout": urllib3.Timeout(connect=_CONNECT, read=read_timeout),
+            "retries": urllib3.Retry(
                 connect=2,
                 read=0,
-                redirect=3,
+                redirect=0,
                 other=0,
                 backoff_factor=0.2,
                 # it would sleep for as long as a server likes, and nothing could end that
                 respect_retry_after_header=False,
             ),
-            ssl_context=context,
-        )
+            "ssl_context": context,
+        }
         connections = _paced(lambda: LeastRate(least_rate, patience, read_timeout))
-        pools = zip(_POOLS.items(), connections, strict=True)
-        self._pool.pool_classes_by_scheme = {
+        self._pools = {
             scheme: type(f"_{pool.__name__}", (pool,), {"ConnectionCls": connection})
-            for (scheme, pool), connection in pools
+            for (scheme, pool), connection in zip(_POOLS.items(), connections, strict=True)
         }
 
     def open(self, url: str, offset: int = 0) -> Stream:
         """See `Fetcher.open`."""
-        headers = {**self._pool.headers, **({"range": f"bytes={offset}-"} if offset else {})}
-        try:
-            response = self._pool.request("GET", url, headers=headers, preload_content=False)
-        except urllib3.exceptions.HTTPError as error:
-            raise _problem(f"no answer from {url}", error) from error
+        response, proxy = self._request(url, {"range": f"bytes={offset}-"} if offset else {})
         if response.status >= 400:
             response.close()
+            if response.status == 407 and proxy is not None:
+                raise DownloadError(f"no answer from {url}: {wants_credentials(proxy)}")
             raise _refusal(url, response)
         start = 0
         if response.status == 206:
@@ -232,17 +247,105 @@ class HttpFetcher(Fetcher):
             if start != offset:
                 response.close()
                 raise DownloadError(f"{url} answered with another range than asked for")
-        return Stream(start, self._chunks(url, response))
+        return Stream(start, self._chunks(url, response, proxy))
 
-    def _chunks(self, url: str, response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+    def _request(
+        self, url: str, wanted: Mapping[str, str]
+    ) -> tuple[urllib3.BaseHTTPResponse, Proxy | None]:
+        """The answer to a GET, and the proxy through which it comes.
+
+        A redirection to another origin takes no header along that was given for this one.
+        """
+        headers = {**self._plain, **self._given, **wanted}
+        here, said = url, f"no answer from {url}"
+        for _ in range(_REDIRECTIONS + 1):
+            try:
+                proxy = self._proxies.find(here)
+                manager = self._manager(proxy)
+            except NetworkError as error:
+                raise DownloadError(f"{said}: {error}") from error
+            try:
+                response = manager.request(
+                    "GET", here, headers=headers, preload_content=False, redirect=False
+                )
+            except urllib3.exceptions.HTTPError as error:
+                raise connection_problem(said, error, here, proxy, _CONNECT) from error
+            location = response.get_redirect_location()
+            if not location:
+                return response, proxy
+            response.close()
+            there = urljoin(here, location)
+            parts = urlsplit(there)
+            if parts.scheme not in _POOLS or not parts.hostname:
+                raise DownloadError(f"{url} is redirected to no address of HTTP")
+            if _origin(there) != _origin(here):
+                headers = {**self._plain, **wanted}
+            # a query may hold what gives access there
+            said = f"no answer from {url}, which is redirected to {parts.hostname}"
+            here = there
+        raise DownloadError(f"{url} is redirected more than {_REDIRECTIONS} times")
+
+    def _manager(self, proxy: Proxy | None) -> urllib3.PoolManager:
+        if proxy not in self._managers:
+            if proxy is None:
+                made = urllib3.PoolManager(**self._options)
+            else:
+                shown = urllib3.make_headers(proxy_basic_auth=proxy.credentials or None)
+                made = urllib3.ProxyManager(
+                    proxy.url,
+                    proxy_headers=shown,
+                    proxy_ssl_context=self._options["ssl_context"],
+                    **self._options,
+                )
+            made.pool_classes_by_scheme = self._pools
+            self._managers[proxy] = made
+        return self._managers[proxy]
+
+    def _chunks(
+        self, url: str, response: urllib3.BaseHTTPResponse, proxy: Proxy | None
+    ) -> Iterator[bytes]:
         try:
             # read1 returns what has arrived, read would wait for a full chunk
             while chunk := response.read1(_CHUNK):
                 yield chunk
         except urllib3.exceptions.HTTPError as error:
-            raise _problem(f"connection to {url} broke", error) from error
+            broke = f"connection to {url} broke"
+            raise connection_problem(broke, error, url, proxy, _CONNECT) from error
         finally:
             response.close()
+
+
+def bearer(token_file: Path) -> dict[str, str]:
+    """The header that shows the token in a file.
+
+    Raises:
+        NetworkError: the file cannot be read, or holds no token; what it holds is not repeated.
+    """
+    try:
+        token = token_file.read_bytes().strip()
+    except OSError as error:
+        raise NetworkError(f"cannot read {token_file}: {error.strerror or error}") from error
+    if not _TOKEN.fullmatch(token):
+        raise NetworkError(
+            f"{token_file} holds no bearer token: one word of letters, digits and -._~+/="
+        )
+    return {"authorization": f"Bearer {token.decode('ascii')}"}
+
+
+def is_exposed(url: str) -> bool:
+    """Whether what is sent to a URL can be read on its way: plain HTTP beyond this device."""
+    parts = urlsplit(url)
+    if parts.scheme != "http":
+        return False
+    try:
+        return not ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return parts.hostname != "localhost"
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _refusal(url: str, response: urllib3.BaseHTTPResponse) -> DownloadHTTPError:
@@ -297,38 +400,6 @@ def _paced(make: Callable[[], LeastRate]) -> list[type[urllib3.connection.HTTPCo
     return [type(f"_{b.__name__}", (b,), {"response_class": Response}) for b in bases]
 
 
-def _problem(what: str, error: urllib3.exceptions.HTTPError) -> DownloadError:
-    """The cause in a few words, out of the layers that urllib3 wraps around it."""
-    chain: list[BaseException] = [error]
-    while (inner := _inner(chain[-1])) is not None and inner not in chain:
-        chain.append(inner)
-    for cause in reversed(chain):
-        if isinstance(cause, TooSlow):
-            return SlowRetrievalError(f"{what}: {cause}")
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            detail = cause.verify_message
-            return DownloadError(f"{what}: its TLS certificate is refused ({detail})")
-        if isinstance(cause, socket.gaierror):
-            return DownloadError(f"{what}: its name cannot be resolved, see --url and the network")
-    if any(isinstance(cause, urllib3.exceptions.TimeoutError) for cause in chain):
-        return SlowRetrievalError(f"{what}: the server stopped sending, or never began")
-    last = chain[-1]
-    detail = last.strerror if isinstance(last, OSError) and last.strerror else str(last)
-    return DownloadError(f"{what}: {' '.join(detail.split())[:160]}")
-
-
-def _inner(error: BaseException) -> BaseException | None:
-    reason = getattr(error, "reason", None)
-    if isinstance(reason, BaseException):
-        return reason
-    given = next((a for a in reversed(error.args) if isinstance(a, BaseException)), None)
-    return given or error.__cause__ or error.__context__
-
-
-class TooSlow(TimeoutError):
-    """A server sends less than the least rate."""
-
-
 class LeastRate:
     """Watches that one answer of a server keeps a least average rate.
 
@@ -367,9 +438,14 @@ class LeastRate:
             ) from error
         self._waited += self._clock() - begun
         self._received += count or 0
-        if count and self._waited > max(self._patience, self._received / self._least_rate):
+        if count:
+            self.check()
+        return count
+
+    def check(self) -> None:
+        """Raise TooSlow if the rate has fallen below the least one."""
+        if self._waited > max(self._patience, self._received / self._least_rate):
             raise TooSlow(
                 f"{self._received / self._waited:.0f} bytes per second came, least is "
                 f"{self._least_rate:.0f}"
             )
-        return count
