@@ -14,6 +14,7 @@ from prunecast.cli import edge, fleet, release
 from prunecast.cli.console import explain, is_usage
 from prunecast.cli.files import compress, decompress, inspect
 from prunecast.cli.serve import serve
+from prunecast.cli.signals import end_cleanly
 from prunecast.cli.simulate import demo, report, simulate
 
 __all__ = ["app", "run"]
@@ -78,4 +79,5 @@ for _name, _group in {"release": release, "edge": edge, "fleet": fleet}.items():
 
 def run() -> None:
     """Entry point of the console script."""
+    end_cleanly()
     app()

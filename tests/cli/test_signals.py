@@ -1,0 +1,81 @@
+"""Commands that are asked to end: nothing half-written stays."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.engine  # processes
+
+SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+
+
+def start(*command: object, folder: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "prunecast.cli", *map(str, command)],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def until(true: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert process.poll() is None, "it ended before the signal"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that takes seconds, and the same compressed."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("weights")
+    arrays = {f"t{i}": rng.normal(size=500_000).astype(np.float32) for i in range(24)}
+    np.savez(folder / "a.npz", **arrays)
+    done = start("compress", folder / "a.npz", "-o", folder / "a.pcc", folder=folder)
+    assert done.wait(timeout=300) == 0
+    return folder
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("command", ["compress", "decompress"])
+def test_a_command_that_is_ended_leaves_no_temporary(
+    weights: Path, tmp_path: Path, command: str, number: signal.Signals
+) -> None:
+    source, made = ("a.npz", "b.pcc") if command == "compress" else ("a.pcc", "b.npz")
+    process = start(command, weights / source, "-o", tmp_path / made, folder=tmp_path)
+    until(lambda: list(tmp_path.glob(f".{made}.*")), process)
+    process.send_signal(number)
+    assert process.wait(timeout=30) in (128 + number, -number)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_is_ignored_stays_so(weights: Path, tmp_path: Path) -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from prunecast.cli.signals import end_cleanly; end_cleanly()\n"
+        "assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\n"
+        "signal.raise_signal(signal.SIGHUP); signal.raise_signal(signal.SIGTERM)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 143
+
+
+def test_a_computation_outside_python_does_not_hold_the_end(tmp_path: Path) -> None:
+    code = (
+        "import hashlib; from prunecast.cli.signals import end_cleanly; end_cleanly(0.1)\n"
+        "print('begun', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**10)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
