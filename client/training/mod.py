@@ -31,8 +31,10 @@ from prunecast.compression.flower import (
     dense_arrays,
     float_names,
     is_codable,
+    open_coded,
     payload_of,
     payload_record,
+    stated,
     stream_id,
 )
 from prunecast.compression.flower.internals import (
@@ -103,6 +105,12 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         control = message.content.config_records.get(CONTROL_RECORD)
         if control is None:
+            if any(map(open_coded, message.content.array_records.values())):
+                raise ModError(
+                    "arrays came as the server coded them, and without what it says of them: "
+                    "another mod in front of this one changed the message. Put compression_mod() "
+                    "first in ClientApp(mods=[...])"
+                )
             return call_next(message, context)
         root = Path(store or str(context.node_config.get("prunecast-store", "")) or default_root())
         node = NodeStore(root, message.metadata.run_id, context.node_id)
@@ -246,7 +254,9 @@ class _Exchange:
         self._reply, content = reply, RecordDict()
         for key, record in reply.items():
             try:
-                coded = self._coded(key, record) if isinstance(record, ArrayRecord) else record
+                coded = record
+                if isinstance(record, ArrayRecord):
+                    coded = self._coded(key, stated(record))
             except NonFiniteError as error:
                 raise NonFiniteUpdate(f"the update was not sent: {error}") from error
             except CodecError as error:

@@ -6,11 +6,15 @@ Flower; `versions` stays free of it.
 
 from __future__ import annotations
 
+import io
+import tokenize
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 __all__ = [
@@ -25,9 +29,11 @@ __all__ = [
     "dense_arrays",
     "float_names",
     "is_codable",
+    "npy_head",
     "open_coded",
     "payload_of",
     "payload_record",
+    "stated",
     "stated_round",
     "stream_id",
 ]
@@ -43,6 +49,11 @@ ERROR_CODE, ERROR_REASON = "error-code", "error"
 STATISTICS_RECORD = "prunecast-statistics"
 """Key of the record with what a node contributes to pruning, in a reply whose message asked."""
 _ARRAY_NAME = "prunecast"
+_HEADER = 10_000  # characters of the header of an array in NumPy's format
+_UNREADABLE = (  # what Python raises on a header that is none
+    *(ValueError, TypeError, LookupError, SyntaxError, tokenize.TokenError),
+    *(RecursionError, MemoryError),
+)
 
 
 def stream_id(run_id: int, key: str) -> bytes:
@@ -67,6 +78,37 @@ def is_codable(record: ArrayRecord) -> bool:
         if dtype.kind not in "biuf" or dtype.itemsize > 8:
             return False
     return True
+
+
+def npy_head(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """dtype, shape and length of the header of bytes in NumPy's format; nothing is allocated.
+
+    Raises:
+        ValueError: they are not in that format.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = npy.read_magic(stream)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(stream, max_header_size=_HEADER)
+    except _UNREADABLE as error:
+        raise ValueError(str(error)[:200]) from error
+    return dtype, shape, stream.tell()
+
+
+def stated(record: ArrayRecord) -> ArrayRecord:
+    """The record with dtype and shape of every NumPy array, which Flower's legacy API leaves out.
+
+    The same object where nothing was left out, or cannot be known.
+    """
+    found: dict[str, Array] = {}
+    for name, array in record.items():
+        if array.dtype or array.stype != NUMPY:
+            continue
+        with suppress(ValueError):
+            dtype, shape, _ = npy_head(array.data)
+            found[name] = Array(dtype=str(dtype), shape=shape, stype=NUMPY, data=array.data)
+    return ArrayRecord({**record, **found}) if found else record
 
 
 def dense_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:

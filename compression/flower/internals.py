@@ -247,16 +247,20 @@ def aggregation_above(frame: FrameType | None, message_type: str) -> Aggregation
         message_type: of the messages.
 
     Returns:
-        None where nobody knows: outside a strategy, or where it aggregates by code of its own.
+        None where nobody knows: outside a strategy's `start`, or where it aggregates by code of
+        its own.
     """
     from flwr.serverapp.strategy import Strategy
 
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Strategy):
-            return _aggregation(found, message_type.partition(".")[0])
+    while frame is not None and frame.f_code is not Strategy.start.__code__:
         frame = frame.f_back
-    return None
+    if frame is None:
+        return None
+    found = frame.f_locals
+    strategy = found["self"]
+    if type(found) is dict:  # a copy that the frame keeps, before Python 3.13: with a dense model
+        found.clear()
+    return _aggregation(strategy, message_type.partition(".")[0])
 
 
 def _aggregation(strategy: object, kind: str) -> Aggregation | None:

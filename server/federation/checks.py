@@ -8,18 +8,15 @@ Flower's own aggregation takes them, which otherwise ends the run because of one
 from __future__ import annotations
 
 import fnmatch
-import io
 import math
-import tokenize
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
-from numpy.lib import format as npy
 
-from prunecast.compression.flower import NUMPY, STYPE
+from prunecast.compression.flower import NUMPY, STYPE, npy_head
 from prunecast.compression.flower.internals import Aggregation
 from prunecast.server.federation.errors import ReplyRefused
 from prunecast.server.federation.lazy import LazyArray, largest_of
@@ -32,13 +29,8 @@ EXAMPLES = "num-examples"
 """The metric that Flower's strategies weigh replies by."""
 _LARGEST = math.sqrt(float(np.finfo(np.float32).max))  # of a weight: its square is a float32
 _MOST_EXAMPLES = 1 << 63  # sums of them over replies stay finite
+_EMPTY = "_empty"  # name of the array that Flower's legacy API puts where there are none
 _NAMED = 80  # characters of a name that came from outside
-_HEADER = 10_000  # characters of the header of an array in NumPy's format
-_UNREADABLE = (  # what Python raises on a header that is none
-    *(ValueError, TypeError, LookupError, SyntaxError, tokenize.TokenError),
-    *(RecursionError, MemoryError),
-)
-
 _Form = TypeVar("_Form", bound=Hashable)
 
 
@@ -60,6 +52,8 @@ def check_reply(content: RecordDict, sent: Prepared, policy: Policy, *, values: 
     for metrics in content.metric_records.values():
         _check_examples(metrics, EXAMPLES)
     for key, record in content.array_records.items():
+        if list(record) == [_EMPTY] and not record[_EMPTY].data:
+            continue
         for name, array in list(record.items()):
             what = f"tensor {name[:_NAMED]!r} of record {key[:_NAMED]!r}"
             if not isinstance(array, LazyArray):
@@ -80,16 +74,14 @@ def _checked(what: str, array: Array) -> Array:
         raise ReplyRefused(f"{what} is a payload where an array belongs")
     if array.stype != NUMPY:
         return array  # somebody's own serialisation is theirs to read
-    data, stream = array.data, io.BytesIO(array.data)
+    data = array.data
     try:
-        version = npy.read_magic(stream)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(stream, max_header_size=_HEADER)
-    except _UNREADABLE as error:
-        raise ReplyRefused(f"{what} is not in NumPy's format: {str(error)[:200]}") from error
+        dtype, shape, head = npy_head(data)
+    except ValueError as error:
+        raise ReplyRefused(f"{what} is not in NumPy's format: {error}") from error
     if dtype.hasobject:
         raise ReplyRefused(f"{what} holds Python objects, which only pickle could read")
-    if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+    if math.prod(shape) * dtype.itemsize != len(data) - head:
         raise ReplyRefused(f"{what} does not have as many bytes as its shape {shape} needs")
     if not array.dtype:  # as Flower's legacy API has it
         return Array(dtype=str(dtype), shape=shape, stype=NUMPY, data=data)

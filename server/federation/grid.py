@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -48,6 +50,8 @@ class CompressedGrid(GridWrapper):
 
         strategy.start(grid=CompressedGrid(grid, "balanced"), initial_arrays=arrays)
 
+    Several threads may use it, each with messages of its own, as Flower's legacy server does.
+
     The clients need ``ClientApp(mods=[compression_mod()])``. With the policy "dense" it changes
     nothing, needs no mod, and records what plain Flower costs.
 
@@ -85,7 +89,10 @@ class CompressedGrid(GridWrapper):
         self._alternatives = dict(alternatives or {})
         self._streams = Streams(self.policy)
         self._outbound = Outbound(self._streams, seed)
+        self._lock = threading.RLock()
         self._notices = Notices()
+        # where nobody else ends it: when the last name of this object is gone
+        self._end = weakref.finalize(self, self._notices.sum_up)
         up = up_of(self.policy, verify=verify_replies)
         self._receiver = Receiver(self._streams, up, self._notices, verify=verify_replies)
         self._sent: dict[str, Prepared] = {}
@@ -97,9 +104,14 @@ class CompressedGrid(GridWrapper):
         Raises:
             NonFiniteModel: an array to be published holds NaN or infinity; nothing was sent.
         """
+        with self._lock:
+            return self._push_batch(messages)
+
+    def _push_batch(self, messages: Iterable[Message]) -> list[str]:
         self.ledger.flush()
         self._forget(self._expired())
-        batch = Batch(messages)
+        dense = self.policy.down == self.policy.up == "dense"
+        batch = Batch(messages, legacy=not dense)
         return self._push([self._outbound.prepare(batch, message) for message in batch.messages])
 
     def _push(self, prepared: list[Prepared]) -> list[str]:
@@ -114,6 +126,9 @@ class CompressedGrid(GridWrapper):
             if metadata.message_id not in pushed:
                 continue
             self._sent[metadata.message_id] = item
+            self._notices.counted(records=len(item.kinds))
+            for kind, key, cause in item.apart:
+                self._notices.apart(metadata.dst_node_id, "down", kind, key, cause)
             self.ledger.add(
                 Entry(
                     round=item.round,
@@ -153,7 +168,8 @@ class CompressedGrid(GridWrapper):
         A node that misses the base of a payload is sent a keyframe at once; its reply appears
         under the original message's id in a later call.
         """
-        return self._take(self._pull(message_ids))
+        with self._lock:
+            return self._take(self._pull(message_ids))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -171,17 +187,27 @@ class CompressedGrid(GridWrapper):
         deadline = None if timeout is None else time.monotonic() + timeout
         found: list[Message | Received] = []
         while waiting and (deadline is None or time.monotonic() < deadline):
-            arrived = self._pull(waiting)
+            with self._lock:
+                arrived = self._pull(waiting)
             found.extend(arrived)
             for item in arrived:
                 reply = item.message if isinstance(item, Received) else item
                 waiting.pop(reply.metadata.reply_to_message_id, None)
             if waiting and not arrived:
                 time.sleep(self._poll_interval)
-        self._forget(waiting)
+        with self._lock:
+            self._forget(waiting)
+            replies = self._take(found, aggregation)
         order = {message_id: position for position, message_id in enumerate(sent)}
-        replies = self._take(found, aggregation)
         return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
+
+    def sum_up(self) -> None:
+        """Say in one line what did not travel as the policy has it, and what failed, so far.
+
+        `Run` does at its end; else it is said when the grid is no longer used. What each of it was
+        is said when it happens first.
+        """
+        self._notices.sum_up()
 
     # -- replies ------------------------------------------------------------------------------
 
@@ -226,7 +252,10 @@ class CompressedGrid(GridWrapper):
             alternatives=alternatives,
         )
         self.ledger.add(entry)
+        self._notices.counted(replies=1)
         received = self._receiver.understand(reply, sent, entry, retried=retried)
+        if not sent.has_arrays and not reply.has_error() and reply.content.array_records:
+            self._outbound.answered.add(entry.message_type)
         if received is None:
             self._retry(sent, origin)
             return None

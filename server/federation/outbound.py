@@ -19,6 +19,7 @@ from prunecast.compression.flower import (
     float_names,
     is_codable,
     payload_record,
+    stated,
     stated_round,
     stream_id,
 )
@@ -38,6 +39,7 @@ from prunecast.compression.versions import (
 )
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.lazy import largest_of
+from prunecast.server.federation.notices import uncodable
 from prunecast.server.federation.publisher import NodeState, Streams, Version
 
 __all__ = ["Batch", "Down", "Outbound", "Prepared"]
@@ -63,6 +65,7 @@ class Prepared:
         pruned: key of the record that they are of.
         measured: record key to the record of `message` that other messages hold, too.
         told: tags of replies that the node is told the end of.
+        apart: of array records that do not travel as the policy has it: kind, key and cause.
     """
 
     batch: Batch
@@ -80,6 +83,12 @@ class Prepared:
     pruned: str = ""
     measured: dict[str, Measured] = field(default_factory=dict)
     told: frozenset[str] = frozenset()
+    apart: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def has_arrays(self) -> bool:
+        """Whether there is anything in it to code."""
+        return any(map(len, self.original.content.array_records.values()))
 
     @property
     def coded(self) -> bool:
@@ -89,19 +98,44 @@ class Prepared:
         return isinstance(self.rule, SchemeRule)
 
 
+_PERSONAL = (
+    "it is of this node alone, so it travels exactly and not as a version; what several nodes are "
+    "sent together does"
+)
+
+
 class Batch:
     """Messages that are sent together, and which of their records several nodes share.
 
     A content that all messages with a record key share, or that several of them share, is one
     model for many. A content that only one of several nodes receives is a personalised model.
+
+    Args:
+        messages: as the strategy built them; not changed.
+        legacy: let arrays state their dtype and shape where Flower's legacy API left them out.
     """
 
-    def __init__(self, messages: Iterable[Message]) -> None:
+    def __init__(self, messages: Iterable[Message], *, legacy: bool = True) -> None:
         self._measured: dict[int, Measured] = {}
         self._sizes: dict[int, int] = {}
         self._largest: dict[int, tuple[object, float]] = {}
-        self.messages = list(messages)
+        self.messages = self._stated(messages) if legacy else list(messages)
         self.occasion = object()  # a round, where messages state none
+
+    def _stated(self, messages: Iterable[Message]) -> list[Message]:
+        made: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}  # what several share, they go on to
+        found = []
+        for message in messages:
+            content = message.content
+            for key, record in content.array_records.items():
+                given, full = made.setdefault(id(record), (record, stated(record)))
+                if full is not given:
+                    if content is message.content:
+                        content = RecordDict(dict(content))
+                    content[key] = full
+            same = content is message.content
+            found.append(message if same else make_message(message.metadata, content))
+        return found
 
     @cached_property
     def _shared(self) -> dict[str, set[str]]:
@@ -154,9 +188,14 @@ class Outbound:
     Args:
         streams: versions and nodes of the run, with its policy.
         seed: decides, with the number of the message, what is random in replies by a scheme.
+
+    Attributes:
+        answered: types of messages that nodes answer with arrays though they are sent none; the
+            others need not be told how to code these.
     """
 
     def __init__(self, streams: Streams, seed: int) -> None:
+        self.answered: set[str] = set()
         self._streams, self._seed, self._count = streams, seed, 0
         self._policy, self._scheme = streams.policy, streams.policy.scheme
         self._down: Down = self._densely if self._policy.down == "dense" else self._by_version
@@ -206,12 +245,15 @@ class Outbound:
         metadata, batch = prepared.original.metadata, prepared.batch
         if not is_codable(record):
             prepared.kinds.append("verbatim")
+            if len(record):
+                prepared.apart.append(("verbatim", key, uncodable(record)))
             return record
         started = time.perf_counter()
         if not batch.is_shared(key, record):
             data = encode_plain(dense_arrays(record), stream=stream_id(metadata.run_id, key))
             prepared.encode_ms += (time.perf_counter() - started) * 1e3
             prepared.kinds.append("plain")
+            prepared.apart.append(("plain", key, _PERSONAL))
             return payload_record(data)
         stream = self._streams.stream(metadata.run_id, key)
         version = stream.version_of(
@@ -240,6 +282,9 @@ class Outbound:
         tags = tuple(node.accepted), tuple(node.given_up)
         prepared.told = frozenset(tags[0] + tags[1])
         told = *tags, prepared.reuse, prepared.wanted
+        metadata = prepared.original.metadata
+        if not prepared.has_arrays and metadata.message_type not in self.answered:
+            return None
         if self._policy.up == "lattice":
             return Instruction(self._policy.update_rule, *told)
         records = prepared.original.content.array_records.values()

@@ -25,7 +25,7 @@ from prunecast.server.federation.errors import ReplyRefused
 from prunecast.server.federation.inbound import Up, decode_reply
 from prunecast.server.federation.lazy import LazyArray
 from prunecast.server.federation.ledger import Entry
-from prunecast.server.federation.notices import Notices
+from prunecast.server.federation.notices import Notices, uncodable
 from prunecast.server.federation.outbound import Prepared
 from prunecast.server.federation.publisher import Streams
 
@@ -36,6 +36,9 @@ _EXCEPTION = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>:<'(.*)'>", re.DOTALL)
 _NO_MOD = (
     "answered without Prunecast's mod, so it cannot have read the published model: add "
     "compression_mod() to ClientApp(mods=[...]) on the clients"
+)
+_UNLIKE = (
+    "no tensor of it has name and shape of one that was sent, so that there is no update to code"
 )
 _ORDER = (
     "a mod in front of it, or a client without it, met arrays that only compression_mod() reads: "
@@ -178,10 +181,34 @@ class Receiver:
         kind, entry.kind = entry.kind, "error"
         check_reply(content, sent, self._streams.policy, values=self._verify)
         entry.kind = kind
+        self._note(reply, sent, entry)
         if sent.wanted:
             received.statistics = payload_of(reply.content.get(STATISTICS_RECORD))
         received.message = make_message(reply.metadata, content)
         return True
+
+    def _note(self, reply: Message, sent: Prepared, entry: Entry) -> None:
+        """Say which array records did not come back as the policy has it."""
+        records = reply.content.array_records.items()
+        kept = [(key, r) for key, r in records if not (key == STATISTICS_RECORD and sent.wanted)]
+        self._notices.counted(records=len(kept))
+        for (key, record), kind in zip(kept, entry.kind.split("+"), strict=False):
+            if kind.endswith("verbatim") and len(record):
+                cause = uncodable(record) or self._changed(sent)
+                self._notices.apart(entry.node, "up", kind, key, cause)
+            elif kind == "plain" and sent.versions:
+                self._notices.apart(entry.node, "up", kind, key, _UNLIKE)
+
+    def _changed(self, sent: Prepared) -> str:
+        """Why a record came as it is that could have been coded."""
+        if self._streams.policy.scheme is not None:
+            return "its arrays are not those that were sent, which the scheme codes updates of"
+        if sent.rule is None:
+            return "the message had no arrays; what is answered to such ones is coded from now on"
+        return (
+            "another mod in front of compression_mod() changed it after it was coded: put "
+            "compression_mod() first in ClientApp(mods=[...])"
+        )
 
     def _count(self, item: Received) -> None:
         """Add what a node contributes to pruning."""

@@ -212,6 +212,7 @@ class Run:
             self.grid.ledger.close()
             getLogger("flwr").removeHandler(events)
             events.close()
+            self.grid.sum_up()
         sent = "%(bytes_down)d bytes down, %(bytes_up)d up"
         dense = "%(dense_bytes_down)d down, %(dense_bytes_up)d up"
         log(INFO, f"Prunecast: {sent}; plain Flower: {dense}", rounds.cost())

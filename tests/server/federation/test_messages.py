@@ -183,10 +183,22 @@ def test_arrays_in_answer_to_none_come_back_exactly(federation, tmp_path):
         return Message(RecordDict({"arrays": to_record(initial_arrays(9))}), reply_to=message)
 
     grid, _, _ = federation("small", app=app)
-    (reply,) = grid.send_and_receive([message_to(1, RecordDict(), "query")])
-    for name, expected in initial_arrays(9).items():
-        assert reply.content["arrays"][name].numpy().tobytes() == expected.tobytes()
-    assert kinds(grid, "up") == ["plain"]
+    for node in (1, 2):
+        (reply,) = grid.send_and_receive([message_to(node, RecordDict(), "query")])
+        for name, expected in initial_arrays(9).items():
+            assert reply.content["arrays"][name].numpy().tobytes() == expected.tobytes()
+    # nobody knew that this query is answered with arrays; now the nodes are told how to code them
+    assert kinds(grid, "up") == ["verbatim", "plain"]
+
+
+@pytest.mark.parametrize("policy", ["lossless", "small", Policy.preset("balanced", up="stc")])
+def test_messages_without_arrays_cost_nothing_more(federation, policy):
+    grid, _, _ = federation(policy)
+    content = RecordDict({"question": ConfigRecord({"what": "size"})})
+    for _ in range(2):
+        list(grid.send_and_receive([message_to(2, content, "query")]))
+    assert kinds(grid, "down") == kinds(grid, "up") == ["none", "none"]
+    assert all(e.payload_bytes == e.dense_bytes for e in grid.ledger.entries)
 
 
 def test_a_custom_loop_with_push_and_pull(federation, tmp_path):
