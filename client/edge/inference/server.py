@@ -37,7 +37,7 @@ __all__ = ["InferenceServer"]
 _LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?")
 _ODD = re.compile(r"[\r\n\0]")  # in a header's value: a folded line, or worse
 _LINGER = 2.0  # seconds in which the rest of a refused request is read and dropped
-_HEAD_BYTES = 80 * 1024  # of request line and headers, a line of 64 KiB among them
+_HEAD_BYTES = 16 * 1024  # of request line and headers
 _STEP = 1 << 18  # bytes of a body for which memory is taken at a time
 _KEPT = 8  # large bodies leave one part in so many to small ones
 _SPARE = 8  # connections beyond the limit, for those that ask at once
@@ -269,6 +269,8 @@ class _Connection(BaseHTTPRequestHandler):
             self._raw.at = time.monotonic() + time_to_send
             self._raw.head = _HEAD_BYTES
             super().handle_one_request()
+        except HTTPException:  # in the request line; in headers, the base class makes the same
+            self._refuse(RequestRefused(414, f"a request's head may have {_HEAD_BYTES} bytes"))
         finally:
             with self._lock:
                 self._busy = False
