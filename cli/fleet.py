@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import secrets
 import time
@@ -90,6 +91,8 @@ def serve(
     It also honours the deadlines of rollouts, so that silent devices pause them. The release
     repository is the one that `prunecast fleet init` was given.
     """
+    # gRPC reads it when it is imported; its own default writes a line for each failed handshake
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from prunecast.server.control import ControlLimits, ControlServer
     from prunecast.server.fleet.service import FleetService
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import socket
@@ -10,13 +9,12 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from prunecast.client.edge import EdgeModel
 from prunecast.client.edge.inference import EndpointLimits, InferenceServer
@@ -27,6 +25,7 @@ from prunecast.server.repository import Repository
 from prunecast.server.repository.serving import ReleaseServer, ServingLimits
 from support.authority import Authority
 from support.control import authority, database, fleet, repository
+from support.listeners import HANDSHAKE, Fleet, Health, Listener, is_open, is_served, until
 from support.served import loaded_release
 
 __all__ = ["authority", "database", "fleet", "repository"]
@@ -48,82 +47,6 @@ CONTROL = ControlLimits(
 ENDPOINT = EndpointLimits(connections=PLACES, request_seconds=2.0, idle_seconds=3.0)
 
 
-class Listener:
-    """One that is attacked.
-
-    Args:
-        port: on loopback.
-        path: that a client asks for with success, over HTTP.
-        context: of TLS, for a client.
-        begun: what a stranger sends that begins and does not go on.
-        most: connections that it keeps of one address.
-    """
-
-    def __init__(
-        self, port: int, path: str, context: ssl.SSLContext | None, begun: bytes, most: int
-    ) -> None:
-        self.port, self.path, self.context = port, path, context
-        self.begun, self.most = begun, most
-
-    def connect(self) -> socket.socket:
-        plain = socket.create_connection(("127.0.0.1", self.port), timeout=10)
-        try:
-            return self.context.wrap_socket(plain) if self.context else plain
-        except OSError:
-            plain.close()
-            raise
-
-    def ask(self, connection: Any) -> bool:
-        """Whether a request is answered well over a connection."""
-        connection.sendall(f"GET {self.path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        return bool(connection.recv(65536).startswith(b"HTTP/1.1 200"))
-
-    def strange(self) -> socket.socket:
-        """A connection of TCP, on which nothing was said."""
-        made = socket.create_connection(("127.0.0.1", self.port), timeout=10)
-        made.setblocking(False)
-        return made
-
-
-class Fleet(Listener):
-    """The control server; a connection is a channel of gRPC, a request a device's report."""
-
-    def __init__(self, port: int, ca: bytes, token: str) -> None:
-        super().__init__(port, "", None, b"\x16\x03\x01\x02\x00\x01", SHARE)
-        self._ca, self._token, self._number = ca, token, 0
-
-    def connect(self) -> Any:
-        return grpc.secure_channel(
-            f"localhost:{self.port}",
-            grpc.ssl_channel_credentials(self._ca),
-            options=[("grpc.use_local_subchannel_pool", 1)],
-        )
-
-    def ask(self, connection: Any, token: str | None = None) -> bool:
-        self._number += 1
-        request = messages.ReportRequest(id=f"report{time.monotonic_ns():020}", running=1)
-        metadata = [("authorization", f"Bearer {token or self._token}")]
-        try:
-            make_stub(connection).Report(request, metadata=metadata, timeout=10)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                raise ConnectionError from error
-            raise
-        return True
-
-
-class Health(Fleet):
-    """The same server, asked for its health by somebody without a credential."""
-
-    def ask(self, connection: Any, token: str | None = None) -> bool:
-        stub = health_pb2_grpc.HealthStub(connection)
-        try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
-        except grpc.RpcError as error:
-            raise ConnectionError from error
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
 @contextmanager
 def _files(repository: Repository, authority: Authority, which: str) -> Iterator[Listener]:
     certificate, key = authority.server() if which == "files-tls" else (None, None)
@@ -137,7 +60,7 @@ def _files(repository: Repository, authority: Authority, which: str) -> Iterator
             assert server.metrics_port is not None
             yield Listener(server.metrics_port, "/healthz", None, b"GET /", 32)
         else:
-            begun = b"\x16\x03\x01\x02\x00\x01" if context else b"GET /"
+            begun = HANDSHAKE if context else b"GET /"
             yield Listener(server.port, "/metadata/1.root.json", context, begun, SHARE)
 
 
@@ -175,7 +98,7 @@ def listener(
             certificate=certificate, key=key, limits=CONTROL, interval=0.1,
         ) as server:  # fmt: skip
             kind = Health if request.param == "health" else Fleet
-            yield kind(server.port, authority.ca.read_bytes(), token)
+            yield kind(server.port, authority.ca.read_bytes(), token, SHARE)
 
 
 @pytest.fixture
@@ -186,40 +109,12 @@ def held() -> Iterator[list[socket.socket]]:
         connection.close()
 
 
-def _open(connection: socket.socket) -> bool:
-    """Whether the server still holds a connection, on which it has said nothing."""
-    try:
-        return connection.recv(4096) != b"" and _open(connection)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-
-
-def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def _served(listener: Listener) -> bool:
-    """Whether a client that comes now is served; one that has to wait comes again."""
-    with suppress(OSError):
-        connection = listener.connect()
-        try:
-            return listener.ask(connection)
-        finally:
-            connection.close()
-    return False
-
-
 @pytest.mark.parametrize("speaks", [False, True], ids=["silent", "begun"])
 def test_strangers_take_no_place_from_clients(
     listener: Listener, held: list[socket.socket], speaks: bool
 ) -> None:
     """Far more than there are places, all of the client's own address."""
-    _until(lambda: _served(listener))
+    until(lambda: is_served(listener))
     before = listener.connect()
     assert listener.ask(before)
     for _ in range(MANY):
@@ -227,8 +122,8 @@ def test_strangers_take_no_place_from_clients(
         if speaks:
             with suppress(OSError):  # it may have been refused already
                 held[-1].send(listener.begun)
-    _until(lambda: sum(map(_open, held)) <= listener.most)
-    _until(lambda: _served(listener))
+    until(lambda: sum(map(is_open, held)) <= listener.most)
+    until(lambda: is_served(listener))
     assert listener.ask(before)  # who was there before has kept its connection
     before.close()
 
@@ -237,7 +132,7 @@ def test_what_begins_and_never_ends_is_ended(listener: Listener, held: list[sock
     held += [listener.strange() for _ in range(4)]
     for connection in held[:2]:
         connection.send(listener.begun)
-    _until(lambda: not any(map(_open, held)))
+    until(lambda: not any(map(is_open, held)))
 
 
 def test_refusals_do_not_fill_the_log(
@@ -245,7 +140,7 @@ def test_refusals_do_not_fill_the_log(
 ) -> None:
     with caplog.at_level(logging.INFO):
         held += [listener.strange() for _ in range(MANY)]
-        _until(lambda: sum(map(_open, held)) <= listener.most)
+        until(lambda: sum(map(is_open, held)) <= listener.most)
     assert len(caplog.records) <= 10
 
 
@@ -265,7 +160,7 @@ def test_many_requests_at_once_let_others_have_their_turn(listener: Listener) ->
     with suppress(OSError):
         greedy.sendall(one * many)
     assert begun.wait(timeout=10)
-    assert _served(listener)
+    assert is_served(listener)
     assert got.count(b"HTTP/1.1 200") < many
     with suppress(OSError):
         greedy.shutdown(socket.SHUT_RDWR)
@@ -376,118 +271,3 @@ def test_every_server_takes_the_files_that_the_system_allows(
                 assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-# -- what only the fleet has ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def control(
-    repository: Repository, authority: Authority, database: str, fleet: FleetService
-) -> Iterator[Callable[..., Fleet]]:
-    certificate, key = authority.server()
-    with ExitStack() as stack:
-
-        def start(**limits: Any) -> Fleet:
-            server = ControlServer(
-                *(database, repository.path),
-                certificate=certificate, key=key, limits=ControlLimits(**limits),
-            )  # fmt: skip
-            stack.enter_context(server)
-            name = f"cam{time.monotonic_ns()}"
-            token = fleet.enrol(name, "lab", now=time.time(), actor="ada")
-            return Fleet(server.port, authority.ca.read_bytes(), token)
-
-        yield start
-
-
-def test_health_takes_no_stream_from_devices(control: Callable[..., Fleet]) -> None:
-    server = control(streams=4, health_watches=40, health_watches_per_client=24)
-    with ExitStack() as stack:
-        channels = [stack.enter_context(server.connect()) for _ in range(4)]
-        stubs = [health_pb2_grpc.HealthStub(channel) for channel in channels]
-        request = health_pb2.HealthCheckRequest()
-        watches = [stub.Watch(request, timeout=30) for stub in stubs for _ in range(6)]
-        serving = health_pb2.HealthCheckResponse.SERVING
-        assert [next(watch).status for watch in watches] == [serving] * 24
-        with server.connect() as device:
-            assert server.ask(device)
-            over = health_pb2_grpc.HealthStub(device).Watch(request, timeout=30)
-            with pytest.raises(grpc.RpcError) as caught:
-                next(over)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        for watch in watches:
-            watch.cancel()
-
-
-def test_a_health_watch_that_nobody_reads_does_not_hold_the_end(
-    repository: Repository, authority: Authority, database: str, fleet: FleetService
-) -> None:
-    certificate, key = authority.server()
-    limits = ControlLimits(drain=30.0)
-    with ControlServer(
-        database, repository.path, certificate=certificate, key=key, limits=limits
-    ) as server:
-        channel = Fleet(server.port, authority.ca.read_bytes(), "").connect()
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        statuses = health_pb2.HealthCheckResponse
-        assert next(watch).status == statuses.SERVING
-        ending = threading.Thread(target=server.stop)
-        ending.start()
-        assert [answer.status for answer in watch] == [statuses.NOT_SERVING]
-        ending.join(timeout=20)
-        assert not ending.is_alive()
-        channel.close()
-
-
-def test_unknown_credentials_are_not_looked_up_without_end(
-    control: Callable[..., Fleet], caplog: pytest.LogCaptureFixture
-) -> None:
-    server = control(refusals_per_second=0.01, refusal_burst=5)
-    codes = []
-    with server.connect() as device, server.connect() as stranger:
-        assert server.ask(device)
-        for number in range(40):
-            with pytest.raises(grpc.RpcError) as caught:
-                server.ask(stranger, token=f"{number:043}")
-            codes.append(caught.value.code())
-        assert server.ask(device)  # its credential was good before
-    assert (
-        codes == [grpc.StatusCode.UNAUTHENTICATED] * 5 + [grpc.StatusCode.RESOURCE_EXHAUSTED] * 35
-    )
-    assert len(caplog.records) == 5
-
-
-def test_a_connection_whose_device_is_known_keeps_its_place(
-    control: Callable[..., Fleet], held: list[socket.socket]
-) -> None:
-    server = control(connections=6, connections_per_client=3, patience=0.0)
-    with ExitStack() as stack:
-        devices = [stack.enter_context(server.connect()) for _ in range(5)]
-        assert all(map(server.ask, devices))  # more of one address than strangers may be
-        held += [server.strange() for _ in range(50)]
-        _until(lambda: sum(map(_open, held)) <= 1)
-        assert all(map(server.ask, devices))
-
-
-def test_the_log_names_where_a_call_came_from(
-    control: Callable[..., Fleet], caplog: pytest.LogCaptureFixture
-) -> None:
-    server = control()
-    with server.connect() as channel, pytest.raises(grpc.RpcError):
-        server.ask(channel, token="A" * 43)
-    (record,) = caplog.records
-    assert record.getMessage().startswith("127.0.0.1 is refused: the token is unknown")
-
-
-def test_what_is_no_handshake_never_reaches_grpc(
-    control: Callable[..., Fleet], capfd: pytest.CaptureFixture[str]
-) -> None:
-    server = control()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\0" * 100):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as stranger:
-            stranger.sendall(text)
-            with suppress(ConnectionError):
-                assert stranger.recv(1) == b""
-    out, err = capfd.readouterr()
-    assert json.dumps(out + err) == '""'
