@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from numpy.typing import NDArray
 
+from prunecast.client.training.encoding import Coded, align, compress_reply
 from prunecast.client.training.store import (
     ModError,
     NodeStore,
@@ -20,7 +22,7 @@ from prunecast.client.training.store import (
     StoreError,
     default_root,
 )
-from prunecast.compression.codec import CodecError, NonFiniteError, quantise, spread
+from prunecast.compression.codec import CodecError, NonFiniteError
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     ERROR_CODE,
@@ -28,13 +30,13 @@ from prunecast.compression.flower import (
     STATISTICS_RECORD,
     array_record,
     coded_record,
-    dense_arrays,
     float_names,
-    is_codable,
+    is_codable_array,
     open_coded,
     payload_of,
     payload_record,
     stated,
+    stated_clip,
     stream_id,
 )
 from prunecast.compression.flower.internals import (
@@ -52,19 +54,18 @@ from prunecast.compression.schemes.layout import layout_of, state_arrays, state_
 from prunecast.compression.schemes.registry import scheme
 from prunecast.compression.versions import (
     MAX_MODEL_BYTES,
+    NOTHING_SENT,
     BaseMissing,
     Instruction,
     Kind,
-    LatticeTensor,
     NodeReport,
     PublishedModel,
-    QuantisedTensor,
     SchemeRule,
     TooLarge,
     UpdateRule,
     VersionsError,
+    allowed_beside,
     decode_model,
-    encode_plain,
     encode_update,
     inspect,
     model_limits,
@@ -73,7 +74,7 @@ from prunecast.compression.versions import (
     short,
 )
 
-__all__ = ["compress_update", "compression_mod"]
+__all__ = ["compression_mod"]
 
 _LONGEST = 10_000  # characters of the reason of an error
 
@@ -179,6 +180,10 @@ class _Exchange:
                 self.content[key] = self._reuse(key, instruction.reuse[key])
             else:
                 self.content[key] = record if payload is None else self._decode(key, payload)
+        self._clip = stated_clip(self.content)
+        # measured now: what the app does to the records later is its own affair
+        records = self.content.array_records.values()
+        self._received = sum(len(a.data) for record in records for a in record.values())
 
     def _stream(self, key: str) -> bytes:
         return stream_id(self._metadata.run_id, key)
@@ -262,7 +267,7 @@ class _Exchange:
             except CodecError as error:
                 raise ModError(f"the update was not sent: {error}") from error
             content[key] = coded
-        if statistics:
+        if statistics and self._clip is None:  # no clip bounds what they say of the data
             content[STATISTICS_RECORD] = payload_record(pack_statistics(statistics))
         return self.wrap(content, (time.perf_counter() - started) * 1e3)
 
@@ -270,22 +275,35 @@ class _Exchange:
         rule = self._instruction.rule
         if self._scheme is not None:
             return self._by_scheme(self._scheme, key, record)
-        if isinstance(rule, UpdateRule) and is_codable(record):
-            return payload_record(self._on_lattice(key, dense_arrays(record), rule))
+        if isinstance(rule, UpdateRule) and any(map(is_codable_array, record.values())):
+            return self._on_lattice(key, record, rule)
         return record
 
-    def _on_lattice(self, key: str, arrays: Mapping[str, NDArray[Any]], rule: UpdateRule) -> bytes:
-        """A quantised update of the version received, or the exact arrays where there is none."""
+    def _on_lattice(self, key: str, record: ArrayRecord, rule: UpdateRule) -> ArrayRecord:
+        """The record against the version received that it answers, or against nothing."""
+        arrays = {n: a.numpy() if is_codable_array(a) else None for n, a in record.items()}
         base_key = self._base_for(key, arrays)
-        if base_key is None:
-            return encode_plain(arrays, stream=self._stream(key))
-        base = self._models[base_key]
-        residual = self._store.residual(base_key)
-        changes, dropped = compress_update(base, arrays, residual, rule)
-        if dropped and not self._stage(base_key, dropped):
+        base = NOTHING_SENT if base_key is None else self._models[base_key]
+        if not self._models:
+            rule = replace(rule, step=0.0)  # an answer to a query, a personal model
+        residual = self._store.residual(key) if rule.error_feedback and self._clip is None else {}
+
+        def encoded(residual: Mapping[str, NDArray[Any]]) -> tuple[Coded, bytes]:
+            coded = compress_reply(base, arrays, residual, rule, clip=self._clip)
+            stream = self._stream(base_key or key)
+            payload = encode_update(base, coded.changes, stream=stream, tensors=coded.tensors)
+            return coded, payload
+
+        coded, payload = encoded(residual)
+        sent = self._received if base_key is None else sum(s.nbytes for s in base.specs.values())
+        if sum(coded.unlike.values()) > allowed_beside(sent, len(payload)):
+            # so many zeros that the server would not believe so few bytes
+            arrays.update(dict.fromkeys(coded.unlike))
+            coded, payload = encoded(residual)
+        if coded.dropped and not self._stage(key, coded.dropped):
             # the residual stays where it is, for a reply that can tell what it leaves
-            changes, _ = compress_update(base, arrays, {}, rule)
-        return encode_update(base, changes, stream=self._stream(base_key))
+            _, payload = encoded({})
+        return coded_record(payload, {n: record[n] for n, a in arrays.items() if a is None})
 
     def _stage(self, key: str, dropped: Mapping[str, NDArray[Any]]) -> bool:
         """Whether what a reply drops could be written."""
@@ -317,94 +335,30 @@ class _Exchange:
     def _tag(self) -> str:
         return reply_tag(self._metadata.message_id)
 
-    def _base_for(self, key: str, arrays: Mapping[str, NDArray[Any]]) -> str | None:
-        """The received record a reply's record is an update of: same key or same layout.
+    def _base_for(self, key: str, arrays: Mapping[str, NDArray[Any] | None]) -> str | None:
+        """The received version that a reply's record answers; None for none.
 
-        More in the layout of the model, such as control variates beside it, is no update of it.
+        That under its key; else the only one that has most of its arrays, if nothing else in the
+        reply answers that. What comes beside a model in its layout is no update of it.
         """
-        layout = [(name, array.dtype, array.shape) for name, array in arrays.items()]
-        matching = [
+        if key in self._models:
+            return key
+        replied = self._reply.array_records
+        found = [
             candidate
             for candidate, model in self._models.items()
-            if layout == [(n, spec.dtype, spec.shape) for n, spec in model.specs.items()]
+            if candidate not in replied
+            and _resembles(arrays, model)
+            and sum(len(model.tensors.keys() & r.keys()) * 2 > len(r) for r in replied.values()) < 2
         ]
-        if key in matching:
-            return key
-        if len(matching) != 1 or key in self._models:
-            return None
-        replied = [_layout(record) for record in self._reply.array_records.values()]
-        return matching[0] if replied.count(_layout(self._reply.array_records[key])) == 1 else None
+        return found[0] if len(found) == 1 else None
+
+
+def _resembles(arrays: Mapping[str, NDArray[Any] | None], model: PublishedModel) -> bool:
+    """Whether most of a record's arrays have name and shape of a model's."""
+    tensors = align(arrays, model).values()
+    return 2 * sum(tensor.like is not None for tensor in tensors) > len(tensors)
 
 
 def _layout(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], str]]:
     return [(name, a.dtype, tuple(a.shape), a.stype) for name, a in record.items()]
-
-
-def compress_update(
-    base: PublishedModel,
-    trained: Mapping[str, NDArray[Any]],
-    residual: Mapping[str, NDArray[np.floating]],
-    rule: UpdateRule,
-) -> tuple[dict[str, QuantisedTensor | NDArray[Any]], dict[str, NDArray[np.floating]]]:
-    """Quantise ``trained - published + residual`` where the mask keeps weights.
-
-    The step of a tensor is ``rule.step`` times the root mean square of its change over the kept
-    weights. Changes off the mask are dropped: those weights are pruned.
-
-    Args:
-        base: the version that was trained from.
-        trained: name to array after local training; same names, shapes and dtypes.
-        residual: what earlier rounds dropped; a tensor of another shape starts afresh.
-        rule: step, dead zone, error feedback.
-
-    Returns:
-        What is sent, per tensor its quantised change or its exact new array, unchanged ones absent;
-        and per lattice tensor what quantisation dropped, empty without error feedback.
-
-    Raises:
-        NonFiniteUpdate: a tensor holds NaN or infinity, unless the rule sends exact arrays.
-    """
-    changes: dict[str, QuantisedTensor | NDArray[Any]] = {}
-    kept: dict[str, NDArray[np.floating]] = {}
-    for name, tensor in base.tensors.items():
-        array = trained[name]
-        if rule.step > 0 and array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise NonFiniteUpdate(
-                f"tensor {name!r} holds NaN or infinity after local training: the update was not "
-                "sent. Lower the learning rate or clip gradients."
-            )
-        if not isinstance(tensor, LatticeTensor) or rule.step == 0:
-            if array.tobytes() != tensor.dense().tobytes():
-                changes[name] = array
-            continue
-        quantised, dropped = _quantise(name, tensor, array, residual.get(name), rule)
-        if quantised is not None:
-            changes[name] = quantised
-        if rule.error_feedback:
-            kept[name] = dropped
-    return changes, kept
-
-
-def _quantise(
-    name: str,
-    tensor: LatticeTensor,
-    array: NDArray[Any],
-    residual: NDArray[np.floating] | None,
-    rule: UpdateRule,
-) -> tuple[QuantisedTensor | None, NDArray[np.floating]]:
-    working = np.float64 if array.dtype == np.float64 else np.float32
-    change = array.astype(working) - tensor.dense().astype(working)
-    mask = tensor.mask()
-    if mask is not None:
-        change *= mask
-    weights = change.size if mask is None else int(np.count_nonzero(mask))
-    with np.errstate(over="ignore"):  # an infinite step is refused below
-        step = float(np.float32(rule.step * spread(change, "rms", count=weights)))
-    target = change
-    if rule.error_feedback and residual is not None and residual.shape == change.shape:
-        target = change + (residual if mask is None else residual * mask).astype(working)
-    if step <= np.finfo(np.float32).tiny:
-        return None, target
-    z = quantise(target, step, dead_zone=rule.dead_zone, name=name)
-    dropped = (target - z * working(np.float32(step))).astype(working)
-    return (QuantisedTensor(z, step) if z.any() else None), dropped

@@ -18,6 +18,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 __all__ = [
+    "CLIPPING_NORM",
     "CONTROL_RECORD",
     "ERROR_CODE",
     "ERROR_REASON",
@@ -29,11 +30,13 @@ __all__ = [
     "dense_arrays",
     "float_names",
     "is_codable",
+    "is_codable_array",
     "npy_head",
     "open_coded",
     "payload_of",
     "payload_record",
     "stated",
+    "stated_clip",
     "stated_round",
     "stream_id",
 ]
@@ -48,6 +51,8 @@ ERROR_CODE, ERROR_REASON = "error-code", "error"
 """Keys of the control record of a reply in whose place the client has an error to report."""
 STATISTICS_RECORD = "prunecast-statistics"
 """Key of the record with what a node contributes to pruning, in a reply whose message asked."""
+CLIPPING_NORM = "clipping_norm"
+"""Under which Flower's client-side differential privacy states the clip in a config record."""
 _ARRAY_NAME = "prunecast"
 _HEADER = 10_000  # characters of the header of an array in NumPy's format
 _UNREADABLE = (  # what Python raises on a header that is none
@@ -62,22 +67,22 @@ def stream_id(run_id: int, key: str) -> bytes:
 
 
 def is_codable(record: ArrayRecord) -> bool:
-    """Whether every array is a NumPy array of a dtype the codec knows.
+    """Whether there are arrays, and every one is a NumPy array of a dtype the codec knows."""
+    return len(record) > 0 and all(map(is_codable_array, record.values()))
+
+
+def is_codable_array(array: Array) -> bool:
+    """Whether an array is a NumPy array of a dtype the codec knows.
 
     Complex numbers, strings and arrays in somebody's own serialisation are left as they are.
     """
-    if len(record) == 0:
+    if array.stype != NUMPY:
         return False
-    for array in record.values():
-        if array.stype != NUMPY:
-            return False
-        try:
-            dtype = np.dtype(array.dtype)
-        except TypeError:
-            return False
-        if dtype.kind not in "biuf" or dtype.itemsize > 8:
-            return False
-    return True
+    try:
+        dtype = np.dtype(array.dtype)
+    except TypeError:
+        return False
+    return dtype.kind in "biuf" and dtype.itemsize <= 8
 
 
 def npy_head(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int]:
@@ -152,7 +157,7 @@ def float_names(record: ArrayRecord) -> list[str]:
 
 
 def coded_record(payload: bytes, exact: Mapping[str, Array]) -> ArrayRecord:
-    """A record of a scheme's payload and, as they are, the arrays that no scheme codes."""
+    """A record of a payload and, as they are, the arrays that it does not hold."""
     record = payload_record(payload)
     for name, array in exact.items():
         record[f"={name}"] = array
@@ -168,6 +173,13 @@ def open_coded(record: ArrayRecord) -> tuple[bytes, dict[str, Array]] | None:
     if payload is None:
         return None
     return payload, {name[1:]: record[name] for name in names[1:]}
+
+
+def stated_clip(content: RecordDict) -> float | None:
+    """The clipping norm that a config record states, the least of several; None for none."""
+    stated = [record.get(CLIPPING_NORM) for record in content.config_records.values()]
+    norms = [float(norm) for norm in stated if isinstance(norm, int | float) and norm > 0]
+    return min(norms, default=None)
 
 
 def stated_round(content: RecordDict) -> int:

@@ -23,6 +23,7 @@ from prunecast.compression.versions.errors import (
     WrongStream,
 )
 from prunecast.compression.versions.frame import short, stream_tag
+from prunecast.compression.versions.layout import Coding, ReplyTensor
 from prunecast.compression.versions.model import (
     LatticeTensor,
     PublishedModel,
@@ -40,25 +41,29 @@ from prunecast.compression.versions.payloads import (
     inspect,
     open_plain,
 )
+from prunecast.compression.versions.received import Change, Update
 from prunecast.compression.versions.seeded import Seed, draw_like
 from prunecast.compression.versions.storage import (
     load_model,
     save_model,
 )
 from prunecast.compression.versions.updates import (
-    Change,
+    NOTHING_SENT,
     QuantisedTensor,
-    Update,
     UpdateReader,
+    allowed_beside,
     decode_update,
     encode_update,
+    exact_change,
 )
 
 __all__ = [
     "MAX_MODEL_BYTES",
+    "NOTHING_SENT",
     "BadPayload",
     "BaseMissing",
     "Change",
+    "Coding",
     "DigestMismatch",
     "Instruction",
     "InvalidModel",
@@ -69,6 +74,7 @@ __all__ = [
     "PublishedModel",
     "QuantisedTensor",
     "RawTensor",
+    "ReplyTensor",
     "SchemeRule",
     "Seed",
     "Tensor",
@@ -78,6 +84,7 @@ __all__ = [
     "UpdateRule",
     "VersionsError",
     "WrongStream",
+    "allowed_beside",
     "decode_model",
     "decode_update",
     "draw_like",
@@ -85,6 +92,7 @@ __all__ = [
     "encode_keyframe",
     "encode_plain",
     "encode_update",
+    "exact_change",
     "inspect",
     "load_model",
     "model_limits",

@@ -7,7 +7,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["difference", "restore"]
+__all__ = ["cast", "difference", "restore"]
+
+
+def cast(held: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A tensor in another dtype, the same on every machine; itself where it has that dtype.
+
+    Floats become the nearest integer that the dtype has, and NaN becomes zero: an averaged counter
+    says what comes next, and need not be exact.
+    """
+    if held.dtype == dtype:
+        return held
+    if dtype.kind not in "iu" or held.dtype.kind != "f":
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            return np.asarray(held.astype(dtype))
+    info = np.iinfo(dtype)
+    high = float(info.max)
+    if int(high) > info.max:  # float64 does not have the end of 64 bits' range
+        high = float(np.nextafter(high, 0.0))
+    whole = np.rint(np.nan_to_num(held.astype(np.float64))).clip(float(info.min), high)
+    return np.asarray(whole.astype(dtype))
 
 
 def difference(

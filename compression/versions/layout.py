@@ -16,6 +16,7 @@ from prunecast.compression.versions.model import LatticeTensor, Tensor
 
 __all__ = [
     "Coding",
+    "ReplyTensor",
     "TensorHead",
     "UpdateHead",
     "head_of",
@@ -33,6 +34,8 @@ _DTYPES = (
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 )
 _LATTICE, _PRUNED, _OTHER, _MASKED = 1, 2, 4, 8
+_TABLE = 0xFF  # first byte of an update's layout that differs from the version's
+_CODING, _FOREIGN, _RENAMED, _RETYPED = 0x07, 0x08, 0x10, 0x20
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,32 @@ class Coding(IntEnum):
     UNCHANGED = 0
     QUANTISED = 1
     EXACT = 2
+    VALUES = 3
+    ZERO = 4
+    VERBATIM = 5
+
+
+@dataclass(frozen=True)
+class ReplyTensor:
+    """What a tensor of a reply is, without its values.
+
+    Attributes:
+        spec: its dtype and shape; None where the codec does not know it, so that it travels beside
+            the payload.
+        like: name of the version's tensor that it belongs to, of the same shape; None for none.
+    """
+
+    spec: TensorSpec | None
+    like: str | None = None
 
 
 @dataclass(frozen=True)
 class UpdateHead:
-    """Coding of one tensor of an update; `step` is 0.0 unless quantised."""
+    """Coding of one tensor of an update; `step` is 0.0 unless it is quantised."""
 
     coding: Coding
     step: float
+    tensor: ReplyTensor
 
 
 def head_of(tensor: Tensor) -> TensorHead:
@@ -136,11 +157,7 @@ def unpack_heads(layout: bytes) -> dict[str, TensorHead]:
     reader = _Reader(layout)
     heads: dict[str, TensorHead] = {}
     for _ in range(reader.unpack("<I")[0]):
-        raw_name = reader.take(reader.unpack("<H")[0])
-        try:
-            name = raw_name.decode()
-        except UnicodeDecodeError as error:
-            raise BadPayload("a tensor name is not UTF-8") from error
+        name = _unpack_name(reader)
         if name in heads:
             raise BadPayload(f"tensor {name[:80]!r} is named twice")
         heads[name] = _unpack_head(reader, name)
@@ -215,25 +232,109 @@ def unpack_changes(
     return heads, back
 
 
-def pack_update_heads(heads: Sequence[UpdateHead]) -> bytes:
-    """Layout of an update: a coding per tensor, then the steps of the quantised ones."""
-    steps = b"".join(struct.pack("<f", h.step) for h in heads if h.coding is Coding.QUANTISED)
-    return bytes(h.coding for h in heads) + steps
+def pack_update_heads(heads: Mapping[str, UpdateHead], base: Mapping[str, TensorSpec]) -> bytes:
+    """Layout of an update: a coding per tensor, then the steps of the quantised ones.
+
+    A table of names and specs takes the place of the codings where these are not the version's.
+
+    Args:
+        heads: of the update's tensors, in its order.
+        base: specs of the version's tensors, in their order.
+    """
+    steps = b"".join(struct.pack("<f", head.step) for head in heads.values() if head.step)
+    if [(n, h.tensor) for n, h in heads.items()] == [
+        (n, ReplyTensor(spec, n)) for n, spec in base.items()
+    ]:
+        return bytes(head.coding for head in heads.values()) + steps
+    places = {name: number for number, name in enumerate(base)}
+    rows = (_pack_row(name, head, base, places) for name, head in heads.items())
+    return struct.pack("<BI", _TABLE, len(heads)) + b"".join(rows) + steps
 
 
-def unpack_update_heads(layout: bytes, names: Sequence[str]) -> dict[str, UpdateHead]:
-    """Inverse of `pack_update_heads` for the tensors of the version the update belongs to.
+def _pack_row(
+    name: str, head: UpdateHead, base: Mapping[str, TensorSpec], places: Mapping[str, int]
+) -> bytes:
+    spec, like = head.tensor.spec, head.tensor.like
+    encoded = name.encode()
+    if len(encoded) > 0xFFFF or (spec is not None and len(spec.shape) > 32):
+        raise InvalidModel(f"tensor {name[:80]!r}: name or number of dimensions is too long")
+    named = struct.pack("<H", len(encoded)) + encoded
+    if spec is None or like is None:
+        row = bytes([head.coding | _FOREIGN]) + named
+        if spec is None:
+            return row
+        code, shape = _DTYPES.index(spec.dtype.name), spec.shape
+        return row + struct.pack(f"<BB{len(shape)}Q", code, len(shape), *shape)
+    renamed, retyped = name != like, spec.dtype != base[like].dtype
+    row = struct.pack("<BI", head.coding | _RENAMED * renamed | _RETYPED * retyped, places[like])
+    row += named if renamed else b""
+    return row + bytes([_DTYPES.index(spec.dtype.name)] if retyped else [])
+
+
+def unpack_update_heads(layout: bytes, base: Mapping[str, TensorSpec]) -> dict[str, UpdateHead]:
+    """Inverse of `pack_update_heads`; nothing is allocated for the tensors.
 
     Raises:
-        BadPayload: damaged or an unknown coding.
+        BadPayload: damaged, or an unknown coding, dtype or tensor of the version.
     """
     reader = _Reader(layout)
-    codes = reader.take(len(names))
+    tensors: dict[str, tuple[int, ReplyTensor]] = {}
+    if layout[:1] == bytes([_TABLE]):
+        _, count = reader.unpack("<BI")
+        names = list(base)
+        for _ in range(count):
+            name, coding, tensor = _unpack_row(reader, names, base)
+            if name in tensors:
+                raise BadPayload(f"tensor {name[:80]!r} is named twice")
+            tensors[name] = coding, tensor
+    else:
+        codes = reader.take(len(base))
+        for (name, spec), coding in zip(base.items(), codes, strict=True):
+            tensors[name] = coding, ReplyTensor(spec, name)
     heads: dict[str, UpdateHead] = {}
-    for name, code in zip(names, codes, strict=True):
-        if code not in (0, 1, 2):
+    for name, (code, tensor) in tensors.items():
+        if code > Coding.VERBATIM or (code == Coding.VERBATIM) != (tensor.spec is None):
             raise BadPayload(f"tensor {name[:80]!r}: unknown update coding {code}")
         coding = Coding(code)
-        heads[name] = UpdateHead(coding, reader.step() if coding is Coding.QUANTISED else 0.0)
+        if coding in (Coding.UNCHANGED, Coding.QUANTISED) and tensor.like is None:
+            raise BadPayload(f"tensor {name[:80]!r} is a change of nothing that was sent")
+        stepped = coding in (Coding.QUANTISED, Coding.VALUES)
+        heads[name] = UpdateHead(coding, reader.step() if stepped else 0.0, tensor)
     reader.end()
     return heads
+
+
+def _unpack_row(
+    reader: _Reader, names: Sequence[str], base: Mapping[str, TensorSpec]
+) -> tuple[str, int, ReplyTensor]:
+    (flags,) = reader.unpack("<B")
+    coding = flags & _CODING
+    if flags & _FOREIGN and not flags & (_RENAMED | _RETYPED):
+        name = _unpack_name(reader)
+        if coding == Coding.VERBATIM:
+            return name, coding, ReplyTensor(None)
+        code, ndim = reader.unpack("<BB")
+        return name, coding, ReplyTensor(_spec_of(name, code, reader, ndim))
+    (place,) = reader.unpack("<I")
+    if flags & ~(_CODING | _RENAMED | _RETYPED) or place >= len(names):
+        raise BadPayload("layout section of an update refers to a tensor that was not sent")
+    like = names[place]
+    name = _unpack_name(reader) if flags & _RENAMED else like
+    spec = base[like]
+    if flags & _RETYPED:
+        dtype = _spec_of(name, reader.unpack("<B")[0], reader, 0).dtype
+        spec = TensorSpec(dtype, spec.shape)
+    return name, coding, ReplyTensor(spec, like)
+
+
+def _spec_of(name: str, code: int, reader: _Reader, ndim: int) -> TensorSpec:
+    if code >= len(_DTYPES) or ndim > 32:
+        raise BadPayload(f"tensor {name[:80]!r}: unknown dtype or number of dimensions")
+    return TensorSpec(np.dtype(_DTYPES[code]), reader.unpack(f"<{ndim}Q"))
+
+
+def _unpack_name(reader: _Reader) -> str:
+    try:
+        return reader.take(reader.unpack("<H")[0]).decode()
+    except UnicodeDecodeError as error:
+        raise BadPayload("a tensor name is not UTF-8") from error

@@ -1,11 +1,14 @@
-"""Updates: what a client changed, coded against the version it trained from."""
+"""Updates: a record of a reply, coded tensor by tensor against the version it answers.
+
+A float tensor that both have is a *change* of the version's, or *values* of its own where these
+are smaller (a gradient, a difference, a control variate). Others are values, or exact.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,42 +18,65 @@ from prunecast.compression.codec import (
     CodecError,
     Context,
     Limits,
-    Payload,
     TensorSpec,
-    dequantise,
     encode,
     open_payload,
 )
 from prunecast.compression.versions import frame
-from prunecast.compression.versions.differences import difference, restore
+from prunecast.compression.versions.differences import cast, difference
 from prunecast.compression.versions.errors import BadPayload, BaseMissing, InvalidModel
 from prunecast.compression.versions.frame import Kind, short
 from prunecast.compression.versions.layout import (
     Coding,
+    ReplyTensor,
     UpdateHead,
     pack_update_heads,
     unpack_update_heads,
 )
-from prunecast.compression.versions.model import LatticeTensor, PublishedModel, narrowest
+from prunecast.compression.versions.model import LatticeTensor, PublishedModel, Tensor
+from prunecast.compression.versions.received import Update, predicted
 
-__all__ = ["Change", "QuantisedTensor", "Update", "UpdateReader", "decode_update", "encode_update"]
+__all__ = [
+    "NOTHING_SENT",
+    "QuantisedTensor",
+    "UpdateReader",
+    "allowed_beside",
+    "decode_update",
+    "encode_update",
+    "exact_change",
+]
 
+NOTHING_SENT = PublishedModel({})
+"""What a record is an update of that answers none of the versions sent."""
 _Q = np.dtype(np.int32)
 _CONTEXTS = 16  # of one version that are kept: one for each choice of tensors that changed
-_FEW = 0.25  # of an exact tensor's elements that changed: fewer are kept without the others
+_FREE = 1 << 20  # bytes of tensors that nothing sent resembles, whatever was sent
+_EXPANSION = 256  # bytes of such tensors for each byte of payload
 
 
 @dataclass(frozen=True, eq=False)
 class QuantisedTensor:
-    """Change of one lattice tensor: ``z * step``, with `z` zero where the mask is False.
+    """A float tensor in integers: a change of ``z * step``, or values ``z * step``.
 
     Attributes:
-        z: int32, shape of the tensor.
+        z: int32, shape of the tensor; of a change zero where the version's mask is False.
         step: quantisation step, a positive finite float32 value.
+        values: whether the tensor is these values, and not the version's changed by them.
     """
 
     z: NDArray[np.int32]
     step: float
+    values: bool = False
+
+
+def allowed_beside(sent: int, payload: int) -> int:
+    """Most bytes of tensors in one record that no tensor of its version resembles.
+
+    Args:
+        sent: bytes of the arrays that the reply answers.
+        payload: bytes of the record's payload.
+    """
+    return _FREE + sent + _EXPANSION * payload
 
 
 def encode_update(
@@ -58,228 +84,85 @@ def encode_update(
     changes: Mapping[str, QuantisedTensor | NDArray[np.generic]],
     *,
     stream: bytes = b"",
+    tensors: Mapping[str, ReplyTensor] | None = None,
 ) -> bytes:
-    """Code a client's update.
+    """Code a record of a client's reply.
 
     Args:
-        base: the version that was trained from; names, shapes and masks come from it.
-        changes: for a lattice tensor its quantised change; for any tensor the exact new array.
-            A tensor that is absent, or whose change is all zero, is unchanged.
+        base: the version that it answers; masks come from it.
+        changes: for a float tensor its quantised change or values; for any tensor the exact array.
+            A tensor that is absent, or whose change is all zero, is unchanged; of one that the
+            version does not have, all zero.
         stream: identifier of the run and record.
+        tensors: the record's tensors in its order; None for those of the version.
 
     Raises:
-        InvalidModel: a name that the version does not have, or another shape or dtype.
+        InvalidModel: a name that the record does not have, or another shape or dtype.
     """
-    unknown = [name for name in changes if name not in base.tensors]
+    if tensors is None:
+        tensors = {name: ReplyTensor(spec, name) for name, spec in base.specs.items()}
+    unknown = [name for name in changes if name not in tensors]
     if unknown:
         raise InvalidModel(f"update of {unknown[0]!r}, which version {base.counter} does not have")
-    heads: list[UpdateHead] = []
+    heads: dict[str, UpdateHead] = {}
     values: dict[str, NDArray[np.generic]] = {}
-    for name, tensor in base.tensors.items():
+    for name, tensor in tensors.items():
         change = changes.get(name)
-        if change is None:
-            heads.append(UpdateHead(Coding.UNCHANGED, 0.0))
-            continue
-        array = change.z if isinstance(change, QuantisedTensor) else change
-        if array.shape != tensor.shape:
-            raise InvalidModel(f"update of {name!r} has shape {array.shape}, not {tensor.shape}")
+        coding, step = _coding(name, tensor, change, base)
+        heads[name] = UpdateHead(coding, step, tensor)
         if isinstance(change, QuantisedTensor):
-            if not isinstance(tensor, LatticeTensor):
-                raise InvalidModel(f"{name!r} travels losslessly; its update cannot be quantised")
-            if not change.z.any():
-                heads.append(UpdateHead(Coding.UNCHANGED, 0.0))
-                continue
-            heads.append(UpdateHead(Coding.QUANTISED, change.step))
-            values[name] = np.asarray(change.z, dtype=_Q)
-        else:
-            if change.dtype != np.dtype(tensor.dtype):
-                raise InvalidModel(f"update of {name!r} is {change.dtype}, not {tensor.dtype}")
-            heads.append(UpdateHead(Coding.EXACT, 0.0))
-            values[name] = difference(change, _held(tensor.dense()))
-    context = replace(UpdateReader(base).context([head.coding for head in heads]), derived=None)
+            if step:
+                values[name] = np.asarray(change.z, dtype=_Q)
+        elif change is not None:
+            held = None if tensor.like is None else base[tensor.like].dense()
+            values[name] = difference(change, predicted(held, change.dtype))
+    context = replace(UpdateReader(base).context(heads), derived=None)
     body = encode(values, context=context)
-    layout = pack_update_heads(heads)
+    layout = pack_update_heads(heads, base.specs)
     return frame.pack(
         Kind.UPDATE, stream, base.counter, base.digest, base=base.digest, layout=layout, body=body
     )
 
 
-def _held(array: NDArray[np.generic]) -> NDArray[np.generic] | None:
-    return None if array.dtype.kind == "b" else array
+def exact_change(array: NDArray[Any], tensor: Tensor) -> NDArray[Any] | None:
+    """What `encode_update` is to be given so that an array arrives exactly.
 
-
-@cache
-def _far_from_infinity(dtype: np.dtype[Any]) -> float:
-    """Half of what a float dtype, and float32, in which changes are formed, can hold."""
-    return min(float(np.finfo(kind).max) for kind in (dtype, np.float32)) / 2
-
-
-@dataclass(frozen=True, eq=False)
-class Change:
-    """What an update changes of a lattice tensor: ``values * step`` at some of its weights.
-
-    Attributes:
-        values: int8, int16 or int32, one axis.
-        step: quantisation step, a positive finite float32 value.
-        at: which of the kept weights they belong to, in no particular order; None: all of them.
-        kept: flat indices of the weights under the mask, shared by all updates of a version;
-            None: all of the tensor's.
+    None where it is the version's, in whichever dtype.
     """
-
-    values: NDArray[np.signedinteger]
-    step: float
-    at: NDArray[np.unsignedinteger] | None
-    kept: NDArray[np.int64] | None
-
-    @property
-    def where(self) -> NDArray[np.integer] | slice:
-        """Flat indices in the tensor."""
-        if self.at is None:
-            return slice(None) if self.kept is None else self.kept
-        return self.at if self.kept is None else self.kept[self.at]
-
-    @property
-    def reach(self) -> float:
-        """The largest magnitude of a change."""
-        if not self.values.size:
-            return 0.0
-        return max(int(self.values.max()), -int(self.values.min())) * self.step
+    if isinstance(tensor, LatticeTensor) and array.dtype.kind != "f":
+        return array
+    return None if array.tobytes() == cast(tensor.dense(), array.dtype).tobytes() else array
 
 
-class Update:
-    """A received update; every tensor is decoded once, when it is asked for, and kept in little.
-
-    Of a quantised tensor remain narrow integers, at those weights alone that change where these
-    are few; of an exact one the array, or what differs from the version's.
-    """
-
-    def __init__(
-        self, reader: UpdateReader, heads: Mapping[str, UpdateHead], body: Payload, size: int
-    ) -> None:
-        self._reader, self._heads, self.size = reader, heads, size
-        self._body: Payload | None = body
-        self._changes: dict[str, Change] = {}
-        self._exact: dict[str, tuple[NDArray[Any], NDArray[Any] | None]] = {}
-        self._left = {n for n, head in heads.items() if head.coding is not Coding.UNCHANGED}
-
-    def change(self, name: str) -> Change | None:
-        """The change of a quantised tensor; None when unchanged or exact.
-
-        Raises:
-            BadPayload: the tensor's bytes are damaged.
-        """
-        self._decode(name)
-        return self._changes.get(name)
-
-    def is_on_lattice(self, name: str) -> bool:
-        """Whether the tensor is quantised and only its change came, if there is one."""
-        on_lattice = isinstance(self._reader.base[name], LatticeTensor)
-        return on_lattice and self._heads[name].coding is not Coding.EXACT
-
-    def apply(self, name: str, master: NDArray[np.generic]) -> NDArray[np.generic]:
-        """The array the client means: master plus its change, or its exact new array.
-
-        Args:
-            name: tensor name.
-            master: full-precision values the version was published from; same shape.
-
-        Returns:
-            An array of its own.
-
-        Raises:
-            BadPayload: the tensor's bytes are damaged.
-        """
-        change = self.change(name)
-        if name in self._exact:
-            values, at = self._exact[name]
-            if at is None:
-                return values.copy()
-            array = self._reader.held(name).copy()
-            array.reshape(-1)[at] = values
-            return array
-        if change is None:
-            return master.copy()
-        # a change of zero makes +0.0 of -0.0
-        out: NDArray[Any] = np.add(master, master.dtype.type(0), order="C")
-        where = change.where
-        moved = dequantise(change.values, change.step).astype(master.dtype)
-        out.reshape(-1)[where] = master.reshape(-1)[where] + moved
-        return out
-
-    def verify(self, master: Mapping[str, NDArray[np.generic]]) -> None:
-        """Decode every tensor, and see that none becomes NaN or infinity.
-
-        A dense array is formed only where the largest weight and the largest change together
-        come near the end of the range.
-
-        Args:
-            master: full-precision values the version was published from; the same ones at every
-                update of a reader.
-
-        Raises:
-            BadPayload: a tensor's bytes are damaged, or it becomes NaN or infinity.
-        """
-        for name, array in master.items():
-            self._decode(name)
-            if array.dtype.kind == "f" and not self._is_finite(name, array):
-                raise BadPayload(f"update of {name!r} makes NaN or infinity")
-
-    def _is_finite(self, name: str, master: NDArray[np.generic]) -> bool:
-        largest = self._reader.largest(name, master)
-        if name in self._exact:
-            values, at = self._exact[name]
-            return bool(np.isfinite(values).all()) and (at is None or math.isfinite(largest))
-        if name in self._changes and not (
-            self._changes[name].reach + largest < _far_from_infinity(master.dtype)
-        ):
-            with np.errstate(over="ignore", invalid="ignore"):
-                return bool(np.isfinite(self.apply(name, master)).all())
-        return math.isfinite(largest)
-
-    def _decode(self, name: str) -> None:
-        if name not in self._left or self._body is None:
-            return
-        head = self._heads[name]
-        try:
-            if head.coding is Coding.QUANTISED:
-                at, values = self._body.nonzeros(name)
-                kept = self._body.positions(name)
-                size = math.prod(self._reader.base[name].shape) if kept is None else len(kept)
-                self._changes[name] = _packed(at, values, size, head.step, kept)
-            else:
-                self._exact[name] = self._difference(name, self._body[name])
-        except CodecError as error:
-            raise BadPayload(f"update of {name!r} cannot be decoded: {error}") from error
-        self._left.discard(name)
-        if not self._left:
-            self._body = None
-
-    def _difference(
-        self, name: str, coded: NDArray[Any]
-    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """An exact array; or, where it is much as the version's, what differs and where."""
-        held = self._reader.held(name)
-        array = restore(coded, _held(held))
-        bits, before = (a.reshape(-1).view(f"u{a.itemsize}") for a in (array, held))
-        at = np.flatnonzero(bits != before)
-        if len(at) >= _FEW * array.size:
-            return array, None
-        return array.reshape(-1)[at], at.astype(np.min_scalar_type(array.size))
-
-
-def _packed(
-    at: NDArray[Any],
-    values: NDArray[Any],
-    size: int,
-    step: float,
-    kept: NDArray[np.int64] | None,
-) -> Change:
-    narrow, index = narrowest(values), np.min_scalar_type(size)
-    if len(at) * (narrow.itemsize + index.itemsize) < size * narrow.itemsize:
-        return Change(narrow, step, at.astype(index), kept)
-    whole = np.zeros(size, narrow.dtype)
-    whole[at] = narrow
-    return Change(whole, step, None, kept)
+def _coding(
+    name: str,
+    tensor: ReplyTensor,
+    change: QuantisedTensor | NDArray[np.generic] | None,
+    base: PublishedModel,
+) -> tuple[Coding, float]:
+    """How a tensor is coded, and its step; 0.0 for none."""
+    if tensor.spec is None:
+        if change is not None:
+            raise InvalidModel(f"{name!r} travels beside the payload, not in it")
+        return Coding.VERBATIM, 0.0
+    if change is None:
+        return (Coding.ZERO if tensor.like is None else Coding.UNCHANGED), 0.0
+    quantised = isinstance(change, QuantisedTensor)
+    array = change.z if isinstance(change, QuantisedTensor) else change
+    if array.shape != tensor.spec.shape:
+        raise InvalidModel(f"update of {name!r} has shape {array.shape}, not {tensor.spec.shape}")
+    if not quantised:
+        if array.dtype != tensor.spec.dtype:
+            raise InvalidModel(f"update of {name!r} is {array.dtype}, not {tensor.spec.dtype}")
+        return Coding.EXACT, 0.0
+    assert isinstance(change, QuantisedTensor)
+    if tensor.spec.dtype.kind != "f":
+        raise InvalidModel(f"{name!r} is {tensor.spec.dtype}; its update cannot be quantised")
+    if change.values:
+        return (Coding.VALUES, change.step) if array.any() else (Coding.ZERO, 0.0)
+    if tensor.like is None or not isinstance(base[tensor.like], LatticeTensor):
+        raise InvalidModel(f"{name!r} travels losslessly; its update cannot be quantised")
+    return (Coding.QUANTISED, change.step) if array.any() else (Coding.UNCHANGED, 0.0)
 
 
 class UpdateReader:
@@ -292,13 +175,22 @@ class UpdateReader:
         base: the version.
         stream: identifier of the run and record.
         limits: bounds on what an update may make this side allocate.
+        sent: bytes of the arrays that replies answer, for `allowed_beside`; None for the version's.
     """
 
     def __init__(
-        self, base: PublishedModel, *, stream: bytes = b"", limits: Limits | None = None
+        self,
+        base: PublishedModel,
+        *,
+        stream: bytes = b"",
+        limits: Limits | None = None,
+        sent: int | None = None,
     ) -> None:
         self.base, self._stream, self._limits = base, stream, limits or Limits()
-        self._contexts: dict[tuple[Coding, ...], Context] = {}
+        self._specs = base.specs
+        self.sent = sum(s.nbytes for s in self._specs.values()) if sent is None else sent
+        self._contexts: dict[tuple[tuple[str, Coding, ReplyTensor], ...], Context] = {}
+        self._zeros: dict[TensorSpec, NDArray[Any]] = {}
         self._derived: dict[str, Any] = {}
         self._masks: dict[str, NDArray[np.bool_]] = {}
         self._held: dict[str, NDArray[np.generic]] = {}
@@ -319,46 +211,81 @@ class UpdateReader:
             raise BaseMissing(
                 f"update was not trained from version {self.base.counter} of this run"
             )
-        heads = unpack_update_heads(parsed.layout, list(self.base.tensors))
-        for name, head in heads.items():
-            if head.coding is Coding.QUANTISED and not isinstance(self.base[name], LatticeTensor):
-                raise BadPayload(f"update quantises {name[:80]!r}, which travels losslessly")
-        context = self.context([head.coding for head in heads.values()])
+        heads = unpack_update_heads(parsed.layout, self._specs)
+        self._check(heads, parsed.size)
+        context = self.context(heads)
         try:
             body = open_payload(parsed.body, context=context, limits=self._limits)
         except CodecError as error:
             raise BadPayload(f"update cannot be decoded: {error}") from error
         return Update(self, heads, body, parsed.size)
 
-    def context(self, codings: Sequence[Coding]) -> Context:
-        """What both sides know of an update whose tensors are coded so, in their order."""
-        key = tuple(codings)
+    def _check(self, heads: Mapping[str, UpdateHead], size: int) -> None:
+        """Refuse what the version or the limits do not allow, before anything is allocated."""
+        beside = 0
+        for name, head in heads.items():
+            tensor = head.tensor
+            exact = tensor.spec is None or tensor.spec.dtype.kind != "f"
+            on_lattice = tensor.like is not None and isinstance(
+                self.base[tensor.like], LatticeTensor
+            )
+            if exact and (head.step or (on_lattice and head.coding is Coding.UNCHANGED)):
+                raise BadPayload(f"update quantises {name[:80]!r}, which is not of floating point")
+            if head.coding is Coding.QUANTISED and not on_lattice:
+                raise BadPayload(f"update quantises {name[:80]!r}, which travels losslessly")
+            if tensor.spec is not None and tensor.like is None:
+                # also where a dimension of zero hides what no array can have
+                elements = math.prod(dimension or 1 for dimension in tensor.spec.shape)
+                beside += elements * tensor.spec.dtype.itemsize
+        allowed = min(allowed_beside(self.sent, size), self._limits.decoded_bytes)
+        if len(heads) > self._limits.tensors or beside > allowed:
+            raise BadPayload(
+                f"update of {size} bytes declares {len(heads)} tensors, {beside} bytes of them "
+                f"unlike any that was sent, above the limits ({self._limits.tensors}, {allowed})"
+            )
+
+    def context(self, heads: Mapping[str, UpdateHead]) -> Context:
+        """What both sides know of an update with such heads."""
+        key = tuple((name, head.coding, head.tensor) for name, head in heads.items())
         if key not in self._contexts:
             if len(self._contexts) >= _CONTEXTS:
                 self._contexts.clear()
-            self._contexts[key] = self._context(dict(zip(self.base.tensors, codings, strict=True)))
+            self._contexts[key] = self._context(heads)
         return self._contexts[key]
 
-    def _context(self, codings: Mapping[str, Coding]) -> Context:
+    def _context(self, heads: Mapping[str, UpdateHead]) -> Context:
         layout: dict[str, TensorSpec] = {}
         masks: dict[str, NDArray[np.bool_]] = {}
         previous: dict[str, NDArray[Any]] = {}
-        for name, coding in codings.items():
-            tensor = self.base[name]
-            if coding is Coding.QUANTISED:
-                layout[name] = TensorSpec(_Q, tensor.shape)
+        for name, head in heads.items():
+            spec, like = head.tensor.spec, head.tensor.like
+            if spec is None:
+                continue
+            if head.coding is Coding.QUANTISED and like is not None:
+                tensor = self.base[like]
+                layout[name] = TensorSpec(_Q, spec.shape)
                 # a weight's size and sign say something of its change: 4 to 17 % on real updates
                 assert isinstance(tensor, LatticeTensor)
                 previous[name] = tensor.q
-                mask = self._mask(name, tensor)
+                mask = self._mask(like, tensor)
                 if mask is not None:
                     masks[name] = mask
-            elif coding is Coding.EXACT:
-                layout[name] = TensorSpec(np.dtype(tensor.dtype), tensor.shape)
-                held = _held(self.held(name))
+            elif head.coding is Coding.VALUES:
+                layout[name] = TensorSpec(_Q, spec.shape)
+            elif head.coding is Coding.EXACT:
+                layout[name] = spec
+                held = None if like is None else predicted(self.held(like), spec.dtype)
                 if held is not None:
                     previous[name] = held
         return Context(layout, masks or None, previous or None, self._derived)
+
+    def zeros(self, spec: TensorSpec) -> NDArray[Any]:
+        """A tensor of zeros that takes no memory; the same object every time."""
+        if spec not in self._zeros:
+            if len(self._zeros) >= _CONTEXTS * len(self._specs) + _CONTEXTS:
+                self._zeros.clear()
+            self._zeros[spec] = np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
+        return self._zeros[spec]
 
     def _mask(self, name: str, tensor: LatticeTensor) -> NDArray[np.bool_] | None:
         if name not in self._masks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import CodecError, Payload
+from prunecast.compression.codec import TensorSpec
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     STATISTICS_RECORD,
     float_names,
     open_coded,
-    payload_of,
     stream_id,
 )
 from prunecast.compression.flower.internals import (
@@ -29,14 +27,17 @@ from prunecast.compression.flower.internals import (
 )
 from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.versions import (
+    NOTHING_SENT,
     BadPayload,
+    Coding,
     Kind,
     Update,
+    UpdateReader,
     inspect,
-    open_plain,
+    short,
     stream_tag,
 )
-from prunecast.server.federation.lazy import LazyArray, WeightedSum
+from prunecast.server.federation.lazy import LazyArray, WeightedSum, WholeSum
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.outbound import Prepared
 from prunecast.server.federation.policy import Policy
@@ -80,39 +81,49 @@ def up_of(policy: Policy, *, verify: bool) -> Up:
     if policy.scheme is not None:
         return partial(_by_scheme, policy.scheme)
     if policy.up == "lattice":
-        return partial(_on_lattice, verify)
+        return partial(_on_lattice, policy, verify)
     return lambda key, record, sent, entry: Read(record, "dense")
 
 
-def _on_lattice(verify: bool, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
-    """Updates on the version that was sent; other arrays losslessly."""
-    payload = payload_of(record)
-    if payload is None:
+def _on_lattice(
+    policy: Policy, verify: bool, key: str, record: ArrayRecord, sent: Prepared, entry: Entry
+) -> Read:
+    """A record coded tensor by tensor against the version that was sent, or against nothing."""
+    coded = open_coded(record)
+    if coded is None:
         return Read(record, "verbatim")
-    info = inspect(payload)
-    kind = info.kind
     started = time.perf_counter()
-    if kind is Kind.UPDATE:
-        sent_key, update = _open_update(payload, info.stream, key, sent)
-        master, dense = sent.versions[sent_key].master, sent.dense[sent_key]
-        if verify:
-            update.verify(master)
-        arrays = _update_arrays(update, master, entry)
-    elif kind is Kind.PLAIN:
-        run_id = sent.original.metadata.run_id
-        plain = _Plain(open_plain(payload, stream=stream_id(run_id, key)))
-        if verify:
-            for name in plain.specs:
-                plain.array(name)
-        arrays = ArrayRecord()
-        for name, spec in plain.specs.items():
-            arrays[name] = LazyArray(partial(plain.copy, name), spec.dtype, spec.shape, entry)
+    payload, beside = coded
+    sent_key, update = _open_update(payload, key, sent)
+    master = sent.versions[sent_key].master if sent_key else {}
+    if [name for name, tensor in update.tensors.items() if tensor.spec is None] != list(beside):
+        raise BadPayload(f"record {key!r}: other arrays came beside the payload than it says")
+    if verify:
+        update.verify(master, lambda n: policy.is_trained(n, master[n].dtype, master[n].size))
+    arrays, dense = ArrayRecord(), 0
+    for name, tensor in update.tensors.items():
+        if tensor.spec is None:
+            arrays[name] = beside[name]
+            dense += object_bytes(beside[name])
+            continue
+        arrays[name] = _array(update, name, tensor.spec, master, entry)
         # 128 bytes of NumPy header and about 300 of Flower's objects surround every array
-        dense = sum(s.dtype.itemsize * math.prod(s.shape) + 428 for s in plain.specs.values())
-    else:
-        raise BadPayload(f"a node does not send {kind.name.lower()} payloads")
+        dense += tensor.spec.nbytes + 428
+    if sent_key and update.is_as_sent:
+        dense = sent.dense[sent_key]
     entry.decode_ms += (time.perf_counter() - started) * 1e3
-    return Read(arrays, kind.name.lower(), dense, update=kind is Kind.UPDATE)
+    return Read(arrays, _kind(update), dense, update=True)
+
+
+def _kind(update: Update) -> str:
+    """What a record is, as the ledger calls it."""
+    codings = {update.coding(name) for name in update.tensors}
+    own = bool(codings & {Coding.VALUES, Coding.ZERO})
+    changed = any(map(update.is_change, update.tensors))
+    kind = "mixed" if own and changed else "values" if own else "update" if changed else ""
+    if not kind:
+        kind = "update" if any(tensor.like for tensor in update.tensors.values()) else "plain"
+    return f"{kind}/verbatim" if Coding.VERBATIM in codings else kind
 
 
 def _by_scheme(scheme: Scheme, key: str, record: ArrayRecord, sent: Prepared, entry: Entry) -> Read:
@@ -201,53 +212,48 @@ def _mention(content: RecordDict, key: str) -> int:
     return own_bytes(content) - own_bytes(without)
 
 
-def _open_update(payload: bytes, tag: bytes, key: str, sent: Prepared) -> tuple[str, Update]:
-    """Find the record an update answers: the same key, or the one whose stream it names."""
+def _open_update(payload: bytes, key: str, sent: Prepared) -> tuple[str, Update]:
+    """Find the record an update answers: the same key, or the one whose stream it names.
+
+    Returns:
+        That record's key, or "" where it answers no version; and the update.
+    """
     run_id = sent.original.metadata.run_id
+    info = inspect(payload)
+    if info.kind is not Kind.UPDATE:
+        raise BadPayload(f"a node does not send {info.kind.name.lower()} payloads")
+    if info.base == short(NOTHING_SENT.digest):
+        size = sum(sent.dense.values())
+        reader = UpdateReader(NOTHING_SENT, stream=stream_id(run_id, key), sent=size)
+        return "", reader.read(payload)
     for candidate in sorted(sent.versions, key=lambda k: k != key):
         stream = stream_id(run_id, candidate)
-        if stream_tag(stream) == tag:
+        if stream_tag(stream) == info.stream:
             return candidate, sent.versions[candidate].reader(stream).read(payload)
     raise BadPayload(f"record {key!r}: the update belongs to another run, or to a record not sent")
 
 
-def _update_arrays(update: Update, master: Mapping[str, NDArray[Any]], entry: Entry) -> ArrayRecord:
-    arrays = ArrayRecord()
-    for name, like in master.items():
-        form, summand = partial(update.apply, name, like), None
-        if update.is_on_lattice(name):
-            summand = partial(_summand, update, name, like)
-        arrays[name] = LazyArray(form, like.dtype, like.shape, entry, summand)
-    return arrays
+def _array(
+    update: Update,
+    name: str,
+    spec: TensorSpec,
+    master: Mapping[str, NDArray[Any]],
+    entry: Entry,
+) -> LazyArray:
+    """An array that is formed when it is read, and only added where it is averaged."""
+    start = update.start(name, master)
+    form = partial(update.apply, name, start)
+    summand: Callable[[], WeightedSum | WholeSum] | None = None
+    if update.is_on_lattice(name):
+        summand = partial(_weighted, update, name, start, spec.dtype)
+    elif spec.dtype.kind in "iub":
+        summand = partial(_whole, form)
+    return LazyArray(form, spec.dtype, spec.shape, entry, summand)
 
 
-def _summand(update: Update, name: str, master: NDArray[Any]) -> WeightedSum:
-    return WeightedSum(master, update.change(name))
+def _weighted(update: Update, name: str, start: NDArray[Any], dtype: np.dtype[Any]) -> WeightedSum:
+    return WeightedSum(start, update.change(name), dtype)
 
 
-class _Plain:
-    """The arrays of a plain record, each decoded once."""
-
-    def __init__(self, opened: Payload) -> None:
-        self.specs = dict(opened.specs)
-        self._opened: Payload | None = opened
-        self._arrays: dict[str, NDArray[Any]] = {}
-
-    def array(self, name: str) -> NDArray[Any]:
-        """An array, not to be written to.
-
-        Raises:
-            BadPayload: its bytes are damaged.
-        """
-        if name not in self._arrays and self._opened is not None:
-            try:
-                self._arrays[name] = self._opened[name]
-            except CodecError as error:
-                raise BadPayload(f"array {name!r} cannot be decoded: {error}") from error
-            if len(self._arrays) == len(self.specs):
-                self._opened = None
-        return self._arrays[name]
-
-    def copy(self, name: str) -> NDArray[Any]:
-        """An array of the caller's own."""
-        return self.array(name).copy()
+def _whole(form: Callable[[], NDArray[Any]]) -> WholeSum:
+    return WholeSum(form())

@@ -18,7 +18,7 @@ from prunecast.compression.flower.internals import is_averaging
 from prunecast.compression.versions import Change
 from prunecast.server.federation.ledger import Entry
 
-__all__ = ["LazyArray", "WeightedSum", "largest_of"]
+__all__ = ["LazyArray", "WeightedSum", "WholeSum", "largest_of"]
 
 
 class LazyArray(Array):
@@ -42,7 +42,7 @@ class LazyArray(Array):
         dtype: np.dtype[Any],
         shape: tuple[int, ...],
         entry: Entry,
-        summand: Callable[[], WeightedSum] | None = None,
+        summand: Callable[[], WeightedSum | WholeSum] | None = None,
     ) -> None:
         # past __setattr__ of the base class, which keeps caches for arrays that hold their bytes
         self.__dict__.update(
@@ -55,7 +55,7 @@ class LazyArray(Array):
         )
 
     def numpy(self) -> NDArray[Any]:
-        """The array; for Flower's own average, a `WeightedSum` that stands for it.
+        """The array; for Flower's own average, an object that stands for it.
 
         Raises:
             BadPayload: the reply's bytes for this tensor are damaged.
@@ -83,9 +83,10 @@ class LazyArray(Array):
         Raises:
             BadPayload: the reply's bytes for this tensor are damaged.
         """
-        if self.__dict__["_summand"] is None:
+        made = self.__dict__["_summand"]
+        summand = None if made is None else made()
+        if not isinstance(summand, WeightedSum):
             return largest_of(self.numpy())
-        summand: WeightedSum = self.__dict__["_summand"]()
         return summand.reach(largest)
 
     @property
@@ -108,7 +109,28 @@ def _named(dtype: np.dtype[Any]) -> str:
     return str(dtype)
 
 
-class WeightedSum(NDArrayOperatorsMixin):
+class _Sum(NDArrayOperatorsMixin):
+    """Behaves as its array wherever it is neither multiplied by a number nor added to its like."""
+
+    def array(self) -> NDArray[Any]:
+        """The sum as an array."""
+        raise NotImplementedError
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        return self.array().astype(dtype, copy=False) if dtype is not None else self.array()
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        options.pop("out", None)  # in-place operators: the result takes the name's place
+        arrays = [x.array() if isinstance(x, _Sum) else x for x in inputs]
+        return getattr(ufunc, method)(*arrays, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.array(), name)
+
+
+class WeightedSum(_Sum):
     """``sum of weight * (master + change)`` over replies to one version, for one tensor.
 
     It is kept as the sum of the weights, and the weighted sum of the changes in float64 at those
@@ -117,12 +139,17 @@ class WeightedSum(NDArrayOperatorsMixin):
     one of the same version stay so; anything else is done with the array.
 
     Args:
-        master: values that the version was published from, any shape; not written to.
+        master: what the change is added to, any shape: values that the version was published
+            from, or zeros; not written to.
         change: what the reply changes; None for nothing.
+        dtype: of the sum; None for the master's.
     """
 
-    def __init__(self, master: NDArray[Any], change: Change | None) -> None:
+    def __init__(
+        self, master: NDArray[Any], change: Change | None, dtype: np.dtype[Any] | None = None
+    ) -> None:
         self._master, self._weight = master, 1.0
+        self._dtype = master.dtype if dtype is None else dtype
         self._changes: list[tuple[float, Change]] = [] if change is None else [(1.0, change)]
         self._sum: NDArray[np.float64] | None = None
         self._kept: NDArray[np.int64] | None = None
@@ -130,7 +157,7 @@ class WeightedSum(NDArrayOperatorsMixin):
     def __mul__(self, factor: Any) -> Any:
         if type(factor) not in (int, float) or self._sum is not None:
             return self.array() * factor
-        scaled = WeightedSum(self._master, None)
+        scaled = WeightedSum(self._master, None, self._dtype)
         scaled._weight = self._weight * factor
         scaled._changes = [(weight * factor, change) for weight, change in self._changes]
         return scaled
@@ -140,6 +167,7 @@ class WeightedSum(NDArrayOperatorsMixin):
             not isinstance(other, WeightedSum)
             or other is self
             or other._master is not self._master
+            or other._dtype != self._dtype
             or other._sum is not None
         ):
             return self.array() + other
@@ -165,25 +193,59 @@ class WeightedSum(NDArrayOperatorsMixin):
         return largest(self._master) + sum(change.reach for _, change in self._changes)
 
     def array(self) -> NDArray[Any]:
-        """The sum as an array, in the master's dtype."""
+        """The sum as an array, in the dtype that it was asked for."""
         for weight, change in self._take():
             self._add(weight, change)
-        out: NDArray[Any] = np.multiply(self._master, self._weight, order="C")
+        wide = np.result_type(self._master.dtype, self._dtype)
+        out: NDArray[Any] = np.multiply(self._master, self._weight, order="C", dtype=wide)
         if self._sum is not None:
             at = slice(None) if self._kept is None else self._kept
-            wide = self._master.reshape(-1)[at].astype(np.float64)
-            out.reshape(-1)[at] = wide * self._weight + self._sum
-        return out
+            kept = self._master.reshape(-1)[at].astype(np.float64)
+            out.reshape(-1)[at] = kept * self._weight + self._sum
+        return out.astype(self._dtype, copy=False)
 
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        return self.array().astype(dtype, copy=False) if dtype is not None else self.array()
 
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        options.pop("out", None)  # in-place operators: the result takes the name's place
-        arrays = [x.array() if isinstance(x, WeightedSum) else x for x in inputs]
-        return getattr(ufunc, method)(*arrays, **options)
+class WholeSum(_Sum):
+    """``sum of weight * array`` over replies, of whole numbers and in their dtype.
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.array(), name)
+    An average of counters is a counter: plain NumPy would make a float64 array of it, which no
+    client sends back. Weights that add up to 1 keep what all replies agree on, to the last bit.
+
+    Args:
+        values: integers or booleans, any shape; not written to.
+    """
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self._values, self._weight, self._beside = values, 1.0, 0.0 * values
+
+    def __mul__(self, factor: Any) -> Any:
+        if type(factor) not in (int, float):
+            return self.array() * factor
+        scaled = WholeSum(self._values)
+        scaled._weight, scaled._beside = self._weight * factor, self._beside * factor
+        return scaled
+
+    def __iadd__(self, other: Any) -> Any:
+        if not isinstance(other, WholeSum) or other._values.shape != self._values.shape:
+            return self.array() + other
+        apart = other._values.astype(np.float64) - self._values.astype(np.float64)
+        self._beside = self._beside + other._beside + other._weight * apart
+        self._weight += other._weight
+        return self
+
+    def array(self) -> NDArray[Any]:
+        """The sum, rounded to nearest (halves to even) and kept in the dtype's range."""
+        dtype = self._values.dtype
+        rest = self._values * (self._weight - 1.0) if abs(self._weight - 1) > 1e-9 else 0.0
+        beside = np.rint(self._beside + rest)
+        if dtype.kind == "b":
+            return np.asarray(self._values + beside >= 1)
+        if not beside.any():
+            return self._values.copy()
+        info = np.iinfo(dtype)
+        high = float(info.max)
+        if int(high) > info.max:  # float64 does not have the end of 64 bits' range
+            high = float(np.nextafter(high, 0.0))
+        apart = np.clip(self._values + beside, float(info.min), high) - self._values
+        # added in integers: beyond 2**53 float64 skips some
+        return np.asarray(self._values + apart.clip(-(2.0**62), 2.0**62).astype("i8").astype(dtype))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from flwr.app import ConfigRecord, Error, Message
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message
 
 from prunecast.compression.codec import CodecError
 from prunecast.compression.flower import (
@@ -16,6 +16,7 @@ from prunecast.compression.flower import (
     ERROR_REASON,
     STATISTICS_RECORD,
     STYPE,
+    open_coded,
     payload_of,
 )
 from prunecast.compression.flower.internals import Aggregation, ErrorCode, make_message
@@ -40,6 +41,7 @@ _NO_MOD = (
 _UNLIKE = (
     "no tensor of it has name and shape of one that was sent, so that there is no update to code"
 )
+_ZEROS = "large arrays of hardly anything but zeros, unlike any that was sent, are not coded"
 _ORDER = (
     "a mod in front of it, or a client without it, met arrays that only compression_mod() reads: "
     "put it first in ClientApp(mods=[...])"
@@ -194,7 +196,11 @@ class Receiver:
         self._notices.counted(records=len(kept))
         for (key, record), kind in zip(kept, entry.kind.split("+"), strict=False):
             if kind.endswith("verbatim") and len(record):
-                cause = uncodable(record) or self._changed(sent)
+                coded = open_coded(record)
+                if coded is not None:
+                    cause = uncodable(ArrayRecord(coded[1])) or _ZEROS
+                else:
+                    cause = uncodable(record) or self._changed(sent)
                 self._notices.apart(entry.node, "up", kind, key, cause)
             elif kind == "plain" and sent.versions:
                 self._notices.apart(entry.node, "up", kind, key, _UNLIKE)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from prunecast.compression.codec import TensorSpec
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,
     QuantisedTensor,
     RawTensor,
+    ReplyTensor,
     draw_like,
     encode_delta,
     encode_keyframe,
@@ -58,12 +60,31 @@ def main() -> None:
         "weight": QuantisedTensor(z.astype(np.int32), 0.03125),
         "norm.running_mean": np.arange(8, dtype=np.float32),
     }
+    tensors = {
+        "text": ReplyTensor(None),
+        "bias": ReplyTensor(TensorSpec(np.dtype("f8"), (24,)), "bias"),
+        "gradient": ReplyTensor(TensorSpec(np.dtype("f4"), (24, 16)), "weight"),
+        "norm.num_batches_tracked": ReplyTensor(
+            TensorSpec(np.dtype("i2"), ()), "norm.num_batches_tracked"
+        ),
+        "logits": ReplyTensor(TensorSpec(np.dtype("f2"), (5, 3))),
+        "silent": ReplyTensor(TensorSpec(np.dtype("f4"), (2, 2))),
+    }
+    reply = {
+        "bias": QuantisedTensor(np.arange(24, dtype=np.int32) % 3 - 1, 0.5),
+        "gradient": QuantisedTensor(
+            (np.arange(24 * 16).reshape(24, 16) % 7 - 3).astype(np.int32), 0.0625, True
+        ),
+        "norm.num_batches_tracked": np.array(12, np.int16),
+        "logits": np.arange(15).reshape(5, 3).astype(np.float16),
+    }
     plain = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([True, False])}
     payloads = {
         "keyframe": encode_keyframe(first, stream=STREAM),
         "delta": encode_delta(first, second, stream=STREAM),
         "seeded": encode_keyframe(drawn, stream=STREAM, seed=seed),
         "update": encode_update(second, update, stream=STREAM),
+        "reply": encode_update(second, reply, stream=STREAM, tensors=tensors),
         "plain": encode_plain(plain, stream=STREAM),
     }
     FOLDER.mkdir(exist_ok=True)
@@ -78,6 +99,15 @@ def main() -> None:
             "base": "delta",
             "weight_sum": int(z.sum()),
             "weight_nonzero": int((z != 0).sum()),
+        },
+        "reply": {
+            "base": "delta",
+            "tensors": list(tensors),
+            "bias": (np.arange(24) % 3 * 0.5 - 0.5).tolist(),
+            "gradient": ((np.arange(24 * 16) % 7 - 3) * 0.0625).tolist(),
+            "norm.num_batches_tracked": 12,
+            "logits": reply["logits"].tolist(),
+            "silent": [[0, 0], [0, 0]],
         },
         "plain": {name: array.tolist() for name, array in plain.items()},
     }

@@ -45,6 +45,20 @@ def test_update():
     assert update.change("bias") is None
 
 
+def test_reply():
+    """Tensors that are not the version's: renamed, retyped, unlike any, beside the payload."""
+    expected = EXPECTED["reply"]
+    base = model("delta")
+    update = decode_update(payload("reply"), base, stream=STREAM)
+    assert list(update.tensors) == expected["tensors"]
+    dtypes = [tensor.spec and tensor.spec.dtype.str[1:] for tensor in update.tensors.values()]
+    assert dtypes == [None, "f8", "f4", "i2", "f2", "f4"]
+    masters = {name: np.zeros_like(array) for name, array in base.arrays().items()}
+    for name in expected["tensors"][1:]:
+        array = update.apply(name, update.start(name, masters))
+        assert np.array_equal(array.reshape(-1), np.ravel(expected[name])), name
+
+
 def test_plain():
     found = open_plain(payload("plain"), stream=STREAM)
     for name, values in EXPECTED["plain"].items():

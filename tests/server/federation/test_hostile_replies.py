@@ -12,12 +12,14 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedXgbBagging
 
 from prunecast.client.training import compression_mod
 from prunecast.client.training.store import NodeStore
+from prunecast.compression.codec import TensorSpec
 from prunecast.compression.flower import STYPE, payload_record, stream_id
 from prunecast.compression.versions import (
+    NOTHING_SENT,
     NodeReport,
     QuantisedTensor,
+    ReplyTensor,
     encode_keyframe,
-    encode_plain,
     encode_update,
 )
 from prunecast.server.federation import Policy
@@ -34,8 +36,10 @@ def changed(**tensors):
     return {**ARRAYS, **{name.replace("_", "."): array for name, array in tensors.items()}}
 
 
-def plain(arrays):
-    return payload_record(encode_plain(arrays, stream=STREAM))
+def plain(arrays, stream=STREAM):
+    """Exact arrays that answer none sent."""
+    tensors = {n: ReplyTensor(TensorSpec(a.dtype, a.shape)) for n, a in arrays.items()}
+    return payload_record(encode_update(NOTHING_SENT, arrays, stream=stream, tensors=tensors))
 
 
 def filled(value, dtype=np.float32):
@@ -160,7 +164,7 @@ RECORDS = {
     "plain, a name missing": (lambda _: plain(FEWER), "'conv.weight'"),
     "plain, a name more": (lambda _: plain(MORE), "'more'"),
     "plain, of another record": (
-        lambda _: payload_record(encode_plain(ARRAYS, stream=stream_id(RUN_ID, "other"))),
+        lambda _: plain(ARRAYS, stream_id(RUN_ID, "other")),
         "another",
     ),
     "an update beyond float32": (lambda store: update(store, 2**30, 3e38), "NaN or infinity"),

@@ -64,9 +64,12 @@ def test_what_comes_beside_the_model_in_its_layout_is_no_update_of_it(federation
     grid, _, _ = federation("balanced", nodes=1, app=app)
     content = RecordDict({"arrays": to_record(initial_arrays())})
     (reply,) = grid.send_and_receive([message_to(1, content)])
-    assert kinds(grid, "up") == ["update+plain"]
+    assert kinds(grid, "up") == ["update+values"]
     for name, array in to_arrays(reply.content["own"]).items():
-        assert array.tobytes() == variates[name].tobytes()
+        if array.size < 1024:
+            assert array.tobytes() == variates[name].tobytes()
+        else:  # it costs a fine lattice's bytes, and its error
+            assert np.linalg.norm(array - variates[name]) < 0.03 * np.linalg.norm(array)
 
 
 def test_a_model_that_comes_back_under_another_key_alone_is_an_update(federation, tmp_path):
@@ -229,19 +232,26 @@ def test_a_push_pull_loop_gets_the_retried_reply_under_the_original_id(federatio
     assert reply.content["arrays"]["fc.weight"].numpy().shape == (64, 40)
 
 
-def test_a_reply_under_another_key_is_still_an_update(federation, tmp_path):
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_reply_under_another_key_is_what_its_magnitudes_say(federation, tmp_path, gradient):
     app = ClientApp(mods=[compression_mod(tmp_path / "store")])
 
     @app.train()
     def train(message, context):
-        arrays = local_step(to_arrays(message.content["arrays"]), 1)
+        received = to_arrays(message.content["arrays"])
+        arrays = local_step(received, 1)
+        if gradient:
+            arrays = {name: (array - received[name]) * 0.1 for name, array in arrays.items()}
         return Message(RecordDict({"updated": to_record(arrays)}), reply_to=message)
 
     grid, _, _ = federation("balanced", app=app)
     content = RecordDict({"arrays": to_record(initial_arrays())})
     (reply,) = grid.send_and_receive([message_to(1, content)])
-    assert kinds(grid, "up") == ["update"]
+    assert kinds(grid, "up") == ["values" if gradient else "update"]
     assert list(reply.content.array_records) == ["updated"]
+    if gradient:  # and not as far off as the model is large
+        largest = max(np.abs(a).max() for a in to_arrays(reply.content["updated"]).values())
+        assert largest < 0.05
 
 
 @pytest.mark.parametrize("policy", ["lossless", "balanced", "small"])

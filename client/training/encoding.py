@@ -1,0 +1,352 @@
+"""What a reply's record is coded as, tensor by tensor: changes, values of its own, exact arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.client.training.store import NonFiniteUpdate
+from prunecast.compression.codec import NonFiniteError, QuantiseError, TensorSpec, quantise
+from prunecast.compression.versions import (
+    LatticeTensor,
+    PublishedModel,
+    QuantisedTensor,
+    ReplyTensor,
+    UpdateRule,
+    exact_change,
+)
+
+__all__ = ["Coded", "align", "compress_reply"]
+
+_LARGE = 1024  # elements: a tensor that the version lacks travels exactly below
+_FINE = 0.1  # step of such a tensor, in root mean squares of itself: nothing makes up for its error
+_CLEARLY = 2.0  # times smaller one way: then a tensor is coded that way, whatever its record is
+_ROUNDING = 1e-6  # relative: what float32 may add to a norm
+_AT_THE_CLIP = 1e-3  # relative: a reply above its clip by more was clipped by nobody
+_OWN = "\0values"  # after the name of a tensor whose residual is of values, and not of changes
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A record, ready for `prunecast.compression.versions.encode_update`.
+
+    Attributes:
+        tensors: what the record's arrays are, by name and in its order.
+        changes: what is sent, by name: quantised, or exact; absent where it is as the version's.
+        dropped: what quantisation dropped, to be added next time; empty without error feedback.
+    """
+
+    tensors: dict[str, ReplyTensor]
+    changes: dict[str, QuantisedTensor | NDArray[Any]]
+    dropped: dict[str, NDArray[Any]]
+
+    @property
+    def unlike(self) -> dict[str, int]:
+        """Bytes of the arrays that no tensor of the version resembles, by name."""
+        return {
+            name: tensor.spec.nbytes
+            for name, tensor in self.tensors.items()
+            if tensor.spec is not None and tensor.like is None
+        }
+
+
+def align(
+    arrays: Mapping[str, NDArray[Any] | None], base: PublishedModel
+) -> dict[str, ReplyTensor]:
+    """What each array of a record is to a version: the tensor of its name and shape, or none.
+
+    A record without any of the version's names, such as an unnamed list, goes by positions.
+
+    Args:
+        arrays: by name, in the reply's order; None for what the codec does not know.
+        base: the version.
+    """
+    specs = base.specs
+    names = {name: name for name in arrays}
+    known = [None if array is None else array.shape for array in arrays.values()]
+    if not any(name in specs for name in arrays) and known == [s.shape for s in specs.values()]:
+        names = dict(zip(arrays, specs, strict=True))
+    tensors: dict[str, ReplyTensor] = {}
+    for name, array in arrays.items():
+        if array is None:
+            tensors[name] = ReplyTensor(None)
+            continue
+        spec = specs.get(names[name])
+        like = names[name] if spec is not None and spec.shape == array.shape else None
+        tensors[name] = ReplyTensor(TensorSpec(array.dtype, array.shape), like)
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a tensor that is on the lattice: how large its change is, and how large itself.
+
+    Attributes:
+        change: norm of its change where the mask keeps weights.
+        pruned: norm of its change elsewhere.
+        value: norm of itself.
+        kept: number of weights that the mask keeps.
+        count: number of weights.
+    """
+
+    change: float
+    pruned: float
+    value: float
+    kept: int
+    count: int
+
+    @property
+    def step(self) -> float:
+        """The smaller root mean square of the two, above zero where one is."""
+        change = self.change / math.sqrt(max(self.kept, 1))
+        value = self.value / math.sqrt(max(self.count, 1))
+        return min(change, value) or max(change, value)
+
+    @property
+    def whole_change(self) -> float:
+        """Norm of all of its change."""
+        return math.hypot(self.change, self.pruned)
+
+
+def compress_reply(
+    base: PublishedModel,
+    record: Mapping[str, NDArray[Any] | None],
+    residual: Arrays,
+    rule: UpdateRule,
+    *,
+    clip: float | None = None,
+) -> Coded:
+    """Quantise what is of floating point, each tensor as a change or as values of its own.
+
+    A tensor that the version has on its lattice is a change, *reply - published* under the mask,
+    or the values themselves, whichever is smaller; its step is ``rule.step`` times the smaller
+    root mean square of the two. So weights, gradients, differences and control variates all arrive
+    with the same error relative to themselves. What earlier rounds dropped is added to either.
+
+    Without error feedback, and where a clipping norm is in effect, nothing is added, all tensors
+    of a record are coded alike (under a clip as changes), and what is sent of a tensor has at most
+    the norm that was given: steps shrink for it. Post-processing of what a mechanism of
+    differential privacy returned, its noise included, keeps the guarantee (Dwork and Roth 2014,
+    "The Algorithmic Foundations of Differential Privacy", proposition 2.1).
+
+    A large tensor that the version does not have goes as values in a fine step; all others, and
+    what does not fit integers of 32 bits, exactly.
+
+    Args:
+        base: the version that the record answers.
+        record: its arrays, see `align`.
+        residual: what earlier rounds dropped, by name; other shapes are passed over.
+        rule: step, dead zone, error feedback.
+        clip: norm that the change of the whole record was clipped to; None for no clipping.
+
+    Raises:
+        NonFiniteUpdate: a tensor of the lattice holds NaN or infinity.
+        QuantiseError: a tensor has no step, as its values leave float32.
+    """
+    tensors = align(record, base)
+    arrays = {name: array for name, array in record.items() if array is not None}
+    if clip is not None:
+        rule = replace(rule, error_feedback=False)
+    sizes = {
+        name: _measure(name, base[like], arrays[name])
+        for name, tensor in tensors.items()
+        if (like := _on_lattice(tensor, base)) is not None
+    }
+    # what the record is as a whole, for tensors that do not tell clearly (biases near zero)
+    whole = math.hypot(*(s.value for s in sizes.values())) < math.hypot(
+        *(s.whole_change for s in sizes.values())
+    )
+    within = 1.0 if clip is None else _within_clip(clip, sizes, arrays, tensors, base)
+    changes: dict[str, QuantisedTensor | NDArray[Any]] = {}
+    left = dict(residual) if rule.error_feedback else {}
+    for name, tensor in tensors.items():
+        like = _on_lattice(tensor, base)
+        change: QuantisedTensor | NDArray[Any] | None
+        if tensor.spec is None:
+            continue
+        if like is None or rule.step == 0:
+            change = _exact_or_fine(name, tensor, arrays[name], base, rule)
+        else:
+            lattice = base[like]
+            assert isinstance(lattice, LatticeTensor)
+            size = sizes[name]
+            own = whole
+            if rule.error_feedback:
+                clearly = 1 / _CLEARLY if not whole else _CLEARLY
+                own = size.value < size.whole_change * clearly
+            coder = _Coder(name, like, own and clip is None, lattice, size, rule, within)
+            change = coder.code(arrays[name], left)
+        if change is not None:
+            changes[name] = change
+    return Coded(tensors, changes, left)
+
+
+def _on_lattice(tensor: ReplyTensor, base: PublishedModel) -> str | None:
+    """Name of the lattice tensor that a float tensor belongs to."""
+    if tensor.spec is None or tensor.like is None or tensor.spec.dtype.kind != "f":
+        return None
+    return tensor.like if isinstance(base[tensor.like], LatticeTensor) else None
+
+
+def _working(array: NDArray[Any]) -> type[np.floating]:
+    return np.float64 if array.dtype == np.float64 else np.float32
+
+
+def _norm(array: NDArray[Any]) -> float:
+    with np.errstate(over="ignore"):  # an infinite step is refused later
+        return float(np.sqrt(np.sum(np.square(array, dtype=np.float64))))
+
+
+def _measure(name: str, tensor: Any, array: NDArray[Any]) -> _Sizes:
+    if not np.isfinite(array).all():
+        raise NonFiniteUpdate(
+            f"tensor {name!r} holds NaN or infinity after local training: the update was not "
+            "sent. Lower the learning rate or clip gradients."
+        )
+    working = _working(array)
+    change = array.astype(working) - tensor.dense().astype(working)
+    mask = tensor.mask()
+    if mask is None:
+        return _Sizes(_norm(change), 0.0, _norm(array), change.size, change.size)
+    kept = int(np.count_nonzero(mask))
+    return _Sizes(_norm(change[mask]), _norm(change[~mask]), _norm(array), kept, change.size)
+
+
+def _within_clip(
+    clip: float,
+    sizes: Mapping[str, _Sizes],
+    arrays: Arrays,
+    tensors: Mapping[str, ReplyTensor],
+    base: PublishedModel,
+) -> float:
+    """Part of the changes on the lattice that may be sent, so that all together stay in the clip.
+
+    All of them where the reply is above it by more than rounding: then `clipping_norm` means
+    something else to this app, or nobody clipped, and plain Flower would not, either.
+    """
+    exact = [
+        _norm(arrays[name].astype(np.float64) - base[tensor.like].dense().astype(np.float64))
+        for name, tensor in tensors.items()
+        if tensor.like is not None and name not in sizes and name in arrays
+    ]
+    beside = math.hypot(*exact)
+    coded = math.hypot(*(size.change for size in sizes.values()))
+    given = math.hypot(beside, *(size.whole_change for size in sizes.values()))
+    if not 0 < given <= clip * (1 + _AT_THE_CLIP) or coded == 0:
+        return 1.0
+    left = min(given, clip) ** 2 - beside**2
+    return min(1.0, math.sqrt(max(left, 0.0)) / coded)
+
+
+@dataclass(frozen=True)
+class _Coder:
+    """Quantises one tensor that the version has on its lattice."""
+
+    name: str
+    like: str
+    own: bool
+    tensor: LatticeTensor
+    size: _Sizes
+    rule: UpdateRule
+    within: float
+
+    def code(
+        self, array: NDArray[Any], left: dict[str, NDArray[Any]]
+    ) -> QuantisedTensor | NDArray[Any] | None:
+        """What is sent; `left`, the residuals, is brought up to date."""
+        working = _working(array)
+        target = array.astype(working)
+        mask = None if self.own else self.tensor.mask()
+        if not self.own:
+            target -= self.tensor.dense().astype(working)
+            if mask is not None:
+                target *= mask
+        given = self.size.value if self.own else self.size.change
+        with np.errstate(over="ignore"):
+            step = float(np.float32(self.rule.step * self.size.step))
+        if given == 0 or step <= np.finfo(np.float32).tiny:
+            return QuantisedTensor(np.zeros(array.shape, np.int32), 1.0, True) if self.own else None
+        if self.rule.error_feedback:
+            target += self._residual(left, step, target, mask)
+        try:
+            z = quantise(target, step, dead_zone=self.rule.dead_zone, name=self.name)
+        except QuantiseError as error:
+            if isinstance(error, NonFiniteError) or not math.isfinite(step):
+                raise
+            return array  # its residual waits
+        if self.rule.error_feedback:
+            left.pop(self._key(not self.own), None)
+            left[self._key(self.own)] = (target - z * working(np.float32(step))).astype(working)
+        else:
+            step = _shrunk(z, step, self._may_have(given, array.dtype))
+        return QuantisedTensor(z, step, self.own) if self.own or z.any() else None
+
+    def _key(self, own: bool) -> str:
+        return self.like + _OWN * own
+
+    def _residual(
+        self,
+        left: Mapping[str, NDArray[Any]],
+        step: float,
+        like: NDArray[Any],
+        mask: NDArray[np.bool_] | None,
+    ) -> NDArray[Any]:
+        """What earlier rounds dropped of the tensor.
+
+        What was dropped while it was coded the other way may be of another thing (weights, then
+        gradients), in other proportions. It is brought to where this very quantisation could have
+        left it: more would drown what is sent now.
+        """
+        total = np.zeros_like(like)
+        for own in (self.own, not self.own):
+            kept = left.get(self._key(own))
+            if kept is None or kept.shape != like.shape:
+                continue
+            reach = 0.0 if own == self.own else float(np.abs(kept).max(initial=0.0))
+            most = self.rule.dead_zone * step
+            total += (kept * (most / reach) if reach > most else kept).astype(like.dtype)
+        return total if mask is None else total * mask
+
+    def _may_have(self, given: float, dtype: np.dtype[Any]) -> float:
+        """The norm that may be sent of a given one, less what rounding may add on the server."""
+        most = self.within * given
+        if self.own:
+            return most
+        # the server adds the change to weights that are about the published ones
+        precision = max(float(np.finfo(d).eps) for d in (np.float32, dtype, self.tensor.dtype))
+        return max(most - precision * _norm(self.tensor.dense()), 0.0)
+
+
+def _shrunk(z: NDArray[np.int32], step: float, most: float) -> float:
+    """The step, or a smaller one with which all values together have a norm of at most `most`."""
+    norm = _norm(z) * step
+    if norm * (1 + _ROUNDING) <= most:
+        return step
+    smaller = np.float32(step * most / norm * (1 - 2 * _ROUNDING))
+    return float(max(smaller, np.finfo(np.float32).tiny))
+
+
+def _exact_or_fine(
+    name: str, tensor: ReplyTensor, array: NDArray[Any], base: PublishedModel, rule: UpdateRule
+) -> QuantisedTensor | NDArray[Any] | None:
+    if tensor.like is not None:
+        return exact_change(array, base[tensor.like])
+    worth_it = rule.step > 0 and array.dtype.kind == "f" and array.size >= _LARGE
+    if not worth_it or not np.isfinite(array).all():
+        return array
+    norm = _norm(array)
+    if norm == 0:
+        return None
+    step = float(np.float32(min(rule.step, _FINE) * norm / array.size**0.5))
+    try:
+        z = quantise(array, step, name=name)
+    except QuantiseError:
+        return array
+    return QuantisedTensor(z, _shrunk(z, step, norm), True)
