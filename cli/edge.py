@@ -238,6 +238,8 @@ def status(state: State, as_json: AsJson = False) -> None:
     ]
     if found.get("last_error"):
         lines.append(f"problem  {found['last_error']}")
+    if found.get("last_warning"):
+        lines.append(f"warning  {found['last_warning']}")
     lines += _figures_lines(found["telemetry"])
     show(found, as_json, "\n".join(lines))
 

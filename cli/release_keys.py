@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from prunecast.cli.console import AsJson, show
 from prunecast.cli.release_create import Folder
+from prunecast.common.clock import utc_now
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Key
@@ -84,7 +84,7 @@ def plan(
     from prunecast.server.repository import Ceremony, RoleKeys, first_metadata
     from prunecast.server.repository.roles import Expiry
 
-    now = datetime.now(UTC)
+    now = utc_now()
     roles = {
         "root": RoleKeys(_publics(root), root_threshold),
         "targets": RoleKeys(_publics(targets), targets_threshold),
@@ -135,7 +135,7 @@ def change(
         withdraw=tuple(withdraw or ()),
         renew=tuple(renew or ()),
     )
-    _tell(RepositoryReader(repository).change(ceremony, wanted, datetime.now(UTC)))
+    _tell(RepositoryReader(repository).change(ceremony, wanted, utc_now()))
 
 
 @app.command(name="show")
@@ -163,7 +163,7 @@ def sign(
     print("\n".join(describe_requests(held)))  # noqa: T201
     if not yes:
         typer.confirm("Have you compared the digests with the others? Sign", abort=True)
-    for path in held.sign(signer, datetime.now(UTC)):
+    for path in held.sign(signer, utc_now()):
         print(f"send back: {path}")  # noqa: T201
 
 

@@ -99,6 +99,7 @@ class Agent:
         self._warned: set[str] = set()
         self._since: float | None = None  # since when `run` has served the active release
         self._crashed = False
+        self._clock: str | None = None  # what is wrong with it
         self._begun: Begun | None = None  # what `start.json` says of this process
         self._state = State(config.name)
         self._saved: State | None = None  # what is on the disk; None: nothing that counts
@@ -435,6 +436,7 @@ class Agent:
         self, counted: Counter[str], order: Order | None, superseded: Callable[[], bool]
     ) -> UpdateResult:
         self._step("refresh metadata")
+        self._clock = None
 
         folder, config = self._folder, self.config
         listing = TrustedListing(
@@ -443,6 +445,7 @@ class Agent:
             config.root,
             self._fetcher,
             lambda size: counted.update(metadata=size),
+            self._warn_of_clock,
         )
         held = self._state.active.version if self._state.active else 0
         path = folder.downloads / "release.json"
@@ -586,9 +589,13 @@ class Agent:
     ) -> None:
         """Keep for the status what happened; a disk that refuses is no reason to stop."""
         try:
-            record_check(self._folder, result, counted, problem)
+            record_check(self._folder, result, counted, problem, self._clock)
         except StateError as error:
             self._warn(f"the status is not kept: {error}")
+
+    def _warn_of_clock(self, told: str) -> None:
+        self._clock = told
+        self._warn(told)
 
     def _warn(self, told: str) -> None:
         """Say once what would be said again and again."""

@@ -327,7 +327,11 @@ class StateFolder:
         left = [
             *(p for folder in (self.path, history) for p in folder.glob(".*.json.*")),
             # tuf itself names its temporary files tmp*
-            *(p for name in (".*.json.*", "tmp*") for p in self.metadata.glob(name)),
+            *(
+                p
+                for name in (".*.json.*", ".time.floor.*", "tmp*")
+                for p in self.metadata.glob(name)
+            ),
         ]
         with disk(f"tidy {self.path}"):
             for path in left:
@@ -374,7 +378,11 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def record_check(
-    folder: StateFolder, result: UpdateResult | None, counted: Counter[str], error: str | None
+    folder: StateFolder,
+    result: UpdateResult | None,
+    counted: Counter[str],
+    error: str | None,
+    warning: str | None = None,
 ) -> None:
     """Keep what a check for updates did; see `StateFolder`.
 
@@ -382,6 +390,7 @@ def record_check(
         result: None if the check failed.
         counted: bytes received by kind, added to those of earlier checks.
         error: why it failed, or why a release was rejected.
+        warning: what is wrong although it did not fail for that.
     """
     earlier = folder.read_json(_STATUS).get("downloaded_total")
     total = Counter(earlier if isinstance(earlier, dict) else {})
@@ -390,6 +399,7 @@ def record_check(
         "last_check": datetime.now(UTC).isoformat(timespec="seconds"),
         "last_result": asdict(result) if result else None,
         "last_error": error,
+        "last_warning": warning,
         "downloaded_total": dict(total),
     }
     folder.write_json(_STATUS, report)

@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import partial
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, TargetFile
 
+from prunecast.common.clock import utc_now
 from prunecast.common.files import write_atomically
 from prunecast.compression.release.manifest import (
     ReleaseManifest,
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
     from prunecast.server.repository.authoring.build import ReleaseContents
 
 __all__ = ["PublishedRelease", "Repository"]
-
-_utc_now = partial(datetime.now, UTC)
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Repository(RepositoryReader):
         window: int = 16,
         fleets: Sequence[str] = (),
         expiry: Expiry | None = None,
-        now: Callable[[], datetime] = _utc_now,
+        now: Callable[[], datetime] = utc_now,
     ) -> None:
         if window < 1:
             raise RepositoryError("the window holds at least one release")
@@ -127,7 +125,7 @@ class Repository(RepositoryReader):
         ceremony: Ceremony | None = None,
         window: int = 16,
         expiry: Expiry | None = None,
-        now: Callable[[], datetime] = _utc_now,
+        now: Callable[[], datetime] = utc_now,
     ) -> Repository:
         """Sign version 1 of every role, and lay out the folder.
 

@@ -10,15 +10,10 @@ from urllib.parse import urlsplit
 import urllib3
 from tuf.api.exceptions import DownloadError, SlowRetrievalError
 
+from prunecast.client.edge.updating.clock import shown_time
 from prunecast.client.edge.updating.proxies import Proxy
 
-__all__ = [
-    "TooSlow",
-    "certificate_problem",
-    "connection_problem",
-    "shown_clock",
-    "wants_credentials",
-]
+__all__ = ["TooSlow", "certificate_problem", "connection_problem", "wants_credentials"]
 
 _EXPIRED, _NOT_YET = 10, 9  # codes of X509_V_ERR_..., openssl/x509_vfy.h
 _UNKNOWN = {18, 19, 20, 21}
@@ -30,11 +25,6 @@ class TooSlow(TimeoutError):
     """A server sends less than the least rate."""
 
 
-def shown_clock() -> str:
-    """What this device takes for the time, for messages about dates."""
-    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-
-
 def certificate_problem(code: int, detail: str, host: str, option: str) -> str:
     """What is wrong with a server's certificate, and what to do.
 
@@ -44,15 +34,15 @@ def certificate_problem(code: int, detail: str, host: str, option: str) -> str:
         host: the name that the server was asked by.
         option: of the command line that names the authorities to trust.
     """
-    said = detail.lower()
+    said, clock = detail.lower(), shown_time(datetime.now(UTC))
     if code == _NOT_YET or "not yet valid" in said:
         return (
             f"its TLS certificate is not valid yet by this device's clock, which says "
-            f"{shown_clock()}: set the clock"
+            f"{clock}: set the clock"
         )
     if code == _EXPIRED or "has expired" in said:
         return (
-            f"its TLS certificate has expired by this device's clock, which says {shown_clock()}: "
+            f"its TLS certificate has expired by this device's clock, which says {clock}: "
             "set the clock if that is wrong, and have the certificate renewed if it is right"
         )
     if code in _UNKNOWN or "self signed" in said or "self-signed" in said or "issuer" in said:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,6 +21,7 @@ from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 
 from prunecast.client.edge.errors import ContentRefused, NetworkError, StateError, TrustError
+from prunecast.client.edge.updating.clock import TimeFloor, shown_time
 from prunecast.client.edge.updating.transport import Fetcher, Passing
 from prunecast.common.files import StorageError, make_folder, write_atomically
 from prunecast.compression.release import ManifestError
@@ -32,16 +34,16 @@ from prunecast.compression.release.manifest import (
 
 __all__ = ["TrustedListing"]
 
+_TOP_LEVEL = ("root", "timestamp", "snapshot", "targets")
 _MOST_ROLES = 16  # that may publish one name; each list costs a request
 
+_RENEW = "renew it with prunecast release renew, or set this device's clock if that is wrong"
 _REMEDIES: dict[type[RepositoryError], str] = {
     UnsignedMetadataError: (
         "it is not signed by the keys this device trusts; if the repository is the right one, "
         "give the device its root file again"
     ),
-    ExpiredMetadataError: (
-        "renew it with prunecast release renew, or set this device's clock if that is wrong"
-    ),
+    ExpiredMetadataError: _RENEW,
     BadVersionNumberError: (
         "it is older than what this device has seen: a copy is stale, or somebody replays it; if "
         "the repository was restored from a backup, publish again"
@@ -58,6 +60,7 @@ class TrustedListing:
         root: the root metadata this device was provisioned with.
         fetcher: the network.
         on_bytes: called with the number of bytes received.
+        on_warning: called with what is wrong with this device's clock.
 
     Raises:
         TrustError: metadata is forged, expired, rolled back, or `root` is no root metadata.
@@ -72,6 +75,7 @@ class TrustedListing:
         root: bytes,
         fetcher: Fetcher,
         on_bytes: Callable[[int], None] = lambda count: None,
+        on_warning: Callable[[str], None] = lambda told: None,
     ) -> None:
         def counted(chunks: Iterator[bytes]) -> Iterator[bytes]:
             for chunk in chunks:
@@ -91,7 +95,25 @@ class TrustedListing:
                 config=UpdaterConfig(targets_max_length=4_000_000, max_delegations=_MOST_ROLES),
                 bootstrap=root,
             )
+            self._time = TimeFloor(folder)
+            self._clock = self._updater.judge_by(self._time.judge)
+        if problem := self._time.problem(self._clock):
+            on_warning(problem)
+        with self._judged():
             self._updater.refresh()
+        self._time.verified(self._clock)
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        """What has expired is told with the time by which it was judged."""
+        with _translated():
+            try:
+                yield
+            except ExpiredMetadataError as error:
+                if not self._time.is_behind(self._clock):
+                    self._time.saw(self._clock)
+                told = _expired(error, self._updater, self._time, self._clock)
+                raise TrustError(told) from error
 
     def versions(self, name: str) -> list[int]:
         """Numbers of the live releases of `name`, ascending; raises as the class does."""
@@ -110,7 +132,7 @@ class TrustedListing:
     def _delegated(self, name: str) -> list[Targets]:
         """The verified lists of the roles that may publish `name`, in the order of precedence."""
         probe = manifest_path(name, 0)  # no release has this number, so no role is left out
-        with _translated():
+        with self._judged():
             self._updater.get_targetinfo(probe)  # fetches and verifies those lists
             snapshot = Metadata[Snapshot].from_file(str(self._folder / "snapshot.json")).signed
         found = []
@@ -167,15 +189,43 @@ class TrustedListing:
                 f"{wanted} describes release {manifest.name} {manifest.version}: an old release "
                 "was put in the place of a new one"
             )
+        with suppress(ValueError):
+            made = datetime.fromisoformat(manifest.created)
+            if made.tzinfo is not None and self._time.is_behind(self._clock):
+                self._time.saw(min(made, *self._updater.expiries().values()))
         return manifest
 
     def _target(self, name: str, version: int) -> TargetFile:
         path = manifest_path(name, version)
-        with _translated():
+        with self._judged():
             target = self._updater.get_targetinfo(path)
         if target is None or "sha256" not in target.hashes:
             raise TrustError(f"{path} is not in the signed metadata with a SHA-256")
         return target
+
+
+def _expired(
+    error: ExpiredMetadataError, updater: _DurableUpdater, floor: TimeFloor, clock: datetime
+) -> str:
+    """Which metadata have expired, by which time, and whether that may be the clock's fault."""
+    told = f"the repository's metadata is refused: {str(error).rstrip('.')}"
+    late = [at for at in updater.expiries().values() if at <= updater.judged_at]
+    if late:
+        told += f", since {shown_time(min(late))}"
+    says = f"this device's clock says {shown_time(clock)}"
+    if floor.is_behind(clock):
+        return (
+            f"{told}; {says}, which is past for certain, so this is judged by "
+            f"{shown_time(updater.judged_at)}, the latest time that it has known: set the clock, "
+            "and renew the metadata with prunecast release renew if it stays"
+        )
+    if floor.is_far_ahead(clock):
+        return (
+            f"{told}; {says}, far ahead of {shown_time(floor.floor)}, the latest time that it "
+            "knows for certain: set the clock if that is wrong, and renew the metadata with "
+            "prunecast release renew if it is right"
+        )
+    return f"{told}; {says}: {_RENEW}"
 
 
 def _roles(targets: Targets) -> Mapping[str, DelegatedRole]:
@@ -185,7 +235,7 @@ def _roles(targets: Targets) -> Mapping[str, DelegatedRole]:
 
 
 class _DurableUpdater(Updater):
-    """Writes metadata so that it survives a power cut.
+    """Writes metadata so that it survives a power cut, and judges expiry by the time it is told.
 
     tuf replaces files without fsync: after a power cut a file may be empty. It is then fetched
     again, but what it proved against a rollback is gone.
@@ -197,6 +247,26 @@ class _DurableUpdater(Updater):
             return  # the root is handed over at every check
         make_folder(path.parent)
         write_atomically(path, data)
+
+    def judge_by(self, judge: Callable[[datetime], datetime]) -> datetime:
+        """Judge expiry by what a function makes of the time that this device's clock says.
+
+        Returns:
+            The time by the clock.
+        """
+        clock = self._trusted_set.reference_time
+        self._trusted_set.reference_time = judge(clock)
+        return clock
+
+    @property
+    def judged_at(self) -> datetime:
+        """The time by which expiry is judged."""
+        return self._trusted_set.reference_time
+
+    def expiries(self) -> dict[str, datetime]:
+        """When the metadata that were loaded expire, by role."""
+        loaded = self._trusted_set
+        return {role: loaded[role].expires for role in _TOP_LEVEL if role in loaded}
 
     def _update_root_symlink(self) -> None:
         """Leave out `root.json`: nobody reads it, and a full disk may refuse to make it anew."""

@@ -11,12 +11,12 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
-from functools import partial
+from datetime import datetime
 from pathlib import Path
 
 from tuf.api.metadata import TargetFile
 
+from prunecast.common.clock import utc_now
 from prunecast.common.files import file_digest, is_locked
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import (
@@ -40,7 +40,6 @@ from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, delegations_
 __all__ = ["examine"]
 
 _MOST_FILES, _MOST_BYTES = 2000, 16_384  # looked at beside the repository
-_utc_now = partial(datetime.now, UTC)
 _KEY_ID = re.compile(rb"^Key-Id: ([0-9a-f]{64})$", re.MULTILINE)
 
 
@@ -49,7 +48,7 @@ def examine(
     keys: KeyRing | None = None,
     *,
     fleets: Sequence[str] = (),
-    now: Callable[[], datetime] = _utc_now,
+    now: Callable[[], datetime] = utc_now,
 ) -> list[Finding]:
     """Examine a repository; nothing is changed.
 

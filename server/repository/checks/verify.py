@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from tuf.api import exceptions as tuf_errors
 from tuf.ngclient import FetcherInterface, Updater
 
+from prunecast.common.clock import utc_now
 from prunecast.compression.release import ReleaseError
 from prunecast.compression.release.layout import WeightsLayout
 from prunecast.compression.release.manifest import ReleaseManifest, manifest_path
@@ -65,7 +66,9 @@ def verify_repository(repository: RepositoryReader, trusted_root: bytes) -> list
 
     Raises:
         VerificationFailed: names the release and what is wrong with it.
+        ClockWrong: by this machine's clock nothing would have expired.
     """
+    utc_now()
     verified = []
     with tempfile.TemporaryDirectory() as folder:
         updater = _refreshed(repository.path, trusted_root, Path(folder))
