@@ -7,6 +7,7 @@ Flower; `versions` stays free of it.
 from __future__ import annotations
 
 import io
+import re
 import tokenize
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,6 +32,7 @@ __all__ = [
     "float_names",
     "is_codable",
     "is_codable_array",
+    "node_reason",
     "npy_head",
     "open_coded",
     "payload_of",
@@ -180,6 +182,31 @@ def stated_clip(content: RecordDict) -> float | None:
     stated = [record.get(CLIPPING_NORM) for record in content.config_records.values()]
     norms = [float(norm) for norm in stated if isinstance(norm, int | float) and norm > 0]
     return min(norms, default=None)
+
+
+_RAISED = re.compile(r"<class '(?:[\w.]*\.)?(\w+)[^']*'>:<'(.*)'>", re.DOTALL)
+_IN_RAY = "Exception ClientAppException occurred. Message: "
+
+
+def node_reason(reason: str) -> str:
+    """Why a node failed, as its exception said it: ``ValueError: ...``.
+
+    Flower's runtimes wrap the exception of a ClientApp in its type's ``repr``; the simulation
+    engine puts the traceback of Ray's process before it, and the exception itself last.
+
+    >>> node_reason("<class 'ZeroDivisionError'>:<'division by zero'>")
+    'ZeroDivisionError: division by zero'
+    """
+    found = _RAISED.fullmatch(reason)
+    if found is None:
+        return reason
+    kind, text = found[1], found[2]
+    if _IN_RAY in text:
+        before, text = text.rsplit(_IN_RAY, 1)
+        line = text.strip().partition("\n")[0]
+        kinds = re.findall(rf"^(?:\w+\.)*(\w+): {re.escape(line)}", before, re.MULTILINE)
+        kind = kinds[-1] if kinds else kind
+    return f"{kind}: {text.strip()}"
 
 
 def stated_round(content: RecordDict) -> int:

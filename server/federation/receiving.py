@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from prunecast.compression.flower import (
     ERROR_REASON,
     STATISTICS_RECORD,
     STYPE,
+    node_reason,
     open_coded,
     payload_of,
 )
@@ -33,7 +33,6 @@ from prunecast.server.federation.publisher import Streams
 __all__ = ["Received", "Receiver", "refuse"]
 
 _LONGEST = 500  # characters of a reason that came from outside
-_EXCEPTION = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>:<'(.*)'>", re.DOTALL)
 _NO_MOD = (
     "answered without Prunecast's mod, so it cannot have read the published model: add "
     "compression_mod() to ClientApp(mods=[...]) on the clients"
@@ -233,9 +232,7 @@ class Receiver:
     def _failed(self, received: Received) -> None:
         """Say once why a node failed: its own words come first."""
         entry, reason = received.entry, str(received.message.error.reason)
-        found = _EXCEPTION.fullmatch(reason)
-        entry.kind = "error"
-        entry.reason = (f"{found[1]}: {found[2]}" if found else reason)[:_LONGEST]
+        entry.kind, entry.reason = "error", node_reason(reason)[:_LONGEST]
         self._notices.failed(entry.node, entry.reason, _ORDER if STYPE in reason else "")
 
     def _refuse(self, received: Received, reason: str) -> None:

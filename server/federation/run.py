@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from prunecast.common.files import StorageError
-from prunecast.compression.flower import array_record
+from prunecast.compression.flower import array_record, node_reason
 from prunecast.compression.flower.internals import log
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation.checkpoints import Checkpoint
@@ -263,15 +263,17 @@ class _Rounds(GridWrapper):
                 self._trained += _trains(message)
                 self._used.add(kind)
                 continue
-            reason = "no reply in time" if reply is None else str(reply.error.reason)[:_LONGEST]
+            reason = "no reply in time"
+            if reply is not None:
+                reason = node_reason(str(reply.error.reason))[:_LONGEST]
             # as text: JavaScript rounds integers of 64 bits
             failed.append({"node": str(message.metadata.dst_node_id), "reason": reason})
             self._in_vain.setdefault(kind, f"node {failed[-1]['node']}: {reason}")
         self._failed += failed
         if failed and self._run.stop_on_failure:
             raise NodesFailed(
-                f"round {self._number}: {len(failed)} clients answered with an error, the first: "
-                f"{failed[0]['reason']}"
+                f"round {self._number}: {len(failed)} clients answered with an error, the first, "
+                f"node {failed[0]['node']}: {failed[0]['reason']}"
             )
         return replies
 

@@ -99,9 +99,21 @@ def load_examples(source: DataSource, task: Task, *, seed: int) -> tuple[Example
         DataError: the package or file is missing, or the arrays do not fit.
     """
     found = source.read()
+    if not len(found):
+        raise DataError("the data hold no examples: give others")
     for name, values in found.inputs.items():
         if len(values) != len(found):
             raise DataError(f"there are {len(values)} of input {name!r}, but {len(found)} targets")
+    for name, values in found.inputs.items():
+        if values.dtype.kind == "f":
+            broken = np.flatnonzero(np.isnan(values.reshape(len(values), -1)).any(axis=1))
+            if broken.size:
+                raise DataError(
+                    f"input {name!r} holds NaN in {broken.size} of {len(found)} examples, the "
+                    f"first is example {broken[0]}: fill them in, or leave those examples out"
+                )
+        elif values.dtype.kind not in "biu":
+            raise DataError(f"input {name!r} is {values.dtype}: networks take numbers, convert it")
     found = dataclasses.replace(found, targets=task.targets(found.targets))
     if source.held_out >= len(found):
         raise DataError(

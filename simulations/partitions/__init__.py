@@ -56,6 +56,11 @@ class Partition(Kind):
                 "partitions are drawn by flwr-datasets: pip install 'prunecast[sim]'"
             ) from error
         # no network: a data set of the groups, in memory
+        if len(groups) < clients:
+            raise DataError(
+                f"there are {len(groups)} examples to train on, for {clients} clients: lower "
+                "clients.count or data.held_out"
+            )
         table = datasets.Dataset.from_dict({"group": groups, "index": np.arange(len(groups))})
         if self.shuffled:
             table = table.shuffle(seed=seed, keep_in_memory=True)
@@ -71,7 +76,7 @@ class Partition(Kind):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of every draw that is repeated, as asked
                 parts = [chosen.load_partition(number)["index"] for number in range(clients)]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise DataError(
                 f"{len(groups)} examples cannot be spread over {clients} clients as asked: "
                 f"{self.remedy} ({error})"

@@ -81,7 +81,10 @@ def run_engine(prepared: PreparedRun, log: Path) -> Iterator[dict[str, Any]]:
     finally:
         _end(process)
     if not finished:
-        raise EngineFailed(f"the simulation engine ended with code {code}: see {log}")
+        how = f"with code {code}"
+        if code < 0:
+            how = f"by {signal.Signals(-code).name}, for want of memory perhaps"
+        raise EngineFailed(f"the simulation engine ended {how}: see {log}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -161,7 +164,9 @@ def main(arguments: list[str]) -> int:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            emit({"event": "failed", "reason": str(cause)})
+            own = type(cause).__module__.startswith("prunecast.")
+            kind = "" if own else f"{type(cause).__name__}: "
+            emit({"event": "failed", "reason": f"{kind}{cause}"})
             return 1
     return 0
 

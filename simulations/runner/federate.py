@@ -258,7 +258,10 @@ def _run_arm(
     try:
         run.start(arrays, scenario.rounds, drawn=drawn)
     except NodesFailed as error:
-        raise EngineFailed(f"arm {name!r}, {error}") from None
+        told = str(error)
+        for number, node in enumerate(nodes):  # ids of nodes are drawn at random
+            told = told.replace(f"node {node}:", f"client {number}:")
+        raise EngineFailed(f"arm {name!r}, {told}") from None
     seconds = time.monotonic() - started
     held_out.save(prepared, name)
     releases = [asdict(made) for made in run.releases.made] if run.releases else []

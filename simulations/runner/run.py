@@ -43,6 +43,8 @@ __all__ = [
     "run_scenario",
 ]
 
+_MADE = "made.json"  # in the scratch folder: the folders that a run made, the innermost first
+
 SCHEMA = 2
 """Of ``result.json``, every key of which docs/result.md explains."""
 
@@ -53,6 +55,7 @@ def new_run_folder(output: Path | str, name: str) -> Path:
     Raises:
         SimulationError: it cannot be made.
     """
+    made = [parent for parent in Path(output, name).parents if not parent.exists()]
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     for suffix in ["", *(f"-{number}" for number in range(2, 100))]:
         folder = Path(output) / f"{stamp}-{name}{suffix}"
@@ -64,6 +67,9 @@ def new_run_folder(output: Path | str, name: str) -> Path:
             raise SimulationError(
                 f"cannot make {folder} ({error.strerror or error}): choose another output folder"
             ) from error
+        (folder / "work").mkdir()
+        text = json.dumps([str(path.absolute()) for path in (folder, *made)])
+        (folder / "work" / _MADE).write_text(text, encoding="utf-8")
         return folder
     raise SimulationError(f"too many runs named {name!r} in one second")
 
@@ -77,8 +83,8 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
     Raises:
         FederationError: a preset, knob, strategy, option or release rule is unknown or out of
             range.
-        ScenarioError: the model's factory cannot be imported.
-        DataError: the data cannot be had, do not suit the task, or cannot be partitioned.
+        ScenarioError: the model's factory cannot be imported, or makes no model.
+        DataError: the data cannot be had, do not suit task and model, or cannot be partitioned.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)  # before flwr is imported
@@ -99,7 +105,11 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
             str(error),
             "name a function as package.module:function, installed or in the current folder",
         ) from error
-    return partition_data(scenario)
+    from prunecast.simulations.runner.checks import check_data_and_model
+
+    data = partition_data(scenario)
+    check_data_and_model(scenario, data)
+    return data
 
 
 def run_scenario(
@@ -161,10 +171,19 @@ def run_scenario(
         text = json.dumps(document, indent=2) + "\n"
         write_atomically(folder / "result.json", text.encode())
     finally:
-        shutil.rmtree(folder / "work", ignore_errors=True)
-        with suppress(OSError):
-            folder.rmdir()  # where the run failed before it wrote anything
+        _clean(folder)
     return json.loads(text)  # type: ignore[no-any-return]
+
+
+def _clean(folder: Path) -> None:
+    """Remove scratch files, and the folders that were made for a run that wrote nothing."""
+    made: list[str] = []
+    with suppress(OSError, ValueError):
+        made = json.loads((folder / "work" / _MADE).read_text(encoding="utf-8"))
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    with suppress(OSError):  # one that holds something stays, and so do those around it
+        for path in made:
+            Path(path).rmdir()
 
 
 def _software() -> dict[str, str]:

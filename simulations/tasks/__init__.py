@@ -42,6 +42,17 @@ class Task(Kind):
         """
         raise NotImplementedError
 
+    def check(self, outputs: NDArray[Any], targets: NDArray[Any]) -> None:
+        """See whether targets suit what the network returns, before anything is trained.
+
+        Args:
+            outputs: of the network for a batch, the example first.
+            targets: as `targets` returned them; not those of this batch alone.
+
+        Raises:
+            DataError: they do not.
+        """
+
     def groups(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """A small integer for each example, by which partitions are skewed."""
         raise NotImplementedError

@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Classification"]
 
+_IGNORED = -100  # a label that torch's cross-entropy skips
+
+
+def _remedy(raw: NDArray[Any]) -> str:
+    """What to do with targets that are no labels."""
+    if raw.ndim == 2 and raw.shape[1] == 1:
+        return "take the only column, y[:, 0]"
+    if raw.ndim == 2 and raw.dtype.kind in "biuf" and np.all(raw.sum(axis=1) == 1):
+        return "turn rows of zeros and a one into labels, y.argmax(axis=1)"
+    if raw.ndim == 1 and raw.dtype.kind in "US":
+        return "number the texts, numpy.unique(y, return_inverse=True)[1]"
+    if raw.ndim == 1 and raw.dtype.kind in "bf" and np.all(raw == np.floor(raw)):
+        return "convert them, y.astype('int64')"
+    return "choose another task, or another array"
+
 
 @dataclass(frozen=True)
 class Classification(Task):
@@ -30,9 +45,33 @@ class Classification(Task):
         if raw.ndim != 1 or raw.dtype.kind not in "iu":
             raise DataError(
                 f"targets must hold one integer label for each example, not {raw.dtype} of shape "
-                f"{list(raw.shape)}: choose another task, or another array"
+                f"{list(raw.shape)}: {_remedy(raw)}"
             )
-        return np.asarray(raw, dtype=np.int64)
+        labels = np.asarray(raw, dtype=np.int64)
+        if labels.size and (least := int(labels[labels != _IGNORED].min(initial=0))) < 0:
+            raise DataError(
+                f"labels count from 0, these from {least}: add {-least}, or leave those examples "
+                f"out ({_IGNORED} is ignored by the loss)"
+            )
+        return labels
+
+    def check(self, outputs: NDArray[Any], targets: NDArray[Any]) -> None:
+        """Outputs are one row of classes for each example, and every label is among them."""
+        if outputs.ndim != 2:
+            raise DataError(
+                f"the model returns the shape {list(outputs.shape)}: return logits (examples, "
+                "classes), one row for each example"
+            )
+        classes, most = outputs.shape[1], int(targets.max(initial=0))
+        if most >= classes:
+            least = int(targets[targets != _IGNORED].min(initial=most))
+            remedy = f"give it {most + 1}"
+            if least == 1 and most == classes:
+                remedy = "subtract 1 from labels that count from 1, or " + remedy
+            raise DataError(
+                f"labels reach from {least} to {most}, and the model has {classes} outputs, for 0 "
+                f"to {classes - 1}: {remedy}"
+            )
 
     def groups(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """The labels."""

@@ -42,6 +42,14 @@ class Regression(Task):
         found = np.asarray(raw, dtype=np.float32)
         return found[:, None] if found.ndim == 1 else found
 
+    def check(self, outputs: NDArray[Any], targets: NDArray[Any]) -> None:
+        """Outputs and targets of an example have one shape; torch would stretch others."""
+        if outputs.shape[1:] != targets.shape[1:]:
+            raise DataError(
+                f"the model returns {list(outputs.shape[1:])} numbers for an example, the targets "
+                f"are {list(targets.shape[1:])}: return as many, a single one as (examples, 1)"
+            )
+
     def groups(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """Which tenth of the examples the first value belongs to, 0 for the smallest ones."""
         first = targets.reshape(len(targets), -1)[:, 0]

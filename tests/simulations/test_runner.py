@@ -19,12 +19,20 @@ from prunecast.simulations.runner import (
     ResultError,
     SimulationError,
 )
+from prunecast.simulations.runner.checks import check_data_and_model
 from prunecast.simulations.runner.delivery import _compare, _Published
 from prunecast.simulations.runner.federate import run_arms, simulated_client
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
-from prunecast.simulations.runner.run import new_run_folder, read_result, run_scenario
-from prunecast.simulations.scenarios import scenario_from_mapping
+from prunecast.simulations.runner.run import (
+    check_scenario,
+    new_run_folder,
+    read_result,
+    run_scenario,
+)
+from prunecast.simulations.scenarios import ScenarioError, scenario_from_mapping
+
+NETS = "support.networks"
 
 
 class Recorder(InProcessGrid):
@@ -188,7 +196,8 @@ def test_a_failing_engine_names_its_log(tiny, tmp_path):
     folder = new_run_folder(tmp_path, "tiny")
     with pytest.raises(
         EngineFailed,
-        match=r"clients answered with an error.*lower the learning rate.*\(see .*engine\.log\)",
+        match=r"clients answered with an error, the first, client \d: TrainerError: the training "
+        r"loss is nan: lower the learning rate.*\(see .*engine\.log\)",
     ):
         run_scenario(scenario_from_mapping(mapping), folder)
     assert "lower the learning rate" in (folder / "engine.log").read_text()
@@ -205,12 +214,122 @@ def test_names_are_checked_before_anything_starts(tiny, tmp_path):
         ({"data": {**tiny["data"], "held_out": 240}}, DataError, "there are 240 examples"),
         ({"data": {**tiny["data"], "path": "none.npz"}}, DataError, "cannot read"),
         ({"clients": {"count": 100}}, DataError, r"lower partition\.min_size"),
+        ({"clients": {"count": 300}}, DataError, r"180 examples .* 300 clients: lower clients"),
+        ({"model": {"factory": f"{NETS}:fails"}}, ScenarioError, "ZeroDivisionError: division"),
+        ({"model": {"factory": f"{NETS}:number"}}, ScenarioError, "returns a int; return a torch"),
+        ({"model": {"factory": f"{NETS}:pair"}}, DataError, "returns a tuple: return one tensor"),
+        ({"model": {"factory": f"{NETS}:two"}}, DataError, "from 0 to 2, and the model has 2 outp"),
     ]
     for change, error, message in cases:
         scenario, folder = scenario_from_mapping({**tiny, **change}), new_run_folder(tmp_path, "x")
         with pytest.raises(error, match=message):
             run_scenario(scenario, folder)
     assert list(tmp_path.iterdir()) == []
+
+
+LABELS = np.arange(60) % 3
+BROKEN = {
+    "labels from 1": ({"y": LABELS + 8}, "from 8 to 10, and the model has 10 outputs.*give it 11"),
+    "labels from one": (
+        {"y": np.arange(60) % 10 + 1}, "from 1 to 10.*subtract 1 from labels that count from 1"
+    ),
+    "negative labels": ({"y": LABELS - 1}, "count from 0, these from -1: add 1"),
+    "float labels": ({"y": LABELS.astype(float)}, r"not float64.*y\.astype\('int64'\)"),
+    "rows": ({"y": np.eye(3)[LABELS]}, r"y\.argmax\(axis=1\)"),
+    "column": ({"y": LABELS[:, None]}, r"y\[:, 0\]"),
+    "texts": ({"y": LABELS.astype(str)}, "return_inverse=True"),
+    "another size": ({"x": np.zeros((60, 1, 32, 32))}, r"\[16, 1, 32, 32\]\) cannot be trained"),
+    "channels last": ({"x": np.zeros((60, 28, 28, 1))}, "make data and model fit"),
+    "no numbers": ({"x": np.full((60, 4), "a"), "dtype": "stored"}, "'x' is <U1: networks"),
+    "no examples": ({"x": np.zeros((0, 1, 28, 28)), "y": LABELS[:0]}, "hold no examples"),
+    "no such array": ({"targets": "z"}, r"no array 'z', it holds 'x', 'y': .*data\.targets"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_data_that_cannot_be_trained_on_are_refused_before_training(tiny, tmp_path, what):
+    change, says = BROKEN[what]
+    arrays = {"x": np.zeros((60, 1, 28, 28)), "y": LABELS}
+    arrays |= {name: change[name] for name in arrays if name in change}
+    np.savez(tmp_path / "data.npz", **arrays)
+    keys = {name: value for name, value in change.items() if name not in arrays}
+    data = {"source": "npz", "path": str(tmp_path / "data.npz"), "held_out": 9, **keys}
+    with pytest.raises(DataError, match=says):
+        check_scenario(scenario_from_mapping({**tiny, "data": data}))
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (np.nan, "'x' holds NaN in 2 of 60 examples, the first is example 7"),
+        (np.inf, r"of client \d gives a loss of nan before any training: input 'x' holds an inf"),
+    ],
+)
+def test_values_that_are_no_numbers_are_named(tiny, tmp_path, value, says):
+    images = np.zeros((60, 1, 28, 28), np.float32)
+    images[[7, 11], 0, 3, 3] = value
+    np.savez(tmp_path / "data.npz", x=images, y=LABELS)
+    data = {"source": "npz", "path": str(tmp_path / "data.npz"), "held_out": 9}
+    with pytest.raises(DataError, match=says):
+        check_scenario(scenario_from_mapping({**tiny, "data": data, "partition": {"kind": "iid"}}))
+
+
+def test_a_batch_of_one_example_is_refused_where_the_model_cannot(tiny, tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.zeros((60, 1, 28, 28)), y=LABELS)
+    mapping = {
+        **tiny,
+        "data": {"source": "npz", "path": str(tmp_path / "data.npz"), "held_out": 9},
+        "partition": {"kind": "iid"},  # 17 examples each, in batches of 16
+        "model": {"factory": f"{NETS}:normalised"},
+    }
+    with pytest.raises(DataError, match=r"clients 0, 1, 2 are left .* training\.batch_size = 17"):
+        check_scenario(scenario_from_mapping(mapping))
+    fits = {**mapping, "training": {**tiny["training"], "batch_size": 17}}
+    check_scenario(scenario_from_mapping(fits))
+    mapping["data"]["held_out"], mapping["clients"] = 55, {"count": 4}
+    with pytest.raises(DataError, match=r"clients 1, 2, 3 are left .*lower clients\.count"):
+        check_scenario(scenario_from_mapping(mapping))
+    check_scenario(scenario_from_mapping({**mapping, "model": tiny["model"]}))
+
+
+def test_outputs_of_another_shape_than_the_targets_are_refused(tiny, tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.zeros((60, 1, 28, 28)), y=np.zeros((60, 3)))
+    data = {"source": "npz", "path": str(tmp_path / "data.npz"), "held_out": 9}
+    mapping = {**tiny, "data": data, "task": {"kind": "regression"}}
+    with pytest.raises(DataError, match=r"returns \[10\] numbers .* targets are \[3\]"):
+        check_scenario(scenario_from_mapping(mapping))
+
+
+def test_clients_without_examples_are_named(tiny):
+    scenario = scenario_from_mapping(tiny)
+    training, held_out, clients = check_scenario(scenario)
+    with pytest.raises(DataError, match="client 2 is without examples, of 180"):
+        check_data_and_model(scenario, (training, held_out, [*clients[:2], clients[2][:0]]))
+
+
+def test_a_run_that_fails_removes_what_it_made_alone(tiny, tmp_path):
+    scenario = scenario_from_mapping({**tiny, "model": {"factory": f"{NETS}:fails"}})
+    there = tmp_path / "there"
+    there.mkdir()
+    for output in (there, tmp_path / "new" / "deep"):
+        folder = new_run_folder(output, "x")
+        assert folder.is_dir()
+        with pytest.raises(ScenarioError):
+            run_scenario(scenario, folder)
+    assert list(tmp_path.iterdir()) == [there]
+    given = there / "mine"
+    given.mkdir()
+    with pytest.raises(ScenarioError):
+        run_scenario(scenario, given)
+    assert given.is_dir()
+
+
+def test_the_first_failure_of_a_client_is_told_with_its_type(tiny, tmp_path):
+    mapping = {**tiny, "training": {**tiny["training"], "learning_rate": 1e30}}
+    with pytest.raises(EngineFailed) as told:
+        run_inline(mapping, tmp_path)
+    assert "the first, client 0: TrainerError: the training loss is nan" in str(told.value)
+    assert str(told.value).count("TrainerError") == 1
 
 
 def test_one_example_that_differs_is_an_error(tiny, tmp_path):

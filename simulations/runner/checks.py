@@ -1,0 +1,174 @@
+"""What of data and model shows before anything is trained, client by client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.common.references import load_callable
+from prunecast.common.text import first_line
+from prunecast.simulations.data import DataError, Examples
+from prunecast.simulations.kinds import ScenarioError
+from prunecast.simulations.runner.prepared import PartitionedData
+from prunecast.simulations.scenarios import Scenario
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["check_data_and_model"]
+
+_NAMED = 3  # clients in a message
+
+
+def check_data_and_model(scenario: Scenario, data: PartitionedData) -> None:
+    """Look at every client's examples, and train the model on one batch of one client.
+
+    Args:
+        scenario: what is to be run; its factory can be imported.
+        data: loaded and spread.
+
+    Raises:
+        DataError: a client has no example, a batch of it cannot be trained on, or targets do not
+            suit what the model returns.
+        ScenarioError: the factory makes no model.
+    """
+    training, held_out, clients = data
+    sizes = [len(chosen) for chosen in clients]
+    if empty := [number for number, size in enumerate(sizes) if not size]:
+        raise DataError(
+            f"{_clients(empty)} without examples, of {len(training)} to train on: lower "
+            "clients.count, or change the partition"
+        )
+    module = _model(scenario)
+    number, batch = _telling_batch(training, clients, scenario.training.batch_size)
+    outputs = _train(
+        scenario, module, batch, f"a batch of {len(batch)} examples of client {number}"
+    )
+    targets = np.concatenate([training.targets, held_out.targets])
+    scenario.task.check(outputs, targets)
+    _check_single_examples(scenario, module, training, clients)
+    _evaluate(scenario, module, held_out)
+
+
+def _clients(numbers: Sequence[int]) -> str:
+    named = ", ".join(map(str, numbers[:_NAMED])) + (", ..." if len(numbers) > _NAMED else "")
+    return f"client {named} is" if len(numbers) == 1 else f"clients {named} are"
+
+
+def _model(scenario: Scenario) -> nn.Module:
+    import torch
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(scenario.seed)
+            module = load_callable(scenario.model.factory)()
+    except Exception as error:  # of the user's code
+        raise ScenarioError(
+            "model.factory",
+            f"{scenario.model.factory} fails: {type(error).__name__}: {first_line(error)}",
+            "correct it; it is called without arguments",
+        ) from error
+    if not isinstance(module, torch.nn.Module):
+        made = f"{scenario.model.factory} returns a {type(module).__name__}"
+        raise ScenarioError("model.factory", made, "return a torch.nn.Module")
+    return module
+
+
+def _telling_batch(
+    training: Examples, clients: Sequence[NDArray[np.int64]], size: int
+) -> tuple[int, Examples]:
+    """A client and a batch of it: one that holds an infinity, or else the client with most."""
+    odd = np.zeros(len(training), bool)
+    for values in training.inputs.values():
+        if values.dtype.kind == "f":
+            odd |= np.isinf(values.reshape(len(values), -1)).any(axis=1)
+    most = int(np.argmax([len(chosen) for chosen in clients]))
+    number = next((n for n, chosen in enumerate(clients) if odd[chosen].any()), most)
+    chosen = clients[number]
+    order = np.argsort(~odd[chosen], kind="stable")
+    return number, training.take(chosen[order][:size])
+
+
+def _train(scenario: Scenario, module: nn.Module, batch: Examples, what: str) -> NDArray[Any]:
+    """One step forward and backward, as a client does them; the outputs."""
+    import torch
+
+    task = scenario.task
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module.train()
+            inputs = [torch.from_numpy(np.ascontiguousarray(v)) for v in batch.inputs.values()]
+            outputs = module(*inputs)
+            if not isinstance(outputs, torch.Tensor):
+                raise DataError(
+                    f"the model returns a {type(outputs).__name__}: return one tensor, the "
+                    "example first"
+                )
+            found: NDArray[Any] = outputs.detach().float().numpy()
+            task.check(found, batch.targets)
+            loss = task.training_loss(outputs, torch.from_numpy(batch.targets))
+            loss.backward()  # type: ignore[no-untyped-call]
+            module.zero_grad(set_to_none=True)
+    except DataError:
+        raise
+    except Exception as error:  # torch raises many, and the model is the user's
+        raise DataError(
+            f"{what} ({_shapes(batch)}) cannot be trained on: {type(error).__name__}: "
+            f"{first_line(error)}; make data and model fit"
+        ) from error
+    if not torch.isfinite(loss):
+        held = [n for n, v in batch.inputs.items() if v.dtype.kind == "f" and np.isinf(v).any()]
+        reason = "scale the inputs, or let the model begin with other weights"
+        if held:
+            reason = f"input {held[0]!r} holds an infinity, replace it"
+        raise DataError(f"{what} gives a loss of {float(loss)} before any training: {reason}")
+    return found
+
+
+def _shapes(batch: Examples) -> str:
+    return ", ".join(f"{n} {v.dtype}{list(v.shape)}" for n, v in batch.inputs.items())
+
+
+def _check_single_examples(
+    scenario: Scenario, module: nn.Module, training: Examples, clients: Sequence[NDArray[np.int64]]
+) -> None:
+    """Batches of one example, which some layers refuse: normalisation over a batch does."""
+    size, sizes = scenario.training.batch_size, [len(chosen) for chosen in clients]
+    single = [n for n, count in enumerate(sizes) if count % size == 1 or size == 1]
+    if not single:
+        return
+    number = single[0]
+    try:
+        _train(
+            scenario, module, training.take(clients[number][:1]), f"one example of client {number}"
+        )
+    except DataError as error:
+        remedy = "lower clients.count or raise partition.min_size, so that each has more"
+        if 1 not in sizes:
+            other = range(size + 1, max(sizes) + 2)
+            fits = next(b for b in other if all(count % b != 1 for count in sizes))
+            remedy = f"choose training.batch_size = {fits}"
+        raise DataError(
+            f"{_clients(single)} left with a batch of a single example ({sizes[number]} examples "
+            f"in batches of {size}): {remedy} ({error})"
+        ) from error
+
+
+def _evaluate(scenario: Scenario, module: nn.Module, held_out: Examples) -> None:
+    """The metric on held-out examples, as it is measured after every round."""
+    import torch
+
+    batch = held_out.take(slice(scenario.training.batch_size))
+    try:
+        module.eval()
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            inputs = [torch.from_numpy(np.ascontiguousarray(v)) for v in batch.inputs.values()]
+            scenario.task.score(module(*inputs).numpy(), batch.targets)
+    except Exception as error:  # torch raises many, and the model is the user's
+        raise DataError(
+            f"held-out examples ({_shapes(batch)}) cannot be measured: {type(error).__name__}: "
+            f"{first_line(error)}; make data and model fit"
+        ) from error

@@ -1,0 +1,40 @@
+"""Factories of networks for 28 x 28 images, some of which are of no use."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def two() -> nn.Module:
+    """A network of two classes."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
+
+
+def normalised() -> nn.Module:
+    """A network that normalises over the batch, which a batch of one example cannot be."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
+
+
+class _Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layer(x.flatten(1)), x
+
+
+def pair() -> nn.Module:
+    """A network that returns two tensors."""
+    return _Pair()
+
+
+def number() -> int:
+    """No network at all."""
+    return 3
+
+
+def fails() -> nn.Module:
+    """A factory that raises."""
+    raise ZeroDivisionError("division by zero")
