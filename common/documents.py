@@ -10,7 +10,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["from_document", "read_document"]
+__all__ = ["from_document", "read_document", "strict_json"]
 
 T = TypeVar("T")
 
@@ -25,9 +25,36 @@ def read_document(path: Path, *, most_bytes: int = 2**24) -> Any:
     if path.stat().st_size > most_bytes:
         raise ValueError(f"it is longer than {most_bytes} bytes")
     try:
-        return json.loads(path.read_bytes())
+        return strict_json(path.read_bytes())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def strict_json(data: bytes) -> Any:
+    """The value of a JSON document in which no two readers can see different values.
+
+    Raises:
+        ValueError: no JSON, a key that is given twice, or NaN and infinities, which are none.
+        RecursionError: it is nested too deeply.
+
+    >>> strict_json(b'{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    ValueError: the key 'a' is given twice
+    """
+    return json.loads(data, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key {key[:80]!r} is given twice")
+        made[key] = value
+    return made
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
 
 
 def from_document(kind: type[T], value: object) -> T:

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.common.documents import strict_json
 from prunecast.compression.release import LayoutError
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 
@@ -175,9 +176,9 @@ class WeightsLayout:
             LayoutError: no such layout, or segments that overlap, repeat or leave the file.
         """
         try:
-            document: Any = json.loads(data)
+            document: Any = strict_json(data)
         except (ValueError, RecursionError) as error:
-            raise LayoutError("the weights layout is not JSON") from error
+            raise LayoutError(f"the weights layout is not JSON: {error}") from error
         if not isinstance(document, dict) or document.get("schema") != _SCHEMA:
             raise LayoutError(f"the weights layout is not of schema {_SCHEMA}: update the agent")
         rows: Any = document.get("segments")

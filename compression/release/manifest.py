@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, cast
 
+from prunecast.common.documents import strict_json
 from prunecast.compression.release import ManifestError, ReleaseError
 from prunecast.compression.release.runtime import Signature
 from prunecast.compression.release.selftest import Tolerance
@@ -197,9 +198,9 @@ class ReleaseManifest:
         if len(data) > MAX_MANIFEST_BYTES:
             raise ManifestError(f"release.json exceeds {MAX_MANIFEST_BYTES} bytes")
         try:
-            document: Any = json.loads(data)
+            document: Any = strict_json(data)
         except (ValueError, RecursionError) as error:
-            raise ManifestError("release.json is not JSON") from error
+            raise ManifestError(f"release.json is not JSON: {error}") from error
         if not isinstance(document, dict) or document.get("schema") != _SCHEMA:
             raise ManifestError(f"release.json is not of schema {_SCHEMA}: update the agent")
         try:

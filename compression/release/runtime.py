@@ -32,6 +32,7 @@ __all__ = [
     "open_session",
 ]
 
+_OLDEST = (1, 24)
 _SWITCH = "ORT_DISABLE_TELEMETRY"
 
 # A node's operator (field 4 of NodeProto) as it is serialised: the device has no onnx to ask.
@@ -200,18 +201,31 @@ def import_onnxruntime() -> Any:
     in the environment keeps it from beginning. One that is set already, to whatever, is respected.
 
     Raises:
-        RuntimeFailure: it is not installed.
+        RuntimeFailure: it is not installed, or too old: before 1.24 it reads external files of
+            a model outside of the model's folder.
     """
     try:
-        if _SWITCH in os.environ or "onnxruntime" in sys.modules:
-            return import_module("onnxruntime")
-        os.environ[_SWITCH] = "1"
-        try:
-            return import_module("onnxruntime")
-        finally:
-            del os.environ[_SWITCH]
+        module = _import()
     except ImportError as error:
         raise RuntimeFailure("onnxruntime is missing: pip install 'prunecast[edge]'") from error
+    found = re.match(r"(\d+)\.(\d+)", str(module.__version__))
+    if found and (int(found[1]), int(found[2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise RuntimeFailure(
+            f"onnxruntime {module.__version__} is too old, {oldest} is needed: "
+            "pip install --upgrade 'prunecast[edge]'"
+        )
+    return module
+
+
+def _import() -> Any:
+    if _SWITCH in os.environ or "onnxruntime" in sys.modules:
+        return import_module("onnxruntime")
+    os.environ[_SWITCH] = "1"
+    try:
+        return import_module("onnxruntime")
+    finally:
+        del os.environ[_SWITCH]
 
 
 def open_session(

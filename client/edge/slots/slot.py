@@ -31,9 +31,10 @@ from typing import Any
 from prunecast.client.edge.config import AGENT_VERSION, DEFAULT_BOUNDS, Bounds
 from prunecast.client.edge.errors import ContentRefused, MemoryShort, StateError, disk
 from prunecast.client.edge.slots.trial import Poll, patiently, self_test, try_release
-from prunecast.client.edge.slots.weights import REST, check_externals, save_rest
+from prunecast.client.edge.slots.weights import REST, save_rest
 from prunecast.common.files import file_digest, make_folder, sync, write_synced
 from prunecast.compression.release import LayoutError, OutOfMemory, ReleaseError, RuntimeFailure
+from prunecast.compression.release.externals import check_externals
 from prunecast.compression.release.layout import WeightsLayout
 from prunecast.compression.release.manifest import RELEASE_FILES, ReleaseManifest
 from prunecast.compression.release.runtime import (
@@ -180,12 +181,11 @@ def open_slot(
         SelfTestFailed: it does not reproduce the recorded outputs.
         StateError: a file cannot be read, or the trial could not be made.
     """
+    if passed != _digest_of_platform():
+        try_release(folder, manifest, threads=threads, bounds=bounds, poll=poll)
     with disk(f"read {folder / 'model.onnx'}"):
         graph = (folder / "model.onnx").read_bytes()
     check_externals(graph, file=_WEIGHTS, size=manifest.weights.length)
-    here = _digest_of_platform()
-    if passed != here:
-        try_release(folder, manifest, threads=threads, bounds=bounds, poll=poll)
     how = _How(folder, manifest, threads, bounds, poll)
     if not (optimise and _may_optimise(folder, manifest)):
         return how.test(lambda: how.open(folder / "model.onnx"))

@@ -31,6 +31,7 @@ from prunecast.compression.release import (
     RuntimeFailure,
     SelfTestFailed,
 )
+from prunecast.compression.release.externals import check_externals
 from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.release.overseer import OVERSEER
 from prunecast.compression.release.runtime import (
@@ -107,6 +108,9 @@ def _try(
     before = own_bytes()
     limit_data(most)
     try:
+        graph = (slot / "model.onnx").read_bytes()
+        check_externals(graph, file="weights.bin", size=manifest.weights.length)
+        del graph
         session = open_session(slot / "model.onnx", threads=threads, memory=memory)
         # onnxruntime itself does not refuse what weights take: beyond the limit, there was none
         if before and own_bytes() - before > memory:

@@ -25,6 +25,7 @@ from prunecast.compression.onnx.calibration import batches
 from prunecast.compression.onnx.compare import differ
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.qdq import quantise
+from prunecast.compression.release.externals import check_externals
 from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest
 from prunecast.compression.release.runtime import (
     InferenceSession,
@@ -142,8 +143,11 @@ class BuiltRelease:
         with tempfile.TemporaryDirectory() as folder:
             bound = bind_weights(contents.graph, model, Path(folder), variant=contents.variant)
             recorded = contents.recorded or _record(bound.model, contents)
+            graph = bound.model.read_bytes()
+            # what a device would refuse is refused here
+            check_externals(graph, file="weights.bin", size=bound.layout.size)
             files = {
-                "model.onnx": self._keep(bound.model.read_bytes()),
+                "model.onnx": self._keep(graph),
                 "layout.json": self._keep(bound.layout.to_bytes()),
                 "selftest.npz": self._keep(pack_arrays(recorded.inputs)),
                 "expected.npz": self._keep(pack_arrays(recorded.expected)),
@@ -168,7 +172,6 @@ class BuiltRelease:
             kind=contents.kind,
             numerics={key: float(value) for key, value in contents.numerics.items()},
         )
-        # what a device would refuse is refused here
         ReleaseManifest.from_bytes(self._unnumbered.to_bytes())
         # a device that holds the same model needs no payload
         self._patches: dict[str, FileRef | None] = {self._unnumbered.model_digest: None}

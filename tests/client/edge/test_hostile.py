@@ -20,10 +20,10 @@ import pytest
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.errors import ContentRefused, StateError
 from prunecast.client.edge.slots.slot import verify_slot
-from prunecast.client.edge.slots.weights import check_externals
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release import RuntimeFailure
+from prunecast.compression.release.externals import check_externals
 from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest, manifest_path
 from prunecast.compression.versions import PublishedModel, frame
 from prunecast.compression.versions.layout import TensorHead, pack_changes, pack_heads

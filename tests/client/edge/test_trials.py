@@ -23,7 +23,7 @@ from prunecast.compression.release.overseer import OVERSEER
 from prunecast.compression.release.runtime import InferenceSession
 from prunecast.compression.release.selftest import pack_arrays
 from prunecast.server.repository import Repository
-from prunecast.server.repository.authoring import ReleaseRecipe
+from prunecast.server.repository.authoring.sources import from_onnx
 from support import endless, foreign
 from support.network import Network
 
@@ -124,8 +124,8 @@ def publish_endless(
         onnx.save(endless.endless(), tmp_path / "endless.onnx")
         with monkeypatch.context() as patch:
             patch.setattr(InferenceSession, "run", lambda self, inputs, **_: {"y": inputs["x"]})
-            recipe = ReleaseRecipe(onnx=tmp_path / "endless.onnx", selftest=endless.INPUTS)
-            recipe.release(repository, "toy")
+            contents = from_onnx(tmp_path / "endless.onnx", inputs=endless.INPUTS)
+            repository.publish("toy", contents, at_least=1)
 
     return publish
 

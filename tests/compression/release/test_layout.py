@@ -86,3 +86,11 @@ def test_a_model_of_another_release_is_refused(tmp_path: Path) -> None:
     raw = PublishedModel({**_model().tensors, "a": RawTensor(np.zeros((3, 5), np.int8))})
     with pytest.raises(LayoutError, match="expects a lattice"):
         layout.digest(raw)
+
+
+@pytest.mark.parametrize("more", [b'"size":0,', b'"schema":2,"schema":1,', b'"x":NaN,'])
+def test_documents_that_two_readers_could_read_differently(more: bytes) -> None:
+    whole = place(ROWS).to_bytes()
+    assert whole.startswith(b"{")
+    with pytest.raises(LayoutError, match=r"given twice|NaN"):
+        WeightsLayout.from_bytes(b"{" + more + whole[1:])

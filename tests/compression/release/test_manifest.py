@@ -114,3 +114,10 @@ def test_arbitrary_bytes_raise_only_our_error(data: bytes) -> None:
 def test_an_oversized_manifest_is_refused() -> None:
     with pytest.raises(ManifestError, match="exceeds"):
         ReleaseManifest.from_bytes(b" " * (2**20 + 1))
+
+
+@pytest.mark.parametrize("more", [b'"version":1,', b'"x":{"y":1,"y":2},', b'"x":Infinity,'])
+def test_documents_that_two_readers_could_read_differently(more: bytes) -> None:
+    whole = MANIFEST.to_bytes()
+    with pytest.raises(ManifestError, match=r"given twice|Infinity"):
+        ReleaseManifest.from_bytes(b"{" + more + whole[1:])

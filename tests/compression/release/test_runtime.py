@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from onnx import TensorProto, helper, save
+
+from prunecast.compression.release import RuntimeFailure
+from prunecast.compression.release.runtime import import_onnxruntime
 
 SWITCHES = ("ORT_DISABLE_TELEMETRY", "CI", "TF_BUILD", "GITHUB_ACTIONS", "XDG_CACHE_HOME")
 PROGRAM = """
@@ -46,3 +50,20 @@ def test_a_session_leaves_nothing_behind(tmp_path: Path, switch: str | None) -> 
     )
     assert done.returncode == 0, done.stderr
     assert [p for p in home.rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize("version", ["1.20.1", "1.23.2", "0.9"])
+def test_versions_that_read_any_file_are_refused(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    with pytest.raises(RuntimeFailure, match=r"is too old, 1\.24 is needed"):
+        import_onnxruntime()
+
+
+def test_what_is_installed_is_what_is_asked_for() -> None:
+    root = Path(__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    for extra in ("edge", "server"):
+        assert "onnxruntime>=1.24.1" in project["optional-dependencies"][extra]
+    import_onnxruntime()
