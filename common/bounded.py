@@ -91,42 +91,59 @@ def call_bounded(
         ChildFailed: the function raised an exception.
     """
     told = json.dumps({"arguments": dict(arguments), "seconds": seconds}).encode()
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-c", _MAIN, function],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-    with child:
-        try:
-            deadline = time.monotonic() + seconds
-            with suppress(BrokenPipeError), child.stdin:  # type: ignore[union-attr]
-                child.stdin.write(told)  # type: ignore[union-attr]
-            while True:
-                try:
-                    code = child.wait(min(_POLL, max(0.0, deadline - time.monotonic())))
-                    break
-                except subprocess.TimeoutExpired:
-                    poll()
-                    if time.monotonic() >= deadline:
-                        raise ChildTimeout(f"not done after {seconds:.0f} seconds") from None
-            answer = child.stdout.read(_MOST_ANSWER + 1)  # type: ignore[union-attr]
-        finally:
-            child.kill()
+    said, says = os.pipe()
+    os.set_blocking(says, False)  # nobody reads meanwhile: what is too much is lost
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-P", "-c", _MAIN, function],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=says,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        ) as child:
+            answer, code = _wait(child, told, seconds, poll)
+    finally:
+        os.close(says)
+        with os.fdopen(said, "rb") as file:
+            last = file.read(_MOST_ANSWER).decode("utf-8", "replace").strip()
     if code < 0:
         raise ChildKilled(-code)
-    return _result(answer, code)
+    return _result(answer, code, last)
 
 
-def _result(answer: bytes, code: int) -> Any:
+def _wait(
+    child: subprocess.Popen[bytes], told: bytes, seconds: float, poll: Callable[[], None]
+) -> tuple[bytes, int]:
+    """What a child answers, and its exit status; it is killed when something else happens."""
+    deadline = time.monotonic() + seconds
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        with suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(told)
+        while True:
+            try:
+                code = child.wait(min(_POLL, max(0.0, deadline - time.monotonic())))
+                return child.stdout.read(_MOST_ANSWER + 1), code
+            except subprocess.TimeoutExpired:
+                poll()
+                if time.monotonic() >= deadline:
+                    raise ChildTimeout(f"not done after {seconds:.0f} seconds") from None
+    finally:
+        child.kill()
+
+
+def _result(answer: bytes, code: int, said: str) -> Any:
     try:
         document = json.loads(answer)
         if "result" in document:
             return document["result"]
         kind, message = str(document["error"]), str(document["message"])
     except (ValueError, KeyError, TypeError):
-        kind, message = "NoAnswer", f"its process ended with {code} and without an answer"
+        last = f": {said.splitlines()[-1][:200]}" if said else ""
+        kind, message = "NoAnswer", f"its process ended with {code} and without an answer{last}"
+        if "cannot allocate memory" in said.lower():  # the C library ends a process so
+            kind = MemoryError.__name__
     raise ChildFailed(kind, message)
 
 

@@ -140,7 +140,9 @@ def run_bounded(
         raise BoundsExceeded(
             f"{what} takes too long and was ended; allow more if you trust it (--max-seconds)"
         )
-    if status == OUT_OF_MEMORY:
+    text = said.decode("utf-8", "replace").strip()
+    # the C library, too, ends a process that has no memory left
+    if status == OUT_OF_MEMORY or (status and "cannot allocate memory" in text.lower()):
         raise BoundsExceeded(
             f"{what} takes more memory than {bytes_text(memory)}; allow more if you trust it "
             "(--max-bytes)"
@@ -150,7 +152,7 @@ def run_bounded(
             f"{what} ended with {signal.Signals(-status).name}: it crashes, or takes more memory "
             f"than {bytes_text(memory)}; allow more if you trust it (--max-bytes)"
         )
-    return status, said.decode("utf-8", "replace").strip()
+    return status, text
 
 
 def _main(memory: str, seconds: str, function: str, *arguments: str) -> None:

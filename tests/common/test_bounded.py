@@ -50,8 +50,19 @@ def end(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def leave() -> None:
+def leave(says: str = "") -> None:
+    os.write(2, says.encode())
     os._exit(3)
+
+
+def prattle() -> int:
+    lost = 0
+    for _ in range(1000):
+        try:
+            os.write(2, bytes(4096))
+        except BlockingIOError:
+            lost += 1
+    return lost
 
 
 def spin() -> None:
@@ -73,6 +84,16 @@ def test_without_an_answer_it_has_failed() -> None:
     with pytest.raises(ChildFailed, match="ended with 3 and without an answer") as caught:
         call("leave")
     assert caught.value.kind == "NoAnswer"
+
+
+def test_what_it_says_last_is_told_and_does_not_hold_it() -> None:
+    with pytest.raises(ChildFailed, match="without an answer: no such library") as caught:
+        call("leave", says="first\nno such library\n")
+    assert caught.value.kind == "NoAnswer"
+    with pytest.raises(ChildFailed) as caught:
+        call("leave", says="cannot allocate memory for thread-local data: ABORT\n")
+    assert caught.value.kind == "MemoryError"
+    assert call("prattle") > 900  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
