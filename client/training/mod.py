@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from numpy.typing import NDArray
 
 from prunecast.client.training.encoding import Coded, align, compress_reply
@@ -33,8 +33,8 @@ from prunecast.compression.flower import (
     float_names,
     is_codable_array,
     open_coded,
-    payload_of,
     payload_record,
+    put_back,
     stated,
     stated_clip,
     stream_id,
@@ -55,6 +55,7 @@ from prunecast.compression.schemes.registry import scheme
 from prunecast.compression.versions import (
     MAX_MODEL_BYTES,
     NOTHING_SENT,
+    BadPayload,
     BaseMissing,
     Instruction,
     Kind,
@@ -175,15 +176,26 @@ class _Exchange:
         for key, record in message.content.items():
             if key == CONTROL_RECORD:
                 continue
-            payload = payload_of(record)
+            coded = open_coded(record) if isinstance(record, ArrayRecord) else None
             if key in instruction.reuse:
-                self.content[key] = self._reuse(key, instruction.reuse[key])
+                beside = record if isinstance(record, ArrayRecord) else ArrayRecord()
+                others = {name[1:]: array for name, array in beside.items()}
+                self.content[key] = self._whole(self._reuse(key, instruction.reuse[key]), others)
+            elif coded is not None:
+                self.content[key] = self._whole(self._decode(key, coded[0]), coded[1])
             else:
-                self.content[key] = record if payload is None else self._decode(key, payload)
+                self.content[key] = record
         self._clip = stated_clip(self.content)
         # measured now: what the app does to the records later is its own affair
         records = self.content.array_records.values()
         self._received = sum(len(a.data) for record in records for a in record.values())
+
+    @staticmethod
+    def _whole(known: ArrayRecord, others: Mapping[str, Array]) -> ArrayRecord:
+        try:
+            return put_back(known, others) if others else known
+        except ValueError as error:
+            raise BadPayload("arrays beside a payload do not say where they belong") from error
 
     def _stream(self, key: str) -> bytes:
         return stream_id(self._metadata.run_id, key)

@@ -37,6 +37,8 @@ __all__ = [
     "open_coded",
     "payload_of",
     "payload_record",
+    "put_back",
+    "set_apart",
     "stated",
     "stated_clip",
     "stated_round",
@@ -164,6 +166,30 @@ def coded_record(payload: bytes, exact: Mapping[str, Array]) -> ArrayRecord:
     for name, array in exact.items():
         record[f"={name}"] = array
     return record
+
+
+def set_apart(record: ArrayRecord) -> tuple[ArrayRecord, dict[str, Array]]:
+    """The arrays of a model that the codec knows; and the others, by place and name."""
+    known, others = ArrayRecord(), {}
+    for place, (name, array) in enumerate(record.items()):
+        if is_codable_array(array):
+            known[name] = array
+        else:
+            others[f"{place}={name}"] = array
+    return known, others
+
+
+def put_back(known: ArrayRecord, others: Mapping[str, Array]) -> ArrayRecord:
+    """Inverse of `set_apart`.
+
+    Raises:
+        ValueError: the others are not by place and name.
+    """
+    items = list(known.items())
+    for key, array in others.items():
+        place, _, name = key.partition("=")
+        items.insert(int(place), (name, array))
+    return ArrayRecord(dict(items))
 
 
 def open_coded(record: ArrayRecord) -> tuple[bytes, dict[str, Array]] | None:

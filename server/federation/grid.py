@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from prunecast.compression.flower import array_record, dense_arrays
+from prunecast.compression.flower import array_record, dense_arrays, put_back, set_apart
 from prunecast.compression.flower.internals import (
     Aggregation,
     Measured,
@@ -322,7 +322,7 @@ class CompressedGrid(GridWrapper):
                 "down = 'lattice'"
             )
         stream = self._streams.stream(self.run.run_id, key)
-        return stream.version_of(arrays, arrays.object_id).model
+        return stream.version_of(set_apart(arrays)[0], arrays.object_id).model
 
     def draw_initial(
         self,
@@ -381,7 +381,7 @@ class CompressedGrid(GridWrapper):
             return evaluate_fn
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            dense = self.published(arrays, key=key).arrays()
-            return evaluate_fn(server_round, array_record(dense))
+            dense = array_record(self.published(arrays, key=key).arrays())
+            return evaluate_fn(server_round, put_back(dense, set_apart(arrays)[1]))
 
         return evaluate

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from prunecast.compression.flower import (
     CONTROL_RECORD,
+    coded_record,
     dense_arrays,
     float_names,
-    is_codable,
-    payload_record,
+    set_apart,
     stated,
     stated_round,
     stream_id,
@@ -243,21 +243,25 @@ class Outbound:
         A personalised model cannot be shared and goes losslessly, outside the stream.
         """
         metadata, batch = prepared.original.metadata, prepared.batch
-        if not is_codable(record):
+        known, others = set_apart(record)
+        if not len(known):
             prepared.kinds.append("verbatim")
             if len(record):
                 prepared.apart.append(("verbatim", key, uncodable(record)))
             return record
+        also = "/verbatim" if others else ""
         started = time.perf_counter()
         if not batch.is_shared(key, record):
-            data = encode_plain(dense_arrays(record), stream=stream_id(metadata.run_id, key))
+            data = encode_plain(dense_arrays(known), stream=stream_id(metadata.run_id, key))
             prepared.encode_ms += (time.perf_counter() - started) * 1e3
-            prepared.kinds.append("plain")
-            prepared.apart.append(("plain", key, _PERSONAL))
-            return payload_record(data)
+            prepared.kinds.append("plain" + also)
+            prepared.apart.append(("plain" + also, key, _PERSONAL))
+            return coded_record(data, others)
+        if others:
+            prepared.apart.append(("beside a version", key, uncodable(record)))
         stream = self._streams.stream(metadata.run_id, key)
         version = stream.version_of(
-            record,
+            known,
             batch.content_id(record),
             stated=prepared.round or self._streams.round,
             training=metadata.message_type.partition(".")[0] != MessageType.EVALUATE,
@@ -269,12 +273,14 @@ class Outbound:
             prepared.wanted, prepared.pruned = stream.wanted, key
         if held == short(version.model.digest):
             prepared.reuse[key] = held
-            prepared.kinds.append("reuse")
-            # an empty record holds the place: two objects less than a payload on every message
-            return ArrayRecord()
+            prepared.kinds.append("reuse" + also)
+            # no payload holds the place: two objects less on every message
+            return ArrayRecord({f"={name}": array for name, array in others.items()})
         payload = stream.payload(version, held)
         prepared.encode_ms += (time.perf_counter() - started) * 1e3
-        prepared.kinds.append(payload.kind.name.lower())
+        prepared.kinds.append(payload.kind.name.lower() + also)
+        if others:
+            return coded_record(payload.data, others)
         prepared.measured[key] = payload.measured
         return payload.record
 

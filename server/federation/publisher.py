@@ -67,6 +67,11 @@ class EncodedPayload:
     kind: Kind
     record: ArrayRecord
 
+    @property
+    def data(self) -> bytes:
+        """The payload itself."""
+        return next(iter(self.record.values())).data
+
     @cached_property
     def measured(self) -> Measured:
         """The record, measured once for all nodes."""

@@ -331,3 +331,58 @@ def test_an_array_under_our_own_prefix_beside_the_payload_must_be_announced(fede
     (answer,) = grid.send_and_receive([Message(content, 1, "train")])
     assert answer.has_error()
     assert "other arrays" in answer.error.reason
+
+
+# -- beside a version ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["lossless", "balanced"])
+def test_text_beside_a_weight_costs_itself_alone_both_ways(federation, tmp_path, policy):
+    seen = []
+
+    def reply(received, number):
+        seen.append(received["arrays"])
+        arrays = received["arrays"]
+        return {"arrays": {**arrays, "w": arrays["w"] * np.float32(1.01)}}
+
+    grid, _, _ = federation(policy, nodes=2, app=app_that(tmp_path, reply))
+    rng = np.random.default_rng(0)
+    sent = {
+        "labels": np.array(["cat", "dog"]),
+        "w": rng.normal(size=(128, 128)).astype(np.float32),
+        "spectrum": np.array([1 + 2j]),
+        "b": np.zeros(9, np.float32),
+        "classes": np.array(["a"]),
+    }
+    for server_round in (1, 2):  # the second reuses what the node holds
+        for answer in ask(grid, {"arrays": sent}, server_round, nodes=(1, 2)):
+            got = to_arrays(answer.content["arrays"])
+            assert list(got) == list(sent)
+            for name in ("labels", "spectrum", "classes"):
+                assert got[name].tobytes() == sent[name].tobytes()
+    for received in seen:
+        assert list(received) == list(sent)
+        assert np.array_equal(received["labels"], sent["labels"])
+        np.testing.assert_allclose(received["w"], sent["w"], atol=0.06)
+    down = [e.kind for e in grid.ledger.entries if e.direction == "down"]
+    assert down == ["keyframe/verbatim"] * 2 + ["reuse/verbatim"] * 2
+    assert {e.kind for e in up(grid)} == {"update/verbatim"}
+    if policy == "balanced":
+        assert all(e.dense_bytes > 10 * e.payload_bytes for e in up(grid))
+    whole = grid.evaluate_published(lambda _, arrays: list(arrays))(3, to_record(sent))
+    assert whole == list(sent)
+
+
+def test_a_personal_model_with_text_comes_and_goes_exactly(federation, tmp_path):
+    app = app_that(tmp_path, lambda received, number: {"arrays": received["arrays"]})
+    grid, _, _ = federation("balanced", nodes=2, app=app)
+    sent = {n: {"name": np.array([f"node {n}"]), "w": np.full(9, n / 3)} for n in (1, 2)}
+    messages = [
+        Message(RecordDict({"arrays": to_record(arrays)}), node, "train")
+        for node, arrays in sent.items()
+    ]
+    for answer in grid.send_and_receive(messages):
+        got = to_arrays(answer.content["arrays"])
+        for name, array in sent[answer.metadata.src_node_id].items():
+            assert got[name].tobytes() == array.tobytes()
+    assert {e.kind for e in grid.ledger.entries} == {"plain/verbatim"}
