@@ -178,7 +178,8 @@ class Admission:
     - where all places are taken, that of the address which holds most, if it will still hold as
       many as the newcomer's; else the oldest that has waited for `patience`.
 
-    Strangers go before idle ones, the oldest first; who is served stays.
+    Strangers go before idle ones, the oldest first: as long as there are any, however young, no
+    idle one goes for having waited. Who is served stays.
 
     Args:
         most: places.
@@ -262,19 +263,19 @@ class Admission:
 
     def _of_its_own(self, client: str) -> Place | None:
         for waiting in self._waiting.values():
-            oldest = next(iter(waiting.get(client, ())), None)
-            if oldest is not None and self._has_waited(oldest):
-                return oldest
+            if (oldest := next(iter(waiting.get(client, ())), None)) is not None:
+                return oldest if self._has_waited(oldest) else None
         return None
 
     def _of_the_largest(self, newcomer: str) -> Place | None:
         for waiting in self._waiting.values():
             client = max(waiting, key=lambda one: self._held[one], default=newcomer)
-            oldest = min((next(iter(of)) for of in waiting.values()), key=_since, default=None)
             if self._held[client] > self._held[newcomer] + 1:
                 return next(iter(waiting[client]))
-            if oldest is not None and self._has_waited(oldest):
-                return oldest
+        for waiting in self._waiting.values():
+            oldest = min((next(iter(of)) for of in waiting.values()), key=_since, default=None)
+            if oldest is not None:
+                return oldest if self._has_waited(oldest) else None
         return None
 
     def _has_waited(self, place: Place) -> bool:

@@ -90,11 +90,25 @@ def test_idle_ones_go_after_strangers() -> None:
         room.stands("a", name, Standing.IDLE)
     room.enter("b", "stranger")
     assert room.enter("c", "newcomer")
+    assert room.ended == ["first"]
     assert room.enter("c") is None
     room.clock.now = 1.0
-    for client in "def":
+    for client in "cd":
         assert room.enter(client)
-    assert room.ended == ["first", "stranger", "newcomer", "second"]
+    assert room.ended == ["first", "stranger", "newcomer"]
+
+
+@pytest.mark.parametrize("per_client", [3, 9], ids=["its share", "all places"])
+def test_a_flood_of_strangers_ends_no_idle_client(per_client: int) -> None:
+    room = Room(3, per_client)
+    room.stands("a", "client", Standing.IDLE)
+    room.clock.now = 10.0  # it has waited for long, and the strangers have not
+    assert room.enter("a", "stranger")
+    assert room.enter("a", "stranger")
+    assert room.enter("a") is None
+    room.clock.now = 11.0
+    assert room.enter("a")
+    assert room.ended == ["stranger"]
 
 
 def test_places_are_given_back_once() -> None:
