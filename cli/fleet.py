@@ -81,8 +81,9 @@ def serve(
         typer.Option(help="Connections at a time; default a third of `ulimit -Hn`.", min=1),
     ] = None,
     connections_per_client: Annotated[
-        int, typer.Option(help="Of one address, those that have not shown a credential.", min=1)
-    ] = 256,
+        int | None,
+        typer.Option(help="Of one address, those without a credential; default half.", min=1),
+    ] = None,
     database: Database = DEFAULT,
     as_json: AsJson = False,
 ) -> None:

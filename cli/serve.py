@@ -32,7 +32,7 @@ def serve(
     ] = 1024,
     connections_per_client: Annotated[
         int, typer.Option(help="Of them, of one address; more behind a proxy.", min=1)
-    ] = 256,
+    ] = 512,
     header_bytes: Annotated[
         int, typer.Option(help="Bytes of a request's headers together.", min=256)
     ] = 16 * 1024,

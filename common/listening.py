@@ -15,7 +15,7 @@ import resource
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum, auto
 
@@ -146,7 +146,9 @@ class Standing(Enum):
     """What a connection has shown; it decides who makes room when there is too little."""
 
     STRANGER = auto()
-    """It has asked for nothing yet: the first to go."""
+    """It has said nothing yet: the first to go."""
+    BEGUN = auto()
+    """It has begun a handshake or a request: it has ten times as long as a stranger."""
     IDLE = auto()
     """It was served and waits; it goes for a newcomer whose client holds less."""
     BUSY = auto()
@@ -178,13 +180,15 @@ class Admission:
     - where all places are taken, that of the address which holds most, if it will still hold as
       many as the newcomer's; else the oldest that has waited for `patience`.
 
-    Strangers go before idle ones, the oldest first: as long as there are any, however young, no
-    idle one goes for having waited. Who is served stays.
+    Strangers go first, then those that have begun, then idle ones, the oldest of each before the
+    others: as long as there is any of the former, however young, no idle one goes for having
+    waited. Who is served stays.
 
     Args:
         most: places.
         per_client: places of one address.
-        patience: seconds for which one that waits keeps its place while others want it.
+        patience: seconds for which one that waits keeps its place while others want it; ten times
+            as long if it has begun.
         clock: monotonic seconds, for tests.
 
     >>> ended, places = [], Admission(2, 2)
@@ -203,13 +207,17 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._most, self._per_client = most, per_client
-        self._patience, self._clock = patience, clock
+        self._patience = {
+            Standing.STRANGER: patience,
+            Standing.BEGUN: 10 * patience,
+            Standing.IDLE: patience,
+        }
+        self._clock = clock
         self._places: set[Place] = set()
         self._held = Counter[str]()  # by client, without those who are known
         # those who may have to go; dictionaries keep the order in which they came
         self._waiting: dict[Standing, defaultdict[str, dict[Place, None]]] = {
-            Standing.STRANGER: defaultdict(dict),
-            Standing.IDLE: defaultdict(dict),
+            standing: defaultdict(dict) for standing in self._patience
         }
 
     def __len__(self) -> int:
@@ -262,24 +270,31 @@ class Admission:
                 del waiting[place.client]
 
     def _of_its_own(self, client: str) -> Place | None:
-        for waiting in self._waiting.values():
-            if (oldest := next(iter(waiting.get(client, ())), None)) is not None:
-                return oldest if self._has_waited(oldest) else None
-        return None
+        return self._patient([waiting.get(client, {}) for waiting in self._waiting.values()])
 
     def _of_the_largest(self, newcomer: str) -> Place | None:
         for waiting in self._waiting.values():
             client = max(waiting, key=lambda one: self._held[one], default=newcomer)
             if self._held[client] > self._held[newcomer] + 1:
                 return next(iter(waiting[client]))
-        for waiting in self._waiting.values():
-            oldest = min((next(iter(of)) for of in waiting.values()), key=_since, default=None)
-            if oldest is not None:
-                return oldest if self._has_waited(oldest) else None
-        return None
+        return self._patient(
+            [
+                sorted((next(iter(of)) for of in waiting.values()), key=_since)[:1]
+                for waiting in self._waiting.values()
+            ]
+        )
 
-    def _has_waited(self, place: Place) -> bool:
-        return self._clock() - place.since >= self._patience
+    def _patient(self, found: list[Iterable[Place]]) -> Place | None:
+        """The first one that has waited, of those in each standing, the oldest first."""
+        none_yet = True
+        for places in found:
+            oldest = next(iter(places), None)
+            if oldest is None or (oldest.standing is Standing.IDLE and not none_yet):
+                continue
+            if self._clock() - oldest.since >= self._patience[oldest.standing]:
+                return oldest
+            none_yet = False
+        return None
 
 
 def _since(place: Place) -> float:

@@ -96,15 +96,16 @@ class Gate:
             return
         self._number += 1
         name = f"{self._number:x}"
-        guest = _Guest(place, partial(self._connect, name), partial(self._gone, name))
+        guest = _Guest(place, partial(self._connect, name, place), partial(self._gone, name))
         self._guests[name] = guest
         guest.attend(accepted, self._handshake)
 
     def _gone(self, name: str) -> None:
         self._places.leave(self._guests.pop(name).place)
 
-    async def _connect(self, name: str, half: _Half) -> None:
+    async def _connect(self, name: str, place: Place, half: _Half) -> None:
         """Connect to gRPC, from a name by which its calls tell where they come from."""
+        self._places.move(place, Standing.BEGUN)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path = self._folder / name
         try:

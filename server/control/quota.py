@@ -20,7 +20,7 @@ class ControlLimits:
         request_bytes: of one request.
         connections: at the same time; None: as many as the system has descriptors for.
         connections_per_client: of them, those of one address that have not yet proved whose they
-            are.
+            are; None: half of all.
         patience: seconds for which such a one keeps its place while others want it.
         handshake: seconds until a connection has begun its handshake, and then to end it.
         unused: seconds that a connection may stay open without a call.
@@ -41,7 +41,7 @@ class ControlLimits:
 
     request_bytes: int = 64 * 1024
     connections: int | None = None
-    connections_per_client: int = 256
+    connections_per_client: int | None = None
     patience: float = 1.0
     handshake: float = 10.0
     unused: float = 300.0

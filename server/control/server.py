@@ -194,9 +194,9 @@ def _places(limits: ControlLimits) -> Admission:
             f"the system allows {allowed} open files, which is enough for {most} connections: "
             "raise the limit (ulimit -Hn) or allow fewer connections"
         )
-    return Admission(
-        limits.connections or most, limits.connections_per_client, patience=limits.patience
-    )
+    most = limits.connections or most
+    share = limits.connections_per_client or max(1, most // 2)
+    return Admission(most, share, patience=limits.patience)
 
 
 def _options(limits: ControlLimits) -> list[tuple[str, int]]:

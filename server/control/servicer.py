@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
-from contextlib import ExitStack, asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from prunecast.server.repository.serving.connection import Quota
 __all__ = ["Servicer", "device_report", "device_state", "directive_event"]
 
 _LOOKED_UP = 16
-"""Unknown credentials of one address that are looked up at the same time."""
+"""Unknown credentials that are looked up at the same time; others wait."""
 
 
 class Servicer:
@@ -71,7 +71,7 @@ class Servicer:
         self._gate, self._answering = gate, answering
         self._calls = Concurrency(limits.streams)
         self._refusals = Quota(limits.refusals_per_second, burst=limits.refusal_burst)
-        self._unknown = Concurrency(_LOOKED_UP)
+        self._turns = asyncio.Semaphore(_LOOKED_UP)
         self._acquainted = Acquainted(100_000)
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -192,23 +192,25 @@ class Servicer:
     async def _identified(self, credential: Credential, peer: str) -> Identity:
         """Look up a credential; one that was good before does not wait behind strangers'."""
         key = credential.device if isinstance(credential, Certified) else token_hash(credential)
-        address = self._gate.address(peer)
-        with ExitStack() as held:
-            if key not in self._acquainted:
-                if seconds := self._refusals.take(address, 0):
+        if key in self._acquainted:
+            identity = await self._looked_up(credential, key, peer)
+        else:
+            async with self._turns:
+                # not before: by now, those that came at the same time may have been refused
+                if seconds := self._refusals.take(self._gate.address(peer), 0):
                     raise QuotaExceeded(seconds)
-                held.enter_context(self._unknown.entered(address))
-            try:
-                identity = await self._registry.call(
-                    lambda: self._registry.service.identify(credential)
-                )
-            except TokenRefused:
-                self._acquainted.discard(key)
-                self._refusals.take(address, 1)
-                raise
+                identity = await self._looked_up(credential, key, peer)
         self._acquainted.add(key)
         self._gate.known(peer)
         return identity
+
+    async def _looked_up(self, credential: Credential, key: str, peer: str) -> Identity:
+        try:
+            return await self._registry.call(lambda: self._registry.service.identify(credential))
+        except TokenRefused:
+            self._acquainted.discard(key)
+            self._refusals.take(self._gate.address(peer), 1)
+            raise
 
 
 _OUTCOMES = {

@@ -98,6 +98,22 @@ def test_idle_ones_go_after_strangers() -> None:
     assert room.ended == ["first", "stranger", "newcomer"]
 
 
+@pytest.mark.parametrize("per_client", [2, 9], ids=["its share", "all places"])
+def test_who_has_begun_has_longer_than_who_is_silent(per_client: int) -> None:
+    room = Room(2, per_client)
+    room.stands("a", "begun", Standing.BEGUN)
+    room.clock.now = 9.0
+    assert room.enter("a", "silent")
+    assert room.enter("a") is None
+    room.clock.now = 9.5
+    assert room.enter("a") is None
+    room.clock.now = 10.0
+    assert room.enter("a", "newcomer")
+    assert room.enter("a", "last")
+    assert room.enter("a") is None
+    assert room.ended == ["silent", "begun"]
+
+
 @pytest.mark.parametrize("per_client", [3, 9], ids=["its share", "all places"])
 def test_a_flood_of_strangers_ends_no_idle_client(per_client: int) -> None:
     room = Room(3, per_client)

@@ -60,7 +60,7 @@ class Listener:
 class Fleet(Listener):
     """The control server; a connection is a channel of gRPC, a request a device's report."""
 
-    def __init__(self, port: int, ca: bytes, token: str, most: int = 256) -> None:
+    def __init__(self, port: int, ca: bytes, token: str, most: int = 1024) -> None:
         super().__init__(port, "", None, HANDSHAKE, most)
         self._ca, self._token, self._number = ca, token, 0
 

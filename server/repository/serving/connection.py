@@ -51,7 +51,7 @@ class ServingLimits:
     """
 
     connections: int = 1024
-    connections_per_client: int = 256
+    connections_per_client: int = 512
     patience: float = 1.0
     header_bytes: int = 16 * 1024
     request_timeout: float = 30.0
@@ -271,6 +271,8 @@ class Connection:
                 data = await self._reader.read(_READ)
                 if self._idle and data:
                     self._idle = False
+                    if not self._answered:
+                        self._shows(Standing.BEGUN)
                     now = asyncio.get_running_loop().time()
                     timeout.reschedule(now + limits.request_timeout)
                 self._http.receive_data(data)

@@ -281,6 +281,8 @@ class ReleaseServer:
         except (OSError, TimeoutError):
             return None
         shows = partial(door.places.move, place) if place else _nothing
+        if door.context is not None:
+            shows(Standing.BEGUN)
         metrics, limits = self._app.metrics, self._limits
         connection = Connection(reader, writer, limits, metrics, door.respond, client, shows)
         task = asyncio.current_task()
