@@ -96,6 +96,7 @@ class Lab:
                 *("edge", "run", "--state", self.folder / name, "--name", NAME, "--json"),
                 *("--root", self.root, "--threads", 1, "--control", f"127.0.0.1:{self.port}"),
                 *("--control-token", token, "--control-ca", self.certificate),
+                *("--confirm-after", 0),  # minutes of service would only be waited for
             )
 
     def wait(self, condition: Callable[[], object], what: str) -> float:
@@ -121,7 +122,7 @@ class Lab:
         """Whether devices have reported success with a version."""
         found = {d.id: d for d in self.fleet.devices()}
         return all(
-            found[n].running == version and found[n].told.outcome is Outcome.SUCCEEDED
+            found[n].running == version and found[n].told.outcome is Outcome.CONFIRMED
             for n in names
         )
 
@@ -135,7 +136,7 @@ class Lab:
                 release=Release(NAME, version),
                 groups=("field",),
                 stages=STAGES,
-                policy=RolloutPolicy(min_reports=1, **{**rates, **policy}),
+                policy=RolloutPolicy(min_reports=1, soak=0, **{**rates, **policy}),
             )
         )
 
@@ -220,7 +221,7 @@ def run(lab: Lab) -> dict[str, Any]:
     found["as_expected"] = all(
         (
             found["rollout"]["status"] == Status.COMPLETED,
-            progress["succeeded"] == len(live),
+            progress["confirmed"] == len(live),
             progress["silent"] == len(silent),
             found["bad"]["status"] == Status.ABORTED,
             # a told device that hears of the end before its self-test reports nothing

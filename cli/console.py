@@ -30,6 +30,7 @@ __all__ = [
     "shape_text",
     "short_dtype",
     "show",
+    "warn",
     "warn_of_exposure",
 ]
 
@@ -43,6 +44,7 @@ MaxBytes = Annotated[
     ),
 ]
 
+_UNFOLDED = 4096  # columns of a pipe that holds sentences: each stays in one line
 _WIDE = 100  # from so many columns on, a terminal has room for everything
 
 _SHORT = {"bool": "bool", "bfloat16": "bf16"}
@@ -77,10 +79,11 @@ def show(document: object, as_json: bool = True, text: str = "") -> None:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its header, and whether narrow terminals do without it."""
+    """One column: its header, whether narrow terminals do without it, and whether it is folded."""
 
     name: str
     wide_only: bool = False
+    long: bool = False
 
 
 def print_table(
@@ -91,7 +94,7 @@ def print_table(
     total: Sequence[str] = (),
     title: str = "",
 ) -> None:
-    """Print rows, the first column to the left and folded where it does not fit."""
+    """Print rows; the first column and long ones to the left and folded where they do not fit."""
     chosen = [i for i, c in enumerate(columns) if console.width >= _WIDE or not c.wide_only]
     table = Table(
         title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
@@ -99,19 +102,28 @@ def print_table(
     )  # fmt: skip
     for i in chosen:
         footer = total[i] if total else ""
-        if i:
+        if i and not columns[i].long:
             table.add_column(columns[i].name, footer, justify="right", no_wrap=True)
         else:
             table.add_column(columns[i].name, footer, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(row[i])) for i in chosen))
+    if any(columns[i].long for i in chosen) and not console.is_terminal:
+        console.width = _UNFOLDED
     console.print(table)
 
 
 def say(*sentences: str) -> None:
     """Print sentences that may hold names from a file: no markup, no control codes."""
+    console = make_console()
     for text in sentences:
-        make_console().print(Text(printable(text)))
+        console.print(Text(printable(text)), soft_wrap=not console.is_terminal)
+
+
+def warn(sentences: Sequence[str]) -> None:
+    """Print warnings on standard error, each in a line."""
+    for text in sentences:
+        make_console(stderr=True).print(f"warning: {printable(text)}", markup=False, soft_wrap=True)
 
 
 def warn_of_exposure(*paths: Path | None) -> None:

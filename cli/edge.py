@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecast.cli.console import AsJson, MaxBytes, show, warn_of_exposure
+from prunecast.common.fleet_protocol import CONFIRM_SECONDS
 
 if TYPE_CHECKING:
     from prunecast.client.edge import Agent, AgentConfig
@@ -152,6 +153,10 @@ def run(
     optimise: Optimise = False,
     inference_memory: InferenceMemory = None,
     inference_seconds: InferenceSeconds = 30.0,
+    confirm_after: Annotated[
+        float,
+        typer.Option(help="Seconds of service after which a release has proved itself.", min=0.0),
+    ] = CONFIRM_SECONDS,
     listen: Listen = None,
     control: Control = None,
     control_token: ControlToken = None,
@@ -199,6 +204,7 @@ def run(
         *(state, here or "", name, root, threads, quiet, optimise, inference_memory),
         given=url is not None,
     )
+    config = replace(config, confirm_after=confirm_after)
     if fleet is not None:
         from prunecast.client.edge.control import ControlChannel, ControlFetcher, Controller
 
@@ -231,8 +237,10 @@ def status(state: State, as_json: AsJson = False) -> None:
 
     found = read_status(state)
     active, previous = found["active"], found["previous"]
+    confirmed = not active or active["confirmed"]
     lines = [
         f"release  {found['name']} {active['version']}" if active else "release  none",
+        *([] if confirmed else ["         not confirmed yet: it has to serve for a while"]),
         f"previous {previous['version']}" if previous else "previous none",
         f"checked  {found.get('last_check', 'never')}",
     ]
@@ -240,6 +248,11 @@ def status(state: State, as_json: AsJson = False) -> None:
         lines.append(f"problem  {found['last_error']}")
     if found.get("last_warning"):
         lines.append(f"warning  {found['last_warning']}")
+    lines += _fleet_lines(found["control"])
+    lines += [
+        f"failed   {version}: {failed['kind']}: {failed['reason']}"
+        for version, failed in found["failures"].items()
+    ]
     lines += _figures_lines(found["telemetry"])
     show(found, as_json, "\n".join(lines))
 
@@ -425,6 +438,20 @@ def _line(result: UpdateResult) -> str:
     received = ", ".join(f"{kind} {size:,}" for kind, size in sorted(result.downloaded.items()))
     came = "its weights were here" if result.payload == "none" else f"came as {result.payload}"
     return f"release {result.version} is active, {came} (bytes: {received})"
+
+
+def _fleet_lines(control: dict[str, Any] | None) -> list[str]:
+    """What the fleet wants and what was answered, for people."""
+    if control is None:
+        return []
+    said, answer = control["directive"] or {}, control["answered"] or {}
+    wants = "nothing" if said.get("version") is None else f"{said['release']} {said['version']}"
+    line = f"fleet    told {wants}"
+    if answer and answer.get("serial") == said.get("serial"):
+        line += f", answered {answer['outcome']}"
+    if waiting := control["waiting_reports"]:
+        line += f"; {waiting} reports wait"
+    return [line]
 
 
 def _figures_lines(telemetry: dict[str, Any] | None) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prunecast.cli import fleet_devices, fleet_operators
-from prunecast.cli.console import AsJson, say, show
+from prunecast.cli.console import AsJson, say, show, warn
 from prunecast.cli.fleet_devices import (
     DEFAULT,
     AfterDevice,
@@ -27,7 +27,6 @@ from prunecast.cli.fleet_devices import (
     show_document,
     show_rows,
     stamp,
-    warn,
 )
 
 if TYPE_CHECKING:
@@ -201,7 +200,13 @@ def start_rollout(
     deadline: Annotated[
         str, typer.Option(help="A device that was told and says nothing for so long is silent.")
     ] = "1h",
-    soak: Annotated[str, typer.Option(help="A stage lasts at least so long.")] = "0s",
+    soak: Annotated[
+        str | None,
+        typer.Option(
+            help="A stage lasts at least so long; default 2m, or the timeout if that is shorter: a "
+            "crash loop shows in that time."
+        ),
+    ] = None,
     timeout: Annotated[
         str, typer.Option(help="Then a stage is decided by the reports that are there.")
     ] = "1d",
@@ -217,16 +222,17 @@ def start_rollout(
 ) -> None:
     """Start to bring a release to groups: a few devices first, more when they report success."""
     from prunecast.server.fleet import events
-    from prunecast.server.fleet.model import Release, RolloutPolicy
+    from prunecast.server.fleet.model import SOAK_SECONDS, Release, RolloutPolicy
     from prunecast.server.fleet.views import rollout_view
 
+    longest = _seconds(timeout, "--timeout")
     policy = RolloutPolicy(
         max_error_rate=max_error_rate,
         max_silent_rate=max_silent_rate,
         min_reports=min_reports,
         report_deadline=_seconds(deadline, "--deadline"),
-        soak=_seconds(soak, "--soak"),
-        timeout=_seconds(timeout, "--timeout"),
+        soak=min(SOAK_SECONDS, longest) if soak is None else _seconds(soak, "--soak"),
+        timeout=longest,
         automatic=not manual,
         roll_back_on_error=roll_back_on_error,
     )
@@ -244,10 +250,11 @@ def start_rollout(
     )
     with service_of(database) as service:
         warnings = service.operate(event)
-        rollout = service.rollout(event.rollout)
+        fleet, rollout = service.overview(), service.rollout(event.rollout)
     warn(warnings)
     text = f"started {rollout.id}: {rollout.expected} of {sum(rollout.cohorts)} devices first"
-    show(rollout_view(rollout), as_json, text)
+    document = rollout_view(fleet, rollout, event.at)
+    show({**document, "warnings": list(warnings)}, as_json, text)
 
 
 @rollout_app.command(name="list")
@@ -256,9 +263,10 @@ def list_rollouts(database: Database = DEFAULT, as_json: AsJson = False) -> None
     from prunecast.server.fleet.views import rollout_view
 
     with service_of(database) as service:
-        service.tick(time.time())
-        rows = [rollout_view(found) for found in service.rollouts()]
-    columns = ("rollout", "release", "version", "status", "percent", "told", "reason")
+        service.tick(now := time.time())
+        fleet = service.overview()
+        rows = [rollout_view(fleet, found, now) for found in service.rollouts()]
+    columns = ("rollout", "release", "version", "status", "percent", "told", "next", "reason")
     show_rows(rows, columns, as_json)
 
 
@@ -274,16 +282,18 @@ def show_rollout(
     from prunecast.server.fleet.views import device_view, rollout_view
 
     with service_of(database) as service:
-        service.tick(time.time())
-        document = rollout_view(service.rollout(name))
+        service.tick(now := time.time())
+        document = rollout_view(service.overview(), service.rollout(name), now)
         members = service.devices(rollout=name, after=after, limit=limit)
-    rows = [device_view(device) for device in members]
+    version = document["version"]
+    rows = [device_view(device, version) for device in members]
     if as_json:
         show({**document, "members": rows})
         return
     show_document(document, 10)
     rows.sort(key=lambda row: (row["stage"], row["device"]))
-    show_rows(rows, ("device", "stage", "progress", "runs", "told", "answer", "seen"), False)
+    columns = ("device", "stage", "progress", "runs", "told", "answer", "seen", "failure")
+    show_rows(rows, columns, False)
 
 
 @app.command()

@@ -16,9 +16,9 @@ from prunecast.cli.console import (
     Column,
     make_console,
     print_table,
-    printable,
     say,
     show,
+    warn,
     warn_of_exposure,
 )
 
@@ -41,7 +41,6 @@ __all__ = [
     "show_document",
     "show_rows",
     "stamp",
-    "warn",
 ]
 
 Database = Annotated[
@@ -59,6 +58,7 @@ AfterDevice = Annotated[
 Limit = Annotated[int | None, typer.Option(help="How many at most; default all.", min=1)]
 
 DEFAULT = "sqlite:///fleet.db"
+_LONG = ("detail", "failure", "next", "problem", "reason")  # columns of sentences
 
 app = typer.Typer(no_args_is_help=True, help="Enrol and revoke devices.")
 
@@ -144,19 +144,14 @@ def operate(database: str, event: events.AnyEvent) -> None:
         warn(service.operate(event))
 
 
-def warn(warnings: Sequence[str]) -> None:
-    """Print warnings, each in a line on standard error."""
-    for text in warnings:
-        make_console(stderr=True).print(f"warning: {printable(text)}", markup=False, soft_wrap=True)
-
-
 def show_rows(rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
     """Print rows as a table with some columns, or all of them as JSON."""
     if as_json:
         show(rows)
         return
     texts = [[_text(row[name]) for name in columns] for row in rows]
-    print_table(make_console(), [Column(name.replace("_", " ")) for name in columns], texts)
+    headers = [Column(name.replace("_", " "), long=name in _LONG) for name in columns]
+    print_table(make_console(), headers, texts)
 
 
 def show_document(document: Mapping[str, Any], width: int) -> None:
@@ -203,7 +198,7 @@ def list_devices(
 
     with service_of(database) as service:
         devices = service.devices(group, after=after, limit=limit)
-    columns = ("device", "group", "runs", "told", "answer", "rollout", "pin", "seen")
+    columns = ("device", "group", "runs", "told", "answer", "rollout", "pin", "seen", "failure")
     show_rows([device_view(device) for device in devices], columns, as_json)
 
 
@@ -248,5 +243,6 @@ def show_device(name: DeviceName, database: Database = DEFAULT, as_json: AsJson 
     if as_json:
         show(document)
         return
-    figures = document.pop("figures", {})
-    show_document({**document, **dict(sorted(figures.items()))}, 20)
+    figures, failures = document.pop("figures", {}), document.pop("failures")
+    lines = {f"failed {failed['version']}": failed["text"] for failed in failures}
+    show_document({**document, **lines, **dict(sorted(figures.items()))}, 20)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, show
+from prunecast.cli.console import AsJson, show, warn
 from prunecast.cli.release_create import Fleets, Folder, Keys, Name, create
 from prunecast.cli.release_keys import app as keys_app
 
@@ -158,8 +158,9 @@ def retire(
     What a fleet stands on is refused: a group's stable release, a pin, the release of a rollout
     that is under way and the one that it would go back to.
     """
-    _writer(repository, keys, fleet or ()).retire(name, version, force=force)
+    missed = _writer(repository, keys, fleet or ()).retire(name, version, force=force)
     print(f"retired {name} {version}")  # noqa: T201
+    warn(missed)
 
 
 @app.command()

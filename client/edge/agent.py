@@ -66,6 +66,9 @@ _log = logging.getLogger(__name__)
 class Agent:
     """Follows one release on one device; a context manager.
 
+    Attributes:
+        on_confirmed: called when the active release has proved itself, in the thread of `run`.
+
     Args:
         config: see `AgentConfig`.
         fetcher: the network; default `HttpFetcher` with its defaults.
@@ -110,6 +113,7 @@ class Agent:
         self._resources.enter_context(self._folder.locked())
         self.telemetry = Telemetry(config.state)
         self.model = EdgeModel(observe=self.telemetry.observe)
+        self.on_confirmed: Callable[[], None] = lambda: None
         self._resources.enter_context(self.telemetry.saving(_SAVE_EVERY))
         try:
             try:
@@ -252,7 +256,7 @@ class Agent:
         served, noted = time.monotonic() - self._since, begun.served
         begun = replace(begun, served=round(served, 1))
         if not active.confirmed and active.served + served >= enough:
-            self._keep(self._state.confirm())
+            self.confirm()
             self._note(begun)
             return enough
         due = enough if active.confirmed else noted + enough / _QUARTERS
@@ -269,8 +273,15 @@ class Agent:
 
     def confirm(self) -> None:
         """The active release has proved itself: the agent will not go back from it by itself."""
-        if self._serves(self._state.active):
+        if self._serves(active := self._state.active) and not active.confirmed:
             self._keep(self._state.confirm())
+            self.on_confirmed()
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the release that is served has proved itself."""
+        active = self._state.active
+        return self._serves(active) and active.confirmed
 
     def roll_back(self, reason: str) -> int | None:
         """Go back to the previous release and never try the active one again.

@@ -13,6 +13,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from prunecast.client.edge.errors import OrderRefused, UrlRefused
+from prunecast.common.fleet_protocol import CONFIRM_SECONDS
 
 __all__ = [
     "AGENT_VERSION",
@@ -191,7 +192,7 @@ class AgentConfig:
     threads: int | None = None
     most_bytes: int = 4 * 2**30
     most_starts: int = 3
-    confirm_after: float = 60.0
+    confirm_after: float = CONFIRM_SECONDS
     quiet: QuietHours | None = None
     bounds: Bounds = DEFAULT_BOUNDS
     optimise: bool = False

@@ -440,6 +440,7 @@ def read_status(state: Path | str) -> dict[str, Any]:
         "active": asdict(found.active) if found and found.active else None,
         "previous": asdict(found.previous) if found and found.previous else None,
         "rejected": found.rejected if found else {},
+        "failures": {v: asdict(f) for v, f in found.failures.items()} if found else {},
         "telemetry": telemetry.to_json() if telemetry else None,
         "control": _control(folder),
         **folder.read_json(_STATUS),

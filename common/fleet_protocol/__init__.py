@@ -1,18 +1,25 @@
-"""The messages between a fleet's control server and the agents: `fleet.proto` and its code.
+"""What a fleet's control server and the agents agree on: `fleet.proto`, its code, and times.
 
-What both sides must agree on lies here, because client and server never import each other. Stubs
-and handlers follow from the descriptor of the service, so only the messages are generated code.
+It lies here, because client and server never import each other. Stubs and handlers follow from the
+descriptor of the service, so only the messages are generated code. What needs grpcio is imported
+when it is asked for: an agent without a fleet has none.
 """
 
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
-import grpc
-from google.protobuf.message_factory import GetMessageClass
+from prunecast.common.lazy import face
 
-from prunecast.common.fleet_protocol import fleet_pb2 as messages
+if TYPE_CHECKING:
+    from prunecast.common.fleet_protocol.calls import add_servicer, make_stub, messages
 
-__all__ = ["CHUNK_BYTES", "SERVICE", "add_servicer", "make_stub", "messages"]
+__all__ = [
+    "CHUNK_BYTES",
+    "CONFIRM_SECONDS",
+    "SERVICE",
+    "add_servicer",
+    "make_stub",
+    "messages",
+]
 
 SERVICE = "prunecast.fleet.v1.FleetControl"
 """Full name of the service, for health checks."""
@@ -20,39 +27,13 @@ SERVICE = "prunecast.fleet.v1.FleetControl"
 CHUNK_BYTES = 512 * 1024
 """Bytes of a chunk of `Fetch`; agents accept any size up to 4 MiB."""
 
-_METHODS = messages.DESCRIPTOR.services_by_name["FleetControl"].methods
+CONFIRM_SECONDS = 60.0
+"""Seconds of service after which an agent confirms a release, unless it is told otherwise.
 
+Until then the release may bring the process down, and what the device says of it is provisional;
+so a stage of a rollout lasts longer by default."""
 
-def make_stub(channel: Any) -> Any:
-    """What calls the methods of the service over a channel of gRPC: attributes by their names."""
-    return SimpleNamespace(
-        **{
-            method.name: getattr(channel, _kind(method))(
-                f"/{SERVICE}/{method.name}",
-                request_serializer=GetMessageClass(method.input_type).SerializeToString,
-                response_deserializer=GetMessageClass(method.output_type).FromString,
-            )
-            for method in _METHODS
-        }
-    )
-
-
-def add_servicer(servicer: object, server: Any) -> None:
-    """Let a server of gRPC answer by an object that has the methods of the service.
-
-    Raises:
-        AttributeError: it lacks one.
-    """
-    handlers = {
-        method.name: getattr(grpc, f"{_kind(method)}_rpc_method_handler")(
-            getattr(servicer, method.name),
-            request_deserializer=GetMessageClass(method.input_type).FromString,
-            response_serializer=GetMessageClass(method.output_type).SerializeToString,
-        )
-        for method in _METHODS
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-
-
-def _kind(method: Any) -> str:
-    return "unary_stream" if method.server_streaming else "unary_unary"
+_HOME = "prunecast.common.fleet_protocol.calls"
+__getattr__, __dir__ = face(
+    __name__, {"add_servicer": _HOME, "make_stub": _HOME, "messages": _HOME}
+)

@@ -10,15 +10,17 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
-    OUTCOME_SUCCEEDED: _ClassVar[Outcome]
+    OUTCOME_ACTIVATED: _ClassVar[Outcome]
     OUTCOME_SELFTEST_FAILED: _ClassVar[Outcome]
     OUTCOME_ROLLED_BACK: _ClassVar[Outcome]
     OUTCOME_CRASH_LOOP: _ClassVar[Outcome]
+    OUTCOME_CONFIRMED: _ClassVar[Outcome]
 OUTCOME_UNSPECIFIED: Outcome
-OUTCOME_SUCCEEDED: Outcome
+OUTCOME_ACTIVATED: Outcome
 OUTCOME_SELFTEST_FAILED: Outcome
 OUTCOME_ROLLED_BACK: Outcome
 OUTCOME_CRASH_LOOP: Outcome
+OUTCOME_CONFIRMED: Outcome
 
 class WatchRequest(_message.Message):
     __slots__ = ("device", "agent", "release", "running")

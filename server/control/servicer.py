@@ -214,7 +214,8 @@ class Servicer:
 
 
 _OUTCOMES = {
-    messages.OUTCOME_SUCCEEDED: Outcome.SUCCEEDED,
+    messages.OUTCOME_ACTIVATED: Outcome.ACTIVATED,
+    messages.OUTCOME_CONFIRMED: Outcome.CONFIRMED,
     messages.OUTCOME_SELFTEST_FAILED: Outcome.SELFTEST_FAILED,
     messages.OUTCOME_ROLLED_BACK: Outcome.ROLLED_BACK,
     messages.OUTCOME_CRASH_LOOP: Outcome.CRASH_LOOP,

@@ -59,6 +59,7 @@ class Cause(StrEnum):
     OPERATOR = "operator"
     SETTLED = "settled"
     ERROR_RATE = "error_rate"
+    LATE_FAILURES = "late_failures"
     SILENCE = "silence"
     TOO_FEW_REPORTS = "too_few_reports"
     RETIRED = "retired"
@@ -131,12 +132,13 @@ def reason_text(fields: Mapping[str, Any]) -> str:
 
     Args:
         fields: ``cause``, a `Cause`; with ``OPERATOR`` an operator's ``words``, else how many
-            devices ``succeeded``, ``failed``, were ``silent``, of how many ``expected``, and with
-            ``TOO_FEW_REPORTS`` how many reports are ``needed``. With ``no_way_back``, the stable
+            devices ``confirmed``, ``failed``, were ``silent``, of how many ``expected``, and with
+            ``TOO_FEW_REPORTS`` how many reports are ``needed``, with ``LATE_FAILURES`` the last
+            ``device`` and whether the rollout was ``completed``. With ``no_way_back``, the stable
             version of every group that cannot go back, also the name of the ``release``.
 
-    >>> reason_text({"cause": "silence", "succeeded": 1, "failed": 0, "silent": 2, "expected": 3})
-    'silence: 1 succeeded, 0 failed, 2 silent of 3'
+    >>> reason_text({"cause": "silence", "confirmed": 1, "failed": 0, "silent": 2, "expected": 3})
+    'silence: 1 confirmed, 0 failed, 2 silent of 3'
     """
     lost = fields.get("no_way_back") or {}
     lines = [no_way_back_text(fields["release"], group, stable) for group, stable in lost.items()]
@@ -160,11 +162,16 @@ def _cause_text(fields: Mapping[str, Any]) -> str:
         return str(fields["words"])
     if fields["cause"] == Cause.RETIRED:
         return f"{fields['release']} {fields['version']} is retired, so it is told to nobody"
-    counts = ", ".join(f"{fields[key]} {key}" for key in ("succeeded", "failed", "silent"))
+    # entries from before devices confirmed have what they said at once
+    good = "confirmed" if "confirmed" in fields else "succeeded"
+    counts = ", ".join(f"{fields[key]} {key}" for key in (good, "failed", "silent"))
     figures = f"{counts} of {fields['expected']}"
     match fields["cause"]:
         case Cause.ERROR_RATE:
             return f"error rate: {figures}"
+        case Cause.LATE_FAILURES:
+            when = "after it had completed" if fields["completed"] else "in an earlier stage"
+            return f"failures {when}: {figures}, the last one on {fields['device']}"
         case Cause.SILENCE:
             return f"silence: {figures}"
         case Cause.TOO_FEW_REPORTS:

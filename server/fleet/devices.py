@@ -100,14 +100,14 @@ class DeviceService:
             event = _poll(fleet, device, state, now)
             return decide(session, fleet, event)[-1].directives[0]
 
-        return self._with_device(credential, now, work)
+        return self._with_device(credential, now, work, counting=False)
 
     def receive(self, credential: Credential, report: DeviceReport, now: float) -> Receipt:
         """Take everything that a device reports at once.
 
         A report whose id was taken before changes nothing; of each device the last 256 ids are
-        remembered. Apart from that an answer counts once per serial, and once more if a success
-        turns into a failure.
+        remembered. Apart from that an answer counts once per serial, and once more if what was
+        provisional is confirmed, or if it turns into a failure.
 
         Raises:
             TokenRefused: the token is unknown or was revoked.
@@ -133,14 +133,19 @@ class DeviceService:
                 session.add(ReportRow(at=now, device=device, rollout=rollout, **columns))
             return Receipt(counted, replayed=False)
 
-        return self._with_device(credential, now, work)
+        return self._with_device(credential, now, work, counting=report.answer is not None)
 
     def _with_device(
-        self, credential: Credential, now: float, work: Callable[[Session, Fleet, str], _T]
+        self,
+        credential: Credential,
+        now: float,
+        work: Callable[[Session, Fleet, str], _T],
+        *,
+        counting: bool,
     ) -> _T:
         def located(session: Session) -> _T:
             name = _device_of(session, credential)
-            fleet = load_device(session, self._releases, now, name)
+            fleet = load_device(session, self._releases, now, name, counting=counting)
             if name not in fleet.devices or fleet.devices[name].revoked:
                 raise _refusal(credential)
             return work(session, fleet, name)

@@ -4,9 +4,11 @@
 
     start ──▶ running ──(stage settled or timed out)──▶ running, next stage ──▶ completed
                 │  ▲                                                        (last stage)
-     errors,    │  │ resume, promote
-     silence,   ▼  │
-     operator  paused ──abort──▶ aborted ◀──abort, or errors with roll_back_on_error── running
+     errors,    │  │ resume, promote                                         │
+     silence,   ▼  │                                                         │
+     operator  paused ◀──(late failures: reopened)───────────────────────────┘
+                │
+                └──abort──▶ aborted ◀──abort, or errors with roll_back_on_error── running
 
 Nothing here reads a clock, draws a number or touches a file: equal arguments give equal results.
 """
@@ -22,6 +24,7 @@ from prunecast.server.fleet.errors import AlreadyExists, NotPossible, ReleaseUnk
 from prunecast.server.fleet.model import (
     Device,
     Directive,
+    Failure,
     Fleet,
     Group,
     Part,
@@ -39,6 +42,7 @@ from prunecast.server.fleet.step import (
     advance,
     assign,
     check_stages,
+    count_late_failures,
     evaluate,
     expire,
     join,
@@ -176,7 +180,7 @@ def _steer(step: Step, event: events.Steering) -> None:
                 raise NotPossible(f"rollout {rollout.id} is running already")
             _check_live(step.fleet, rollout.release)
             rollout = wait_again(step, rollout)
-            step.begin_window(rollout, stage=rollout.stage)
+            step.begin_window(rollout, stage=rollout.stage, accept=True)
             step.log(AuditKind.ROLLOUT_RESUMED, rollout.id, was=rollout.reason)
         case events.Abort():
             abort(step, rollout, _by_operator(event))
@@ -235,7 +239,8 @@ def _pin(step: Step, event: events.Pinning) -> None:
         if version is None and device.pin is None:
             raise NotPossible(f"device {device.id} is not pinned")
         if version is not None:
-            _check_live(fleet, Release(fleet.group(device.group).release, version))
+            release = Release(fleet.group(device.group).release, version)
+            _check_live(fleet, release)
             step.put(replace(leave(step, device), pin=version))
         else:
             unpinned = replace(device, pin=None)
@@ -293,7 +298,10 @@ def _poll(step: Step, event: events.Poll) -> Directive:
     device, version, rollout = _target(step, device)
     name = step.fleet.group(device.group).release
     told = device.told
-    anew = rollout is not None and rollout != told.rollout  # its report counts for the rollout
+    # its report counts for the rollout, unless it has counted: after completion it was told as the
+    # stable release, and the rollout was reopened since
+    open_ = device.part is not None and not device.part.progress.settled
+    anew = rollout is not None and rollout != told.rollout and open_
     if version != told.version or anew:
         said = {"release": name, "version": version}
         step.log(AuditKind.DEVICE_TOLD, device.id, actor="fleet", **said)
@@ -311,8 +319,9 @@ def _poll(step: Step, event: events.Poll) -> Directive:
 def _report(step: Step, event: events.ReportOutcome) -> bool:
     """Take a device's answer to its present directive; False if it is anything else.
 
-    A first answer is taken, and a failure after a success (a crash loop, say). All else is a
-    replay, out of order, or about something that the device was not told.
+    A first answer is taken, one that confirms what was provisional, and a failure after either (a
+    crash loop, say). All else is a replay, out of order, or about something that the device was
+    not told.
     """
     device = step.fleet.devices.get(event.device)
     if device is None or device.revoked:
@@ -320,19 +329,22 @@ def _report(step: Step, event: events.ReportOutcome) -> bool:
     told = device.told
     if (event.serial, event.version) != (told.serial, told.version):
         return False
-    changes = told.outcome is None or (event.outcome.failed and not told.outcome.failed)
-    if not changes:
+    if not event.outcome.follows(told.outcome):
         return False
-    refused = device.refused | {event.version} if event.outcome.failed else device.refused
+    failed = event.outcome.failed
+    detail = " ".join(event.detail.split())[:200]
+    failures = dict(device.failures)
+    if failed:
+        failures[event.version] = Failure(event.outcome, detail, step.at)
     device = replace(
-        device, last_seen=step.at, refused=refused, told=replace(told, outcome=event.outcome)
+        device, last_seen=step.at, failures=failures, told=replace(told, outcome=event.outcome)
     )
-    found = step.active_part(device)
-    if found and told.rollout == found[0].id:
-        step.settle(device, Progress.FAILED if event.outcome.failed else Progress.SUCCEEDED)
+    rollout = _counting(step, device)
+    if rollout is not None:
+        step.settle(device, Progress.FAILED if failed else Progress(event.outcome.value))
     else:
         step.put(device)
-    if event.outcome.failed:
+    if failed:
         step.log(
             AuditKind.RELEASE_FAILED,
             device.id,
@@ -340,9 +352,24 @@ def _report(step: Step, event: events.ReportOutcome) -> bool:
             release=step.fleet.group(device.group).release,
             version=event.version,
             outcome=event.outcome.value,
-            detail=" ".join(event.detail.split())[:200],
+            detail=detail,
         )
+    if failed and rollout is not None and rollout.status is Status.COMPLETED:
+        count_late_failures(step, step.fleet.rollouts[rollout.id])
     return True
+
+
+def _counting(step: Step, device: Device) -> Rollout | None:
+    """The rollout that a device's answer counts for.
+
+    After completion its release is the stable one, and devices are told it as that.
+    """
+    found = step.last_part(device)
+    if found is None or device.told.version != found[0].release.version:
+        return None
+    rollout = found[0]
+    because = (rollout.id, None) if rollout.completed is not None else (rollout.id,)
+    return rollout if device.told.rollout in because else None
 
 
 def _target(step: Step, device: Device) -> tuple[Device, int | None, str | None]:
@@ -363,6 +390,13 @@ def _target(step: Step, device: Device) -> tuple[Device, int | None, str | None]
             part = replace(part, progress=Progress.TOLD, told_at=step.at, epoch=rollout.epoch)
             step.put(replace(rollout, told=rollout.told + 1))
             return replace(device, part=part), version, rollout.id
+    current = step.fleet.current(group)
+    if current is not None and current.completed is not None:
+        # reopened: who was told its release as the stable one is not sent back and forth
+        version = current.release.version
+        usable = version not in device.refused and _exists(step, group.release, version)
+        if usable and device.told.version == version:
+            return device, version, None
     stable = step.fleet.stable(group)
     if stable is None or stable in device.refused or not _exists(step, group.release, stable):
         return device, None, None

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from prunecast.common.fleet_protocol import CONFIRM_SECONDS
 from prunecast.server.fleet.errors import NotFound, Unusable
 
 __all__ = [
+    "SOAK_SECONDS",
     "Device",
     "Directive",
+    "Failure",
     "Fleet",
     "Group",
     "Outcome",
@@ -30,6 +33,10 @@ __all__ = [
     "Told",
     "check_name",
 ]
+
+SOAK_SECONDS = 2 * CONFIRM_SECONDS
+"""Seconds that a stage lasts at least, by default: a device has confirmed the release by then, or
+it has shown that it cannot."""
 
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
@@ -64,9 +71,14 @@ class Release:
 
 
 class Outcome(StrEnum):
-    """What became of a release on a device, as the device reports it."""
+    """What became of a release on a device, as the device reports it.
 
-    SUCCEEDED = "succeeded"
+    ``ACTIVATED`` is provisional: the release passed its self-test and serves, and may still bring
+    the process down. ``CONFIRMED`` follows when it has served long enough.
+    """
+
+    ACTIVATED = "activated"
+    CONFIRMED = "confirmed"
     SELFTEST_FAILED = "self-test failed"
     ROLLED_BACK = "rolled back"
     CRASH_LOOP = "crash loop"
@@ -74,7 +86,38 @@ class Outcome(StrEnum):
     @property
     def failed(self) -> bool:
         """Whether it speaks against the release."""
-        return self is not Outcome.SUCCEEDED
+        return self not in (Outcome.ACTIVATED, Outcome.CONFIRMED)
+
+    def follows(self, earlier: Outcome | None) -> bool:
+        """Whether a device may say this after `earlier` to the same directive.
+
+        >>> Outcome.CONFIRMED.follows(Outcome.ACTIVATED)
+        True
+        >>> Outcome.ACTIVATED.follows(Outcome.CONFIRMED)
+        False
+        """
+        order = [None, Outcome.ACTIVATED, Outcome.CONFIRMED]
+        if self.failed:
+            return earlier is None or not earlier.failed
+        return earlier in order and order.index(earlier) < order.index(self)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a release was given up on a device.
+
+    Attributes:
+        outcome: what it failed at.
+        detail: the agent's own words.
+        at: when the device said so.
+    """
+
+    outcome: Outcome
+    detail: str = ""
+    at: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.outcome}: {self.detail}" if self.detail else str(self.outcome)
 
 
 class Progress(StrEnum):
@@ -82,14 +125,15 @@ class Progress(StrEnum):
 
     WAITING = "waiting"
     TOLD = "told"
-    SUCCEEDED = "succeeded"
+    ACTIVATED = "activated"
+    CONFIRMED = "confirmed"
     FAILED = "failed"
     SILENT = "silent"
 
     @property
     def settled(self) -> bool:
         """Whether a rollout no longer waits for this device."""
-        return self not in (Progress.WAITING, Progress.TOLD)
+        return self not in (Progress.WAITING, Progress.TOLD, Progress.ACTIVATED)
 
 
 class Status(StrEnum):
@@ -156,7 +200,7 @@ class Device:
         running: version that it last said it runs.
         agent: version of its software, as it says.
         last_seen: when it last polled or reported; of polls a minute apart or less, the first.
-        refused: versions that failed on it; it is not told them again.
+        failures: versions that failed on it, and why; it is not told them again.
         told: its directive.
         part: its part in a rollout.
     """
@@ -168,9 +212,14 @@ class Device:
     running: int | None = None
     agent: str = ""
     last_seen: float | None = None
-    refused: frozenset[int] = frozenset()
+    failures: Mapping[int, Failure] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
     part: Part | None = None
+
+    @property
+    def refused(self) -> frozenset[int]:
+        """Versions that failed on it."""
+        return frozenset(self.failures)
 
 
 @dataclass(frozen=True)
@@ -202,7 +251,7 @@ class RolloutPolicy:
         min_reports: so many reports decide a stage (all of them where a stage expects fewer);
             rates are shares of at least this number, so one early failure does not stop a stage.
         report_deadline: seconds after which a device that was told and said nothing is silent.
-        soak: seconds that a stage lasts at least.
+        soak: seconds that a stage lasts at least; by default long enough for a crash loop to show.
         timeout: seconds after which a stage is decided by whatever was reported.
         automatic: go to the next stage without an operator.
         roll_back_on_error: abort on the error rate instead of pausing; silence only pauses, as
@@ -213,7 +262,7 @@ class RolloutPolicy:
     max_silent_rate: float = 0.5
     min_reports: int = 5
     report_deadline: float = 3600.0
-    soak: float = 0.0
+    soak: float = SOAK_SECONDS
     timeout: float = 86400.0
     automatic: bool = True
     roll_back_on_error: bool = False
@@ -234,19 +283,24 @@ class RolloutPolicy:
 class Tally:
     """Devices that settled in one observation window."""
 
-    succeeded: int = 0
+    confirmed: int = 0
     failed: int = 0
     silent: int = 0
 
     @property
     def reports(self) -> int:
-        """Devices that said something."""
-        return self.succeeded + self.failed
+        """Devices whose answer is final."""
+        return self.confirmed + self.failed
 
     @property
     def settled(self) -> int:
         """Devices that the window no longer waits for."""
         return self.reports + self.silent
+
+    def counted(self, progress: Progress, by: int) -> Tally:
+        """One device more, or less, that settled like this."""
+        change: dict[str, Any] = {progress.value: getattr(self, progress.value) + by}
+        return replace(self, **change)
 
 
 @dataclass(frozen=True)
@@ -267,6 +321,10 @@ class Rollout:
         epoch: number of the window; a stage, a promotion and a resumption each begin one.
         expected: how many devices the window waits for.
         tally: what settled in this window.
+        windows: what settled in the windows before, corrected by what devices said later; without
+            failures that an operator has accepted by resuming or promoting.
+        completed: when it was completed the last time; None: it never was. An active rollout that
+            has been completed was reopened by late failures.
         told: how many devices were told, in all.
         settled: how many devices settled, in all.
         reason: why it is in its status.
@@ -284,6 +342,8 @@ class Rollout:
     epoch: int = 1
     expected: int = 0
     tally: Tally = field(default_factory=Tally)
+    windows: tuple[Tally, ...] = ()
+    completed: float | None = None
     told: int = 0
     settled: int = 0
     reason: str = ""

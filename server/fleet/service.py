@@ -17,7 +17,7 @@ from prunecast.server.fleet.audit import AuditEntry, AuditKind
 from prunecast.server.fleet.database import Database
 from prunecast.server.fleet.devices import DeviceService, token_hash
 from prunecast.server.fleet.errors import NotFound, Unusable
-from prunecast.server.fleet.model import Device, Fleet, Group, Release, Rollout, Status
+from prunecast.server.fleet.model import Device, Fleet, Group, Outcome, Release, Rollout, Status
 from prunecast.server.fleet.operators import Operators
 from prunecast.server.fleet.reports import Health
 from prunecast.server.fleet.tables import (
@@ -25,6 +25,7 @@ from prunecast.server.fleet.tables import (
     DeviceRow,
     GroupRow,
     HealthRow,
+    ReportRow,
     RolloutRow,
     TokenRow,
     to_device,
@@ -36,6 +37,7 @@ from prunecast.server.fleet.transactions import decide, load, load_device, write
 
 __all__ = ["FleetService"]
 
+_NAMED = 5  # devices in a warning
 _Row = TypeVar("_Row", DeviceRow, RolloutRow)
 
 
@@ -164,7 +166,7 @@ class FleetService(DeviceService):
             (decision,) = decide(session, self._load(session, event), event)
             if isinstance(event, events.RevokeDevice):
                 session.execute(delete(TokenRow).where(TokenRow.device == event.device))
-            return decision.warnings
+            return (*decision.warnings, *_failed_before(session, event))
 
         with self._guard():
             return self._transact(work)
@@ -308,6 +310,44 @@ class FleetService(DeviceService):
         # the name is taken, or a later rollout has the groups by now
         others = {named.id: to_rollout(named)} if named else {}
         return replace(part, rollouts={**others, **part.rollouts})
+
+
+def _failed_before(session: Session, event: events.AnyEvent) -> tuple[str, ...]:
+    """Where the version that an operator has chosen failed already, in any group."""
+    device = None
+    match event:
+        case events.StartRollout():
+            release = event.release
+        case events.AddGroup(stable=int(version)):
+            release = Release(event.release, version)
+        case events.PinGroup(version=int(version)):
+            release = Release(session.get_one(GroupRow, event.group).release, version)
+        case events.PinDevice(version=int(version)):
+            device = session.get_one(DeviceRow, event.device)
+            release = Release(session.get_one(GroupRow, device.group).release, version)
+        case _:
+            return ()
+    good = (Outcome.ACTIVATED.value, Outcome.CONFIRMED.value)
+    reports = select(ReportRow.device).where(
+        ReportRow.version == release.version, ReportRow.outcome.not_in(good)
+    )
+    wanted = (
+        select(DeviceRow)
+        .join(GroupRow, DeviceRow.group == GroupRow.id)
+        .where(GroupRow.release == release.name, DeviceRow.revoked.is_(False))
+        .where(DeviceRow.id.in_(reports) if device is None else DeviceRow.id == device.id)
+    )
+    found = [to_device(row) for row in session.scalars(wanted.order_by(DeviceRow.id))]
+    failed = [
+        f"{held.id} ({held.failures[release.version]})"
+        for held in found
+        if release.version in held.failures
+    ]
+    if not failed:
+        return ()
+    named = ", ".join(failed[:_NAMED]) + (", …" if len(failed) > _NAMED else "")
+    text = f"{release} failed before on {len(failed)} devices, which do not try it again: {named}"
+    return (text,)
 
 
 def _found(session: Session, kind: type[_Row], name: str, what: str) -> _Row:

@@ -20,8 +20,9 @@ from prunecast.server.fleet.audit import (
     reason_text,
 )
 from prunecast.server.fleet.errors import Unusable
-from prunecast.server.fleet.events import Event
+from prunecast.server.fleet.events import Event, ReportOutcome
 from prunecast.server.fleet.model import (
+    SOAK_SECONDS,
     Device,
     Directive,
     Fleet,
@@ -42,6 +43,7 @@ __all__ = [
     "assign",
     "check_stages",
     "cohort_size",
+    "count_late_failures",
     "evaluate",
     "expire",
     "join",
@@ -113,32 +115,52 @@ class Step:
             return rollout, device.part
         return None
 
-    def settle(self, device: Device, progress: Progress) -> None:
-        """Count what became of a device in its active rollout.
+    def last_part(self, device: Device) -> tuple[Rollout, Part] | None:
+        """A device's part in the last rollout of its group, active or completed, and that."""
+        last = self.fleet.group(device.group).rollout
+        rollout = self.fleet.rollouts[last] if last else None
+        if rollout is None or rollout.status is Status.ABORTED:
+            return None
+        mine = device.part is not None and device.part.rollout == rollout.id
+        return (rollout, device.part) if mine and device.part else None
 
-        A device that settled in an earlier window is not counted anew, only shown differently,
-        unless it turns out to have failed: that must be able to stop a later stage.
+    def settle(self, device: Device, progress: Progress) -> None:
+        """Count what became of a device in the last rollout of its group.
+
+        A device that settled before is counted differently where it was counted: in the present
+        window, or in an earlier one, whose error rate can then stop a later stage.
         """
-        found = self.active_part(device)
+        found = self.last_part(device)
         if found is None:
             self.put(device)
             return
         rollout, part = found
-        tally, settled = rollout.tally, rollout.settled
-        if not part.progress.settled:
-            tally, settled = _count(tally, progress, 1), settled + 1
-        elif part.epoch == rollout.epoch:
-            tally = _count(_count(tally, part.progress, -1), progress, 1)
-        elif progress is Progress.FAILED:
-            tally = _count(tally, progress, 1)
+        if not progress.settled:
+            if part.progress is Progress.TOLD:  # a silent one stays counted until it is sure
+                part = replace(part, progress=progress)
+        elif not part.progress.settled:
+            tally = rollout.tally.counted(progress, 1)
+            self.put(replace(rollout, tally=tally, settled=rollout.settled + 1))
+            part = replace(part, progress=progress, epoch=rollout.epoch)
         else:
-            self.put(replace(device, part=replace(part, progress=progress)))
-            return
-        self.put(replace(device, part=replace(part, progress=progress, epoch=rollout.epoch)))
-        self.put(replace(rollout, tally=tally, settled=settled))
+            windows = [*rollout.windows, rollout.tally]
+            at = part.epoch - 1
+            windows[at] = windows[at].counted(part.progress, -1).counted(progress, 1)
+            self.put(replace(rollout, windows=tuple(windows[:-1]), tally=windows[-1]))
+            part = replace(part, progress=progress)
+        self.put(replace(device, part=part))
 
-    def begin_window(self, rollout: Rollout, *, stage: int, reason: str = "") -> None:
-        """Observe anew, from now on: nothing that settled before is held against a release."""
+    def begin_window(self, rollout: Rollout, *, stage: int, accept: bool) -> Rollout:
+        """Observe anew, from now on.
+
+        Args:
+            rollout: which.
+            stage: where it goes on.
+            accept: whether the failures so far are no longer held against the release.
+        """
+        windows = (*rollout.windows, rollout.tally)
+        if accept:
+            windows = tuple(replace(window, failed=0) for window in windows)
         begun = replace(
             rollout,
             status=Status.RUNNING,
@@ -146,13 +168,17 @@ class Step:
             epoch=rollout.epoch + 1,
             since=self.at,
             tally=Tally(),
-            reason=reason,
+            windows=windows,
+            reason="",
         )
-        self.put(replace(begun, expected=begun.reached - begun.settled))
+        begun = replace(begun, expected=begun.reached - begun.settled)
+        self.put(begun)
+        return begun
 
     def end(self, rollout: Rollout, status: Status, reason: str) -> None:
         """Set another status than running."""
-        self.put(replace(rollout, status=status, reason=reason))
+        done = self.at if status is Status.COMPLETED else rollout.completed
+        self.put(replace(rollout, status=status, reason=reason, completed=done))
 
 
 def rank(rollout: str, device: str) -> bytes:
@@ -205,12 +231,12 @@ def assign(rollout: str, devices: Iterable[str], stages: Sequence[float]) -> dic
 
 
 def leave(step: Step, device: Device) -> Device:
-    """Take a device out of its active rollout; what it settled stays counted.
+    """Take a device out of its group's last rollout; what it settled stays counted.
 
     Returns:
         The device without a part, as it now stands in the state.
     """
-    found = step.active_part(device)
+    found = step.last_part(device)
     if found is not None:
         rollout, part = found
         if not part.progress.settled:
@@ -247,7 +273,9 @@ def _resize(step: Step, rollout: Rollout, stage: int, by: int) -> None:
 
 
 def expire(step: Step) -> None:
-    """Count devices as silent that were told and did not report within the deadline.
+    """Count devices as silent that were told and gave no final answer within the deadline.
+
+    One that said that it is active gets the time to confirm in addition.
 
     Looks at the devices in the state; a caller that loads part of a fleet loads all overdue ones.
     """
@@ -256,9 +284,10 @@ def expire(step: Step) -> None:
         if found is None:
             continue
         rollout, part = found
-        if part.progress is Progress.TOLD and part.told_at is not None:
-            overdue = step.at - part.told_at >= rollout.policy.report_deadline
-            if overdue:
+        if part.told_at is not None and not part.progress.settled:
+            confirms = part.progress is Progress.ACTIVATED
+            wait = rollout.policy.report_deadline + (SOAK_SECONDS if confirms else 0.0)
+            if step.at - part.told_at >= wait:
                 step.settle(device, Progress.SILENT)
                 step.log(AuditKind.DEVICE_SILENT, device.id, actor="fleet", rollout=rollout.id)
 
@@ -280,7 +309,8 @@ def wait_again(step: Step, rollout: Rollout) -> Rollout:
             part = replace(found[1], progress=Progress.TOLD, told_at=step.at)
             step.put(replace(device, part=part))
             rollout = replace(rollout, settled=rollout.settled - 1)
-    return rollout
+    windows = tuple(replace(window, silent=0) for window in rollout.windows)
+    return replace(rollout, windows=windows, tally=replace(rollout.tally, silent=0))
 
 
 def advance(step: Step, rollout: Rollout, reason: Mapping[str, Any], *, actor: str = "") -> None:
@@ -290,13 +320,16 @@ def advance(step: Step, rollout: Rollout, reason: Mapping[str, Any], *, actor: s
         step: the working copy.
         rollout: which.
         reason: see `reason_text`.
-        actor: who did it; empty: the event's actor.
+        actor: who did it; empty: the event's actor, an operator who accepts what has failed.
     """
+    accept = not actor
     if rollout.stage + 1 == len(rollout.stages):
+        if accept:
+            rollout = step.begin_window(rollout, stage=rollout.stage, accept=True)
         step.end(rollout, Status.COMPLETED, reason_text(reason))
         step.log(AuditKind.ROLLOUT_COMPLETED, rollout.id, actor=actor, **reason)
     else:
-        step.begin_window(rollout, stage=rollout.stage + 1)
+        step.begin_window(rollout, stage=rollout.stage + 1, accept=accept)
         percent = rollout.stages[rollout.stage + 1]
         step.log(AuditKind.ROLLOUT_PROMOTED, rollout.id, actor=actor, percent=percent, **reason)
 
@@ -342,6 +375,8 @@ def _evaluate(step: Step, rollout: Rollout) -> None:
         named = {"release": rollout.release.name, "version": rollout.release.version}
         _stop(step, rollout, Status.PAUSED, {"cause": Cause.RETIRED, **named})
         return
+    if count_late_failures(step, rollout):
+        return
     policy, tally = rollout.policy, rollout.tally
     # a stage that expects fewer devices than min_reports is decided by all of them
     least = max(0, min(policy.min_reports, rollout.expected))
@@ -364,14 +399,26 @@ def _evaluate(step: Step, rollout: Rollout) -> None:
         advance(step, rollout, {"cause": Cause.SETTLED, **figures}, actor="fleet")
 
 
+def count_late_failures(step: Step, rollout: Rollout) -> bool:
+    """Stop a rollout for what failed after it had been counted as confirmed; whether it was.
+
+    Looks at the windows before the present one, and at all of them in a rollout that is completed:
+    that is reopened, at its last stage, paused or (by its policy) aborted.
+    """
+    done = rollout.status is Status.COMPLETED
+    for window in (*rollout.windows, rollout.tally) if done else rollout.windows:
+        if window.failed > rollout.policy.max_error_rate * window.reports:
+            device = step.event.device if isinstance(step.event, ReportOutcome) else "–"
+            named = {"device": device, "completed": done, "expected": window.settled}
+            status = Status.ABORTED if rollout.policy.roll_back_on_error else Status.PAUSED
+            _stop(step, rollout, status, {"cause": Cause.LATE_FAILURES, **asdict(window), **named})
+            return True
+    return False
+
+
 def _stop(step: Step, rollout: Rollout, status: Status, reason: Mapping[str, Any]) -> None:
     if status is Status.ABORTED:
         abort(step, rollout, reason, actor="fleet")
         return
     step.end(rollout, status, reason_text(reason))
     step.log(AuditKind.ROLLOUT_PAUSED, rollout.id, actor="fleet", **reason)
-
-
-def _count(tally: Tally, progress: Progress, by: int) -> Tally:
-    change: dict[str, Any] = {progress.value: getattr(tally, progress.value) + by}
-    return replace(tally, **change)

@@ -22,6 +22,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from prunecast.server.fleet.audit import AuditEntry, AuditKind
 from prunecast.server.fleet.model import (
     Device,
+    Failure,
     Group,
     Outcome,
     Part,
@@ -54,7 +55,7 @@ __all__ = [
     "to_rollout",
 ]
 
-REVISION = "0003"
+REVISION = "0004"
 """The latest in `migrations`; so a service need not load Alembic to see that all is well."""
 
 REVISION_TABLE = "fleet_revision"
@@ -77,7 +78,7 @@ class MetaRow(Base):
 
 
 class RolloutRow(Base):
-    """A rollout; groups, stages, policy and cohorts never are searched, so they are JSON."""
+    """A rollout; what is never searched (groups, stages, policy, cohorts, windows) is JSON."""
 
     __tablename__ = "fleet_rollouts"
     id: Mapped[str] = mapped_column(_Name, primary_key=True)
@@ -92,9 +93,11 @@ class RolloutRow(Base):
     stage: Mapped[int]
     epoch: Mapped[int]
     expected: Mapped[int]
-    succeeded: Mapped[int]
+    confirmed: Mapped[int]
     failed: Mapped[int]
     silent: Mapped[int]
+    windows: Mapped[list[dict[str, int]] | None] = mapped_column(JSON)
+    completed: Mapped[float | None]
     told: Mapped[int]
     settled: Mapped[int]
     reason: Mapped[str] = mapped_column(Text)
@@ -123,7 +126,7 @@ class DeviceRow(Base):
     running: Mapped[int | None] = mapped_column(BigInteger)
     agent: Mapped[str] = mapped_column(String(64))
     last_seen: Mapped[float | None]
-    refused: Mapped[list[int]] = mapped_column(JSON)
+    failures: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     serial: Mapped[int]
     told_version: Mapped[int | None] = mapped_column(BigInteger)
     told_at: Mapped[float | None]
@@ -210,7 +213,10 @@ def to_device(row: DeviceRow) -> Device:
     outcome = Outcome(row.told_outcome) if row.told_outcome else None
     return Device(
         **_same(row, "id", "group", "pin", "revoked", "running", "agent", "last_seen"),
-        refused=frozenset(row.refused),
+        failures={
+            held["version"]: Failure(Outcome(held["outcome"]), held["detail"], held["at"])
+            for held in row.failures
+        },
         told=Told(row.serial, row.told_version, row.told_at, row.told_rollout, outcome),
         part=part,
     )
@@ -220,13 +226,15 @@ def to_rollout(row: RolloutRow) -> Rollout:
     """The rollout of a row."""
     return Rollout(
         **_same(row, "id", "since", "stage", "epoch", "expected", "told", "settled", "reason"),
+        windows=tuple(Tally(**window) for window in row.windows or []),
+        completed=row.completed,
         release=Release(row.release, row.version),
         groups=tuple(row.groups),
         stages=tuple(row.stages),
         policy=RolloutPolicy(**row.policy),
         cohorts=tuple(row.cohorts),
         status=Status(row.status),
-        tally=Tally(row.succeeded, row.failed, row.silent),
+        tally=Tally(row.confirmed, row.failed, row.silent),
     )
 
 
@@ -241,13 +249,17 @@ def columns_of(item: Group | Device | Rollout) -> dict[str, Any]:
     if isinstance(item, Device):
         told, part = vars(made.pop("told")), vars(made["part"]) if item.part else {}
         del made["part"]
-        made |= {"refused": sorted(item.refused), "serial": told["serial"]}
+        made["failures"] = [
+            {"version": version, **asdict(item.failures[version])} for version in item.failures
+        ]
+        made["serial"] = told["serial"]
         made |= {f"told_{key}": told[key] for key in ("version", "at", "rollout", "outcome")}
         keys = ("rollout", "stage", "progress", "told_at", "epoch")
         made |= {f"part_{key}": part.get(key) for key in keys}
     elif isinstance(item, Rollout):
         made |= {"release": item.release.name, "version": item.release.version}
         made |= {"policy": asdict(item.policy), **vars(made.pop("tally"))}
+        made["windows"] = [asdict(window) for window in item.windows]
     return {key: _plain(value) for key, value in made.items()}
 
 

@@ -17,7 +17,16 @@ from prunecast.server.fleet.audit import AuditEntry
 from prunecast.server.fleet.errors import DatabaseError
 from prunecast.server.fleet.events import AnyEvent
 from prunecast.server.fleet.machine import apply
-from prunecast.server.fleet.model import Device, Fleet, Group, Progress, Release, Rollout, Status
+from prunecast.server.fleet.model import (
+    SOAK_SECONDS,
+    Device,
+    Fleet,
+    Group,
+    Progress,
+    Release,
+    Rollout,
+    Status,
+)
 from prunecast.server.fleet.step import Decision
 from prunecast.server.fleet.tables import (
     AuditRow,
@@ -51,6 +60,7 @@ def load(
     change_groups: bool = False,
     everybody: bool = False,
     silent: bool = False,
+    counting: bool = True,
 ) -> Fleet:
     """Lock and load.
 
@@ -63,13 +73,16 @@ def load(
         change_groups: whether the event changes the groups themselves.
         everybody: whether all devices of the groups are needed.
         silent: whether the silent devices of the groups' rollouts are needed.
+        counting: whether the event may change a rollout that is completed already, so that it is
+            locked, too.
     """
     wanted = select(GroupRow).where(GroupRow.id.in_(groups))
     held = _locked(session, wanted, GroupRow, share=not change_groups)
     rollouts: list[RolloutRow] = []
     for name in sorted({g.rollout for g in held if g.rollout}):
         rollout = session.get(RolloutRow, name, populate_existing=True)
-        if rollout is not None and rollout.status in _ACTIVE:
+        counts = (*_ACTIVE, Status.COMPLETED.value) if counting else _ACTIVE
+        if rollout is not None and rollout.status in counts:
             found = select(RolloutRow).where(RolloutRow.id == name)
             rollouts += _locked(session, found, RolloutRow)
         elif rollout is not None:
@@ -77,10 +90,11 @@ def load(
     conditions: list[ColumnElement[bool]] = [DeviceRow.id.in_(devices)]
     conditions += [
         (DeviceRow.part_rollout == r.id)
-        & (DeviceRow.part_progress == Progress.TOLD.value)
-        & (DeviceRow.part_told_at <= at - float(r.policy["report_deadline"]))
+        & (DeviceRow.part_progress == progress.value)
+        & (DeviceRow.part_told_at <= at - float(r.policy["report_deadline"]) - more)
         for r in rollouts
         if r.status in _ACTIVE
+        for progress, more in ((Progress.TOLD, 0.0), (Progress.ACTIVATED, SOAK_SECONDS))
     ]
     if silent:
         told_nothing = DeviceRow.part_progress == Progress.SILENT.value
@@ -102,7 +116,12 @@ def load(
 
 
 def load_device(
-    session: Session, releases: Callable[[], Iterable[Release]], at: float, name: str, *others: str
+    session: Session,
+    releases: Callable[[], Iterable[Release]],
+    at: float,
+    name: str,
+    *others: str,
+    counting: bool = True,
 ) -> Fleet:
     """What an event of one device concerns.
 
@@ -112,13 +131,14 @@ def load_device(
         at: time of the event.
         name: of the device.
         others: groups that are concerned besides its own.
+        counting: see `load`.
 
     Raises:
         Moved: the device was moved meanwhile.
     """
     group = session.scalar(select(DeviceRow.group).where(DeviceRow.id == name))
     groups = [*others, *([group] if group is not None else [])]
-    fleet = load(session, releases, at, groups=groups, devices=[name])
+    fleet = load(session, releases, at, groups=groups, devices=[name], counting=counting)
     if group is not None and fleet.devices[name].group != group:
         raise Moved("the device was moved again and again meanwhile: try once more")
     return fleet

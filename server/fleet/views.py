@@ -9,11 +9,15 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from prunecast.server.fleet.audit import AuditEntry, audit_text
-from prunecast.server.fleet.model import Device, Fleet, Group, Release, Rollout
+from prunecast.server.fleet.audit import AuditEntry, audit_text, no_way_back_text
+from prunecast.server.fleet.model import Device, Fleet, Group, Release, Rollout, Status
 from prunecast.server.fleet.reports import Health
+from prunecast.server.fleet.step import no_way_back
 
 __all__ = ["audit_view", "device_view", "group_view", "health_view", "rollout_view"]
+
+_COMMAND = "prunecast fleet"
+_PAUSED = ("resume", "promote", "abort")  # what ends a pause
 
 
 def group_view(fleet: Fleet, group: Group, devices: int) -> dict[str, Any]:
@@ -44,14 +48,18 @@ def group_view(fleet: Fleet, group: Group, devices: int) -> dict[str, Any]:
     }
 
 
-def device_view(device: Device) -> dict[str, Any]:
+def device_view(device: Device, version: int | None = None) -> dict[str, Any]:
     """A device: what it runs, what it was told and because of which rollout, what it answered.
 
-    `answer` is ``revoked`` for a device that takes part no more. `refused` are the versions that
-    failed on it. `seen` is when it last polled or reported. `stage`, from 1, and `progress` tell
-    of the last rollout that it took part in.
+    `answer` is ``activated`` until the device is sure (``confirmed``) or has given the release up,
+    and ``revoked`` for a device that takes part no more. `refused` are the versions that failed on
+    it, `failures` say why, the last one at the end, and `failure` is the last one in words, or that
+    of `version`. `seen` is when it last polled or reported. `stage`, from 1, and `progress` tell of
+    the last rollout that it took part in.
     """
     told, part = device.told, device.part
+    failures = sorted(device.failures.items(), key=lambda item: item[1].at)
+    shown = [f"{number}: {failed}" for number, failed in failures if version in (None, number)]
     return {
         "device": device.id,
         "group": device.group,
@@ -65,6 +73,17 @@ def device_view(device: Device) -> dict[str, Any]:
         "seen": _when(device.last_seen),
         "stage": part.stage + 1 if part else None,
         "progress": part.progress.value if part else None,
+        "failure": shown[-1] if shown else "",
+        "failures": [
+            {
+                "version": number,
+                "outcome": failed.outcome.value,
+                "detail": failed.detail,
+                "at": _when(failed.at),
+                "text": str(failed),
+            }
+            for number, failed in failures
+        ],
     }
 
 
@@ -73,11 +92,17 @@ def health_view(health: Health, at: float) -> dict[str, Any]:
     return {"reported": _when(at), "problem": health.error, "figures": dict(health.figures)}
 
 
-def rollout_view(rollout: Rollout) -> dict[str, Any]:
+def rollout_view(fleet: Fleet, rollout: Rollout, at: float) -> dict[str, Any]:
     """How far a rollout is: its stage as a percentage, and devices by what became of them.
 
     `devices` take part in all; `told` were told, `expected` are waited for in the present window,
-    in which `succeeded`, `failed` and `silent` are counted.
+    in which `confirmed`, `failed` and `silent` are counted. `next` says what it waits for, with the
+    command if that is an operator's, and `problem` what stands in the way of a roll-back.
+
+    Args:
+        fleet: with the live releases and the rollout's groups.
+        rollout: which.
+        at: the time, in seconds since the epoch.
     """
     return {
         "rollout": rollout.id,
@@ -88,12 +113,45 @@ def rollout_view(rollout: Rollout) -> dict[str, Any]:
         "percent": rollout.stages[rollout.stage],
         "stages": list(rollout.stages),
         "since": _when(rollout.since),
+        "completed": _when(rollout.completed),
         "devices": sum(rollout.cohorts),
         "told": rollout.told,
         "expected": rollout.expected,
         **asdict(rollout.tally),
+        "next": _next(rollout, at),
+        "problem": _problem(fleet, rollout),
         "reason": rollout.reason,
     }
+
+
+def _next(rollout: Rollout, at: float) -> str:
+    """What a rollout waits for; empty where it has ended."""
+    if rollout.status is Status.PAUSED:
+        commands = ", ".join(f"`{_COMMAND} {verb} {rollout.id}`" for verb in _PAUSED)
+        return f"waits for {commands}"
+    if rollout.status is not Status.RUNNING:
+        return ""
+    waits = []
+    if (left := rollout.expected - rollout.tally.settled) > 0:
+        waits.append(f"{left} of {rollout.expected} devices to confirm or to fail")
+    if at - rollout.since < rollout.policy.soak:
+        waits.append(f"{_when(rollout.since + rollout.policy.soak)}, until when the stage soaks")
+    if not rollout.policy.automatic:
+        waits.append(f"an operator: `{_COMMAND} promote {rollout.id}`")
+    return "waits for " + ", then for ".join(waits) if waits else ""
+
+
+def _problem(fleet: Fleet, rollout: Rollout) -> str:
+    """Why devices are not told the release, or cannot go back from it; empty: they can."""
+    latest = all(fleet.groups[name].rollout == rollout.id for name in rollout.groups)
+    if not latest or rollout.status is Status.COMPLETED:
+        return ""
+    found = []
+    if rollout.status.active and rollout.release not in fleet.releases:
+        found.append(f"{rollout.release} is retired, so it is told to nobody")
+    lost = no_way_back(fleet, rollout)
+    found += [no_way_back_text(rollout.release.name, name, lost[name]) for name in lost]
+    return "; ".join(found)
 
 
 def audit_view(entry: AuditEntry) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,8 +89,11 @@ class FollowingFleets:
     def __init__(self, repository: Path, given: Iterable[str] = ()) -> None:
         self._repository, self._given = repository, tuple(given)
 
-    def uses(self) -> Iterator[tuple[str, Use]]:
+    def uses(self, now: datetime) -> Iterator[tuple[str, Use]]:
         """What the fleets need, each with the URL of the fleet without a password.
+
+        Args:
+            now: the time.
 
         Raises:
             FleetUnanswered: one of them cannot be asked.
@@ -97,28 +101,33 @@ class FollowingFleets:
         urls = {url: url for url in known_fleets(self._repository)}
         urls |= {_lasting(url): url for url in self._given}
         for label, url in urls.items():
-            yield from ((label, use) for use in _ask(label, url))
+            yield from ((label, use) for use in _ask(label, url, now.timestamp()))
 
-    def require_unused(self, name: str, version: int) -> None:
+    def require_unused(self, name: str, version: int, now: datetime) -> tuple[str, ...]:
         """Refuse to withdraw a release that a fleet needs.
+
+        Returns:
+            For what it would have been good to have, in sentences.
 
         Raises:
             ReleaseInUse: says who needs it, and how to do without it.
             FleetUnanswered: a fleet cannot be asked.
         """
-        found = [
-            f"{use} (fleet {fleet}): {use.remedy}"
-            for fleet, use in self.uses()
-            if (use.release.name, use.release.version) == (name, version)
-        ]
-        if found:
-            raise ReleaseInUse(f"{name} {version} stays live: {'; '.join(found)}")
+        needed, missed = [], []
+        for fleet, use in self.uses(now):
+            if (use.release.name, use.release.version) == (name, version):
+                text = f"{use} (fleet {fleet})"
+                needed += [f"{text}: {use.remedy}"] if use.lasting else []
+                missed += [] if use.lasting else [text]
+        if needed:
+            raise ReleaseInUse(f"{name} {version} stays live: {'; '.join(needed)}")
+        return tuple(missed)
 
-    def needing(self, name: str, versions: Collection[int]) -> dict[int, str]:
+    def needing(self, name: str, versions: Collection[int], now: datetime) -> dict[int, str]:
         """Which of some versions must stay live, and why: all of them if a fleet does not say."""
         found: dict[int, list[str]] = {}
         try:
-            for fleet, use in self.uses() if versions else ():
+            for fleet, use in self.uses(now) if versions else ():
                 if use.release.name == name and use.release.version in versions:
                     found.setdefault(use.release.version, []).append(f"{use} (fleet {fleet})")
         except FleetUnanswered as error:
@@ -126,7 +135,7 @@ class FollowingFleets:
         return {version: "; ".join(why) for version, why in found.items()}
 
 
-def _ask(label: str, url: str) -> list[Use]:
+def _ask(label: str, url: str, at: float) -> list[Use]:
     try:
         from prunecast.server.fleet.errors import FleetError
         from prunecast.server.fleet.service import FleetService
@@ -138,7 +147,7 @@ def _ask(label: str, url: str) -> list[Use]:
         ) from error
     try:
         with FleetService(url, list) as service:
-            return uses_of(service.overview())
+            return uses_of(service.overview(), at)
     except FleetError as error:
         raise FleetUnanswered(
             f"the fleet {label} cannot be asked what it stands on ({error}); if it is no more: "

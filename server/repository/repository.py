@@ -209,7 +209,7 @@ class Repository(RepositoryReader):
                     self._write_once(file, data)
                     state.list_release(name, version, target)
                     outside = [m.version for m in live[: max(0, len(live) + 1 - self.window)]]
-                    kept = self._fleets.needing(name, outside)
+                    kept = self._fleets.needing(name, outside, now)
                     retired = tuple(old for old in outside if old not in kept)
                     for old in retired:
                         state.unlist_release(name, old)
@@ -219,7 +219,7 @@ class Repository(RepositoryReader):
                 built.add_patch(self.model(base))
         return PublishedRelease(manifest, built.onnx_bytes, retired, kept)
 
-    def retire(self, name: str, version: int, *, force: bool = False) -> None:
+    def retire(self, name: str, version: int, *, force: bool = False) -> tuple[str, ...]:
         """Withdraw a release: devices that do not have it yet will not get it any more.
 
         Devices that run it keep it until a later release appears; to make them go back, publish
@@ -229,6 +229,9 @@ class Repository(RepositoryReader):
             name: of the release.
             version: its number.
             force: withdraw it whatever fleets need; they are not even asked.
+
+        Returns:
+            For what it would have been good to have, in sentences.
 
         Raises:
             ReleaseNotFound: no such live release.
@@ -240,10 +243,11 @@ class Repository(RepositoryReader):
             entry = self._find(state, name, version)
             publisher = state.publisher_of(name)
             self._require(state, publisher, *ONLINE_ROLES)
-            if not force:
-                self._fleets.require_unused(name, version)
+            now = self._now()
+            missed = () if force else self._fleets.require_unused(name, version, now)
             state.unlist_release(entry.name, entry.version)
-            self._sign(state, [publisher], self._now())
+            self._sign(state, [publisher], now)
+        return missed
 
     def check_publishable(self, name: str) -> None:
         """Find out whether the keys at hand can publish `name`; nothing is changed.

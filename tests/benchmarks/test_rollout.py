@@ -23,7 +23,7 @@ def test_real_agents_go_up_stay_out_of_a_bad_release_and_go_down(tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads(document.read_text())
-    assert found["rollout"]["progress"] == {"succeeded": 3, "silent": 1}
+    assert found["rollout"]["progress"] == {"confirmed": 3, "silent": 1}
     assert found["rollout"]["seconds_to_end_of_stage"][-1] >= 2  # it waited for the silent one
     assert (found["bad"]["told"], found["bad"]["versions"]) == (1, {"2": 4})
     assert found["down"]["versions"] == {"1": 4}

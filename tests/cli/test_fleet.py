@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,10 @@ class Fleet:
         return run("fleet", *arguments, "--database", self.url, code=code)
 
     def json(self, *arguments: object):
-        return json.loads(self(*arguments, "--json"))
+        command = ["fleet", *map(str, arguments), "--database", self.url, "--json"]
+        result = CliRunner().invoke(app, command, prog_name="prunecast")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
 
 
 @pytest.fixture
@@ -78,7 +82,18 @@ def fleet(empty: Fleet, repository: Path) -> Fleet:
 def test_a_rollout_from_enrolment_to_the_stable_release(fleet: Fleet) -> None:
     tokens = [fleet("device", "add", f"cam-{i}", "--group", "lab").strip() for i in range(4)]
     assert len(set(tokens)) == 4
-    options = ("--group", "lab", "--stages", "25,100", "--name", "r", "--deadline", "10m")
+    options = (
+        "--group",
+        "lab",
+        "--stages",
+        "25,100",
+        "--name",
+        "r",
+        "--deadline",
+        "10m",
+        "--soak",
+        "0s",
+    )
     assert fleet("rollout", "start", "digits", 2, *options) == "started r: 1 of 4 devices first\n"
     releases = [Release("digits", 1), Release("digits", 2)]
     with FleetService(fleet.url, lambda: releases) as service:
@@ -91,12 +106,12 @@ def test_a_rollout_from_enrolment_to_the_stable_release(fleet: Fleet) -> None:
                         token,
                         serial=directive.serial,
                         version=2,
-                        outcome=Outcome.SUCCEEDED,
+                        outcome=Outcome.CONFIRMED,
                         now=now,
                     )
     assert [row["told"] for row in fleet.json("device", "list")] == [2, 2, 2, 2]
     (rollout,) = fleet.json("rollout", "list")
-    assert (rollout["status"], rollout["succeeded"]) == ("completed", 3)
+    assert (rollout["status"], rollout["confirmed"]) == ("completed", 3)
     (group,) = fleet.json("group", "list")
     assert group == {
         "group": "lab",
@@ -114,7 +129,7 @@ def test_a_rollout_from_enrolment_to_the_stable_release(fleet: Fleet) -> None:
     assert actions == ["rollout started", "rollout promoted", "rollout completed"]
     assert [e["kind"] for e in entries] == [action.replace(" ", "_") for action in actions]
     assert entries[0]["detail"] == "digits 2 to lab: 25 %, 100 %"
-    assert entries[1]["detail"] == "to 100 %: 1 succeeded, 0 failed, 0 silent of 1"
+    assert entries[1]["detail"] == "to 100 %: 1 confirmed, 0 failed, 0 silent of 1"
     assert (entries[1]["fields"]["cause"], entries[1]["fields"]["percent"]) == ("settled", 100)
     first, after = entries[0]["number"], ("--subject", "r", "--after", entries[0]["number"])
     assert [e["number"] > first for e in fleet.json("audit", *after)] == [True, True]
@@ -143,6 +158,52 @@ def test_an_operator_steers(fleet: Fleet) -> None:
     )
     assert fleet("abort", name) == f"{name} (digits 2) is aborted at 25 %\n"
     assert "aborted, which is final" in fleet("promote", name, code=1)
+
+
+def test_what_a_rollout_waits_for_and_why_devices_failed(fleet: Fleet) -> None:
+    token = fleet("device", "add", "cam", "--group", "lab").strip()
+    fleet("device", "add", "cam2", "--group", "lab")
+    options = ("--group", "lab", "--stages", "100", "--name", "r", "--manual")
+    fleet("rollout", "start", "digits", 2, *options)
+    live = [Release("digits", 1), Release("digits", 2)]
+
+    def say(service: FleetService, outcome: Outcome, now: float, detail: str = "") -> None:
+        serial = service.poll(token, DeviceState(1), now).serial
+        answer = {"serial": serial, "version": 2, "outcome": outcome, "detail": detail}
+        assert report(service, token, **answer, now=now)
+
+    now = time.time()
+    with FleetService(fleet.url, lambda: live) as service:
+        say(service, Outcome.ACTIVATED, now)
+    (shown,) = fleet.json("rollout", "list")
+    assert shown["next"].startswith("waits for 2 of 2 devices to confirm or to fail, then for ")
+    assert "until when the stage soaks" in shown["next"]
+    assert shown["next"].endswith("an operator: `prunecast fleet promote r`")
+    for command in (("rollout", "list"), ("rollout", "show", "r")):
+        assert "prunecast fleet promote r" in fleet(*command)
+    assert "activated" in fleet("rollout", "show", "r")
+    reason = "release 2: not confirmed after 3 starts (ended: killed, killed, killed)"
+    with FleetService(fleet.url, lambda: live) as service:
+        say(service, Outcome.CRASH_LOOP, now + 1, reason)
+    (shown, _) = fleet.json("device", "list")
+    assert shown["failure"] == f"2: crash loop: {reason}"
+    for command in (("device", "list"), ("device", "show", "cam"), ("rollout", "show", "r")):
+        assert f"crash loop: {reason}" in fleet(*command)
+    (failed,) = fleet.json("device", "show", "cam")["failures"]
+    assert (failed["version"], failed["outcome"], failed["detail"]) == (2, "crash loop", reason)
+    paused = fleet.json("rollout", "show", "r")
+    assert paused["status"] == "paused"
+    assert paused["next"] == (
+        "waits for `prunecast fleet resume r`, `prunecast fleet promote r`, "
+        "`prunecast fleet abort r`"
+    )
+    fleet("abort", "r")
+    again = fleet("rollout", "start", "digits", 2, "--group", "lab", "--name", "r2")
+    assert again.startswith("warning: digits 2 failed before on 1 devices, which do not try it ")
+    assert again.endswith("started r2: 1 of 1 devices first\n")
+    fleet("abort", "r2")
+    again = fleet.json("rollout", "start", "digits", 2, "--group", "lab", "--name", "r3")
+    assert reason in again["warnings"][0]
 
 
 def test_pins_moves_revocation_and_tokens(fleet: Fleet) -> None:

@@ -89,7 +89,7 @@ def poll_all(url: str, tokens: Mapping[str, str], version: int, at: float, fail:
                     token,
                     serial=directive.serial,
                     version=version,
-                    outcome=Outcome.CRASH_LOOP if fail else Outcome.SUCCEEDED,
+                    outcome=Outcome.CRASH_LOOP if fail else Outcome.CONFIRMED,
                     now=at,
                 )
     return told

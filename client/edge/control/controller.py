@@ -43,7 +43,8 @@ _HOPELESS = {
 _NEVER = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED}
 """The server will never take this report."""
 _OUTCOMES = {
-    "succeeded": messages.OUTCOME_SUCCEEDED,
+    "activated": messages.OUTCOME_ACTIVATED,
+    "confirmed": messages.OUTCOME_CONFIRMED,
     "self-test failed": messages.OUTCOME_SELFTEST_FAILED,
     "rolled back": messages.OUTCOME_ROLLED_BACK,
     "crash loop": messages.OUTCOME_CRASH_LOOP,
@@ -53,7 +54,8 @@ _OUTCOMES = {
 class Controller:
     """Hears directives and sends reports beside an agent that runs; a context manager.
 
-    The agent asks `order` before every check and tells `note` what the check did::
+    The agent asks `order` before every check and tells `note` what the check did; that a release is
+    confirmed it tells by itself::
 
         with Controller(agent, channel, wake=wake) as controller:
             agent.run(300, stop=stop, wake=wake, order=controller.order, on_result=controller.note)
@@ -90,6 +92,7 @@ class Controller:
         self._resend, self._reconnect = Backoff(*limits), Backoff(*limits)
         self._stopped, self._online = threading.Event(), threading.Event()
         self._bell = threading.Event()  # for the sender
+        agent.on_confirmed = self._note_confirmed
         self._call: Any = None
         self._known: bool | str | None = None
         self._threads = [
@@ -129,7 +132,17 @@ class Controller:
         old = now - self._said_at >= self._channel.settings.report_every
         if answer is None and not old and (problem, running) == self._said:
             return
-        self._said, self._said_at = (problem, running), now
+        self._queue(answer, problem)
+
+    def _note_confirmed(self) -> None:
+        """Queue the answer that was provisional until now."""
+        answer = self._answer(None)
+        if answer is not None:
+            self._queue(answer, self._said[0] if self._said else "")
+
+    def _queue(self, answer: StoredAnswer | None, problem: str) -> None:
+        running = self._agent.model.version
+        self._said, self._said_at = (problem, running), time.monotonic()
         try:
             figures = fleet_figures(self._agent.telemetry.snapshot())
             made = time.time()
@@ -138,7 +151,7 @@ class Controller:
             self._tell(ControlProblem(f"a report is not kept: {error}"))
         self._bell.set()
 
-    def _answer(self, result: UpdateResult | EdgeError) -> StoredAnswer | None:
+    def _answer(self, result: UpdateResult | EdgeError | None) -> StoredAnswer | None:
         """What has become of the directive, if that was not said yet.
 
         It follows from what is on disk, so a crash at any moment loses nothing.
@@ -150,7 +163,8 @@ class Controller:
         if self._agent.model.version == said.version:
             difference = result.difference if isinstance(result, UpdateResult) else None
             detail = "" if difference is None else f"largest difference {difference:.3g}"
-            answer = StoredAnswer(said.serial, said.version, "succeeded", detail)
+            outcome = "confirmed" if self._agent.confirmed else "activated"
+            answer = StoredAnswer(said.serial, said.version, outcome, detail)
         elif (failure := self._agent.failure(said.version)) is not None:
             answer = StoredAnswer(said.serial, said.version, failure.kind, failure.reason)
         return answer if answer and self.store.is_due(answer) else None

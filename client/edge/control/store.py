@@ -18,6 +18,7 @@ from prunecast.common.documents import from_document
 __all__ = ["ControlStore", "StoredAnswer", "StoredDirective", "StoredReport"]
 
 _FILE = "control.json"
+_GOOD = ("activated", "confirmed")  # in this order
 _MOST_REPORTS = 64  # the fleet remembers four times as many ids
 
 
@@ -44,7 +45,13 @@ class StoredAnswer:
     @property
     def failed(self) -> bool:
         """Whether it speaks against the release."""
-        return self.outcome != "succeeded"
+        return self.outcome not in _GOOD
+
+    def follows(self, last: StoredAnswer) -> bool:
+        """Whether it says something new about the same directive: nothing turns good again."""
+        if last.failed:
+            return False
+        return self.failed or _GOOD.index(last.outcome) < _GOOD.index(self.outcome)
 
 
 @dataclass(frozen=True)
@@ -148,10 +155,11 @@ class ControlStore:
             self._write(replace(known, answered=answer) if answer else known)
 
     def is_due(self, answer: StoredAnswer) -> bool:
-        """Whether an answer says something that was not said: the first, or a failure at last."""
+        """Whether an answer says something new: the first, one that confirms it, or a failure."""
         last = self._content.answered
-        same = last is not None and (last.serial, last.version) == (answer.serial, answer.version)
-        return not same or (answer.failed and last is not None and not last.failed)
+        if last is None or (last.serial, last.version) != (answer.serial, answer.version):
+            return True
+        return answer.follows(last)
 
     def first(self) -> StoredReport | None:
         """The report that has waited longest."""

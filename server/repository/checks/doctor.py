@@ -75,7 +75,7 @@ def examine(
         found.note("busy", path, "is being changed by another process", remedy)
     else:
         _check_leftovers(path, state, at, found)
-    _check_fleets(path, fleets, state, found)
+    _check_fleets(path, fleets, state, at, found)
     _check_served_keys(path, found)
     _check_permissions(path, found)
     if keys is not None:
@@ -229,15 +229,15 @@ def _listed(state: RepositoryState) -> dict[str, TargetFile]:
 
 
 def _check_fleets(
-    path: Path, given: Sequence[str], state: RepositoryState, found: Findings
+    path: Path, given: Sequence[str], state: RepositoryState, now: datetime, found: Findings
 ) -> None:
     """Whether everything that the fleets stand on is live."""
     if state.targets is None:
         return
     live = set(map(parse_manifest_path, _listed(state)))
     try:
-        for fleet, use in FollowingFleets(path, given).uses():
-            if (use.release.name, use.release.version) not in live:
+        for fleet, use in FollowingFleets(path, given).uses(now):
+            if use.lasting and (use.release.name, use.release.version) not in live:
                 found.problem(
                     "fleet-on-retired",
                     f"{use.user} (fleet {fleet})",

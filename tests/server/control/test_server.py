@@ -112,7 +112,7 @@ def enrol(fleet: FleetService) -> Callable[[str], str]:
 
 
 def report(number: int = 0, **fields: Any) -> Any:
-    answer = messages.Answer(serial=1, version=1, outcome=messages.OUTCOME_SUCCEEDED)
+    answer = messages.Answer(serial=1, version=1, outcome=messages.OUTCOME_CONFIRMED)
     return messages.ReportRequest(id=f"report{number:04}", answer=answer, running=1, **fields)
 
 
@@ -144,7 +144,7 @@ def test_reports_count_once_and_say_what_runs(
     reply = client.call("Report", request)
     assert (reply.counted, reply.replayed) == (False, True)
     device = fleet.device("cam2")
-    assert (device.running, device.told.outcome) == (1, "succeeded")
+    assert (device.running, device.told.outcome) == (1, "confirmed")
     health = fleet.health("cam2")
     assert health is not None
     assert (health[0].error, health[0].figures) == ("hot", {"celsius": 71.5})

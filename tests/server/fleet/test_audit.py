@@ -10,7 +10,7 @@ from prunecast.server.control.watches import concerned_devices
 from prunecast.server.fleet.audit import AuditEntry, AuditKind, Cause, audit_text, reason_text
 from prunecast.server.fleet.views import audit_view
 
-COUNTS = {"succeeded": 3, "failed": 1, "silent": 0, "expected": 5}
+COUNTS = {"confirmed": 3, "failed": 1, "silent": 0, "expected": 5}
 PAUSED = {"cause": Cause.TOO_FEW_REPORTS, "needed": 4, **COUNTS}
 SETTLED = {"cause": Cause.SETTLED, **COUNTS}
 SAID = {
@@ -37,14 +37,14 @@ SAID = {
     ),
     AuditKind.ROLLOUT_PROMOTED: (
         {"percent": 100.0, **SETTLED},
-        "to 100 %: 3 succeeded, 1 failed, 0 silent of 5",
+        "to 100 %: 3 confirmed, 1 failed, 0 silent of 5",
     ),
     AuditKind.ROLLOUT_PAUSED: (
         PAUSED,
-        "too few reports, 4 are needed: 3 succeeded, 1 failed, 0 silent of 5",
+        "too few reports, 4 are needed: 3 confirmed, 1 failed, 0 silent of 5",
     ),
     AuditKind.ROLLOUT_RESUMED: ({"was": "lunch"}, "was paused: lunch"),
-    AuditKind.ROLLOUT_COMPLETED: (SETTLED, "3 succeeded, 1 failed, 0 silent of 5"),
+    AuditKind.ROLLOUT_COMPLETED: (SETTLED, "3 confirmed, 1 failed, 0 silent of 5"),
     AuditKind.ROLLOUT_ABORTED: ({"cause": Cause.OPERATOR, "words": "blurred"}, "blurred"),
 }
 
@@ -70,7 +70,7 @@ def test_every_kind_has_words(kind: AuditKind) -> None:
 
 @pytest.mark.parametrize("cause", Cause)
 def test_every_cause_has_words(cause: Cause) -> None:
-    named = {"release": "digits", "version": 2}
+    named = {"release": "digits", "version": 2, "device": "cam", "completed": True}
     assert reason_text({"cause": cause.value, "words": "w", "needed": 4, **named, **COUNTS})
 
 

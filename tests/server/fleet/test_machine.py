@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from prunecast.client.edge import AgentConfig
+from prunecast.common.fleet_protocol import CONFIRM_SECONDS
 from prunecast.server.fleet.audit import audit_text
 from prunecast.server.fleet.errors import (
     AlreadyExists,
@@ -33,12 +37,26 @@ from prunecast.server.fleet.events import (
     Tick,
 )
 from prunecast.server.fleet.machine import apply
-from prunecast.server.fleet.model import Fleet, Outcome, Progress, Release, RolloutPolicy, Status
+from prunecast.server.fleet.model import (
+    SOAK_SECONDS,
+    Fleet,
+    Outcome,
+    Progress,
+    Release,
+    RolloutPolicy,
+    Status,
+    Tally,
+)
 from prunecast.server.fleet.step import Decision
 
 RELEASES = frozenset(Release(name, v) for name in ("digits", "faces") for v in range(1, 6))
 POLICY = RolloutPolicy(
-    max_error_rate=0.2, max_silent_rate=0.5, min_reports=2, report_deadline=100, timeout=1000
+    max_error_rate=0.2,
+    max_silent_rate=0.5,
+    min_reports=2,
+    report_deadline=100,
+    soak=0,
+    timeout=1000,
 )
 
 
@@ -74,7 +92,7 @@ class Play:
         (directive,) = self.do(Poll(at=self.at, device=device, running=running)).directives
         return directive
 
-    def report(self, device: str, outcome: Outcome = Outcome.SUCCEEDED) -> bool:
+    def report(self, device: str, outcome: Outcome = Outcome.CONFIRMED) -> bool:
         told = self.fleet.devices[device].told
         assert told.version is not None
         event = ReportOutcome(
@@ -125,7 +143,7 @@ def test_errors_pause_and_nobody_new_is_told() -> None:
     canaries = play.told()
     play.report(canaries[0], Outcome.SELFTEST_FAILED)
     assert play.rollout.status is Status.PAUSED
-    assert play.rollout.reason == "error rate: 0 succeeded, 1 failed, 0 silent of 2"
+    assert play.rollout.reason == "error rate: 0 confirmed, 1 failed, 0 silent of 2"
     play.report(canaries[1])
     assert play.told() == [canaries[1]]
     assert play.poll(canaries[0], running=1).release == Release("digits", 1)
@@ -155,6 +173,176 @@ def test_a_late_failure_of_a_canary_counts_in_the_stage_under_way() -> None:
     assert play.rollout.status is Status.PAUSED
 
 
+def test_what_is_activated_is_provisional_until_it_is_confirmed() -> None:
+    play = Play()
+    play.start(max_error_rate=0.0)
+    first, second = play.told()
+    assert play.report(first, Outcome.ACTIVATED)
+    assert not play.report(first, Outcome.ACTIVATED)
+    assert play.report(second)
+    assert (play.rollout.stage, play.rollout.tally) == (0, Tally(confirmed=1))
+    assert play.fleet.devices[first].part.progress is Progress.ACTIVATED
+    assert play.report(first)
+    assert play.rollout.stage == 1
+    assert not play.report(first, Outcome.ACTIVATED)
+    assert play.fleet.devices[first].told.outcome is Outcome.CONFIRMED
+
+
+def test_a_crash_loop_stops_a_stage_that_does_not_soak() -> None:
+    play = Play()
+    play.start(soak=0)
+    canaries = play.told()
+    for name in canaries:
+        play.report(name, Outcome.ACTIVATED)
+    assert (play.rollout.status, play.rollout.stage) == (Status.RUNNING, 0)
+    play.report(canaries[0], Outcome.CRASH_LOOP)
+    assert (play.rollout.status, play.rollout.stage) == (Status.PAUSED, 0)
+    assert play.rollout.reason == "error rate: 0 confirmed, 1 failed, 0 silent of 2"
+    assert play.fleet.devices[canaries[0]].failures[2].outcome is Outcome.CRASH_LOOP
+
+
+def test_a_stage_lasts_by_default_until_a_crash_loop_can_show() -> None:
+    assert RolloutPolicy().soak == SOAK_SECONDS > CONFIRM_SECONDS
+    assert AgentConfig(Path(), "", "", b"").confirm_after == CONFIRM_SECONDS
+
+
+def test_a_device_that_is_activated_and_then_says_nothing_is_silent() -> None:
+    play = Play()
+    play.start()
+    for name in play.told():
+        play.report(name, Outcome.ACTIVATED)
+    play.tick(100 + SOAK_SECONDS - 1)  # the deadline, and time to confirm
+    assert play.rollout.tally.silent == 0
+    play.tick(100 + SOAK_SECONDS)
+    assert play.rollout.tally.silent == 2
+    assert play.rollout.status is Status.PAUSED
+
+
+def test_a_late_failure_reopens_the_count_of_its_own_stage() -> None:
+    play = Play(devices=40)
+    play.start(stages=(10.0, 100.0), max_error_rate=0.3)
+    canaries = play.told()
+    assert len(canaries) == 4
+    for name in canaries:
+        play.report(name)
+    rest = [name for name in play.told() if name not in canaries]
+    for name in rest[:30]:
+        play.report(name)
+    play.report(canaries[0], Outcome.CRASH_LOOP)
+    assert (play.rollout.status, play.rollout.windows) == (Status.RUNNING, (Tally(3, 1),))
+    assert play.rollout.tally == Tally(30)
+    play.report(canaries[1], Outcome.CRASH_LOOP)  # 2 of 4, although they are 2 of 34 told
+    assert play.rollout.status is Status.PAUSED
+    assert play.rollout.reason == (
+        "failures in an earlier stage: 2 confirmed, 2 failed, 0 silent of 4, the last one on "
+        + canaries[1]
+    )
+    play.do(Resume(at=0, rollout="r2"))
+    assert play.rollout.status is Status.RUNNING  # the operator accepts them
+    play.report(canaries[2], Outcome.CRASH_LOOP)
+    assert play.rollout.status is Status.PAUSED  # but no further one
+
+
+def completed(**policy: Any) -> tuple[Play, list[str]]:
+    play = Play(devices=4)
+    play.start(stages=(100.0,), max_error_rate=0.3, **policy)
+    told = play.told()
+    for name in told:
+        play.report(name)
+    assert (play.rollout.status, play.rollout.completed) == (Status.COMPLETED, 0)
+    assert play.told() == told  # as the stable release
+    return play, told
+
+
+def test_late_failures_reopen_a_rollout_that_is_completed() -> None:
+    play, (first, second, third, fourth) = completed()
+    serial = play.fleet.devices[third].told.serial
+    play.at = 5000.0
+    play.report(first, Outcome.CRASH_LOOP)
+    assert (play.rollout.status, play.rollout.tally) == (Status.COMPLETED, Tally(3, 1))
+    assert play.poll(first).release is None  # it has gone back by itself, and keeps that
+    play.report(second, Outcome.ROLLED_BACK)
+    assert play.rollout.status is Status.PAUSED
+    assert play.rollout.reason == (
+        "failures after it had completed: 2 confirmed, 2 failed, 0 silent of 4, the last one on "
+        + second
+    )
+    # those on which it works keep it and are told nothing new; whoever comes now waits
+    assert sorted(play.told()) == sorted([third, fourth])
+    assert play.fleet.devices[third].told.serial == serial
+    play.do(AddDevice(at=play.at, device="new", group="lab"))
+    assert play.poll("new").release == Release("digits", 1)
+    assert play.poll(first).release == Release("digits", 1)
+    with pytest.raises(RolloutOverlap, match="fleet abort r2"):
+        play.start(3)
+    play.do(Abort(at=play.at, rollout="r2"))
+    assert len(play.told(1)) == 5
+    assert play.poll(third, running=2).downgrade
+
+
+def test_an_operator_may_accept_what_failed_late() -> None:
+    play, (first, second, *_) = completed()
+    for name in (first, second):
+        play.report(name, Outcome.CRASH_LOOP)
+    play.do(Promote(at=10, rollout="r2"))
+    assert (play.rollout.status, play.rollout.completed) == (Status.COMPLETED, 10)
+    assert play.fleet.stable(play.fleet.group("lab")) == 2
+
+
+def test_late_failures_roll_back_by_themselves_where_the_policy_says_so() -> None:
+    play, (first, second, third, _) = completed(roll_back_on_error=True)
+    for name in (first, second):
+        play.report(name, Outcome.CRASH_LOOP)
+    assert play.rollout.status is Status.ABORTED
+    assert play.poll(third, running=2).release == Release("digits", 1)
+
+
+def test_a_device_that_was_away_until_completion_counts_late() -> None:
+    play = Play(devices=4)
+    play.start(stages=(100.0,), max_error_rate=0.3, min_reports=1)
+    names = list(play.fleet.devices)
+    for name in names[:2]:
+        play.poll(name)
+        play.report(name)
+    play.tick(1000)
+    assert play.rollout.status is Status.COMPLETED
+    for name in names[2:]:
+        assert play.poll(name).release == Release("digits", 2)
+        play.report(name, Outcome.ACTIVATED)
+    play.report(names[2], Outcome.CRASH_LOOP)
+    assert play.rollout.status is Status.PAUSED
+    assert play.rollout.tally == Tally(2, 1)
+    assert play.poll(names[3]).release == Release("digits", 2)  # it keeps what it was told
+
+
+def test_an_abort_without_a_way_back_says_so() -> None:
+    play = Play()
+    play.start(roll_back_on_error=True)
+    play.fleet = replace(play.fleet, releases=play.fleet.releases - {Release("digits", 1)})
+    canary = play.told()[0]
+    play.report(canary, Outcome.CRASH_LOOP)
+    lost = "group lab cannot go back: digits 1, its stable release, is retired"
+    assert play.rollout.status is Status.ABORTED
+    assert play.rollout.reason.endswith(lost)
+    assert play.log[-1].endswith(lost)
+    # without anybody told there is nothing to go back from
+    play.start(3)
+    assert play.do(Abort(at=1, rollout="r3")).warnings == ()
+
+
+def test_a_rollout_whose_release_is_retired_pauses() -> None:
+    play = Play()
+    play.start()
+    play.told()
+    play.fleet = replace(play.fleet, releases=play.fleet.releases - {Release("digits", 2)})
+    play.tick(1)
+    assert play.rollout.status is Status.PAUSED
+    assert play.rollout.reason == "digits 2 is retired, so it is told to nobody"
+    for event in (Promote(at=2, rollout="r2"), Resume(at=2, rollout="r2")):
+        with pytest.raises(ReleaseUnknown, match="no live release digits 2"):
+            play.do(event)
+
+
 def test_silence_pauses_and_late_reports_correct_the_count() -> None:
     play = Play()
     play.start()
@@ -163,9 +351,9 @@ def test_silence_pauses_and_late_reports_correct_the_count() -> None:
     assert play.rollout.tally.silent == 0
     play.tick(100)
     assert play.rollout.status is Status.PAUSED
-    assert play.rollout.reason.startswith("silence: 0 succeeded, 0 failed, 2 silent")
+    assert play.rollout.reason.startswith("silence: 0 confirmed, 0 failed, 2 silent")
     assert play.report(canaries[0])
-    assert (play.rollout.tally.silent, play.rollout.tally.succeeded) == (1, 1)
+    assert (play.rollout.tally.silent, play.rollout.tally.confirmed) == (1, 1)
 
 
 def test_some_silence_does_not_hang() -> None:
@@ -193,7 +381,7 @@ def test_devices_that_are_offline_do_not_hang() -> None:
     assert play.rollout.stage == 1
     play.tick(2000)
     assert play.rollout.status is Status.PAUSED
-    assert play.rollout.reason.startswith("too few reports, 2 are needed: 0 succeeded")
+    assert play.rollout.reason.startswith("too few reports, 2 are needed: 0 confirmed")
 
 
 def test_a_manual_rollout_waits_for_the_operator() -> None:
@@ -264,7 +452,7 @@ def test_resuming_waits_again_for_the_silent() -> None:
     assert (play.rollout.expected, play.rollout.settled) == (2, 0)
     play.report(first)
     play.tick(200)
-    assert play.rollout.reason.startswith("too few reports, 2 are needed: 1 succeeded, 0 failed, 1")
+    assert play.rollout.reason.startswith("too few reports, 2 are needed: 1 confirmed, 0 failed, 1")
     play.do(Resume(at=200, rollout="r2"))
     play.report(second)
     assert play.rollout.stage == 1

@@ -19,7 +19,7 @@ from prunecast.server.fleet.audit import AuditKind, audit_text
 from prunecast.server.fleet.database import Database
 from prunecast.server.fleet.errors import AlreadyExists, SchemaMismatch, TokenRefused
 from prunecast.server.fleet.events import Resume
-from prunecast.server.fleet.model import Outcome, Status
+from prunecast.server.fleet.model import Failure, Outcome, Status, Tally
 from prunecast.server.fleet.reports import (
     Certified,
     DeviceReport,
@@ -82,7 +82,7 @@ def test_the_revisions_make_the_tables_of_today(service: FleetService, url: str)
     assert service._database.revision == REVISION
     script = ScriptDirectory(str(module._MIGRATIONS))
     assert script.get_current_head() == REVISION
-    assert [r.revision for r in script.walk_revisions()] == ["0003", "0002", "0001"]
+    assert [r.revision for r in script.walk_revisions()] == ["0004", "0003", "0002", "0001"]
 
 
 @pytest.mark.parametrize("schema", ["1", "2"])
@@ -114,7 +114,7 @@ def test_what_an_earlier_version_stored_is_kept(tmp_path: Path) -> None:
         connection.executescript(SCHEMA_2.read_text())
     connection.close()
     url = f"sqlite:///{path}"
-    with pytest.raises(SchemaMismatch, match="has fleet schema 0002, this version needs 0003: run"):
+    with pytest.raises(SchemaMismatch, match="has fleet schema 0002, this version needs 0004: run"):
         open_service(url)
     Database.upgrade(url).close()
     assert on(url, differences) == []
@@ -123,6 +123,9 @@ def test_what_an_earlier_version_stored_is_kept(tmp_path: Path) -> None:
         assert service.identify(TOKEN).device == "cam-1"
         rollout = service.rollout("r2")
         assert (rollout.status, rollout.reason, rollout.told) == (Status.PAUSED, "lunch", 2)
+        assert (rollout.tally, rollout.windows) == (Tally(failed=1), ())
+        failed = Failure(Outcome.SELFTEST_FAILED, "off by 0.5", 6.0)
+        assert service.device("cam-2").failures == {2: failed}
         said = [(e.kind.words, e.subject, audit_text(e)) for e in service.audit(limit=3)]
         assert said == [
             ("release failed", "cam-2", "digits 2: self-test failed: off by 0.5"),
@@ -139,11 +142,34 @@ def test_what_an_earlier_version_stored_is_kept(tmp_path: Path) -> None:
             service.identify("x" * 43)
 
 
+def test_windows_that_are_over_are_counted_from_the_devices(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(SCHEMA_2.read_text())
+        connection.executescript(
+            """
+            UPDATE fleet_rollouts SET epoch = 3, status = 'completed', succeeded = 1, failed = 0;
+            UPDATE fleet_devices SET part_progress = 'succeeded', told_outcome = 'succeeded';
+            UPDATE fleet_devices SET part_epoch = 3 WHERE id = 'cam-1';
+            UPDATE fleet_devices SET refused = '[2, 3]' WHERE id = 'cam-2';
+            """
+        )
+    connection.close()
+    Database.upgrade(f"sqlite:///{path}").close()
+    with open_service(f"sqlite:///{path}") as service:
+        rollout = service.rollout("r2")
+        assert (rollout.tally, rollout.windows) == (Tally(1), (Tally(1), Tally()))
+        assert rollout.completed == rollout.since == 4.0
+        device = service.device("cam-2")
+        assert (device.told.outcome, device.refused) == (Outcome.CONFIRMED, {2, 3})
+        assert device.failures[3] == Failure(Outcome.ROLLED_BACK)  # no report of it was kept
+
+
 def test_a_later_schema_is_refused(service: FleetService, url: str) -> None:
     with service._database.transaction() as session:
         session.execute(text(f"UPDATE {REVISION_TABLE} SET version_num = '0099'"))
     for opened in (open_service, Database.upgrade):
-        with pytest.raises(SchemaMismatch, match="schema 0099, this version needs 0003: install"):
+        with pytest.raises(SchemaMismatch, match="schema 0099, this version needs 0004: install"):
             opened(url)
 
 
@@ -195,6 +221,10 @@ def test_of_two_that_change_tables_one_waits(url: str) -> None:
             for statement in (
                 "ALTER TABLE fleet_audit RENAME COLUMN kind TO action",
                 "ALTER TABLE fleet_audit RENAME COLUMN fields TO detail",
+                "ALTER TABLE fleet_rollouts RENAME COLUMN confirmed TO succeeded",
+                "ALTER TABLE fleet_rollouts DROP COLUMN windows",
+                "ALTER TABLE fleet_rollouts DROP COLUMN completed",
+                "ALTER TABLE fleet_devices RENAME COLUMN failures TO refused",
                 f"DROP TABLE {REVISION_TABLE}",
                 "INSERT INTO fleet_meta VALUES ('schema', '2')",
             ):

@@ -102,7 +102,8 @@ class FleetMachine(RuleBasedStateMachine):
     def do(self, event: AnyEvent):
         before = self.fleet
         if isinstance(event, MoveDevice | RevokeDevice | PinDevice):
-            held = before.devices.get(event.device)
+            # the event itself first notices who is silent by now
+            held = apply(before, Tick(at=event.at)).fleet.devices.get(event.device)
             if held and held.part and held.part.progress.settled:
                 self.left.add(held.part.rollout)
         try:
@@ -196,7 +197,7 @@ class FleetMachine(RuleBasedStateMachine):
         for device in list(self.fleet.devices):
             self.poll_one(device)
 
-    @rule(outcome=st.sampled_from([Outcome.SUCCEEDED, *Outcome]), share=st.integers(1, 4))
+    @rule(outcome=st.sampled_from([Outcome.CONFIRMED, *Outcome]), share=st.integers(1, 4))
     def report_from_some(self, outcome: Outcome, share: int) -> None:
         for i, device in enumerate(list(self.fleet.devices.values())):
             if i % share == 0 and device.told.version is not None:
@@ -270,13 +271,23 @@ class FleetMachine(RuleBasedStateMachine):
             )
             tally = rollout.tally
             # devices that left after they settled stay counted
-            counted = (tally.succeeded, tally.failed, tally.silent)
+            counted = (tally.confirmed, tally.failed, tally.silent)
             found = tuple(
-                settled[p] for p in (Progress.SUCCEEDED, Progress.FAILED, Progress.SILENT)
+                settled[p] for p in (Progress.CONFIRMED, Progress.FAILED, Progress.SILENT)
             )
             assert all(a <= b for a, b in zip(found, counted, strict=True))
             assert rollout.id in self.left or found == counted
-            assert min(tally.succeeded, tally.failed, tally.silent) >= 0
+            assert min(tally.confirmed, tally.failed, tally.silent) >= 0
+            for epoch, window in enumerate(rollout.windows, 1):
+                early = Counter(p.progress for p in parts if p.epoch == epoch)
+                # an operator's resumption or promotion accepts what has failed so far
+                assert early[Progress.CONFIRMED] <= window.confirmed
+                assert min(window.confirmed, window.failed, window.silent) >= 0
+                if rollout.id not in self.left:
+                    assert early[Progress.CONFIRMED] == window.confirmed
+                    assert early[Progress.SILENT] == window.silent
+                    assert window.failed <= early[Progress.FAILED]
+            assert len(rollout.windows) == rollout.epoch - 1
             assert sum(rollout.cohorts) - rollout.settled == sum(waiting.values())
             due = sum(n for stage, n in waiting.items() if stage <= rollout.stage)
             assert rollout.expected - tally.settled <= due

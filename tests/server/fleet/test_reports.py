@@ -115,7 +115,7 @@ def test_health_is_the_last_one_and_bounded(service: FleetService, token: str) -
 
 
 def test_a_state_in_a_report_is_what_the_device_runs(service: FleetService, token: str) -> None:
-    answer = DirectiveAnswer(2, 2, Outcome.SUCCEEDED)
+    answer = DirectiveAnswer(2, 2, Outcome.CONFIRMED)
     assert service.receive(token, DeviceReport("up000001", DeviceState(2, "1"), answer), 4).counted
     assert service.devices()[0].running == 2
     assert not service.poll(token, None, 5).downgrade

@@ -41,7 +41,15 @@ from prunecast.server.fleet.events import (
     Tick,
 )
 from prunecast.server.fleet.machine import apply
-from prunecast.server.fleet.model import Fleet, Outcome, Release, RolloutPolicy, Status
+from prunecast.server.fleet.model import (
+    Failure,
+    Fleet,
+    Outcome,
+    Release,
+    RolloutPolicy,
+    Status,
+    Tally,
+)
 from prunecast.server.fleet.reports import DeviceState
 from prunecast.server.fleet.service import FleetService
 from prunecast.server.fleet.tables import TokenRow
@@ -70,11 +78,11 @@ def test_a_device_is_enrolled_polls_reports_and_is_revoked(service: FleetService
     token = fill(service, 1)["lab0"]
     directive = service.poll(token, DeviceState(None, "0.1.0"), 5.0)
     assert (directive.release, directive.serial) == (Release("digits", 1), 1)
-    answer = {"serial": 1, "version": 1, "outcome": Outcome.SUCCEEDED, "now": 6.0}
+    answer = {"serial": 1, "version": 1, "outcome": Outcome.CONFIRMED, "now": 6.0}
     assert report(service, token, **answer)
     assert not report(service, token, **answer)
     (device,) = service.devices("lab")
-    assert (device.last_seen, device.agent, device.told.outcome) == (6.0, "0.1.0", "succeeded")
+    assert (device.last_seen, device.agent, device.told.outcome) == (6.0, "0.1.0", "confirmed")
     renewed = service.renew_token("lab0", now=7, actor="ada")
     for wrong in (token, "", "x" * 10_000, "\0"):
         with pytest.raises(TokenRefused, match="prunecast fleet device add"):
@@ -228,7 +236,7 @@ def test_the_database_decides_as_the_state_alone(service: FleetService) -> None:
                 device=device,
                 serial=held.told.serial - (rng.random() < 0.1),
                 version=held.told.version,
-                outcome=rng.choice([Outcome.SUCCEEDED] * 6 + [Outcome.ROLLED_BACK]),
+                outcome=rng.choice([Outcome.CONFIRMED] * 6 + [Outcome.ROLLED_BACK]),
             )
             for _ in polls
             if held.told.version is not None
@@ -290,6 +298,57 @@ def _play(service: FleetService, event, tokens: dict[str, str]):
     return service.operate(event)
 
 
+def test_a_rollout_is_reopened_by_a_device_that_fails_late(service: FleetService) -> None:
+    tokens = fill(service, 2)
+    policy = RolloutPolicy(soak=0)
+    service.operate(start(2, stages=(100.0,), policy=policy))
+
+    def say(name: str, outcome: Outcome, now: float, detail: str = "") -> bool:
+        told = service.device(name).told
+        answer = {"serial": told.serial, "version": 2, "outcome": outcome, "detail": detail}
+        return report(service, tokens[name], **answer, now=now)
+
+    for name, token in tokens.items():
+        service.poll(token, DeviceState(1), 1)
+        assert say(name, Outcome.ACTIVATED, 2)
+    assert service.rollout("r2").status is Status.RUNNING
+    for name in tokens:
+        assert say(name, Outcome.CONFIRMED, 62)
+    assert (service.rollout("r2").status, service.rollout("r2").completed) == (
+        Status.COMPLETED,
+        62,
+    )
+    assert say("lab1", Outcome.CRASH_LOOP, 90, "it died three times")
+    rollout = service.rollout("r2")
+    assert (rollout.status, rollout.tally) == (Status.PAUSED, Tally(1, 1))
+    failed = Failure(Outcome.CRASH_LOOP, "it died three times", 90)
+    assert service.device("lab1").failures == {2: failed}
+    (entry,) = service.audit(subject="r2", limit=1)
+    assert (entry.kind, entry.fields["cause"]) == (AuditKind.ROLLOUT_PAUSED, "late_failures")
+    service.operate(Abort(at=91, rollout="r2"))
+    assert service.poll(tokens["lab0"], DeviceState(2), 92).release == Release("digits", 1)
+
+
+def test_what_failed_before_is_said_to_whoever_chooses_it(service: FleetService) -> None:
+    token = fill(service, 1)["lab0"]
+    service.operate(PinDevice(at=1, device="lab0", version=2))
+    directive = service.poll(token, DeviceState(1), 2)
+    answer = {"serial": directive.serial, "version": 2, "outcome": Outcome.CRASH_LOOP}
+    assert report(service, token, **answer, detail="killed", now=3)
+    said = (
+        "digits 2 failed before on 1 devices, which do not try it again: lab0 (crash loop: killed)",
+    )
+    assert service.operate(PinDevice(at=4, device="lab0", version=2)) == said
+    assert service.operate(PinDevice(at=5, device="lab0", version=None)) == ()
+    fill(service, 1, "field")
+    assert service.operate(start(2, "field")) == said
+    assert service.operate(start(3)) == ()
+    service.operate(Abort(at=6, rollout="r3"))
+    assert service.operate(PinGroup(at=7, group="lab", version=2)) == said
+    event = AddGroup(at=8, group="attic", release="digits", stable=2)
+    assert service.operate(event) == said
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("fail", [False, True])
 def test_processes_at_once_tell_nobody_too_many(
@@ -311,4 +370,4 @@ def test_processes_at_once_tell_nobody_too_many(
         # one failure is too many; each process may have told one before it was known
         assert 1 <= len(told) == rollout.tally.failed <= 3
     else:
-        assert len(told) == rollout.told == rollout.tally.succeeded == 12
+        assert len(told) == rollout.told == rollout.tally.confirmed == 12

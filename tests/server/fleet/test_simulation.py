@@ -40,7 +40,7 @@ class SimulatedDevice:
         release = directive.release
         if release is None or release.version in (self.running, *self.failed):
             return
-        outcome = Outcome.SUCCEEDED
+        outcome = Outcome.CONFIRMED
         if release.version in broken:
             outcome = Outcome.SELFTEST_FAILED
             self.failed.add(release.version)
@@ -116,7 +116,7 @@ def test_a_good_release_reaches_everybody_though_a_tenth_is_silent(world: World)
     assert rollout.status is Status.COMPLETED, history
     assert {(0, 25), (1, 125), (2, 500)} <= set(history)
     assert world.running(2) == COUNT
-    assert rollout.tally.silent + rollout.tally.succeeded == rollout.expected == 375
+    assert rollout.tally.silent + rollout.tally.confirmed == rollout.expected == 375
 
 
 def test_a_release_that_fails_its_self_test_stops_at_the_canary(world: World) -> None:
@@ -127,7 +127,7 @@ def test_a_release_that_fails_its_self_test_stops_at_the_canary(world: World) ->
     assert rollout.status is Status.ABORTED
     assert rollout.stage == 0
     assert rollout.told <= 25
-    assert rollout.reason.startswith("error rate: 0 succeeded")
+    assert rollout.reason.startswith("error rate: 0 confirmed")
     assert world.running(1) == COUNT
     assert all(d.told.version == 1 for d in world.service.devices())
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,10 +219,11 @@ def test_a_release_is_retired_or_rolled_out_but_not_both(
     asked, entered, go_on = threading.Event(), threading.Event(), threading.Event()
     uses = repository._fleets.require_unused
 
-    def slow(name: str, version: int) -> None:
-        uses(name, version)
+    def slow(*given: Any) -> tuple[str, ...]:
+        found = uses(*given)
         asked.set()
         assert go_on.wait(30)
+        return found
 
     def guard() -> AbstractContextManager[None]:
         entered.set()

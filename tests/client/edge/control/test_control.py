@@ -52,12 +52,12 @@ def test_up_by_a_rollout_and_down_when_it_is_aborted(
             policy=RolloutPolicy(automatic=False),
         )
     )
-    wait_until(lambda: fleet.rollout("r2").tally.succeeded, "it reports success")
+    wait_until(lambda: fleet.rollout("r2").tally.confirmed, "it reports success")
     assert (one.version, device("cam1").running) == (2, 2)
     fleet.operate(Abort(at=time.time(), rollout="r2"))
     wait_until(lambda: device("cam1").running == 1, "it goes down")
     assert one.version == 1
-    wait_until(lambda: device("cam1").told.outcome == "succeeded", "it says so")
+    wait_until(lambda: device("cam1").told.outcome == "confirmed", "it says so")
     last = one.results[-1]
     assert (last.version, last.reason) in ((1, "it was in the other slot"), (1, None))
     health = fleet.health("cam1")
@@ -105,7 +105,7 @@ def test_a_server_that_comes_back_gets_what_happened_meanwhile_once(
         wait_until(lambda: device("cam4").told.outcome, "1 is reported")
         fleet.operate(PinDevice(at=time.time(), device="cam4", version=2))
         told = lambda: (device("cam4").told.version, device("cam4").told.outcome)  # noqa: E731
-        wait_until(lambda: told() == (2, "succeeded"), "2 is reported")
+        wait_until(lambda: told() == (2, "confirmed"), "2 is reported")
     wait_until(lambda: one.events[-1] is not True, "it notices")
     one.agent.roll_back("worse recall")  # as the program around it may decide
     one.controller.note(one.results[-1])
@@ -156,7 +156,7 @@ def test_strangers_and_confusions_are_told_what_is_wrong(
     # the same state folder with another device's token: what belongs to the old one is dropped
     one.token_file.write_text(other.token_file.read_text())
     one.start()
-    wait_until(lambda: device("cam7").told.outcome == "succeeded", "it is the other one now")
+    wait_until(lambda: device("cam7").told.outcome == "confirmed", "it is the other one now")
     one.end()
     assert json.loads((one.config.state / "control.json").read_bytes())["device"] == "cam7"
     one.config = replace(one.config, state=one.config.state.with_name("new"), name="digits")
@@ -183,7 +183,7 @@ def test_a_device_with_a_certificate_needs_no_token(
         pair = authority.device("cam11")
         one.settings = replace(one.settings, token_file=None, certificate=pair)
         one.start()
-        wait_until(lambda: device("cam11").told.outcome == "succeeded", "it is known by its name")
+        wait_until(lambda: device("cam11").told.outcome == "confirmed", "it is known by its name")
         one.end()
 
 

@@ -29,7 +29,7 @@ from prunecast.client.edge.control.store import (
     StoredReport,
 )
 from prunecast.client.edge.errors import ControlProblem, StateError
-from prunecast.client.edge.state import StateFolder
+from prunecast.client.edge.state import State, StateFolder
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_it_outlives_the_process(open_store: Callable[[], ControlStore]) -> None
     directive = StoredDirective(3, "toy", 2, True, "r2")
     assert store.accept(directive)
     assert not store.accept(directive)
-    answer = StoredAnswer(3, 2, "succeeded", "fine")
+    answer = StoredAnswer(3, 2, "confirmed", "fine")
     store.queue(StoredReport("0.1.0", 2, answer=answer, error="hot", figures={"a": 1.0}, made=5.0))
     again = open_store()
     assert (again.directive, again.device, again.first()) == (directive, "cam", store.first())
@@ -60,15 +60,21 @@ def test_an_answer_is_due_once_and_a_failure_once_more(
     open_store: Callable[[], ControlStore],
 ) -> None:
     store = open_store()
-    good, bad = StoredAnswer(1, 2, "succeeded"), StoredAnswer(1, 2, "crash loop")
+    good, bad = StoredAnswer(1, 2, "confirmed"), StoredAnswer(1, 2, "crash loop")
+    active = StoredAnswer(1, 2, "activated")
+    assert store.is_due(active)
+    store.queue(StoredReport("", 2, answer=active))
+    assert not store.is_due(active)
+    assert store.is_due(bad)
     assert store.is_due(good)
     store.queue(StoredReport("", 2, answer=good))
     assert not store.is_due(good)
+    assert not store.is_due(active)
     assert store.is_due(bad)
     store.queue(StoredReport("", 1, answer=bad))
     assert not store.is_due(bad)
     assert not store.is_due(good)
-    assert store.is_due(StoredAnswer(2, 2, "succeeded"))
+    assert store.is_due(StoredAnswer(2, 2, "confirmed"))
 
 
 def test_the_queue_is_bounded_and_says_last_how_the_device_is(
@@ -77,7 +83,7 @@ def test_the_queue_is_bounded_and_says_last_how_the_device_is(
     numbers = itertools.count()
     store = ControlStore(StateFolder(tmp_path), lambda: f"id{next(numbers):06}", most=8)
     for number in range(12):
-        store.queue(StoredReport("", None, answer=StoredAnswer(number, 1, "succeeded")))
+        store.queue(StoredReport("", None, answer=StoredAnswer(number, 1, "confirmed")))
         store.queue(StoredReport("", None, error=f"problem {number}"))
     assert len(store) == 8
     kept, answers = [], 0
@@ -96,7 +102,7 @@ def test_what_belongs_to_another_device_is_dropped(
     store = open_store()
     store.welcome("cam", "a")
     store.accept(StoredDirective(1, "toy", 1))
-    store.queue(StoredReport("", 1, answer=StoredAnswer(1, 1, "succeeded")))
+    store.queue(StoredReport("", 1, answer=StoredAnswer(1, 1, "confirmed")))
     store.welcome("cam", "b")  # its token was renewed
     assert (len(store), store.directive) == (1, StoredDirective(1, "toy", 1))
     store.welcome("other", "c")
@@ -164,6 +170,7 @@ def test_directives_of_another_release_are_not_answered(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.config = AgentConfig(tmp_path, "https://nowhere/", "digits", b"")
             self.model = At3()
+            self._state = State("digits")
 
     settings = ControlSettings("fleet.example:1", token_file=tmp_path / "token")
     controller = Controller(Held(), ControlChannel(settings), wake=threading.Event())
