@@ -21,7 +21,7 @@ from prunecast.compression.versions import (
     exact_change,
 )
 
-__all__ = ["Coded", "align", "compress_reply"]
+__all__ = ["Coded", "align", "compress_reply", "is_own", "norm_of"]
 
 _LARGE = 1024  # elements: a tensor that the version lacks travels exactly below
 _FINE = 0.1  # step of such a tensor, in root mean squares of itself: nothing makes up for its error
@@ -58,17 +58,16 @@ class Coded:
 
 
 def align(
-    arrays: Mapping[str, NDArray[Any] | None], base: PublishedModel
+    arrays: Mapping[str, NDArray[Any] | None], specs: Mapping[str, TensorSpec]
 ) -> dict[str, ReplyTensor]:
-    """What each array of a record is to a version: the tensor of its name and shape, or none.
+    """What each array of a record is to those received: the one of its name and shape, or none.
 
-    A record without any of the version's names, such as an unnamed list, goes by positions.
+    A record without any of their names, such as an unnamed list, goes by positions.
 
     Args:
         arrays: by name, in the reply's order; None for what the codec does not know.
-        base: the version.
+        specs: of the arrays received, in their order.
     """
-    specs = base.specs
     names = {name: name for name in arrays}
     known = [None if array is None else array.shape for array in arrays.values()]
     if not any(name in specs for name in arrays) and known == [s.shape for s in specs.values()]:
@@ -150,7 +149,7 @@ def compress_reply(
         NonFiniteUpdate: a tensor of the lattice holds NaN or infinity.
         QuantiseError: a tensor has no step, as its values leave float32.
     """
-    tensors = align(record, base)
+    tensors = align(record, base.specs)
     arrays = {name: array for name, array in record.items() if array is not None}
     if clip is not None:
         rule = replace(rule, error_feedback=False)
@@ -179,8 +178,7 @@ def compress_reply(
             size = sizes[name]
             own = whole
             if rule.error_feedback:
-                clearly = 1 / _CLEARLY if not whole else _CLEARLY
-                own = size.value < size.whole_change * clearly
+                own = is_own(size.whole_change, size.value, whole=whole)
             coder = _Coder(name, like, own and clip is None, lattice, size, rule, within)
             change = coder.code(arrays[name], left)
         if change is not None:
@@ -199,9 +197,21 @@ def _working(array: NDArray[Any]) -> type[np.floating]:
     return np.float64 if array.dtype == np.float64 else np.float32
 
 
-def _norm(array: NDArray[Any]) -> float:
+def norm_of(*arrays: NDArray[Any]) -> float:
+    """Euclidean norm of arrays together, in float64."""
     with np.errstate(over="ignore"):  # an infinite step is refused later
-        return float(np.sqrt(np.sum(np.square(array, dtype=np.float64))))
+        return math.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64))) for a in arrays))
+
+
+def is_own(change: float, value: float, *, whole: bool) -> bool:
+    """Whether a tensor goes as values of its own, and not as a change.
+
+    Args:
+        change: norm of its change.
+        value: norm of itself.
+        whole: what its record is, which decides where the two are alike.
+    """
+    return value < change * (_CLEARLY if whole else 1 / _CLEARLY)
 
 
 def _measure(name: str, tensor: Any, array: NDArray[Any]) -> _Sizes:
@@ -214,9 +224,9 @@ def _measure(name: str, tensor: Any, array: NDArray[Any]) -> _Sizes:
     change = array.astype(working) - tensor.dense().astype(working)
     mask = tensor.mask()
     if mask is None:
-        return _Sizes(_norm(change), 0.0, _norm(array), change.size, change.size)
+        return _Sizes(norm_of(change), 0.0, norm_of(array), change.size, change.size)
     kept = int(np.count_nonzero(mask))
-    return _Sizes(_norm(change[mask]), _norm(change[~mask]), _norm(array), kept, change.size)
+    return _Sizes(norm_of(change[mask]), norm_of(change[~mask]), norm_of(array), kept, change.size)
 
 
 def _within_clip(
@@ -232,7 +242,7 @@ def _within_clip(
     something else to this app, or nobody clipped, and plain Flower would not, either.
     """
     exact = [
-        _norm(arrays[name].astype(np.float64) - base[tensor.like].dense().astype(np.float64))
+        norm_of(arrays[name].astype(np.float64) - base[tensor.like].dense().astype(np.float64))
         for name, tensor in tensors.items()
         if tensor.like is not None and name not in sizes and name in arrays
     ]
@@ -321,12 +331,12 @@ class _Coder:
             return most
         # the server adds the change to weights that are about the published ones
         precision = max(float(np.finfo(d).eps) for d in (np.float32, dtype, self.tensor.dtype))
-        return max(most - precision * _norm(self.tensor.dense()), 0.0)
+        return max(most - precision * norm_of(self.tensor.dense()), 0.0)
 
 
 def _shrunk(z: NDArray[np.int32], step: float, most: float) -> float:
     """The step, or a smaller one with which all values together have a norm of at most `most`."""
-    norm = _norm(z) * step
+    norm = norm_of(z) * step
     if norm * (1 + _ROUNDING) <= most:
         return step
     smaller = np.float32(step * most / norm * (1 - 2 * _ROUNDING))
@@ -341,7 +351,7 @@ def _exact_or_fine(
     worth_it = rule.step > 0 and array.dtype.kind == "f" and array.size >= _LARGE
     if not worth_it or not np.isfinite(array).all():
         return array
-    norm = _norm(array)
+    norm = norm_of(array)
     if norm == 0:
         return None
     step = float(np.float32(min(rule.step, _FINE) * norm / array.size**0.5))

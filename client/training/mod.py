@@ -14,6 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from numpy.typing import NDArray
 
+from prunecast.client.training.by_scheme import encode_clipped, scheme_input
 from prunecast.client.training.encoding import Coded, align, compress_reply
 from prunecast.client.training.store import (
     ModError,
@@ -22,7 +23,7 @@ from prunecast.client.training.store import (
     StoreError,
     default_root,
 )
-from prunecast.compression.codec import CodecError, NonFiniteError
+from prunecast.compression.codec import CodecError, NonFiniteError, TensorSpec
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     ERROR_CODE,
@@ -30,7 +31,6 @@ from prunecast.compression.flower import (
     STATISTICS_RECORD,
     array_record,
     coded_record,
-    float_names,
     is_codable_array,
     open_coded,
     payload_record,
@@ -67,6 +67,7 @@ from prunecast.compression.versions import (
     VersionsError,
     allowed_beside,
     decode_model,
+    describe,
     encode_update,
     inspect,
     model_limits,
@@ -189,6 +190,7 @@ class _Exchange:
         # measured now: what the app does to the records later is its own affair
         records = self.content.array_records.values()
         self._received = sum(len(a.data) for record in records for a in record.values())
+        self._arrived = {k: ArrayRecord(dict(r)) for k, r in self.content.array_records.items()}
 
     @staticmethod
     def _whole(known: ArrayRecord, others: Mapping[str, Array]) -> ArrayRecord:
@@ -293,8 +295,8 @@ class _Exchange:
 
     def _on_lattice(self, key: str, record: ArrayRecord, rule: UpdateRule) -> ArrayRecord:
         """The record against the version received that it answers, or against nothing."""
-        arrays = {n: a.numpy() if is_codable_array(a) else None for n, a in record.items()}
-        base_key = self._base_for(key, arrays)
+        arrays = _known(record)
+        base_key = self._base_for(key, arrays, {k: m.specs for k, m in self._models.items()})
         base = NOTHING_SENT if base_key is None else self._models[base_key]
         if not self._models:
             rule = replace(rule, step=0.0)  # an answer to a query, a personal model
@@ -327,50 +329,69 @@ class _Exchange:
         return True
 
     def _by_scheme(self, chosen: Scheme, key: str, record: ArrayRecord) -> ArrayRecord:
-        """*Trained - received* by a scheme, where the reply has the arrays that were received."""
-        base = self.content.array_records.get(key)
-        if base is None or not float_names(base) or _layout(record) != _layout(base):
+        """*Reply - received*, or the reply itself, by a scheme, as far as it has what came."""
+        arrays, received = _known(record), {k: _known(r) for k, r in self._arrived.items()}
+        base_key = self._base_for(key, arrays, {k: _specs(r) for k, r in received.items()})
+        if base_key is None:
             return record
-        names = float_names(base)
-        update = {name: record[name].numpy() - base[name].numpy() for name in names}
-        fresh, kept = chosen.init(layout_of(update)), f"{key} by {chosen.name}"
-        state = fresh
-        with suppress(StateError):  # nothing was kept yet, or of another model
-            state = state_from(self._store.residual(kept), state)
-        assert isinstance(self._instruction.rule, SchemeRule)
-        payload, after = chosen.encode(update, state, key=self._instruction.rule.key)
-        if not self._stage(kept, state_arrays(after)):
-            payload, _ = chosen.encode(update, fresh, key=self._instruction.rule.key)
-        return coded_record(payload, {n: a for n, a in record.items() if n not in names})
+        clip, rule = self._clip, self._instruction.rule
+        found = scheme_input(arrays, received[base_key], clipped=clip is not None)
+        if not found.arrays:
+            return record
+        assert isinstance(rule, SchemeRule)
+        fresh = chosen.init(layout_of(found.arrays))
+        if clip is not None:
+            payload = encode_clipped(chosen, found.arrays, fresh, clip, rule.key)
+        else:
+            kept = " ".join((f"{key} by {chosen.name}", *found.own))
+            state = fresh
+            with suppress(StateError):  # nothing was kept yet, or of another model
+                state = state_from(self._store.residual(kept), state)
+            payload, after = chosen.encode(found.arrays, state, key=rule.key)
+            if not self._stage(kept, state_arrays(after)):
+                payload, _ = chosen.encode(found.arrays, fresh, key=rule.key)
+        if not (found.usual and base_key == key):
+            payload = describe(base_key, found.heads, _specs(received[base_key])) + payload
+        return coded_record(payload, {n: a for n, a in record.items() if n not in found.arrays})
 
     @property
     def _tag(self) -> str:
         return reply_tag(self._metadata.message_id)
 
-    def _base_for(self, key: str, arrays: Mapping[str, NDArray[Any] | None]) -> str | None:
-        """The received version that a reply's record answers; None for none.
+    def _base_for(
+        self,
+        key: str,
+        arrays: Mapping[str, NDArray[Any] | None],
+        received: Mapping[str, Mapping[str, TensorSpec]],
+    ) -> str | None:
+        """Which of the records received a reply's record answers; None for none.
 
         That under its key; else the only one that has most of its arrays, if nothing else in the
         reply answers that. What comes beside a model in its layout is no update of it.
         """
-        if key in self._models:
+        if key in received:
             return key
         replied = self._reply.array_records
         found = [
             candidate
-            for candidate, model in self._models.items()
+            for candidate, specs in received.items()
             if candidate not in replied
-            and _resembles(arrays, model)
-            and sum(len(model.tensors.keys() & r.keys()) * 2 > len(r) for r in replied.values()) < 2
+            and _resembles(arrays, specs)
+            and sum(len(specs.keys() & r.keys()) * 2 > len(r) for r in replied.values()) < 2
         ]
         return found[0] if len(found) == 1 else None
 
 
-def _resembles(arrays: Mapping[str, NDArray[Any] | None], model: PublishedModel) -> bool:
-    """Whether most of a record's arrays have name and shape of a model's."""
-    tensors = align(arrays, model).values()
+def _known(record: ArrayRecord) -> dict[str, NDArray[Any] | None]:
+    """The arrays of a record; None for what the codec does not know."""
+    return {n: array.numpy() if is_codable_array(array) else None for n, array in record.items()}
+
+
+def _specs(arrays: Mapping[str, NDArray[Any] | None]) -> dict[str, TensorSpec]:
+    return {n: TensorSpec(a.dtype, a.shape) for n, a in arrays.items() if a is not None}
+
+
+def _resembles(arrays: Mapping[str, NDArray[Any] | None], specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether most of a record's arrays have name and shape of those received."""
+    tensors = align(arrays, specs).values()
     return 2 * sum(tensor.like is not None for tensor in tensors) > len(tensors)
-
-
-def _layout(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], str]]:
-    return [(name, a.dtype, tuple(a.shape), a.stype) for name, a in record.items()]

@@ -13,6 +13,7 @@ from prunecast.compression.versions.control import (
     UpdateRule,
     reply_tag,
 )
+from prunecast.compression.versions.descriptions import describe, read_description
 from prunecast.compression.versions.errors import (
     BadPayload,
     BaseMissing,
@@ -23,7 +24,7 @@ from prunecast.compression.versions.errors import (
     WrongStream,
 )
 from prunecast.compression.versions.frame import short, stream_tag
-from prunecast.compression.versions.layout import Coding, ReplyTensor
+from prunecast.compression.versions.layout import Coding, ReplyTensor, UpdateHead
 from prunecast.compression.versions.model import (
     LatticeTensor,
     PublishedModel,
@@ -80,6 +81,7 @@ __all__ = [
     "Tensor",
     "TooLarge",
     "Update",
+    "UpdateHead",
     "UpdateReader",
     "UpdateRule",
     "VersionsError",
@@ -87,6 +89,7 @@ __all__ = [
     "allowed_beside",
     "decode_model",
     "decode_update",
+    "describe",
     "draw_like",
     "encode_delta",
     "encode_keyframe",
@@ -97,6 +100,7 @@ __all__ = [
     "load_model",
     "model_limits",
     "open_plain",
+    "read_description",
     "refine",
     "reply_tag",
     "save_model",

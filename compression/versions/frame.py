@@ -26,7 +26,7 @@ from enum import IntEnum
 
 from prunecast.compression.versions.errors import BadPayload, WrongStream
 
-__all__ = ["SHORT_DIGEST", "Frame", "Kind", "pack", "short", "stream_tag", "unpack"]
+__all__ = ["SHORT_DIGEST", "Frame", "Kind", "inflate", "pack", "short", "stream_tag", "unpack"]
 
 SHORT_DIGEST = 16
 _MAGIC = b"PCM"
@@ -135,13 +135,18 @@ def unpack(payload: bytes, *, stream: bytes | None) -> Frame:
         counter,
         digest,
         base,
-        _inflate(deflated),
+        inflate(deflated),
         payload[fixed + layout_size :],
         len(payload),
     )
 
 
-def _inflate(deflated: bytes) -> bytes:
+def inflate(deflated: bytes) -> bytes:
+    """Inverse of zlib's compression, within the bound of a layout; nothing is made of nothing.
+
+    Raises:
+        BadPayload: damaged, or longer than a layout may be.
+    """
     if not deflated:
         return b""
     inflater = zlib.decompressobj()

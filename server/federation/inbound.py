@@ -12,11 +12,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import TensorSpec
+from prunecast.compression.codec import Limits, TensorSpec
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     STATISTICS_RECORD,
     float_names,
+    is_codable_array,
     open_coded,
     stream_id,
 )
@@ -31,9 +32,12 @@ from prunecast.compression.versions import (
     BadPayload,
     Coding,
     Kind,
+    ReplyTensor,
     Update,
+    UpdateHead,
     UpdateReader,
     inspect,
+    read_description,
     short,
     stream_tag,
 )
@@ -131,40 +135,77 @@ def _by_scheme(scheme: Scheme, key: str, record: ArrayRecord, sent: Prepared, en
     base = sent.original.content.array_records.get(key)
     coded = open_coded(record)
     if coded is None:
-        if base is not None and float_names(base) and list(record) == list(base):
+        if base is not None and _has_finite(base) and list(record) == list(base):
             raise BadPayload(f"record {key!r} came without the scheme")
         return Read(record, "verbatim")
+    started = time.perf_counter()
+    payload, beside = coded
+    described = read_description(payload, partial(_sent_specs, key, sent))
+    if described is not None:
+        base = sent.original.content.array_records[described[0]]
+        heads, payload = described[1:]
+    elif base is None:
+        raise BadPayload(f"record {key!r} is an update of something that was not sent")
+    else:
+        heads = {name: _usual(array) for name, array in base.items()}
+    arrays = _updated(key, base, heads, scheme, payload, beside)
+    entry.decode_ms += (time.perf_counter() - started) * 1e3
+    own = any(head.coding is Coding.ZERO for head in heads.values())
+    kind = f"{scheme.name}/values" if own else scheme.name
+    return Read(arrays, kind, object_bytes(uncached(arrays)), update=True)
+
+
+def _has_finite(record: ArrayRecord) -> bool:
+    """Whether there is an array that a scheme codes an update of."""
+    return any(np.isfinite(record[name].numpy()).all() for name in float_names(record))
+
+
+def _sent_specs(key: str, sent: Prepared, base_key: str) -> dict[str, TensorSpec]:
+    """Specs of the arrays in a record that was sent, as far as the codec knows them."""
+    base = sent.original.content.array_records.get(base_key)
     if base is None:
         raise BadPayload(f"record {key!r} is an update of something that was not sent")
-    started = time.perf_counter()
-    payload, exact = coded
-    arrays = _updated(key, base, scheme.decode(payload), exact)
-    entry.decode_ms += (time.perf_counter() - started) * 1e3
-    return Read(arrays, scheme.name, object_bytes(uncached(arrays)), update=True)
+    return {
+        name: TensorSpec(np.dtype(array.dtype), tuple(array.shape))
+        for name, array in base.items()
+        if is_codable_array(array)
+    }
+
+
+def _usual(array: Array) -> UpdateHead:
+    """What an array of a reply is where nothing else is said: a change, or beside the payload."""
+    if not float_names(ArrayRecord({"": array})):
+        return UpdateHead(Coding.VERBATIM, 0.0, ReplyTensor(None))
+    spec = TensorSpec(np.dtype(array.dtype), tuple(array.shape))
+    return UpdateHead(Coding.UNCHANGED, 0.0, ReplyTensor(spec, ""))
 
 
 def _updated(
     key: str,
     base: ArrayRecord,
-    update: Mapping[str, NDArray[Any]],
-    exact: Mapping[str, Array],
+    heads: Mapping[str, UpdateHead],
+    scheme: Scheme,
+    payload: bytes,
+    beside: Mapping[str, Array],
 ) -> ArrayRecord:
-    """*Sent + update* for every array that the scheme coded, the others as they came."""
-    names = float_names(base)
-    shapes = {name: tuple(base[name].shape) for name in names}
-    if {n: a.shape for n, a in update.items()} != shapes or list(update) != names:
+    """*Sent + update*, or the values, of every array that the scheme coded; others as they came."""
+    specs = {n: head.tensor.spec for n, head in heads.items() if head.tensor.spec is not None}
+    size = 4 * sum(spec.size for spec in specs.values())
+    decoded = scheme.decode(payload, limits=Limits(decoded_bytes=size, free_bytes=size))
+    if [(n, a.shape) for n, a in decoded.items()] != [(n, s.shape) for n, s in specs.items()]:
         raise BadPayload(f"record {key!r}: the update is not of the arrays that were sent")
-    others = {n: (a.dtype, tuple(a.shape)) for n, a in base.items() if n not in shapes}
-    if {n: (a.dtype, tuple(a.shape)) for n, a in exact.items()} != others:
+    if list(beside) != [name for name in heads if name not in specs]:
         raise BadPayload(f"record {key!r}: other arrays came than were sent")
     result = ArrayRecord()
-    for name, array in base.items():
-        if name not in update:
-            result[name] = exact[name]
+    for name, head in heads.items():
+        if name not in specs:
+            result[name] = beside[name]
             continue
-        held = array.numpy()
         with np.errstate(over="ignore"):
-            value = np.asarray(held + update[name].astype(held.dtype), held.dtype)
+            value: NDArray[Any] = decoded[name].astype(specs[name].dtype)
+            if head.coding is Coding.UNCHANGED:
+                held = base[head.tensor.like or name].numpy()
+                value = np.asarray(held + value.astype(held.dtype), specs[name].dtype)
         if not np.isfinite(value).all():
             raise BadPayload(f"update of {name!r} makes NaN or infinity")
         result[name] = Array(value)

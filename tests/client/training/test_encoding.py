@@ -206,15 +206,15 @@ def test_names_in_another_order_missing_or_without_names_find_their_tensors():
     for name, array in trained.items():
         spec = TensorSpec(array.dtype, array.shape)
         trained[name] = array
-        assert align({name: array}, base) == {name: ReplyTensor(spec, name)}
+        assert align({name: array}, base.specs) == {name: ReplyTensor(spec, name)}
     backwards = dict(reversed(trained.items()))
-    assert [t.like for t in align(backwards, base).values()] == list(backwards)
+    assert [t.like for t in align(backwards, base.specs).values()] == list(backwards)
     unnamed = {str(place): array for place, array in enumerate(trained.values())}
-    assert [t.like for t in align(unnamed, base).values()] == list(trained)
+    assert [t.like for t in align(unnamed, base.specs).values()] == list(trained)
     # another number, or another shape: nothing says which is which
-    assert {t.like for t in align(dict(list(unnamed.items())[:3]), base).values()} == {None}
-    assert align({"w": np.zeros(3)}, base)["w"].like is None
-    assert align({"w": None}, base)["w"] == ReplyTensor(None)
+    assert {t.like for t in align(dict(list(unnamed.items())[:3]), base.specs).values()} == {None}
+    assert align({"w": np.zeros(3)}, base.specs)["w"].like is None
+    assert align({"w": None}, base.specs)["w"] == ReplyTensor(None)
 
 
 # -- error feedback -------------------------------------------------------------------------------
