@@ -428,6 +428,8 @@ def _show_event(as_json: bool, event: bool | ControlProblem) -> None:
 
 
 def _line(result: UpdateResult) -> str:
+    from prunecast.compression.release.runtime import settings_text
+
     if result.outcome == "rejected":
         return f"rejected: {result.reason}; release {result.version or 'none'} stays"
     if result.outcome == "current":
@@ -437,7 +439,9 @@ def _line(result: UpdateResult) -> str:
         return f"release {result.version} is current{waits}"
     received = ", ".join(f"{kind} {size:,}" for kind, size in sorted(result.downloaded.items()))
     came = "its weights were here" if result.payload == "none" else f"came as {result.payload}"
-    return f"release {result.version} is active, {came} (bytes: {received})"
+    ran = settings_text(result.settings)
+    with_settings = f"; onnxruntime: {ran}" if ran else ""
+    return f"release {result.version} is active, {came} (bytes: {received}){with_settings}"
 
 
 def _fleet_lines(control: dict[str, Any] | None) -> list[str]:
@@ -456,6 +460,8 @@ def _fleet_lines(control: dict[str, Any] | None) -> list[str]:
 
 def _figures_lines(telemetry: dict[str, Any] | None) -> list[str]:
     """What the device has counted, for people: a line for each release that was asked."""
+    from prunecast.compression.release.runtime import settings_text
+
     lines = []
     for release in (telemetry or {}).get("releases", ()):
         counts = ", ".join(f"{release[key]:,} {key}" for key in ("answered", "refused", "failed"))
@@ -465,5 +471,7 @@ def _figures_lines(telemetry: dict[str, Any] | None) -> list[str]:
             line += f"; p50/p90/p99 {'/'.join(times)} ms"
         if release["self_test"]:
             line += f"; self-test {release['self_test']}"
+        if settings := settings_text(release["settings"]):
+            line += f"; onnxruntime: {settings}"
         lines.append(line)
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -209,12 +209,24 @@ def create(
         "variant": made.variant,
         "kind": made.kind,
         "numerics": dict(made.numerics),
-        "notes": list(made.notes),
+        "settings": dict(published.settings),
+        "notes": [*made.notes, *_refused(published.settings)],
         **{key: value for key, value in made.metrics.items() if key not in metrics},
     }
     if export is not None:
         result["exported_bytes"] = export_release(target, manifest, export)
     show(result, as_json, _created(result))
+
+
+def _refused(settings: Mapping[str, str]) -> list[str]:
+    """A note for each of onnxruntime's settings that the model cannot be run with."""
+    from prunecast.compression.release.runtime import REFUSED
+
+    return [
+        f"onnxruntime refuses {name} for this model: it is run without, here and on devices"
+        for name, value in settings.items()
+        if value == REFUSED
+    ]
 
 
 def _factory(reference: str) -> Callable[[], Any]:

@@ -420,7 +420,8 @@ class Agent:
         if self._since is not None:
             self._since = time.monotonic()
         self._note(Begun.now("serve"))
-        self.telemetry.activated(loaded.manifest.version, loaded.difference)
+        settings = loaded.session.settings
+        self.telemetry.activated(loaded.manifest.version, loaded.difference, settings)
 
     def _load(self, record: SlotRecord) -> LoadedRelease:
         slot = self._folder.slot(record.slot)
@@ -496,7 +497,10 @@ class Agent:
             return None  # the repository has it, too
         self._activate(self._state.exchange(), loaded)
         reason = "it was in the other slot"
-        return UpdateResult("updated", version, before, reason=reason, difference=loaded.difference)
+        return UpdateResult(
+            *("updated", version, before),
+            reason=reason, difference=loaded.difference, settings=loaded.session.settings,
+        )  # fmt: skip
 
     def _install(
         self,
@@ -552,8 +556,10 @@ class Agent:
         self._activate(self._state.activate(record), loaded)
         self._step("clean up")
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
-        now, difference = manifest.version, loaded.difference
-        return UpdateResult("updated", now, before, payload, reason=reason, difference=difference)
+        return UpdateResult(
+            *("updated", manifest.version, before, payload),
+            reason=reason, difference=loaded.difference, settings=loaded.session.settings,
+        )  # fmt: skip
 
     def _reject(self, manifest: ReleaseManifest, digest: str, reason: str) -> UpdateResult:
         self._step("reject")

@@ -220,6 +220,8 @@ class UpdateResult:
         downloaded: bytes received by kind: ``metadata``, ``patch``, ``keyframe``, ``files``.
         reason: why a release was rejected or waits, or a patch was replaced by the keyframe.
         difference: largest difference in the self-test.
+        settings: onnxruntime's session settings of a release that was activated, see
+            `InferenceSession.settings`.
         seconds: duration.
     """
 
@@ -230,6 +232,7 @@ class UpdateResult:
     downloaded: Mapping[str, int] = field(default_factory=dict)
     reason: str | None = None
     difference: float | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
 

@@ -13,9 +13,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -116,6 +116,7 @@ class ReleaseFigures:
         self_test: ``passed``, ``failed``, or None when not yet run.
         difference: largest difference in the self-test, in units of the output.
         problem: why the self-test failed.
+        settings: of onnxruntime's session, see `InferenceSession.settings`.
         buckets: latencies of answered inferences, see `LatencyHistogram`.
 
     Raises:
@@ -130,6 +131,7 @@ class ReleaseFigures:
     self_test: Literal["passed", "failed"] | None = None
     difference: float | None = None
     problem: str | None = None
+    settings: dict[str, str] = field(default_factory=dict)
     buckets: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -215,12 +217,20 @@ class Telemetry:
             if outcome == "answered":
                 self._latencies[version].add(seconds)
 
-    def activated(self, version: int, difference: float) -> None:
+    def activated(
+        self, version: int, difference: float, settings: Mapping[str, str] | None = None
+    ) -> None:
         """A release passed its self-test and is served from now on."""
         with self._lock:
             self._count_time()
             self._active = version
-            self._change(version, self_test="passed", difference=difference, problem=None)
+            self._change(
+                version,
+                self_test="passed",
+                difference=difference,
+                problem=None,
+                settings=dict(settings or {}),
+            )
 
     def rejected(self, version: int, problem: str) -> None:
         """A release did not pass its self-test."""

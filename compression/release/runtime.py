@@ -24,15 +24,20 @@ from prunecast.compression.release.overseer import OVERSEER
 from prunecast.compression.release.selftest import dtype_name
 
 __all__ = [
+    "REFUSED",
     "InferenceSession",
     "Signature",
     "computes_in_integers",
     "fit_inputs",
     "import_onnxruntime",
     "open_session",
+    "settings_text",
 ]
 
+REFUSED = "refused"
+"""Stands for the value of a setting that onnxruntime refuses for a model."""
 _OLDEST = (1, 24)
+_ARENAS = "session.use_env_allocators"
 _SWITCH = "ORT_DISABLE_TELEMETRY"
 
 # A node's operator (field 4 of NodeProto) as it is serialised: the device has no onnx to ask.
@@ -69,25 +74,26 @@ class InferenceSession:
 
     Args:
         session: of onnxruntime.
-        entries: settings that it was opened with.
+        settings: that it was opened with.
         memory: bytes that it may take; what an inference took is then given back when it ends,
             except for that of its outputs. None: no limit.
 
     Attributes:
         inputs: what `run` takes.
         outputs: what `run` gives.
-        entries: onnxruntime's session settings that are in force, beyond its defaults.
+        settings: onnxruntime's session settings beyond its defaults, with their values; of those
+            that it refused for this model the value is ``refused``.
     """
 
     def __init__(
         self,
         session: Any,
-        entries: Mapping[str, str] | None = None,
+        settings: Mapping[str, str] | None = None,
         *,
         memory: int | None = None,
     ) -> None:
         self._session, self._memory = session, memory
-        self.entries = dict(entries or {})
+        self.settings = dict(settings or {})
         self.inputs = tuple(_signature(node) for node in session.get_inputs())
         self.outputs = tuple(_signature(node) for node in session.get_outputs())
 
@@ -239,8 +245,8 @@ def open_session(
 ) -> InferenceSession:
     """Load a model file (and the `weights.bin` beside it) on the CPU.
 
-    Settings that this onnxruntime refuses for this model are left out: `InferenceSession.entries`
-    has those that are in force.
+    Settings that this onnxruntime refuses for this model are left out and named so in
+    `InferenceSession.settings`.
 
     Args:
         path: the ``.onnx`` file.
@@ -284,13 +290,15 @@ def open_session(
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
-        with _ARENA if memory is not None else nullcontext():
+        told = dict(entries)
+        with nullcontext() if memory is None else _ARENA:
+            limited = memory is not None and _limit_arena(onnxruntime, options, memory)
             if memory is not None:
-                _limit_arena(onnxruntime, options, memory)
+                told[_ARENAS] = "1" if limited else REFUSED
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
             )
-        return InferenceSession(session, entries, memory=memory)
+        return InferenceSession(session, told, memory=memory if limited else None)
 
     try:
         try:
@@ -300,7 +308,9 @@ def open_session(
         except Exception as error:
             if isinstance(_failure("", error, memory), OutOfMemory):
                 raise
-            return load({})  # refused by this model, or unknown to this onnxruntime
+            made = load({})  # refused for this model
+            made.settings |= dict.fromkeys(entries, REFUSED)
+            return made
     except RuntimeFailure:
         raise
     except Exception as error:  # onnxruntime raises its own and RuntimeError
@@ -311,21 +321,39 @@ _ARENA = threading.Lock()  # onnxruntime has one place for the memory of the nex
 _NO_MEMORY = re.compile(r"bfc_arena|[Ff]ailed to allocate|bad.alloc")
 
 
-def _limit_arena(onnxruntime: Any, options: Any, memory: int) -> None:
+def _limit_arena(onnxruntime: Any, options: Any, memory: int) -> bool:
     """The session takes its memory from an arena of its own, which is as large as that.
 
     What a model's weights take while they are loaded counts, but is not refused: whoever loads a
     model that may be hostile must do that where memory is limited by other means.
+
+    Returns:
+        False where onnxruntime was built without arenas.
     """
-    info = onnxruntime.OrtMemoryInfo(
-        "Cpu",
-        onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
-        0,
-        onnxruntime.OrtMemType.DEFAULT,
-    )
-    # -1: onnxruntime's own choice of how it grows and begins
-    onnxruntime.create_and_register_allocator(info, onnxruntime.OrtArenaCfg(memory, -1, -1, -1))
-    options.add_session_config_entry("session.use_env_allocators", "1")
+    try:
+        info = onnxruntime.OrtMemoryInfo(
+            "Cpu",
+            onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+            0,
+            onnxruntime.OrtMemType.DEFAULT,
+        )
+        # -1: onnxruntime's own choice of how it grows and begins
+        arena = onnxruntime.OrtArenaCfg(memory, -1, -1, -1)
+        onnxruntime.create_and_register_allocator(info, arena)
+    except Exception:  # onnxruntime raises its own and RuntimeError
+        return False
+    options.add_session_config_entry(_ARENAS, "1")
+    return True
+
+
+def settings_text(settings: Mapping[str, str]) -> str:
+    """Session settings for people; those of the memory are left out where they are in force.
+
+    >>> settings_text({"session.x64quantprecision": "refused", "session.use_env_allocators": "1"})
+    'session.x64quantprecision refused'
+    """
+    shown = {k: v for k, v in settings.items() if k != _ARENAS or v == REFUSED}
+    return ", ".join(f"{k} {v}" if v == REFUSED else f"{k}={v}" for k, v in shown.items())
 
 
 def _failure(what: str, error: Exception, memory: int | None) -> RuntimeFailure:

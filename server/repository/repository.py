@@ -61,12 +61,14 @@ class PublishedRelease:
         onnx_bytes: the same model as one fp32 ``.onnx`` file; None above protobuf's 2 GiB.
         retired: versions that left the window.
         kept: versions that stay live outside the window, and why.
+        settings: of onnxruntime's session that recorded the self-test.
     """
 
     manifest: ReleaseManifest
     onnx_bytes: int | None
     retired: tuple[int, ...] = ()
     kept: Mapping[int, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def version(self) -> int:
@@ -217,7 +219,7 @@ class Repository(RepositoryReader):
                     break
             for base in missing:
                 built.add_patch(self.model(base))
-        return PublishedRelease(manifest, built.onnx_bytes, retired, kept)
+        return PublishedRelease(manifest, built.onnx_bytes, retired, kept, built.settings)
 
     def retire(self, name: str, version: int, *, force: bool = False) -> tuple[str, ...]:
         """Withdraw a release: devices that do not have it yet will not get it any more.

@@ -390,3 +390,27 @@ WEIGHTLESS: dict[str, Callable[[], onnx.ModelProto]] = {
     "arithmetic": arithmetic,
 }
 """Models that hold no tensor of weights."""
+
+
+def shared_zeros() -> onnx.ModelProto:
+    """Two quantised layers whose weights share their zero points, as exporters leave them.
+
+    onnxruntime refuses ``session.x64quantprecision`` for it and runs it otherwise.
+    """
+    rng = np.random.default_rng(0)
+    inits = [tensor(np.float32(0.02), "s"), tensor(np.uint8(128), "z")]
+    inits += [tensor(np.full(4, 0.01, np.float32), "steps"), tensor(np.zeros(4, np.int8), "zeros")]
+    nodes: list[onnx.NodeProto] = []
+
+    def quantised(given: str, name: str) -> None:
+        nodes.append(helper.make_node("QuantizeLinear", [given, "s", "z"], [f"{name}_q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", "s", "z"], [name]))
+
+    quantised("x", "x0")
+    for layer in (1, 2):
+        inits.append(tensor(rng.integers(-100, 100, (4, 4)).astype(np.int8), f"w{layer}"))
+        given = [f"w{layer}", "steps", "zeros"]
+        nodes.append(helper.make_node("DequantizeLinear", given, [f"v{layer}"], axis=1))
+        nodes.append(helper.make_node("MatMul", [f"x{layer - 1}", f"v{layer}"], [f"m{layer}"]))
+        quantised(f"m{layer}", "y" if layer == 2 else f"x{layer}")
+    return model(nodes, [value("x", "n", 4)], [value("y", "n", 4)], inits)

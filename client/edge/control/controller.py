@@ -24,6 +24,7 @@ from prunecast.client.edge.errors import ControlProblem, EdgeError, StateError
 from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.telemetry import TelemetrySnapshot
 from prunecast.common.fleet_protocol import messages
+from prunecast.compression.release.runtime import REFUSED
 
 __all__ = ["Controller", "fleet_figures"]
 
@@ -292,6 +293,7 @@ def fleet_figures(found: TelemetrySnapshot) -> dict[str, float]:
                 "inferences_failed": release.failed,
                 "served_seconds": release.served_seconds,
                 "selftest_difference": release.difference,
+                "settings_refused": list(release.settings.values()).count(REFUSED) or None,
                 "latency_p50_seconds": release.latency(0.5),
                 "latency_p99_seconds": release.latency(0.99),
             }

@@ -112,6 +112,7 @@ class RecordedModel:
         tolerance: how far a device may be off.
         takes: what the model takes.
         gives: what it gives.
+        settings: of onnxruntime's session, see `InferenceSession.settings`.
     """
 
     inputs: Arrays
@@ -119,6 +120,7 @@ class RecordedModel:
     tolerance: Tolerance
     takes: tuple[Signature, ...]
     gives: tuple[Signature, ...]
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 class BuiltRelease:
@@ -130,6 +132,7 @@ class BuiltRelease:
 
     Attributes:
         onnx_bytes: size of the same model as one fp32 ``.onnx`` file; None above 2 GiB.
+        settings: of onnxruntime's session, with which the self-test was recorded.
 
     Raises:
         ReleaseError: the model does not fit the graph, or onnxruntime refuses it or its inputs.
@@ -143,6 +146,7 @@ class BuiltRelease:
         with tempfile.TemporaryDirectory() as folder:
             bound = bind_weights(contents.graph, model, Path(folder), variant=contents.variant)
             recorded = contents.recorded or _record(bound.model, contents)
+            self.settings = recorded.settings
             graph = bound.model.read_bytes()
             # what a device would refuse is refused here
             check_externals(graph, file="weights.bin", size=bound.layout.size)
@@ -260,7 +264,9 @@ def _record(model: Path, contents: ReleaseContents) -> RecordedModel:
                 break
         raise RepositoryError(f"output {broken!r} is not finite on the self-test inputs: {reason}")
     tolerance = contents.tolerance or _tolerance(expected, _spread(model, inputs, expected))
-    return RecordedModel(inputs, expected, tolerance, session.inputs, session.outputs)
+    return RecordedModel(
+        inputs, expected, tolerance, session.inputs, session.outputs, dict(session.settings)
+    )
 
 
 def check_names(session: InferenceSession, given: Arrays) -> None:

@@ -209,6 +209,7 @@ def _write_contents(folder: Path, made: ReleaseContents) -> None:
         "tolerance": asdict(recorded.tolerance),
         "takes": [[s.name, s.dtype, s.shape] for s in recorded.takes],
         "gives": [[s.name, s.dtype, s.shape] for s in recorded.gives],
+        "settings": dict(recorded.settings),
     }
     save_graph(made.graph, folder / "graph.onnx")
     save_graph(made.exported or made.graph, folder / "exported.onnx")
@@ -234,12 +235,15 @@ def _read_contents(folder: Path) -> ReleaseContents:
             _read_arrays(folder / "tested.npz"),
             _read_arrays(folder / "expected.npz"),
             Tolerance(**document["tolerance"]),
-            *(
-                tuple(Signature(name, dtype, tuple(shape)) for name, dtype, shape in document[key])
-                for key in ("takes", "gives")
-            ),
+            _signatures(document["takes"]),
+            _signatures(document["gives"]),
+            settings=document["settings"],
         ),
     )
+
+
+def _signatures(rows: list[Any]) -> tuple[Signature, ...]:
+    return tuple(Signature(name, dtype, tuple(shape)) for name, dtype, shape in rows)
 
 
 def _write_arrays(path: Path, arrays: Arrays) -> None:

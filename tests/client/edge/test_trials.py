@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from typer.testing import CliRunner
 
+from prunecast.cli.edge import _line
+from prunecast.cli.main import app
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.config import Bounds, memory_bytes
+from prunecast.client.edge.control.controller import fleet_figures
 from prunecast.client.edge.errors import NetworkError, StateError
 from prunecast.client.edge.slots import trial
 from prunecast.client.edge.slots.slot import open_slot
@@ -23,6 +28,7 @@ from prunecast.compression.release.overseer import OVERSEER
 from prunecast.compression.release.runtime import InferenceSession
 from prunecast.compression.release.selftest import pack_arrays
 from prunecast.server.repository import Repository
+from prunecast.server.repository.authoring import ReleaseRecipe
 from prunecast.server.repository.authoring.sources import from_onnx
 from support import endless, foreign
 from support.network import Network
@@ -228,3 +234,27 @@ def test_the_memory_of_a_control_group_counts(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Path, "read_text", read)
     assert memory_bytes() == 256 << 20
+
+
+def test_a_device_says_with_which_settings_a_release_runs(
+    start: Callable[..., Agent], repository: Repository, config: AgentConfig, tmp_path: Path
+) -> None:
+    """In the result of the update, in the telemetry, in the status and in what is printed."""
+    onnx.save(foreign.shared_zeros(), tmp_path / "m.onnx")
+    release = ReleaseRecipe(onnx=tmp_path / "m.onnx").release(repository, "toy")
+    assert release.settings["session.x64quantprecision"] == "refused"
+    agent = start()
+    result = agent.update_once()
+    assert (result.outcome, result.version) == ("updated", 1)
+    assert result.settings["session.x64quantprecision"] == "refused"
+    assert "onnxruntime: session.x64quantprecision refused" in _line(result)
+    snapshot = agent.telemetry.snapshot()
+    assert snapshot.releases[0].settings == result.settings
+    assert fleet_figures(snapshot)["settings_refused"] == 1
+    agent.close()
+    shown = CliRunner().invoke(app, ["edge", "status", "--state", str(config.state)]).output
+    assert "onnxruntime: session.x64quantprecision refused" in " ".join(shown.split())
+    told = json.loads(
+        CliRunner().invoke(app, ["edge", "status", "--state", str(config.state), "--json"]).output
+    )
+    assert told["telemetry"]["releases"][0]["settings"] == result.settings

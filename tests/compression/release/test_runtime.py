@@ -8,11 +8,18 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, save
 
 from prunecast.compression.release import RuntimeFailure
-from prunecast.compression.release.runtime import import_onnxruntime
+from prunecast.compression.release.runtime import (
+    import_onnxruntime,
+    open_session,
+    settings_text,
+)
+from support import foreign
 
 SWITCHES = ("ORT_DISABLE_TELEMETRY", "CI", "TF_BUILD", "GITHUB_ACTIONS", "XDG_CACHE_HOME")
 PROGRAM = """
@@ -67,3 +74,47 @@ def test_what_is_installed_is_what_is_asked_for() -> None:
     for extra in ("edge", "server"):
         assert "onnxruntime>=1.24.1" in project["optional-dependencies"][extra]
     import_onnxruntime()
+
+
+def test_a_setting_that_a_model_cannot_have_is_left_out_and_named(tmp_path: Path) -> None:
+    save(foreign.shared_zeros(), tmp_path / "m.onnx")
+    given = {"x": foreign.weight(3, 4)}
+    plain = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    for memory in (None, 64 << 20):
+        session = open_session(tmp_path / "m.onnx", threads=1, memory=memory)
+        assert session.settings["session.x64quantprecision"] == "refused"
+        assert settings_text(session.settings) == "session.x64quantprecision refused"
+        np.testing.assert_array_equal(session.run(given)["y"], plain.run(None, given)[0])
+
+
+def test_settings_in_force_are_named(tmp_path: Path) -> None:
+    save(foreign.plain(), tmp_path / "m.onnx")
+    session = open_session(tmp_path / "m.onnx", threads=1)
+    assert session.settings == {"session.disable_quant_qdq": "1"}
+    limited = open_session(tmp_path / "m.onnx", threads=1, memory=64 << 20)
+    assert limited.settings == {
+        "session.disable_quant_qdq": "1",
+        "session.use_env_allocators": "1",
+    }
+    assert settings_text(limited.settings) == "session.disable_quant_qdq=1"
+
+
+def test_an_onnxruntime_without_arenas_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("built without arenas")
+
+    monkeypatch.setattr(onnxruntime, "create_and_register_allocator", refuse)
+    save(foreign.shared_zeros(), tmp_path / "m.onnx")
+    session = open_session(tmp_path / "m.onnx", threads=1, memory=64 << 20)
+    assert session.run({"x": foreign.weight(3, 4)})["y"].shape == (3, 4)
+    assert "session.use_env_allocators refused" in settings_text(session.settings)
+
+
+def test_what_is_refused_in_any_way_is_refused(tmp_path: Path) -> None:
+    model = foreign.shared_zeros()
+    model.graph.node[0].op_type = "NoSuchOperator"
+    save(model, tmp_path / "m.onnx")
+    with pytest.raises(RuntimeFailure, match="NoSuchOperator"):
+        open_session(tmp_path / "m.onnx")

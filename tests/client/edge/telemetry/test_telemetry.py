@@ -216,11 +216,11 @@ def test_a_failed_self_test_is_told(
 ) -> None:
     publish(1)
     monkeypatch.setattr(
-        "prunecast.client.edge.slots.slot.unpack_arrays",
+        "prunecast.client.edge.slots.trial.unpack_arrays",
         lambda data: {"input": np.zeros((4, 12), np.float32), "output": np.ones((4, 5), "f4")},
     )
     monkeypatch.setattr(
-        "prunecast.client.edge.slots.slot.InferenceSession.run", lambda *_: {}, raising=False
+        "prunecast.client.edge.slots.trial.InferenceSession.run", lambda *_, **__: {}
     )
     agent = start()
     assert agent.update_once().outcome == "rejected"
