@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,27 +116,9 @@ def run_bounded(
         BoundsExceeded: it was ended, or ended itself, for lack of memory or time.
     """
     bounds = [str(memory), str(seconds)]
-    environment = {
-        **os.environ,
-        # what is installed, and nothing that lies in the current folder, beside a model perhaps
-        "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
-        "OPENBLAS_NUM_THREADS": "1",  # its buffers for every CPU would count
-    }
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", __name__, *bounds, function, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            said = b""
-            while piece := process.stdout.read(_PIECE):
-                said = (said + piece)[-_PIECE:]
-            status = process.wait()
-        finally:
-            process.kill()
+    # what it leaves there when it is killed goes with the folder
+    with tempfile.TemporaryDirectory() as folder:
+        status, said = _run([*bounds, function, *arguments], folder)
     if status == -signal.SIGALRM:
         raise BoundsExceeded(
             f"{what} takes too long and was ended; allow more if you trust it (--max-seconds)"
@@ -153,6 +136,33 @@ def run_bounded(
             f"than {bytes_text(memory)}; allow more if you trust it (--max-bytes)"
         )
     return status, text
+
+
+def _run(arguments: list[str], folder: str) -> tuple[int, bytes]:
+    """Status and output of the process, whose temporary files go into a folder."""
+    environment = {
+        **os.environ,
+        "TMPDIR": folder,
+        # what is installed, and nothing that lies in the current folder, beside a model perhaps
+        "PYTHONPATH": os.pathsep.join(part for part in sys.path if part),
+        "OPENBLAS_NUM_THREADS": "1",  # its buffers for every CPU would count
+    }
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", __name__, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = b""
+            while piece := process.stdout.read(_PIECE):
+                said = (said + piece)[-_PIECE:]
+            status = process.wait()
+        finally:
+            process.kill()
+    return status, said
 
 
 def _main(memory: str, seconds: str, function: str, *arguments: str) -> None:

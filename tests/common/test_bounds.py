@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,16 @@ def test_time_ends_it_in_native_code_too(run) -> None:
 def test_a_crash_is_told(run) -> None:
     with pytest.raises(BoundsExceeded, match="ended with SIGABRT"):
         run("import os; os.abort()")
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "os._exit(1)", "while True: pass"])
+def test_what_a_killed_process_leaves_is_removed(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    code = f"import os, tempfile\nopen(tempfile.mkdtemp() + '/x', 'w').write('x')\n{end}"
+    with suppress(BoundsExceeded):
+        run(code, seconds=1)
+    assert list(scratch.iterdir()) == []

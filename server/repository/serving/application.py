@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from prunecast.common.listening import SparingLog
 from prunecast.server.repository.serving.connection import Quota, Request, ServingLimits
 from prunecast.server.repository.serving.files import Reply, file_reply, in_words, path_of
 from prunecast.server.repository.serving.monitoring import BlobKinds, HealthCheck, Metrics
@@ -36,6 +37,7 @@ class Application:
         rates = {"requests": limits.requests_per_second, "bytes": limits.bytes_per_second}
         self._quotas = {name: Quota(rate) for name, rate in rates.items() if rate is not None}
         self._looking: asyncio.Task[None] | None = None
+        self._sparing = SparingLog(_log)
 
     async def public(self, request: Request, client: str) -> Reply:
         """Files of the repository, and its health."""
@@ -47,7 +49,9 @@ class Application:
         try:
             reply = file_reply(self._root, name, request.headers)
         except OSError as error:
-            _log.error("%s: %s", request.target[:200], error.strerror or error)
+            self._sparing.warning(
+                "unreadable", "%s: %s", request.target[:200], error.strerror or error
+            )
             return in_words(503, "the file cannot be read now", retry_after="60")
         reply.kind = self._kind(reply, name)
         if request.method == "GET" and reply.status in (200, 206) and "bytes" in self._quotas:
