@@ -343,7 +343,10 @@ class TensorReader:
                 "model's folder; put the file itself there"
             )
         if not where.is_file():
-            raise UnreadableFile(f"{self._path} needs {location[:200]!r} beside it: not there")
+            raise UnreadableFile(
+                f"{self._path} needs {location[:200]!r} beside it: not there, get it "
+                "from where the model is from"
+            )
         try:
             offset = int(entries.get("offset", "0"))
             length = int(entries.get("length", str(0 if nbytes is None else nbytes)))

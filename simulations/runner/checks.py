@@ -16,7 +16,8 @@ from prunecast.simulations.runner.prepared import PartitionedData
 from prunecast.simulations.scenarios import Scenario
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
 __all__ = ["check_data_and_model"]
 
@@ -74,7 +75,24 @@ def _model(scenario: Scenario) -> nn.Module:
     if not isinstance(module, torch.nn.Module):
         made = f"{scenario.model.factory} returns a {type(module).__name__}"
         raise ScenarioError("model.factory", made, "return a torch.nn.Module")
-    return module
+    return module.to(_device(scenario))
+
+
+def _device(scenario: Scenario) -> torch.device:
+    """Where clients train: some layers run nowhere else."""
+    import torch
+
+    from prunecast.client.training.trainer import best_device
+
+    named = scenario.training.device
+    return best_device() if named == "auto" else torch.device(named)
+
+
+def _inputs(scenario: Scenario, batch: Examples) -> list[Tensor]:
+    import torch
+
+    device = _device(scenario)
+    return [torch.from_numpy(np.ascontiguousarray(v)).to(device) for v in batch.inputs.values()]
 
 
 def _telling_batch(
@@ -100,16 +118,15 @@ def _train(scenario: Scenario, module: nn.Module, batch: Examples, what: str) ->
     try:
         with torch.random.fork_rng(devices=[]):
             module.train()
-            inputs = [torch.from_numpy(np.ascontiguousarray(v)) for v in batch.inputs.values()]
-            outputs = module(*inputs)
+            outputs = module(*_inputs(scenario, batch))
             if not isinstance(outputs, torch.Tensor):
                 raise DataError(
                     f"the model returns a {type(outputs).__name__}: return one tensor, the "
                     "example first"
                 )
-            found: NDArray[Any] = outputs.detach().float().numpy()
+            found: NDArray[Any] = outputs.detach().float().cpu().numpy()
             task.check(found, batch.targets)
-            loss = task.training_loss(outputs, torch.from_numpy(batch.targets))
+            loss = task.training_loss(outputs, torch.from_numpy(batch.targets).to(outputs.device))
             loss.backward()  # type: ignore[no-untyped-call]
             module.zero_grad(set_to_none=True)
     except DataError:
@@ -165,8 +182,8 @@ def _evaluate(scenario: Scenario, module: nn.Module, held_out: Examples) -> None
     try:
         module.eval()
         with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            inputs = [torch.from_numpy(np.ascontiguousarray(v)) for v in batch.inputs.values()]
-            scenario.task.score(module(*inputs).numpy(), batch.targets)
+            outputs = module(*_inputs(scenario, batch))
+            scenario.task.score(outputs.cpu().numpy(), batch.targets)
     except Exception as error:  # torch raises many, and the model is the user's
         raise DataError(
             f"held-out examples ({_shapes(batch)}) cannot be measured: {type(error).__name__}: "

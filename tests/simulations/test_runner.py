@@ -290,6 +290,9 @@ def test_a_batch_of_one_example_is_refused_where_the_model_cannot(tiny, tmp_path
     with pytest.raises(DataError, match=r"clients 1, 2, 3 are left .*lower clients\.count"):
         check_scenario(scenario_from_mapping(mapping))
     check_scenario(scenario_from_mapping({**mapping, "model": tiny["model"]}))
+    mapping["data"]["held_out"] = 56
+    with pytest.raises(DataError, match=r"clients 0, 1, 2, \.\.\. are left .*lower clients\.count"):
+        check_scenario(scenario_from_mapping(mapping))
 
 
 def test_outputs_of_another_shape_than_the_targets_are_refused(tiny, tmp_path):
