@@ -44,7 +44,10 @@ _STEPS = 350
 _MOST_STEPS = 1 << 12
 _LARGE = 20_000
 _STATIC = 1000
-_ONE_SIGN = 64
+_CENTRE_SAMPLE = 12
+"""Logarithm of how many values tell where the centre is."""
+_CENTRE_RANGE = 1 << 16
+_CENTRE_TOKENS = TokenScheme(4, 1)
 _SMALL_BYTES = 8192
 _SMALL_SIZE = 1 << 18
 _FINE = 1 << 18
@@ -127,15 +130,40 @@ def _check_layout(specs: Mapping[str, TensorSpec], context: Context) -> None:
 
 
 def _centre(v: NDArray[Any], f: Field) -> int:
-    """A value to subtract: the only one, or the median of one sign."""
+    """A value to subtract: the only one, or what zigzag is cheapest around in a sample.
+
+    Candidates are zero, the most frequent value and the median: of values of one sign zigzag would
+    leave every other integer unused, and what is frequent should be small.
+    """
     least, most = int(v.min()), int(v.max())
     if least == most:
         return least
-    # Zigzag would leave every other integer unused.
-    if not f.conditioned and (least >= 0 or most <= 0) and most - least >= _ONE_SIGN:
-        sample = np.sort(v[:: max(1, len(v) >> 12)])
-        return int(sample[len(sample) // 2])
-    return 0
+    if f.conditioned:
+        return 0
+    sample = v[:: max(1, len(v) >> _CENTRE_SAMPLE)]
+    low, reach = int(sample.min()), int(sample.max()) - int(sample.min())
+    if reach < _CENTRE_RANGE:
+        counts = np.bincount(sample - low)
+        mode = low + int(counts.argmax())
+        median = low + int(np.searchsorted(np.cumsum(counts), len(sample) / 2))
+    else:
+        values, counts = np.unique(sample, return_counts=True)
+        mode = int(values[counts.argmax()])
+        median = int(values[np.searchsorted(np.cumsum(counts), len(sample) / 2)])
+    if abs(median) <= 1 and abs(mode) <= 1:
+        return 0  # as lattices are; no candidate is worth its bits
+    candidates = list(dict.fromkeys((0, median, mode)))
+    bits = [_around(sample, c, f) for c in candidates]
+    return candidates[bits.index(min(bits))]
+
+
+def _around(sample: NDArray[Any], centre: int, f: Field) -> float:
+    """Bits of a sample around a centre: of its tokens, and raw ones."""
+    z = to_z(sample, centre, f)
+    counts = np.bincount(_CENTRE_TOKENS.tokens(z), minlength=256)
+    widths = np.where(counts > 0, _CENTRE_TOKENS.widths(), 0)
+    own = 8.0 * (centre != 0)
+    return float(entropy_bits(counts)) + float((counts * widths).sum()) + own
 
 
 def encode_body(
