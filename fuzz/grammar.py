@@ -16,12 +16,23 @@ import numpy as np
 from prunecast.compression.codec import CodecError, Context, TensorSpec
 from prunecast.compression.codec.container.wire import seal
 from prunecast.compression.codec.context import DTYPE_CODES
+from prunecast.compression.codec.entropy.packs import CODERS, pack
 from prunecast.compression.codec.entropy.rans import RansTables
 from prunecast.compression.codec.entropy.static import static_encode
 from prunecast.compression.codec.entropy.streams import LaneStream, write_stream
 from prunecast.compression.codec.entropy.tables import frequencies, predicted
-from prunecast.compression.codec.modelling.copies import all_fields, may_have_copies
+from prunecast.compression.codec.modelling.copies import may_have_copies
 from prunecast.compression.codec.modelling.fields import Field
+from prunecast.compression.codec.modelling.forms import (
+    PER_COLUMN,
+    Equal,
+    Form,
+    Lattice,
+    Packed,
+    Palette,
+    all_fields,
+    may_have_form,
+)
 
 from .writer import HeadWriter
 
@@ -62,9 +73,11 @@ def generate(rng: random.Random, context: Context) -> bytes:
     w = _Writer(rng, rng.choice((0.0, 0.0, 0.0, 0.004, 0.02, 0.1)))
     specs = dict(context.layout) if context.layout is not None else _specs(w, context)
     kept = _copies(w, specs, context)
+    formed = rng.random() < 0.4
+    forms, packs = _forms(w, specs, context, kept) if formed else ({}, b"")
     fields: list[Field] = []
     try:
-        for name, own in all_fields(specs, context, kept).items():
+        for name, own in all_fields(specs, context, kept, forms).items():
             fields += own
             if name in kept:
                 w.references[id(own[0])] = kept[name]
@@ -72,10 +85,65 @@ def generate(rng: random.Random, context: Context) -> bytes:
         fields = []
     if sum(f.size for f in fields) > 1 << 13:  # the limits' business; bodies stay small
         fields = []
-    rest = _body(w, fields)
+    rest = _body(w, fields) + packs
     if rng.random() < w.glitch:
         rest = rest[: rng.randrange(len(rest) + 1)] + rng.randbytes(rng.randrange(3))
-    return seal(context, w.coder.finish(), rest)
+    return seal(context, w.coder.finish(), rest, forms=formed)
+
+
+def _forms(
+    w: _Writer, specs: Mapping[str, TensorSpec], context: Context, kept: Mapping[str, int]
+) -> tuple[dict[str, Form], bytes]:
+    """What each tensor is coded as, and the bytes of packs."""
+    rng, forms = w.rng, dict[str, Form]()
+    names, members = list(specs), list[list[str]]()
+    for number, (name, spec) in enumerate(specs.items()):
+        if not may_have_form(name, spec, context) or name in kept:
+            continue
+        same = [
+            i
+            for i, other in enumerate(names[:number])
+            if (specs[other].dtype, specs[other].size) == (spec.dtype, spec.size)
+            and not isinstance(forms.get(other), Equal)
+        ]
+        usable = [0, 3, 4] if spec.dtype.kind != "b" else [0, 4]
+        usable += [1, 1, 1] * bool(same) + [2, 2] * (spec.dtype.kind == "f")
+        kind = w.uint("form", rng.choice(usable))
+        if kind == 1:
+            source = rng.choice(same) if same else 0
+            w.uint("source", number - source - 1)
+            forms[name] = Equal(names[source])
+        elif kind == 2:
+            axis = w.uint("axis", rng.choice((0, 1, 2)) if len(spec.shape) > 1 else 0)
+            forms[name] = Lattice(min(axis, PER_COLUMN), w.bit("signed", rng.random() < 0.5))
+            if not axis:
+                step = np.array(rng.choice((0.1, 1.0, 1e300, 5e-324, rng.random())), ">f8")
+                if rng.random() < w.glitch:
+                    step = np.frombuffer(rng.randbytes(8), ">f8")[0]
+                w.coder.bits(int.from_bytes(np.array(step, ">f8").tobytes(), "big"), 64)
+        elif kind == 3:
+            count = w.uint("colours", rng.randrange(min(spec.size, 9))) + 1
+            forms[name] = Palette(min(count, 1 << 16))
+        elif kind == 4:
+            back = w.uint("pack", rng.randint(0, len(members)))
+            if not back:
+                members.append([])
+            at = max(len(members) - max(back, 1), 0)
+            members[at].append(name)
+            forms[name] = Packed(at)
+    packs = b""
+    for held in members:
+        coder = w.uint("axis", rng.randrange(len(CODERS)))
+        w.bit("shuffled", rng.random() < 0.5)
+        size = sum(specs[name].nbytes for name in held)
+        size += rng.choice((-1, 1)) * (rng.random() < w.glitch)
+        values = np.frombuffer(bytes([rng.randrange(2)]) * max(min(size, 1 << 13), 1), np.uint8)
+        data = pack([values], min(coder, len(CODERS) - 1), shuffle=False)
+        if rng.random() < w.glitch:
+            data = data[: rng.randrange(len(data) + 1)] + rng.randbytes(rng.randrange(3))
+        w.uint("pack bytes", len(data))
+        packs += data
+    return forms, packs
 
 
 def _specs(w: _Writer, context: Context) -> dict[str, TensorSpec]:

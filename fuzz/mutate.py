@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable
 
 from prunecast.compression.codec import Context
-from prunecast.compression.codec.container.wire import seal
+from prunecast.compression.codec.container.wire import FORMS, seal
 
 from .grammar import ODD, generate
 from .oracle import CONTEXTS, TIGHT, Mode
@@ -40,6 +40,11 @@ def sections(payload: bytes) -> tuple[bytes, bytes]:
     return payload[at : at + length][: end - at], payload[at + length : end]
 
 
+def has_forms(payload: bytes) -> bool:
+    """Whether a payload's flags say that its head speaks of forms."""
+    return len(payload) > 5 and bool(payload[5] & FORMS)
+
+
 def mutate(data: bytes, max_size: int, seed: int, engine: Bytes) -> bytes:
     """Return a changed input of at most ``max_size`` bytes."""
     rng = random.Random(seed)
@@ -58,6 +63,7 @@ def _mutate(data: bytes, max_size: int, rng: random.Random, engine: Bytes) -> by
         mode = _other_mode(mode, rng, everything=rng.random() < 0.2)
         return bytes([mode.byte]) + generate(rng, CONTEXTS[mode.context])
     head, rest = sections(payload)
+    forms = has_forms(payload) ^ (rng.random() < 0.02)
     if roll < 0.20:
         mode = _other_mode(mode, rng, everything=True)
     elif roll < 0.42:
@@ -70,12 +76,12 @@ def _mutate(data: bytes, max_size: int, rng: random.Random, engine: Bytes) -> by
         head, rest = whole[:cut], whole[cut:] + bytes(rng.choice((0, 0, 1, 4)))
     else:
         context = CONTEXTS[mode.context]
-        sealed = seal(context, head, rest)
-        ops = _changed(_recorded(mode.context, head), rng)
+        sealed = seal(context, head, rest, forms=forms)
+        ops = _changed(_recorded(mode.context, head, forms), rng)
         head = play(ops, sealed, context, TIGHT, rng)
     if rng.random() < 0.2:
         mode = _other_mode(mode, rng, everything=False)
-    return bytes([mode.byte]) + seal(CONTEXTS[mode.context], head, rest)
+    return bytes([mode.byte]) + seal(CONTEXTS[mode.context], head, rest, forms=forms)
 
 
 def cross(a: bytes, b: bytes, max_size: int, seed: int) -> bytes:
@@ -84,25 +90,27 @@ def cross(a: bytes, b: bytes, max_size: int, seed: int) -> bytes:
     mode = Mode.of(a[0] if a else 0)
     context: Context = CONTEXTS[mode.context]
     (head, rest), (other_head, other_rest) = sections(a[1:]), sections(b[1:])
+    forms = has_forms(a[1:])
     if rng.random() < 0.4:
         cut, other_cut = rng.randrange(len(head) + 1), rng.randrange(len(other_head) + 1)
         head = head[:cut] + other_head[other_cut:] if rng.random() < 0.7 else other_head
         rest = other_rest if rng.random() < 0.5 else rest
     else:
-        mine = _recorded(mode.context, head)
-        theirs = _recorded(Mode.of(b[0] if b else 0).context, other_head)
+        mine = _recorded(mode.context, head, forms)
+        theirs = _recorded(Mode.of(b[0] if b else 0).context, other_head, has_forms(b[1:]))
         i, j = rng.randrange(len(mine) + 1), rng.randrange(len(theirs) + 1)
         if rng.random() < 0.5:
             rest = other_rest
-        head = play(mine[:i] + theirs[j:], seal(context, head, rest), context, TIGHT, rng)
-    out = bytes([mode.byte]) + seal(context, head, rest)
+        sealed = seal(context, head, rest, forms=forms)
+        head = play(mine[:i] + theirs[j:], sealed, context, TIGHT, rng)
+    out = bytes([mode.byte]) + seal(context, head, rest, forms=forms)
     return out if len(out) <= max_size else a[:max_size]
 
 
 @functools.lru_cache(maxsize=2048)
-def _recorded(index: int, head: bytes) -> list[Op]:
+def _recorded(index: int, head: bytes, forms: bool) -> list[Op]:
     """Decisions of a head; inputs of the corpus come again and again."""
-    return record(seal(CONTEXTS[index], head, b""), CONTEXTS[index], TIGHT)
+    return record(seal(CONTEXTS[index], head, b"", forms=forms), CONTEXTS[index], TIGHT)
 
 
 def _other_mode(mode: Mode, rng: random.Random, *, everything: bool) -> Mode:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .container.head import read_copies
+from .container.forms import read_copies, read_forms
 from .container.metering import Cell, HeadMeter, measured_body, measured_specs, side_bits
 from .container.wire import unseal
 from .context import Context, Limits, TensorSpec
+from .entropy.packs import Pack
 from .modelling.classes import STORED
-from .modelling.copies import all_fields
+from .modelling.forms import Form, all_fields
 from .payload import open_payload
 from .shares import Shares
 
@@ -20,7 +21,7 @@ __all__ = ["PayloadCosts", "TensorCost", "measure_costs"]
 
 SECTIONS = (
     "envelope", "layout", "coding", "levels", "clusters", "tables", "directory", "symbols",
-    "segments", "stored",
+    "segments", "stored", "packs",
 )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ class PayloadCosts:
             lengths, context tag, checksum. In the head: ``layout`` (names, dtypes, shapes),
             ``coding`` (how each field is coded), ``levels`` of rows and columns, ``clusters``,
             ``tables``, ``directory`` of the segments, ``symbols`` of a small payload. After the
-            head: ``levels`` and ``tables`` of a large payload, ``segments`` and ``stored``.
+            head: ``levels`` and ``tables`` of a large payload, ``segments``, ``stored``, ``packs``.
         tensors: name to its bytes.
     """
 
@@ -90,8 +91,12 @@ def measure_costs(
         _, named = measured_specs(meter, limits)
     first = len(meter.notes)
     kept = read_copies(meter, tensors.specs, context)
+    forms: dict[str, Form] = {}
+    packs: list[Pack] = []
+    if envelope.forms:
+        forms, packs = read_forms(meter, tensors.specs, context, kept)
     named["coding", None] = sum(cost for _, cost in meter.notes[first:])
-    by_tensor = all_fields(tensors.specs, context, kept)
+    by_tensor = all_fields(tensors.specs, context, kept, forms)
     fields = [f for group in by_tensor.values() for f in group]
     owner = [number for number, group in enumerate(by_tensor.values()) for _ in group]
     body, coded = measured_body(meter, fields, limits, envelope.rest)
@@ -121,13 +126,19 @@ def measure_costs(
         if f.size and code.mode == STORED:
             cells["stored", owner[i]] += f.size * f.width // 8
 
+    number_of = {name: number for number, name in enumerate(tensors.specs)}
+    for one in packs:
+        weights = {number_of[name]: tensors.specs[name].nbytes for name in one.members}
+        for tensor, nbytes in apportioned(one.nbytes, weights).items():
+            cells["packs", tensor] += nbytes
     sections = dict.fromkeys(SECTIONS, 0)
     costs = [TensorCost(spec) for spec in tensors.specs.values()]
     for (name, number), nbytes in cells.items():
         sections[name] += nbytes
         if number is not None and nbytes:
             costs[number].sections[name] = nbytes
-    for number in shares.sharing:
+    together = (number_of[n] for one in packs if len(one.members) > 1 for n in one.members)
+    for number in (*shares.sharing, *together):
         costs[number].shared = True
     return PayloadCosts(len(payload), sections, dict(zip(tensors.specs, costs, strict=True)))
 

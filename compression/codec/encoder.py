@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .container.head import Body, segments_of, write_body, write_copies, write_specs
+from .container.forms import write_copies, write_forms
+from .container.head import Body, segments_of, write_body, write_specs
 from .container.wire import seal
 from .context import Context, TensorSpec, spec_of
 from .entropy.adaptive import AdaptiveEncoder
@@ -25,11 +26,14 @@ from .modelling.classes import (
     STORED,
     FieldCode,
 )
-from .modelling.copies import all_fields, find_copies, may_have_copies
+from .modelling.copies import find_copies, may_have_copies
 from .modelling.fields import Field, split_tensor, to_z
+from .modelling.forming import Formed, choose_forms
+from .modelling.forms import all_fields, parted
 from .modelling.observed import Observed
 from .modelling.parts import Phase, histogram, split_phases, symbols_of
 from .modelling.planning import build_maps, choose_scheme, entropy_bits, plan_field
+from .packing import Packing, packed
 
 __all__ = ["encode", "encode_body"]
 
@@ -55,11 +59,19 @@ _BYTE_SAMPLE = 18
 """Logarithm of how many bytes of a plane tell whether it can be compressed."""
 
 
-def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None) -> bytes:
+def encode(
+    tensors: Mapping[str, NDArray[Any]], *, context: Context | None = None, thorough: bool = False
+) -> bytes:
     """Return one self-delimiting payload that decodes to exactly these tensors.
 
     Integer tensors (bool, int8 to int64, uint8 to uint64) and float tensors (float16 to float64,
     bit for bit) of any shape. See :class:`Context` for what both sides may already know.
+
+    Args:
+        tensors: by name.
+        context: what the decoder knows.
+        thorough: take more time for what is coded once and sent often: try the coders of the
+            standard library wherever they may take fewer bytes.
 
     Raises:
         UnsupportedDtype: a tensor has another dtype.
@@ -78,14 +90,38 @@ def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = Non
     specs = {name: spec_of(name, array) for name, array in arrays.items()}
     context = context or Context()
     _check_layout(specs, context)
+    formed = choose_forms(arrays, specs, context)
+
+    def write(forms: Mapping[str, Formed], packs: Packing) -> bytes:
+        return _write(arrays, specs, context, forms, packs)
+
+    payload = write(formed, [])
+    if formed and len(payload) <= _SMALL_BYTES:  # a form costs some bytes itself
+        plain = write({}, [])
+        if len(plain) <= len(payload):
+            formed, payload = {}, plain
+    return packed(arrays, specs, context, formed, payload, write) if thorough else payload
+
+
+def _write(
+    arrays: Mapping[str, NDArray[Any]],
+    specs: Mapping[str, TensorSpec],
+    context: Context,
+    formed: Mapping[str, Formed],
+    packs: Packing,
+) -> bytes:
     kept: dict[str, int] = {}
     parts: dict[str, list[NDArray[Any]]] = {}
     for name, array in arrays.items():
+        if name in formed:
+            parts[name] = formed[name][1]
+            continue
         copies = find_copies(array) if may_have_copies(name, specs[name], context) else None
         parts[name] = [array] if copies is None else list(copies)
         if copies is not None:
             kept[name] = len(copies[1])
-    by_tensor = all_fields(specs, context, kept)
+    forms = {name: form for name, (form, _) in formed.items()}
+    by_tensor = all_fields(specs, context, kept, forms)
     fields = [f for group in by_tensor.values() for f in group]
 
     def written(*, levels: bool) -> tuple[bytes, Body]:
@@ -93,9 +129,12 @@ def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = Non
         if context.layout is None:
             write_specs(coder, specs)
         write_copies(coder, specs, context, kept)
+        if forms:
+            write_forms(coder, specs, context, kept, forms, [one for one, _ in packs])
         values = (v for n, group in by_tensor.items() for v in _split(parts[n], group))
         rest, body = encode_body(coder, fields, values, levels=levels)
-        return seal(context, coder.finish(), rest), body
+        rest += b"".join(data for _, data in packs)
+        return seal(context, coder.finish(), rest, forms=bool(forms)), body
 
     payload, body = written(levels=True)
     # What levels save is an estimate, and too good where there is little to learn from.
@@ -106,11 +145,8 @@ def encode(tensors: Mapping[str, NDArray[Any]], *, context: Context | None = Non
 
 
 def _split(parts: list[NDArray[Any]], fields: list[Field]) -> Iterator[NDArray[Any]]:
-    if len(parts) == 1:
-        yield from split_tensor(parts[0], fields)
-        return
-    for part, field in zip(parts, fields, strict=True):
-        yield from split_tensor(part, [field])
+    for part, own in zip(parts, parted(fields), strict=True):
+        yield from split_tensor(part, own)
 
 
 def _check_layout(specs: Mapping[str, TensorSpec], context: Context) -> None:

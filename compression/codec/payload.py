@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .container.head import read_body, read_copies, read_specs
+from .container.forms import read_copies, read_forms
+from .container.head import read_body, read_specs
 from .container.wire import unseal
 from .context import Context, Limits, TensorSpec, check_dtype
 from .entropy.adaptive import AdaptiveDecoder
 from .entropy.lanes import rans_tables, read_segment
+from .entropy.packs import Pack, member_of, unpack
 from .entropy.rans import RansTables
 from .entropy.serial import SerialModels, read_serial
 from .entropy.symbols import FieldValues, Placement, Symbols, distribute
@@ -26,8 +28,9 @@ from .modelling.classes import (
     neighbour_sums,
     phase_slice,
 )
-from .modelling.copies import all_fields, expand_copies
+from .modelling.copies import expand_copies
 from .modelling.fields import Field, assemble, check_width, from_z, integers_at
+from .modelling.forms import Equal, Form, Packed, all_fields, expand, parted
 
 __all__ = ["Payload", "decode", "open_payload"]
 
@@ -67,7 +70,11 @@ class Payload(Mapping[str, NDArray[Any]]):
         _check_size(specs, limits, len(payload), trusted=context.layout is not None)
         self.specs: Mapping[str, TensorSpec] = specs
         self._copies = read_copies(coder, specs, context)
-        self._by_tensor = all_fields(specs, context, self._copies)
+        self._forms: Mapping[str, Form] = {}
+        self._packs: list[Pack] = []
+        if envelope.forms:
+            self._forms, self._packs = read_forms(coder, specs, context, self._copies)
+        self._by_tensor = all_fields(specs, context, self._copies, self._forms)
         self._fields: list[Field] = []
         self._index: dict[str, list[int]] = {}
         for name, group in self._by_tensor.items():
@@ -80,6 +87,10 @@ class Payload(Mapping[str, NDArray[Any]]):
         self._group_of: dict[int, int] = {}
         self._first_segment: list[int] = []
         self._stored_at: dict[int, int] = {}
+        self._pack_at: list[int] = []
+        # Kept, so that tensors which lead to the same one take its time once.
+        self._unpacked: dict[int, bytes] = {}
+        self._sources: dict[str, NDArray[Any]] = {}
         self._most_steps, self._steps = limits.steps, 0
         self._tables: RansTables | None = None
         # Serial symbols can be read once only, as the coder's state moves on.
@@ -93,20 +104,38 @@ class Payload(Mapping[str, NDArray[Any]]):
         if name not in self.specs:
             raise KeyError(name)
         try:
-            parts = self.parts(name)
-            if len(parts) == 1:
-                return parts[0]
-            return expand_copies(parts[0], parts[1], self.specs[name])
+            return self._tensor(name)
         except _FOREIGN as error:
             raise _wrapped(error, f"tensor {name!r}") from error
 
+    def _tensor(self, name: str) -> NDArray[Any]:
+        spec, form = self.specs[name], self._forms.get(name)
+        if isinstance(form, Equal):
+            if form.source not in self._sources:
+                self._sources[form.source] = self._tensor(form.source)
+            return self._sources[form.source].reshape(spec.shape).copy()
+        if name in self._sources:
+            return self._sources[name].copy()
+        if isinstance(form, Packed):
+            return self._of_pack(form.number, name)
+        parts = self.parts(name)
+        if form is not None:
+            return expand(form, parts, spec)
+        return parts[0] if len(parts) == 1 else expand_copies(parts[0], parts[1], spec)
+
+    def _of_pack(self, number: int, name: str) -> NDArray[Any]:
+        one = self._packs[number]
+        specs = [self.specs[member] for member in one.members]
+        if number not in self._unpacked:
+            at = self._pack_at[number]
+            size = sum(spec.nbytes for spec in specs)
+            self._unpacked[number] = unpack(self._rest[at : at + one.nbytes], one.coder, size)
+        return member_of(self._unpacked[number], one.shuffled, specs, one.members.index(name))
+
     def parts(self, name: str) -> list[NDArray[Any]]:
-        """Return what is coded of a tensor: itself, or references to rows and the rows kept."""
-        fields, index = self._by_tensor[name], self._index[name]
-        if name not in self._copies:
-            return [assemble((self._values(i) for i in index), fields)]
-        each = zip(fields, index, strict=True)
-        return [assemble(iter([self._values(i)]), [f]) for f, i in each]
+        """Return what is coded of a tensor: itself, or what its form or its rows consist of."""
+        values = (self._values(i) for i in self._index[name])
+        return [assemble(values, part) for part in parted(self._by_tensor[name])]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -129,6 +158,9 @@ class Payload(Mapping[str, NDArray[Any]]):
             if f.size and code.mode == STORED:
                 self._stored_at[i] = at
                 at += f.size * f.width // 8
+        for one in self._packs:
+            self._pack_at.append(at)
+            at += one.nbytes
         if at != len(self._rest):
             raise MalformedPayload(f"the sections take {at} bytes, but {len(self._rest)} follow")
 
@@ -158,13 +190,14 @@ class Payload(Mapping[str, NDArray[Any]]):
         """
         if name not in self.specs:
             raise KeyError(name)
-        i = self._index[name][0]
-        f, code = self._fields[i], self._body.codes[i]
-        if name in self._copies or f.spec.dtype.kind not in "iu" or code.centre:
+        i, formed = self._index[name][0] if self._index[name] else -1, name in self._forms
+        dense = formed or name in self._copies or self.specs[name].dtype.kind not in "iu"
+        if dense or self._body.codes[i].centre:
             flat, selected = self[name].reshape(-1), self.positions(name)
             flat = flat if selected is None else flat[selected]
             at = np.flatnonzero(flat)
             return at, flat[at]
+        f = self._fields[i]
         try:
             at, z = self._coded(i).nonzeros()
             return at, integers_at(from_z(z, 0, f), at, f)
@@ -173,7 +206,8 @@ class Payload(Mapping[str, NDArray[Any]]):
 
     def positions(self, name: str) -> NDArray[np.int64] | None:
         """Flat indices of a tensor's coded positions: those under its mask. None: all of them."""
-        return None if name in self._copies else self._by_tensor[name][0].selected
+        whole = name in self._copies or name in self._forms
+        return None if whole else self._by_tensor[name][0].selected
 
     def _values(self, i: int) -> NDArray[Any]:
         return from_z(self._coded(i).whole(), self._body.codes[i].centre, self._fields[i])

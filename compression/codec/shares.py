@@ -13,6 +13,7 @@ from .container.head import Body
 from .entropy.lanes import rans_tables
 from .modelling.classes import CODED
 from .modelling.fields import Field, split_tensor, to_z
+from .modelling.forms import parted
 from .modelling.parts import Phase, split_phases, symbols_of
 from .payload import Payload
 
@@ -83,11 +84,8 @@ class Shares:
             if wanted.isdisjoint(numbers):
                 continue
             arrays = self._tensors.parts(name)
-            if len(arrays) == 1:
-                values = list(split_tensor(arrays[0], own))
-            else:
-                each = zip(arrays, own, strict=True)
-                values = [v for array, f in each for v in split_tensor(array, [f])]
+            each = zip(arrays, parted(own), strict=True)
+            values = [v for array, part in each for v in split_tensor(array, part)]
             for i, f, v in zip(numbers, own, values, strict=True):
                 code = self._body.codes[i]
                 if i not in wanted or code.mode != CODED:

@@ -193,7 +193,7 @@ def pack_part(
         arrays[_METADATA] = np.frombuffer(encoded, np.uint8)
     if graph is not None:
         arrays[_GRAPH] = np.frombuffer(graph, np.uint8)
-    return encode(arrays)
+    return encode(arrays, thorough=True)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,11 @@ def inspect(payload: bytes) -> PayloadInfo:
 
 
 def encode_keyframe(
-    model: PublishedModel, *, stream: bytes = b"", seed: Seed | None = None
+    model: PublishedModel,
+    *,
+    stream: bytes = b"",
+    seed: Seed | None = None,
+    thorough: bool = False,
 ) -> bytes:
     """Code a version alone.
 
@@ -103,6 +107,7 @@ def encode_keyframe(
         stream: identifier of the run and record, or of the release, it belongs to.
         seed: what the model's lattice tensors were drawn from (see `draw_like`); only the seed
             then travels instead of them.
+        thorough: take more time for fewer bytes, see `prunecast.compression.codec.encode`.
     """
     heads = {name: head_of(tensor) for name, tensor in model.tensors.items()}
     values: dict[str, NDArray[Any]] = {
@@ -114,7 +119,7 @@ def encode_keyframe(
     if seed is not None:
         kind, section = Kind.SEEDED, pack_seed(seed)
         heads = {name: head for name, head in heads.items() if name not in seed.draws}
-    body = section + encode(values, context=_context(heads))
+    body = section + encode(values, context=_context(heads), thorough=thorough)
     layout = pack_heads(model.tensors)
     return frame.pack(kind, stream, model.counter, model.digest, layout=layout, body=body)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..context import DTYPE_CODES, Context, Limits, TensorSpec
+from ..context import DTYPE_CODES, Limits, TensorSpec
 from ..entropy.adaptive import UINT_CONTEXTS, AdaptiveDecoder, AdaptiveEncoder
 from ..entropy.streams import FEWEST_PACKED, LaneStream
 from ..entropy.tables import TableModel
@@ -28,7 +28,6 @@ from ..modelling.classes import (
     may_have_neighbours,
     phase_size,
 )
-from ..modelling.copies import may_have_copies
 from ..modelling.fields import PREVIOUS_CLASSES, Field
 from .levels import LevelModel, LevelRun
 from .side import SideModel, SideWriter, open_side
@@ -38,11 +37,9 @@ __all__ = [
     "HeadModels",
     "Segment",
     "read_body",
-    "read_copies",
     "read_specs",
     "segments_of",
     "write_body",
-    "write_copies",
     "write_specs",
 ]
 
@@ -173,37 +170,6 @@ def read_specs(coder: AdaptiveDecoder, limits: Limits) -> dict[str, TensorSpec]:
             raise MalformedPayload(f"tensor {name!r} is empty, but no array has its shape")
         specs[name] = spec
     return specs
-
-
-def write_copies(
-    coder: AdaptiveEncoder,
-    specs: Mapping[str, TensorSpec],
-    context: Context,
-    kept: Mapping[str, int],
-) -> None:
-    """Write which tensors have copied rows, and how many rows of these were kept."""
-    flag, number = coder.contexts(1), coder.contexts(UINT_CONTEXTS)
-    for name, spec in specs.items():
-        if may_have_copies(name, spec, context):
-            coder.bit(flag, name in kept)
-            if name in kept:
-                coder.uint(number, kept[name])
-
-
-def read_copies(
-    coder: AdaptiveDecoder, specs: Mapping[str, TensorSpec], context: Context
-) -> dict[str, int]:
-    """Read what :func:`write_copies` wrote."""
-    flag, number = coder.contexts(1), coder.contexts(UINT_CONTEXTS)
-    kept: dict[str, int] = {}
-    for name, spec in specs.items():
-        if may_have_copies(name, spec, context) and coder.bit(flag):
-            kept[name] = coder.uint(number)
-            if not 0 < kept[name] < spec.shape[0]:
-                raise MalformedPayload(
-                    f"tensor {name!r} keeps {kept[name]} of its {spec.shape[0]} rows"
-                )
-    return kept
 
 
 def _limit(name: str, value: int, most: int) -> None:

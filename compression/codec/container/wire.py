@@ -18,6 +18,7 @@ from ..errors import (
 
 __all__ = [
     "CONTEXT_PARTS",
+    "FORMS",
     "MAGIC",
     "Envelope",
     "Outline",
@@ -28,8 +29,11 @@ __all__ = [
 ]
 
 MAGIC = b"PCC"
-MAJOR, MINOR = 2, 0
-_KNOWN_FLAGS = 0b111
+MAJOR, MINOR = 2, 1
+_CONTEXT_FLAGS = 0b111
+FORMS = 0b10000
+"""The flag of a head that says of each tensor what it is coded as."""
+_KNOWN_FLAGS = _CONTEXT_FLAGS | FORMS
 CONTEXT_PARTS = ("layout", "mask", "previous")
 """What each flag, from bit 0 on, says that the context holds."""
 
@@ -40,7 +44,7 @@ class Outline:
 
     Attributes:
         version: major and minor.
-        flags: bit 0: layout, bit 1: mask, bit 2: previous.
+        flags: bit 0: layout, bit 1: mask, bit 2: previous, bit 4: forms.
         nbytes: total length, which is that of the payload.
         context_tag: first bytes of the context's digest; empty without a context.
         head_at: where the head's length lies.
@@ -64,6 +68,8 @@ class Envelope:
 
     head: bytes
     rest: bytes
+    forms: bool = False
+    """Whether the head says of each tensor what it is coded as."""
 
 
 def _varint(value: int) -> bytes:
@@ -90,10 +96,10 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     raise MalformedPayload("a length takes more than nine bytes")
 
 
-def seal(context: Context, head: bytes, rest: bytes) -> bytes:
-    """Return the finished payload."""
+def seal(context: Context, head: bytes, rest: bytes, *, forms: bool = False) -> bytes:
+    """Return the finished payload; of the minor version that brought what it uses."""
     flags = context.flags
-    start = MAGIC + bytes([MAJOR, MINOR, flags])
+    start = MAGIC + bytes([MAJOR, MINOR if forms else 0, flags | FORMS * forms])
     body = (context.digest[:4] if flags else b"") + _varint(len(head)) + head + rest
     fixed = len(start) + len(body) + 4
     total = fixed + 1
@@ -157,20 +163,20 @@ def outline_payload(payload: bytes, limits: Limits | None = None) -> Outline:
     if zlib.crc32(payload[:end]) != int.from_bytes(payload[end:], "little"):
         raise ChecksumMismatch("the payload's checksum does not match; fetch it again")
     major, minor, flags = payload[3:6]
-    tag = payload[at : min(at + 4, end)] if flags else b""
+    tag = payload[at : min(at + 4, end)] if flags & _CONTEXT_FLAGS else b""
     return Outline((major, minor), flags, total, tag, at + len(tag))
 
 
 def unseal(payload: bytes, context: Context, limits: Limits) -> Envelope:
     """Check everything that the outer layer states and return what it holds."""
     stated = outline_payload(payload, limits)
-    if stated.flags != context.flags:
+    if stated.flags & _CONTEXT_FLAGS != context.flags:
         has = [n for i, n in enumerate(CONTEXT_PARTS) if context.flags >> i & 1] or ["nothing"]
         raise ContextMismatch(
             f"the payload was coded with {' + '.join(stated.needs) or 'nothing'} as context, "
             f"but {' + '.join(has)} was given"
         )
-    if stated.flags and stated.context_tag != context.digest[:4]:
+    if context.flags and stated.context_tag != context.digest[:4]:
         raise ContextMismatch(
             "the payload was coded against another context; give the layout, mask and "
             "previous values that its sender used"
@@ -179,4 +185,5 @@ def unseal(payload: bytes, context: Context, limits: Limits) -> Envelope:
     length, at = _read_varint(payload[:end], stated.head_at)
     if length > end - at:
         raise MalformedPayload("the head is longer than the payload")
-    return Envelope(payload[at : at + length], payload[at + length : end])
+    forms = bool(stated.flags & FORMS)
+    return Envelope(payload[at : at + length], payload[at + length : end], forms)

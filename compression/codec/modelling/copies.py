@@ -7,7 +7,6 @@ step of an optimiser that looks at signs makes their rows equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,9 @@ from numpy.typing import NDArray
 
 from ..context import Context, TensorSpec
 from ..errors import MalformedPayload
-from .fields import CHUNK, Field, fields_of
+from .fields import CHUNK, Field
 
 __all__ = [
-    "all_fields",
     "copied_fields",
     "expand_copies",
     "find_copies",
@@ -42,17 +40,6 @@ def may_have_copies(name: str, spec: TensorSpec, context: Context) -> bool:
         and name not in (context.mask or {})
         and name not in (context.previous or {})
     )
-
-
-def all_fields(
-    specs: Mapping[str, TensorSpec], context: Context, kept: Mapping[str, int]
-) -> dict[str, list[Field]]:
-    """Return every tensor's fields; ``kept`` has the rows kept of those with copied rows."""
-    found = fields_of({n: s for n, s in specs.items() if n not in kept}, context)
-    return {
-        name: copied_fields(name, spec, kept[name]) if name in kept else found[name]
-        for name, spec in specs.items()
-    }
 
 
 def copied_fields(name: str, spec: TensorSpec, kept: int) -> list[Field]:

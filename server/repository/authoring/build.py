@@ -167,7 +167,7 @@ class BuiltRelease:
             outputs=recorded.gives,
             files=files,
             weights=FileRef(bound.weights_sha256, bound.layout.size),
-            keyframe=self._keep(encode_keyframe(model, stream=name.encode())),
+            keyframe=self._keep(encode_keyframe(model, stream=name.encode(), thorough=True)),
             patches=(),
             tolerance=recorded.tolerance,
             metrics={key: float(value) for key, value in contents.metrics.items()},

@@ -18,12 +18,21 @@ from unittest import mock
 import numpy as np
 
 from prunecast.compression.codec import Context, Limits, TensorSpec, encode, encoder
-from prunecast.compression.codec.container.head import write_copies, write_specs
+from prunecast.compression.codec.container.forms import write_copies, write_forms
+from prunecast.compression.codec.container.head import write_specs
 from prunecast.compression.codec.container.wire import seal, unseal
 from prunecast.compression.codec.encoder import encode_body
 from prunecast.compression.codec.entropy.adaptive import UINT_CONTEXTS, AdaptiveEncoder
+from prunecast.compression.codec.entropy.packs import CODERS, Pack
 from prunecast.compression.codec.modelling.copies import copied_fields
 from prunecast.compression.codec.modelling.fields import fields_of
+from prunecast.compression.codec.modelling.forms import (
+    Equal,
+    Lattice,
+    Packed,
+    Palette,
+    all_fields,
+)
 from support.hostile import hostile, mismatched
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -66,6 +75,26 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
     }
     table = np.zeros((300, 10), np.int16)
     table[::3] = rng.integers(-2, 3, (12, 10))[rng.integers(0, 12, 100)]
+    drawn = np.rint(rng.normal(0, 5, (40, 50))).astype("f4")
+    colours = rng.normal(size=5).astype("f4")
+    forms = {
+        "lattice": drawn * np.float32(0.0123),
+        "equal": (drawn * np.float32(0.0123)).reshape(50, 40),
+        "half": (np.abs(drawn) * np.float32(0.5)).astype("f2"),
+        "double": drawn.astype("f8") * 0.1,
+        "rows": drawn * (rng.random((40, 1)) / 50 + 0.01).astype("f4"),
+        "columns": drawn * (rng.random((1, 50)) / 50 + 0.01).astype("f4"),
+        "palette": colours[rng.integers(0, 5, (40, 50))],
+        "far": np.array([-(2**40), 7, 2**50])[rng.integers(0, 3, 400)],
+    }
+    text = np.frombuffer((__doc__ or "").encode() * 4, np.uint8)
+    packs = {
+        "ramp": np.arange(3000),
+        "text": text,
+        "again": text[5:] + np.uint8(0),
+        "triangle": np.tril(np.ones((60, 60), bool)),
+        "noise": rng.normal(size=300).astype("f4"),
+    }
     near = {"f4": np.nextafter(floats["f4"], np.float32(1))}
     return {
         "empty": ({}, Context()),
@@ -79,6 +108,12 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
         "dense_lanes": ({"w": dense, "b": dense[0]}, Context()),
         "groups": (groups, Context()),
         "copies": ({"table": table, "flags": table > 0}, Context()),
+        "forms": (forms, Context()),
+        "packs": (packs, Context()),
+        "packs_layout": (
+            {"ramp": packs["ramp"]},
+            Context(layout={"ramp": TensorSpec(np.dtype("i8"), (3000,))}),
+        ),
         "neighbours": ({"w": smooth.astype(np.int16)}, Context()),
         "delta": ({"w": delta}, Context(layout=layout, previous={"w": held})),
         "update": ({"w": update}, Context(layout=layout, mask={"w": mask})),
@@ -91,6 +126,10 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
 
 def _encode(tensors: dict[str, Any], context: Context) -> bytes:
     return encode(tensors, context=context)
+
+
+def _thorough(tensors: dict[str, Any], context: Context) -> bytes:
+    return encode(tensors, context=context, thorough=True)
 
 
 def _lanes(tensors: dict[str, Any], context: Context) -> bytes:
@@ -181,7 +220,86 @@ def must_fail() -> dict[str, bytes]:
         rest, _ = encode_body(coder, copied_fields("w", specs["w"], kept), values)
         return seal(Context(), coder.finish(), rest)
 
-    return {
+    pair = {"a": TensorSpec(np.dtype("i4"), (40,)), "b": TensorSpec(np.dtype("i4"), (5, 8))}
+    real = {"a": TensorSpec(np.dtype("f4"), (40,))}
+    flags = {"a": TensorSpec(np.dtype("?"), (40,))}
+
+    def forms(
+        specs: dict[str, TensorSpec],
+        given: dict[str, Any],
+        *values: Any,
+        packs: tuple[tuple[Pack, bytes], ...] = (),
+    ) -> bytes:
+        coder = AdaptiveEncoder()
+        write_specs(coder, specs)
+        write_forms(coder, specs, Context(), {}, given, [one for one, _ in packs])
+        fields = [f for own in all_fields(specs, Context(), {}, given).values() for f in own]
+        flat = [np.asarray(v, np.int32) for v in values]
+        rest, _ = encode_body(coder, fields, flat)
+        return seal(Context(), coder.finish(), rest + b"".join(d for _, d in packs), forms=True)
+
+    def unread(*numbers: int) -> bytes:
+        """Forms as numbers that no encoder writes."""
+        coder = AdaptiveEncoder()
+        write_specs(coder, pair)
+        models = [coder.contexts(UINT_CONTEXTS) for _ in range(6)]
+        for model, number in zip((0, 0, 1), numbers, strict=False):
+            coder.uint(models[model], number)
+        return seal(Context(), coder.finish(), b"", forms=True)
+
+    def packed(coder: int, data: bytes, specs: dict[str, TensorSpec] = pair) -> bytes:
+        one = Pack(coder, False, len(data), list(specs))
+        return forms(specs, dict.fromkeys(specs, Packed(0)), packs=((one, data),))
+
+    size = sum(spec.nbytes for spec in pair.values())
+    squeezed = [compress(bytes(size)) for compress, _ in CODERS]
+    more = [compress(bytes(size + 1)) for compress, _ in CODERS]
+    less = [compress(bytes(size - 1)) for compress, _ in CODERS]
+    bomb = [compress(bytes(1 << 24)) for compress, _ in CODERS]
+    bad: dict[str, bytes] = {}
+    for number, name in enumerate(("zlib", "bz2", "lzma")):
+        bad |= {
+            f"MalformedPayload--pack_{name}_longer": packed(number, more[number]),
+            f"MalformedPayload--pack_{name}_shorter": packed(number, less[number]),
+            f"MalformedPayload--pack_{name}_bomb": packed(number, bomb[number]),
+            f"MalformedPayload--pack_{name}_cut": packed(number, squeezed[number][:-3]),
+            f"MalformedPayload--pack_{name}_followed": packed(number, squeezed[number] + b"x"),
+            f"MalformedPayload--pack_{name}_noise": packed(number, bytes(range(90, 190))),
+        }
+
+    return bad | {
+        "MalformedPayload--pack_holds_no_bool": packed(0, CODERS[0][0](b"\2" * 40), flags),
+        "MalformedPayload--pack_of_unknown_coder": packed(3, b"x"),
+        "MalformedPayload--pack_beyond_the_payload": forms(
+            pair,
+            dict.fromkeys(pair, Packed(0)),
+            packs=((Pack(0, False, 99, ["a", "b"]), b"x"),),
+        ),
+        "MalformedPayload--form_unknown": unread(5),
+        "MalformedPayload--equal_to_nothing": unread(1, 0),
+        "MalformedPayload--equal_to_itself_before": unread(0, 1, 1),
+        "MalformedPayload--equal_to_an_equal": forms(
+            pair | {"c": pair["a"]}, {"b": Equal("a"), "c": Equal("b")}, [1] * 40
+        ),
+        "MalformedPayload--equal_of_other_size": forms(
+            {"a": TensorSpec(np.dtype("i4"), (41,)), "b": pair["b"]}, {"b": Equal("a")}, [1] * 41
+        ),
+        "MalformedPayload--lattice_of_integers": forms(pair, {"a": Lattice()}, [1] * 40, [1] * 40),
+        "MalformedPayload--lattice_of_a_vector_by_rows": forms(
+            real, {"a": Lattice(1)}, *[[0]] * 8, [1] * 40
+        ),
+        "MalformedPayload--lattice_step_zero": forms(real, {"a": Lattice(step=0.0)}, [1] * 40),
+        "MalformedPayload--lattice_step_negative": forms(real, {"a": Lattice(step=-1.0)}, [1] * 40),
+        "MalformedPayload--lattice_step_nan": forms(
+            real, {"a": Lattice(step=float("nan"))}, [1] * 40
+        ),
+        "MalformedPayload--palette_index": forms(
+            real, {"a": Palette(3)}, *[[0, 1, 2]] * 4, [3] * 40
+        ),
+        "MalformedPayload--palette_too_large": forms(
+            real, {"a": Palette(41)}, *[[0] * 41] * 4, [3] * 40
+        ),
+        "MalformedPayload--palette_of_bool": forms(flags, {"a": Palette(2)}, [0, 1], [1] * 40),
         "MalformedPayload--copies_keep_too_many": copies(64, [0] * 64),
         "MalformedPayload--copies_keep_none": copies(0, [1] * 64),
         "MalformedPayload--copy_of_no_row": copies(2, [0, 0, *[3] * 62]),
@@ -238,6 +356,8 @@ def main() -> None:
     (FOLDER / "must_fail").mkdir(parents=True, exist_ok=True)
     for name, (tensors, context) in golden().items():
         how = _lanes if name in ("dense_lanes", "neighbours") else _encode
+        if name.startswith("packs"):
+            how = _thorough
         (FOLDER / f"{name}.bin").write_bytes(how(tensors, context))
         arrays = {f"tensor:{k}": np.asarray(v) for k, v in tensors.items()}
         arrays |= _known(context)
