@@ -8,8 +8,8 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -22,10 +22,11 @@ from prunecast.client.edge.errors import (
     MemoryShort,
     NetworkError,
     NoRelease,
-    StateDamaged,
     StateError,
 )
+from prunecast.client.edge.keeper import Keeper
 from prunecast.client.edge.model import EdgeModel
+from prunecast.client.edge.records import Failure, FailureKind, SlotRecord, State
 from prunecast.client.edge.slots.slot import (
     LoadedRelease,
     build_slot,
@@ -36,15 +37,7 @@ from prunecast.client.edge.slots.slot import (
     verify_slot,
 )
 from prunecast.client.edge.starts import Begun
-from prunecast.client.edge.state import (
-    Failure,
-    FailureKind,
-    SlotRecord,
-    State,
-    StateFolder,
-    read_status,
-    record_check,
-)
+from prunecast.client.edge.state import StateFolder, read_status
 from prunecast.client.edge.telemetry import Telemetry
 from prunecast.client.edge.updating.acquire import Acquirer
 from prunecast.client.edge.updating.transport import Fetcher, HttpFetcher
@@ -56,7 +49,6 @@ __all__ = ["Agent"]
 
 _TRIES = 3
 _SAVE_EVERY = 900.0  # seconds between writes of telemetry: flash wears out
-_QUARTERS = 4  # notes of the service of a release on its way to be confirmed
 _NO_CRASH = (EdgeError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit)
 """What may end the agent and speaks against no release."""
 
@@ -98,17 +90,12 @@ class Agent:
         on_warning: Callable[[str], None] = _log.warning,
     ) -> None:
         check_release_name(config.name)
-        self.config, self._on_warning = config, on_warning
-        self._warned: set[str] = set()
-        self._since: float | None = None  # since when `run` has served the active release
+        self.config = config
         self._crashed = False
-        self._clock: str | None = None  # what is wrong with it
-        self._begun: Begun | None = None  # what `start.json` says of this process
-        self._state = State(config.name)
-        self._saved: State | None = None  # what is on the disk; None: nothing that counts
         self._fetcher = fetcher or HttpFetcher()
         self._step, self._wait, self._now = on_step, wait, now
         self._folder = StateFolder(config.state)
+        self._kept = Keeper(config, self._folder, on_warning, lambda: self.on_confirmed())
         self._resources = ExitStack()
         self._resources.enter_context(self._folder.locked())
         self.telemetry = Telemetry(config.state)
@@ -116,21 +103,12 @@ class Agent:
         self.on_confirmed: Callable[[], None] = lambda: None
         self._resources.enter_context(self.telemetry.saving(_SAVE_EVERY))
         try:
-            try:
-                self._folder.tidy()
-            except StateError as error:
-                self._warn(str(error))
-            self._state = self._read()
-            if self._state.name != config.name:
-                raise StateError(
-                    f"{config.state} follows release {self._state.name!r}, not {config.name!r}: "
-                    "use another state folder"
-                )
+            self._kept.read()
             self._start()
             if (refuses := self._folder.refuses) is not None:
                 if self.model.version is None:
                     raise StateError(refuses)
-                self._on_warning(
+                self._kept.tell(
                     f"{refuses}; release {self.model.version} is served, and nothing is updated, "
                     "confirmed or counted before it can be written"
                 )
@@ -148,11 +126,9 @@ class Agent:
 
     def close(self) -> None:
         """End by itself and release the state folder; the model can still be used."""
-        if self._begun is not None and not self._crashed:
-            self._note_service(ending=True)
-            self._keep(self._state.end(self._begun.served))
-            self._note(None)
-        self._begun = None
+        if not self._crashed:
+            self._kept.note_service(self.model.version, ending=True)
+            self._kept.end()
         self._resources.close()
 
     def update_once(
@@ -177,17 +153,18 @@ class Agent:
                 In all of these cases the active release stays as it was.
         """
         begun, counted = time.monotonic(), Counter[str]()
+        self._crashed = False  # whatever it was, the program goes on
         try:
             result = self._update(counted, order, superseded)
         except EdgeError as error:
-            self._record(None, counted, str(error))
+            self._kept.record(None, counted, str(error))
             raise
         except BaseException as error:
             self._crashed = not isinstance(error, _NO_CRASH)
             raise
         result = replace(result, downloaded=dict(counted), seconds=time.monotonic() - begun)
         problem = result.reason if result.outcome == "rejected" else None
-        self._record(result, counted, problem)
+        self._kept.record(result, counted, problem)
         return result
 
     def run(
@@ -215,7 +192,7 @@ class Agent:
                 as well.
         """
         draw, bell = rng or random.Random(), wake or stop
-        self._since = time.monotonic()
+        self._kept.serves_since = time.monotonic()
         wanted: Order | None = None
 
         def superseded() -> bool:
@@ -225,7 +202,7 @@ class Agent:
             if wake:
                 wake.clear()  # before asking: what changes from now on wakes again
                 if stop.is_set():  # its wake may be the one that was cleared
-                    return
+                    break
             wanted = order()
             try:
                 outcome: UpdateResult | EdgeError = self.update_once(wanted, superseded=superseded)
@@ -234,53 +211,23 @@ class Agent:
             on_result(outcome)
             wakes = time.monotonic() + interval * draw.uniform(1 - jitter, 1 + jitter)
             while (left := wakes - time.monotonic()) > 0:
-                if bell.wait(min(left, self._note_service())):
+                if bell.wait(min(left, self._kept.note_service(self.model.version))):
                     break
-        self._note_service(ending=True)
-        self._since = None
-
-    def _note_service(self, *, ending: bool = False) -> float:
-        """Note how long the active release has served, and confirm it when that is enough.
-
-        Only while `run` runs: who has a loop of their own says themselves what is good enough.
-
-        Args:
-            ending: the note is written with the state of a clean end, which follows.
-
-        Returns:
-            Seconds until there is something to note again.
-        """
-        active, begun, enough = self._state.active, self._begun, self.config.confirm_after
-        if self._since is None or begun is None or not self._serves(active):
-            return enough
-        served, noted = time.monotonic() - self._since, begun.served
-        begun = replace(begun, served=round(served, 1))
-        if not active.confirmed and active.served + served >= enough:
-            self.confirm()
-            self._note(begun)
-            return enough
-        due = enough if active.confirmed else noted + enough / _QUARTERS
-        if ending:
-            self._begun = begun
-        elif noted < enough and served >= due:
-            self._note(begun)
-            return max(0.01, enough / _QUARTERS)
-        left = due - served if noted < enough else enough
-        return max(0.01, left if active.confirmed else min(left, enough - active.served - served))
+        self._kept.note_service(self.model.version, ending=True)
+        self._kept.serves_since = None
 
     def _serves(self, record: SlotRecord | None) -> TypeGuard[SlotRecord]:
         return record is not None and record.version == self.model.version
 
     def confirm(self) -> None:
         """The active release has proved itself: the agent will not go back from it by itself."""
-        if self._serves(active := self._state.active) and not active.confirmed:
-            self._keep(self._state.confirm())
-            self.on_confirmed()
+        if self._serves(active := self._kept.state.active) and not active.confirmed:
+            self._kept.confirm()
 
     @property
     def confirmed(self) -> bool:
         """Whether the release that is served has proved itself."""
-        active = self._state.active
+        active = self._kept.state.active
         return self._serves(active) and active.confirmed
 
     def roll_back(self, reason: str) -> int | None:
@@ -295,70 +242,44 @@ class Agent:
         Raises:
             StateError: there is no previous release, or it is not intact.
         """
-        if self._state.active is None or self._state.previous is None:
+        if self._kept.state.active is None or self._kept.state.previous is None:
             raise StateError("there is no previous release to go back to")
-        loaded = self._load(self._state.previous)
+        loaded = self._load(self._kept.state.previous)
         self._step("roll back")
-        given_up = self._state.active
-        self._write(self._state.go_back(reason, "rolled back").confirm())
+        given_up = self._kept.state.active
+        self._kept.write(self._kept.state.go_back(reason, "rolled back").confirm())
         forget_slot(self._folder.slot(given_up.slot))
         self._serve(loaded)
         return self.model.version
 
     def failure(self, version: int) -> Failure | None:
         """Why a release was given up on this device; None if it was not."""
-        return self._state.failures.get(version)
+        return self._kept.state.failures.get(version)
 
     def status(self) -> dict[str, Any]:
         """What the agent runs and what its last check did; plain JSON values."""
         return read_status(self.config.state)
 
-    def _read(self) -> State:
-        """The state on the disk, or what the slots tell when that is damaged."""
-        try:
-            self._saved = self._folder.read() or State(self.config.name)
-            return self._saved
-        except StateDamaged as error:
-            from prunecast.client.edge.recovery import recover_state
-
-            found = recover_state(self._folder, self.config.name, self.config.root)
-            told = f"{error}; no slot holds a release that was signed: it is fetched again"
-            if found is not None and found.active is not None:
-                told = f"{error}; release {found.active.version} is recovered from its slot"
-            told += ", and which releases were given up is forgotten"
-            self._on_warning(told)
-            found = found or State(self.config.name)
-            self._keep(found)
-            self._record(None, Counter(), told)
-            return found
-
     def _start(self) -> None:
         """Load the active release, or the previous one when the active one is not fit."""
         config, now = self.config, Begun.now("load")
-        rejected = self._state.rejected
-        found = self._folder.read_note()
-        self._keep(self._state.settle(found, now, config.most_starts, config.confirm_after))
-        if self._state.rejected != rejected:
-            self._on_warning(
-                "a release that was given up for a crash loop may be tried again: the one before "
-                "it ends in the same way"
-            )
-        while (active := self._state.active) is not None:
+        self._kept.settle(now)
+        while (active := self._kept.state.active) is not None:
             problem: str | None = None
-            proven = active.confirmed or self._state.previous is None
+            proven = active.confirmed or self._kept.state.previous is None
             if not proven and active.loops(config.most_starts):
                 ends = ", ".join(active.ends)
                 starts = f"not confirmed after {config.most_starts} starts or more (ended: {ends})"
                 self._go_back(f"release {active.version}: {starts}", "crash loop")
                 continue
-            noted = self._note(now)
+            noted = self._kept.note(now)
             try:
                 if not (proven or noted):
                     raise StateError("a crash loop could not be noticed")
                 loaded = self._load(active)
                 seal = loaded.seal or active.optimised
                 marked = replace(active, optimised=seal, passed=loaded.passed)
-                self._keep(replace(self._state, active=marked))
+                self._kept.keep(replace(self._kept.state, active=marked))
                 self._serve(loaded)
                 return
             except ReleaseError as error:
@@ -379,13 +300,13 @@ class Agent:
                     return
             # a damaged disk, or too little memory: the release itself may be fetched again
             self._step("drop slot")
-            self._keep(self._state.lose_active())
-            self._record(None, Counter(), problem)
-        self._note(None)
+            self._kept.keep(self._kept.state.lose_active())
+            self._kept.record(None, Counter(), problem)
+        self._kept.note(None)
 
     def _serve_previous(self, problem: str) -> bool:
         """Serve the release before the active one until the next start; whether there is one."""
-        previous = self._state.previous
+        previous = self._kept.state.previous
         if previous is None:
             return False
         try:
@@ -395,31 +316,29 @@ class Agent:
         except (EdgeError, ReleaseError):
             return False
         self._serve(loaded)
-        self._note(None)
+        self._kept.note(None)
         told = f"{problem}; release {previous.version} is served until the next start"
-        self._on_warning(told)
-        self._record(None, Counter(), told)
+        self._kept.tell(told)
+        self._kept.record(None, Counter(), told)
         return True
 
     def _go_back(self, reason: str, kind: FailureKind) -> None:
         self._step("go back")
-        given_up = self._state.active
-        self._keep(self._state.go_back(reason, kind))
-        self._on_warning(f"{reason}; the agent goes back to the release before it")
+        given_up = self._kept.state.active
+        self._kept.keep(self._kept.state.go_back(reason, kind))
+        self._kept.tell(f"{reason}; the agent goes back to the release before it")
         if given_up is not None:
             forget_slot(self._folder.slot(given_up.slot))
 
     def _activate(self, state: State, loaded: LoadedRelease) -> None:
         self._step("activate")
-        self._write(state)
+        self._kept.write(state)
         self._step("swap")
         self._serve(loaded)
 
     def _serve(self, loaded: LoadedRelease) -> None:
         self.model.swap(loaded)
-        if self._since is not None:
-            self._since = time.monotonic()
-        self._note(Begun.now("serve"))
+        self._kept.begin_service()
         settings = loaded.session.settings
         self.telemetry.activated(loaded.manifest.version, loaded.difference, settings)
 
@@ -448,7 +367,6 @@ class Agent:
         self, counted: Counter[str], order: Order | None, superseded: Callable[[], bool]
     ) -> UpdateResult:
         self._step("refresh metadata")
-        self._clock = None
 
         folder, config = self._folder, self.config
         listing = TrustedListing(
@@ -457,9 +375,9 @@ class Agent:
             config.root,
             self._fetcher,
             lambda size: counted.update(metadata=size),
-            self._warn_of_clock,
+            partial(self._kept.warn, status=True),
         )
-        held = self._state.active.version if self._state.active else 0
+        held = self._kept.state.active.version if self._kept.state.active else 0
         path = folder.downloads / "release.json"
         versions = listing.versions(config.name)
         if not versions and not held and (others := listing.names()):
@@ -468,7 +386,7 @@ class Agent:
             )
         for version in candidates(order, versions, held):
             digest = listing.digest(config.name, version)
-            if digest not in self._state.rejected:
+            if digest not in self._kept.state.rejected:
                 if order and (kept := self._exchange(version, digest)):
                     return kept
                 if waits := self.config.waits(version, self._now()):
@@ -477,7 +395,7 @@ class Agent:
                 manifest = listing.manifest(config.name, version, path)
                 return self._install(manifest, digest, path, counted, superseded)
             if order:
-                reason = f"what is ordered was rejected: {self._state.rejected[digest]}"
+                reason = f"what is ordered was rejected: {self._kept.state.rejected[digest]}"
                 return UpdateResult("current", self.model.version, reason=reason)
         nothing = None if versions or held else "the repository has no release yet"
         if order and order.version is None and not held:
@@ -486,7 +404,7 @@ class Agent:
 
     def _exchange(self, version: int, digest: str) -> UpdateResult | None:
         """Go back to the release in the other slot without a download; None if it is not there."""
-        before, previous = self.model.version, self._state.previous
+        before, previous = self.model.version, self._kept.state.previous
         if previous is None or (previous.version, previous.manifest) != (version, digest):
             return None
         try:
@@ -495,7 +413,7 @@ class Agent:
             raise
         except (EdgeError, ReleaseError):
             return None  # the repository has it, too
-        self._activate(self._state.exchange(), loaded)
+        self._activate(self._kept.state.exchange(), loaded)
         reason = "it was in the other slot"
         return UpdateResult(
             *("updated", version, before),
@@ -511,7 +429,7 @@ class Agent:
         superseded: Callable[[], bool],
     ) -> UpdateResult:
         before = self.model.version
-        if self._state.gives_up(digest, _TRIES):
+        if self._kept.state.gives_up(digest, _TRIES):
             return self._reject(manifest, digest, f"the self-test never ended in {_TRIES} tries")
 
         def check_order() -> None:
@@ -522,22 +440,22 @@ class Agent:
 
         def count(kind: str, size: int) -> None:
             counted.update({kind: size})
-            self._note_service()
+            self._kept.note_service(self.model.version)
             check_order()
             if waits := self.config.waits(manifest.version, self._now()):
                 raise NetworkError(f"{waits}; what has come is kept")
 
-        active = self._state.active.slot if self._state.active else None
+        active = self._kept.state.active.slot if self._kept.state.active else None
         acquirer = Acquirer(
             *(self.config, self._folder, active, self._fetcher),
             step=self._step, count=count, wait=self._wait,
         )  # fmt: skip
-        with self._noted(Begun.now("install")):
+        with self._kept.noted(Begun.now("install")):
             files, (model, payload, reason) = acquirer.acquire(manifest)
             check_order()
             self._step("free slot")
-            slot, prepared = self._state.free_slot()
-            self._write(prepared)
+            slot, prepared = self._kept.state.free_slot()
+            self._kept.write(prepared)
             folder = self._folder.slot(slot)
             clear_slot(folder)
             self._step("build slot")
@@ -546,14 +464,15 @@ class Agent:
             verify_slot(folder, digest)
             self._step("self-test")
         try:
-            with self._noted(replace(Begun.now("install"), trying=digest)):
+            with self._kept.noted(replace(Begun.now("install"), trying=digest)):
                 loaded = self._open(folder, manifest)
         except ReleaseError as error:
+            forget_slot(folder)
             return self._reject(manifest, digest, str(error))
         record = SlotRecord(
             slot, manifest.version, digest, optimised=loaded.seal, passed=loaded.passed
         )
-        self._activate(self._state.activate(record), loaded)
+        self._activate(self._kept.state.activate(record), loaded)
         self._step("clean up")
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
         return UpdateResult(
@@ -565,73 +484,7 @@ class Agent:
         self._step("reject")
         self.telemetry.rejected(manifest.version, reason)
         reason = f"release {manifest.version}: {reason}"
-        rejected = self._state.reject(digest, manifest.version, reason, "self-test failed")
-        self._write(rejected)
+        rejected = self._kept.state.reject(digest, manifest.version, reason, "self-test failed")
+        self._kept.write(rejected)
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
         return UpdateResult("rejected", self.model.version, reason=reason)
-
-    @contextmanager
-    def _noted(self, note: Begun) -> Iterator[None]:
-        """While the block runs, the end of the process does not speak against what is served.
-
-        Raises:
-            StateError: the disk refuses; where a self-test may end the process, that must be known.
-        """
-        resting = self._begun
-        steady = resting is not None and resting.served >= self.config.confirm_after
-        if steady and not note.trying:
-            yield  # it does not any more
-            return
-        self._folder.write_note(note)
-        self._begun = note
-        try:
-            yield
-        except (EdgeError, ReleaseError):
-            self._note(resting)
-            raise
-        self._note(resting)
-
-    def _note(self, begun: Begun | None) -> bool:
-        """Note what would speak against a release; whether the disk has taken it."""
-        self._begun = begun
-        try:
-            self._folder.write_note(begun)
-        except StateError as error:
-            self._warn(f"how this process ends cannot be noted: {error}")
-            return False
-        return True
-
-    def _record(
-        self, result: UpdateResult | None, counted: Counter[str], problem: str | None
-    ) -> None:
-        """Keep for the status what happened; a disk that refuses is no reason to stop."""
-        try:
-            record_check(self._folder, result, counted, problem, self._clock)
-        except StateError as error:
-            self._warn(f"the status is not kept: {error}")
-
-    def _warn_of_clock(self, told: str) -> None:
-        self._clock = told
-        self._warn(told)
-
-    def _warn(self, told: str) -> None:
-        """Say once what would be said again and again."""
-        if told not in self._warned:
-            self._warned.add(told)
-            self._on_warning(told)
-
-    def _keep(self, state: State) -> bool:
-        """Go on with a state that may as well be lost; whether the disk has taken it."""
-        try:
-            self._write(state)
-        except StateError as error:
-            self._state = state
-            self._warn(f"the state is not kept: {error}")
-            return False
-        return True
-
-    def _write(self, state: State) -> None:
-        if state != self._saved:
-            self._folder.write(state)
-            self._saved = state
-        self._state = state

@@ -19,8 +19,9 @@ from prunecast.client.edge.errors import (
     StateError,
     VersionNotActive,
 )
+from prunecast.client.edge.records import State
 from prunecast.client.edge.slots.slot import LoadedRelease, open_optimised, open_slot, verify_slot
-from prunecast.client.edge.state import State, StateFolder
+from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.telemetry import InferenceOutcome
 from prunecast.compression.release import InputRefused, ReleaseError
 from prunecast.compression.release.manifest import ReleaseManifest

@@ -19,8 +19,9 @@ from tuf.api.metadata import Metadata, Root, Targets
 from tuf.api.serialization import DeserializationError
 
 from prunecast.client.edge.errors import StateError
+from prunecast.client.edge.records import SLOTS, SlotRecord, State
 from prunecast.client.edge.slots.slot import verify_slot
-from prunecast.client.edge.state import SLOTS, SlotRecord, State, StateFolder
+from prunecast.client.edge.state import StateFolder
 from prunecast.common.files import file_digest
 from prunecast.compression.release import ReleaseError
 from prunecast.compression.release.manifest import (

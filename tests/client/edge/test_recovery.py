@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -272,23 +273,20 @@ def test_a_full_disk_with_nothing_to_do_fails_no_check(
 
 
 def test_a_full_disk_does_not_end_the_loop(
-    served: AgentConfig, start: Start, publish: Publish, full: Callable[[], None]
+    served: AgentConfig, network, publish: Publish, full: Callable[[], None]
 ) -> None:
     """A release is confirmed in memory where the disk does not take it."""
-    import threading
-
     publish(3)
-    agent = start()
-    assert agent.update_once().version == 3
-    agent.config = replace(agent.config, confirm_after=0.05)
-    full()
-    stop, results = threading.Event(), []
+    with Agent(replace(served, confirm_after=0.05), fetcher=network) as agent:
+        assert agent.update_once().version == 3
+        full()
+        stop, results = threading.Event(), []
 
-    def look(result: object) -> None:
-        results.append(result)
-        if agent._state.active and agent._state.active.confirmed:
-            stop.set()
+        def look(result: object) -> None:
+            results.append(result)
+            if agent._kept.state.active.confirmed:
+                stop.set()
 
-    agent.run(0.05, stop=stop, on_result=look)
-    assert agent.model.version == 3
-    assert {r.outcome for r in results} == {"current"}
+        agent.run(0.05, stop=stop, on_result=look)
+        assert agent.model.version == 3
+        assert {r.outcome for r in results} == {"current"}

@@ -122,7 +122,7 @@ def test_kills_do_not_add_up_to_a_confirmation(
 
         def over(_: object, stop: threading.Event = stop, agent: Agent = agent) -> None:
             now[0] += 40.0
-            agent._note_service()
+            agent._kept.note_service(agent.model.version)
             kill()  # what is written after this is lost
             stop.set()
 
@@ -156,7 +156,7 @@ def test_a_device_that_is_always_cut_off_confirms_its_releases(
     agent = start()
     agent.update_once()
     for _ in range(12):
-        agent._note(replace(agent._begun, served=15.0))  # type: ignore[type-var]
+        agent._kept.note(replace(agent._kept.begun, served=15.0))  # type: ignore[type-var]
         kill()
         machine.power_cut()
         agent = start()

@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ from prunecast.client.edge.control.store import (
     StoredReport,
 )
 from prunecast.client.edge.errors import ControlProblem, StateError
-from prunecast.client.edge.state import State, StateFolder
+from prunecast.client.edge.records import State
+from prunecast.client.edge.state import StateFolder
 
 
 @pytest.fixture
@@ -170,7 +172,7 @@ def test_directives_of_another_release_are_not_answered(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.config = AgentConfig(tmp_path, "https://nowhere/", "digits", b"")
             self.model = At3()
-            self._state = State("digits")
+            self._kept = SimpleNamespace(state=State("digits"))  # type: ignore[assignment]
 
     settings = ControlSettings("fleet.example:1", token_file=tmp_path / "token")
     controller = Controller(Held(), ControlChannel(settings), wake=threading.Event())
