@@ -173,9 +173,9 @@ class AgentConfig:
         root: the repository's root metadata, given to the device when it was provisioned.
         threads: threads of the inference session; None leaves the choice to onnxruntime.
         most_bytes: refuse releases whose `weights.bin` or payload is larger.
-        most_starts: how often a process may start with a release that never gets confirmed
-            before the agent goes back: the sign of a crash loop.
-        confirm_after: seconds of service after which `run` confirms a release.
+        most_starts: for how many starts a release may have to answer before it is confirmed, by
+            how they ended; then the agent goes back: the sign of a crash loop.
+        confirm_after: seconds of service, over all starts, after which `run` confirms a release.
         quiet: daily window in which no release is downloaded; metadata are.
         bounds: what a release may cost here; one that needs more is rejected.
         optimise: keep each release as onnxruntime has optimised it for this CPU; starts are

@@ -21,6 +21,7 @@ from prunecast.compression.onnx.graph import ExportedGraph, save_graph
 from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.repository import Repository
+from prunecast.server.repository.serving import ReleaseServer
 
 pytestmark = pytest.mark.engine
 
@@ -202,6 +203,30 @@ def test_a_following_agent_picks_up_a_release_and_ends_on_request(
     assert any(line.startswith("STATUS=release 2 is") for line in told)
     shown = json.loads(_call("edge", "status", "--state", tmp_path / "state", "--json"))
     assert [r["self_test"] for r in shown["telemetry"]["releases"]] == ["passed", "passed"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_process_that_is_asked_to_end_is_no_crash(
+    publish: Callable[[int], ReleaseManifest],
+    repository: Repository,
+    tmp_path: Path,
+    process: Callable[..., _Process],
+    number: int,
+) -> None:
+    publish(1)
+    state = tmp_path / "state"
+    root = repository.path / "metadata" / "1.root.json"
+    with ReleaseServer(repository.path) as server:
+        follow = ("--state", state, "--url", server.url, "--name", "toy", "--root", root, "--json")
+        running = process("edge", "run", *follow)
+        assert running.line()["version"] == 1
+        assert running.end(number) == (0 if number != signal.SIGKILL else -signal.SIGKILL)
+        # the note that the next start finds
+        assert (state / "start.json").exists() is (number == signal.SIGKILL)
+        _call("edge", "update", *follow)
+    ends = json.loads((state / "state.json").read_bytes())["active"]["ends"]
+    assert ends[0] == ("killed" if number == signal.SIGKILL else "stopped")
+    assert not (state / "start.json").exists()
 
 
 def test_problems_are_one_line_with_the_remedy(
