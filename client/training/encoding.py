@@ -25,6 +25,7 @@ __all__ = ["Coded", "align", "compress_reply", "is_own", "norm_of"]
 
 _LARGE = 1024  # elements: a tensor that the version lacks travels exactly below
 _FINE = 0.1  # step of such a tensor, in root mean squares of itself: nothing makes up for its error
+_CHUNK = 1 << 16  # elements that are wide at a time
 _CLEARLY = 2.0  # times smaller one way: then a tensor is coded that way, whatever its record is
 _ROUNDING = 1e-6  # relative: what float32 may add to a norm
 _AT_THE_CLIP = 1e-3  # relative: a reply above its clip by more was clipped by nobody
@@ -199,8 +200,14 @@ def _working(array: NDArray[Any]) -> type[np.floating]:
 
 def norm_of(*arrays: NDArray[Any]) -> float:
     """Euclidean norm of arrays together, in float64."""
-    with np.errstate(over="ignore"):  # an infinite step is refused later
-        return math.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64))) for a in arrays))
+    total = 0.0
+    for array in arrays:
+        flat: NDArray[Any] = array.reshape(-1)
+        for begin in range(0, flat.size, _CHUNK):
+            with np.errstate(over="ignore"):  # an infinite step is refused later
+                squares = np.square(flat[begin : begin + _CHUNK], dtype=np.float64)
+                total += float(np.sum(squares))
+    return math.sqrt(total)
 
 
 def is_own(change: float, value: float, *, whole: bool) -> bool:
@@ -225,8 +232,9 @@ def _measure(name: str, tensor: Any, array: NDArray[Any]) -> _Sizes:
     mask = tensor.mask()
     if mask is None:
         return _Sizes(norm_of(change), 0.0, norm_of(array), change.size, change.size)
-    kept = int(np.count_nonzero(mask))
-    return _Sizes(norm_of(change[mask]), norm_of(change[~mask]), norm_of(array), kept, change.size)
+    whole, kept = norm_of(change), norm_of(np.multiply(change, mask, out=change))
+    pruned = math.sqrt(max(whole**2 - kept**2, 0.0)) if math.isfinite(whole) else 0.0
+    return _Sizes(kept, pruned, norm_of(array), int(np.count_nonzero(mask)), change.size)
 
 
 def _within_clip(

@@ -234,7 +234,7 @@ class WholeSum(_Sum):
         return self
 
     def array(self) -> NDArray[Any]:
-        """The sum, rounded to nearest (halves to even) and kept in the dtype's range."""
+        """The sum, rounded to nearest and kept in the dtype's range."""
         dtype = self._values.dtype
         rest = self._values * (self._weight - 1.0) if abs(self._weight - 1) > 1e-9 else 0.0
         beside = np.rint(self._beside + rest)

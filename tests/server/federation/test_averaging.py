@@ -24,7 +24,7 @@ from prunecast.compression.versions import (
     encode_update,
 )
 from prunecast.server.federation import Policy
-from prunecast.server.federation.lazy import LazyArray, WeightedSum
+from prunecast.server.federation.lazy import LazyArray, WeightedSum, WholeSum
 from prunecast.server.federation.ledger import Entry
 from support.federation import initial_arrays, to_record
 
@@ -280,3 +280,57 @@ def test_a_sum_behaves_as_its_array_in_any_other_use():
     assert np.array_equal(array, 2 * expected)
     assert sum([made(), made()]).tolist() == (2 * expected).tolist()
     assert master.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+# -- whole numbers --------------------------------------------------------------------------------
+
+
+def mean_of(arrays, weights):
+    """As Flower's average does it."""
+    total = None
+    for array, weight in zip(arrays, weights, strict=True):
+        part = WholeSum(array) * (weight / sum(weights))
+        if total is None:
+            total = part
+        else:
+            total += part
+    return np.asarray(total)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "int64", "uint64"])
+def test_an_average_of_integers_has_their_dtype_and_is_the_nearest(dtype):
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 100, (5, 4)).astype(dtype) for _ in range(7)]
+    weights = [float(w) for w in rng.integers(1, 50, 7)]
+    found = mean_of(arrays, weights)
+    expected = np.average([a.astype(np.float64) for a in arrays], axis=0, weights=weights)
+    assert found.dtype == dtype
+    assert np.abs(found - expected).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(2**63 - 1, "int64"), (-(2**63), "int64"), (2**64 - 1, "uint64"), (2**53 + 1, "int64"),
+     (-128, "int8"), (127, "int8"), (0, "uint8"), (True, "bool"), (False, "bool")],
+)  # fmt: skip
+def test_what_all_replies_agree_on_stays_to_the_last_bit(value, dtype):
+    array = np.array([value, value]).astype(dtype)
+    found = mean_of([array] * 3, [1.0, 3.0, 7.0])
+    assert (found.dtype, found.tolist()) == (array.dtype, array.tolist())
+
+
+def test_integers_that_differ_a_little_are_averaged_beyond_float64():
+    arrays = [np.array([2**60 + k]) for k in (0, 2, 1)]
+    assert mean_of(arrays, [1, 1, 1]).tolist() in ([2**60], [2**60 + 1])
+    assert mean_of([np.array([True, False]), np.array([True, True])], [1, 3]).tolist() == [True] * 2
+
+
+def test_whole_sums_behave_as_arrays_elsewhere():
+    whole = WholeSum(np.array([1, 2, 3]))
+    assert (whole + 1).tolist() == [2, 3, 4]
+    assert (whole * np.float64(0.5)).tolist() == [0.5, 1, 1.5]
+    assert (whole * 0.3).array().tolist() == [0, 1, 1]
+    total = WholeSum(np.array([1, 2, 3])) * 1.0
+    total += np.array([1.5, 0, 0])
+    assert total.tolist() == [2.5, 2, 3]
+    assert np.stack([whole, whole]).shape == (2, 3)
