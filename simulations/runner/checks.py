@@ -45,9 +45,10 @@ def check_data_and_model(scenario: Scenario, data: PartitionedData) -> None:
         )
     module = _model(scenario)
     number, batch = _telling_batch(training, clients, scenario.training.batch_size)
-    outputs = _train(
-        scenario, module, batch, f"a batch of {len(batch)} examples of client {number}"
-    )
+    if len(batch) == 1:  # every other client has as few
+        _check_single_examples(scenario, module, training, clients)
+    what = f"a batch of {len(batch)} examples of client {number}"
+    outputs = _train(scenario, module, batch, what)
     targets = np.concatenate([training.targets, held_out.targets])
     scenario.task.check(outputs, targets)
     _check_single_examples(scenario, module, training, clients)
@@ -163,6 +164,8 @@ def _check_single_examples(
             scenario, module, training.take(clients[number][:1]), f"one example of client {number}"
         )
     except DataError as error:
+        if error.__cause__ is None:
+            raise  # what it says has nothing to do with how many there are
         remedy = "lower clients.count or raise partition.min_size, so that each has more"
         if 1 not in sizes:
             other = range(size + 1, max(sizes) + 2)
