@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,7 +202,7 @@ def test_a_crash_loop_stops_a_stage_that_does_not_soak() -> None:
 
 def test_a_stage_lasts_by_default_until_a_crash_loop_can_show() -> None:
     assert RolloutPolicy().soak == SOAK_SECONDS > CONFIRM_SECONDS
-    assert AgentConfig(Path(), "", "", b"").confirm_after == CONFIRM_SECONDS
+    assert AgentConfig.confirm_after == CONFIRM_SECONDS
 
 
 def test_a_device_that_is_activated_and_then_says_nothing_is_silent() -> None:

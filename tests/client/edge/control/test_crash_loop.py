@@ -13,7 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from prunecast.cli.main import app
 from prunecast.server.fleet.audit import AuditKind
 from prunecast.server.fleet.events import Abort, AddGroup, MoveDevice, StartRollout
 from prunecast.server.fleet.model import SOAK_SECONDS, Device, Release, RolloutPolicy, Status
@@ -108,6 +110,10 @@ def test_a_crash_loop_is_seen_before_its_rollout_completes(
         os.kill(process.pid, signal.SIGKILL)
         process.wait(30)
     wait_until(lambda: device(name).failures, "it says so", 60)
+    shown = CliRunner().invoke(app, ["edge", "status", "--state", str(station.config.state)]).output
+    assert "release  toy 1\n" in shown
+    assert "failed   2: crash loop: release 2: not confirmed after" in shown
+    assert "fleet    told toy " in shown
     failed = device(name).failures[2]
     assert failed.outcome == "crash loop"
     assert "not confirmed after" in failed.detail
@@ -147,6 +153,11 @@ def test_what_is_active_is_provisional_until_it_has_served(
     station.config = replace(station.config, confirm_after=600.0)
     station.start()
     wait_until(lambda: device("slow").told.outcome == "activated", "1 is active")
+    status = ["edge", "status", "--state", str(station.config.state)]
+    shown = CliRunner().invoke(app, status).output
+    assert "not confirmed yet" in shown
+    assert "fleet    told toy 1, answered activated" in shown
     station.agent.confirm()  # as 600 seconds of service would
     wait_until(lambda: device("slow").told.outcome == "confirmed", "it says so by itself")
+    assert "not confirmed yet" not in CliRunner().invoke(app, status).output
     station.end()
