@@ -21,6 +21,14 @@ from typing import assert_never
 from prunecast.server.fleet import events
 from prunecast.server.fleet.audit import AuditKind, Cause, no_way_back_text
 from prunecast.server.fleet.errors import AlreadyExists, NotPossible, ReleaseUnknown, RolloutOverlap
+from prunecast.server.fleet.evaluation import (
+    abort,
+    advance,
+    count_late_failures,
+    evaluate,
+    expire,
+    wait_again,
+)
 from prunecast.server.fleet.model import (
     Device,
     Directive,
@@ -38,17 +46,11 @@ from prunecast.server.fleet.model import (
 from prunecast.server.fleet.step import (
     Decision,
     Step,
-    abort,
-    advance,
     assign,
     check_stages,
-    count_late_failures,
-    evaluate,
-    expire,
     join,
     leave,
     takes_part,
-    wait_again,
 )
 
 __all__ = ["apply"]

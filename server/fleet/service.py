@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from prunecast.server.fleet import events
@@ -313,20 +313,37 @@ class FleetService(DeviceService):
 
 
 def _failed_before(session: Session, event: events.AnyEvent) -> tuple[str, ...]:
-    """Where the version that an operator has chosen failed already, in any group."""
-    device = None
+    """Where a version failed already that an operator has chosen, or that an abort goes back to."""
     match event:
         case events.StartRollout():
-            release = event.release
+            failed = _failed_on(session, event.release)
+            return _failed_text(event.release, failed, "which do not try it again")
         case events.AddGroup(stable=int(version)):
             release = Release(event.release, version)
+            return _failed_text(release, _failed_on(session, release), "which do not try it again")
         case events.PinGroup(version=int(version)):
             release = Release(session.get_one(GroupRow, event.group).release, version)
+            return _failed_text(release, _failed_on(session, release), "which do not try it again")
         case events.PinDevice(version=int(version)):
-            device = session.get_one(DeviceRow, event.device)
-            release = Release(session.get_one(GroupRow, device.group).release, version)
-        case _:
-            return ()
+            group = session.get_one(DeviceRow, event.device).group
+            release = Release(session.get_one(GroupRow, group).release, version)
+            failed = _failed_on(session, release, DeviceRow.id == event.device)
+            return _failed_text(release, failed, "which do not try it again")
+        case events.Abort():
+            found: list[str] = []
+            rollout = session.get_one(RolloutRow, event.rollout)
+            told = (DeviceRow.part_rollout == rollout.id) & DeviceRow.part_told_at.is_not(None)
+            for row in (session.get_one(GroupRow, name) for name in rollout.groups):
+                if row.stable is not None:
+                    release = Release(row.release, row.stable)
+                    failed = _failed_on(session, release, told & (DeviceRow.group == row.id))
+                    found += _failed_text(release, failed, "which stay on what they run")
+            return tuple(found)
+    return ()
+
+
+def _failed_on(session: Session, release: Release, *conditions: ColumnElement[bool]) -> list[str]:
+    """Devices on which a release failed, each with the reason."""
     good = (Outcome.ACTIVATED.value, Outcome.CONFIRMED.value)
     reports = select(ReportRow.device).where(
         ReportRow.version == release.version, ReportRow.outcome.not_in(good)
@@ -334,20 +351,21 @@ def _failed_before(session: Session, event: events.AnyEvent) -> tuple[str, ...]:
     wanted = (
         select(DeviceRow)
         .join(GroupRow, DeviceRow.group == GroupRow.id)
-        .where(GroupRow.release == release.name, DeviceRow.revoked.is_(False))
-        .where(DeviceRow.id.in_(reports) if device is None else DeviceRow.id == device.id)
+        .where(GroupRow.release == release.name, DeviceRow.revoked.is_(False), *conditions)
+        .where(DeviceRow.id.in_(reports))
+        .order_by(DeviceRow.id)
     )
-    found = [to_device(row) for row in session.scalars(wanted.order_by(DeviceRow.id))]
-    failed = [
-        f"{held.id} ({held.failures[release.version]})"
-        for held in found
-        if release.version in held.failures
+    found = [to_device(row) for row in session.scalars(wanted)]
+    return [
+        f"{d.id} ({d.failures[release.version]})" for d in found if release.version in d.failures
     ]
+
+
+def _failed_text(release: Release, failed: list[str], so: str) -> tuple[str, ...]:
     if not failed:
         return ()
     named = ", ".join(failed[:_NAMED]) + (", …" if len(failed) > _NAMED else "")
-    text = f"{release} failed before on {len(failed)} devices, which do not try it again: {named}"
-    return (text,)
+    return (f"{release} failed before on {len(failed)} devices, {so}: {named}",)
 
 
 def _found(session: Session, kind: type[_Row], name: str, what: str) -> _Row:

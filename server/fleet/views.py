@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from prunecast.server.fleet.audit import AuditEntry, audit_text, no_way_back_text
+from prunecast.server.fleet.evaluation import no_way_back
 from prunecast.server.fleet.model import Device, Fleet, Group, Release, Rollout, Status
 from prunecast.server.fleet.reports import Health
-from prunecast.server.fleet.step import no_way_back
 
 __all__ = ["audit_view", "device_view", "group_view", "health_view", "rollout_view"]
 

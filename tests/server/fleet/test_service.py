@@ -349,6 +349,23 @@ def test_what_failed_before_is_said_to_whoever_chooses_it(service: FleetService)
     assert service.operate(event) == said
 
 
+def test_an_abort_names_devices_on_which_the_stable_release_failed(service: FleetService) -> None:
+    tokens = fill(service, 2)
+    directive = service.poll(tokens["lab0"], DeviceState(None), 1)
+    answer = {"serial": directive.serial, "version": 1, "outcome": Outcome.SELFTEST_FAILED}
+    assert report(service, tokens["lab0"], **answer, detail="off by 9", now=2)
+    service.operate(start(2, at=3, stages=(100.0,)))
+    for token in tokens.values():
+        assert service.poll(token, DeviceState(None), 4).release == Release("digits", 2)
+    said = (
+        "digits 1 failed before on 1 devices, which stay on what they run: "
+        "lab0 (self-test failed: off by 9)",
+    )
+    assert service.operate(Abort(at=5, rollout="r2")) == said
+    assert service.poll(tokens["lab0"], DeviceState(2), 6).release is None
+    assert service.poll(tokens["lab1"], DeviceState(2), 6).release == Release("digits", 1)
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("fail", [False, True])
 def test_processes_at_once_tell_nobody_too_many(
