@@ -24,6 +24,7 @@ __all__ = ["Gate"]
 
 _HANDSHAKE = b"\x16"  # the first byte of TLS (RFC 8446, section 5.1)
 _LONGEST = 80  # bytes of the folder's name; a socket's has 107 in all
+_LINGER = 30.0  # seconds
 _TRIES, _PAUSE = 200, 0.02  # seconds; the core takes connections by the thousand in that
 
 
@@ -143,7 +144,9 @@ class _Half(asyncio.Protocol):
         self.other.transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.other.transport.close()  # after what it still has to write
+        other = self.other.transport
+        other.close()  # after what it still has to write, if it can get rid of it
+        asyncio.get_running_loop().call_later(_LINGER, other.abort)
 
 
 class _Guest(_Half):
