@@ -174,7 +174,7 @@ def misfits(
         as_sent = {_layout_of(r, shapes=shapes) for _, s in replies for r in _records(s)}
         found |= _odd(
             forms,
-            lambda form: len(form) == 1,
+            lambda form: len(form) == 1 and all(map(_can_be_averaged, form[0][1])),
             lambda form: form[0][1] in as_sent,
             _array_difference,
         )
@@ -237,6 +237,10 @@ def _odd(
 _Layout = frozenset[tuple[str, str, tuple[int, ...]]]
 _Arrays = tuple[tuple[str, _Layout], ...]
 _Metrics = tuple[tuple[str, frozenset[tuple[str, str]]], ...]
+
+
+def _can_be_averaged(tensor: tuple[str, str, tuple[int, ...]]) -> bool:
+    return tensor[1] == "number" or tensor[1].startswith("complex")
 
 
 def _array_form(content: RecordDict, *, shapes: bool) -> _Arrays:

@@ -4,16 +4,25 @@ import io
 import itertools
 import re
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp.exception import InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedXgbBagging
+from flwr.serverapp.strategy.strategy_utils import (
+    aggregate_arrayrecords,
+    aggregate_metricrecords,
+    validate_message_reply_consistency,
+)
+from hypothesis import given, settings
 
 from prunecast.client.training import compression_mod
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.flower import STYPE, payload_record, stream_id
+from prunecast.compression.flower.internals import Aggregation, identify_process
 from prunecast.compression.versions import (
     NOTHING_SENT,
     NodeReport,
@@ -23,6 +32,8 @@ from prunecast.compression.versions import (
     encode_update,
 )
 from prunecast.server.federation import Policy
+from prunecast.server.federation.checks import misfits
+from prunecast.server.federation.outbound import Batch, Prepared
 from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
 
 ARRAYS = initial_arrays()
@@ -404,3 +415,62 @@ def test_dense_stays_as_plain_flower(federation):
         grid=grid, initial_arrays=to_record(ARRAYS), num_rounds=1
     )
     assert np.isnan(result.arrays["fc.bias"].numpy()).all()
+
+
+# -- any replies ----------------------------------------------------------------------------------
+
+AVERAGE = Aggregation("num-examples", arrays=True, shapes=True, lengths=True)
+ANY_ARRAY = st.builds(
+    lambda shape, dtype: Array(np.ones(shape, dtype)),
+    st.sampled_from([(), (1,), (2,), (1, 2), (2, 2)]),
+    st.sampled_from(["f4", "f8", "i1", "?", "c8", "U1"]),
+)
+ANY_RECORD = st.dictionaries(st.sampled_from("wb"), ANY_ARRAY, max_size=2).map(ArrayRecord)
+ANY_METRIC = st.one_of(
+    st.integers(-1, 5), st.floats(), st.lists(st.floats(0, 1), min_size=1, max_size=2)
+)
+ANY_METRICS = st.dictionaries(
+    st.sampled_from(["num-examples", "loss"]), ANY_METRIC, max_size=2
+).map(MetricRecord)
+ANY_REPLY = st.builds(
+    lambda arrays, metrics: RecordDict({**arrays, **metrics}),
+    st.dictionaries(st.sampled_from(["arrays", "more"]), ANY_RECORD, max_size=2),
+    st.dictionaries(st.sampled_from(["metrics", "other"]), ANY_METRICS, max_size=2),
+)
+USUAL = RecordDict(
+    {
+        "arrays": ArrayRecord({"w": Array(np.ones(2, "f4"))}),
+        "metrics": MetricRecord({"num-examples": 1}),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(ANY_REPLY, st.just(USUAL)), min_size=1, max_size=5))
+def test_what_is_left_can_be_aggregated_by_flower(replies):
+    identify_process(RUN_ID, 1)
+    content = RecordDict({"arrays": USUAL["arrays"]})
+    sent = Prepared(Batch([]), *[Message(content, 1, "train")] * 2)
+    found = misfits([(reply, sent) for reply in replies], AVERAGE)
+    left = [reply for index, reply in enumerate(replies) if index not in found]
+    if left and is_consistent(left):
+        if not any(a.dtype == "<U1" for r in left[0].array_records.values() for a in r.values()):
+            average(left)
+    elif left:  # as in plain Flower, where no reply can be aggregated even alone
+        assert not any(is_consistent([reply]) for reply in replies)
+
+
+def is_consistent(replies):
+    try:
+        validate_message_reply_consistency(replies, "num-examples", check_arrayrecord=True)
+    except InconsistentMessageReplies:
+        return False
+    return True
+
+
+def average(left):
+    for record in (
+        aggregate_arrayrecords(left, "num-examples"),
+        aggregate_metricrecords(left, "num-examples"),
+    ):
+        assert len(record) >= 0
