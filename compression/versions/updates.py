@@ -23,6 +23,7 @@ from prunecast.compression.codec import (
     open_payload,
 )
 from prunecast.compression.versions import frame
+from prunecast.compression.versions.bodies import model_limits
 from prunecast.compression.versions.differences import cast, difference
 from prunecast.compression.versions.errors import BadPayload, BaseMissing, InvalidModel
 from prunecast.compression.versions.frame import Kind, short
@@ -174,7 +175,8 @@ class UpdateReader:
     Args:
         base: the version.
         stream: identifier of the run and record.
-        limits: bounds on what an update may make this side allocate.
+        limits: bounds on what an update may make this side allocate; None for those that follow
+            from the version and the bytes that come.
         sent: bytes of the arrays that replies answer, for `allowed_beside`; None for the version's.
     """
 
@@ -186,7 +188,7 @@ class UpdateReader:
         limits: Limits | None = None,
         sent: int | None = None,
     ) -> None:
-        self.base, self._stream, self._limits = base, stream, limits or Limits()
+        self.base, self._stream, self._limits = base, stream, limits
         self._specs = base.specs
         self.sent = sum(s.nbytes for s in self._specs.values()) if sent is None else sent
         self._contexts: dict[tuple[tuple[str, Coding, ReplyTensor], ...], Context] = {}
@@ -212,15 +214,18 @@ class UpdateReader:
                 f"update was not trained from version {self.base.counter} of this run"
             )
         heads = unpack_update_heads(parsed.layout, self._specs)
-        self._check(heads, parsed.size)
+        most = sum(spec.nbytes for spec in self._specs.values())
+        most += allowed_beside(self.sent, parsed.size)
+        limits = self._limits or model_limits(most, parsed.size)
+        self._check(heads, parsed.size, limits)
         context = self.context(heads)
         try:
-            body = open_payload(parsed.body, context=context, limits=self._limits)
+            body = open_payload(parsed.body, context=context, limits=limits)
         except CodecError as error:
             raise BadPayload(f"update cannot be decoded: {error}") from error
         return Update(self, heads, body, parsed.size)
 
-    def _check(self, heads: Mapping[str, UpdateHead], size: int) -> None:
+    def _check(self, heads: Mapping[str, UpdateHead], size: int, limits: Limits) -> None:
         """Refuse what the version or the limits do not allow, before anything is allocated."""
         beside = 0
         for name, head in heads.items():
@@ -237,11 +242,11 @@ class UpdateReader:
                 # also where a dimension of zero hides what no array can have
                 elements = math.prod(dimension or 1 for dimension in tensor.spec.shape)
                 beside += elements * tensor.spec.dtype.itemsize
-        allowed = min(allowed_beside(self.sent, size), self._limits.decoded_bytes)
-        if len(heads) > self._limits.tensors or beside > allowed:
+        allowed = min(allowed_beside(self.sent, size), limits.decoded_bytes)
+        if len(heads) > limits.tensors or beside > allowed:
             raise BadPayload(
                 f"update of {size} bytes declares {len(heads)} tensors, {beside} bytes of them "
-                f"unlike any that was sent, above the limits ({self._limits.tensors}, {allowed})"
+                f"unlike any that was sent, above the limits ({limits.tensors}, {allowed})"
             )
 
     def context(self, heads: Mapping[str, UpdateHead]) -> Context:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import Limits, TensorSpec
+from prunecast.compression.codec import TensorSpec
 from prunecast.compression.flower import (
     CONTROL_RECORD,
     STATISTICS_RECORD,
@@ -36,7 +36,9 @@ from prunecast.compression.versions import (
     Update,
     UpdateHead,
     UpdateReader,
+    allowed_beside,
     inspect,
+    model_limits,
     read_description,
     short,
     stream_tag,
@@ -47,6 +49,10 @@ from prunecast.server.federation.outbound import Prepared
 from prunecast.server.federation.policy import Policy
 
 __all__ = ["Read", "Up", "decode_reply", "up_of"]
+
+
+# what all records of a reply may decode to: bytes, times what was sent, times what came
+_FREE, _TIMES, _EXPANSION = 1 << 24, 16, 256
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ def _by_scheme(scheme: Scheme, key: str, record: ArrayRecord, sent: Prepared, en
     if described is not None:
         base = sent.original.content.array_records[described[0]]
         heads, payload = described[1:]
+        _check_unlike(key, heads, sent, len(record[next(iter(record))].data))
     elif base is None:
         raise BadPayload(f"record {key!r} is an update of something that was not sent")
     else:
@@ -153,6 +160,13 @@ def _by_scheme(scheme: Scheme, key: str, record: ArrayRecord, sent: Prepared, en
     own = any(head.coding is Coding.ZERO for head in heads.values())
     kind = f"{scheme.name}/values" if own else scheme.name
     return Read(arrays, kind, object_bytes(uncached(arrays)), update=True)
+
+
+def _check_unlike(key: str, heads: Mapping[str, UpdateHead], sent: Prepared, size: int) -> None:
+    """Bound what a reply says of arrays that resemble nothing sent, before it is allocated."""
+    specs = [h.tensor.spec for h in heads.values() if h.tensor.spec and h.tensor.like is None]
+    if sum(spec.nbytes for spec in specs) > allowed_beside(sum(sent.dense.values()), size):
+        raise BadPayload(f"record {key!r} of {size} bytes states more than follows from what came")
 
 
 def _has_finite(record: ArrayRecord) -> bool:
@@ -191,7 +205,7 @@ def _updated(
     """*Sent + update*, or the values, of every array that the scheme coded; others as they came."""
     specs = {n: head.tensor.spec for n, head in heads.items() if head.tensor.spec is not None}
     size = 4 * sum(spec.size for spec in specs.values())
-    decoded = scheme.decode(payload, limits=Limits(decoded_bytes=size, free_bytes=size))
+    decoded = scheme.decode(payload, limits=replace(model_limits(size), decoded_bytes=size))
     if [(n, a.shape) for n, a in decoded.items()] != [(n, s.shape) for n, s in specs.items()]:
         raise BadPayload(f"record {key!r}: the update is not of the arrays that were sent")
     if list(beside) != [name for name in heads if name not in specs]:
@@ -229,6 +243,7 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
         CodecError: a scheme's payload is damaged, or of another scheme.
     """
     content, kinds, has_update = RecordDict(), [], False
+    left = _FREE + _TIMES * sum(sent.dense.values()) + _EXPANSION * entry.payload_bytes
     for key, record in reply.content.items():
         if (key == CONTROL_RECORD and isinstance(record, ConfigRecord)) or (
             key == STATISTICS_RECORD and sent.wanted
@@ -240,6 +255,12 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
             read = up(key, record, sent, entry)
             if read.dense is not None:
                 entry.dense_bytes += read.dense - object_bytes(record)
+                left -= read.dense
+            if left < 0:
+                raise BadPayload(
+                    f"record {key[:80]!r}: a reply of {entry.payload_bytes} bytes decodes to more "
+                    "than follows from what was sent"
+                )
             content[key] = read.arrays
             kinds.append(read.kind)
             has_update = has_update or read.update

@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from prunecast.client.training import compression_mod
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.flower import STYPE, payload_record, stream_id
+from prunecast.compression.flower import STYPE, coded_record, payload_record, stream_id
 from prunecast.compression.flower.internals import Aggregation, identify_process
+from prunecast.compression.schemes.layout import layout_of
 from prunecast.compression.versions import (
     NOTHING_SENT,
     NodeReport,
@@ -31,7 +32,7 @@ from prunecast.compression.versions import (
     encode_keyframe,
     encode_update,
 )
-from prunecast.server.federation import Policy
+from prunecast.server.federation import Policy, inbound
 from prunecast.server.federation.checks import misfits
 from prunecast.server.federation.outbound import Batch, Prepared
 from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
@@ -415,6 +416,54 @@ def test_dense_stays_as_plain_flower(federation):
         grid=grid, initial_arrays=to_record(ARRAYS), num_rounds=1
     )
     assert np.isnan(result.arrays["fc.bias"].numpy()).all()
+
+
+def bomb(nbytes):
+    """A payload of some kilobytes that states so many bytes of zeros, beside a little noise."""
+    return plain({"z": np.zeros(nbytes // 4, np.float32), "pad": np.arange(9)})
+
+
+def test_a_few_bytes_that_decode_to_much(federation, caplog):
+    small = bomb(1 << 24)
+    hostile = lambda content: content.__setitem__("arrays", small)  # noqa: E731
+    grid, arrays = run(federation, "balanced", hostile, rounds=1)
+    holds(grid, arrays, "above the limits", caplog, rounds=1)
+
+
+@pytest.mark.parametrize(("records", "refused"), [(3, False), (8, True)])
+def test_all_records_of_a_reply_share_what_it_may_decode_to(
+    federation, tmp_path, monkeypatch, records, refused
+):
+    for name, value in {"_FREE": 0, "_TIMES": 4, "_EXPANSION": 0}.items():
+        monkeypatch.setattr(inbound, name, value)
+    grid, inner, _ = federation("balanced", nodes=2)
+
+    def change(reply):
+        if reply.metadata.src_node_id == 2:
+            base = held(tmp_path / "store")
+            exact = {name: np.ones(t.shape, t.dtype) for name, t in base.tensors.items()}
+            record = payload_record(encode_update(base, exact, stream=STREAM))
+            for number in range(records):
+                reply.content[f"more {number}"] = record
+        return reply
+
+    inner.on_reply = change
+    content = RecordDict({"arrays": to_record(ARRAYS)})
+    first, second = grid.send_and_receive([Message(content, node, "train") for node in (1, 2)])
+    assert not first.has_error()
+    assert second.has_error() is refused
+
+
+def test_a_scheme_bounds_what_it_decodes_by_what_was_sent(federation, caplog):
+    scheme = SCHEME.scheme
+    many = {name: np.zeros(1 << 20, np.float32) for name in ("a", "b")}
+    payload, _ = scheme.encode(many, scheme.init(layout_of(many)), key=1)
+    assert len(payload) < 1 << 18
+
+    def change(content):
+        content["arrays"] = coded_record(payload, {})
+
+    holds(*run(federation, SCHEME, change, rounds=1), "above Limits.elements", caplog, rounds=1)
 
 
 # -- any replies ----------------------------------------------------------------------------------

@@ -302,6 +302,50 @@ def test_arrays_the_codec_does_not_know_travel_as_they_are(federation, tmp_path)
     assert reply.content["arrays"]["blob"].data == b"12345678"
 
 
+@pytest.mark.parametrize("policy", ["lossless", "balanced", Policy.preset("balanced", up="stc")])
+def test_what_cannot_be_coded_costs_itself_alone(federation, tmp_path, policy):
+    words, own = np.array(["a", "b"]), Array("float32", (2,), "my-own-format", b"12345678")
+    seen = []
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.train()
+    def train(message, context):
+        seen.append(message.content["arrays"])
+        return Message(RecordDict({"arrays": message.content["arrays"]}), reply_to=message)
+
+    grid, _, _ = federation(policy, app=app)
+    weight = np.linspace(-1, 1, 16_000, dtype=np.float32)
+    for value in (weight, weight, weight + 1):
+        items = {"words": Array(words), "w": Array(value), "own": own, "n": Array(np.arange(3))}
+        content = RecordDict({"arrays": ArrayRecord(items)})
+        (reply,) = grid.send_and_receive([message_to(1, content)])
+        for record in (seen[-1], reply.content["arrays"]):
+            assert list(record) == list(items)
+            assert record["words"].numpy().tolist() == ["a", "b"]
+            assert record["own"].data == b"12345678"
+            assert record["n"].numpy().tolist() == [0, 1, 2]
+            np.testing.assert_allclose(record["w"].numpy(), value, atol=0.1)
+    assert kinds(grid, "down") == ["keyframe/verbatim", "reuse/verbatim", "delta/verbatim"]
+    assert grid.published(content["arrays"]).specs.keys() == {"w", "n"}
+    assert list(grid.draw_initial(content["arrays"], 1, key="other")) == list(items)
+    totals = grid.ledger.totals()
+    assert totals.dense_bytes_down > (1.2 if policy == "lossless" else 5) * totals.bytes_down
+
+
+def test_a_personal_record_with_what_cannot_be_coded(federation, tmp_path):
+    grid, _, _ = federation("balanced", nodes=2, app=echo_app(tmp_path))
+    records = [
+        ArrayRecord({"words": Array(np.array(["a"])), "w": Array(np.full(999, float(node)))})
+        for node in (1, 2)
+    ]
+    messages = [message_to(n, RecordDict({"arrays": r})) for n, r in enumerate(records, start=1)]
+    replies = list(grid.send_and_receive(messages))
+    assert kinds(grid, "down") == ["plain/verbatim"] * 2
+    for node, reply in enumerate(replies, start=1):
+        assert list(reply.content["arrays"]) == ["words", "w"]
+        assert (reply.content["arrays"]["w"].numpy() == node).all()
+
+
 def test_a_record_under_the_control_key_is_refused(federation):
     grid, _, _ = federation("small")
     with pytest.raises(FederationError, match="'prunecast'"):
