@@ -28,7 +28,7 @@ from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.inbound import up_of
 from prunecast.server.federation.ledger import Entry, Ledger
-from prunecast.server.federation.notices import Notices
+from prunecast.server.federation.notices import Notices, uncodable
 from prunecast.server.federation.outbound import Batch, Outbound, Prepared
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publisher import Streams
@@ -349,12 +349,17 @@ class CompressedGrid(GridWrapper):
             FederationError: the stream has published a version already.
         """
         stream = self._streams.stream(self.run.run_id, key)
-        return array_record(stream.draw(dense_arrays(like), seed, max_model_bytes))
+        known, others = set_apart(like)
+        drawn = stream.draw(dense_arrays(known), seed, max_model_bytes)
+        return put_back(array_record(drawn), others)
 
     def checkpoint(self, arrays: ArrayRecord, *, key: str = "arrays") -> Checkpoint:
         """What a later run needs to go on from these master weights; see `Checkpoint.save`."""
         stream = self._streams.stream(self.run.run_id, key)
-        return Checkpoint(stream.as_published(dense_arrays(arrays)), *stream.position, key)
+        known, others = set_apart(arrays)
+        if others:
+            self._notices.unsaved(key, uncodable(arrays))
+        return Checkpoint(stream.as_published(dense_arrays(known)), *stream.position, key)
 
     def resume(self, checkpoint: Checkpoint) -> ArrayRecord:
         """Continue a stream from a checkpoint; call before the first message.

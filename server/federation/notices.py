@@ -76,6 +76,10 @@ class Notices:
         text = "Node %s cannot keep what makes its next messages small, until that is mended: %s"
         log(WARNING, text, node, trouble)
 
+    def unsaved(self, key: str, cause: str) -> None:
+        """A record that a checkpoint holds without the arrays that it cannot."""
+        self._say(("unsaved", key), f"Checkpoints of array record {key!r} are incomplete: {cause}")
+
     def unasked(self, node: int) -> None:
         """A reply that was delivered before, or to a message that was given up."""
         text = f"Node {node}: a reply that nobody waits for was dropped; it came twice or too late"

@@ -328,6 +328,7 @@ def test_what_cannot_be_coded_costs_itself_alone(federation, tmp_path, policy):
     assert kinds(grid, "down") == ["keyframe/verbatim", "reuse/verbatim", "delta/verbatim"]
     assert grid.published(content["arrays"]).specs.keys() == {"w", "n"}
     assert list(grid.draw_initial(content["arrays"], 1, key="other")) == list(items)
+    assert list(grid.checkpoint(content["arrays"]).arrays) == ["w", "n"]
     totals = grid.ledger.totals()
     assert totals.dense_bytes_down > (1.2 if policy == "lossless" else 5) * totals.bytes_down
 
