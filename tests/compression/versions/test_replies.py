@@ -24,6 +24,7 @@ from prunecast.compression.versions import (
     allowed_beside,
     decode_update,
     encode_update,
+    updates,
 )
 from prunecast.compression.versions.frame import Kind, pack, unpack
 from prunecast.compression.versions.layout import (
@@ -192,6 +193,26 @@ def test_what_was_sent_allows_as_much_beside_it():
     assert update.start("x", {}).base.nbytes == 4  # zeros take no memory before
     with pytest.raises(BadPayload, match="above the limits"):
         UpdateReader(NOTHING_SENT, sent=2**30, limits=Limits(decoded_bytes=2**20)).read(payload)
+
+
+def test_limits_of_the_decoder_follow_from_what_was_sent(monkeypatch):
+    """A version of 3 GiB may be answered; a few bytes cannot state more than was sent."""
+    asked = []
+    open_payload = updates.open_payload
+    monkeypatch.setattr(
+        updates,
+        "open_payload",
+        lambda body, context, limits: (
+            asked.append(limits) or open_payload(body, context=context, limits=limits)
+        ),
+    )
+    base = base_of()
+    payload = encode_update(base, {})
+    UpdateReader(base).read(payload)
+    UpdateReader(base, sent=3 << 30).read(payload)
+    assert asked[0].free_bytes < 1.1 * 2**20
+    assert asked[1].decoded_bytes >= asked[1].free_bytes > 3 << 30
+    assert asked[1].elements > 3 << 28
 
 
 @pytest.mark.parametrize(
