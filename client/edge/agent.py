@@ -355,7 +355,12 @@ class Agent:
         self, slot: Path, manifest: ReleaseManifest, passed: str | None = None
     ) -> LoadedRelease:
         return open_slot(
-            slot, manifest, optimise=self.config.optimise, passed=passed, **self._how()
+            *(slot, manifest),
+            optimise=self.config.optimise,
+            passed=passed,
+            # what ends the agent meanwhile is not the release, which runs in another process
+            elsewhere=lambda: self._kept.noted(Begun.now("install")),
+            **self._how(),
         )
 
     def _how(self) -> dict[str, Any]:

@@ -184,15 +184,18 @@ class Keeper:
         """While the block runs, the end of the process does not speak against what is served.
 
         Raises:
-            StateError: the disk refuses; where a self-test may end the process, that must be known.
+            StateError: the disk refuses the note of a self-test, which may end the process.
         """
         resting = self.begun
         steady = resting is not None and resting.served >= self._config.confirm_after
         if steady and not note.trying:
             yield  # it does not any more
             return
-        self._folder.write_note(note)
-        self.begun = note
+        if note.trying:
+            self._folder.write_note(note)
+            self.begun = note
+        else:
+            self.note(note)
         try:
             yield
         except (EdgeError, ReleaseError):

@@ -23,7 +23,7 @@ import platform
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,7 @@ def open_slot(
     bounds: Bounds = DEFAULT_BOUNDS,
     passed: str | None = None,
     poll: Poll = lambda: None,
+    elsewhere: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> LoadedRelease:
     """Load a new session of the signed model and run the self-test.
 
@@ -174,6 +175,7 @@ def open_slot(
         optimise: keep what onnxruntime makes of the model, if the disk has room, and serve that
             after the same self-test.
         passed: `LoadedRelease.passed` of an earlier time.
+        elsewhere: entered while the trial runs, during which it cannot end this process.
 
     Raises:
         OutOfTime, OutOfMemory: it costs more than the bounds allow.
@@ -182,7 +184,8 @@ def open_slot(
         StateError: a file cannot be read, or the trial could not be made.
     """
     if passed != _digest_of_platform():
-        try_release(folder, manifest, threads=threads, bounds=bounds, poll=poll)
+        with elsewhere():
+            try_release(folder, manifest, threads=threads, bounds=bounds, poll=poll)
     with disk(f"read {folder / 'model.onnx'}"):
         graph = (folder / "model.onnx").read_bytes()
     check_externals(graph, file=_WEIGHTS, size=manifest.weights.length)

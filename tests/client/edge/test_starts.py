@@ -294,6 +294,28 @@ def test_too_little_memory_is_no_fault_of_a_release(
     assert start().status()["rejected"] == {}
 
 
+def test_a_kill_during_a_trial_is_not_charged_to_the_release(
+    two: Agent, start: Start, publish: Publish, kill: Kill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The release runs in a process of its own meanwhile, and can end only that one."""
+    publish(3)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args: object, **options: object) -> None:
+        raise Killed
+
+    for _ in range(5):
+        agent = start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("prunecast.client.edge.slots.slot.try_release", die)
+            with pytest.raises(Killed):
+                agent.update_once()
+        kill()
+    assert start().update_once().version == 3
+
+
 def test_a_self_test_that_a_power_cut_ended_may_be_repeated(
     two: Agent, start: Start, publish: Publish, kill: Kill, machine: Machine
 ) -> None:
