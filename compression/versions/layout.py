@@ -281,11 +281,14 @@ def unpack_update_heads(layout: bytes, base: Mapping[str, TensorSpec]) -> dict[s
     tensors: dict[str, tuple[int, ReplyTensor]] = {}
     if layout[:1] == bytes([_TABLE]):
         _, count = reader.unpack("<BI")
-        names = list(base)
+        names, taken = list(base), set[str | None]()
         for _ in range(count):
             name, coding, tensor = _unpack_row(reader, names, base)
             if name in tensors:
                 raise BadPayload(f"tensor {name[:80]!r} is named twice")
+            if tensor.like is not None and tensor.like in taken:
+                raise BadPayload(f"tensor {name[:80]!r} is not the first of {tensor.like[:80]!r}")
+            taken.add(tensor.like)
             tensors[name] = coding, tensor
     else:
         codes = reader.take(len(base))

@@ -282,7 +282,9 @@ class UpdateReader:
                 held = None if like is None else predicted(self.held(like), spec.dtype)
                 if held is not None:
                     previous[name] = held
-        return Context(layout, masks or None, previous or None, self._derived)
+        # what is derived is kept by name: of the version's tensors alone, whatever nodes send
+        known = all(head.tensor.like == name for name, head in heads.items() if name in layout)
+        return Context(layout, masks or None, previous or None, self._derived if known else None)
 
     def zeros(self, spec: TensorSpec) -> NDArray[Any]:
         """A tensor of zeros that takes no memory; the same object every time."""

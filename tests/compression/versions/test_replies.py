@@ -230,6 +230,7 @@ def test_limits_of_the_decoder_follow_from_what_was_sent(monkeypatch):
         (b"\xff\1\0\0\0\x0a\1\0x\x0c\0", "unknown dtype"),
         (b"\xff\1\0\0\0\x0a\1\0\xff\0\0", "UTF-8"),
         (b"\xff\2\0\0\0\0\1\0\0\0\0\1\0\0\0", "twice"),
+        (b"\xff\2\0\0\0\0\1\0\0\0\x10\1\0\0\0\1\0x", "not the first of 'b'"),
         (b"\xff\1\0\0\0\0\1\0\0\0x", "trailing"),
         (b"\xff\xff\xff\xff\xff", "too early"),
     ],
@@ -268,6 +269,21 @@ def test_every_truncation_and_flip_of_a_reply_is_refused():
         damaged[cut] ^= 0x20
         with pytest.raises(VersionsError):
             decode_update(bytes(damaged), base)
+
+
+def test_a_reader_keeps_nothing_by_names_that_nodes_choose():
+    base = base_of()
+    reader = UpdateReader(base)
+    for number in range(50):
+        change = QuantisedTensor(np.ones(10, np.int32), 0.5)
+        tensors = {f"x{number}": like("b"), f"y{number}": beside("f4", 2000)}
+        extra = QuantisedTensor(np.ones(2000, np.int32), 0.5, True)
+        changes = {f"x{number}": change, f"y{number}": extra}
+        update = reader.read(encode_update(base, changes, tensors=tensors))
+        update.verify(base.arrays())
+    assert not reader._derived
+    reader.read(encode_update(base, {"b": change})).verify(base.arrays())
+    assert set(reader._derived) == {"b"}
 
 
 # -- what may be non-finite -----------------------------------------------------------------------
