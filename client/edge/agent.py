@@ -358,8 +358,7 @@ class Agent:
             *(slot, manifest),
             optimise=self.config.optimise,
             passed=passed,
-            # what ends the agent meanwhile is not the release, which runs in another process
-            elsewhere=lambda: self._kept.noted(Begun.now("install")),
+            elsewhere=self._kept.trial,
             **self._how(),
         )
 

@@ -203,6 +203,14 @@ class Keeper:
             raise
         self.note(resting)
 
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """While the block runs, a release runs in another process, and can end only that one."""
+        with self.noted(Begun.now("install")):
+            yield
+        if self.begun is not None and self.begun.trying:
+            self.note(replace(self.begun, passed=True))
+
     def record(
         self, result: UpdateResult | None, counted: Counter[str], problem: str | None
     ) -> None:

@@ -111,7 +111,8 @@ class State:
             return self
         if found.trying:  # after any time of service
             kind = how_it_ended(replace(found, served=0.0), now, steady_after)
-            return self.tried(found.trying, WEIGHTS[kind])
+            # what has just passed elsewhere seldom ends the process here
+            return self.tried(found.trying, WEIGHTS[kind] / (3 if found.passed else 1))
         if active is None or found.work == "install":
             return self
         kind = how_it_ended(found, now, steady_after)

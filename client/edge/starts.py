@@ -47,6 +47,7 @@ class Begun:
         oom_kills: how many processes the system had killed for memory.
         work: what the process is at.
         trying: manifest (hex digest) of the release whose self-test runs; empty: none does.
+        passed: whether that release has passed its trial, in a process of its own.
         served: seconds for which the active release has served, as noted last.
     """
 
@@ -54,6 +55,7 @@ class Begun:
     oom_kills: int = 0
     work: Work = "serve"
     trying: str = ""
+    passed: bool = False
     served: float = 0.0
 
     @classmethod

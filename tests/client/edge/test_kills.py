@@ -164,7 +164,8 @@ def test_killed_at_random_moments(
             if rng.random() < 0.5:
                 events = lives.live(die_at=rng.randrange(1, calls))
             else:
-                events = lives.live(delay=rng.uniform(0, lasted))
+                # most of a life is the trial: some must get beyond it
+                events = lives.live(delay=rng.uniform(0, 1.5 * lasted))
             figures["lives"] += 1
             end = events[-1]
             assert end["code"] in (-signal.SIGKILL, 0), events

@@ -316,6 +316,29 @@ def test_a_kill_during_a_trial_is_not_charged_to_the_release(
     assert start().update_once().version == 3
 
 
+def test_a_kill_after_a_passed_trial_counts_for_a_third(
+    two: Agent, start: Start, publish: Publish, kill: Kill
+) -> None:
+    publish(3)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args: object, **options: object) -> None:
+        raise Killed
+
+    results = []
+    for _ in range(10):
+        agent = start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("prunecast.client.edge.slots.slot.patiently", die)
+            try:
+                results.append(agent.update_once().outcome)
+            except Killed:
+                kill()
+    assert results == ["rejected"]  # at the tenth
+
+
 def test_a_self_test_that_a_power_cut_ended_may_be_repeated(
     two: Agent, start: Start, publish: Publish, kill: Kill, machine: Machine
 ) -> None:
