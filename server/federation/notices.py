@@ -100,7 +100,8 @@ class Notices:
         if failures:
             nodes = ", ".join(str(node) for node, _ in failures.most_common(_LISTED))
             more = ", ..." if len(failures) > _LISTED else ""
-            parts.append(f"{failures.total()} of {replies} replies failed, of nodes {nodes}{more}")
+            of = "node" if len(failures) == 1 else "nodes"
+            parts.append(f"{failures.total()} of {replies} replies failed, of {of} {nodes}{more}")
         if parts:
             log(WARNING, "Prunecast: %s; the reasons are above", "; ".join(parts))
 

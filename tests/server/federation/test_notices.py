@@ -98,7 +98,7 @@ def test_one_line_at_the_end_sums_it_up(federation, tmp_path, caplog):
     send(grid, odd, odd, odd, rounds=2)
     expected = (
         "Prunecast: 10 of 10 array records did not travel as updates (6 verbatim down, "
-        "4 verbatim up); 2 of 6 replies failed, of nodes 3; the reasons are above"
+        "4 verbatim up); 2 of 6 replies failed, of node 3; the reasons are above"
     )
     alive = weakref.ref(grid)
     del grid
