@@ -207,7 +207,7 @@ class Receiver:
     def _changed(self, sent: Prepared) -> str:
         """Why a record came as it is that could have been coded."""
         if self._streams.policy.scheme is not None:
-            return "its arrays are not those that were sent, which the scheme codes updates of"
+            return "it has no array of finite floats, which are all that a scheme codes"
         if sent.rule is None:
             return "the message had no arrays; what is answered to such ones is coded from now on"
         return (
