@@ -195,7 +195,7 @@ def create(
         save_graph(made.exported, save_graph_to)
     published = target.publish(name, made, at_least=at_least)
     manifest = published.manifest
-    files = {file: ref.length for file, ref in manifest.files.items()}
+    files = {file: ref.travels.length for file, ref in manifest.files.items()}
     result: dict[str, Any] = {
         "name": name,
         "version": published.version,

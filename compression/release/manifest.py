@@ -6,14 +6,18 @@ trusted as the signature. Only numpy and the standard library: server and device
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
+
 from prunecast.common.documents import strict_json
+from prunecast.compression.codec import CodecError, Limits, encode, open_payload
 from prunecast.compression.release import ManifestError, ReleaseError
 from prunecast.compression.release.runtime import Signature
 from prunecast.compression.release.selftest import Tolerance
@@ -27,7 +31,9 @@ __all__ = [
     "blob_path",
     "check_release_name",
     "manifest_path",
+    "pack_file",
     "parse_manifest_path",
+    "unpack_file",
 ]
 
 MAX_MANIFEST_BYTES = 2**20
@@ -76,10 +82,49 @@ class FileRef:
     Attributes:
         sha256: hex digest.
         length: size in bytes.
+        packed: what travels instead, see `pack_file`; None where the file itself does.
     """
 
     sha256: str
     length: int
+    packed: FileRef | None = None
+
+    @property
+    def travels(self) -> FileRef:
+        """What is stored and downloaded: the packed file, or this one."""
+        return self.packed or self
+
+
+_CONTENT = "file"
+_LEAST_SAVED = 0.05  # share of a file's bytes
+
+
+def pack_file(data: bytes) -> bytes | None:
+    """What may travel instead of a file: a payload of the codec; None where that saves little."""
+    packed = encode({_CONTENT: np.frombuffer(data, np.uint8)}, thorough=True)
+    return packed if len(packed) < (1 - _LEAST_SAVED) * len(data) else None
+
+
+def unpack_file(packed: bytes, ref: FileRef) -> bytes:
+    """The file that a packed one holds, checked against its digest.
+
+    No more is allocated than the file's signed length calls for.
+
+    Raises:
+        ManifestError: it is damaged, or holds another file.
+    """
+    most = 4 * ref.length + 1024  # as the codec counts: four bytes an element
+    limits = Limits(
+        elements=ref.length, decoded_bytes=most, free_bytes=most, tensors=1, serial_symbols=most
+    )
+    try:
+        payload = open_payload(packed, limits=limits)
+        data = payload[_CONTENT].tobytes() if _CONTENT in payload else b""
+    except CodecError as error:
+        raise ManifestError(f"a packed file is damaged: {error}") from error
+    if len(data) != ref.length or hashlib.sha256(data).hexdigest() != ref.sha256:
+        raise ManifestError("a packed file is not the one that was signed")
+    return data
 
 
 @dataclass(frozen=True)
@@ -153,9 +198,9 @@ class ReleaseManifest:
         return best if best and best.file.length < self.keyframe.length else None
 
     def references(self) -> dict[str, FileRef]:
-        """Every file that travels, by a name for messages."""
+        """Every file that travels, as it does, by a name for messages."""
         return {
-            **self.files,
+            **{name: ref.travels for name, ref in self.files.items()},
             "keyframe": self.keyframe,
             **{f"patch from {p.base_version}": p.file for p in self.patches},
         }
@@ -170,11 +215,11 @@ class ReleaseManifest:
             "model": {"digest": self.model_digest, "counter": self.counter},
             "inputs": [astuple(s) for s in self.inputs],
             "outputs": [astuple(s) for s in self.outputs],
-            "files": {name: asdict(ref) for name, ref in self.files.items()},
-            "weights": {"variant": self.variant, **asdict(self.weights)},
-            "keyframe": asdict(self.keyframe),
+            "files": {name: _entry(ref) for name, ref in self.files.items()},
+            "weights": {"variant": self.variant, **_entry(self.weights)},
+            "keyframe": _entry(self.keyframe),
             "patches": [
-                {"base_version": p.base_version, "base_digest": p.base_digest, **asdict(p.file)}
+                {"base_version": p.base_version, "base_digest": p.base_digest, **_entry(p.file)}
                 for p in self.patches
             ],
             "selftest": asdict(self.tolerance),
@@ -213,7 +258,7 @@ class ReleaseManifest:
 
 
 def _parse(document: Mapping[str, Any]) -> ReleaseManifest:
-    files = {str(name): _file(entry) for name, entry in document["files"].items()}
+    files = {str(name): _packable(entry) for name, entry in document["files"].items()}
     if set(files) != set(RELEASE_FILES):
         raise ManifestError(f"release.json must list exactly the files {', '.join(RELEASE_FILES)}")
     test, weights = document["selftest"], document["weights"]
@@ -247,6 +292,15 @@ def _parse(document: Mapping[str, Any]) -> ReleaseManifest:
 
 def _file(entry: Mapping[str, Any]) -> FileRef:
     return FileRef(_hex(entry["sha256"]), _integer(entry["length"]))
+
+
+def _packable(entry: Mapping[str, Any]) -> FileRef:
+    return replace(_file(entry), packed=_file(entry["packed"]) if "packed" in entry else None)
+
+
+def _entry(ref: FileRef) -> dict[str, Any]:
+    entry: dict[str, Any] = {"sha256": ref.sha256, "length": ref.length}
+    return {**entry, "packed": _entry(ref.packed)} if ref.packed else entry
 
 
 def _expect(value: Any, usable: bool, what: str) -> Any:

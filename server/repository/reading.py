@@ -28,6 +28,7 @@ from prunecast.compression.release.manifest import (
     blob_path,
     manifest_path,
     parse_manifest_path,
+    unpack_file,
 )
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 from prunecast.server.repository.errors import (
@@ -134,12 +135,19 @@ class RepositoryReader:
             ) from error
 
     def blob(self, ref: FileRef) -> bytes:
-        """Content of a file, checked against its digest.
+        """Content of a file, unpacked and checked against its digest.
 
         Raises:
             RepositoryCorrupt: missing or damaged.
         """
-        return _checked(self.path / blob_path(ref.sha256), ref)
+        path = self.path / blob_path(ref.travels.sha256)
+        data = _checked(path, ref.travels)
+        if ref.packed is None:
+            return data
+        try:
+            return unpack_file(data, ref)
+        except ManifestError as error:
+            raise RepositoryCorrupt(f"{path}: {error}") from error
 
     def expires(self) -> dict[str, datetime]:
         """When each role's metadata expires."""

@@ -23,9 +23,23 @@ from prunecast.client.edge.errors import (
 from prunecast.client.edge.slots.weights import patch_base
 from prunecast.client.edge.state import StateFolder
 from prunecast.client.edge.updating.transport import AskLater, Fetcher
-from prunecast.common.files import file_digest, folder_bytes, keep_only, make_folder, sync
+from prunecast.common.files import (
+    file_digest,
+    folder_bytes,
+    keep_only,
+    make_folder,
+    sync,
+    write_atomically,
+)
 from prunecast.compression.codec import Limits
-from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest, blob_path
+from prunecast.compression.release import ManifestError
+from prunecast.compression.release.manifest import (
+    FileRef,
+    PatchRef,
+    ReleaseManifest,
+    blob_path,
+    unpack_file,
+)
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
 
 __all__ = ["Acquirer", "Download"]
@@ -87,7 +101,8 @@ class Acquirer:
                 f"release {manifest.version} needs agent {manifest.minimum_agent}, this is "
                 f"{AGENT_VERSION}: update prunecast on the device"
             )
-        sizes = (manifest.weights, manifest.keyframe, *manifest.files.values())
+        files = manifest.files.values()
+        sizes = (manifest.weights, manifest.keyframe, *files, *(ref.travels for ref in files))
         if max(ref.length for ref in sizes) > self._config.most_bytes:
             raise ContentRefused(
                 f"release {manifest.version} is larger than the {self._config.most_bytes} bytes "
@@ -95,6 +110,7 @@ class Acquirer:
             )
         # before the first byte: a slot with the model, and the files it is made from
         small = sum(ref.length for ref in manifest.files.values())
+        small += sum(ref.packed.length for ref in manifest.files.values() if ref.packed)
         slot = manifest.weights.length + manifest.keyframe.length + small
         needed = slot + manifest.keyframe.length + small + _SPARE
         # what is freed before the new slot is written
@@ -111,7 +127,7 @@ class Acquirer:
     def _drop_others(self, manifest: ReleaseManifest) -> None:
         """Remove downloads that belong to other releases: nobody will finish them."""
         names = {"release.json"}
-        for ref in manifest.references().values():
+        for ref in (*manifest.references().values(), *manifest.files.values()):
             names |= {ref.sha256, f"{ref.sha256}.part"}
         with disk(f"tidy {self._folder.downloads}"):
             keep_only(self._folder.downloads, names)
@@ -157,7 +173,15 @@ class Acquirer:
                 make_folder(target.parent)
                 shutil.copyfile(held, target)  # its slot may be the one that is rebuilt
                 return target
-        return self._download("files", ref)
+        if ref.packed is None:
+            return self._download("files", ref)
+        try:
+            data = unpack_file(self._fetch("files", ref.packed), ref)
+        except ManifestError as error:
+            raise ContentRefused(f"{name}: {error}") from error
+        with disk(f"write {target}"):
+            write_atomically(target, data)
+        return target
 
     def _fetch(self, kind: str, ref: FileRef) -> bytes:
         path = self._download(kind, ref)

@@ -26,7 +26,12 @@ from prunecast.compression.onnx.compare import differ
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.qdq import quantise
 from prunecast.compression.release.externals import check_externals
-from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest
+from prunecast.compression.release.manifest import (
+    FileRef,
+    PatchRef,
+    ReleaseManifest,
+    pack_file,
+)
 from prunecast.compression.release.runtime import (
     InferenceSession,
     Signature,
@@ -151,8 +156,8 @@ class BuiltRelease:
             # what a device would refuse is refused here
             check_externals(graph, file="weights.bin", size=bound.layout.size)
             files = {
-                "model.onnx": self._keep(graph),
-                "layout.json": self._keep(bound.layout.to_bytes()),
+                "model.onnx": self._keep_packed(graph),
+                "layout.json": self._keep_packed(bound.layout.to_bytes()),
                 "selftest.npz": self._keep(pack_arrays(recorded.inputs)),
                 "expected.npz": self._keep(pack_arrays(recorded.expected)),
             }
@@ -219,6 +224,13 @@ class BuiltRelease:
         ReleaseManifest.from_bytes(manifest.to_bytes())
         refs = manifest.references().values()
         return manifest, {ref.sha256: self._blobs[ref.sha256] for ref in refs}
+
+    def _keep_packed(self, data: bytes) -> FileRef:
+        packed = pack_file(data)
+        if packed is None:
+            return self._keep(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        return FileRef(sha256, len(data), self._keep(packed))
 
     def _keep(self, data: bytes) -> FileRef:
         ref = FileRef(hashlib.sha256(data).hexdigest(), len(data))

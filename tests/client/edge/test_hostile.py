@@ -20,11 +20,18 @@ import pytest
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.errors import ContentRefused, StateError
 from prunecast.client.edge.slots.slot import verify_slot
-from prunecast.compression.codec import TensorSpec
+from prunecast.compression.codec import TensorSpec, encode
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.externals import check_externals
-from prunecast.compression.release.manifest import FileRef, PatchRef, ReleaseManifest, manifest_path
+from prunecast.compression.release.manifest import (
+    FileRef,
+    PatchRef,
+    ReleaseManifest,
+    manifest_path,
+    pack_file,
+    unpack_file,
+)
 from prunecast.compression.versions import PublishedModel, frame
 from prunecast.compression.versions.layout import TensorHead, pack_changes, pack_heads
 from prunecast.server.repository import KeyRing, Repository
@@ -71,7 +78,9 @@ def _keep(blobs: dict[str, bytes], data: bytes) -> FileRef:
 
 def _with_file(name: str, change: Callable[[bytes], bytes]) -> Change:
     def changed(manifest: ReleaseManifest, blobs: dict[str, bytes]) -> ReleaseManifest:
-        ref = _keep(blobs, change(blobs[manifest.files[name].sha256]))
+        held = manifest.files[name]
+        data = blobs[held.travels.sha256]
+        ref = _keep(blobs, change(unpack_file(data, held) if held.packed else data))
         return replace(manifest, files={**manifest.files, name: ref})
 
     return changed
@@ -80,6 +89,40 @@ def _with_file(name: str, change: Callable[[bytes], bytes]) -> Change:
 def _release_1_runs(agent: Agent, images: np.ndarray) -> None:
     assert agent.model.infer({"input": images}).version == 1
     assert agent.status()["active"]["version"] == 1
+
+
+# packed files
+
+
+@pytest.mark.parametrize(
+    ("packed", "says"),
+    [
+        (lambda data: b"no payload", "damaged"),
+        (lambda data: pack_file(data)[:-9], "damaged"),
+        (lambda data: pack_file(data + bytes(9)), "damaged"),  # more than was signed
+        (lambda data: pack_file(data), "not the one that was signed"),
+        (lambda data: encode({"other": np.zeros(9, np.uint8)}), "not the one that was signed"),
+        (lambda data: encode({"file": np.zeros(1 << 28, np.uint8)}), "damaged"),
+    ],
+)
+def test_packed_files_that_are_not_the_signed_ones(
+    agent: Agent,
+    publish_changed: Callable[..., Any],
+    images: np.ndarray,
+    packed: Callable[[bytes], bytes],
+    says: str,
+) -> None:
+    def changed(manifest: ReleaseManifest, blobs: dict[str, bytes]) -> ReleaseManifest:
+        plain = manifest.files["model.onnx"]
+        assert plain.packed is not None
+        data = unpack_file(blobs[plain.packed.sha256], plain)
+        held = FileRef("ab" * 32, plain.length, _keep(blobs, packed(data)))
+        return replace(manifest, files={**manifest.files, "model.onnx": held})
+
+    publish_changed(changed)
+    with pytest.raises(ContentRefused, match=says):
+        agent.update_once()
+    _release_1_runs(agent, images)
 
 
 # external data

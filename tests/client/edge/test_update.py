@@ -52,7 +52,9 @@ def test_first_a_keyframe_then_patches(
     result = agent.update_once()
     assert (result.outcome, result.version, result.payload) == ("updated", 1, "keyframe")
     assert result.downloaded["keyframe"] == first.keyframe.length
-    assert result.downloaded["files"] == sum(ref.length for ref in first.files.values())
+    assert result.downloaded["files"] == sum(ref.travels.length for ref in first.files.values())
+    assert first.files["model.onnx"].travels.length < 0.6 * first.files["model.onnx"].length
+    assert first.files["layout.json"].travels.length < first.files["layout.json"].length
     second = publish(2)
     result = agent.update_once()
     assert (result.outcome, result.version, result.previous) == ("updated", 2, 1)

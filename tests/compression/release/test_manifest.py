@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prunecast.compression.codec import encode
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import (
     RELEASE_FILES,
@@ -15,6 +20,8 @@ from prunecast.compression.release.manifest import (
     PatchRef,
     ReleaseManifest,
     check_release_name,
+    pack_file,
+    unpack_file,
 )
 from prunecast.compression.release.runtime import Signature
 from prunecast.compression.release.selftest import Tolerance
@@ -43,6 +50,35 @@ MANIFEST = ReleaseManifest(
 
 def test_manifest_survives_its_json() -> None:
     assert ReleaseManifest.from_bytes(MANIFEST.to_bytes()) == MANIFEST
+
+
+def test_a_packed_file_survives_and_travels_instead_of_the_plain_one() -> None:
+    packed = FileRef("06" * 32, 4)
+    files = {**MANIFEST.files, "model.onnx": FileRef("01" * 32, 10, packed)}
+    manifest = replace(MANIFEST, files=files)
+    assert ReleaseManifest.from_bytes(manifest.to_bytes()) == manifest
+    assert manifest.references()["model.onnx"] == packed
+    assert manifest.references()["layout.json"] == FileRef("01" * 32, 10)
+
+
+def test_a_file_is_packed_where_that_saves_bytes_and_unpacked_to_its_length() -> None:
+    data = b"the same words again and again, " * 300
+    packed = pack_file(data)
+    assert packed is not None
+    assert len(packed) < 200
+    ref = FileRef(hashlib.sha256(data).hexdigest(), len(data))
+    assert unpack_file(packed, ref) == data
+    assert pack_file(np.random.default_rng(1).bytes(4000)) is None
+    bomb = encode({"file": np.zeros(1 << 28, np.uint8)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ManifestError, match="elements"):
+            unpack_file(bomb, ref)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(ManifestError, match="not the one that was signed"):
+        unpack_file(packed, FileRef("00" * 32, len(data)))
 
 
 def test_a_patch_is_chosen_only_when_it_is_smaller_than_the_keyframe() -> None:

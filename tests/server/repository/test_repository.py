@@ -242,7 +242,7 @@ def test_garbage_goes_after_the_grace_period_only(
     clock[0] += timedelta(days=2)
     repository.renew()
     assert not old.exists()
-    assert (repository.path / "blobs" / first.files["model.onnx"].sha256).is_file()
+    assert (repository.path / "blobs" / first.files["model.onnx"].travels.sha256).is_file()
     assert [v.version for v in verify_repository(repository, repository.trusted_root())] == [2]
 
 
