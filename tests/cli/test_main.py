@@ -101,6 +101,9 @@ def test_check_looks_at_the_data_too(run, tmp_path):
     assert "data.held_out = 5000, but there are 5000 examples: lower it" in result.output
     result = run("simulate", path, "--output", tmp_path / "runs")
     assert result.exit_code == 1
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()
+    assert run("simulate", path, "--output", tmp_path / "runs").exit_code == 1
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -170,7 +173,8 @@ def test_simulate_imports_a_model_of_the_current_folder(tmp_path, monkeypatch):
     )
     scenario.write_text(text)
     (tmp_path / "ournet.py").write_text(
-        "import torch\n\ndef make():\n    return torch.nn.Linear(2, 2)\n"
+        "from torch import nn\n\n"
+        "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n"
     )
     command = [sys.executable, "-m", "prunecast.cli", "simulate", "--check", "own.toml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
