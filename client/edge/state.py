@@ -173,7 +173,7 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
     made = {"failures": {}, **document}
     for name in ("active", "previous"):
         if isinstance(made.get(name), dict):
-            made[name] = {"served": 0.0, "ends": [], **made[name]}
+            made[name] = {"served": 0.0, "ends": [], "passed": None, **made[name]}
     return made
 
 

@@ -368,7 +368,7 @@ def test_states_of_older_agents_are_read(two: Agent, start: Start, config: Agent
     path = config.state / "state.json"
     document = json.loads(path.read_bytes())
     for slot in ("active", "previous"):
-        for field in ("served", "ends"):
+        for field in ("served", "ends", "passed"):
             del document[slot][field]
         document[slot]["starts"] = 1
     path.write_text(json.dumps(document))
