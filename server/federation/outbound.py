@@ -267,12 +267,15 @@ class Outbound:
             training=metadata.message_type.partition(".")[0] != MessageType.EVALUATE,
             occasion=batch.occasion,
         )
-        held = self._streams.node(metadata.dst_node_id).held.get(key)
+        node, digest = self._streams.node(metadata.dst_node_id), short(version.model.digest)
+        held = node.held.get(key)
         prepared.versions[key] = version
         if stream.wanted and not prepared.wanted:
             prepared.wanted, prepared.pruned = stream.wanted, key
-        if held == short(version.model.digest):
-            prepared.reuse[key] = held
+        # what fails before the mod reads it, such as where there is no function for that type, will
+        # again; else the node says that it does not hold the version, and gets it at once
+        if held == digest or metadata.message_type in node.unread:
+            prepared.reuse[key] = digest
             prepared.kinds.append("reuse" + also)
             # no payload holds the place: two objects less on every message
             return ArrayRecord({f"={name}": array for name, array in others.items()})

@@ -415,12 +415,14 @@ class NodeState:
         accepted: tags of its replies with an update that was accepted, as far as it may not know.
         given_up: likewise of those that were refused, or are not waited for any more.
         troubled: whether it said, the last time, that it cannot keep what it should.
+        unread: types of messages that failed there, the last time, before the mod could read them.
     """
 
     held: dict[str, bytes] = field(default_factory=dict)
     accepted: list[str] = field(default_factory=list)
     given_up: list[str] = field(default_factory=list)
     troubled: bool = False
+    unread: set[str] = field(default_factory=set)
 
     def settled(self, tag: str, *, accepted: bool) -> None:
         """Tell the node with its next messages what became of a reply."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from prunecast.compression.flower import (
     ERROR_REASON,
     STATISTICS_RECORD,
     STYPE,
+    float_names,
     node_reason,
     open_coded,
     payload_of,
@@ -32,6 +34,8 @@ from prunecast.server.federation.publisher import Streams
 
 __all__ = ["Received", "Receiver", "refuse"]
 
+_IN_THE_APP = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.LOAD_CLIENT_APP_EXCEPTION)
+_LARGE = 1024  # elements: of what is smaller nothing is said
 _LONGEST = 500  # characters of a reason that came from outside
 _NO_MOD = (
     "answered without Prunecast's mod, so it cannot have read the published model: add "
@@ -41,6 +45,7 @@ _UNLIKE = (
     "no tensor of it has name and shape of one that was sent, so that there is no update to code"
 )
 _ZEROS = "large arrays of hardly anything but zeros, unlike any that was sent, are not coded"
+_BY_SCHEME = "finite floats of a name and shape that were sent, which are all that a scheme codes"
 _ORDER = (
     "a mod in front of it, or a client without it, met arrays that only compression_mod() reads: "
     "put it first in ClientApp(mods=[...])"
@@ -94,6 +99,8 @@ class Receiver:
         """
         received = Received(reply, sent, entry, reply_tag(reply.metadata.reply_to_message_id))
         if reply.has_error():
+            if reply.error.code in _IN_THE_APP:
+                self._streams.node(entry.node).unread.add(entry.message_type)
             self._failed(received)
             return received
         try:
@@ -155,6 +162,7 @@ class Receiver:
         if report is None and sent.coded:
             raise ReplyRefused(f"it {_NO_MOD}")
         if report is not None and control is not None:
+            node.unread.discard(entry.message_type)
             # of the versions it was sent alone: a node must not fill this side's memory
             node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
             node.knows(sent.told)
@@ -203,11 +211,21 @@ class Receiver:
                 self._notices.apart(entry.node, "up", kind, key, cause)
             elif kind == "plain" and sent.versions:
                 self._notices.apart(entry.node, "up", kind, key, _UNLIKE)
+            elif beside := self._beside_scheme(record):
+                cause = f"tensor {beside[:80]!r} is none of the {_BY_SCHEME}"
+                self._notices.apart(entry.node, "up", f"{kind} in part", key, cause)
+
+    def _beside_scheme(self, record: ArrayRecord) -> str:
+        """The first array worth coding that a scheme left as it is; "" for none."""
+        coded = open_coded(record) if self._streams.policy.scheme is not None else None
+        beside = ArrayRecord() if coded is None else ArrayRecord(coded[1])
+        large = [n for n in float_names(beside) if math.prod(beside[n].shape) >= _LARGE]
+        return next(iter(large), "")
 
     def _changed(self, sent: Prepared) -> str:
         """Why a record came as it is that could have been coded."""
         if self._streams.policy.scheme is not None:
-            return "it has no array of finite floats, which are all that a scheme codes"
+            return f"it has none of the {_BY_SCHEME}"
         if sent.rule is None:
             return "the message had no arrays; what is answered to such ones is coded from now on"
         return (

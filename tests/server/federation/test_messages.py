@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 
 from prunecast.client.training import compression_mod, current_masks
 from prunecast.server.federation import FederationError, Policy
-from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record
+from support.federation import (
+    initial_arrays,
+    local_step,
+    make_app,
+    seed_of,
+    to_arrays,
+    to_record,
+)
 
 SMALL = Policy.preset("small", pruning_begin=0, pruning_end=1)
 
@@ -390,3 +398,45 @@ def test_the_client_also_serves_a_server_that_does_not_compress(tmp_path):
     (reply,) = inner.send_and_receive([message_to(1, content)])
     assert to_arrays(reply.content["arrays"]).keys() == initial_arrays().keys()
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("policy", ["lossless", "balanced", Policy(up="stc")])
+def test_what_no_function_of_the_client_takes_is_not_sent_in_vain(federation, tmp_path, policy):
+    """An app without evaluate fails before its mods: from the second time on without a model."""
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.train()
+    def train(message, context):
+        arrays = local_step(to_arrays(message.content["arrays"]), seed_of(message, context))
+        content = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
+        content["arrays"] = to_record(arrays)
+        return Message(content, reply_to=message)
+
+    grid, _, _ = federation(policy, app=app)
+    FedAvg().start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=3)
+    sent = [e for e in grid.ledger.entries if e.direction == "down"]
+    asked = [e.kind for e in sent if e.message_type == "evaluate"]
+    assert asked == ["delta"] * 3 + ["reuse"] * 6
+    trained = [e.kind for e in sent if e.message_type == "train"]
+    assert trained == ["keyframe"] * 3 + ["delta"] * 6
+    said = {e.reason for e in grid.ledger.entries if e.kind == "error"}
+    assert said == {"ValueError: No evaluate function registered with name 'default'"}
+
+
+def test_a_node_that_can_after_all_gets_the_model_in_the_same_round(federation, tmp_path):
+    """Its app could not be loaded in the first two rounds."""
+    works = make_app(tmp_path / "store")
+    broken = iter([True, True])
+
+    def app(message, context):
+        if next(broken, False):
+            raise ImportError("no module named torch")
+        return works(message, context)
+
+    grid, _, _ = federation("balanced", nodes=1, app=app)
+    for number in range(4):
+        content = RecordDict({"arrays": to_record(initial_arrays(number))})
+        (reply,) = grid.send_and_receive([message_to(1, content)])
+        assert reply.has_error() == (number < 2)
+    assert kinds(grid, "down") == ["keyframe", "reuse", "reuse", "keyframe", "delta"]
+    assert kinds(grid, "up") == ["error", "error", "base-missing", "update", "update"]
