@@ -32,6 +32,7 @@ from prunecast.compression.flower import (
     array_record,
     coded_record,
     is_codable_array,
+    native,
     open_coded,
     payload_record,
     put_back,
@@ -384,7 +385,7 @@ class _Exchange:
 
 def _known(record: ArrayRecord) -> dict[str, NDArray[Any] | None]:
     """The arrays of a record; None for what the codec does not know."""
-    return {n: array.numpy() if is_codable_array(array) else None for n, array in record.items()}
+    return {n: native(array) if is_codable_array(array) else None for n, array in record.items()}
 
 
 def _specs(arrays: Mapping[str, NDArray[Any] | None]) -> dict[str, TensorSpec]:

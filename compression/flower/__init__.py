@@ -32,6 +32,7 @@ __all__ = [
     "float_names",
     "is_codable",
     "is_codable_array",
+    "native",
     "node_reason",
     "npy_head",
     "open_coded",
@@ -120,9 +121,15 @@ def stated(record: ArrayRecord) -> ArrayRecord:
     return ArrayRecord({**record, **found}) if found else record
 
 
+def native(array: Array) -> NDArray[Any]:
+    """A NumPy array in this machine's byte order, deserialised once."""
+    values = array.numpy()
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
 def dense_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
-    """Every array of a record, deserialised once."""
-    return {name: array.numpy() for name, array in record.items()}
+    """Every array of a record, see `native`."""
+    return {name: native(array) for name, array in record.items()}
 
 
 def array_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
@@ -156,7 +163,7 @@ def float_names(record: ArrayRecord) -> list[str]:
     return [
         name
         for name, array in record.items()
-        if array.stype == NUMPY and array.dtype in ("float16", "float32", "float64")
+        if is_codable_array(array) and np.dtype(array.dtype).kind == "f"
     ]
 
 

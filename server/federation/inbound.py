@@ -141,7 +141,7 @@ def _by_scheme(scheme: Scheme, key: str, record: ArrayRecord, sent: Prepared, en
     base = sent.original.content.array_records.get(key)
     coded = open_coded(record)
     if coded is None:
-        if base is not None and _has_finite(base) and list(record) == list(base):
+        if base is not None and list(record) == list(base) and _could_be_coded(record, base):
             raise BadPayload(f"record {key!r} came without the scheme")
         return Read(record, "verbatim")
     started = time.perf_counter()
@@ -154,7 +154,8 @@ def _by_scheme(scheme: Scheme, key: str, record: ArrayRecord, sent: Prepared, en
     elif base is None:
         raise BadPayload(f"record {key!r} is an update of something that was not sent")
     else:
-        heads = {name: _usual(array) for name, array in base.items()}
+        specs = _sent_specs(key, sent, key)
+        heads = {name: _usual(specs.get(name)) for name in base}
     arrays = _updated(key, base, heads, scheme, payload, beside)
     entry.decode_ms += (time.perf_counter() - started) * 1e3
     own = any(head.coding is Coding.ZERO for head in heads.values())
@@ -169,28 +170,33 @@ def _check_unlike(key: str, heads: Mapping[str, UpdateHead], sent: Prepared, siz
         raise BadPayload(f"record {key!r} of {size} bytes states more than follows from what came")
 
 
-def _has_finite(record: ArrayRecord) -> bool:
+def _could_be_coded(record: ArrayRecord, base: ArrayRecord) -> bool:
     """Whether there is an array that a scheme codes an update of."""
-    return any(np.isfinite(record[name].numpy()).all() for name in float_names(record))
+    return any(
+        record[name].shape == base[name].shape and np.isfinite(base[name].numpy()).all()
+        for name in float_names(record)
+        if name in float_names(base)
+    )
 
 
 def _sent_specs(key: str, sent: Prepared, base_key: str) -> dict[str, TensorSpec]:
-    """Specs of the arrays in a record that was sent, as far as the codec knows them."""
+    """Specs of the arrays in a record as the node read it, as far as the codec knows them."""
+    if base_key in sent.versions:  # which has integers where an average made floats of them
+        return sent.versions[base_key].model.specs
     base = sent.original.content.array_records.get(base_key)
     if base is None:
         raise BadPayload(f"record {key!r} is an update of something that was not sent")
     return {
-        name: TensorSpec(np.dtype(array.dtype), tuple(array.shape))
+        name: TensorSpec(np.dtype(array.dtype).newbyteorder("="), tuple(array.shape))
         for name, array in base.items()
         if is_codable_array(array)
     }
 
 
-def _usual(array: Array) -> UpdateHead:
+def _usual(spec: TensorSpec | None) -> UpdateHead:
     """What an array of a reply is where nothing else is said: a change, or beside the payload."""
-    if not float_names(ArrayRecord({"": array})):
+    if spec is None or spec.dtype.kind != "f":
         return UpdateHead(Coding.VERBATIM, 0.0, ReplyTensor(None))
-    spec = TensorSpec(np.dtype(array.dtype), tuple(array.shape))
     return UpdateHead(Coding.UNCHANGED, 0.0, ReplyTensor(spec, ""))
 
 

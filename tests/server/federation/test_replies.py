@@ -235,6 +235,25 @@ def test_a_counter_keeps_its_dtype_and_the_uplink_its_ratio(federation, tmp_path
     assert sizes[0] < 1.02 * sizes[1]
 
 
+@pytest.mark.parametrize("policy", ["lossless", "balanced", Policy(up="int8")])
+def test_numbers_of_another_byte_order_come_and_go(federation, tmp_path, policy):
+    swapped = {n: a.astype(">f4") for n, a in initial_arrays().items()}
+    swapped["steps"] = np.arange(5).astype(">i8")
+    trained = {}
+
+    def reply(received, number):
+        trained.update({n: a + a.dtype.type(1) for n, a in received["arrays"].items()})
+        return {"arrays": {n: a.astype(a.dtype.newbyteorder(">")) for n, a in trained.items()}}
+
+    grid, _, _ = federation(policy, nodes=1, app=app_that(tmp_path, reply))
+    (got,) = ask(grid, {"arrays": swapped})
+    got = to_arrays(got.content["arrays"])
+    for name, array in trained.items():
+        assert got[name].dtype.newbyteorder("=") == array.dtype.newbyteorder("=")
+        atol = 0 if policy == "lossless" else 1.5  # a change of 1 everywhere is within a step
+        np.testing.assert_allclose(got[name].astype("f8"), array.astype("f8"), atol=atol)
+
+
 # -- what is not finite ----------------------------------------------------------------------------
 
 

@@ -122,6 +122,53 @@ def test_layouts_of_replies_cost_themselves_alone(federation, tmp_path, layout):
     assert entry.dense_bytes > 1.5 * entry.payload_bytes
 
 
+@pytest.mark.parametrize("down", ["dense", "lattice"])
+def test_a_counter_that_the_average_makes_a_float_ends_nothing(federation, tmp_path, down):
+    """Only BatchNorm beside floats: a reply is as usual for the node, which has integers."""
+
+    def reply(received, number):
+        received = received["arrays"]
+        trained = local_step({n: received[n] for n in initial_arrays()}, number)
+        seen = np.asarray(int(received["bn.num_batches_tracked"]) + 5, np.int64)
+        return {"arrays": {**trained, "bn.num_batches_tracked": seen}}
+
+    grid, _, _ = federation(Policy(down=down, up="stc"), app=app_that(tmp_path, reply))
+    start = {**initial_arrays(), "bn.num_batches_tracked": np.array(0)}
+    result = FedAvg(fraction_evaluate=0.0).start(
+        grid=grid, initial_arrays=to_record(start), num_rounds=3
+    )
+    assert up(grid) == ["stc"] * 9
+    assert int(result.arrays["bn.num_batches_tracked"].numpy()) == 15
+
+
+@pytest.mark.parametrize("down", ["dense", "lattice"])
+def test_integers_under_the_names_of_floats_come_as_they_are(federation, tmp_path, down):
+    """A client that quantises by itself."""
+    sent = {n: np.arange(a.size).reshape(a.shape).astype("i1") for n, a in initial_arrays().items()}
+    policy = Policy(down=down, up="stc")
+    grid, _, _ = federation(policy, nodes=1, app=app_that(tmp_path, lambda r, n: {"arrays": sent}))
+    got = to_arrays(ask(grid, {"arrays": initial_arrays()})["arrays"])
+    for name, array in sent.items():
+        assert got[name].dtype == np.int8
+        np.testing.assert_array_equal(got[name], array)
+
+
+@pytest.mark.parametrize(
+    ("large", "said"),
+    [
+        ({"table": np.ones((64, 40), np.float32)}, ["tensor 'table' is none of the finite floats"]),
+        ({"scale": np.ones(3, np.float32), "n": np.arange(9)}, []),
+    ],
+)
+def test_what_a_scheme_leaves_as_it_is_is_said(federation, tmp_path, caplog, large, said):
+    app = app_that(tmp_path, lambda r, n: {"arrays": {**local_step(r["arrays"], n), **large}})
+    grid, _, _ = federation(INT8, nodes=1, app=app)
+    ask(grid, {"arrays": initial_arrays()})
+    texts = [r.getMessage() for r in caplog.records if "went up" in r.getMessage()]
+    assert len(texts) == len(said)
+    assert all(words in text for words, text in zip(said, texts, strict=True))
+
+
 def test_a_mask_of_infinities_comes_back(federation, tmp_path):
     mask = np.triu(np.full((9, 9), -np.inf, np.float32), 1)
 
