@@ -1,9 +1,9 @@
 """The repository's signed metadata in memory; touches no file and no clock.
 
 A `MetadataSet` is the four TUF roles in force and the roles that targets delegates release names
-to. Operations return the files that a new state adds, in the order in which they must appear on
-disk: `timestamp.json` last, because it alone has no version in its name and makes the new state
-visible.
+to: those that people named, and one for each other name. Operations return the files that a new
+state adds, in the order in which they must appear on disk: `timestamp.json` last, because it alone
+has no version in its name and makes the new state visible.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from securesystemslib.signer import CryptoSigner
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import (
+    DelegatedRole,
     Metadata,
     MetaFile,
     Root,
@@ -27,7 +28,7 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization.json import JSONSerializer
 
-from prunecast.compression.release.manifest import manifest_path
+from prunecast.compression.release.manifest import manifest_path, parse_manifest_path
 from prunecast.server.repository.errors import (
     CeremonyError,
     KeyFileError,
@@ -38,9 +39,13 @@ from prunecast.server.repository.roles import (
     NEXT_VERSION,
     ROLES,
     Expiry,
+    delegate,
     delegations_of,
     hand_over,
+    list_of,
+    listed_name,
     require_signed,
+    signer_of,
     tally,
 )
 
@@ -58,10 +63,10 @@ class MetadataSet:
 
     Attributes:
         root: trusted keys of every role.
-        targets: the live releases.
+        targets: who lists which releases; releases themselves where holders took them back.
         snapshot: which targets metadata is current.
         timestamp: which snapshot is current.
-        delegated: live releases of the names that a role of its own publishes, by role.
+        delegated: live releases of the names that a role lists, by role.
     """
 
     root: Metadata[Root]
@@ -149,6 +154,62 @@ class MetadataSet:
         counters: dict[str, int] = self._list(name).unrecognized_fields.get(NEXT_VERSION, {})
         return counters.get(name, 1)
 
+    @property
+    def own_lists(self) -> list[str]:
+        """The roles that list a single name each and are signed by the targets keys."""
+        return [role for role in self.delegated if listed_name(role) is not None]
+
+    def separate(self, *names: str) -> set[str]:
+        """Give each of `names`, and each name that stands in targets, a list of its own.
+
+        What other roles publish stays there.
+
+        Returns:
+            The roles that are to be signed: none where every name has its list already.
+        """
+        targets = self.targets.signed
+        standing = {found[0] for found in map(parse_manifest_path, targets.targets) if found}
+        standing |= set(targets.unrecognized_fields.get(NEXT_VERSION, {}))
+        made = set()
+        for name in sorted({*names, *standing}):
+            if self.publisher_of(name) != Targets.type:
+                continue
+            role = list_of(name)
+            given = delegate(targets, role, [name])
+            self._trust_like_targets(role)
+            self._begin_list(role, [targets], given)
+            made |= {Targets.type, role}
+        return made
+
+    def _trust_like_targets(self, role: str) -> None:
+        """Let the keys of targets, and as many of them, sign the list of a name."""
+        root, targets = self.root.signed, self.targets.signed
+        given, like = targets.get_delegated_role(role), root.roles[Targets.type]
+        for keyid in list(given.keyids):
+            if keyid not in like.keyids:
+                targets.revoke_key(keyid, role)
+        for keyid in like.keyids:
+            targets.add_key(root.keys[keyid], role)
+        given.threshold = like.threshold
+
+    def _begin_list(self, role: str, sources: Sequence[Targets], given: DelegatedRole) -> None:
+        """A list for `role`, not signed yet, with what it takes from `sources`."""
+        listing = Targets(expires=self.targets.signed.expires)
+        for source in sources:
+            hand_over(source, listing, given)
+        # a role of that name may have been withdrawn before: its number never goes back
+        known = self.snapshot.signed.meta.get(f"{role}.json")
+        listing.version = known.version if known else 0
+        self.delegated[role] = Metadata(listing)
+
+    def _numbers(self) -> dict[str, int]:
+        """The number of the next release of every name that has had one."""
+        found: dict[str, int] = {}
+        for metadata in (self.targets, *self.delegated.values()):
+            for name, number in metadata.signed.unrecognized_fields.get(NEXT_VERSION, {}).items():
+                found[name] = max(number, found.get(name, 1))
+        return found
+
     def list_release(self, name: str, version: int, target: TargetFile) -> None:
         """Add a release, and remember that its number has been given."""
         listing = self._list(name)
@@ -198,13 +259,17 @@ class MetadataSet:
         metadata = self._role(role)
         data: bytes = metadata.to_bytes(_SERIALISER)
         meta = MetaFile.from_data(metadata.signed.version, data, ["sha256"])
+        if listed_name(role) is not None:
+            # every device fetches this of every name, so it is short; not without the digest, for
+            # lists do not say whose they are, and one must not take the place of another
+            meta.length = None
         self.snapshot.signed.meta[f"{role}.json"] = meta
         return {f"{metadata.signed.version}.{role}.json": data}
 
     def replace_key(
         self, role: str, new: CryptoSigner, signers: Signers, expiry: Expiry, now: datetime
     ) -> dict[str, bytes]:
-        """A new root in which `role` trusts only the key of `new`.
+        """A new root in which `role` trusts only the key of `new`; lists of names follow targets.
 
         Rotating root itself is signed by the old key and by the new one, so that devices which
         trust the old root accept the new one.
@@ -214,6 +279,8 @@ class MetadataSet:
         for keyid in list(self.root.signed.roles[role].keyids):
             self.root.signed.revoke_key(keyid, role)
         self.root.signed.add_key(new.public_key, role)
+        for own in self.own_lists if role == Targets.type else ():
+            self._trust_like_targets(own)
         self._bump("root", expiry, now)
         self.root.sign(old[0])
         if role == "root":
@@ -256,7 +323,7 @@ class MetadataSet:
             CeremonyError: made for another state of the repository than the one in force.
             KeyFileError: the key of an online role is missing, or not the one that root names.
         """
-        live = set(self.paths())
+        live, numbers = set(self.paths()), self._numbers()
         before = self.targets.signed
         for role, made in (("root", root), ("targets", targets)):
             if made is not None and made.signed.version != self._role(role).signed.version + 1:
@@ -274,23 +341,26 @@ class MetadataSet:
         require_signed([tally(self.root.signed, "targets", self.targets)])
         files = self._listed("targets") if targets is not None else {}
         given = delegations_of(self.targets.signed)
+        ended = [self.delegated[role].signed for role in self.own_lists if role not in given]
         self.delegated = {role: held for role, held in self.delegated.items() if role in given}
         for role in given:
             if role not in self.delegated:
-                listing = Targets(expires=now.replace(microsecond=0))
-                hand_over(copy.deepcopy(before), listing, given[role])
-                # a role of that name may have been withdrawn before: its number never goes back
-                known = self.snapshot.signed.meta.get(f"{role}.json")
-                listing.version = known.version if known else 0
-                self.delegated[role] = Metadata(listing)
+                self._begin_list(role, copy.deepcopy([before, *ended]), given[role])
             elif not tally(self.targets.signed, role, self.delegated[role]).missing:
                 continue
             self._renew(role, signers, expiry, now)
             files |= self._listed(role)
-        if lost := live - set(self.paths()):
+        now_live, now_next = set(self.paths()), self._numbers()
+        if lost := live - now_live:
             raise CeremonyError(
                 f"{', '.join(sorted(lost))} would be lost, published since the ceremony was "
                 "prepared: prepare it again"
+            )
+        again = {name for name, number in numbers.items() if now_next.get(name, 1) < number}
+        if back := sorted({*(now_live - live), *again}):
+            raise CeremonyError(
+                f"{', '.join(back)} would come back, or its numbers be given again: it was retired "
+                "since the ceremony was prepared: prepare it again"
             )
         files |= self.sign(["snapshot"], signers, expiry, now)
         if root is not None:  # what it requires lies there already when devices see it
@@ -317,6 +387,7 @@ class MetadataSet:
         """
         delegator = self.root.signed if role in ROLES else self.targets.signed
         given = delegator.get_delegated_role(role)
+        role = signer_of(role)
         found = {s.public_key.keyid: s for s in signers(role)}
         usable = [found[keyid] for keyid in given.keyids if keyid in found]
         if not usable:

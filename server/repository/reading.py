@@ -39,7 +39,7 @@ from prunecast.server.repository.errors import (
 from prunecast.server.repository.keys.ceremony import Ceremony
 from prunecast.server.repository.keys.signing import Change, changed_metadata
 from prunecast.server.repository.metadata import MetadataSet
-from prunecast.server.repository.roles import ROLES, Expiry
+from prunecast.server.repository.roles import ROLES, Expiry, signer_of
 
 __all__ = [
     "GRACE",
@@ -54,7 +54,7 @@ __all__ = [
     "target_file",
 ]
 
-VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*)\.json")
+VERSIONED = re.compile(r"([1-9][0-9]*)\.([a-z][a-z0-9-]*|name\.[a-z0-9._-]+)\.json")
 """Names of metadata: number and role."""
 
 GRACE = timedelta(days=1)
@@ -150,10 +150,13 @@ class RepositoryReader:
             raise RepositoryCorrupt(f"{path}: {error}") from error
 
     def expires(self) -> dict[str, datetime]:
-        """When each role's metadata expires."""
+        """When each role's metadata expires; for targets, the first of all lists of its keys."""
         state = self._visible()
         expires = {role: getattr(state, role).signed.expires for role in ROLES}
-        return expires | {role: held.signed.expires for role, held in state.delegated.items()}
+        for role, held in state.delegated.items():
+            signer, at = signer_of(role), held.signed.expires
+            expires[signer] = min(at, expires.get(signer, at))
+        return expires
 
     def change(self, folder: Path | str, change: Change, now: datetime) -> Ceremony:
         """Prepare a change of keys, thresholds or delegations for its holders to sign.
@@ -347,13 +350,40 @@ def _numbered(folder: Path) -> Iterator[tuple[str, int, Path]]:
 
 
 def _old_metadata(folder: Path, now: datetime, grace: timedelta) -> list[Path]:
+    force = _in_force(folder)
     removed = []
-    for (role, _, path), (following, _, successor) in pairwise(_numbered(folder)):
-        # superseded when its successor appeared
-        if role == following and age(successor, now) > grace:
+    for (role, number, path), (following, _, successor) in pairwise([*_numbered(folder), _END]):
+        if role in force:
+            # superseded when its successor appeared; one that was cut off supersedes nothing
+            old = role == following and number < force[role] and age(successor, now) > grace
+        else:  # nothing is delegated to it any more
+            ended = folder / f"{force['targets']}.targets.json" if force else path
+            old = bool(force) and min(age(ended, now), age(path, now)) > grace
+        if old:
             path.unlink()
             removed.append(path)
     return removed
+
+
+_END: tuple[str, int, Path] = "", 0, Path()
+
+
+def _in_force(folder: Path) -> dict[str, int]:
+    """Numbers of snapshot, targets and what they delegate to; empty where that cannot be told."""
+    try:
+
+        def signed(name: str) -> dict[str, Any]:
+            document: dict[str, Any] = json.loads((folder / f"{name}.json").read_bytes())["signed"]
+            return document
+
+        snapshot = int(signed("timestamp")["meta"]["snapshot.json"]["version"])
+        meta = signed(f"{snapshot}.snapshot")["meta"]
+        targets = int(meta["targets.json"]["version"])
+        delegated = signed(f"{targets}.targets").get("delegations", {}).get("roles", [])
+        lists = {each["name"]: int(meta[f"{each['name']}.json"]["version"]) for each in delegated}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {"snapshot": snapshot, "targets": targets, **lists}
 
 
 def age(path: Path, now: datetime) -> timedelta:

@@ -2,7 +2,8 @@
 
 ::
 
-    metadata/   N.root.json, N.targets.json, N.snapshot.json, timestamp.json   (signed)
+    metadata/   N.root.json, N.targets.json, N.name.<name>.json                 (signed)
+                N.snapshot.json, timestamp.json
     targets/    <name>/<version>/<sha256>.release.json                          (signed by digest)
     blobs/      <sha256>                               (digests stand in release.json)
 
@@ -43,8 +44,19 @@ from prunecast.server.repository.keys.ceremony import Ceremony
 from prunecast.server.repository.keys.keyholders import KeyRing, write_key
 from prunecast.server.repository.keys.signing import RoleKeys, first_metadata
 from prunecast.server.repository.metadata import MetadataSet
-from prunecast.server.repository.reading import RepositoryReader, collect, target_file
-from prunecast.server.repository.roles import ONLINE_ROLES, ROLES, Expiry
+from prunecast.server.repository.reading import (
+    VERSIONED,
+    RepositoryReader,
+    collect,
+    target_file,
+)
+from prunecast.server.repository.roles import (
+    ONLINE_ROLES,
+    ROLES,
+    Expiry,
+    listed_name,
+    signer_of,
+)
 
 if TYPE_CHECKING:
     from prunecast.server.repository.authoring.build import ReleaseContents
@@ -199,6 +211,7 @@ class Repository(RepositoryReader):
                 publisher = state.publisher_of(name)
                 self._require(state, publisher, *ONLINE_ROLES)
                 live, now = self._live(state, name), self._now()
+                changed = self._touched(state, name, now)
                 missing = [b for b in live if not built.starts_from(b.model_digest)]
                 if not missing:
                     version = max(state.next_version(name), at_least)
@@ -215,7 +228,7 @@ class Repository(RepositoryReader):
                     retired = tuple(old for old in outside if old not in kept)
                     for old in retired:
                         state.unlist_release(name, old)
-                    self._sign(state, [publisher], now)
+                    self._sign(state, changed, now)
                     break
             for base in missing:
                 built.add_patch(self.model(base))
@@ -247,8 +260,9 @@ class Repository(RepositoryReader):
             self._require(state, publisher, *ONLINE_ROLES)
             now = self._now()
             missed = () if force else self._fleets.require_unused(name, version, now)
+            changed = self._touched(state, name, now)
             state.unlist_release(entry.name, entry.version)
-            self._sign(state, [publisher], now)
+            self._sign(state, changed, now)
         return missed
 
     def check_publishable(self, name: str) -> None:
@@ -297,6 +311,7 @@ class Repository(RepositoryReader):
         """Sign metadata anew before it expires; returns when each signed role now expires.
 
         Renewing a role implies the roles that name it: targets, then snapshot, then timestamp.
+        The lists of names that have no role of their own go with targets.
 
         Args:
             roles: to sign; by default snapshot and timestamp, and delegated roles in the second
@@ -308,12 +323,18 @@ class Repository(RepositoryReader):
         with self.held():
             state, now = self._load(), self._now()
             chosen = {*ONLINE_ROLES, *self._due(state, now)} if roles is None else set(roles)
-            known = [*ROLES, *state.delegated]
+            known = [*ROLES, *(r for r in state.delegated if listed_name(r) is None)]
             if not chosen or not chosen <= set(known):
                 unknown = ", ".join(sorted(chosen - set(known)))
                 raise RepositoryError(f"roles are {', '.join(known)}, not {unknown}")
+            if "targets" in chosen:
+                self._require(state, "targets")
+                state.separate()
+                chosen.update(state.own_lists)
             files = self._sign(state, chosen, now)
-        return {name.split(".")[-2]: self._expiry.until(name.split(".")[-2], now) for name in files}
+        named = (VERSIONED.fullmatch(name) for name in files)
+        signed = dict.fromkeys(signer_of(match[2]) if match else "timestamp" for match in named)
+        return {role: self._expiry.until(role, now) for role in signed}
 
     def expiring(self) -> dict[str, datetime]:
         """Roles in the last quarter of their lifetime, and when they expire."""
@@ -326,10 +347,28 @@ class Repository(RepositoryReader):
 
     def _due(self, state: MetadataSet, now: datetime) -> Iterator[str]:
         for role, metadata in state.delegated.items():
-            if metadata.signed.expires - now < self._expiry.lifetime(role) / 2:
+            if listed_name(role) is None and self._late(role, metadata, now):
                 with suppress(RepositoryError):
                     state.usable(role, self._signers)
                     yield role
+
+    def _late(self, role: str, metadata: Metadata[Any], now: datetime) -> bool:
+        expires: datetime = metadata.signed.expires
+        return expires - now < self._expiry.lifetime(role) / 2
+
+    def _touched(self, state: MetadataSet, name: str, now: datetime) -> set[str]:
+        """The lists that are signed when `name` changes; there is one of its own from now on.
+
+        While the targets keys are at hand, whatever of theirs is in the second half of its lifetime
+        is signed with it: who publishes often need not renew as well.
+        """
+        publisher = state.publisher_of(name)
+        if signer_of(publisher) != "targets":
+            return {publisher}
+        changed = state.separate(name)
+        theirs = {"targets": state.targets} | {r: state.delegated[r] for r in state.own_lists}
+        late = {role for role, metadata in theirs.items() if self._late(role, metadata, now)}
+        return {state.publisher_of(name), *changed, *late}
 
     def rotate_key(self, role: str) -> None:
         """Replace the key of a role: the old one is trusted by no device that sees the new root.
@@ -356,7 +395,8 @@ class Repository(RepositoryReader):
 
             files = state.replace_key(role, new, self._signers, self._expiry, now)
             if role != "root":
-                files |= state.sign([role], signers, self._expiry, now)
+                signed = [role, *state.own_lists] if role == "targets" else [role]
+                files |= state.sign(signed, signers, self._expiry, now)
             # the key must be safe before anything is visible that only it can renew
             path.replace(path.with_suffix(".pem.old"))
             fresh.replace(path)
@@ -387,7 +427,7 @@ class Repository(RepositoryReader):
             try:
                 state.usable(role, self._signers)
             except (KeyFileError, ThresholdNotMet) as error:
-                if role != "targets":
+                if signer_of(role) != "targets":
                     raise
                 raise type(error)(
                     f"{error}; to publish without the holders of the targets keys, they hand the "

@@ -2,7 +2,8 @@
 
 The holders of the targets keys hand a pattern of release names to a role with keys and a threshold
 of its own (TUF 1.0, section 4.5), so that a server can publish without their keys, and only there.
-Nothing here touches a file or a clock.
+A name that was handed to nobody has a list of its own all the same, signed by the targets keys: a
+device of another name need not fetch it. Nothing here touches a file or a clock.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from securesystemslib.signer import Key
-from tuf.api.metadata import DelegatedRole, Metadata, Root, Targets
+from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, Targets
 
 from prunecast.compression.release.manifest import manifest_path
 from prunecast.server.repository.errors import ThresholdNotMet
@@ -28,11 +29,16 @@ __all__ = [
     "ROLES",
     "Expiry",
     "Tally",
+    "delegate",
     "delegations_of",
     "hand_over",
     "holder_of",
+    "list_of",
+    "listed_name",
     "require_signed",
+    "signer_of",
     "tally",
+    "undelegate",
 ]
 
 OFFLINE_ROLES = ("root", "targets")
@@ -47,6 +53,50 @@ HOLDER_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 NEXT_VERSION = "x-prunecast-next-version"
 """Field of a list of releases: for each name the number of its next release."""
+
+_OF_NAME = "name."  # with a dot, which no role has that people name
+
+
+def list_of(name: str) -> str:
+    """The role whose metadata are the list of `name` alone, where no role was given that name."""
+    return f"{_OF_NAME}{name}"
+
+
+def listed_name(role: str) -> str | None:
+    """The name that `list_of` made a role for; None for every other role."""
+    return role.removeprefix(_OF_NAME) if role.startswith(_OF_NAME) else None
+
+
+def signer_of(role: str) -> str:
+    """The role whose keys and lifetime `role` has: targets for the list of a single name.
+
+    >>> signer_of("name.digits"), signer_of("robot"), signer_of("root")
+    ('targets', 'robot', 'root')
+    """
+    return role if listed_name(role) is None else Targets.type
+
+
+def delegate(targets: Targets, role: str, names: Iterable[str]) -> DelegatedRole:
+    """Hand names of releases, or patterns of them, to a new role, without keys as yet."""
+    if targets.delegations is None:
+        targets.delegations = Delegations(keys={}, roles={})
+    assert targets.delegations.roles is not None
+    # terminating: what this role does not list is not looked for in later ones
+    paths = [f"{name}/*/release.json" for name in names]
+    given = DelegatedRole(role, [], 1, terminating=True, paths=paths)
+    targets.delegations.roles[role] = given
+    return given
+
+
+def undelegate(targets: Targets, role: str) -> None:
+    """End a role and the trust in its keys."""
+    assert targets.delegations is not None
+    assert targets.delegations.roles is not None
+    for keyid in list(targets.delegations.roles[role].keyids):
+        targets.revoke_key(keyid, role)
+    del targets.delegations.roles[role]
+    if not targets.delegations.roles:
+        targets.delegations = None
 
 
 def hand_over(source: Targets, target: Targets | None, given: DelegatedRole | None) -> None:
@@ -173,7 +223,8 @@ class Expiry:
 
     def lifetime(self, role: str) -> timedelta:
         """Of the role's metadata; a name that is none of TUF's is a delegated role."""
-        lifetime: timedelta = getattr(self, role if role in ROLES else "delegated")
+        signer = signer_of(role)
+        lifetime: timedelta = getattr(self, signer if signer in ROLES else "delegated")
         return lifetime
 
     def soon(self, role: str, expires: datetime, now: datetime) -> bool:

@@ -35,7 +35,7 @@ from prunecast.server.repository.errors import FleetUnanswered, KeyFileError
 from prunecast.server.repository.fleets import FollowingFleets
 from prunecast.server.repository.keys.keyholders import KeyRing, as_signer
 from prunecast.server.repository.reading import GRACE, VERSIONED, age, kept_files, target_file
-from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, delegations_of
+from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, delegations_of, signer_of
 
 __all__ = ["examine"]
 
@@ -144,7 +144,7 @@ def _check_keys(keys: KeyRing, state: RepositoryState, found: Findings) -> None:
     """Compare the keys at hand with those that root and targets name."""
     named = dict(state.root.signed.roles) if state.root else {}
     named |= delegations_of(state.targets.signed) if state.targets else {}
-    for role in dict.fromkeys([*ROLES, *named]):
+    for role in dict.fromkeys([*ROLES, *map(signer_of, named)]):
         try:
             path = keys.path(role)
         except KeyFileError as error:

@@ -13,7 +13,14 @@ from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Metadata, MetaFile, Root, Targets
 
 from prunecast.server.repository.reading import root_versions
-from prunecast.server.repository.roles import OFFLINE_ROLES, ROLES, Expiry, delegations_of, tally
+from prunecast.server.repository.roles import (
+    OFFLINE_ROLES,
+    ROLES,
+    Expiry,
+    delegations_of,
+    signer_of,
+    tally,
+)
 
 __all__ = ["Finding", "Findings", "RepositoryState", "check_metadata"]
 
@@ -120,9 +127,13 @@ class RepositoryState:
             elif listing := self._read(role, self.targets, listed[f"{role}.json"]):
                 self.delegated[role] = listing
         read = {"root": self.root, "targets": self.targets, "snapshot": snapshot}
+        first: dict[str, datetime] = {}
         for role, metadata in {**read, "timestamp": timestamp, **self.delegated}.items():
             if metadata is not None:
-                self._check_expiry(role, metadata.signed.expires, now)
+                signer, at = signer_of(role), metadata.signed.expires
+                first[signer] = min(at, first.get(signer, at))
+        for role, at in first.items():  # said once for targets and the lists of names
+            self._check_expiry(role, at, now)
 
     def _newest_root(self) -> Metadata[Root] | None:
         versions = root_versions(self._folder)
@@ -175,7 +186,7 @@ class RepositoryState:
                 code = "threshold-not-met"
                 said = f"{counted}; {counted.missing} valid signatures are missing, of {unsigned}"
         remedy = "sign it with `release renew` and the right keys"
-        if role in OFFLINE_ROLES:
+        if signer_of(role) in OFFLINE_ROLES:
             remedy = "have its holders sign with `release keys change` and enact that"
         remedy += ", or restore it from a copy: devices refuse it"
         self._found.problem(code, name, said, remedy)

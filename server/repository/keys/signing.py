@@ -22,9 +22,10 @@ from typing import Any
 
 from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import CryptoSigner, Key, Signature
-from tuf.api.metadata import DelegatedRole, Delegations, Root, Targets
+from tuf.api.metadata import Root, Targets
 
 from prunecast.common.documents import from_document
+from prunecast.compression.release.manifest import manifest_path
 from prunecast.server.repository.errors import CeremonyError
 from prunecast.server.repository.metadata import MetadataSet
 from prunecast.server.repository.roles import (
@@ -32,9 +33,13 @@ from prunecast.server.repository.roles import (
     ONLINE_ROLES,
     ROLES,
     Expiry,
+    delegate,
     delegations_of,
     hand_over,
     holder_of,
+    listed_name,
+    signer_of,
+    undelegate,
 )
 
 __all__ = [
@@ -73,7 +78,7 @@ class Change:
         revoke: holders, or beginnings of key ids (8 digits at least), that a role trusts no more.
         threshold: new thresholds.
         delegate: new roles, each with the patterns of release names it publishes (``*``, ``?``).
-        withdraw: delegated roles that end; their releases move into the list of targets.
+        withdraw: delegated roles that end; their releases move into targets.
         renew: roles out of root and targets that are only signed again, for a later expiry.
     """
 
@@ -117,7 +122,7 @@ def changed_metadata(
     asked = [*change.add, *change.revoke, *change.threshold]
     for role in change.delegate:
         _delegate(targets, role, change.delegate[role])
-    known = [*ROLES, *delegations_of(targets)]
+    known = [*ROLES, *(r for r in delegations_of(targets) if listed_name(r) is None)]
     for role in [*asked, *change.withdraw]:
         if role not in known:
             raise CeremonyError(
@@ -139,10 +144,20 @@ def changed_metadata(
         if role in change.threshold:
             delegator.get_delegated_role(role).threshold = change.threshold[role]
     for role in change.delegate:
-        # out of the list; into the role's when it is enacted
-        hand_over(targets, None, delegations_of(targets)[role])
+        # out of the lists; into the role's when it is enacted
+        given = delegations_of(targets)[role]
+        hand_over(targets, None, given)
+        for own in _own_lists(targets):
+            if given.is_delegated_path(manifest_path(str(listed_name(own)), 1)):
+                undelegate(targets, own)
     for role in change.withdraw:
-        _withdraw(state, targets, role)
+        if role not in state.delegated:
+            raise CeremonyError(f"{role} is no delegated role: only those can be withdrawn")
+        _take_back(state, targets, role)
+    # the targets keys sign lists of names, too: what holders sign instead is one list
+    for own in _own_lists(targets):
+        if "targets" in change.renew or not _same_keys(root, targets, own):
+            _take_back(state, targets, own)
     _check(root, targets)
     made: dict[str, Root | Targets] = {}
     if "root" in change.renew or root != state.root.signed:
@@ -168,29 +183,23 @@ def _delegate(targets: Targets, role: str, names: Sequence[str]) -> None:
         raise CeremonyError(
             f"the {role} role needs names of releases that it publishes, such as digits or digits-*"
         )
-    if targets.delegations is None:
-        targets.delegations = Delegations(keys={}, roles={})
-    roles = targets.delegations.roles
-    assert roles is not None
-    if role in roles:
+    if role in delegations_of(targets):
         raise CeremonyError(f"the {role} role exists: change its keys with --add and --revoke")
-    # terminating: what this role does not list is not looked for in later ones
-    paths = [f"{name}/*/release.json" for name in names]
-    roles[role] = DelegatedRole(role, [], 1, terminating=True, paths=paths)
+    delegate(targets, role, names)
 
 
-def _withdraw(state: MetadataSet, targets: Targets, role: str) -> None:
-    if role not in state.delegated or targets.delegations is None:
-        raise CeremonyError(f"{role} is no delegated role: only those can be withdrawn")
-    assert targets.delegations.roles is not None
-    given = targets.delegations.roles[role]
-    held = state.delegated[role].signed
-    for keyid in list(given.keyids):
-        targets.revoke_key(keyid, role)
-    hand_over(copy.deepcopy(held), targets, None)
-    del targets.delegations.roles[role]
-    if not targets.delegations.roles:
-        targets.delegations = None
+def _take_back(state: MetadataSet, targets: Targets, role: str) -> None:
+    hand_over(copy.deepcopy(state.delegated[role].signed), targets, None)
+    undelegate(targets, role)
+
+
+def _own_lists(targets: Targets) -> list[str]:
+    return [role for role in delegations_of(targets) if listed_name(role) is not None]
+
+
+def _same_keys(root: Root, targets: Targets, own: str) -> bool:
+    given, like = targets.get_delegated_role(own), root.roles["targets"]
+    return (given.threshold, set(given.keyids)) == (like.threshold, set(like.keyids))
 
 
 def _find(delegator: Root | Targets, role: str, holder: str) -> str:
@@ -224,7 +233,7 @@ def _check(root: Root, targets: Targets | None) -> None:
                 "old one, or name the other holder differently"
             )
     offline = {keyid for name in OFFLINE_ROLES for keyid in roles[name].keyids}
-    for name in [*ONLINE_ROLES, *(n for n in roles if n not in ROLES)]:
+    for name in [*ONLINE_ROLES, *(n for n in roles if signer_of(n) not in ROLES)]:
         if shared := offline & set(roles[name].keyids):
             raise CeremonyError(
                 f"key {min(shared)[:12]} would sign for root or targets and for {name}, which "

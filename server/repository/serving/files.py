@@ -37,8 +37,11 @@ _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO}
 _SHA, _NUMBER = "[0-9a-f]{64}", "[1-9][0-9]{0,14}"
 _NAMES: dict[Family, re.Pattern[str]] = {
     "timestamp": re.compile(re.escape(TIMESTAMP)),
-    # any role: repositories may delegate
-    "metadata": re.compile(rf"metadata/{_NUMBER}\.[a-z0-9][a-z0-9_-]{{0,63}}\.json"),
+    # any role: repositories may delegate; name.<name> is the list of one name
+    "metadata": re.compile(
+        rf"metadata/{_NUMBER}\.(?:name\.(?!\S*\.\.)[a-z0-9][a-z0-9._-]{{0,63}}"
+        r"|[a-z0-9][a-z0-9_-]{0,63})\.json"
+    ),
     "manifest": re.compile(
         rf"targets/(?!\S*\.\.)[a-z0-9][a-z0-9._-]{{0,63}}/{_NUMBER}/{_SHA}\.release\.json"
     ),
@@ -126,7 +129,7 @@ def family(name: str) -> Family | None:
 
     Names are compared as they came: public ones hold nothing that a URL would encode.
 
-    >>> family("blobs/" + "0" * 64), family("metadata/3.snapshot.json"), family(TIMESTAMP)
+    >>> family("blobs/" + "0" * 64), family("metadata/3.name.v1.2.json"), family(TIMESTAMP)
     ('blob', 'metadata', 'timestamp')
     >>> family(".lock"), family("metadata/../.lock"), family("metadata%2Ftimestamp.json")
     (None, None, None)

@@ -49,9 +49,9 @@ def _state_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _targets(network) -> str:
+def _listing(network) -> str:
     return max(
-        (p.name for p in (network.folder / "metadata").glob("*.targets.json")),
+        (p.name for p in (network.folder / "metadata").glob("*.name.toy.json")),
         key=lambda n: int(n.split(".")[0]),
     )
 
@@ -94,7 +94,7 @@ def test_flipped_bit(
         "keyframe": f"blobs/{manifest.keyframe.sha256}",
         "expected.npz": f"blobs/{manifest.files['expected.npz'].sha256}",
         "manifest": _manifest_file(network, 2),
-        "targets": f"metadata/{_targets(network)}",
+        "targets": f"metadata/{_listing(network)}",
     }[what]
     data = bytearray((network.folder / path).read_bytes())
     data[len(data) // 2] ^= 0x10

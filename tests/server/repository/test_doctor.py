@@ -122,7 +122,7 @@ def test_an_older_snapshot_under_the_newer_name(published: Repository) -> None:
 
 
 def test_targets_that_differ_from_the_snapshot(published: Repository) -> None:
-    file = published.path / "metadata" / "3.targets.json"
+    file = published.path / "metadata" / "2.targets.json"
     file.write_bytes(file.read_bytes() + b"\n")
     assert _problems(published) == {"metadata-mismatch"}
 
@@ -136,7 +136,9 @@ def test_metadata_signed_by_another_repository(published: Repository, tmp_path: 
     assert "metadata-mismatch" in found
 
 
-@pytest.mark.parametrize("name", ["timestamp.json", "3.snapshot.json", "3.targets.json"])
+@pytest.mark.parametrize(
+    "name", ["timestamp.json", "3.snapshot.json", "2.targets.json", "2.name.toy.json"]
+)
 def test_missing_and_damaged_metadata(published: Repository, name: str) -> None:
     file = published.path / "metadata" / name
     for content in (b"", b"{}", b"\xff\xfe", b"[" * 5000, file.read_bytes()[:-20]):
@@ -166,7 +168,7 @@ def test_a_publication_that_was_cut_off(
     timestamp.write_bytes(before)
     [finding] = [f for f in examine(published.path) if f.severity == "problem"]
     assert finding.code == "unfinished-publication"
-    assert "4.targets.json" in finding.subject
+    assert "3.name.toy.json" in finding.subject
     assert "4.snapshot.json" in finding.subject
     publish_model(published, "toy", model(3), graph, selftest_inputs=images)  # the remedy
     assert _problems(published) == set()

@@ -43,9 +43,9 @@ def test_a_damaged_old_list_keeps_what_it_may_refer_to(
     aged: Repository, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = aged.path / "metadata"
-    (folder / "2.targets.json").write_bytes(b"\xff{")
-    os.utime(folder / "2.targets.json", (0, 0))
-    os.utime(folder / "3.targets.json")  # superseded just now: the grace period keeps it
+    (folder / "1.name.toy.json").write_bytes(b"\xff{")
+    os.utime(folder / "1.name.toy.json", (0, 0))
+    os.utime(folder / "2.name.toy.json")  # superseded just now: the grace period keeps it
     orphan = aged.path / "blobs" / ("b" * 64)
     orphan.write_bytes(b"x")
     os.utime(orphan, (0, 0))
@@ -57,9 +57,9 @@ def test_a_damaged_old_list_keeps_what_it_may_refer_to(
         "metadata/2.snapshot.json",
         "metadata/1.targets.json",
     }
-    assert "metadata/2.targets.json cannot be read" in caplog.text
+    assert "metadata/1.name.toy.json cannot be read" in caplog.text
     assert before - set(aged.path.rglob("*")) == {aged.path / name for name in removed}
-    (folder / "2.targets.json").unlink()
+    (folder / "1.name.toy.json").unlink()
     assert "blobs/" + "b" * 64 in _collect(aged)
     assert [v.version for v in verify_repository(aged, aged.trusted_root())] == [2]
 
@@ -68,8 +68,8 @@ def test_a_damaged_old_list_keeps_what_it_may_refer_to(
     "content", [b"", b"[]", b'{"signed": {}}', b'{"signed": {"targets": [1]}}']
 )
 def test_every_kind_of_damage_is_survived(aged: Repository, content: bytes) -> None:
-    os.utime(aged.path / "metadata" / "3.targets.json")
-    (aged.path / "metadata" / "2.targets.json").write_bytes(content)
+    os.utime(aged.path / "metadata" / "2.name.toy.json")
+    (aged.path / "metadata" / "1.name.toy.json").write_bytes(content)
     assert not [name for name in _collect(aged) if not name.startswith("metadata")]
     aged.renew()
 

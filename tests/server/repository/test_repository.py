@@ -190,7 +190,7 @@ def test_tampered_targets_are_not_signed_again(
     repository: Repository, graph: ExportedGraph, model: Model, images: np.ndarray
 ) -> None:
     publish_model(repository, "toy", model(1), graph, selftest_inputs=images)
-    (newest,) = (repository.path / "metadata").glob("2.targets.json")
+    (newest,) = (repository.path / "metadata").glob("1.name.toy.json")
     document = json.loads(newest.read_bytes())
     document["signed"]["targets"]["toy/1/release.json"]["length"] += 1
     newest.write_text(json.dumps(document))
