@@ -11,6 +11,6 @@ def test_an_update_beside_other_names() -> None:
     # a line of snapshot for each name, and nothing for their releases
     line = len('"name.model-000.json":{"hashes":{"sha256":""},"version":2},') + 64
     assert abs(beside["another name"] - alone["another name"] - 4 * line) < 8  # digits of numbers
-    assert beside["another name"] == more["another name"]
+    assert abs(beside["another name"] - more["another name"]) < 8
     together = [measure(6, releases, parted=False)["another name"] for releases in (2, 8)]
     assert together[1] - together[0] > 6 * 6 * 100  # in one list every release costs everybody
