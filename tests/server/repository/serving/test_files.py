@@ -140,6 +140,8 @@ def test_if_range_of_another_file_gives_the_whole(root: Path, other: str) -> Non
         *("/blobs/%2e%2e/.lock", "/targets/../../keys/root.pem", "/targets/toy/1/release.json"),
         *("/keys/root.pem", "/metadata/root.pem", "/metadata/.1.root.json", "/blobs/" + "g" * 64),
         *(f"/targets/a..b/1/{SHA}.release.json", f"{BLOB}/", f"/blobs//{SHA}", f"{BLOB}\n"),
+        *("/metadata/1.name.json.json.", "/metadata/1.name.a..b.json", "/metadata/1.name..json"),
+        *("/metadata/1.root.name.json", "/metadata/name.a.json", "/metadata/1.name.A.json"),
         *("/metadata/timestamp.json%00", "/metadata/../metadata/timestamp.json", f"/%62lobs/{SHA}"),
     ],
 )
