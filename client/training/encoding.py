@@ -29,7 +29,9 @@ _CHUNK = 1 << 16  # elements that are wide at a time
 _CLEARLY = 2.0  # times smaller one way: then a tensor is coded that way, whatever its record is
 _ROUNDING = 1e-6  # relative: what float32 may add to a norm
 _AT_THE_CLIP = 1e-3  # relative: a reply above its clip by more was clipped by nobody
-_OWN = "\0values"  # after the name of a tensor whose residual is of values, and not of changes
+# after the name of a tensor: whether its residual is of values, of changes, or of what was both,
+# as the tensor that was received is all zero
+_KEPT = {True: "\0values", False: "", None: "\0either"}
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -179,7 +181,9 @@ def compress_reply(
             size = sizes[name]
             own = whole
             if rule.error_feedback:
-                own = is_own(size.whole_change, size.value, whole=whole)
+                before = [own for own in (True, False) if like + _KEPT[own] in left]
+                usual = before[0] if len(before) == 1 else whole  # its residual is of that
+                own = is_own(size.whole_change, size.value, whole=usual)
             coder = _Coder(name, like, own and clip is None, lattice, size, rule, within)
             change = coder.code(arrays[name], left)
         if change is not None:
@@ -300,14 +304,14 @@ class _Coder:
                 raise
             return array  # its residual waits
         if self.rule.error_feedback:
-            left.pop(self._key(not self.own), None)
-            left[self._key(self.own)] = (target - z * working(np.float32(step))).astype(working)
+            for kind in _KEPT.values():
+                left.pop(self.like + kind, None)
+            kept = self.own if self.tensor.q.any() else None
+            dropped = (target - z * working(np.float32(step))).astype(working)
+            left[self.like + _KEPT[kept]] = dropped
         else:
             step = _shrunk(z, step, self._may_have(given, array.dtype))
         return QuantisedTensor(z, step, self.own) if self.own or z.any() else None
-
-    def _key(self, own: bool) -> str:
-        return self.like + _OWN * own
 
     def _residual(
         self,
@@ -323,11 +327,12 @@ class _Coder:
         left it: more would drown what is sent now.
         """
         total = np.zeros_like(like)
-        for own in (self.own, not self.own):
-            kept = left.get(self._key(own))
+        for own, kind in _KEPT.items():
+            kept = left.get(self.like + kind)
             if kept is None or kept.shape != like.shape:
                 continue
-            reach = 0.0 if own == self.own else float(np.abs(kept).max(initial=0.0))
+            other = own is (not self.own)
+            reach = float(np.abs(kept).max(initial=0.0)) if other else 0.0
             most = self.rule.dead_zone * step
             total += (kept * (most / reach) if reach > most else kept).astype(like.dtype)
         return total if mask is None else total * mask

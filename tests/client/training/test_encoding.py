@@ -248,6 +248,39 @@ def test_a_reply_that_becomes_another_thing_is_not_drowned_by_the_residual():
     assert coded.dropped.keys() == {"w"}
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_what_was_dropped_beside_zeros_is_made_up_for_whichever_way_it_goes_on(own):
+    """A control variate or a head that begins as zero: its first change is its value as well."""
+    zero = PublishedModel({"w": LatticeTensor(np.zeros((60, 40), np.int32), 0.025, False)}, 1)
+    base, rule = model_of(), UpdateRule(3.0, 0.6)
+    first, rest = noise((60, 40), 0.3), noise((60, 40), 0.01, seed=1)
+    got, coded = sent(zero, {"w": first}, rule)
+    assert coded.dropped.keys() == {"w\0either"}
+    total, meant = got["w"], first + 0.0
+    for _ in range(3):
+        start = 0 if own else base["w"].dense()
+        got, coded = sent(base, {"w": rest + start}, rule, coded.dropped)
+        assert coded.dropped.keys() == {"w\0values" if own else "w"}
+        total, meant = total + got["w"] - start, meant + rest
+    assert error(total, meant) < 0.1  # 0.9 without what the first dropped
+
+
+def test_a_tensor_stays_what_its_residual_is_of_until_it_tells_clearly():
+    """Else what was dropped is lost when change and value are alike for once."""
+    base, rule = model_of(), UpdateRule(3.0, 0.6)
+    weights = base["w"].dense()
+    _, coded = sent(base, {"w": 0.1 * noise((60, 40), 1)}, rule)
+    assert coded.dropped.keys() == {"w\0values"}
+    alike = {"w": (0.45 * weights).astype(np.float32)}  # its record alone would decide, too
+    unlike = {"w": (0.6 * weights).astype(np.float32)}
+    _, coded = sent(base, unlike, rule, coded.dropped)
+    assert coded.dropped.keys() == {"w\0values"}
+    _, coded = sent(base, {"w": 0.9 * weights}, rule, coded.dropped)
+    assert coded.dropped.keys() == {"w"}
+    _, coded = sent(base, alike, rule, coded.dropped)
+    assert coded.dropped.keys() == {"w"}
+
+
 def test_the_residual_of_what_is_not_in_a_reply_stays():
     base = model_of()
     residual = {"w": noise((60, 40), 0.01), "b": noise((60,), 0.01)}

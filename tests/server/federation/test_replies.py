@@ -113,6 +113,28 @@ def test_control_variates_beside_the_model(federation, tmp_path, key):
     assert up(grid)[-1].kind == "update+values" if key == "control" else "update+mixed"
 
 
+def test_scaffolds_variates_add_up_from_the_first_on(federation, tmp_path):
+    """c begins as zero and is sent; the nodes answer with its changes, large first, small later."""
+    arrays, shape = initial_arrays(), (64, 40)
+    made = [np.random.default_rng(n).normal(size=shape).astype("f4") / 4**n for n in range(6)]
+    changes = iter(made)
+
+    def reply(received, number):
+        return {
+            "arrays": local_step(received["arrays"], number),
+            "control": {"fc.weight": next(changes)},
+        }
+
+    grid, _, _ = federation("balanced", nodes=1, app=app_that(tmp_path, reply))
+    control = np.zeros(shape, np.float32)
+    for number in range(1, 7):
+        records = {"arrays": arrays, "control": {"fc.weight": control}}
+        (got,) = ask(grid, records, number)
+        control = control + got.content["control"]["fc.weight"].numpy()
+    assert [e.kind for e in up(grid)] == ["update+update"] + ["update+values"] * 5
+    assert np.linalg.norm(control - sum(made)) < 0.02 * np.linalg.norm(sum(made))
+
+
 def test_one_record_with_a_model_and_its_control_variate(federation, tmp_path):
     """What a strategy of Flower can carry: exactly one record."""
     change = noise(1e-4, 5)
