@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, FrameType
@@ -43,6 +45,7 @@ __all__ = [
     "NodeInfo",
     "Record",
     "Run",
+    "WatchedReply",
     "aggregation_above",
     "content_bytes",
     "identify_process",
@@ -52,6 +55,7 @@ __all__ = [
     "object_bytes",
     "over_the_wire",
     "own_bytes",
+    "rounds_above",
     "serialised_objects",
     "set_message_id",
     "set_reply_to",
@@ -59,6 +63,8 @@ __all__ = [
     "unavailable",
     "uncached",
     "unsent",
+    "unwatched",
+    "watched",
 ]
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
@@ -250,17 +256,27 @@ def aggregation_above(frame: FrameType | None, message_type: str) -> Aggregation
         None where nobody knows: outside a strategy's `start`, or where it aggregates by code of
         its own.
     """
+    strategy, _ = _started(frame)
+    return None if strategy is None else _aggregation(strategy, message_type.partition(".")[0])
+
+
+def rounds_above(frame: FrameType | None) -> int:
+    """How many rounds a strategy's `start` is to go, among the callers of a frame; 0 for none."""
+    return _started(frame)[1]
+
+
+def _started(frame: FrameType | None) -> tuple[object, int]:
     from flwr.serverapp.strategy import Strategy
 
     while frame is not None and frame.f_code is not Strategy.start.__code__:
         frame = frame.f_back
     if frame is None:
-        return None
+        return None, 0
     found = frame.f_locals
-    strategy = found["self"]
+    strategy, rounds = found["self"], int(found["num_rounds"])
     if type(found) is dict:  # a copy that the frame keeps, before Python 3.13: with a dense model
         found.clear()
-    return _aggregation(strategy, message_type.partition(".")[0])
+    return strategy, rounds
 
 
 def _aggregation(strategy: object, kind: str) -> Aggregation | None:
@@ -280,3 +296,74 @@ def _aggregation(strategy: object, kind: str) -> Aggregation | None:
         shapes="xgb" not in module[2],  # trees are appended to each other
         lengths=metrics is aggregate_metricrecords,
     )
+
+
+Told = Callable[[Aggregation, "Sequence[Message] | None"], None]
+"""Called with what Flower is about to make of replies; and these, if not an iterator has them."""
+
+
+class WatchedReply(Message):
+    """A reply that tells when Flower's own aggregation takes it into its hands.
+
+    What a strategy of one's own makes of replies nobody knows: it may sort some out, or bring all
+    to one shape. Where it calls Flower's after that, by `super()` or a method of FedAvg, this
+    begins by asking every reply whether it is an error.
+    """
+
+    def has_error(self) -> bool:
+        """See `flwr.app.Message.has_error`."""
+        told = _WATCHES.get(self)
+        found = None if told is None else _aggregation_in(sys._getframe(1))
+        if told is not None and found is not None:
+            told(*found)
+        return super().has_error()
+
+    def fail(self, error: Error) -> None:
+        """Become an error reply."""
+        self.__dict__.update(_content=None, _error=error)
+
+
+# not in the reply: a copy is the strategy's own, and what is told must not keep arrays alive
+_WATCHES: weakref.WeakKeyDictionary[WatchedReply, Told] = weakref.WeakKeyDictionary()
+
+
+def watched(reply: Message, told: Told) -> WatchedReply:
+    """The same reply, with its content and metadata, watched.
+
+    Args:
+        reply: no error.
+        told: what is called; must not refer to the reply, but by `weakref`.
+    """
+    made = WatchedReply(metadata=reply.metadata, content=reply.content)  # type: ignore[call-overload]
+    _WATCHES[made] = told
+    return cast(WatchedReply, made)
+
+
+def unwatched(reply: WatchedReply) -> None:
+    """Tell nobody any more."""
+    _WATCHES.pop(reply, None)
+
+
+def _aggregation_in(frame: FrameType) -> tuple[Aggregation, Sequence[Message] | None] | None:
+    """What Flower makes of the replies that it goes through in a frame; None for other code."""
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.serverapp.strategy.dp_fixed_clipping import validate_replies
+    from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+
+    if frame.f_code not in (FedAvg._check_and_log_replies.__code__, validate_replies.__code__):
+        return None
+    found, above = frame.f_locals, frame.f_back
+    strategy, train = found.get("self"), bool(found.get("is_train", True))
+    if strategy is None and above is not None:  # a wrapper for differential privacy asks
+        strategy = getattr(above.f_locals.get("self"), "strategy", None)
+    module = str(above.f_globals.get("__name__") if above is not None else "").rpartition(".")
+    flowers = module[0] == "flwr.serverapp.strategy"  # and not code that only asks what is valid
+    metrics = getattr(strategy, f"{'train' if train else 'evaluate'}_metrics_aggr_fn", None)
+    aggregation = Aggregation(
+        weight=getattr(strategy, "weighted_by_key", "num-examples"),
+        arrays=train and bool(found.get("validate", True)),
+        shapes=flowers and "xgb" not in module[2],
+        lengths=flowers and metrics is aggregate_metricrecords,
+    )
+    replies = found.get("replies")
+    return aggregation, replies if isinstance(replies, list | tuple) else None

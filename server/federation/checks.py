@@ -7,7 +7,6 @@ Flower's own aggregation takes them, which otherwise ends the run because of one
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -97,7 +96,9 @@ def _check_values(
     """That a trained tensor which was finite stays so, and within what a lattice can hold."""
     before = _sent(key, name, sent)
     # what is no float beside floats is a misfit, if anything
-    if not _is_float(array) or before is None or not _is_trained(name, before, policy):
+    if not _is_float(array) or before is None:
+        return
+    if not policy.is_trained(name, _dtype(before), math.prod(before.shape)):
         return
     if isinstance(array, LazyArray):
         if policy.down_step == 0:
@@ -128,12 +129,6 @@ def _sent(key: str, name: str, sent: Prepared) -> Array | None:
             found: Array = records[candidate][name]
             return found if found.stype == NUMPY else None
     return None
-
-
-def _is_trained(name: str, array: Array, policy: Policy) -> bool:
-    # not is_lossless: under a policy without steps all tensors travel exactly, trained ones, too
-    named = any(fnmatch.fnmatchcase(name, pattern) for pattern in policy.lossless)
-    return not named and _is_float(array) and array.shape != ()
 
 
 def _is_float(array: Array) -> bool:

@@ -18,6 +18,7 @@ from prunecast.compression.flower.internals import (
     Measured,
     aggregation_above,
     content_bytes,
+    rounds_above,
     serialised_objects,
     set_reply_to,
     uncached,
@@ -95,6 +96,7 @@ class CompressedGrid(GridWrapper):
         self._end = weakref.finalize(self, self._notices.sum_up)
         up = up_of(self.policy, verify=verify_replies)
         self._receiver = Receiver(self._streams, up, self._notices, verify=verify_replies)
+        self._rounds_checked = False
         self._sent: dict[str, Prepared] = {}
         self._retries: dict[str, str] = {}  # message id of a retry -> id the caller knows
 
@@ -180,6 +182,10 @@ class CompressedGrid(GridWrapper):
         floats do not depend on timing.
         """
         batch = list(messages)
+        if not self._rounds_checked:  # `Run` knows more, and has said so
+            self._rounds_checked = True
+            if rounds := rounds_above(sys._getframe(1)):
+                self.policy.check_rounds(rounds)
         kinds = {message.metadata.message_type for message in batch}
         aggregation = aggregation_above(sys._getframe(1), kinds.pop()) if len(kinds) == 1 else None
         sent = [message_id for message_id in self.push_messages(batch) if message_id]
@@ -367,6 +373,7 @@ class CompressedGrid(GridWrapper):
         Returns:
             The master weights, to be given to the strategy as `initial_arrays`.
         """
+        self._rounds_checked = True  # the schedule goes on, and does not begin
         stream = self._streams.stream(self.run.run_id, checkpoint.key)
         stream.resume(checkpoint.counter, checkpoint.steps, checkpoint.clock)
         return array_record(checkpoint.arrays)

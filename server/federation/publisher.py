@@ -425,7 +425,11 @@ class NodeState:
     unread: set[str] = field(default_factory=set)
 
     def settled(self, tag: str, *, accepted: bool) -> None:
-        """Tell the node with its next messages what became of a reply."""
+        """Tell the node with its next messages what became of a reply; given up is so for good."""
+        if accepted and tag in self.given_up:
+            return
+        if not accepted and tag in self.accepted:
+            self.accepted.remove(tag)
         tags = self.accepted if accepted else self.given_up
         tags.append(tag)
         del tags[:-_TAGS]

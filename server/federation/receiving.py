@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message
@@ -21,7 +22,14 @@ from prunecast.compression.flower import (
     open_coded,
     payload_of,
 )
-from prunecast.compression.flower.internals import Aggregation, ErrorCode, make_message
+from prunecast.compression.flower.internals import (
+    Aggregation,
+    ErrorCode,
+    WatchedReply,
+    make_message,
+    unwatched,
+    watched,
+)
 from prunecast.compression.versions import NodeReport, VersionsError, reply_tag
 from prunecast.server.federation.checks import EXAMPLES, check_reply, misfits
 from prunecast.server.federation.errors import ReplyRefused
@@ -116,11 +124,15 @@ class Receiver:
 
         Args:
             received: replies to messages that were sent together.
-            aggregation: what Flower makes of them; None where nobody knows.
+            aggregation: what Flower makes of them; None where that shows later, if at all.
         """
         taken = [item for item in received if not item.message.has_error()]
         policy = self._streams.policy
-        if aggregation is not None and not policy.down == policy.up == "dense":
+        if policy.down == policy.up == "dense":
+            pass
+        elif aggregation is None:
+            self._watch(taken)
+        else:
             odd = misfits([(item.message.content, item.sent) for item in taken], aggregation)
             for index, reason in odd.items():
                 self._refuse(taken[index], reason)
@@ -134,6 +146,31 @@ class Receiver:
                 self._streams.node(item.entry.node).settled(item.tag, accepted=True)
             elif item.update:
                 self._accept_when_decoded(item)
+
+    def _watch(self, taken: Sequence[Received]) -> None:
+        """Hold replies to each other if and when Flower's own aggregation is given them."""
+        members: list[tuple[weakref.ref[WatchedReply], Received]] = []
+
+        def told(aggregation: Aggregation, given: Sequence[Message] | None) -> None:
+            found = [(reply, item) for ref, item in members if (reply := ref()) is not None]
+            if given is not None:
+                wanted = set(map(id, given))
+                found = [(reply, item) for reply, item in found if id(reply) in wanted]
+            for reply, _ in found:
+                unwatched(reply)
+            left = [(reply, item) for reply, item in found if not reply.has_error()]
+            odd = misfits([(reply.content, item.sent) for reply, item in left], aggregation)
+            for index, reason in odd.items():
+                reply, item = left[index]
+                item = replace(item, message=reply)
+                self._refuse(item, reason)
+                reply.fail(item.message.error)
+                self.give_up(item.tag, item.sent)
+
+        for item in taken:
+            reply = watched(item.message, told)
+            members.append((weakref.ref(reply), replace(item, message=refuse(item.message, ""))))
+            item.message = reply
 
     def _accept_when_decoded(self, item: Received) -> None:
         records = item.message.content.array_records.values()

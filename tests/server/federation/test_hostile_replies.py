@@ -10,7 +10,13 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.exception import InconsistentMessageReplies
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedXgbBagging
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+    FedXgbBagging,
+)
 from flwr.serverapp.strategy.strategy_utils import (
     aggregate_arrayrecords,
     aggregate_metricrecords,
@@ -385,6 +391,126 @@ def test_a_strategy_of_ones_own_gets_every_layout(federation):
     strategy.start(grid=grid, initial_arrays=to_record(ARRAYS), num_rounds=1)
     expected = [{n: a.shape for n, a in parts[node].items()} for node in (1, 2, 3)]
     assert sorted(map(str, strategy.seen)) == sorted(map(str, expected))
+
+
+class Calls(FedAvg):
+    """Looks at the replies, and has Flower average them."""
+
+    def aggregate_train(self, server_round, replies):
+        return super().aggregate_train(server_round, replies)
+
+    def aggregate_evaluate(self, server_round, replies):
+        return super().aggregate_evaluate(server_round, replies)
+
+
+class Sorts(FedAdam):
+    """Sorts out, and goes over what is left more than once."""
+
+    def aggregate_train(self, server_round, replies):
+        left = [r for r in replies if not r.has_error() and len(r.content.array_records)]
+        return super().aggregate_train(server_round, left)
+
+
+class Gives(FedMedian):
+    """Hands Flower an iterator."""
+
+    def aggregate_train(self, server_round, replies):
+        return super().aggregate_train(server_round, (reply for reply in replies))
+
+
+def private(wrapped):
+    """Clips what the wrapped strategy is given."""
+    return lambda **options: DifferentialPrivacyServerSideFixedClipping(
+        wrapped(**options), noise_multiplier=0, clipping_norm=10, num_sampled_clients=3
+    )
+
+
+@pytest.mark.parametrize("strategy", [Calls, Sorts, Gives])
+@pytest.mark.parametrize("policy", ["lossless", "balanced", SCHEME], ids=["lossless", "", "stc"])
+@pytest.mark.parametrize("case", ["wrong shapes", "a name missing"])
+def test_a_strategy_that_calls_flowers_own_is_protected(federation, caplog, strategy, policy, case):
+    make, words = RECORDS[f"verbatim, {case}"]
+    hostile = lambda content: content.__setitem__("arrays", make(None))  # noqa: E731
+    words = f"{words}|without the scheme" if policy is SCHEME else words
+    holds(*run(federation, policy, hostile, strategy), words, caplog)
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_contents_under_a_strategy_that_calls_flowers_own(federation, caplog, case):
+    hostile, words = CONTENTS[case]
+    holds(*run(federation, "balanced", hostile, Calls), words, caplog)
+
+
+def test_private_aggregation_of_a_strategy_of_ones_own_loses_the_round_alone(federation):
+    """Flower's wrapper does without a round in which a reply failed; it must not end the run."""
+    grid, inner, _ = federation("balanced")
+
+    seen = []
+
+    def change(reply):
+        seen.append(reply.metadata.src_node_id)
+        if seen.count(2) == 1 and seen[-1] == 2:  # in the first round
+            reply.content["arrays"] = to_record(WRONG)
+        return reply
+
+    inner.on_reply = change
+    result = private(Calls)(fraction_evaluate=0.0).start(
+        grid=grid, initial_arrays=to_record(ARRAYS), num_rounds=2
+    )
+    (refused,) = [e for e in grid.ledger.entries if e.kind == "error"]
+    assert (refused.node, "(3, 3)" in refused.reason) == (2, True)
+    assert list(result.arrays) == list(ARRAYS)
+
+
+class Pads(FedAvg):
+    """Brings replies to one shape before Flower averages them."""
+
+    def aggregate_train(self, server_round, replies):
+        for reply in replies:
+            whole = np.zeros((64, 40), np.float32)
+            part = reply.content["arrays"]["fc.weight"].numpy()
+            whole[:, : part.shape[1]] = part
+            reply.content["arrays"]["fc.weight"] = Array(whole)
+        return super().aggregate_train(server_round, replies)
+
+
+def test_a_strategy_that_brings_replies_to_one_shape_gets_them_all(federation):
+    grid, inner, _ = federation("balanced")
+
+    def change(reply):
+        width = 10 * int(reply.metadata.src_node_id)
+        part = changed(fc_weight=np.ones((64, width), np.float32))
+        reply.content["arrays"] = plain(part)
+        return reply
+
+    inner.on_reply = change
+    strategy = Pads(fraction_evaluate=0.0)
+    result = strategy.start(grid=grid, initial_arrays=to_record(ARRAYS), num_rounds=1)
+    assert not [e for e in grid.ledger.entries if e.kind == "error"]
+    columns = result.arrays["fc.weight"].numpy()[0]
+    np.testing.assert_allclose(columns[[0, 15, 25, 35]], [1, 5 / 6, 0.5, 0], rtol=1e-6)
+
+
+def test_a_loop_that_aggregates_by_a_strategy_is_protected(federation):
+    """Replies pulled by hand; what was refused is an error from then on."""
+    grid, inner, _ = federation("balanced")
+
+    def change(reply):
+        if reply.metadata.src_node_id == 2:
+            reply.content["arrays"] = plain(WRONG)
+        return reply
+
+    inner.on_reply = change
+    content = RecordDict({"arrays": to_record(ARRAYS)})
+    ids = grid.push_messages([Message(content, node, "train") for node in (1, 2, 3)])
+    replies = list(grid.pull_messages(ids))
+    assert not any(reply.has_error() for reply in replies)
+    assert len(grid._streams.node(2).accepted) == 1
+    arrays, _ = FedAvg().aggregate_train(1, replies)
+    assert {n: a.shape for n, a in arrays.items()} == {n: a.shape for n, a in ARRAYS.items()}
+    (failed,) = [reply for reply in replies if reply.has_error()]
+    assert (failed.metadata.src_node_id, "(3, 3)" in failed.error.reason) == (2, True)
+    assert (grid._streams.node(2).accepted, len(grid._streams.node(2).given_up)) == ([], 1)
 
 
 def test_trees_of_different_sizes_are_taken(federation, tmp_path):

@@ -201,6 +201,20 @@ def test_a_schedule_that_cannot_end_is_named_once(
         assert f"will have {reached:.0%} of zeros" in caplog.text
 
 
+@pytest.mark.parametrize(("end", "said"), [(25, 1), (2, 0)])
+def test_a_grid_used_alone_says_it_too(
+    federation: Any, caplog: pytest.LogCaptureFixture, end: int, said: int
+) -> None:
+    """A ServerApp of one's own: how many rounds there are is what `start` is given."""
+    _say_once.cache_clear()
+    policy = Policy.preset("small", pruning_begin=1, pruning_end=end)
+    grid, _, _ = federation(policy, nodes=2)
+    FedAvg(fraction_evaluate=0.0).start(
+        grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=2
+    )
+    assert caplog.text.count(f"Pruning ends in round {end}, after the last of 2") == said
+
+
 def test_lora_survives_small(caplog: pytest.LogCaptureFixture) -> None:
     rng = np.random.default_rng(0)
     factors = {
