@@ -32,6 +32,7 @@ _LEAST_EQUAL = 16
 _PROBES = 64
 _SAMPLE = 256
 _COLOUR_SAMPLE = 1024
+_COST_SAMPLE = 1 << 14
 _FEW = 512  # values in that sample, of what may be a palette
 _DENSE = 64  # reach of integers that have tokens of their own
 _MOST_INTEGER = 1 << 20  # of a lattice; as many bits are no shorter than the float
@@ -39,6 +40,7 @@ _LEAST_LINE, _MOST_LINES = 32, 1 << 13  # elements for each step, and steps, whe
 _EPSILON = {2: 2.0**-11, 4: 2.0**-24, 8: 2.0**-53}
 _EUCLID, _CLEAR = 64, 16
 _GAIN = 0.9
+_FLOATS = 1.05  # what bytes of few floats take at least, of what each would take by itself
 
 Formed = tuple[Form, list[NDArray[Any]]]
 
@@ -54,10 +56,10 @@ def choose_forms(
             continue
         flat = np.ascontiguousarray(arrays[name]).reshape(-1)
         if spec.size >= _LEAST_EQUAL:
-            bits = flat.view(f"u{flat.itemsize}")
-            key = (spec.dtype, spec.size, bits[:: max(1, spec.size // _PROBES)].tobytes())
+            raw = flat.view(f"u{flat.itemsize}")
+            key = (spec.dtype, spec.size, raw[:: max(1, spec.size // _PROBES)].tobytes())
             others = seen.setdefault(key, [])
-            source = next((o for o in others if _same(arrays[o], bits)), None)
+            source = next((o for o in others if _same(arrays[o], raw)), None)
             if source is not None:
                 chosen[name] = (Equal(source), [])
                 continue
@@ -65,8 +67,11 @@ def choose_forms(
         if spec.size < _LEAST or spec.dtype.kind == "b":
             continue
         found = _lattice(flat, spec) if spec.dtype.kind == "f" else None
-        found = found or _palette(flat, spec)
-        if found is not None:
+        bits = np.inf if found is None else _lattice_bits(flat, found)
+        palette, palette_bits = _palette(flat, spec)
+        if palette is not None and palette_bits < bits:
+            found, bits = palette, 0.0
+        if found is not None and bits < np.inf:
             chosen[name] = found
     return chosen
 
@@ -120,6 +125,18 @@ def _exact(
         return None
     integers = integers.reshape(spec.shape)
     return form, [integers] if axis == WHOLE else [steps, integers]
+
+
+def _lattice_bits(flat: NDArray[Any], found: Formed) -> float:
+    """Bits of the integers, from a sample; infinite where the floats themselves take fewer.
+
+    Values of few bits, such as powers of two, are multiples of a step that is tiny beside them.
+    """
+    every = max(1, len(flat) // _COST_SAMPLE)
+    integers, floats = found[1][-1].reshape(-1)[::every], flat[::every]
+    bits = _token_bits(integers, *np.unique(integers, return_counts=True))
+    plain = _plane_bits(*np.unique(floats.view(f"u{flat.itemsize}"), return_counts=True))
+    return bits * every if bits < plain else np.inf
 
 
 def _step_of(line: NDArray[Any]) -> float | None:
@@ -190,35 +207,36 @@ def _refined(values: NDArray[np.float64], step: float, dtype: np.dtype[Any]) -> 
     return short if low < short < high else middle
 
 
-def _palette(flat: NDArray[Any], spec: TensorSpec) -> Formed | None:
-    """Values and indices, in the order of the values; None where they do not pay."""
+def _palette(flat: NDArray[Any], spec: TensorSpec) -> tuple[Formed | None, float]:
+    """Values and indices, in the order of the values, and bits; None where they do not pay."""
+    nothing = None, np.inf
     sample = flat[:: max(1, len(flat) // _COLOUR_SAMPLE)]
     floating = spec.dtype.kind == "f"
     if not floating and int(sample.max()) - int(sample.min()) < _DENSE:
-        return None
+        return nothing
     found = np.unique(sample.view(f"u{flat.itemsize}"), return_counts=True)
     if len(found[0]) > min(_FEW, len(sample) // 2):
-        return None
+        return nothing
     if not floating and float(entropy_bits(found[1])) > _GAIN * _token_bits(sample, *found):
-        return None
+        return nothing
     colours, index, counts = np.unique(
         flat.view(f"u{flat.itemsize}"), return_inverse=True, return_counts=True
     )
     if len(colours) > min(MOST_COLOURS, spec.size // 4):
-        return None
+        return nothing
     plain = (
         _plane_bits(colours, counts)
         if spec.dtype.kind == "f"
         else _token_bits(flat, colours, counts)
     )
     cost = float(entropy_bits(counts[None])[0]) + 8.0 * flat.itemsize * len(colours) + 64
-    if cost > _GAIN * plain:
-        return None
+    if cost > (_FLOATS if floating else _GAIN) * plain:
+        return nothing
     values = colours.view(flat.dtype)
     order = np.argsort(values, kind="stable")
     rank = np.empty(len(order), np.uint8 if len(colours) <= 256 else np.uint16)
     rank[order] = np.arange(len(order))
-    return Palette(len(colours)), [values[order], rank[index].reshape(spec.shape)]
+    return (Palette(len(colours)), [values[order], rank[index].reshape(spec.shape)]), cost
 
 
 def _plane_bits(colours: NDArray[Any], counts: NDArray[np.int64]) -> float:

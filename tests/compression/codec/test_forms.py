@@ -81,6 +81,12 @@ FEW: dict[str, np.ndarray] = {
     "float32 of five values": RNG.normal(size=5).astype("f4")[RNG.integers(0, 5, SHAPE)],
     "float16 with NaN": np.array([np.nan, 1.5, -0.0], "f2")[RNG.integers(0, 3, SHAPE)],
     "int64 of three values": np.array([-(2**40), 7, 2**50])[RNG.integers(0, 3, SHAPE)],
+    "powers of two": (2.0 ** RNG.integers(-9, 9, SHAPE)).astype("f4"),
+    "one bit of mantissa": np.abs(RNG.normal(size=SHAPE))
+    .astype("f4")
+    .view("u4")
+    .__and__(np.uint32(0xFFC00000))
+    .view("f4"),
     "uint8 of odd values": np.array([3, 200, 90, 41], "u1")[RNG.integers(0, 4, SHAPE)],
 }
 

@@ -50,7 +50,7 @@ def test_what_is_beyond_is_clipped_and_what_is_not_finite_is_refused():
 
 def test_a_record_is_small():
     values = np.abs(np.random.default_rng(0).normal(size=(200, 300)))
-    assert len(pack_statistics({"g": {"w": values}})) < 0.75 * values.size
+    assert len(pack_statistics({"g": {"w": values}})) < 0.45 * values.size
 
 
 def test_only_what_was_asked_for_is_counted():
