@@ -20,6 +20,7 @@ __all__ = [
     "AsJson",
     "Column",
     "MaxBytes",
+    "MaxSeconds",
     "explain",
     "file_progress",
     "is_usage",
@@ -41,6 +42,14 @@ MaxBytes = Annotated[
         min=1,
         help="Most bytes that the content of a file may take in memory; default 1 GiB, or 64 times "
         "the file if that is more.",
+    ),
+]
+MaxSeconds = Annotated[
+    float | None,
+    typer.Option(
+        min=0.1,
+        help="How long a model from a file may take to be read, quantised and run; default 40, and "
+        "one for every megabyte.",
     ),
 ]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, show, warn
+from prunecast.cli.console import AsJson, MaxBytes, MaxSeconds, show, warn
 from prunecast.cli.release_create import Fleets, Folder, Keys, Name, create
 from prunecast.cli.release_keys import app as keys_app
 
@@ -100,12 +100,16 @@ def show_manifest(
 def verify(
     repository: Folder,
     root: Annotated[Path, typer.Option(help="Root metadata that devices were given.")],
+    max_bytes: MaxBytes = None,
+    max_seconds: MaxSeconds = None,
     as_json: AsJson = False,
 ) -> None:
     """Check everything as a device would: signatures, digests, payloads, weights, self-tests."""
     from prunecast.server.repository import verify_repository
 
-    verified = verify_repository(_reader(repository), root.read_bytes())
+    verified = verify_repository(
+        _reader(repository), root.read_bytes(), max_bytes=max_bytes, max_seconds=max_seconds
+    )
     lines = [
         f"{v.name} {v.version}: verified, {v.patches} patches, self-test differs by "
         f"{v.difference:.2g}"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, MaxBytes, make_console, show
+from prunecast.cli.console import AsJson, MaxBytes, MaxSeconds, make_console, show
 from prunecast.common.references import load_callable
 
 __all__ = ["Fleets", "Folder", "Keys", "Name", "create"]
@@ -136,14 +136,7 @@ def create(
         Path | None, typer.Option(help="Write what was published as a single .onnx file, too.")
     ] = None,
     max_bytes: MaxBytes = None,
-    max_seconds: Annotated[
-        float | None,
-        typer.Option(
-            help="How long a model of --from may take to be read, quantised and run; default 40, "
-            "and one for every megabyte.",
-            min=0.1,
-        ),
-    ] = None,
+    max_seconds: MaxSeconds = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish a model as the next release: keyframe, patches from live releases, self-test."""

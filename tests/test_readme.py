@@ -123,6 +123,14 @@ def test_index_names_every_document() -> None:
         assert path.name == "README.md" or f"]({path.name})" in index, f"{path.name} is not listed"
 
 
+def test_decisions_are_numbered_without_gaps_and_doubles() -> None:
+    found = sorted((ROOT / "docs" / "adr").glob("*.md"))
+    assert [int(path.name[:4]) for path in found] == list(range(1, len(found) + 1))
+    for path in found:
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith(f"# {int(path.name[:4])}. "), f"{path.name} begins {first!r}"
+
+
 def test_readme_has_no_gaps() -> None:
     assert "goes here" not in README
     assert "go here" not in README

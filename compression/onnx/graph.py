@@ -27,6 +27,7 @@ __all__ = [
     "all_graphs",
     "check_texts",
     "initialisers",
+    "is_self_contained",
     "load_graph",
     "read_note",
     "rename",
@@ -134,6 +135,12 @@ def load_graph(path: Path) -> ExportedGraph:
         raise ExportError(
             f"{path} is not a graph without weights: write it with save_graph"
         ) from error
+
+
+def is_self_contained(graph: ExportedGraph) -> bool:
+    """Whether no tensor of a graph lies in another file: whoever runs it would read that."""
+    proto = ModelProto.FromString(graph.skeleton)
+    return not any(t.external_data or t.data_location for t in tensors(proto))
 
 
 Uses = dict[str, list[tuple[str, int, str]]]

@@ -20,8 +20,8 @@ from prunecast.common.bounded import (
     ChildFailed,
     ChildKilled,
     ChildTimeout,
+    bound_process,
     call_bounded,
-    limit_data,
     own_bytes,
 )
 from prunecast.compression.release import (
@@ -106,7 +106,7 @@ def _try(
     manifest = ReleaseManifest.from_bytes((slot / "release.json").read_bytes())
     import_onnxruntime()
     before = own_bytes()
-    limit_data(most)
+    bound_process(memory=most)
     try:
         graph = (slot / "model.onnx").read_bytes()
         check_externals(graph, file="weights.bin", size=manifest.weights.length)

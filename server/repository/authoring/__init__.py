@@ -1,8 +1,9 @@
 """What a release is made from, and how it is built; needs onnx and onnxruntime."""
 
-from prunecast.server.repository.authoring.build import ReleaseContents, Samples
+from prunecast.server.repository.authoring.build import ReleaseContents
 from prunecast.server.repository.authoring.recipe import NewestRelease, ReleaseRecipe, read_recipe
 from prunecast.server.repository.authoring.sources import export_release, read_checkpoint
+from prunecast.server.repository.authoring.variants import Samples
 
 __all__ = [
     "NewestRelease",

@@ -1,204 +1,172 @@
-"""Releases of ``.onnx`` files from elsewhere, made in a process of its own.
+"""Releases of graphs and ``.onnx`` files from elsewhere, made in a process of its own.
 
-Whoever wrote the file decides what opening it costs: a graph of 260 bytes may ask for terabytes
-while onnxruntime folds its constants, functions that call each other twice grow without end when
-they are inlined, and a loop may never finish. So the file is taken apart, quantised, compared and
-run for its self-test under bounds on memory and time (`prunecast.common.bounds`), and comes back
-as what a device will get. The process reads and writes files of a folder; nothing is pickled.
+There the file is taken apart, quantised, compared and run for its self-test, under bounds on memory
+and time (`prunecast.server.repository.apart`), and comes back as what a device will get. The
+process reads and writes files of a folder; nothing is pickled.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from prunecast.common.bounds import (
-    OUT_OF_MEMORY,
-    BoundsExceeded,
-    bound_process,
-    byte_limit,
-    disk_bytes,
-    run_bounded,
-)
+from prunecast.common.bounded import bound_process
+from prunecast.common.bounds import disk_bytes
 from prunecast.common.npz import NpzArchive
-from prunecast.compression.codec import CodecError
-from prunecast.compression.files import FilesError
 from prunecast.compression.files.onnx_files import TensorReader, read_proto
 from prunecast.compression.onnx import ForeignModel
 from prunecast.compression.onnx.graph import load_graph, save_graph, tensors
-from prunecast.compression.onnx.lattice import Steps
-from prunecast.compression.release import ReleaseError
-from prunecast.compression.release.runtime import Signature, open_session
+from prunecast.compression.release.runtime import Signature
 from prunecast.compression.release.selftest import Arrays, Tolerance, pack_arrays
-from prunecast.compression.versions import (
-    LatticeTensor,
-    PublishedModel,
-    RawTensor,
-    Tensor,
-    VersionsError,
-)
+from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
+from prunecast.server.repository.apart import allowance, run_apart
 from prunecast.server.repository.authoring.build import (
     RecordedModel,
     ReleaseContents,
-    Samples,
-    make_variant,
     record_selftest,
-    run_samples,
-    split_samples,
 )
-from prunecast.server.repository.authoring.sources import from_onnx
-from prunecast.server.repository.errors import RecipeError, RepositoryError
+from prunecast.server.repository.authoring.modules import plan_of
+from prunecast.server.repository.authoring.recipe import GraphFile, ReleaseRecipe
+from prunecast.server.repository.authoring.variants import split_samples
+from prunecast.server.repository.errors import RecipeError
 
-__all__ = ["ForeignFile", "make_bounded"]
+__all__ = ["look_at_graph", "make_bounded"]
 
-_LEAST_SECONDS, _SECONDS_A_BYTE = 40.0, 1e-6
-_ERRORS = (ReleaseError, RepositoryError, FilesError, VersionsError, CodecError)
-_ALLOCATION = (
-    "bad_alloc",
-    "bad allocation",
-    "allocate memory",
-    "needs more memory",
-)  # as runtimes say it
+_OPTIONS = (
+    *("variant", "channels", "bits", "steps", "most_difference", "seed"),
+    *("max_bytes", "max_seconds"),
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForeignFile:
-    """What is to be made of an ``.onnx`` file; see `ReleaseRecipe` for each field."""
+def make_bounded(
+    recipe: ReleaseRecipe, model: PublishedModel | None, held: PublishedModel | None
+) -> ReleaseContents:
+    """Make the release of a recipe whose graph or model lies in a file, elsewhere.
 
-    path: Path
-    variant: str
-    bits: int | None
-    steps: Steps
-    most_difference: float | None
-    seed: int
-    inputs: Arrays | None
-    samples: Samples | None
-    held: PublishedModel | None
-    max_bytes: int | None = None
-    max_seconds: float | None = None
-
-    def bounds(self, files: list[Path], folder: Path) -> tuple[int, float]:
-        """Bytes and seconds that may be spent on it.
-
-        Args:
-            files: that the model consists of, as far as they are known.
-            folder: with what else is read.
-        """
-        size = sum(disk_bytes(path) for path in (*files, *folder.iterdir()))
-        free = _LEAST_SECONDS + _SECONDS_A_BYTE * size
-        seconds = free if self.max_seconds is None else self.max_seconds
-        return byte_limit(size, self.max_bytes), seconds
-
-    def make(self) -> ReleaseContents:
-        """Make it in this process.
-
-        Raises:
-            ReleaseError, RepositoryError: nothing can be released.
-        """
-        made = from_onnx(
-            self.path,
-            bits=self.bits,
-            steps=self.steps,
-            variant="fp32" if self.variant == "fp32" else "lattice",
-            held=self.held,
-            inputs=self.inputs,
-            seed=self.seed,
-            most_difference=self.most_difference,
-            max_bytes=self.max_bytes,
-        )
-        kind = "int8-qdq" if self.variant == "int8-qdq" else made.kind
-        if self.samples is not None or kind == "int8-qdq":
-            reference = None
-            if self.samples is not None:  # what the file refers to has been checked
-                reference = run_samples(open_session(self.path), self.samples)
-            made = make_variant(made, kind, self.samples, reference=reference, held=self.held)
-        return replace(made, recorded=record_selftest(made))
-
-
-def make_bounded(file: ForeignFile) -> ReleaseContents:
-    """Make the release of a file in a process of its own.
+    Args:
+        recipe: with `onnx`, or with a `GraphFile`.
+        model: the weights of a graph.
+        held: the newest live version, see `ReleaseRecipe.make_here`.
 
     Raises:
         ForeignModel: it takes more memory or time than is allowed, or crashes.
-        ReleaseError, RepositoryError: nothing can be released.
+        ReleaseError, RepositoryError, PlanError, VersionsError: nothing can be released.
     """
-    if file.path.exists() and not file.path.is_file():
-        raise ForeignModel(f"cannot read {file.path}: it is no regular file")
+    file = _file(recipe)
+    if file.exists() and not file.is_file():
+        raise ForeignModel(f"cannot read {file}: it is no regular file")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_order(folder, file)
-        what = f"making a release of {file.path}"
+        _write_order(folder, recipe, model, held)
         try:
-            memory, seconds = file.bounds([file.path], folder)
-            status, said = run_bounded(
-                f"{__name__}:main", [str(folder)], memory=memory, seconds=seconds, what=what
-            )
-        except BoundsExceeded as error:
-            raise ForeignModel(str(error)) from error
+            size = _size([file], folder)
         except OSError as error:
-            raise ForeignModel(f"cannot read {file.path}: {error.strerror or error}") from error
-        if (folder / "error.json").is_file():
-            raise _told(json.loads((folder / "error.json").read_bytes()))
-        if status:
-            last = (said.splitlines() or [f"it ended with code {status}"])[-1]
-            raise ForeignModel(f"{what} failed: {last}")
+            raise ForeignModel(f"cannot read {file}: {error.strerror or error}") from error
+        run_apart(
+            f"{__name__}:make",
+            {"name": name},
+            what=f"making a release of {file}",
+            size=size,
+            max_bytes=recipe.max_bytes,
+            max_seconds=recipe.max_seconds,
+            refusal=ForeignModel,
+        )
         return _read_contents(folder)
 
 
-def _told(document: dict[str, Any]) -> Exception:
-    """The error that the process ended with."""
-    kinds = {kind.__name__: kind for base in _ERRORS for kind in _family(base)}
-    kind = kinds.get(document["kind"], ForeignModel)
-    if kind is RecipeError:
-        return RecipeError(document["option"], document["message"])
-    return kind(document["message"])
+def look_at_graph(path: Path, max_bytes: int | None = None) -> GraphFile:
+    """What a recipe must know of a graph in a file, which is read elsewhere.
+
+    Raises:
+        RecipeError: it is no graph, or refers to other files.
+        OSError: it cannot be read.
+        PlanError: its channels are damaged.
+        ForeignModel: it takes more memory or time than is allowed.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise RecipeError("graph", f"{path} is no regular file")
+    share: float | None = run_apart(
+        f"{__name__}:share_of",
+        {"path": str(path)},
+        what=f"reading {path}",
+        size=disk_bytes(path),
+        max_bytes=max_bytes,
+        refusal=ForeignModel,
+    )
+    return GraphFile(path, share)
 
 
-def _family(base: type[Exception]) -> Iterator[type[Exception]]:
-    yield base
-    for kind in base.__subclasses__():
-        yield from _family(kind)
+def _file(recipe: ReleaseRecipe) -> Path:
+    if isinstance(recipe.graph, GraphFile):
+        return recipe.graph.path
+    assert recipe.onnx is not None
+    return recipe.onnx
+
+
+def _size(files: list[Path], folder: Path) -> int:
+    return sum(disk_bytes(path) for path in (*files, *folder.iterdir()))
 
 
 # -- what both sides write and read ---------------------------------------------------------------
 
 
-def _write_order(folder: Path, file: ForeignFile) -> None:
-    simple = ("variant", "bits", "steps", "most_difference", "seed", "max_bytes", "max_seconds")
-    document: dict[str, Any] = {key: getattr(file, key) for key in simple}
-    document |= {"path": str(file.path)}  # the process begins in the same folder
-    if file.inputs is not None:
-        _write_arrays(folder / "given.npz", file.inputs)
-    if file.samples is not None:
-        labels = {} if file.samples.labels is None else {"labels": file.samples.labels}
-        _write_arrays(folder / "samples.npz", {**file.samples.inputs, **labels})
-    if file.held is not None:
-        document["held"] = _write_model(folder / "held.npz", file.held)
+def _write_order(
+    folder: Path, recipe: ReleaseRecipe, model: PublishedModel | None, held: PublishedModel | None
+) -> None:
+    document: dict[str, Any] = {key: getattr(recipe, key) for key in _OPTIONS}
+    # the process begins in the same folder
+    if isinstance(recipe.graph, GraphFile):
+        document["graph"] = [str(recipe.graph.path), recipe.graph.share]
+    else:
+        document["onnx"] = str(recipe.onnx)
+    if recipe.selftest is not None:
+        document["named"] = isinstance(recipe.selftest, Mapping)
+        given = recipe.selftest if isinstance(recipe.selftest, Mapping) else {"": recipe.selftest}
+        _write_arrays(folder / "given.npz", given)
+    if recipe.samples is not None:
+        labels = {} if recipe.samples.labels is None else {"labels": recipe.samples.labels}
+        _write_arrays(folder / "samples.npz", {**recipe.samples.inputs, **labels})
+    for key, weights in (("model", model), ("held", held)):
+        if weights is not None:
+            document[key] = _write_model(folder / f"{key}.npz", weights)
     (folder / "order.json").write_text(json.dumps(document))
 
 
-def _read_order(folder: Path) -> ForeignFile:
+def _read_order(
+    folder: Path,
+) -> tuple[ReleaseRecipe, PublishedModel | None, PublishedModel | None]:
     document: dict[str, Any] = json.loads((folder / "order.json").read_bytes())
-    held, path = document.pop("held", None), Path(document.pop("path"))
-    given, samples = folder / "given.npz", folder / "samples.npz"
-    return ForeignFile(
-        path=path,
-        inputs=_read_arrays(given) if given.is_file() else None,
-        samples=split_samples(_read_arrays(samples)) if samples.is_file() else None,
-        held=None if held is None else _read_model(folder / "held.npz", held),
+    weights = {
+        key: _read_model(folder / f"{key}.npz", document.pop(key)) if key in document else None
+        for key in ("model", "held")
+    }
+    if "onnx" in document:
+        document["onnx"] = Path(document["onnx"])
+    else:
+        path, share = document["graph"]
+        document["graph"] = GraphFile(Path(path), share)
+    selftest: Any = None
+    if (named := document.pop("named", None)) is not None:
+        selftest = _read_arrays(folder / "given.npz")
+        selftest = selftest if named else selftest[""]
+    samples = folder / "samples.npz"
+    recipe = ReleaseRecipe(
         **document,
+        selftest=selftest,
+        samples=split_samples(_read_arrays(samples)) if samples.is_file() else None,
     )
+    return recipe, weights["model"], weights["held"]
 
 
 def _write_contents(folder: Path, made: ReleaseContents) -> None:
     recorded = made.recorded
     assert recorded is not None
-    assert isinstance(made.inputs, Mapping)
+    inputs = made.inputs if isinstance(made.inputs, Mapping) else recorded.inputs
     document = {
         "model": _write_model(folder / "model.npz", made.model),
         "variant": made.variant,
@@ -213,7 +181,7 @@ def _write_contents(folder: Path, made: ReleaseContents) -> None:
     }
     save_graph(made.graph, folder / "graph.onnx")
     save_graph(made.exported or made.graph, folder / "exported.onnx")
-    _write_arrays(folder / "inputs.npz", made.inputs)
+    _write_arrays(folder / "inputs.npz", inputs)
     _write_arrays(folder / "tested.npz", recorded.inputs)
     _write_arrays(folder / "expected.npz", recorded.expected)
     (folder / "made.json").write_text(json.dumps(document))
@@ -280,24 +248,24 @@ def _read_model(path: Path, document: dict[str, Any]) -> PublishedModel:
 # -- the process ----------------------------------------------------------------------------------
 
 
-def main(name: str) -> None:
+def make(name: str) -> None:
     """What the process does: an order out of the folder `name`, what was made into it."""
     folder = Path(name)
-    file = _read_order(folder)
-    try:
-        proto, reader = read_proto(file.path), TensorReader(file.path, file.max_bytes)
+    recipe, model, held = _read_order(folder)
+    if recipe.onnx is not None:
+        proto, reader = read_proto(recipe.onnx), TensorReader(recipe.onnx, recipe.max_bytes)
         for tensor in tensors(proto):
             if tensor.external_data:
                 reader.place(tensor)
         del proto
-        bound_process(*file.bounds(reader.files, folder))  # now that all files are known
-        _write_contents(folder, file.make())
-    except _ERRORS as error:
-        text = str(error)
-        if any(words in text for words in _ALLOCATION):
-            sys.exit(OUT_OF_MEMORY)
-        wrapped = error if not isinstance(error, FilesError) else ForeignModel(text)
-        document = {"kind": type(wrapped).__name__, "message": text}
-        if isinstance(error, RecipeError):
-            document |= {"option": error.option, "message": error.message}
-        (folder / "error.json").write_text(json.dumps(document))
+        size = _size(reader.files, folder)
+        # now that all files are known
+        bound_process(**allowance(size, recipe.max_bytes, recipe.max_seconds))
+    made = recipe.make_here(model, held)
+    _write_contents(folder, replace(made, recorded=record_selftest(made)))
+
+
+def share_of(path: str) -> float | None:
+    """Of the channels of a graph, those that remain; None for all."""
+    plan = plan_of(GraphFile(Path(path)).load().skeleton)
+    return None if plan is None else plan.share

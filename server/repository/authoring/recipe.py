@@ -29,31 +29,29 @@ from numpy.typing import NDArray
 
 from prunecast.common.files import cache_folder
 from prunecast.common.npz import NpzArchive
-from prunecast.compression.onnx.graph import ExportedGraph, load_graph
+from prunecast.compression.onnx import ExportError
+from prunecast.compression.onnx.graph import ExportedGraph, is_self_contained, load_graph
 from prunecast.compression.onnx.lattice import STEPS, Steps
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.release.manifest import ReleaseManifest
+from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel
-from prunecast.server.repository.authoring.build import (
-    ReleaseContents,
+from prunecast.server.repository.authoring.build import ReleaseContents
+from prunecast.server.repository.authoring.modules import Architecture, export_module, plan_of
+from prunecast.server.repository.authoring.sources import from_arrays, from_onnx
+from prunecast.server.repository.authoring.variants import (
     Samples,
     make_variant,
     reference_outputs,
+    run_samples,
     split_samples,
-)
-from prunecast.server.repository.authoring.foreign import ForeignFile, make_bounded
-from prunecast.server.repository.authoring.sources import (
-    Architecture,
-    export_module,
-    from_arrays,
-    plan_of,
 )
 from prunecast.server.repository.errors import RecipeError
 from prunecast.server.repository.reading import RepositoryReader
 from prunecast.server.repository.repository import PublishedRelease, Repository
 
-__all__ = ["VARIANTS", "NewestRelease", "ReleaseRecipe", "read_recipe"]
+__all__ = ["VARIANTS", "GraphFile", "NewestRelease", "ReleaseRecipe", "read_recipe"]
 
 T = TypeVar("T")
 
@@ -91,12 +89,40 @@ class NewestRelease:
         return self.repository.blob(self.manifest.files["model.onnx"]) if self.manifest else None
 
 
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph that `save_graph` wrote, on whosever behalf, and that has been looked at.
+
+    Attributes:
+        path: of the file.
+        share: of the channels that remain in it; None for all.
+    """
+
+    path: Path
+    share: float | None = None
+
+    def load(self) -> ExportedGraph:
+        """Read it in this process.
+
+        Raises:
+            RecipeError: it is no graph, or refers to other files.
+        """
+        try:
+            graph = load_graph(self.path)
+        except ExportError as error:
+            raise RecipeError("graph", str(error)) from error
+        if not is_self_contained(graph):
+            raise RecipeError("graph", f"{self.path} refers to other files: no graph does")
+        return graph
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReleaseRecipe:
     """How releases are made, apart from their weights.
 
     Attributes:
-        graph: the architecture; give this, `module` or `onnx`.
+        graph: the architecture; give this, `module` or `onnx`. One that lies in a file is read and
+            run in a process of its own.
         module: makes a torch module, which is exported.
         onnx: an ``.onnx`` file with its weights.
         selftest: a few real inputs by name, or one array where there is one input; by default the
@@ -110,15 +136,15 @@ class ReleaseRecipe:
         seed: of drawn inputs.
         licence: SPDX expression of the weights.
         cache: folder of exported graphs; None for the user's own.
-        max_bytes: of memory that reading and running an ``.onnx`` file may take; None for 1 GiB,
-            or 64 times what is read if that is more.
+        max_bytes: of memory that reading and running a graph's or ``.onnx`` file may take; None for
+            1 GiB, or 64 times what is read if that is more.
         max_seconds: that making its release may take; None for 40, and one for every megabyte.
 
     Raises:
         RecipeError: names the field that is missing or does not go with the others.
     """
 
-    graph: ExportedGraph | None = None
+    graph: ExportedGraph | GraphFile | None = None
     module: Callable[[], object] | None = None
     onnx: Path | None = None
     selftest: Arrays | NDArray[np.generic] | None = None
@@ -146,10 +172,11 @@ class ReleaseRecipe:
         if self.onnx is not None and self.share is not None:
             raise RecipeError("channels", "are removed from a torch module: give that")
         if self.graph is not None and self.share is not None:
-            if self._plan is None:
+            has = self._share_of_graph
+            if has is None:
                 raise RecipeError("channels", "the graph has all channels: give the module")
-            if self.share != self._plan.share:
-                raise RecipeError("channels", f"the graph has {self._plan.share:.0%} of them")
+            if self.share != has:
+                raise RecipeError("channels", f"the graph has {has:.0%} of them")
 
     @property
     def share(self) -> float | None:
@@ -157,9 +184,15 @@ class ReleaseRecipe:
         structured = self.variant == "structured" and self.channels is None
         return _HALF if structured else self.channels
 
+    @property
+    def _share_of_graph(self) -> float | None:
+        if isinstance(self.graph, GraphFile):
+            return self.graph.share
+        return self._plan.share if self._plan is not None else None
+
     @cached_property
     def _plan(self) -> ChannelPlan | None:
-        return plan_of(self.graph.skeleton) if self.graph is not None else None
+        return plan_of(self.graph.skeleton) if isinstance(self.graph, ExportedGraph) else None
 
     def prepared(self) -> ReleaseRecipe:
         """The same recipe with its module exported, where every release has the same graph.
@@ -190,8 +223,39 @@ class ReleaseRecipe:
             RecipeError: weights are missing, or on a lattice already when `bits` is given.
             RepositoryError, ReleaseError, PlanError: the parts do not fit together.
         """
-        made = self._from_file(newest) if self.onnx else self._from_model(model, newest)
+        if model is None and self.onnx is None:
+            raise RecipeError("model", "is missing: a graph or a module has no weights")
+        wanted = self.bits is not None or self.variant == "int8-qdq" or self.onnx is not None
+        held = newest.model if newest is not None and wanted else None
+        if self.onnx is not None or isinstance(self.graph, GraphFile):
+            from prunecast.server.repository.authoring.foreign import make_bounded
+
+            made = make_bounded(self, model, held)
+        else:
+            narrow = self.module is not None and self.share is not None
+            made = self.make_here(model, held, newest.graph if newest and narrow else None)
         return replace(made, metrics={**made.metrics, **(metrics or {})}, licence=self.licence)
+
+    def make_here(
+        self,
+        model: PublishedModel | None,
+        held: PublishedModel | None,
+        held_graph: bytes | None = None,
+    ) -> ReleaseContents:
+        """What `make` does, in this process, whatever files it reads.
+
+        Args:
+            model: the weights; None where an ``.onnx`` file holds them.
+            held: the newest live version of the same release.
+            held_graph: its `model.onnx`, where channels are removed from a module.
+        """
+        if self.onnx is not None:
+            return self._from_file(self.onnx, held)
+        assert model is not None
+        loaded = self
+        if isinstance(self.graph, GraphFile):
+            loaded = replace(self, graph=self.graph.load())
+        return loaded._from_model(model, held, held_graph)
 
     def release(
         self,
@@ -211,12 +275,9 @@ class ReleaseRecipe:
         return repository.publish(name, contents, at_least=at_least)
 
     def _from_model(
-        self, model: PublishedModel | None, newest: NewestRelease | None
+        self, model: PublishedModel, held: PublishedModel | None, held_graph: bytes | None
     ) -> ReleaseContents:
-        if model is None:
-            raise RecipeError("model", "is missing: a graph or a module has no weights")
-        held = self._held(newest)
-        found = self._architecture(model, newest)
+        found = self._architecture(model, held_graph)
         weights, reference = found.weights, found.reference
         if reference is None and self.samples is not None:
             reference = reference_outputs(found.graph, weights.arrays(), self.samples)
@@ -239,20 +300,18 @@ class ReleaseRecipe:
             made, kind="structured int8-qdq" if made.kind == "int8-qdq" else "structured"
         )
 
-    def _architecture(self, model: PublishedModel, newest: NewestRelease | None) -> Architecture:
-        share = self.share
+    def _architecture(self, model: PublishedModel, held: bytes | None) -> Architecture:
         if self.module is not None:
-            held = newest.graph if newest is not None and share is not None else None
             return export_module(
                 self.module,
                 model,
                 self._named_inputs(),
                 cache=self._cache,
-                share=share,
+                share=self.share,
                 held=plan_of(held) if held else None,
                 samples=self.samples.inputs if self.samples else None,
             )
-        assert self.graph is not None
+        assert isinstance(self.graph, ExportedGraph)
         plan = self._plan
         if plan is None:
             return Architecture(self.graph, model)
@@ -263,27 +322,28 @@ class ReleaseRecipe:
         )
         return Architecture(self.graph, plan.narrow(model), narrow=True, notes=notes)
 
-    def _from_file(self, newest: NewestRelease | None) -> ReleaseContents:
-        assert self.onnx is not None
-        return make_bounded(
-            ForeignFile(
-                path=self.onnx,
-                variant=self.variant,
-                bits=self.bits,
-                steps=self.steps,
-                most_difference=self.most_difference,
-                seed=self.seed,
-                inputs=self._named_inputs() if self.selftest is not None or self.samples else None,
-                samples=self.samples,
-                held=self._held(newest),
-                max_bytes=self.max_bytes,
-                max_seconds=self.max_seconds,
-            )
+    def _from_file(self, path: Path, held: PublishedModel | None) -> ReleaseContents:
+        inputs = None
+        if self.selftest is not None or self.samples is not None:
+            inputs = self._named_inputs()
+        made = from_onnx(
+            path,
+            bits=self.bits,
+            steps=self.steps,
+            variant="fp32" if self.variant == "fp32" else "lattice",
+            held=held,
+            inputs=inputs,
+            seed=self.seed,
+            most_difference=self.most_difference,
+            max_bytes=self.max_bytes,
         )
-
-    def _held(self, newest: NewestRelease | None) -> PublishedModel | None:
-        wanted = self.bits is not None or self.variant == "int8-qdq" or self.onnx is not None
-        return newest.model if newest is not None and wanted else None
+        kind = "int8-qdq" if self.variant == "int8-qdq" else made.kind
+        if self.samples is None and kind != "int8-qdq":
+            return made
+        reference = None
+        if self.samples is not None:  # what the file refers to has been checked
+            reference = run_samples(open_session(path), self.samples)
+        return make_variant(made, kind, self.samples, reference=reference, held=held)
 
     @property
     def _cache(self) -> Path:
@@ -313,18 +373,20 @@ def read_recipe(
         selftest: ``.npz``, one array per input.
         calibration: ``.npz`` with samples, one array per input, and ``labels`` where known.
         max_bytes: most bytes that the arrays of a file may take, see
-            `prunecast.common.bounds.byte_limit`; and so for the ``.onnx`` file.
+            `prunecast.common.bounds.byte_limit`; and so for the graph or the ``.onnx`` file.
         options: the other fields of `ReleaseRecipe`.
 
     Raises:
         RecipeError: names the file that cannot be used, or the field that does not go with others.
     """
 
+    from prunecast.server.repository.authoring.foreign import look_at_graph
+
     def arrays(file: Path) -> Arrays:
         return NpzArchive(file, max_bytes=max_bytes).read_all()
 
     return ReleaseRecipe(
-        graph=_read("graph", graph, load_graph),
+        graph=_read("graph", graph, lambda file: look_at_graph(file, max_bytes)),
         selftest=_read("selftest", selftest, arrays),
         samples=_read("calibration", calibration, lambda file: split_samples(arrays(file))),
         max_bytes=max_bytes,
@@ -335,6 +397,8 @@ def read_recipe(
 def _read(option: str, path: Path | None, read: Callable[[Path], T]) -> T | None:
     try:
         return None if path is None else read(path)
+    except RecipeError:
+        raise
     except OSError as error:
         reason = f"cannot read {error.filename}: {error.strerror or error}"
         raise RecipeError(option, reason) from error

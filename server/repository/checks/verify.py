@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tuf.api import exceptions as tuf_errors
 from tuf.ngclient import FetcherInterface, Updater
 
+from prunecast.common.bounds import disk_bytes
 from prunecast.common.clock import utc_now
 from prunecast.compression.release import ReleaseError
+from prunecast.compression.release.externals import check_externals
 from prunecast.compression.release.layout import WeightsLayout
 from prunecast.compression.release.manifest import ReleaseManifest, manifest_path
 from prunecast.compression.release.runtime import open_session
-from prunecast.compression.release.selftest import check_outputs, unpack_arrays
+from prunecast.compression.release.selftest import Tolerance, check_outputs, unpack_arrays
 from prunecast.compression.versions import PublishedModel, VersionsError, decode_model
+from prunecast.server.repository.apart import run_apart
 from prunecast.server.repository.errors import RepositoryError, VerificationFailed
 from prunecast.server.repository.reading import RepositoryReader
 
@@ -57,12 +61,22 @@ class _FolderFetcher(FetcherInterface):
         return iter([path.read_bytes()])
 
 
-def verify_repository(repository: RepositoryReader, trusted_root: bytes) -> list[VerifiedRelease]:
+def verify_repository(
+    repository: RepositoryReader,
+    trusted_root: bytes,
+    *,
+    max_bytes: int | None = None,
+    max_seconds: float | None = None,
+) -> list[VerifiedRelease]:
     """Check signatures, digests, payloads, rebuilt weights and self-tests of every live release.
+
+    Self-tests run in a process of their own, one after the other.
 
     Args:
         repository: what to verify.
         trusted_root: the root metadata that devices were provisioned with.
+        max_bytes: of memory that a self-test may take; None for 1 GiB, or 64 times the release.
+        max_seconds: that it may take; None for 40, and one for every megabyte.
 
     Raises:
         VerificationFailed: names the release and what is wrong with it.
@@ -85,7 +99,7 @@ def verify_repository(repository: RepositoryReader, trusted_root: bytes) -> list
                     raise VerificationFailed(f"{label} holds the manifest of another release")
                 model = repository.model(manifest)
                 patches = _check_payloads(repository, manifest, model, models)
-                difference = _run(repository, manifest, model)
+                difference = _run(repository, manifest, model, max_bytes, max_seconds)
             except VerificationFailed:
                 raise
             except (RepositoryError, ReleaseError, VersionsError, *_TUF_ERRORS) as error:
@@ -131,14 +145,46 @@ def _check_payloads(
     return working
 
 
-def _run(repository: RepositoryReader, manifest: ReleaseManifest, model: PublishedModel) -> float:
+def _run(
+    repository: RepositoryReader,
+    manifest: ReleaseManifest,
+    model: PublishedModel,
+    max_bytes: int | None,
+    max_seconds: float | None,
+) -> float:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = {file: repository.blob(ref) for file, ref in manifest.files.items()}
         layout = WeightsLayout.from_bytes(files["layout.json"])
         if layout.write(model, folder / "weights.bin") != manifest.weights.sha256:
             raise VerificationFailed("the rebuilt weights.bin is not the signed one")
-        (folder / "model.onnx").write_bytes(files["model.onnx"])
-        session = open_session(folder / "model.onnx")
-        got = session.run(unpack_arrays(files["selftest.npz"]))
-        return check_outputs(unpack_arrays(files["expected.npz"]), got, manifest.tolerance)
+        check_externals(files["model.onnx"], file="weights.bin", size=layout.size)
+        for file in ("model.onnx", "selftest.npz", "expected.npz"):
+            (folder / file).write_bytes(files[file])
+        difference: float = run_apart(
+            f"{__name__}:self_test",
+            {"name": name, "tolerance": asdict(manifest.tolerance)},
+            what=f"the self-test of {manifest.name} {manifest.version}",
+            size=sum(disk_bytes(path) for path in folder.iterdir()),
+            max_bytes=max_bytes,
+            max_seconds=max_seconds,
+        )
+        return difference
+
+
+def self_test(name: str, tolerance: dict[str, Any]) -> float:
+    """Run the self-test of a release that lies in the folder `name`.
+
+    Returns:
+        The largest difference, in units of the output.
+
+    Raises:
+        ReleaseError: onnxruntime refuses the model, or its outputs are not the recorded ones.
+    """
+    folder = Path(name)
+    got = open_session(folder / "model.onnx").run(_arrays(folder / "selftest.npz"))
+    return check_outputs(_arrays(folder / "expected.npz"), got, Tolerance(**tolerance))
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    return unpack_arrays(path.read_bytes())

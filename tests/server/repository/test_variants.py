@@ -16,8 +16,8 @@ from prunecast.compression.onnx.export import export_cached
 from prunecast.compression.release.runtime import open_session
 from prunecast.compression.versions import LatticeTensor
 from prunecast.server.repository import KeyRing, Repository, RepositoryError, verify_repository
-from prunecast.server.repository.authoring.build import split_samples
-from prunecast.server.repository.authoring.sources import plan_of
+from prunecast.server.repository.authoring.modules import plan_of
+from prunecast.server.repository.authoring.variants import split_samples
 from support import narrowable
 
 IMAGES = np.random.default_rng(9).random((40, 1, 6, 6))  # float64, as many files hold
