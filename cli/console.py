@@ -129,10 +129,10 @@ def say(*sentences: str) -> None:
         console.print(Text(printable(text)), soft_wrap=not console.is_terminal)
 
 
-def warn(sentences: Sequence[str]) -> None:
+def warn(*sentences: str) -> None:
     """Print warnings on standard error, each in a line."""
     for text in sentences:
-        make_console(stderr=True).print(f"warning: {printable(text)}", markup=False, soft_wrap=True)
+        typer.echo(f"warning: {printable(text)}", err=True)
 
 
 def warn_of_exposure(*paths: Path | None) -> None:
@@ -142,7 +142,7 @@ def warn_of_exposure(*paths: Path | None) -> None:
     for path in paths:
         with suppress(OSError):
             if path is not None and (exposed := exposure(path)):
-                typer.echo(f"warning: {printable(exposed)}", err=True)
+                warn(exposed)
 
 
 def printable(text: str) -> str:

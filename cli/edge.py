@@ -15,15 +15,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunecast.cli.console import AsJson, MaxBytes, show, warn_of_exposure
+from prunecast.cli.console import AsJson, MaxBytes, show, warn
+from prunecast.cli.edge_options import (
+    Bandwidth,
+    CaFile,
+    Certificate,
+    Control,
+    ControlCa,
+    ControlCertificate,
+    ControlKey,
+    ControlToken,
+    InferenceMemory,
+    InferenceSeconds,
+    Key,
+    Listen,
+    Name,
+    Optimise,
+    Quiet,
+    Root,
+    State,
+    Threads,
+    TokenFile,
+    Url,
+    agent_config,
+    control_settings,
+    limited,
+    make_fetcher,
+)
 from prunecast.common.fleet_protocol import CONFIRM_SECONDS
 
 if TYPE_CHECKING:
-    from prunecast.client.edge import Agent, AgentConfig
+    from prunecast.client.edge import Agent
     from prunecast.client.edge.config import UpdateResult
-    from prunecast.client.edge.control import ControlSettings
     from prunecast.client.edge.errors import ControlProblem, EdgeError
-    from prunecast.client.edge.updating.transport import Fetcher, HttpFetcher
+    from prunecast.client.edge.updating.transport import Fetcher
 
 __all__ = ["app"]
 
@@ -31,71 +56,6 @@ _PROBE_SECONDS = 5.0
 _LATE_SECONDS = 30.0  # after which native code that should have ended is taken for hanging
 
 app = typer.Typer(no_args_is_help=True, help="Follow signed releases on a device and run them.")
-
-State = Annotated[Path, typer.Option(help="Folder for everything the agent keeps.")]
-Url = Annotated[str, typer.Option(help="URL of the release repository.")]
-Name = Annotated[str, typer.Option(help="Name of the release to follow.")]
-Root = Annotated[
-    Path, typer.Option(help="Root metadata of the repository, provisioned with the device.")
-]
-CaFile = Annotated[Path | None, typer.Option(help="PEM file of the authorities to trust for TLS.")]
-Certificate = Annotated[
-    Path | None, typer.Option(help="PEM file with the device's TLS certificate.")
-]
-Key = Annotated[Path | None, typer.Option(help="PEM file with its private key.")]
-TokenFile = Annotated[
-    Path | None, typer.Option(help="File with a bearer token for the repository's server.")
-]
-Threads = Annotated[int | None, typer.Option(help="Threads of the inference session.", min=1)]
-Bandwidth = Annotated[
-    float | None, typer.Option(help="Bytes per second that downloads may take.", min=1.0)
-]
-Quiet = Annotated[
-    str | None, typer.Option(help="Local time without downloads of releases, such as 07:00-19:30.")
-]
-Optimise = Annotated[
-    bool,
-    typer.Option(
-        "--optimise", help="Keep releases as optimised for this CPU: quicker starts, more disk."
-    ),
-]
-InferenceMemory = Annotated[
-    int | None,
-    typer.Option(
-        help="Bytes that inferences may take besides the weights; by default half of the memory, "
-        "and at most 512 MiB.",
-        min=2**20,
-    ),
-]
-InferenceSeconds = Annotated[
-    float,
-    typer.Option(help="Seconds after which an inference of --listen is broken off.", min=0.001),
-]
-Listen = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Serve the model to other programs on this device: unix:/path or 127.0.0.1:PORT; "
-        "may be given several times."
-    ),
-]
-Control = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT",
-        help="Control server of the fleet: it decides which release this device runs.",
-    ),
-]
-ControlToken = Annotated[
-    Path | None,
-    typer.Option(help="File with the device's token, printed by `prunecast fleet device add`."),
-]
-ControlCa = Annotated[
-    Path | None, typer.Option(help="PEM file of the authorities to trust for the control server.")
-]
-ControlCertificate = Annotated[
-    Path | None, typer.Option(help="PEM file with the device's certificate, instead of a token.")
-]
-ControlKey = Annotated[Path | None, typer.Option(help="PEM file with its private key.")]
 
 
 @app.command()
@@ -118,11 +78,13 @@ def update(
     """Check once for a newer release; download, verify, self-test and activate it."""
     from prunecast.client.edge import Agent
 
-    config = _config(state, url, name, root, threads, quiet, optimise, inference_memory)
-    fetcher = _limited(_fetcher(url, ca_file, certificate, key, token_file), bandwidth, time.sleep)
+    config = agent_config(state, url, name, root, threads, quiet, optimise, inference_memory)
+    fetcher = limited(
+        make_fetcher(url, ca_file, certificate, key, token_file), bandwidth, time.sleep
+    )
     # a timer that has waited too long, a terminal that is closed: ended by itself nevertheless
     _on_signals(lambda *_: sys.exit(143))
-    with Agent(config, fetcher=fetcher, on_warning=_warn) as agent:
+    with Agent(config, fetcher=fetcher, on_warning=warn) as agent:
         result = agent.update_once()
         agent.confirm()  # it was loaded and self-tested, which is all one command can tell
     show(asdict(result), as_json, _line(result))
@@ -173,7 +135,7 @@ def run(
     from prunecast.client.edge import Agent
     from prunecast.client.edge.errors import EdgeError, NetworkError
 
-    fleet = _control_settings(control, control_token, control_ca, control_certificate, control_key)
+    fleet = control_settings(control, control_token, control_ca, control_certificate, control_key)
     if url is None and fleet is None:
         raise typer.BadParameter("either --url or --control is needed", param_hint="--url")
     stop, wake = threading.Event(), threading.Event()
@@ -198,9 +160,9 @@ def run(
         if stop.wait(seconds):
             raise NetworkError("the agent was asked to end; what has come is kept")
 
-    source: Fetcher = _fetcher(url or "", ca_file, certificate, key, token_file)
+    source: Fetcher = make_fetcher(url or "", ca_file, certificate, key, token_file)
     here = url if fleet is None or url is not None else fleet.url
-    config = _config(
+    config = agent_config(
         *(state, here or "", name, root, threads, quiet, optimise, inference_memory),
         given=url is not None,
     )
@@ -211,9 +173,9 @@ def run(
         channel = ControlChannel(fleet)
         if url is None:
             source = ControlFetcher(channel)
-    fetcher = _limited(source, bandwidth, wait)
+    fetcher = limited(source, bandwidth, wait)
     with (
-        Agent(config, fetcher=fetcher, wait=wait, on_warning=_warn) as agent,
+        Agent(config, fetcher=fetcher, wait=wait, on_warning=warn) as agent,
         _serving(agent, name, listen or (), inference_seconds, as_json) as tell_manager,
     ):
         follow = partial(agent.run, interval, stop=stop, jitter=jitter)
@@ -286,92 +248,6 @@ def infer(
     show(report, as_json, f"release {served.version}: {outputs} in {seconds * 1000:.1f} ms")
 
 
-def _config(
-    state: Path,
-    url: str,
-    name: str,
-    root: Path,
-    threads: int | None,
-    quiet: str | None,
-    optimise: bool,
-    inference_memory: int | None,
-    *,
-    given: bool = True,
-) -> AgentConfig:
-    from prunecast.client.edge.config import AgentConfig, Bounds, QuietHours, check_url
-    from prunecast.client.edge.errors import UrlRefused
-
-    try:
-        check_url(url)
-        if url.startswith("grpcs://") and given:
-            raise UrlRefused("it begins with http:// or https://; a fleet is named by --control")
-    except UrlRefused as error:
-        raise typer.BadParameter(str(error), param_hint="--url") from None
-    try:
-        hours = QuietHours.parse(quiet) if quiet else None
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--quiet") from error
-    content = root.read_bytes()
-    return AgentConfig(
-        *(state, url, name, content),
-        threads=threads,
-        quiet=hours,
-        bounds=Bounds(inference_bytes=inference_memory),
-        optimise=optimise,
-    )
-
-
-def _limited(fetcher: Fetcher, bandwidth: float | None, sleep: Callable[[float], None]) -> Fetcher:
-    from prunecast.client.edge.updating.transport import Passing, TokenBucket
-
-    return Passing(fetcher, TokenBucket(bandwidth, sleep=sleep).slow) if bandwidth else fetcher
-
-
-def _fetcher(
-    url: str,
-    ca_file: Path | None,
-    certificate: Path | None,
-    key: Path | None,
-    token_file: Path | None,
-) -> HttpFetcher:
-    from prunecast.client.edge.updating.transport import HttpFetcher, bearer, is_exposed
-
-    pair = _pair(certificate, key, "--")
-    headers = bearer(token_file) if token_file else {}
-    warn_of_exposure(key, token_file)
-    if headers and is_exposed(url):
-        _warn(
-            "the token of --token-file goes over plain http, where everybody on the way can read "
-            "and use it: serve the repository over https"
-        )
-    return HttpFetcher(ca_file=ca_file, client_certificate=pair, headers=headers)
-
-
-def _pair(certificate: Path | None, key: Path | None, prefix: str) -> tuple[Path, Path] | None:
-    if (certificate is None) != (key is None):
-        raise typer.BadParameter(f"{prefix}certificate and {prefix}key belong together")
-    return (certificate, key) if certificate and key else None
-
-
-def _control_settings(
-    control: str | None,
-    token: Path | None,
-    ca: Path | None,
-    certificate: Path | None,
-    key: Path | None,
-) -> ControlSettings | None:
-    """The connection to the fleet; None: the agent decides by itself."""
-    if control is None:
-        if token or ca or certificate or key:
-            raise typer.BadParameter("--control-... needs --control HOST:PORT")
-        return None
-    from prunecast.client.edge.control import ControlSettings
-
-    pair = _pair(certificate, key, "--control-")
-    warn_of_exposure(key, token)
-    return ControlSettings(control, ca, token, pair)
-
-
 @contextmanager
 def _serving(
     agent: Agent, name: str, addresses: Sequence[str], seconds: float, as_json: bool
@@ -410,11 +286,6 @@ def _on_signals(end: Callable[..., object]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, end)
-
-
-def _warn(told: str) -> None:
-    """Say what is wrong although the agent goes on; not in between the lines of --json."""
-    typer.echo(f"warning: {told}", err=True)
 
 
 def _show_event(as_json: bool, event: bool | ControlProblem) -> None:

@@ -251,7 +251,7 @@ def start_rollout(
     with service_of(database) as service:
         warnings = service.operate(event)
         fleet, rollout = service.overview(), service.rollout(event.rollout)
-    warn(warnings)
+    warn(*warnings)
     text = f"started {rollout.id}: {rollout.expected} of {sum(rollout.cohorts)} devices first"
     document = rollout_view(fleet, rollout, event.at)
     show({**document, "warnings": list(warnings)}, as_json, text)
@@ -384,7 +384,7 @@ def _steer(database: str, event: events.Steering) -> None:
         rollout = service.rollout(event.rollout)
     percent = rollout.stages[rollout.stage]
     say(f"{rollout.id} ({rollout.release}) is {rollout.status} at {percent:g} %")
-    warn(warnings)
+    warn(*warnings)
     if warnings:
         raise typer.Exit(1)
 

@@ -125,11 +125,9 @@ def follow_repository(repository: Path, database: str) -> None:
             remember_fleet(repository, database)
     except (RepositoryError, StorageError) as error:
         warn(
-            [
-                f"{repository} does not know of this fleet ({error}), so releases that it stands "
-                "on can be retired: let the repository's owner run "
-                f"`prunecast release fleets {repository} --remember URL`"
-            ]
+            f"{repository} does not know of this fleet ({error}), so releases that it stands "
+            "on can be retired: let the repository's owner run "
+            f"`prunecast release fleets {repository} --remember URL`"
         )
 
 
@@ -141,7 +139,7 @@ def stamp() -> dict[str, Any]:
 def operate(database: str, event: events.AnyEvent) -> None:
     """Apply what an operator wants, and say what the operator ought to know about it."""
     with service_of(database) as service:
-        warn(service.operate(event))
+        warn(*service.operate(event))
 
 
 def show_rows(rows: list[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:

@@ -164,7 +164,7 @@ def retire(
     """
     missed = _writer(repository, keys, fleet or ()).retire(name, version, force=force)
     print(f"retired {name} {version}")  # noqa: T201
-    warn(missed)
+    warn(*missed)
 
 
 @app.command()

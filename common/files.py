@@ -24,6 +24,7 @@ __all__ = [
     "is_locked",
     "keep_only",
     "lock_file",
+    "lock_open",
     "make_folder",
     "remove_abandoned",
     "replacing",
@@ -252,7 +253,11 @@ def lock_file(path: Path) -> IO[str]:
         BlockingIOError: another process, or another handle in this one, holds it.
         OSError: the file cannot be written.
     """
-    file = open(path, "w")  # noqa: SIM115
+    return lock_open(open(path, "w"))
+
+
+def lock_open(file: IO[str]) -> IO[str]:
+    """Take the lock of an open file, as `take_lock` does; it is closed when that fails."""
     try:
         take_lock(file.fileno())
     except BaseException:

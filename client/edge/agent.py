@@ -19,21 +19,18 @@ from typing import Any, Self, TypeGuard
 from prunecast.client.edge.config import AgentConfig, Order, UpdateResult, candidates
 from prunecast.client.edge.errors import (
     EdgeError,
-    MemoryShort,
     NetworkError,
     NoRelease,
     StateError,
 )
 from prunecast.client.edge.keeper import Keeper
 from prunecast.client.edge.model import EdgeModel
-from prunecast.client.edge.records import Failure, FailureKind, SlotRecord, State
+from prunecast.client.edge.records import Failure, SlotRecord
+from prunecast.client.edge.serving import Serving
 from prunecast.client.edge.slots.slot import (
-    LoadedRelease,
     build_slot,
     clear_slot,
     forget_slot,
-    open_optimised,
-    open_slot,
     verify_slot,
 )
 from prunecast.client.edge.starts import Begun
@@ -102,9 +99,13 @@ class Agent:
         self.model = EdgeModel(observe=self.telemetry.observe)
         self.on_confirmed: Callable[[], None] = lambda: None
         self._resources.enter_context(self.telemetry.saving(_SAVE_EVERY))
+        self._serving = Serving(
+            *(config, self._folder, self._kept),
+            model=self.model, telemetry=self.telemetry, step=on_step, wait=wait,
+        )  # fmt: skip
         try:
             self._kept.read()
-            self._start()
+            self._serving.start()
             if (refuses := self._folder.refuses) is not None:
                 if self.model.version is None:
                     raise StateError(refuses)
@@ -244,12 +245,12 @@ class Agent:
         """
         if self._kept.state.active is None or self._kept.state.previous is None:
             raise StateError("there is no previous release to go back to")
-        loaded = self._load(self._kept.state.previous)
+        loaded = self._serving.load(self._kept.state.previous)
         self._step("roll back")
         given_up = self._kept.state.active
         self._kept.write(self._kept.state.go_back(reason, "rolled back").confirm())
         forget_slot(self._folder.slot(given_up.slot))
-        self._serve(loaded)
+        self._serving.serve(loaded)
         return self.model.version
 
     def failure(self, version: int) -> Failure | None:
@@ -259,113 +260,6 @@ class Agent:
     def status(self) -> dict[str, Any]:
         """What the agent runs and what its last check did; plain JSON values."""
         return read_status(self.config.state)
-
-    def _start(self) -> None:
-        """Load the active release, or the previous one when the active one is not fit."""
-        config, now = self.config, Begun.now("load")
-        self._kept.settle(now)
-        while (active := self._kept.state.active) is not None:
-            problem: str | None = None
-            proven = active.confirmed or self._kept.state.previous is None
-            if not proven and active.loops(config.most_starts):
-                ends = ", ".join(active.ends)
-                starts = f"not confirmed after {config.most_starts} starts or more (ended: {ends})"
-                self._go_back(f"release {active.version}: {starts}", "crash loop")
-                continue
-            noted = self._kept.note(now)
-            try:
-                if not (proven or noted):
-                    raise StateError("a crash loop could not be noticed")
-                loaded = self._load(active)
-                seal = loaded.seal or active.optimised
-                marked = replace(active, optimised=seal, passed=loaded.passed)
-                self._kept.keep(replace(self._kept.state, active=marked))
-                self._serve(loaded)
-                return
-            except ReleaseError as error:
-                problem = f"release {active.version}: {error}"
-                self.telemetry.rejected(active.version, str(error))
-                if not proven:
-                    self._go_back(problem, "rolled back")
-                    continue
-            except NetworkError:
-                raise  # the agent was asked to end, which says nothing about the release
-            except MemoryShort as error:
-                if not self._serve_previous(f"release {active.version}: {error}"):
-                    raise
-                return
-            except EdgeError as error:
-                problem = f"release {active.version}: {error}"
-                if not noted and self._serve_previous(problem):
-                    return
-            # a damaged disk, or too little memory: the release itself may be fetched again
-            self._step("drop slot")
-            self._kept.keep(self._kept.state.lose_active())
-            self._kept.record(None, Counter(), problem)
-        self._kept.note(None)
-
-    def _serve_previous(self, problem: str) -> bool:
-        """Serve the release before the active one until the next start; whether there is one."""
-        previous = self._kept.state.previous
-        if previous is None:
-            return False
-        try:
-            loaded = self._load(previous)
-        except NetworkError:
-            raise
-        except (EdgeError, ReleaseError):
-            return False
-        self._serve(loaded)
-        self._kept.note(None)
-        told = f"{problem}; release {previous.version} is served until the next start"
-        self._kept.tell(told)
-        self._kept.record(None, Counter(), told)
-        return True
-
-    def _go_back(self, reason: str, kind: FailureKind) -> None:
-        self._step("go back")
-        given_up = self._kept.state.active
-        self._kept.keep(self._kept.state.go_back(reason, kind))
-        self._kept.tell(f"{reason}; the agent goes back to the release before it")
-        if given_up is not None:
-            forget_slot(self._folder.slot(given_up.slot))
-
-    def _activate(self, state: State, loaded: LoadedRelease) -> None:
-        self._step("activate")
-        self._kept.write(state)
-        self._step("swap")
-        self._serve(loaded)
-
-    def _serve(self, loaded: LoadedRelease) -> None:
-        self.model.swap(loaded)
-        self._kept.begin_service()
-        settings = loaded.session.settings
-        self.telemetry.activated(loaded.manifest.version, loaded.difference, settings)
-
-    def _load(self, record: SlotRecord) -> LoadedRelease:
-        slot = self._folder.slot(record.slot)
-        manifest = verify_slot(slot, record.manifest)
-        if self.config.optimise:
-            quick = open_optimised(slot, manifest, record.optimised, **self._how())
-            if quick is not None:
-                return quick
-        return self._open(slot, manifest, record.passed)
-
-    def _open(
-        self, slot: Path, manifest: ReleaseManifest, passed: str | None = None
-    ) -> LoadedRelease:
-        return open_slot(
-            *(slot, manifest),
-            optimise=self.config.optimise,
-            passed=passed,
-            elsewhere=self._kept.trial,
-            **self._how(),
-        )
-
-    def _how(self) -> dict[str, Any]:
-        config = self.config
-        poll = partial(self._wait, 0.0)  # raises when the agent is asked to end
-        return {"threads": config.threads, "bounds": config.bounds, "poll": poll}
 
     def _update(
         self, counted: Counter[str], order: Order | None, superseded: Callable[[], bool]
@@ -412,12 +306,12 @@ class Agent:
         if previous is None or (previous.version, previous.manifest) != (version, digest):
             return None
         try:
-            loaded = self._load(previous)
+            loaded = self._serving.load(previous)
         except NetworkError:
             raise
         except (EdgeError, ReleaseError):
             return None  # the repository has it, too
-        self._activate(self._kept.state.exchange(), loaded)
+        self._serving.activate(self._kept.state.exchange(), loaded)
         reason = "it was in the other slot"
         return UpdateResult(
             *("updated", version, before),
@@ -469,14 +363,14 @@ class Agent:
             self._step("self-test")
         try:
             with self._kept.noted(replace(Begun.now("install"), trying=digest)):
-                loaded = self._open(folder, manifest)
+                loaded = self._serving.open(folder, manifest)
         except ReleaseError as error:
             forget_slot(folder)
             return self._reject(manifest, digest, str(error))
         record = SlotRecord(
             slot, manifest.version, digest, optimised=loaded.seal, passed=loaded.passed
         )
-        self._activate(self._kept.state.activate(record), loaded)
+        self._serving.activate(self._kept.state.activate(record), loaded)
         self._step("clean up")
         shutil.rmtree(self._folder.downloads, ignore_errors=True)
         return UpdateResult(

@@ -33,7 +33,7 @@ from prunecast.client.edge.records import SLOTS, State
 from prunecast.client.edge.starts import Begun
 from prunecast.client.edge.telemetry import read_telemetry
 from prunecast.common.documents import from_document, read_document
-from prunecast.common.files import lock_file, make_folder, take_lock, write_atomically
+from prunecast.common.files import lock_file, lock_open, make_folder, write_atomically
 
 __all__ = ["StateFolder", "read_status", "record_check"]
 
@@ -158,8 +158,7 @@ class StateFolder:
             if not self.path.is_dir():
                 raise StateError(self.refuses) from error
             try:
-                lock = open(self.path / "lock")  # noqa: SIM115
-                take_lock(lock.fileno())
+                lock = lock_open(open(self.path / "lock"))  # noqa: SIM115
             except BlockingIOError:
                 raise AgentBusy(told) from error
             except OSError:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from prunecast.common.files import is_locked, lock_file, take_lock
+from prunecast.common.files import is_locked, lock_file, lock_open
 from prunecast.compression.release import ManifestError
 from prunecast.compression.release.manifest import (
     FileRef,
@@ -256,12 +256,7 @@ def _lock(path: Path) -> IO[str] | None:
             file = open(path)  # noqa: SIM115
         except OSError:
             return None
-    try:
-        take_lock(file.fileno())
-    except BaseException:
-        file.close()
-        raise
-    return file
+    return lock_open(file)
 
 
 def _checked(path: Path, ref: FileRef) -> bytes:

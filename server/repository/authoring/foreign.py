@@ -31,7 +31,8 @@ from prunecast.server.repository.authoring.build import (
     record_selftest,
 )
 from prunecast.server.repository.authoring.modules import plan_of
-from prunecast.server.repository.authoring.recipe import GraphFile, ReleaseRecipe
+from prunecast.server.repository.authoring.recipe import ReleaseRecipe
+from prunecast.server.repository.authoring.sources import GraphFile
 from prunecast.server.repository.authoring.variants import split_samples
 from prunecast.server.repository.errors import RecipeError
 

@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 
 from prunecast.common.files import cache_folder
 from prunecast.common.npz import NpzArchive
-from prunecast.compression.onnx import ExportError
-from prunecast.compression.onnx.graph import ExportedGraph, is_self_contained, load_graph
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.lattice import STEPS, Steps
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.release.manifest import ReleaseManifest
@@ -39,7 +38,7 @@ from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository.authoring.build import ReleaseContents
 from prunecast.server.repository.authoring.modules import Architecture, export_module, plan_of
-from prunecast.server.repository.authoring.sources import from_arrays, from_onnx
+from prunecast.server.repository.authoring.sources import GraphFile, from_arrays, from_onnx
 from prunecast.server.repository.authoring.variants import (
     Samples,
     make_variant,
@@ -51,7 +50,7 @@ from prunecast.server.repository.errors import RecipeError
 from prunecast.server.repository.reading import RepositoryReader
 from prunecast.server.repository.repository import PublishedRelease, Repository
 
-__all__ = ["VARIANTS", "GraphFile", "NewestRelease", "ReleaseRecipe", "read_recipe"]
+__all__ = ["VARIANTS", "NewestRelease", "ReleaseRecipe", "read_recipe"]
 
 T = TypeVar("T")
 
@@ -87,33 +86,6 @@ class NewestRelease:
     def graph(self) -> bytes | None:
         """Its `model.onnx`."""
         return self.repository.blob(self.manifest.files["model.onnx"]) if self.manifest else None
-
-
-@dataclass(frozen=True)
-class GraphFile:
-    """A graph that `save_graph` wrote, on whosever behalf, and that has been looked at.
-
-    Attributes:
-        path: of the file.
-        share: of the channels that remain in it; None for all.
-    """
-
-    path: Path
-    share: float | None = None
-
-    def load(self) -> ExportedGraph:
-        """Read it in this process.
-
-        Raises:
-            RecipeError: it is no graph, or refers to other files.
-        """
-        try:
-            graph = load_graph(self.path)
-        except ExportError as error:
-            raise RecipeError("graph", str(error)) from error
-        if not is_self_contained(graph):
-            raise RecipeError("graph", f"{self.path} refers to other files: no graph does")
-        return graph
 
 
 @dataclass(frozen=True, kw_only=True)

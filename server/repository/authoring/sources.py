@@ -1,9 +1,9 @@
-"""What releases are made from: ``.onnx`` files of any origin, checkpoints."""
+"""What releases are made from: graphs and ``.onnx`` files of any origin, checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from prunecast.compression.files import FilesError
 from prunecast.compression.files.contents import content_hint
 from prunecast.compression.files.formats import open_tensors
 from prunecast.compression.files.tensors import FOREIGN, FileTensor
-from prunecast.compression.onnx import ForeignModel, NumericsError
+from prunecast.compression.onnx import ExportError, ForeignModel, NumericsError
 from prunecast.compression.onnx.bind import WRAPPERS, Variant, export_single
 from prunecast.compression.onnx.compare import Difference, differ, draw_inputs, record
-from prunecast.compression.onnx.graph import ExportedGraph
+from prunecast.compression.onnx.graph import ExportedGraph, is_self_contained, load_graph
 from prunecast.compression.onnx.lattice import Steps, snap
 from prunecast.compression.onnx.lift import LiftedModel, lift_model
 from prunecast.compression.release import RuntimeFailure
@@ -29,15 +29,44 @@ from prunecast.compression.release.runtime import fit_inputs, open_session
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, load_model
 from prunecast.server.repository.authoring.build import ReleaseContents, bound_session, check_names
-from prunecast.server.repository.errors import RepositoryError
+from prunecast.server.repository.errors import RecipeError, RepositoryError
 from prunecast.server.repository.reading import RepositoryReader
 
 __all__ = [
+    "GraphFile",
     "export_release",
     "from_arrays",
     "from_onnx",
     "read_checkpoint",
 ]
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph that `save_graph` wrote, on whosever behalf, and that has been looked at.
+
+    Attributes:
+        path: of the file.
+        share: of the channels that remain in it; None for all.
+    """
+
+    path: Path
+    share: float | None = None
+
+    def load(self) -> ExportedGraph:
+        """Read it in this process.
+
+        Raises:
+            RecipeError: it is no graph, or refers to other files.
+        """
+        try:
+            graph = load_graph(self.path)
+        except ExportError as error:
+            raise RecipeError("graph", str(error)) from error
+        if not is_self_contained(graph):
+            raise RecipeError("graph", f"{self.path} refers to other files: no graph does")
+        return graph
+
 
 # What onnxruntime says of a model that no device could run, and what to do.
 _REFUSED = (

@@ -218,7 +218,7 @@ def test_the_last_confirmed_release_survives_an_update_over_an_unconfirmed_one(
 def test_a_self_test_that_kills_the_process_is_not_repeated_forever(
     start: Start, publish: Publish, config: AgentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import prunecast.client.edge.agent as module
+    import prunecast.client.edge.serving as module
 
     publish(1)
     start().update_once()

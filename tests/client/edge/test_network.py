@@ -14,7 +14,8 @@ import pytest
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 from typer.testing import CliRunner
 
-from prunecast.cli.edge import _fetcher, app
+from prunecast.cli.edge import app
+from prunecast.cli.edge_options import make_fetcher
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.edge.config import check_url
 from prunecast.client.edge.errors import NetworkError, UrlRefused
@@ -297,7 +298,7 @@ def test_a_token_over_plain_http_warns(
 ) -> None:
     assert is_exposed(url) is exposed
     (tmp_path / "token").write_text(SECRET)
-    _fetcher(url, None, None, None, tmp_path / "token")
+    make_fetcher(url, None, None, None, tmp_path / "token")
     shown = capsys.readouterr().err
     assert ("warning: the token of --token-file goes over plain http" in shown) is exposed
     assert SECRET not in shown

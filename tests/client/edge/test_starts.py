@@ -347,7 +347,7 @@ def test_a_self_test_that_a_power_cut_ended_may_be_repeated(
     class Cut(BaseException):
         pass
 
-    import prunecast.client.edge.agent as module
+    import prunecast.client.edge.serving as module
 
     def cut(*args: object, **options: object) -> None:
         raise Cut

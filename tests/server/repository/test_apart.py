@@ -32,7 +32,7 @@ from prunecast.server.repository import (
 from prunecast.server.repository.apart import run_apart
 from prunecast.server.repository.authoring import ReleaseContents, ReleaseRecipe, read_recipe
 from prunecast.server.repository.authoring.build import BuiltRelease, RecordedModel
-from prunecast.server.repository.authoring.recipe import GraphFile
+from prunecast.server.repository.authoring.sources import GraphFile
 from support import endless, foreign
 from support.classifier import classifier, classifier_graph, classifier_inputs
 
