@@ -32,10 +32,12 @@ __all__ = [
     "call_bounded",
     "is_out_of_memory",
     "own_bytes",
+    "thread_bytes",
 ]
 
 _MAIN = "from prunecast.common.bounded import _serve; _serve()"
 _POLL = 0.05  # seconds
+_THREAD = 1 << 24  # bytes
 _PIPE = 1 << 16  # bytes that a pipe holds
 _MOST_ANSWER = 60_000  # bytes: less than a pipe holds, so that nobody needs to read meanwhile
 _MOST_MESSAGE = 4000  # characters, of twelve bytes in JSON at most
@@ -223,6 +225,11 @@ def bound_process(*, memory: int | None = None, seconds: float | None = None) ->
         with suppress(OSError, ValueError):
             limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def thread_bytes() -> int:
+    """Bytes that a runtime's threads take on this machine: stacks, and shares of its arenas."""
+    return _THREAD * (os.cpu_count() or 1)
 
 
 def own_bytes() -> int:

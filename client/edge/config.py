@@ -13,6 +13,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from prunecast.client.edge.errors import OrderRefused, UrlRefused
+from prunecast.common.bounded import thread_bytes
 from prunecast.common.fleet_protocol import CONFIRM_SECONDS
 
 __all__ = [
@@ -34,7 +35,6 @@ PayloadKind = Literal["patch", "keyframe", "none"]
 _BYTES_PER_SECOND = 10e6
 _MOST_INFERENCE = 512 * 2**20
 _EXPANSION = 5  # 8-bit integers become float32, and a little for layouts
-_STACK = 16 * 2**20  # of a thread, and its share of the allocator's arenas
 _LIBRARIES = 64 * 2**20  # what onnxruntime takes for itself, and the self-test
 _UNPRINTED = re.compile(r"[^!-~]|[\\\\<>\"^`{|}]")
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
@@ -132,8 +132,7 @@ class Bounds:
 
     def load_bytes(self, slot: Path) -> int:
         """Bytes that a process may take to load it: for a moment weights exist twice."""
-        stacks = _STACK * (os.cpu_count() or 1)
-        return self.memory(slot) + _EXPANSION * _size(slot) + stacks + _LIBRARIES
+        return self.memory(slot) + _EXPANSION * _size(slot) + thread_bytes() + _LIBRARIES
 
 
 DEFAULT_BOUNDS = Bounds()

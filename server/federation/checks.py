@@ -256,13 +256,18 @@ def _kind(array: Array) -> str:
     return "number" if _dtype(array).kind in "biuf" else array.dtype
 
 
-def _array_difference(form: _Arrays, usual: _Arrays) -> str:
+def _record_difference(kind: str, form: _Arrays | _Metrics, usual: _Arrays | _Metrics) -> str:
     if len(form) != 1:
-        return f"it has {len(form)} array records, and the others have one"
-    (key, layout), (usual_key, usual_layout) = form[0], usual[0]
-    if key != usual_key:
-        return f"its array record is {key[:_NAMED]!r}, and that of the others is {usual_key!r}"
-    mine, theirs = {e[0]: e[1:] for e in layout}, {e[0]: e[1:] for e in usual_layout}
+        return f"it has {len(form)} {kind} records, and the others have one"
+    if (key := form[0][0]) != (usual_key := usual[0][0]):
+        return f"its {kind} record is {key[:_NAMED]!r}, and that of the others is {usual_key!r}"
+    return ""
+
+
+def _array_difference(form: _Arrays, usual: _Arrays) -> str:
+    if apart := _record_difference("array", form, usual):
+        return apart
+    mine, theirs = ({e[0]: e[1:] for e in layout} for ((_, layout),) in (form, usual))
     for name in sorted(theirs):
         if name not in mine:
             return f"tensor {name!r} is missing, which the other replies have"
@@ -293,12 +298,9 @@ def _metric_kind(value: object, *, lengths: bool) -> str:
 
 
 def _metric_difference(form: _Metrics, usual: _Metrics) -> str:
-    if len(form) != 1:
-        return f"it has {len(form)} metric records, and the others have one"
-    (key, metrics), (usual_key, usual_metrics) = form[0], usual[0]
-    if key != usual_key:
-        return f"its metric record is {key[:_NAMED]!r}, and that of the others is {usual_key!r}"
-    mine, theirs = dict(metrics), dict(usual_metrics)
+    if apart := _record_difference("metric", form, usual):
+        return apart
+    mine, theirs = (dict(metrics) for ((_, metrics),) in (form, usual))
     for name in sorted(theirs):
         if mine.get(name) != theirs[name]:
             return f"metric {name!r} is {mine.get(name, 'missing')}, not {theirs[name]}"

@@ -8,7 +8,6 @@ much it may take, and what a user is told where it takes more.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
@@ -19,6 +18,7 @@ from prunecast.common.bounded import (
     ChildTimeout,
     call_bounded,
     is_out_of_memory,
+    thread_bytes,
 )
 from prunecast.common.bounds import byte_limit
 from prunecast.common.text import bytes_text
@@ -33,7 +33,6 @@ __all__ = ["Allowance", "allowance", "run_apart"]
 
 _LEAST_SECONDS, _SECONDS_A_BYTE = 40.0, 1e-6
 _LIBRARIES = 1 << 29  # bytes, of what is imported while it runs
-_STACKS = 1 << 24  # bytes for each CPU, of a runtime's threads
 _ERRORS = (ReleaseError, RepositoryError, PlanError, VersionsError, CodecError)
 
 
@@ -55,8 +54,8 @@ def allowance(
         max_seconds: None for 40, and one for every megabyte.
     """
     seconds = _LEAST_SECONDS + _SECONDS_A_BYTE * size if max_seconds is None else max_seconds
-    own = _LIBRARIES + _STACKS * (os.cpu_count() or 1)
-    return {"memory": byte_limit(size, max_bytes) + own, "seconds": seconds}
+    memory = byte_limit(size, max_bytes) + _LIBRARIES + thread_bytes()
+    return {"memory": memory, "seconds": seconds}
 
 
 def run_apart(
