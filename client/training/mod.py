@@ -135,6 +135,8 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
         try:
             with holding(exchange.masks(), instruction.statistics) as statistics:
                 reply = call_next(make_message(message.metadata, exchange.content), context)
+            if not isinstance(reply, Message):
+                raise TypeError(f"the app returned {type(reply).__name__}, which is no Message")
             if not reply.has_error():
                 return make_message(reply.metadata, exchange.encode(reply.content, statistics))
             failure = reply.error

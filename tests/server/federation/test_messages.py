@@ -440,3 +440,17 @@ def test_a_node_that_can_after_all_gets_the_model_in_the_same_round(federation, 
         assert reply.has_error() == (number < 2)
     assert kinds(grid, "down") == ["keyframe", "reuse", "reuse", "keyframe", "delta"]
     assert kinds(grid, "up") == ["error", "error", "base-missing", "update", "update"]
+
+
+@pytest.mark.parametrize("returned", [None, "done"])
+def test_what_is_no_message_is_said_to_be_none(federation, tmp_path, returned):
+    """The node keeps what it holds, so the next model is a delta."""
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+    app.train()(lambda message, context: returned)
+    grid, _, _ = federation("balanced", nodes=1, app=app)
+    for number in range(2):
+        content = RecordDict({"arrays": to_record(initial_arrays(number))})
+        (reply,) = grid.send_and_receive([message_to(1, content)])
+        name = type(returned).__name__
+        assert f"the app returned {name}, which is no Message" in reply.error.reason
+    assert kinds(grid, "down") == ["keyframe", "delta"]
