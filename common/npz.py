@@ -89,12 +89,14 @@ class NpzArchive:
         self._source = source
         self._label = "" if isinstance(source, bytes) else f"{source}: "
         self.members: dict[str, NpzMember] = {}
-        with self._opened() as (file, archive):
+        self._entries: dict[str, zipfile.ZipInfo] = {}  # the directory is read once, not for each
+        with self._opened() as file:
             size = len(source) if isinstance(source, bytes) else disk_bytes(source)
             limit = byte_limit(size, max_bytes)
-            if sum(info.file_size for info in archive.infolist()) > limit:
+            entries = zipfile.ZipFile(file).infolist()
+            if sum(info.file_size for info in entries) > limit:
                 raise NpzTooLarge(too_large("it inflates to", limit))
-            for info in archive.infolist():
+            for info in entries:
                 name = info.filename.removesuffix(".npy")
                 if name == info.filename:
                     raise NpzError(f"{info.filename!r} is not an array")
@@ -104,6 +106,7 @@ class NpzArchive:
                     self.members[name] = _described(_Inflated(file, info), info.file_size)
                 except NpzError as error:
                     raise type(error)(f"array {name!r} {error}") from None
+                self._entries[name] = info
 
     def read(self, name: str) -> NDArray[Any]:
         """One array, in the dtype and order of the file.
@@ -113,8 +116,8 @@ class NpzArchive:
             NpzError: it is damaged.
         """
         member = self.members[name]
-        with self._opened() as (file, archive):
-            info = archive.getinfo(f"{name}.npy")
+        info = self._entries[name]
+        with self._opened() as file:
             stream = _Inflated(file, info)
             head = stream.read(member.start)
             flat = np.empty(member.nbytes, np.uint8)
@@ -141,16 +144,13 @@ class NpzArchive:
         return {name: self.read(name) for name in self.members}
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
+    def _opened(self) -> Iterator[IO[bytes]]:
         try:
             source = self._source
             if isinstance(source, Path) and source.exists() and not source.is_file():
                 raise NpzError("no regular file")  # reading a pipe would wait for ever
-            with (
-                io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
-                zipfile.ZipFile(file) as archive,
-            ):
-                yield file, archive
+            with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+                yield file
         except NpzError as error:
             raise type(error)(f"{self._label}{error}") from error.__cause__
         except _BAD as error:

@@ -26,6 +26,7 @@ from prunecast.compression.files.contents import CONVERSIONS, content_hint
 from prunecast.compression.files.onnx_files import open_onnx
 from prunecast.compression.files.tensors import (
     FOREIGN,
+    MOST_DIMENSIONS,
     NATIVE,
     FileSpec,
     FileTensor,
@@ -135,7 +136,12 @@ def _open_safetensors(path: Path, max_bytes: int | None) -> TensorFile:
                         f"{path}: tensor {name!r} is {code}, which cannot be coded; convert it, "
                         "to BF16 say"
                     )
-                specs[name] = FileSpec(_DTYPES[code], tuple(part.get_shape()))
+                if len(shape := tuple(part.get_shape())) > MOST_DIMENSIONS:
+                    raise UnsupportedTensor(
+                        f"{path}: tensor {name!r} has {len(shape)} dimensions, more than "
+                        f"{MOST_DIMENSIONS}: reshape it"
+                    )
+                specs[name] = FileSpec(_DTYPES[code], shape)
                 places[name] = at
                 at += specs[name].nbytes
     except OSError as error:

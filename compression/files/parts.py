@@ -25,7 +25,7 @@ from prunecast.compression.codec import (
     quantise,
 )
 from prunecast.compression.files import UnreadableFile, UnsupportedTensor
-from prunecast.compression.files.tensors import FOREIGN, FileSpec, FileTensor
+from prunecast.compression.files.tensors import FOREIGN, MOST_DIMENSIONS, FileSpec, FileTensor
 
 __all__ = [
     "BITS",
@@ -142,7 +142,6 @@ _PART, _CODINGS, _STEPS, _METADATA, _GRAPH = (
     RESERVED + key for key in ("part", "codings", "steps", "metadata", "graph")
 )
 _MOST_METADATA = 1 << 24  # bytes
-_MOST_DIMS = 32  # of the codec's format
 
 
 def held_name(name: str) -> str:
@@ -172,10 +171,14 @@ def pack_part(
         UnsupportedTensor: a name, the dimensions or the metadata exceed what a reader accepts.
     """
     for name, coded in tensors.items():
-        if len(name.encode("utf-8", "surrogatepass")) > MOST_NAME or coded.values.ndim > _MOST_DIMS:
+        if len(name.encode("utf-8", "surrogatepass")) > MOST_NAME:
             raise UnsupportedTensor(
-                f"tensor {name[:80]!r} has a name of more than {MOST_NAME} bytes or more than "
-                f"{_MOST_DIMS} dimensions"
+                f"tensor {name[:80]!r} has a name of more than {MOST_NAME:,} bytes: rename it"
+            )
+        if coded.values.ndim > MOST_DIMENSIONS:
+            raise UnsupportedTensor(
+                f"tensor {name[:80]!r} has {coded.values.ndim} dimensions, more than "
+                f"{MOST_DIMENSIONS}: reshape it"
             )
     arrays = {held_name(name): coded.values for name, coded in tensors.items()}
     if any(coded.coding for coded in tensors.values()):

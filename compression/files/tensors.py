@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FOREIGN", "NATIVE", "FileSpec", "FileTensor", "TensorFile", "raw_dtype"]
+__all__ = [
+    "FOREIGN",
+    "MOST_DIMENSIONS",
+    "NATIVE",
+    "FileSpec",
+    "FileTensor",
+    "TensorFile",
+    "raw_dtype",
+]
 
 NATIVE = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
@@ -26,6 +34,8 @@ FOREIGN: Mapping[str, str] = {
     "float8_e8m0fnu": "uint8",
 }
 """Dtypes that numpy lacks, and the integers that hold their bits."""
+MOST_DIMENSIONS = 32
+"""Of a tensor, in the codec's format."""
 
 
 def raw_dtype(dtype: str) -> np.dtype[Any]:

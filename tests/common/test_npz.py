@@ -166,3 +166,19 @@ def test_damage_is_noticed() -> None:
         NpzArchive(bytes(data)).read("x")
     with pytest.raises(NpzError, match="No such file"):
         NpzArchive(Path("missing.npz"))
+
+
+def test_the_directory_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read for each array, the directory of many would take time that grows with their square."""
+    reads: list[object] = []
+
+    class Counted(zipfile.ZipFile):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            reads.append(args)
+            super().__init__(*args, **options)
+
+    data = archive(**{f"a{i}": header((1,)) + bytes([i]) for i in range(100)})
+    monkeypatch.setattr(zipfile, "ZipFile", Counted)
+    found = NpzArchive(data).read_all()
+    assert [int(array[0]) for array in found.values()] == list(range(100))
+    assert len(reads) == 1

@@ -29,6 +29,7 @@ from prunecast.compression.files import (
     UnsafePath,
     UnsupportedTensor,
 )
+from prunecast.compression.files.compressing import compress_file
 from prunecast.compression.files.formats import open_tensors, write_tensors
 from prunecast.compression.files.tensors import FileTensor
 from support.checkpoints import FLOAT8, assert_same, every_kind
@@ -105,6 +106,18 @@ def test_a_dtype_that_cannot_be_coded_is_named(tmp_path: Path) -> None:
     path.write_bytes(safetensors_file({"z": {**ENTRY, "dtype": "C64", "shape": [1]}}, bytes(8)))
     with pytest.raises(UnsupportedTensor, match="'z' is C64"):
         open_tensors(path)
+
+
+def test_more_dimensions_than_arrays_have_are_refused_by_name(tmp_path: Path) -> None:
+    header = {"deep": {"dtype": "F32", "shape": [1] * 100 + [2], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "deep.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(UnsupportedTensor, match="'deep' has 101 dimensions.*reshape it"):
+        open_tensors(path)
+    np.savez(tmp_path / "deep.npz", deep=np.zeros([1] * 40, np.float32))
+    with pytest.raises(UnsupportedTensor, match="'deep' has 40 dimensions.*reshape it"):
+        compress_file(open_tensors(tmp_path / "deep.npz"), tmp_path / "deep.pcc")
 
 
 def test_a_file_that_shrinks_meanwhile_is_noticed(checkpoint: Path) -> None:
