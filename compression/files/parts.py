@@ -171,14 +171,11 @@ def pack_part(
         UnsupportedTensor: a name, the dimensions or the metadata exceed what a reader accepts.
     """
     for name, coded in tensors.items():
-        if len(name.encode("utf-8", "surrogatepass")) > MOST_NAME:
+        length = len(name.encode("utf-8", "surrogatepass"))
+        if length > MOST_NAME or coded.values.ndim > MOST_DIMENSIONS:
             raise UnsupportedTensor(
-                f"tensor {name[:80]!r} has a name of more than {MOST_NAME:,} bytes: rename it"
-            )
-        if coded.values.ndim > MOST_DIMENSIONS:
-            raise UnsupportedTensor(
-                f"tensor {name[:80]!r} has {coded.values.ndim} dimensions, more than "
-                f"{MOST_DIMENSIONS}: reshape it"
+                f"tensor {name[:80]!r} has a name of more than {MOST_NAME} bytes or more than "
+                f"{MOST_DIMENSIONS} dimensions: rename or reshape it"
             )
     arrays = {held_name(name): coded.values for name, coded in tensors.items()}
     if any(coded.coding for coded in tensors.values()):

@@ -113,10 +113,12 @@ def test_more_dimensions_than_arrays_have_are_refused_by_name(tmp_path: Path) ->
     text = json.dumps(header).encode()
     path = tmp_path / "deep.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(UnsupportedTensor, match="'deep' has 101 dimensions.*reshape it"):
+    with pytest.raises(UnsupportedTensor, match=r"'deep' has 101 dimensions.*reshape it"):
         open_tensors(path)
     np.savez(tmp_path / "deep.npz", deep=np.zeros([1] * 40, np.float32))
-    with pytest.raises(UnsupportedTensor, match="'deep' has 40 dimensions.*reshape it"):
+    with pytest.raises(
+        UnsupportedTensor, match=r"'deep' has .* more than 32 dimensions: .*reshape it"
+    ):
         compress_file(open_tensors(tmp_path / "deep.npz"), tmp_path / "deep.pcc")
 
 
