@@ -122,7 +122,11 @@ class StateFolder:
             (self.path / _NOTE).unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Remove temporary files that a crash left behind; only with the lock held."""
+        """Remove what a crash or a damaged file system left behind; only with the lock held.
+
+        That is temporary files, a file where a folder belongs, and what is no file in a file's
+        place: nothing could ever be written there. What is missing then is fetched again.
+        """
         history = self.metadata / "root_history"
         left = [
             *(p for folder in (self.path, history) for p in folder.glob(".*.json.*")),
@@ -136,6 +140,16 @@ class StateFolder:
         with disk(f"tidy {self.path}"):
             for path in left:
                 path.unlink(missing_ok=True)
+            slots = [self.slot(slot) for slot in SLOTS]
+            for folder in (self.metadata, history, self.downloads, slots[0].parent, *slots):
+                if (folder.is_symlink() or folder.exists()) and not folder.is_dir():
+                    folder.unlink()
+            kept = (self.metadata / "time.floor", *self.metadata.glob("*.json"))
+            for path in (*kept, *history.glob("*.json")):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif not path.is_file():  # reading a pipe would wait for ever
+                    path.unlink(missing_ok=True)
             for slot in SLOTS:
                 shutil.rmtree(self.slot(slot) / "optimised.new", ignore_errors=True)
 

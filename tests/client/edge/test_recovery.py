@@ -96,6 +96,36 @@ def test_a_state_that_is_a_folder_is_served_past(
     assert any("the state is not kept" in line for line in told)
 
 
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "place"),
+    [
+        *((_file, name) for name in ("metadata", "metadata/root_history", "slots", "slots/b")),
+        *((_folder, f"metadata/{name}.json") for name in ("timestamp", "snapshot", "targets")),
+        (_folder, "metadata/root_history/1.root.json"),
+        (_pipe, "metadata/targets.json"),
+        (_pipe, "metadata/time.floor"),
+    ],
+)
+def test_what_is_in_the_place_of_something_else_ends_no_updates(
+    served: AgentConfig, start: Start, publish: Publish, damage: Callable[[Path], None], place: str
+) -> None:
+    damage(served.state / place)
+    publish(3)
+    agent = start()
+    assert agent.update_once().version == 3
+    assert agent.model.version == 3
+
+
 def test_only_what_was_signed_is_recovered(
     served: AgentConfig, start: Start, publish: Publish, network
 ) -> None:
