@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def hangups_end() -> Iterator[None]:
+    """Under nohup, commands would inherit that they ignore them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
 
 pytestmark = pytest.mark.engine  # processes
 
@@ -72,10 +82,17 @@ def test_a_signal_that_is_ignored_stays_so(weights: Path, tmp_path: Path) -> Non
 def test_a_computation_outside_python_does_not_hold_the_end(tmp_path: Path) -> None:
     code = (
         "import hashlib; from prunecast.cli.signals import end_cleanly; end_cleanly(0.1)\n"
-        "print('begun', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**10)"
+        "print('begun', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"begun\n"
+        until(lambda: computes(process.pid), process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 143
+
+
+def computes(pid: int) -> bool:
+    """Whether a process has been busy for longer than it takes to start."""
+    busy = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11]
+    return int(busy) > 2 * os.sysconf("SC_CLK_TCK")

@@ -113,9 +113,11 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def is_served(listener: Listener) -> bool:
-    """Whether a client that comes now is served; one that has to wait comes again."""
+def is_served(listener: Listener, connection: Any = None) -> bool:
+    """Whether a client that comes now, or with its own connection, is served."""
     with suppress(OSError):
+        if connection is not None:
+            return listener.ask(connection)
         connection = listener.connect()
         try:
             return listener.ask(connection)

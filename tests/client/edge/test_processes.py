@@ -23,6 +23,15 @@ from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.repository import Repository
 from prunecast.server.repository.serving import ReleaseServer
 
+
+@pytest.fixture(autouse=True)
+def hangups_end() -> Iterator[None]:
+    """Under nohup, commands would inherit that they ignore them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 pytestmark = pytest.mark.engine
 
 COMMAND = [sys.executable, "-m", "prunecast.cli"]
