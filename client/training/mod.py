@@ -40,6 +40,7 @@ from prunecast.compression.flower import (
     stated_clip,
     stream_id,
 )
+from prunecast.compression.flower.envelope import pack, unpack
 from prunecast.compression.flower.internals import (
     ClientAppCallable,
     ErrorCode,
@@ -119,6 +120,8 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
         root = Path(store or str(context.node_config.get("prunecast-store", "")) or default_root())
         node = NodeStore(root, message.metadata.run_id, context.node_id)
         try:
+            message = make_message(message.metadata, unpack(message.content))
+            control = message.content.config_records[CONTROL_RECORD]
             instruction = Instruction.from_bytes(control.get("instruction"))
             node.settle(instruction.accepted, instruction.given_up)
             exchange = _Exchange(message, instruction, node, _most(max_model_bytes, context))
@@ -131,20 +134,21 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
         except (VersionsError, CodecError) as error:
             raise ModError(f"message from the server was refused: {error}") from error
         if exchange.missing:
-            return Message(exchange.wrap(RecordDict()), reply_to=message)
+            return Message(pack(exchange.wrap(RecordDict())), reply_to=message)
         try:
             with holding(exchange.masks(), instruction.statistics) as statistics:
                 reply = call_next(make_message(message.metadata, exchange.content), context)
             if not isinstance(reply, Message):
                 raise TypeError(f"the app returned {type(reply).__name__}, which is no Message")
             if not reply.has_error():
-                return make_message(reply.metadata, exchange.encode(reply.content, statistics))
+                coded = exchange.encode(reply.content, statistics)
+                return make_message(reply.metadata, pack(coded))
             failure = reply.error
         except Exception as raised:
             # Flower would make the error reply, in which there is no place for what this node holds
             log(ERROR, "ClientApp raised an exception", exc_info=raised)
             failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(raised)}:<'{raised}'>")
-        return Message(exchange.failed(failure), reply_to=message)
+        return Message(pack(exchange.failed(failure)), reply_to=message)
 
     return mod
 
@@ -254,9 +258,11 @@ class _Exchange:
 
     def wrap(self, content: RecordDict, encode_ms: float = 0.0) -> RecordDict:
         """Add the report of what this node holds."""
-        kept = {**self._models, **self._unkept}
-        held = {key: short(model.digest) for key, model in kept.items() if model is not None}
-        report = NodeReport(held, tuple(self.missing), encode_ms, self._trouble)
+        held: dict[str, bytes] = {}
+        if not (as_sent := not self._unkept):
+            kept = {**self._models, **self._unkept}
+            held = {key: short(model.digest) for key, model in kept.items() if model is not None}
+        report = NodeReport(held, tuple(self.missing), encode_ms, self._trouble, as_sent)
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content
 

@@ -33,6 +33,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 __all__ = [
     "SUPERLINK_NODE_ID",
@@ -55,6 +56,8 @@ __all__ = [
     "object_bytes",
     "over_the_wire",
     "own_bytes",
+    "record_body",
+    "record_from",
     "rounds_above",
     "serialised_objects",
     "set_message_id",
@@ -69,6 +72,7 @@ __all__ = [
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 _Inflatable = TypeVar("_Inflatable", bound=InflatableObject)
+_Values = TypeVar("_Values", ConfigRecord, MetricRecord)
 
 
 # -- envelopes ------------------------------------------------------------------------------------
@@ -122,6 +126,24 @@ def identify_process(run_id: int, node_id: int, task_id: int = 1) -> None:
     Flower reads it when a `Message` is constructed; its own engines state it themselves.
     """
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
+
+
+def record_body(record: ConfigRecord | MetricRecord) -> bytes:
+    """A record of values as Flower serialises it, without the header of an object."""
+    return bytes(record.deflate()).partition(b"\0")[2]
+
+
+def record_from(kind: type[_Values], body: bytes) -> _Values:
+    """Inverse of `record_body`.
+
+    Raises:
+        ValueError: no such record.
+    """
+    header = f"{kind.__qualname__}  {len(body)}".encode()
+    try:
+        return kind.inflate(header + b"\0" + body)
+    except (DecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"no {kind.__name__} of Flower: {error}") from error
 
 
 # -- serialised objects ---------------------------------------------------------------------------

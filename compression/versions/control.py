@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from prunecast.compression.versions.errors import BadPayload
@@ -22,8 +23,10 @@ __all__ = ["Instruction", "NodeReport", "SchemeRule", "UpdateRule", "reply_tag"]
 _MAX_BYTES = 1 << 20
 _LONGEST = 300  # characters of a node's trouble
 _TAG = 16  # characters of a reply's tag
-_HEX = frozenset("0123456789abcdef")
-_DIGITS = 20  # of the largest integer of 64 bits
+_FORMAT = 1  # first byte
+_AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
+_AS_SENT, _HELD, _MISSING, _TROUBLE = 1, 2, 4, 8
+_MOST_MICROSECONDS = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,20 @@ class UpdateRule:
         dead_zone: fraction of a step below which a change rounds to zero, 0.5 to 1.
         error_feedback: keep what quantisation dropped and add it to the next update
             (Karimireddy et al. 2019, "Error Feedback Fixes SignSGD", algorithm 1).
+        floor: the step is at least so many steps of the lattice that the tensor was published on:
+            what the next version could not show is left to error feedback.
     """
 
     step: float
     dead_zone: float = 0.5
     error_feedback: bool = True
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.step) and self.step >= 0):
             raise BadPayload(f"update step {self.step!r} is not a non-negative number")
+        if not (math.isfinite(self.floor) and self.floor >= 0):
+            raise BadPayload(f"update floor {self.floor!r} is not a non-negative number")
         if not 0.5 <= self.dead_zone <= 1:
             raise BadPayload(f"dead zone {self.dead_zone!r} is outside 0.5..1")
 
@@ -84,16 +92,27 @@ class Instruction:
     statistics: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """Compact JSON."""
-        rule: list[object] = []
-        if isinstance(self.rule, UpdateRule):
-            rule = [self.rule.step, self.rule.dead_zone, int(self.rule.error_feedback)]
-        elif self.rule is not None:
-            rule = [self.rule.name, dict(self.rule.options), self.rule.key]
-        reuse = {key: digest.hex() for key, digest in self.reuse.items()}
-        asked = {"s": list(self.statistics)} if self.statistics else {}
-        lost = {"x": "".join(self.given_up)} if self.given_up else {}
-        return _dump({"r": rule, "a": "".join(self.accepted), "u": reuse, **asked, **lost})
+        """As docs/payloads.md has it."""
+        out = _Writer()
+        match self.rule:
+            case None:
+                out.number(_AS_THEY_ARE)
+            case UpdateRule(step, zone, feedback, floor):
+                out.number(_UPDATE_FED_BACK if feedback else _UPDATE)
+                for value in (step, zone, floor):
+                    out.real(value)
+            case SchemeRule(name, options, key):
+                out.number(_SCHEME)
+                out.text(name)
+                out.text(json.dumps(dict(options), separators=(",", ":")))
+                out.number(key)
+        for tags in (self.accepted, self.given_up):
+            out.number(len(tags))
+            for tag in tags:
+                out.raw(bytes.fromhex(tag))
+        out.digests(self.reuse)
+        out.texts(self.statistics)
+        return bytes(out.data)
 
     @classmethod
     def from_bytes(cls, data: object) -> Instruction:
@@ -102,15 +121,14 @@ class Instruction:
         Raises:
             BadPayload: not an instruction.
         """
-        match _load(data):
-            case {"r": list() as rule, "a": str() as accepted, "u": dict() as reuse, **rest} if (
-                isinstance(asked := rest.get("s", []), list)
-                and all(isinstance(name, str) for name in asked)
-            ):
-                held = {str(k): _digest(v) for k, v in reuse.items()}
-                tags = _tags(accepted), _tags(rest.get("x", ""))
-                return cls(_rule(rule), *tags, held, tuple(asked))
-        raise BadPayload("control record from the server is not understood: versions differ?")
+        found = _Reader(data, "the server")
+        rule = _rule(found)
+        accepted, given_up = (
+            tuple(found.raw(_TAG // 2).hex() for _ in range(found.count())) for _ in range(2)
+        )
+        read = cls(rule, accepted, given_up, found.digests(), found.texts())
+        found.end()
+        return read
 
 
 @dataclass(frozen=True)
@@ -119,8 +137,9 @@ class NodeReport:
 
     Attributes:
         held: record key to short digest of the version the node holds after this message.
+        as_sent: whether it holds, of every record that came as a version, just that one.
         missing: record keys whose payload could not be decoded because the base is missing.
-        encode_ms: milliseconds the node spent encoding its reply, 0 to 10**6; carried with a
+        encode_ms: milliseconds the node spent encoding its reply, carried with a
             fixed width, so that timing never changes the number of bytes.
         trouble: why the node could not keep on disk what it should, 300 characters at most; ""
             when it could. It then holds what it held before.
@@ -130,13 +149,25 @@ class NodeReport:
     missing: tuple[str, ...] = ()
     encode_ms: float = 0.0
     trouble: str = ""
+    as_sent: bool = False
 
     def to_bytes(self) -> bytes:
-        """Compact JSON."""
-        micros = f"{min(round(self.encode_ms * 1e3), 999_999_999):09d}"
-        held = {key: digest.hex() for key, digest in self.held.items()}
-        trouble = {"e": self.trouble[:_LONGEST]} if self.trouble else {}
-        return _dump({"h": held, "m": list(self.missing), "t": micros, **trouble})
+        """As docs/payloads.md has it."""
+        out = _Writer()
+        out.raw(struct.pack("<I", min(round(self.encode_ms * 1e3), _MOST_MICROSECONDS)))
+        out.number(
+            _AS_SENT * self.as_sent
+            | _HELD * bool(self.held)
+            | _MISSING * bool(self.missing)
+            | _TROUBLE * bool(self.trouble)
+        )
+        if self.held:
+            out.digests(self.held)
+        if self.missing:
+            out.texts(self.missing)
+        if self.trouble:
+            out.text(self.trouble[:_LONGEST])
+        return bytes(out.data)
 
     @classmethod
     def from_bytes(cls, data: object) -> NodeReport:
@@ -145,17 +176,14 @@ class NodeReport:
         Raises:
             BadPayload: not a report.
         """
-        match _load(data):
-            case {"h": dict() as held, "m": list() as missing, "t": str() as micros, **rest} if (
-                all(isinstance(k, str) for k in missing)
-                and isinstance(trouble := rest.get("e", ""), str)
-                and len(micros) == 9
-                and micros.isascii()
-                and micros.isdigit()
-            ):
-                digests = {str(k): _digest(v) for k, v in held.items()}
-                return cls(digests, tuple(missing), int(micros) / 1e3, trouble[:_LONGEST])
-        raise BadPayload("control record from the node is not understood: versions differ?")
+        found = _Reader(data, "the node")
+        (micros,) = struct.unpack("<I", found.raw(4))
+        says = found.number()
+        held = found.digests() if says & _HELD else {}
+        missing = found.texts() if says & _MISSING else ()
+        trouble = found.text() if says & _TROUBLE else ""
+        found.end()
+        return cls(held, missing, micros / 1e3, trouble[:_LONGEST], bool(says & _AS_SENT))
 
 
 def reply_tag(message_id: str) -> str:
@@ -163,19 +191,15 @@ def reply_tag(message_id: str) -> str:
     return hashlib.sha256(message_id.encode()).hexdigest()[:_TAG]
 
 
-def _tags(text: object) -> tuple[str, ...]:
-    if not isinstance(text, str) or len(text) % _TAG or not _HEX.issuperset(text):
-        raise BadPayload("control record names a reply by something that is no tag")
-    return tuple(text[at : at + _TAG] for at in range(0, len(text), _TAG))
-
-
-def _rule(value: list[object]) -> UpdateRule | SchemeRule | None:
-    match value:
-        case []:
+def _rule(found: _Reader) -> UpdateRule | SchemeRule | None:
+    match kind := found.number():
+        case 0:
             return None
-        case [int() | float() as step, int() | float() as zone, 0 | 1 as feedback]:
-            return UpdateRule(float(step), float(zone), bool(feedback))
-        case [str() as name, dict() as options, int() as key]:
+        case 1 | 2:
+            step, zone, floor = (found.real() for _ in range(3))
+            return UpdateRule(step, zone, kind == _UPDATE_FED_BACK, floor)
+        case 3:
+            name, options, key = found.text(), found.options(), found.number()
             return SchemeRule(name, options, key)
     raise BadPayload(
         "control record from the server asks for updates in an unknown way: update "
@@ -183,30 +207,114 @@ def _rule(value: list[object]) -> UpdateRule | SchemeRule | None:
     )
 
 
-def _digest(value: object) -> bytes:
-    try:
-        raw = bytes.fromhex(value) if isinstance(value, str) else b""
-    except ValueError:
-        raw = b""
-    if len(raw) != SHORT_DIGEST:
-        raise BadPayload("control record names a version by something that is no digest")
-    return raw
+class _Writer:
+    """Writes numbers in as many bytes as they need, and texts and lists after their lengths."""
+
+    def __init__(self) -> None:
+        self.data = bytearray([_FORMAT])
+
+    def raw(self, data: bytes) -> None:
+        self.data += data
+
+    def number(self, value: int) -> None:
+        while value >= 0x80:
+            self.data.append(value & 0x7F | 0x80)
+            value >>= 7
+        self.data.append(value)
+
+    def real(self, value: float) -> None:
+        """In thousandths where that is exact, as knobs are."""
+        thousandths = round(value * 1000)
+        if thousandths / 1000 == value and thousandths < 1 << 40:
+            self.number(thousandths << 1)
+        else:
+            self.number(1)
+            self.raw(struct.pack("<d", value))
+
+    def text(self, value: str) -> None:
+        data = value.encode("utf-8", "replace")
+        self.number(len(data))
+        self.raw(data)
+
+    def texts(self, values: Collection[str]) -> None:
+        self.number(len(values))
+        for value in values:
+            self.text(value)
+
+    def digests(self, values: Mapping[str, bytes]) -> None:
+        self.number(len(values))
+        for key, digest in values.items():
+            self.text(key)
+            self.raw(digest)
 
 
-def _dump(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+class _Reader:
+    """Reads what `_Writer` wrote; makes nothing of nothing, and refuses what ends too early."""
 
+    def __init__(self, data: object, sender: str) -> None:
+        if not isinstance(data, bytes) or not 0 < len(data) <= _MAX_BYTES:
+            raise BadPayload(f"control record carries nothing, or more than {_MAX_BYTES} bytes")
+        self._sender = sender
+        if data[0] != _FORMAT:
+            raise self._strange("its format is another")
+        self._data, self._at = data, 1
 
-def _load(data: object) -> object:
-    if not isinstance(data, bytes) or len(data) > _MAX_BYTES:
-        raise BadPayload(f"control record carries no text, or more than {_MAX_BYTES} bytes of it")
-    try:
-        return json.loads(data, parse_int=_whole)
-    except (ValueError, RecursionError) as error:
-        raise BadPayload(f"control record is not JSON: {error}") from error
+    def _strange(self, why: str) -> BadPayload:
+        return BadPayload(
+            f"control record from {self._sender} is not understood ({why}): versions differ?"
+        )
 
+    def raw(self, size: int) -> bytes:
+        chunk = self._data[self._at : self._at + size]
+        if len(chunk) != size:
+            raise self._strange("it ends too early")
+        self._at += size
+        return chunk
 
-def _whole(digits: str) -> int:
-    if len(digits) > _DIGITS:  # no float and no key can be made of it
-        raise ValueError("it has an integer of more than 64 bits")
-    return int(digits)
+    def number(self) -> int:
+        value = shift = 0
+        while True:
+            (byte,) = self.raw(1)
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                break
+            shift += 7
+        if value >> 64 or shift > 63:
+            raise self._strange("an integer has more than 64 bits")
+        return value
+
+    def count(self) -> int:
+        """Of things that take a byte or more each."""
+        value = self.number()
+        if value > len(self._data) - self._at:
+            raise self._strange("it ends too early")
+        return value
+
+    def real(self) -> float:
+        value = self.number()
+        return float(struct.unpack("<d", self.raw(8))[0]) if value & 1 else (value >> 1) / 1000
+
+    def text(self) -> str:
+        try:
+            return self.raw(self.count()).decode()
+        except UnicodeDecodeError:
+            raise self._strange("a name is no text") from None
+
+    def texts(self) -> tuple[str, ...]:
+        return tuple(self.text() for _ in range(self.count()))
+
+    def digests(self) -> dict[str, bytes]:
+        return {self.text(): self.raw(SHORT_DIGEST) for _ in range(self.count())}
+
+    def options(self) -> dict[str, int | float | str | bool]:
+        try:
+            found = json.loads(self.text())
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise self._strange("options of a scheme are none")
+        return found
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise self._strange("it goes on")

@@ -23,6 +23,7 @@ from prunecast.compression.flower import (
     stated_round,
     stream_id,
 )
+from prunecast.compression.flower.envelope import pack
 from prunecast.compression.flower.internals import (
     Measured,
     Record,
@@ -223,7 +224,7 @@ class Outbound:
         if instruction is not None:
             prepared.rule = instruction.rule
             content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
-            prepared.message = make_message(original.metadata, content)
+            prepared.message = make_message(original.metadata, pack(content))
         if not prepared.round and prepared.versions:
             prepared.round = max(v.model.counter for v in prepared.versions.values())
         # the envelope of both messages is the same but for one record key

@@ -22,15 +22,18 @@ from prunecast.compression.flower import (
     open_coded,
     payload_of,
 )
+from prunecast.compression.flower.envelope import is_packed, unpack
 from prunecast.compression.flower.internals import (
     Aggregation,
     ErrorCode,
+    Measured,
     WatchedReply,
+    content_bytes,
     make_message,
     unwatched,
     watched,
 )
-from prunecast.compression.versions import NodeReport, VersionsError, reply_tag
+from prunecast.compression.versions import NodeReport, VersionsError, reply_tag, short
 from prunecast.server.federation.checks import EXAMPLES, check_reply, misfits
 from prunecast.server.federation.errors import ReplyRefused
 from prunecast.server.federation.inbound import Up, decode_reply
@@ -54,6 +57,10 @@ _UNLIKE = (
 )
 _ZEROS = "large arrays of hardly anything but zeros, unlike any that was sent, are not coded"
 _BY_SCHEME = "finite floats of a name and shape that were sent, which are all that a scheme codes"
+_PACKED = (
+    "the arrays travel inside one record, which only compression_mod() opens: add it to "
+    "ClientApp(mods=[...]) on the clients, as the first"
+)
 _ORDER = (
     "a mod in front of it, or a client without it, met arrays that only compression_mod() reads: "
     "put it first in ClientApp(mods=[...])"
@@ -193,6 +200,10 @@ class Receiver:
         """Decode a reply into what the strategy sees; whether the node could read the message."""
         reply, sent, entry = received.message, received.sent, received.entry
         node = self._streams.node(entry.node)
+        if is_packed(reply.content):
+            reply = make_message(reply.metadata, unpack(reply.content))
+            records = {key: Measured(record) for key, record in reply.content.items()}
+            entry.dense_bytes = content_bytes(records, reply)
         control = reply.content.config_records.get(CONTROL_RECORD)
         # none: the reply did not pass through the mod
         report = None if control is None else NodeReport.from_bytes(control.get("report"))
@@ -202,6 +213,8 @@ class Receiver:
             node.unread.discard(entry.message_type)
             # of the versions it was sent alone: a node must not fill this side's memory
             node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
+            if report.as_sent:
+                node.held.update({k: short(v.model.digest) for k, v in sent.versions.items()})
             node.knows(sent.told)
             if report.trouble and not node.troubled:
                 self._notices.unkept(entry.node, report.trouble)
@@ -288,7 +301,13 @@ class Receiver:
         """Say once why a node failed: its own words come first."""
         entry, reason = received.entry, str(received.message.error.reason)
         entry.kind, entry.reason = "error", node_reason(reason)[:_LONGEST]
-        self._notices.failed(entry.node, entry.reason, _ORDER if STYPE in reason else "")
+        remedy = _ORDER if STYPE in reason else ""
+        packed = is_packed(received.sent.message.content)
+        if packed and any(f"KeyError: '{key}'" in entry.reason for key in received.sent.versions):
+            remedy = _PACKED
+            error = Error(received.message.error.code, f"{entry.reason} ({remedy})")
+            received.message = make_message(received.message.metadata, error=error)
+        self._notices.failed(entry.node, entry.reason, remedy)
 
     def _refuse(self, received: Received, reason: str) -> None:
         entry = received.entry

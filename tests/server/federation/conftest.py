@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 from flwr.clientapp import ClientApp
 
+from prunecast.compression.flower import envelope
 from prunecast.server.federation import CompressedGrid, Ledger, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, make_app
 from support.releases import graph, images, model
 
 __all__ = ["graph", "images", "model"]
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages keep their records, for tests that look into them or change them on the way."""
+    monkeypatch.setattr(envelope, "_MOST", -1)
 
 
 @pytest.fixture

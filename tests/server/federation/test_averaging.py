@@ -153,6 +153,7 @@ def test_a_reply_is_decoded_once_however_often_it_is_read(federation, monkeypatc
     assert entry.decode_ms > 0
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_without_verifying_a_damaged_reply_stops_the_average(federation):
     grid, inner, _ = federation(SMALL, nodes=2, verify_replies=False)
 

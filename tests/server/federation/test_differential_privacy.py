@@ -154,6 +154,7 @@ def test_without_feedback_a_clipping_mod_of_ones_own_is_kept_to(federation, tmp_
         assert 0.05 * clipped < sent <= clipped * (1 + 1e-6)
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_what_is_sent_of_noised_replies_depends_on_these_alone(federation, tmp_path, monkeypatch):
     """Post-processing: residuals, too, are made of noised arrays, and of nothing before the noise.
 

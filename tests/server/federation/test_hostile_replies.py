@@ -43,6 +43,8 @@ from prunecast.server.federation.checks import misfits
 from prunecast.server.federation.outbound import Batch, Prepared
 from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
 
+pytestmark = pytest.mark.usefixtures("unpacked")  # they look into messages
+
 ARRAYS = initial_arrays()
 STREAM = stream_id(RUN_ID, "arrays")
 DENSE_UP = Policy.preset("balanced", up="dense")

@@ -109,6 +109,7 @@ def test_a_model_under_another_key_is_not_silently_left_unpruned(federation, tmp
     assert grid.published(content["model"], key="model").sparsity() == pytest.approx(0.9, abs=0.01)
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_one_record_can_be_reused_while_the_other_changes_and_order_is_kept(federation, tmp_path):
     orders = []
     app = echo_app(tmp_path)

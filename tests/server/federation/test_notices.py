@@ -13,6 +13,8 @@ from prunecast.client.training import compression_mod
 from prunecast.server.federation import Policy, Run
 from support.federation import initial_arrays, to_arrays, to_record
 
+pytestmark = pytest.mark.usefixtures("unpacked")  # they look into messages
+
 
 def app_of(tmp_path, reply=lambda arrays: to_record(arrays), mods=()):
     app = ClientApp(mods=[*mods, compression_mod(tmp_path / "store")])

@@ -36,6 +36,8 @@ from support.federation import (
     to_record,
 )
 
+pytestmark = pytest.mark.usefixtures("unpacked")  # they look into messages
+
 SHAPES: dict[str, tuple[tuple[int, ...], str]] = {
     "conv.weight": ((16, 3, 5, 5), "f4"),
     "fc.weight": ((40, 64), "f8"),

@@ -11,6 +11,8 @@ from prunecast.compression.versions import Update
 from prunecast.server.federation import Policy
 from support.federation import initial_arrays, local_step, to_arrays, to_record
 
+pytestmark = pytest.mark.usefixtures("unpacked")  # they look into messages
+
 FINE = Policy.preset("balanced", up_step=0.1, dead_zone=0.5)
 SMALL = Policy.preset("small", up_step=0.1, dead_zone=0.5, pruning_begin=0, pruning_end=1)
 ERROR = 0.03  # relative, of a step of a tenth

@@ -23,6 +23,8 @@ from prunecast.compression.versions import (
 from prunecast.server.federation import Policy
 from support.federation import initial_arrays, local_step, seed_of, to_arrays, to_record
 
+pytestmark = pytest.mark.usefixtures("unpacked")  # they look into messages
+
 INT8 = Policy(down="dense", up="int8")
 CLIP = 0.5
 

@@ -24,6 +24,8 @@ from prunecast.server.federation import CompressedGrid, Ledger, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, initial_arrays, local_step, make_app, to_arrays, to_record
 
+pytestmark = pytest.mark.usefixtures("unpacked")  # they look into messages
+
 
 def arrays_with_counter():
     return {**initial_arrays(), "bn.num_batches_tracked": np.array(7, np.int64)}

@@ -113,6 +113,7 @@ def test_pruned_weights_stay_zero_on_every_client(federation):
         assert np.array_equal(weight, final[0])
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_two_runs_make_the_same_payloads(tmp_path, federation):
     def payloads(folder):
         sent = []
