@@ -292,7 +292,10 @@ class _Coder:
                 target *= mask
         given = self.size.value if self.own else self.size.change
         with np.errstate(over="ignore"):
-            step = float(np.float32(self.rule.step * self.size.step))
+            step = self.rule.step * self.size.step
+            if not self.own:
+                step = max(step, self.rule.floor * self.tensor.step)
+            step = float(np.float32(step))
         if given == 0 or step <= np.finfo(np.float32).tiny:
             return QuantisedTensor(np.zeros(array.shape, np.int32), 1.0, True) if self.own else None
         if self.rule.error_feedback:

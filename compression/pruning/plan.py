@@ -213,7 +213,7 @@ class PlanError(ValueError):
     """A plan asks for what cannot be done, or does not fit a model."""
 
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[float], float]
 """When to prune: sparsity, 0 <= sparsity < 1, of a version by its number, which counts from 1."""
 
 
@@ -246,7 +246,7 @@ class CubicSchedule:
         if not 0 <= self.begin < self.end:
             raise ValueError(f"pruning must begin before it ends, not {self.begin}..{self.end}")
 
-    def __call__(self, version: int) -> float:
+    def __call__(self, version: float) -> float:
         """Sparsity for a version, counted from 1."""
         progress = min(1.0, max(0.0, (version - self.begin) / (self.end - self.begin)))
         return float(self.final * (1 - (1 - progress) ** 3))
@@ -343,14 +343,14 @@ class PruningPlan:
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
         }
 
-    def masks(self, version: int, known: Knowledge) -> dict[str, NDArray[np.bool_]]:
+    def masks(self, version: float, known: Knowledge) -> dict[str, NDArray[np.bool_]]:
         """Masks of a version's prunable tensors; none while the schedule prunes nothing."""
         sparsity = self.schedule(version)
         if sparsity <= 0 or not known.weights:
             return {}
         return self.allocation(self.criterion.scores(known), sparsity)
 
-    def wanted(self, version: int, known: Mapping[str, Any]) -> tuple[str, ...]:
+    def wanted(self, version: float, known: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the statistics to ask of the nodes that train from a version.
 
         They cost bytes: only while the version to come prunes more than this one, or prunes by

@@ -31,6 +31,7 @@ _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
     "pruning_schedule": SCHEDULES,
+    "pruning_follows": dict.fromkeys(("rounds", "progress")),
 }
 
 
@@ -49,7 +50,10 @@ class Policy:
     up: str = "lattice"
     up_options: Mapping[str, Option] = field(default_factory=dict)
     down_step: float = 0.1  # in standard deviations of each tensor
+    vector_step: float = 0.025  # of biases and norms, which are few and sensitive
+    hysteresis: float = 0.5  # in lattice steps
     up_step: float = 3.0  # in standard deviations of each tensor's update
+    up_floor: float = 0.0  # in lattice steps of the model
     dead_zone: float = 0.6
     error_feedback: bool = True
     sparsity: float = 0.0
@@ -58,10 +62,12 @@ class Policy:
     pruning_scope: str = "layer"
     pruning_criterion: str = "magnitude"
     pruning_schedule: str = "cubic"
+    pruning_follows: str = "rounds"
     pruning_records: tuple[str, ...] = ("arrays",)
     pruning_min_size: int = 1024
     pruning_exclude: tuple[str, ...] = ()
     pruning_adapters: bool = False
+    pruning_align: bool = False
     lossless: tuple[str, ...] = _STATISTICS
     history: int = 16
 
@@ -85,7 +91,14 @@ class Policy:
                 f"they belong to a scheme: set {_key('up')}",
             ),
             ("down_step", 0 <= self.down_step < math.inf, _STEP.format("0.1")),
+            (
+                "vector_step",
+                0 < self.vector_step < math.inf,
+                "give a number above 0, such as 0.025",
+            ),
+            ("hysteresis", 0.5 <= self.hysteresis <= 1, "give a number from 0.5 to 1"),
             ("up_step", 0 <= self.up_step < math.inf, _STEP.format("3.0")),
+            ("up_floor", 0 <= self.up_floor < math.inf, "give 0 or more"),
             ("dead_zone", 0.5 <= self.dead_zone <= 1, "give a number from 0.5 to 1"),
             (
                 "sparsity",
@@ -140,7 +153,7 @@ class Policy:
     @property
     def update_rule(self) -> UpdateRule:
         """What nodes are told about their updates."""
-        return UpdateRule(self.up_step, self.dead_zone, self.error_feedback)
+        return UpdateRule(self.up_step, self.dead_zone, self.error_feedback, self.up_floor)
 
     def is_lossless(self, name: str, dtype: np.dtype[Any], size: int) -> bool:
         """Whether a tensor travels exactly: not a float, fewer than two elements, or by name."""

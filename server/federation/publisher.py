@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from prunecast.compression.codec import QuantiseError, quantise, spread
+from prunecast.compression.codec import QuantiseError
 from prunecast.compression.flower import dense_arrays, payload_record, stream_id
 from prunecast.compression.flower.internals import Measured, log
 from prunecast.compression.pruning.plan import (
@@ -29,7 +29,6 @@ from prunecast.compression.versions import (
     MAX_MODEL_BYTES,
     InvalidModel,
     Kind,
-    LatticeTensor,
     PublishedModel,
     RawTensor,
     Seed,
@@ -41,11 +40,12 @@ from prunecast.compression.versions import (
     short,
 )
 from prunecast.server.federation.errors import FederationError, NonFiniteModel
+from prunecast.server.federation.lattices import Lattices
 from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.progress import Progress
 
 __all__ = ["EncodedPayload", "NodeState", "Publisher", "Streams", "Version"]
 
-_SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _RECENT = 4  # contents whose version is remembered, so that train and evaluate share one
 _WHY = (
     "none is a matrix or kernel of at least pruning-min-size elements that no pattern excludes, or "
@@ -57,7 +57,6 @@ _NO_ROUND = (
     "grid.begin_round(number)."
 )
 _TAGS = 64  # of replies that a node that never answers is told of
-_VECTOR_STEP = 0.25  # biases and norms are few and sensitive: a finer lattice for them
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,8 @@ class Version:
 class Publisher:
     """Publishes the versions of one stream (one record of one run).
 
-    ``q = round(master / step) * mask``: the master keeps what rounding dropped, so the next
-    version repairs it. Steps follow each tensor's spread in powers of two, which keeps old and
-    new lattices nested.
+    ``q = round(master / step) * mask``: the master keeps what rounding dropped, so a later version
+    repairs it; `Lattices` says how.
 
     Args:
         policy: steps, what travels exactly, how many versions are kept.
@@ -121,10 +119,15 @@ class Publisher:
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
         self.policy, self.stream, self._plan = policy, stream, plan
         self.statistics = StatisticsMean()
+        self._progress: Progress | None = None
+        if plan is not None and policy.sparsity and policy.pruning_follows == "progress":
+            self._progress = Progress(policy.pruning_begin, policy.pruning_end)
+        self._schedule_at = 0.0  # where the schedule stands; the clock, unless it follows learning
         self._recent: OrderedDict[str, Version] = OrderedDict()
         self._before: dict[str, NDArray[Any]] = {}
         self._statistics: Statistics = {}
-        self._steps: dict[str, float] = {}
+        self._lattices = Lattices(policy)
+        self._latest: PublishedModel | None = None
         self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
         self._counter = self.clock = 0
         self._before_resume = 0  # rounds of the run that is resumed, where this one's begin anew
@@ -138,11 +141,11 @@ class Publisher:
     @property
     def position(self) -> tuple[int, dict[str, float], int]:
         """Number of the last version, the current step of every lattice tensor, and the clock."""
-        return self._counter, dict(self._steps), self.clock
+        return self._counter, dict(self._lattices.steps), self.clock
 
     def resume(self, counter: int, steps: Mapping[str, float], clock: int) -> None:
         """Go on where another publisher's `position` was, with the same master."""
-        self._counter, self._steps = counter, dict(steps)
+        self._counter, self._lattices.steps = counter, dict(steps)
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
 
     def draw(
@@ -237,7 +240,7 @@ class Publisher:
         lattice = {name: array for name, array in master.items() if not self._is_exact(name, array)}
         self._counter += 1
         self._statistics = {**self._statistics, **(statistics or {})}
-        model = self._on_lattice(master, self._masks(lattice))
+        model = self._latest = self._on_lattice(master, self._masks(lattice))
         known = self._history.pop(short(model.digest), None)
         self._history[short(model.digest)] = known or model
         while len(self._history) > self.policy.history:
@@ -301,12 +304,15 @@ class Publisher:
     @property
     def wanted(self) -> tuple[str, ...]:
         """Statistics to ask of the nodes that train from the last version."""
-        return self._plan.wanted(self.clock, self._statistics) if self._plan else ()
+        return self._plan.wanted(self._schedule_at, self._statistics) if self._plan else ()
 
     def _masks(self, lattice: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.bool_]]:
         if self._plan is None:
             return {}
         weights = self._plan.prunable(lattice)
+        self._schedule_at = self.clock
+        if self._progress is not None:
+            self._schedule_at = self._progress.clock(self.clock, weights)
         if self._counter == 1 and self.policy.sparsity:
             self._say_unpruned(lattice)
         shapes = {name: array.shape for name, array in weights.items()}
@@ -320,7 +326,7 @@ class Publisher:
             name: {t: array for t, array in arrays.items() if array.shape == shapes.get(t)}
             for name, arrays in self._statistics.items()
         }
-        return self._plan.masks(self.clock, Knowledge(weights, update, known))
+        return self._plan.masks(self._schedule_at, Knowledge(weights, update, known))
 
     def _say_unpruned(self, lattice: Mapping[str, NDArray[Any]]) -> None:
         plan = self._plan
@@ -343,39 +349,19 @@ class Publisher:
         self, master: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[np.bool_]]
     ) -> PublishedModel:
         tensors: dict[str, Tensor] = {}
+        aligned = self.policy.pruning_align and self.policy.pruning_criterion == "magnitude"
         for name, array in master.items():
             if not self._is_exact(name, array):
+                last = self._latest.tensors.get(name) if self._latest is not None else None
                 try:
-                    tensors[name] = self._lattice_tensor(name, array, masks.get(name))
+                    tensors[name] = self._lattices.tensor(
+                        name, array, masks.get(name), last, aligned=aligned
+                    )
                     continue
                 except QuantiseError as error:
                     self._travels_exactly(name, str(error))
             tensors[name] = RawTensor(array)
         return PublishedModel(tensors, self._counter)
-
-    def _lattice_tensor(
-        self, name: str, array: NDArray[Any], mask: NDArray[np.bool_] | None
-    ) -> LatticeTensor:
-        step = self._step(name, array)
-        q = quantise(array, step, name=name)
-        if mask is not None:
-            q *= mask
-        return LatticeTensor(q, step, mask is not None, array.dtype)
-
-    def _step(self, name: str, array: NDArray[Any]) -> float:
-        unit = max(spread(array, "std"), _SMALLEST_SPREAD)
-        ideal = self.policy.down_step * unit * (1.0 if array.ndim > 1 else _VECTOR_STEP)
-        if not ideal <= float(np.finfo(np.float32).max) / 4:
-            raise QuantiseError(f"the values of {name!r} spread over more than float32 holds")
-        step = self._steps.get(name)
-        if step is None:
-            step = float(np.float32(ideal))
-        while ideal >= 2 * step:
-            step *= 2
-        while ideal <= step / 4:
-            step /= 2
-        self._steps[name] = step
-        return step
 
     def payload(self, version: Version, held: bytes | None) -> EncodedPayload:
         """What a node that does not hold `version` must receive.

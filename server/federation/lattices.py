@@ -1,0 +1,101 @@
+"""From master weights to published integers: steps, what stays, and where masks end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.compression.codec import QuantiseError, quantise, spread
+from prunecast.compression.versions import LatticeTensor, Tensor
+from prunecast.compression.versions.model import refine
+from prunecast.server.federation.policy import Policy
+
+__all__ = ["Lattices"]
+
+_SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
+_LARGEST = float(np.finfo(np.float32).max) / 4
+
+
+class Lattices:
+    """The lattices of one stream: a step for each tensor, which follows its spread.
+
+    Steps change by powers of two, which keeps old and new lattices nested. An integer that was
+    published stays until the master is `hysteresis` steps away from it: most changes that rounding
+    alone would publish go back and forth across the border of two cells. It is rate-distortion
+    optimal quantisation (Sullivan 1996, section III) with the change as its rate.
+
+    Args:
+        policy: its `down_step`, `vector_step`, `hysteresis`.
+
+    Attributes:
+        steps: by name of the tensor.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.steps: dict[str, float] = {}
+
+    def tensor(
+        self,
+        name: str,
+        array: NDArray[Any],
+        mask: NDArray[np.bool_] | None,
+        last: Tensor | None,
+        *,
+        aligned: bool = False,
+    ) -> LatticeTensor:
+        """The integers of one tensor.
+
+        Args:
+            name: of the tensor.
+            array: master weights, any shape, finite.
+            mask: which of them are kept; None where nothing is pruned.
+            last: what was published of it last, which decides what stays; None for nothing.
+            aligned: let the mask end at the border of a cell, so that the integers almost say it;
+                for masks that keep the largest weights.
+
+        Raises:
+            QuantiseError: the values do not lie on any lattice of 32-bit integers.
+        """
+        step = self._step(name, array)
+        q = quantise(array, step, name=name)
+        before = None
+        if isinstance(last, LatticeTensor) and last.shape == array.shape:
+            before = last.q if last.step == step else refine(last.q, last.step, step)
+        was_pruned = isinstance(last, LatticeTensor) and last.pruned and before is not None
+        distance = np.abs(array.astype(np.float64) / step)
+        if before is not None and self.policy.hysteresis > 0.5:
+            stays = np.abs(array / np.float64(step) - before) <= self.policy.hysteresis
+            if was_pruned:
+                stays &= before != 0  # what comes back must be free to
+            q = np.where(stays, before, q).astype(np.int32)
+        if mask is None:
+            return LatticeTensor(q, step, False, array.dtype)
+        if not aligned:
+            return LatticeTensor(q * mask, step, True, array.dtype)
+        least = float(distance[mask].min(initial=np.inf)) if mask.any() else np.inf
+        cells = max(0, round(least - 0.5)) if np.isfinite(least) else int(distance.max(initial=0))
+        if not cells and not was_pruned:
+            return LatticeTensor(q, step, False, array.dtype)
+        kept = np.abs(q) > cells
+        if was_pruned and before is not None:
+            kept &= (before != 0) | (distance > cells + self.policy.hysteresis)
+        return LatticeTensor(q * kept, step, True, array.dtype)
+
+    def _step(self, name: str, array: NDArray[Any]) -> float:
+        unit = max(spread(array, "std"), _SMALLEST_SPREAD)
+        wanted = self.policy.down_step if array.ndim > 1 else self.policy.vector_step
+        ideal = wanted * unit
+        if not ideal <= _LARGEST:
+            raise QuantiseError(f"the values of {name!r} spread over more than float32 holds")
+        step = self.steps.get(name)
+        if step is None:
+            step = float(np.float32(ideal))
+        while ideal >= 2 * step:
+            step *= 2
+        while ideal <= step / 4:
+            step /= 2
+        self.steps[name] = step
+        return step

@@ -1,0 +1,169 @@
+"""What is published of a master: what stays, where masks end, and when pruning follows learning."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from prunecast.client.training.encoding import compress_reply
+from prunecast.compression.versions import PublishedModel, QuantisedTensor, UpdateRule
+from prunecast.server.federation import Policy, PolicyError
+from prunecast.server.federation.lattices import Lattices
+from prunecast.server.federation.progress import Progress
+from prunecast.server.federation.publisher import Publisher
+
+
+def drifting(count, seed=0, size=(64, 50), by=0.05):
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=size).astype(np.float32)
+    for _ in range(count):
+        yield {"w": weight}
+        weight = (weight + by * rng.normal(size=size)).astype(np.float32)
+
+
+def changes(policy, masters):
+    publisher = Publisher(policy, b"s", policy.pruning)
+    models = [publisher.publish(master).model for master in masters]
+    return [int(np.count_nonzero(a["w"].q != b["w"].q)) for a, b in pairwise(models)], models
+
+
+def flips(models):
+    """Places of which the masks of one version and the next differ."""
+    return sum(np.count_nonzero((a["w"].q != 0) != (b["w"].q != 0)) for a, b in pairwise(models))
+
+
+def test_an_integer_stays_until_the_master_is_far_from_it():
+    policy = Policy(down_step=0.4, hysteresis=0.75)
+    found, models = changes(policy, drifting(12))
+    plain, _ = changes(Policy(down_step=0.4), drifting(12))
+    assert sum(found) < 0.8 * sum(plain)
+    for model, master in zip(models, drifting(12), strict=True):
+        tensor = model["w"]
+        away = np.abs(master["w"] / np.float64(tensor.step) - tensor.q)
+        assert away.max() <= 0.75 + 1e-6  # nothing that was published is further away
+    assert (away > 0.5).any()
+
+
+def test_what_stays_is_carried_to_a_finer_or_coarser_lattice():
+    policy = Policy(down_step=0.4, hysteresis=0.75)
+    lattices = Lattices(policy)
+    (master,) = drifting(1)
+    last = lattices.tensor("w", master["w"], None, None)
+    for scale in (0.2, 5.0):  # the step follows the spread by powers of two
+        array = (master["w"] * np.float32(scale)).astype(np.float32)
+        tensor = lattices.tensor("w", array, None, last)
+        assert np.log2(tensor.step / last.step) % 1 == 0
+        assert tensor.step != last.step
+        assert np.abs(array / np.float64(tensor.step) - tensor.q).max() <= 0.75 + 1e-6
+    shorter = lattices.tensor("w", master["w"][:9], None, last)
+    assert shorter.shape == (9, 50)
+
+
+def test_a_mask_that_is_aligned_ends_where_cells_end_and_comes_back_beyond_them():
+    knobs = {"down_step": 0.3, "hysteresis": 0.75, "pruning_begin": 0, "pruning_end": 3}
+    policy = Policy(sparsity=0.8, pruning_align=True, pruning_min_size=1, **knobs)
+    _, models = changes(policy, drifting(8))
+    for before, model in pairwise(models[2:]):
+        tensor = model["w"]
+        cells = int(np.abs(tensor.q[tensor.q != 0]).min()) - 1
+        assert cells >= 1
+        assert tensor.pruned
+        assert model.sparsity() == pytest.approx(0.8, abs=0.1)
+        came_back = (before["w"].q == 0) & (tensor.q != 0)
+        assert (np.abs(tensor.q[came_back]) > cells).all()
+    apart = Policy(sparsity=0.8, pruning_min_size=1, **knobs)
+    _, others = changes(apart, drifting(8))
+    assert flips(models[4:]) < flips(others[4:])
+
+
+def test_criteria_that_do_not_rank_by_size_are_not_aligned():
+    policy = Policy(
+        sparsity=0.5, pruning_align=True, pruning_criterion="taylor", pruning_begin=0,
+        pruning_end=1, pruning_min_size=1,
+    )  # fmt: skip
+    _, models = changes(policy, drifting(4))
+    assert models[-1].sparsity() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later():
+    policy = Policy(down_step=0.4, up_floor=2.0)
+    (master,) = drifting(1)
+    base = Publisher(policy, b"s").publish(master).model
+    assert isinstance(base, PublishedModel)
+    rng = np.random.default_rng(1)
+    residual = {}
+    total, sent = 0.0, 0.0
+    for _ in range(30):
+        change = (0.05 * base["w"].step * rng.normal(size=(64, 50)) + 0.02).astype(np.float32)
+        trained = {"w": base["w"].dense() + change}
+        coded = compress_reply(base, trained, residual, policy.update_rule)
+        residual, total = coded.dropped, total + (trained["w"] - base["w"].dense())
+        found = coded.changes.get("w")
+        if isinstance(found, QuantisedTensor):
+            assert found.step >= 2.0 * base["w"].step * (1 - 1e-6)
+            sent = sent + found.z * np.float32(found.step)
+    np.testing.assert_allclose(sent + residual["w"], total, atol=1e-3)
+    assert np.any(sent)
+    without = compress_reply(base, trained, {}, UpdateRule(3.0, 0.6))
+    assert without.changes["w"].step < 2.0 * base["w"].step
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"), [("hysteresis", 0.4), ("hysteresis", 1.1), ("vector_step", 0.0),
+                        ("up_floor", -1.0), ("pruning_follows", "moon")]
+)  # fmt: skip
+def test_knobs_outside_their_range_are_named(knob, value):
+    with pytest.raises(PolicyError, match=knob):
+        Policy(**{knob: value})
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def clocks(progress, masters):
+    return [progress.clock(number, master) for number, master in enumerate(masters, start=1)]
+
+
+def steady(peak, rounds):
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=1000)
+    for pace in [peak, *rounds]:
+        yield {"w": weight.astype(np.float32)}
+        weight = weight + pace * rng.normal(size=1000) * np.linalg.norm(weight) / 1000**0.5
+        weight *= 30 / np.linalg.norm(weight)
+
+
+def test_pruning_waits_for_learning_and_is_over_by_its_end():
+    fast = [0.3] * 6 + [0.25, 0.2, 0.14, 0.1, 0.07, 0.05, 0.04, 0.03, 0.02] + [0.01] * 8
+    found = clocks(Progress(2, 20), steady(0.3, fast))
+    began = next(i for i, clock in enumerate(found) if clock > 2)
+    assert 8 <= began <= 11  # after the change fell to half of its peak
+    assert found == sorted(found)
+    assert found[-1] == 20
+    over = next(i for i, clock in enumerate(found) if clock == 20)
+    assert over - began >= 5  # not at once
+
+
+def test_a_model_that_never_settles_is_pruned_in_time_and_none_before_its_beginning():
+    found = clocks(Progress(2, 20), steady(0.3, [0.3] * 25))
+    assert found[13] == 2
+    assert found[19] == 20
+    settled = clocks(Progress(8, 20), steady(0.3, [0.01] * 25))
+    assert settled[7] == 8
+    assert settled[8] > 8
+
+
+def test_the_schedule_of_a_publisher_follows_progress():
+    policy = Policy(
+        sparsity=0.8, pruning_follows="progress", pruning_begin=2, pruning_end=12,
+        pruning_min_size=1,
+    )  # fmt: skip
+    publisher = Publisher(policy, b"s", policy.pruning)
+    found = []
+    for master in steady(0.3, [0.3] * 4 + [0.1] * 14):
+        found.append(publisher.publish({"w": master["w"].reshape(40, 25)}).model.sparsity())
+    assert found[:5] == [0.0] * 5
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(0.8, abs=0.01)
