@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Lstm", "ResNet", "Transformer", "cnn", "lenet"]
+__all__ = [
+    "Lstm",
+    "ResNet",
+    "SmallResNet",
+    "Transformer",
+    "cnn",
+    "lenet",
+    "small_lstm",
+    "small_resnet_batch",
+    "small_resnet_group",
+    "small_transformer",
+]
 
 
 def lenet() -> nn.Module:
@@ -27,18 +40,22 @@ def cnn() -> nn.Module:
     )
 
 
+def _group(width: int) -> nn.Module:
+    return nn.GroupNorm(8, width)
+
+
 class _Block(nn.Module):
-    def __init__(self, inner: int, outer: int, stride: int) -> None:
+    def __init__(
+        self, inner: int, outer: int, stride: int, norm: Callable[[int], nn.Module] = _group
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(8, outer)
+        self.norm1 = norm(outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(8, outer)
+        self.norm2 = norm(outer)
         self.short: nn.Module = nn.Identity()
         if stride > 1 or inner != outer:
-            self.short = nn.Sequential(
-                nn.Conv2d(inner, outer, 1, stride, bias=False), nn.GroupNorm(8, outer)
-            )
+            self.short = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), norm(outer))
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.norm1(self.conv1(x)))
@@ -68,20 +85,58 @@ class ResNet(nn.Module):
         return torch.as_tensor(self.head(x.mean((2, 3))))
 
 
-class Transformer(nn.Module):
-    """Three encoder layers of width 128 that read an image row by row; 0.6 million parameters."""
+class SmallResNet(nn.Module):
+    """Four residual blocks of widths 16 to 64 after a stem of stride 2; 0.15 million parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        width = 128
+        self.stem = nn.Conv2d(1, 16, 3, 2, 1, bias=False)
+        self.norm = norm(16)
+        self.blocks = nn.Sequential(
+            *(_Block(16, 16, 1, norm), _Block(16, 32, 2, norm)),
+            *(_Block(32, 64, 2, norm), _Block(64, 64, 1, norm)),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, 10) of images (n, 1, 28, 28)."""
+        x = self.blocks(torch.relu(self.norm(self.stem(x))))
+        return torch.as_tensor(self.head(x.mean((2, 3))))
+
+
+def small_resnet_group() -> nn.Module:
+    """`SmallResNet` with GroupNorm; 151,722 parameters."""
+    return SmallResNet(_group)
+
+
+def small_resnet_batch() -> nn.Module:
+    """`SmallResNet` with BatchNorm."""
+    return SmallResNet(nn.BatchNorm2d)
+
+
+def small_lstm() -> nn.Module:
+    """One LSTM layer of width 128."""
+    return Lstm(layers=1)
+
+
+def small_transformer() -> nn.Module:
+    """Two encoder layers of width 64."""
+    return Transformer(width=64, layers=2)
+
+
+class Transformer(nn.Module):
+    """Encoder layers that read an image row by row; of width 128 and three, 0.6 million weights."""
+
+    def __init__(self, width: int = 128, layers: int = 3) -> None:
+        super().__init__()
         self.enter = nn.Linear(28, width)
         self.position = nn.Parameter(torch.randn(28, width) * 0.02)
         self.ink = nn.Embedding(64, width)
         nn.init.normal_(self.ink.weight, std=0.02)
         layer = nn.TransformerEncoderLayer(
-            width, 4, 512, dropout=0.0, batch_first=True, norm_first=True
+            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
         )
-        self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,11 +148,11 @@ class Transformer(nn.Module):
 
 
 class Lstm(nn.Module):
-    """Two LSTM layers of width 128 that read an image row by row; 0.2 million parameters."""
+    """LSTM layers of width 128 that read an image row by row; of two, 0.2 million parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         super().__init__()
-        self.layers = nn.LSTM(28, 128, 2, batch_first=True)
+        self.layers = nn.LSTM(28, 128, layers, batch_first=True)
         self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
