@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from prunecast.compression.flower import payload_of
+from prunecast.compression.flower.envelope import unpack
 from prunecast.server.federation import FederationError, Ledger, read_events
 from prunecast.simulations.data import DataError
 from prunecast.simulations.report import FIGURE, PAGE, write_report
@@ -55,7 +56,7 @@ class Recorder(InProcessGrid):
         return replies
 
     def _note(self, message):
-        records = message.content.array_records if message.has_content() else {}
+        records = unpack(message.content).array_records if message.has_content() else {}
         for record in records.values():
             payload = payload_of(record)
             if payload is not None:
