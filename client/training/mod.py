@@ -258,11 +258,10 @@ class _Exchange:
 
     def wrap(self, content: RecordDict, encode_ms: float = 0.0) -> RecordDict:
         """Add the report of what this node holds."""
-        held: dict[str, bytes] = {}
-        if not (as_sent := not self._unkept):
-            kept = {**self._models, **self._unkept}
-            held = {key: short(model.digest) for key, model in kept.items() if model is not None}
-        report = NodeReport(held, tuple(self.missing), encode_ms, self._trouble, as_sent)
+        kept = {**self._models, **self._unkept} if self._unkept else {}
+        held = {key: short(model.digest) for key, model in kept.items() if model is not None}
+        missing, as_sent = tuple(self.missing), not self._unkept
+        report = NodeReport(held, missing, encode_ms, self._trouble, as_sent)
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content
 

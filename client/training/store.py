@@ -197,9 +197,9 @@ class NodeStore:
                 return
             before, added_before = self._residual(target)
             if tag not in added_before:
-                more, _ = self._residual(path)
-                meta = {"names": list(_sum(before, more)), "added": [*added_before[-_TAGS:], tag]}
-                self._write(target, meta, _sum(before, more).values())
+                total = _sum(before, self._residual(path)[0])
+                meta = {"names": list(total), "added": [*added_before[-_TAGS:], tag]}
+                self._write(target, meta, total.values())
             path.unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self._folder, error) from error

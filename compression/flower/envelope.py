@@ -13,7 +13,6 @@ after its length and an integer as a zigzag varint times two, or 1 and a float64
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -21,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from prunecast.compression.flower import CONTROL_RECORD, payload_of, payload_record
 from prunecast.compression.flower.internals import Record, record_body, record_from
 from prunecast.compression.versions import BadPayload
+from prunecast.compression.versions.fields import FieldReader, FieldWriter
 
 __all__ = ["is_packed", "pack", "unpack"]
 
@@ -48,16 +48,17 @@ def pack(content: RecordDict) -> RecordDict:
     payloads = {key: payload_of(record) for key, record in content.items()}
     if sum(len(payload) for payload in payloads.values() if payload is not None) > _MOST:
         return content
-    data, packed = bytearray(), RecordDict()
+    out, packed = FieldWriter(), RecordDict()
     for key, record in content.items():
         kind, body = _inside(record, payloads[key])
         usual = _USUAL.index(key) if key in _USUAL else 0
-        data.append(kind | usual << _KIND_BITS)
-        for part in (body,) if usual else (key.encode(), body):
-            data += _varint(len(part)) + part
+        out.raw(bytes([kind | usual << _KIND_BITS]))
+        if not usual:
+            out.text(key)
+        out.part(body)
         if kind == _OUTSIDE:
             packed[key] = record
-    packed[CONTROL_RECORD] = ConfigRecord({_FIELD: bytes(data)})
+    packed[CONTROL_RECORD] = ConfigRecord({_FIELD: bytes(out.data)})
     return packed
 
 
@@ -84,23 +85,19 @@ def unpack(content: RecordDict) -> RecordDict:
     """
     if not is_packed(content):
         return content
-    data, at = content.config_records[CONTROL_RECORD][_FIELD], 0
+    data = content.config_records[CONTROL_RECORD][_FIELD]
     if not isinstance(data, bytes):
-        raise BadPayload("the record that holds a message is damaged: it holds no bytes")
-    found = RecordDict()
+        raise _damaged("it holds no bytes")
+    fields, found = FieldReader(data, _damaged), RecordDict()
     outside = {key: record for key, record in content.items() if key != CONTROL_RECORD}
-    while at < len(data):
-        (usual, kind), at = divmod(data[at], 1 << _KIND_BITS), at + 1
-        name, at = (_USUAL[usual].encode(), at) if 0 < usual < len(_USUAL) else _part(data, at)
-        body, at = _part(data, at)
+    while fields.left:
+        usual, kind = divmod(fields.raw(1)[0], 1 << _KIND_BITS)
+        key = _USUAL[usual] if 0 < usual < len(_USUAL) else fields.text()
+        body = fields.part()
         try:
-            key = name.decode()
-            if kind == _OUTSIDE:
-                found[key] = outside.pop(key)
-            else:
-                found[key] = _record(kind, body)
+            found[key] = outside.pop(key) if kind == _OUTSIDE else _record(kind, body)
         except (ValueError, KeyError) as error:
-            raise BadPayload(f"the record that holds a message is damaged: {error}") from error
+            raise _damaged(str(error)) from error
     found.update(outside)
     return found
 
@@ -129,55 +126,29 @@ def _is_number(value: object) -> bool:
 
 
 def _pack_numbers(record: ConfigRecord | MetricRecord) -> bytes:
-    data = bytearray()
+    out = FieldWriter()
     for name, value in record.items():
-        data += _varint(len(name.encode())) + name.encode()
+        out.text(name)
         if isinstance(value, int):
-            data += _varint((value << 1 if value >= 0 else -2 * value - 1) << 1)
-        else:
-            data += _varint(1) + struct.pack("<d", value)
-    return bytes(data)
+            out.number((value << 1 if value >= 0 else -2 * value - 1) << 1)
+        elif isinstance(value, float):
+            out.number(1)
+            out.float64(value)
+    return bytes(out.data)
 
 
 def _unpack_numbers(data: bytes) -> Iterator[tuple[str, int | float]]:
-    at = 0
-    while at < len(data):
-        name, at = _part(data, at)
-        value, at = _number(data, at)
+    fields = FieldReader(data, _damaged)
+    while fields.left:
+        name, value = fields.text(), fields.number()
         if value == 1:
-            if len(data) < at + 8:
-                raise ValueError("a number ends too early")
-            yield name.decode(), float(struct.unpack_from("<d", data, at)[0])
-            at += 8
+            yield name, fields.float64()
         elif value & 1:
-            raise ValueError("a number is of an unknown kind")
+            raise _damaged("a number is of an unknown kind")
         else:
             value >>= 1
-            yield name.decode(), -(value >> 1) - 1 if value & 1 else value >> 1
+            yield name, -(value >> 1) - 1 if value & 1 else value >> 1
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _number(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(data) or shift > 63:
-            raise BadPayload("the record that holds a message is damaged: it ends too early")
-        byte, at = data[at], at + 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def _part(data: bytes, at: int) -> tuple[bytes, int]:
-    size, at = _number(data, at)
-    if size > len(data) - at:
-        raise BadPayload("the record that holds a message is damaged: it ends too early")
-    return data[at : at + size], at + size
+def _damaged(why: str) -> BadPayload:
+    return BadPayload(f"the record that holds a message is damaged: {why}")

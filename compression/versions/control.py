@@ -12,18 +12,19 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from prunecast.compression.versions.errors import BadPayload
-from prunecast.compression.versions.frame import SHORT_DIGEST
+from prunecast.compression.versions.fields import FieldReader, FieldWriter
 
 __all__ = ["Instruction", "NodeReport", "SchemeRule", "UpdateRule", "reply_tag"]
 
 _MAX_BYTES = 1 << 20
 _LONGEST = 300  # characters of a node's trouble
 _TAG = 16  # characters of a reply's tag
-_FORMAT = 1  # first byte
+_FORMAT = b"\x01"  # first byte
 _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
 _AS_SENT, _HELD, _MISSING, _TROUBLE = 1, 2, 4, 8
 _MOST_MICROSECONDS = (1 << 32) - 1
@@ -93,7 +94,7 @@ class Instruction:
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
-        out = _Writer()
+        out = FieldWriter(_FORMAT)
         match self.rule:
             case None:
                 out.number(_AS_THEY_ARE)
@@ -121,7 +122,7 @@ class Instruction:
         Raises:
             BadPayload: not an instruction.
         """
-        found = _Reader(data, "the server")
+        found = _read(data, "the server")
         rule = _rule(found)
         accepted, given_up = (
             tuple(found.raw(_TAG // 2).hex() for _ in range(found.count())) for _ in range(2)
@@ -153,7 +154,7 @@ class NodeReport:
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
-        out = _Writer()
+        out = FieldWriter(_FORMAT)
         out.raw(struct.pack("<I", min(round(self.encode_ms * 1e3), _MOST_MICROSECONDS)))
         out.number(
             _AS_SENT * self.as_sent
@@ -166,7 +167,8 @@ class NodeReport:
         if self.missing:
             out.texts(self.missing)
         if self.trouble:
-            out.text(self.trouble[:_LONGEST])
+            # names of files may be no text
+            out.part(self.trouble[:_LONGEST].encode("utf-8", "replace"))
         return bytes(out.data)
 
     @classmethod
@@ -176,7 +178,7 @@ class NodeReport:
         Raises:
             BadPayload: not a report.
         """
-        found = _Reader(data, "the node")
+        found = _read(data, "the node")
         (micros,) = struct.unpack("<I", found.raw(4))
         says = found.number()
         held = found.digests() if says & _HELD else {}
@@ -191,7 +193,7 @@ def reply_tag(message_id: str) -> str:
     return hashlib.sha256(message_id.encode()).hexdigest()[:_TAG]
 
 
-def _rule(found: _Reader) -> UpdateRule | SchemeRule | None:
+def _rule(found: FieldReader) -> UpdateRule | SchemeRule | None:
     match kind := found.number():
         case 0:
             return None
@@ -199,7 +201,7 @@ def _rule(found: _Reader) -> UpdateRule | SchemeRule | None:
             step, zone, floor = (found.real() for _ in range(3))
             return UpdateRule(step, zone, kind == _UPDATE_FED_BACK, floor)
         case 3:
-            name, options, key = found.text(), found.options(), found.number()
+            name, options, key = found.text(), _options(found.text()), found.number()
             return SchemeRule(name, options, key)
     raise BadPayload(
         "control record from the server asks for updates in an unknown way: update "
@@ -207,114 +209,23 @@ def _rule(found: _Reader) -> UpdateRule | SchemeRule | None:
     )
 
 
-class _Writer:
-    """Writes numbers in as many bytes as they need, and texts and lists after their lengths."""
-
-    def __init__(self) -> None:
-        self.data = bytearray([_FORMAT])
-
-    def raw(self, data: bytes) -> None:
-        self.data += data
-
-    def number(self, value: int) -> None:
-        while value >= 0x80:
-            self.data.append(value & 0x7F | 0x80)
-            value >>= 7
-        self.data.append(value)
-
-    def real(self, value: float) -> None:
-        """In thousandths where that is exact, as knobs are."""
-        thousandths = round(value * 1000)
-        if thousandths / 1000 == value and thousandths < 1 << 40:
-            self.number(thousandths << 1)
-        else:
-            self.number(1)
-            self.raw(struct.pack("<d", value))
-
-    def text(self, value: str) -> None:
-        data = value.encode("utf-8", "replace")
-        self.number(len(data))
-        self.raw(data)
-
-    def texts(self, values: Collection[str]) -> None:
-        self.number(len(values))
-        for value in values:
-            self.text(value)
-
-    def digests(self, values: Mapping[str, bytes]) -> None:
-        self.number(len(values))
-        for key, digest in values.items():
-            self.text(key)
-            self.raw(digest)
+def _options(text: str) -> dict[str, int | float | str | bool]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise _strange("the server", "options of a scheme are none")
+    return found
 
 
-class _Reader:
-    """Reads what `_Writer` wrote; makes nothing of nothing, and refuses what ends too early."""
+def _read(data: object, sender: str) -> FieldReader:
+    if not isinstance(data, bytes) or not 0 < len(data) <= _MAX_BYTES:
+        raise BadPayload(f"control record carries nothing, or more than {_MAX_BYTES} bytes")
+    if data[:1] != _FORMAT:
+        raise _strange(sender, "its format is another")
+    return FieldReader(data[1:], partial(_strange, sender))
 
-    def __init__(self, data: object, sender: str) -> None:
-        if not isinstance(data, bytes) or not 0 < len(data) <= _MAX_BYTES:
-            raise BadPayload(f"control record carries nothing, or more than {_MAX_BYTES} bytes")
-        self._sender = sender
-        if data[0] != _FORMAT:
-            raise self._strange("its format is another")
-        self._data, self._at = data, 1
 
-    def _strange(self, why: str) -> BadPayload:
-        return BadPayload(
-            f"control record from {self._sender} is not understood ({why}): versions differ?"
-        )
-
-    def raw(self, size: int) -> bytes:
-        chunk = self._data[self._at : self._at + size]
-        if len(chunk) != size:
-            raise self._strange("it ends too early")
-        self._at += size
-        return chunk
-
-    def number(self) -> int:
-        value = shift = 0
-        while True:
-            (byte,) = self.raw(1)
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                break
-            shift += 7
-        if value >> 64 or shift > 63:
-            raise self._strange("an integer has more than 64 bits")
-        return value
-
-    def count(self) -> int:
-        """Of things that take a byte or more each."""
-        value = self.number()
-        if value > len(self._data) - self._at:
-            raise self._strange("it ends too early")
-        return value
-
-    def real(self) -> float:
-        value = self.number()
-        return float(struct.unpack("<d", self.raw(8))[0]) if value & 1 else (value >> 1) / 1000
-
-    def text(self) -> str:
-        try:
-            return self.raw(self.count()).decode()
-        except UnicodeDecodeError:
-            raise self._strange("a name is no text") from None
-
-    def texts(self) -> tuple[str, ...]:
-        return tuple(self.text() for _ in range(self.count()))
-
-    def digests(self) -> dict[str, bytes]:
-        return {self.text(): self.raw(SHORT_DIGEST) for _ in range(self.count())}
-
-    def options(self) -> dict[str, int | float | str | bool]:
-        try:
-            found = json.loads(self.text())
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise self._strange("options of a scheme are none")
-        return found
-
-    def end(self) -> None:
-        if self._at != len(self._data):
-            raise self._strange("it goes on")
+def _strange(sender: str, why: str) -> BadPayload:
+    return BadPayload(f"control record from {sender} is not understood ({why}): versions differ?")

@@ -64,8 +64,7 @@ class Lattices:
         before = None
         if isinstance(last, LatticeTensor) and last.shape == array.shape:
             before = last.q if last.step == step else refine(last.q, last.step, step)
-        was_pruned = isinstance(last, LatticeTensor) and last.pruned and before is not None
-        distance = np.abs(array.astype(np.float64) / step)
+        was_pruned = isinstance(last, LatticeTensor) and last.pruned
         if before is not None and self.policy.hysteresis > 0.5:
             stays = np.abs(array / np.float64(step) - before) <= self.policy.hysteresis
             if was_pruned:
@@ -75,9 +74,10 @@ class Lattices:
             return LatticeTensor(q, step, False, array.dtype)
         if not aligned:
             return LatticeTensor(q * mask, step, True, array.dtype)
-        least = float(distance[mask].min(initial=np.inf)) if mask.any() else np.inf
+        distance = np.abs(array / np.float64(step))
+        least = float(distance[mask].min(initial=np.inf))
         cells = max(0, round(least - 0.5)) if np.isfinite(least) else int(distance.max(initial=0))
-        if not cells and not was_pruned:
+        if not cells and not (was_pruned and before is not None):
             return LatticeTensor(q, step, False, array.dtype)
         kept = np.abs(q) > cells
         if was_pruned and before is not None:
