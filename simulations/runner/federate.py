@@ -23,7 +23,7 @@ from prunecast.client.training.trainer import TensorBatches
 from prunecast.common.references import load_callable
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.versions import PublishedModel, save_model
-from prunecast.server.federation import CompressedGrid, NodesFailed, Run
+from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
 from prunecast.server.federation.events import OnEvent
 from prunecast.server.federation.run import EVENTS, initial_arrays
 from prunecast.server.federation.strategies import build_strategy
@@ -216,9 +216,9 @@ def _run_arm(
     drawn = scenario.model.initial == "drawn"
     if drawn and not arm.publishes:
         drawn = False
-        for other in list(scenario.publishing_arms().values())[:1]:  # begin with what it draws
-            unused = CompressedGrid(grid, other.grid_policy())  # sends nothing
-            arrays = unused.draw_initial(arrays, scenario.seed)
+        policies = [other.grid_policy() for other in scenario.publishing_arms().values()]
+        unused = CompressedGrid(grid, [*policies, Policy()][0])  # sends nothing
+        arrays = unused.draw_initial(arrays, scenario.seed)
     rounds: list[dict[str, Any]] = []
     held_out = _HeldOut(prepared, module)
     measured: dict[str, float] = {}

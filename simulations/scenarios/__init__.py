@@ -56,7 +56,8 @@ class ModelSpec:
             arguments, with torch's generator seeded.
         initial: "factory" starts from the weights the factory makes; "drawn" draws weights of
             the same means and spreads from the seed, so that a compressed arm's first keyframe
-            is a few bytes. The others start from the weights of the first such arm.
+            is a few bytes. The others start from the weights that the first such arm draws, or the
+            default policy where there is none.
     """
 
     factory: Annotated[str, Matches("(?s).*:.*", "write it as package.module:function")] = (
