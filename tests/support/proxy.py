@@ -6,13 +6,15 @@ import base64
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from urllib.parse import urlsplit
+
+from benchmarks.loopback.relay import LoopbackListener, pump
 
 __all__ = ["LoopbackProxy", "running_proxy"]
 
 
-class LoopbackProxy:
+class LoopbackProxy(LoopbackListener):
     """Leads every name to 127.0.0.1, and remembers what it was asked.
 
     Args:
@@ -22,61 +24,41 @@ class LoopbackProxy:
     def __init__(self, credentials: str = "") -> None:
         self.asked: list[str] = []
         self._wanted = base64.b64encode(credentials.encode()).decode() if credentials else ""
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__()
 
     @property
     def first_lines(self) -> list[str]:
         """Of every request: method and target."""
         return [head.splitlines()[0].rpartition(" ")[0] for head in self.asked]
 
-    def close(self) -> None:
-        """Listen no longer."""
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, suppress(OSError):
-            head = b""
-            while b"\r\n\r\n" not in head:
-                if not (data := client.recv(4096)):
-                    return
-                head += data
-            text = head.decode()
-            self.asked.append(text)
-            if self._wanted not in text:
-                client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n")
-                client.sendall(b"content-length: 0\r\nconnection: close\r\n\r\n")
+    def serve(self, client: socket.socket) -> None:
+        """Answer one request, or lead on."""
+        head = b""
+        while b"\r\n\r\n" not in head:
+            if not (data := client.recv(4096)):
                 return
-            method, target, _ = text.splitlines()[0].split(" ")
-            if method == "CONNECT":
-                port, first = int(target.rpartition(":")[2]), b""
-                client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            else:
-                parts = urlsplit(target)
-                port = parts.port or 80
-                first = head.replace(target.encode(), parts.path.encode(), 1)
-            with socket.create_connection(("127.0.0.1", port)) as server:
-                server.sendall(first)
-                back = threading.Thread(target=_pump, args=(client, server), daemon=True)
-                back.start()
-                _pump(server, client)
-                client.shutdown(socket.SHUT_RDWR)
-                back.join(10)
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(65536):
-            target.sendall(data)
-        target.shutdown(socket.SHUT_WR)
+            head += data
+        text = head.decode()
+        self.asked.append(text)
+        if self._wanted not in text:
+            client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\n")
+            client.sendall(b"content-length: 0\r\nconnection: close\r\n\r\n")
+            return
+        method, target, _ = text.splitlines()[0].split(" ")
+        if method == "CONNECT":
+            port, first = int(target.rpartition(":")[2]), b""
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        else:
+            parts = urlsplit(target)
+            port = parts.port or 80
+            first = head.replace(target.encode(), parts.path.encode(), 1)
+        with socket.create_connection(("127.0.0.1", port)) as server:
+            server.sendall(first)
+            back = threading.Thread(target=pump, args=(client, server), daemon=True)
+            back.start()
+            pump(server, client)
+            client.shutdown(socket.SHUT_RDWR)
+            back.join(10)
 
 
 @contextmanager
