@@ -40,6 +40,7 @@ from prunecast.compression.versions.payloads import (
     encode_keyframe,
     encode_plain,
     inspect,
+    measure_payload,
     open_plain,
 )
 from prunecast.compression.versions.received import Change, Update
@@ -98,6 +99,7 @@ __all__ = [
     "exact_change",
     "inspect",
     "load_model",
+    "measure_payload",
     "model_limits",
     "open_plain",
     "read_description",

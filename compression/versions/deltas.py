@@ -8,6 +8,7 @@ places that come back. Neither side then touches the pruned places one by one, w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from prunecast.compression.versions.model import (
     refine,
 )
 
-__all__ = ["encode_delta", "read_delta"]
+__all__ = ["OpenDelta", "encode_delta", "open_delta", "owner_of", "read_delta"]
 
 _ZEROS = 0.75  # share from which masks pay: they cost a byte or so a place, and eight a kept one
 _BACK = 1 / 16  # share of the places that may come back, beyond which a list is long
@@ -90,10 +91,27 @@ def encode_delta(held: PublishedModel, model: PublishedModel, *, stream: bytes =
     )
 
 
-def read_delta(
-    parsed: frame.Frame, held: PublishedModel | None, limits: Limits
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a delta's version, each decoded when it is asked for.
+@dataclass(frozen=True)
+class OpenDelta:
+    """What a delta says of its tensors and what is known of them, before any is decoded.
+
+    Attributes:
+        heads: of the new version's tensors.
+        known: what the held version says of their values, where it says something.
+        masks: places that are coded, of the tensors that are coded under their mask.
+        back: of these, how many places come back.
+        context: of the codec's payload.
+    """
+
+    heads: dict[str, TensorHead]
+    known: dict[str, NDArray[Any]]
+    masks: dict[str, NDArray[np.bool_]]
+    back: dict[str, int]
+    context: Context
+
+
+def open_delta(parsed: frame.Frame, held: PublishedModel | None, limits: Limits) -> OpenDelta:
+    """Read a delta's layout.
 
     Raises:
         BadPayload: damaged, or it does not fit what is held.
@@ -119,15 +137,33 @@ def read_delta(
         masks[name] = np.asarray(known[name] != 0)
         if count > masks[name].size:
             raise BadPayload(f"tensor {name[:80]!r}: more places come back than there are")
-    body = open_body(parsed.body, _context(heads, known, masks, back), limits)
-    for name, head in heads.items():
-        array = restore(read_body(body, name), known.get(name))
+    return OpenDelta(heads, known, masks, back, _context(heads, known, masks, back))
+
+
+def read_delta(
+    parsed: frame.Frame, held: PublishedModel | None, limits: Limits
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a delta's version, each decoded when it is asked for.
+
+    Raises:
+        BadPayload: damaged, or it does not fit what is held.
+        BaseMissing: `held` is not the version it builds on.
+    """
+    delta = open_delta(parsed, held, limits)
+    body = open_body(parsed.body, delta.context, limits)
+    for name, head in delta.heads.items():
+        array = restore(read_body(body, name), delta.known.get(name))
         if head.step is None:
             yield name, RawTensor(array)
             continue
-        if back.get(name):
-            _bring_back(body, name, array, masks[name])
+        if delta.back.get(name):
+            _bring_back(body, name, array, delta.masks[name])
         yield name, LatticeTensor(array, head.step, head.pruned, head.spec.dtype)
+
+
+def owner_of(name: str, heads: Mapping[str, TensorHead]) -> str:
+    """The tensor that an entry of a delta's codec payload belongs to, as a list of places does."""
+    return name if name in heads else name.removesuffix(_PLACES).removesuffix(_VALUES)
 
 
 def _bring_back(body: Payload, name: str, array: NDArray[Any], mask: NDArray[np.bool_]) -> None:

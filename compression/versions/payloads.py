@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from prunecast.compression.codec import (
     LimitExceeded,
     Limits,
     Payload,
+    PayloadCosts,
+    TensorCost,
     encode,
+    measure_costs,
     open_payload,
 )
 from prunecast.compression.versions import frame
@@ -28,7 +32,12 @@ from prunecast.compression.versions.bodies import (
     open_body,
     read_body,
 )
-from prunecast.compression.versions.deltas import encode_delta, read_delta
+from prunecast.compression.versions.deltas import (
+    encode_delta,
+    open_delta,
+    owner_of,
+    read_delta,
+)
 from prunecast.compression.versions.errors import BadPayload, DigestMismatch, TooLarge
 from prunecast.compression.versions.frame import Kind, short
 from prunecast.compression.versions.layout import TensorHead, head_of, pack_heads, unpack_heads
@@ -39,6 +48,7 @@ from prunecast.compression.versions.model import (
     Tensor,
 )
 from prunecast.compression.versions.seeded import Seed, draw, pack_seed, unpack_seed
+from prunecast.compression.versions.updates import NOTHING_SENT, UpdateReader
 
 __all__ = [
     "Kind",
@@ -48,6 +58,7 @@ __all__ = [
     "encode_keyframe",
     "encode_plain",
     "inspect",
+    "measure_payload",
     "open_plain",
 ]
 
@@ -169,18 +180,30 @@ def _context(heads: Mapping[str, TensorHead]) -> Context:
     return Context(layout={name: coded_spec(head) for name, head in heads.items()})
 
 
-def _read_keyframe(parsed: frame.Frame, limits: Limits) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a keyframe, plain or seeded, each decoded when it is asked for."""
+def _open_keyframe(
+    parsed: frame.Frame, limits: Limits
+) -> tuple[dict[str, TensorHead], Seed | None, Context, bytes]:
+    """The heads of a keyframe, plain or seeded, its seed, and the codec's payload with its context.
+
+    Raises:
+        BadPayload: damaged.
+        TooLarge: it states more than `limits` allow.
+    """
     heads = unpack_heads(parsed.layout)
     check_size(heads, parsed.size, limits)
-    seed: Seed | None = None
-    coded, data = heads, parsed.body
-    if parsed.kind is Kind.SEEDED:
-        names = [name for name, head in heads.items() if head.step is not None]
-        section = 8 + 8 * len(names)
-        seed, data = unpack_seed(data[:section], names), data[section:]
-        coded = {name: head for name, head in heads.items() if head.step is None}
-    body = open_body(data, _context(coded), limits)
+    if parsed.kind is not Kind.SEEDED:
+        return heads, None, _context(heads), parsed.body
+    names = [name for name, head in heads.items() if head.step is not None]
+    section = 8 + 8 * len(names)
+    seed = unpack_seed(parsed.body[:section], names)
+    coded = {name: head for name, head in heads.items() if head.step is None}
+    return heads, seed, _context(coded), parsed.body[section:]
+
+
+def _read_keyframe(parsed: frame.Frame, limits: Limits) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a keyframe, plain or seeded, each decoded when it is asked for."""
+    heads, seed, context, data = _open_keyframe(parsed, limits)
+    body = open_body(data, context, limits)
     for name, head in heads.items():
         if head.step is None:
             yield name, RawTensor(read_body(body, name))
@@ -191,6 +214,58 @@ def _read_keyframe(parsed: frame.Frame, limits: Limits) -> Iterator[tuple[str, T
             else draw(head.spec.shape, seed.draws[name], seed.seed, name)
         )
         yield name, LatticeTensor(q, head.step, head.pruned, head.spec.dtype)
+
+
+def measure_payload(
+    payload: bytes, *, held: PublishedModel | None = None, limits: Limits | None = None
+) -> PayloadCosts:
+    """Say what every section and every tensor of a payload costs, in bytes.
+
+    Args:
+        payload: of any kind and stream.
+        held: the version that a delta builds on, or that an update was trained from.
+        limits: as for `decode_model`.
+
+    Returns:
+        As `prunecast.compression.codec.measure_costs`, of the whole payload: sections ``frame``
+        (with steps and codings of the tensors) and ``seed`` precede those of the codec, and the
+        places that come back in a delta count for their tensor. What a seeded keyframe draws, or
+        an update leaves out, has no cost of its own and no entry.
+
+    Raises:
+        BadPayload: no such payload, or damaged.
+        TooLarge: it states more than `limits` allow.
+        BaseMissing: the version it needs is not `held`.
+    """
+    parsed = frame.unpack(payload, stream=None)
+    limits = limits or model_limits(MAX_MODEL_BYTES, parsed.size)
+    heads: Mapping[str, TensorHead] | None = None
+    data, context = parsed.body, Context()
+    if parsed.kind is Kind.DELTA:
+        delta = open_delta(parsed, held, limits)
+        heads, context = delta.heads, delta.context
+    elif parsed.kind is Kind.UPDATE:
+        context = UpdateReader(held or NOTHING_SENT, limits=limits).context_of(parsed)
+    elif parsed.kind is not Kind.PLAIN:
+        _, _, context, data = _open_keyframe(parsed, limits)
+    try:
+        costs = measure_costs(data, context=context, limits=limits)
+    except LimitExceeded as error:
+        raise TooLarge(f"payload cannot be decoded: {error}") from error
+    except CodecError as error:
+        raise BadPayload(f"payload cannot be decoded: {error}") from error
+    tensors: dict[str, TensorCost] = {}
+    for name, cost in costs.tensors.items():
+        owner = name if heads is None else owner_of(name, heads)
+        if owner == name:
+            tensors[name] = cost
+            continue
+        whole = tensors[owner]
+        sections = Counter(whole.sections)
+        sections.update(cost.sections)
+        tensors[owner] = replace(whole, sections=dict(sections), shared=whole.shared or cost.shared)
+    before = {"frame": parsed.size - len(parsed.body), "seed": len(parsed.body) - len(data)}
+    return PayloadCosts(parsed.size, {**before, **costs.sections}, tensors)
 
 
 def encode_plain(arrays: Mapping[str, NDArray[np.generic]], *, stream: bytes = b"") -> bytes:

@@ -207,6 +207,24 @@ class UpdateReader:
             BaseMissing: it was trained from another version.
         """
         parsed = frame.unpack(payload, stream=self._stream)
+        heads, limits = self._opened(parsed)
+        context = self.context(heads)
+        try:
+            body = open_payload(parsed.body, context=context, limits=limits)
+        except CodecError as error:
+            raise BadPayload(f"update cannot be decoded: {error}") from error
+        return Update(self, heads, body, parsed.size)
+
+    def context_of(self, parsed: frame.Frame) -> Context:
+        """What both sides know of an update that lies in such a frame.
+
+        Raises:
+            BadPayload, BaseMissing: as `read`.
+        """
+        return self.context(self._opened(parsed)[0])
+
+    def _opened(self, parsed: frame.Frame) -> tuple[dict[str, UpdateHead], Limits]:
+        """The heads of an update, and the limits for decoding it."""
         if parsed.kind is not Kind.UPDATE:
             raise BadPayload(f"expected an update, got a {parsed.kind.name.lower()} payload")
         if parsed.base != short(self.base.digest):
@@ -218,12 +236,7 @@ class UpdateReader:
         most += allowed_beside(self.sent, parsed.size)
         limits = self._limits or model_limits(most, parsed.size)
         self._check(heads, parsed.size, limits)
-        context = self.context(heads)
-        try:
-            body = open_payload(parsed.body, context=context, limits=limits)
-        except CodecError as error:
-            raise BadPayload(f"update cannot be decoded: {error}") from error
-        return Update(self, heads, body, parsed.size)
+        return heads, limits
 
     def _check(self, heads: Mapping[str, UpdateHead], size: int, limits: Limits) -> None:
         """Refuse what the version or the limits do not allow, before anything is allocated."""
