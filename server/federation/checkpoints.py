@@ -24,7 +24,7 @@ from prunecast.server.federation.errors import CheckpointError
 __all__ = ["Checkpoint"]
 
 _METADATA = "prunecast"
-_SCHEMA = 2
+_SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class _Metadata:
     counter: int
     steps: dict[str, float]
     clock: int
+    progress: tuple[float, ...]
     key: str
     order: tuple[str, ...]
 
@@ -46,6 +47,7 @@ class Checkpoint:
         counter: number of the version last published.
         steps: lattice step per tensor.
         clock: round of the pruning schedule that the arrays are published in, counted from 1.
+        progress: of pruning that follows learning, see `Progress.position`; empty for none.
         key: record key of the stream.
     """
 
@@ -53,6 +55,7 @@ class Checkpoint:
     counter: int
     steps: Mapping[str, float]
     clock: int = 0
+    progress: tuple[float, ...] = ()
     key: str = "arrays"
 
     def save(self, path: Path) -> None:
@@ -65,7 +68,7 @@ class Checkpoint:
         from safetensors.numpy import save_file
 
         steps, order = dict(self.steps), tuple(self.arrays)
-        meta = _Metadata(_SCHEMA, self.counter, steps, self.clock, self.key, order)
+        meta = _Metadata(_SCHEMA, self.counter, steps, self.clock, self.progress, self.key, order)
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         with replacing(Path(path)) as temporary:
             try:
@@ -90,7 +93,9 @@ class Checkpoint:
                 raise ValueError(f"schema {meta.schema} or counter {meta.counter} is not supported")
             if not all(math.isfinite(step) and step > 0 for step in meta.steps.values()):
                 raise ValueError("a lattice step is not a positive number")
-            return cls(arrays, meta.counter, meta.steps, meta.clock, meta.key)
+            if len(meta.progress) > 3 or not all(map(math.isfinite, meta.progress)):
+                raise ValueError("the progress of pruning is not three finite numbers")
+            return cls(arrays, meta.counter, meta.steps, meta.clock, meta.progress, meta.key)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "

@@ -185,7 +185,7 @@ class CompressedGrid(GridWrapper):
         if not self._rounds_checked:  # `Run` knows more, and has said so
             self._rounds_checked = True
             if rounds := rounds_above(sys._getframe(1)):
-                self.policy.check_rounds(rounds)
+                self._streams.expect(rounds)
         kinds = {message.metadata.message_type for message in batch}
         aggregation = aggregation_above(sys._getframe(1), kinds.pop()) if len(kinds) == 1 else None
         sent = [message_id for message_id in self.push_messages(batch) if message_id]
@@ -367,6 +367,21 @@ class CompressedGrid(GridWrapper):
             self._notices.unsaved(key, uncodable(arrays))
         return Checkpoint(stream.as_published(dense_arrays(known)), *stream.position, key)
 
+    def expect_rounds(self, rounds: int) -> None:
+        """Say how many rounds there will be, those before a resume included.
+
+        The bounds of pruning follow from it. Flower's strategies are asked by themselves; a loop
+        of one's own says it before the first message.
+        """
+        self._rounds_checked = True
+        self._streams.expect(rounds)
+
+    def note_loss(self, loss: float, *, key: str = "arrays") -> None:
+        """Tell a loss budget what the server measured of the last version on held-out examples."""
+        if self.policy.down == "lattice":
+            stream = self._streams.stream(self.run.run_id, key)
+            stream.losses.add(loss, held_out=True)
+
     def resume(self, checkpoint: Checkpoint) -> ArrayRecord:
         """Continue a stream from a checkpoint; call before the first message.
 
@@ -375,7 +390,7 @@ class CompressedGrid(GridWrapper):
         """
         self._rounds_checked = True  # the schedule goes on, and does not begin
         stream = self._streams.stream(self.run.run_id, checkpoint.key)
-        stream.resume(checkpoint.counter, checkpoint.steps, checkpoint.clock)
+        stream.resume(checkpoint.counter, checkpoint.steps, checkpoint.clock, checkpoint.progress)
         return array_record(checkpoint.arrays)
 
     def evaluate_published(

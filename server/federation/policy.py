@@ -7,7 +7,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from logging import WARNING
 from typing import Any
 
@@ -26,12 +26,15 @@ __all__ = ["PRESETS", "Policy"]
 
 _PREFIX = "prunecast."
 _STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
+_PART = 0.7  # of the rounds, by which pruning is over where it follows learning
+_LEAST = 3  # rounds from the last dense model to the sparsest
+_UNKNOWN = 25  # round by which it is over where nobody says how many there are
+_MOST = 0.98  # sparsity that a loss budget alone may lead to
 _STEP = "give a number of 0 or above, such as {}; 0 is exact"
 _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
     "pruning_schedule": SCHEDULES,
-    "pruning_follows": dict.fromkeys(("rounds", "progress")),
 }
 
 
@@ -57,12 +60,12 @@ class Policy:
     dead_zone: float = 0.6
     error_feedback: bool = True
     sparsity: float = 0.0
+    loss_budget: float = 0.0  # in units of the loss
     pruning_begin: int = 2
-    pruning_end: int = 25
+    pruning_end: int = 0
     pruning_scope: str = "layer"
     pruning_criterion: str = "magnitude"
     pruning_schedule: str = "cubic"
-    pruning_follows: str = "rounds"
     pruning_records: tuple[str, ...] = ("arrays",)
     pruning_min_size: int = 1024
     pruning_exclude: tuple[str, ...] = ()
@@ -85,6 +88,13 @@ class Policy:
                 f"it needs {down} = 'lattice'; choose 'dense' or a scheme",
             ),
             ("sparsity", lattice or not self.sparsity, f"pruning needs {down} = 'lattice'"),
+            ("loss_budget", lattice or not self.loss_budget, f"pruning needs {down} = 'lattice'"),
+            ("loss_budget", 0 <= self.loss_budget < math.inf, "give 0 or more; 0 is no goal"),
+            (
+                "loss_budget",
+                not (self.loss_budget and self.pruning_end),
+                f"the budget says when pruning goes on: leave {_key('pruning_end')} at 0",
+            ),
             (
                 "up_options",
                 self.up in SCHEMES or not self.up_options,
@@ -107,7 +117,7 @@ class Policy:
             ),
             (
                 "sparsity",
-                self.down_step > 0 or not self.sparsity,
+                self.down_step > 0 or not self.target,
                 f"pruning needs a lattice: set {_key('down_step')} above 0, or "
                 f"{_key('sparsity')} = 0",
             ),
@@ -116,8 +126,9 @@ class Policy:
             ("history", self.history >= 1, "give 1 or more"),
             (
                 "pruning_end",
-                self.pruning_end > self.pruning_begin,
-                f"it must lie after {_key('pruning_begin')} = {self.pruning_begin}",
+                self.pruning_end > self.pruning_begin or not self.pruning_end,
+                f"it must lie after {_key('pruning_begin')} = {self.pruning_begin}, or be 0, where "
+                "pruning follows learning",
             ),
             *(
                 (name, getattr(self, name) in known, f"choose {' or '.join(map(repr, known))}")
@@ -131,12 +142,35 @@ class Policy:
         except SchemeError as error:
             raise PolicyError(f"{_key('up_options')}: {error}") from error
 
-    @cached_property
-    def pruning(self) -> PruningPlan:
-        """The plan that the knobs state, for the records that it names."""
-        make_schedule = SCHEDULES[self.pruning_schedule]
+    @property
+    def target(self) -> float:
+        """The sparsity that pruning arrives at; with a loss budget alone, at most."""
+        return self.sparsity or (_MOST if self.loss_budget else 0.0)
+
+    def bounds(self, rounds: int = 0) -> tuple[int, int]:
+        """Last round that is dense in any case, first round in which pruning is over in any case.
+
+        Args:
+            rounds: how many there will be in all; 0 where nobody knows.
+
+        Returns:
+            Both 0 where there are too few rounds to prune.
+        """
+        if self.pruning_end:
+            return self.pruning_begin, self.pruning_end
+        end = int(_PART * rounds) if rounds else max(_UNKNOWN, self.pruning_begin + _LEAST)
+        return (self.pruning_begin, end) if end - self.pruning_begin >= _LEAST else (0, 0)
+
+    def pruning(self, rounds: int = 0) -> PruningPlan:
+        """The plan that the knobs state, for the records that it names.
+
+        Args:
+            rounds: how many there will be in all; 0 where nobody knows.
+        """
+        begin, end = self.bounds(rounds)
+        target = self.target if end else 0.0
         return PruningPlan(
-            make_schedule(self.sparsity, self.pruning_begin, self.pruning_end),
+            SCHEDULES[self.pruning_schedule](target, begin, max(end, 1)),
             CRITERIA[self.pruning_criterion],
             ALLOCATIONS[self.pruning_scope],
             self.pruning_min_size,
@@ -172,11 +206,18 @@ class Policy:
         Args:
             rounds: how many there will be in all.
         """
-        reached = self.pruning.schedule(rounds + 1)  # of what the last round arrives at
-        if reached < self.sparsity:
+        _, end = self.bounds(rounds)
+        reached = self.pruning(rounds).schedule(rounds + 1)  # of what the last round arrives at
+        if self.target and not end:
             _say_once(
-                f"Pruning ends in round {self.pruning_end}, after the last of {rounds}: the model "
-                f"will have {reached:.0%} of zeros instead of {self.sparsity:.0%}. Set "
+                f"{rounds} rounds are too few to prune a model that is still to learn, so nothing "
+                f"will be: train {math.ceil((self.pruning_begin + _LEAST) / _PART)} or more, or "
+                f"set {_key('pruning_end')} to the round by which pruning is over."
+            )
+        elif reached < self.target:
+            _say_once(
+                f"Pruning ends in round {end}, after the last of {rounds}: the model "
+                f"will have {reached:.0%} of zeros instead of {self.target:.0%}. Set "
                 f"{_key('pruning_end')} to {max(rounds, 1)} or less and {_key('pruning_begin')} "
                 "below that, or train longer."
             )

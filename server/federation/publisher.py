@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from logging import INFO, WARNING
 from typing import Any
@@ -42,7 +42,7 @@ from prunecast.compression.versions import (
 from prunecast.server.federation.errors import FederationError, NonFiniteModel
 from prunecast.server.federation.lattices import Lattices
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.progress import Progress
+from prunecast.server.federation.progress import Losses, Progress
 
 __all__ = ["EncodedPayload", "NodeState", "Publisher", "Streams", "Version"]
 
@@ -113,6 +113,7 @@ class Publisher:
 
     Attributes:
         statistics: what nodes contributed since the last version.
+        losses: what was measured of the last version.
         clock: the pruning schedule's round of the last version, counted from 1.
     """
 
@@ -120,8 +121,9 @@ class Publisher:
         self.policy, self.stream, self._plan = policy, stream, plan
         self.statistics = StatisticsMean()
         self._progress: Progress | None = None
-        if plan is not None and policy.sparsity and policy.pruning_follows == "progress":
-            self._progress = Progress(policy.pruning_begin, policy.pruning_end)
+        if plan is not None and policy.target and not policy.pruning_end:
+            self._progress = Progress(*policy.bounds(), policy.loss_budget)
+        self.losses = Losses()
         self._schedule_at = 0.0  # where the schedule stands; the clock, unless it follows learning
         self._recent: OrderedDict[str, Version] = OrderedDict()
         self._before: dict[str, NDArray[Any]] = {}
@@ -139,14 +141,27 @@ class Publisher:
         self._seeded: tuple[bytes, Seed] | None = None
 
     @property
-    def position(self) -> tuple[int, dict[str, float], int]:
-        """Number of the last version, the current step of every lattice tensor, and the clock."""
-        return self._counter, dict(self._lattices.steps), self.clock
+    def position(self) -> tuple[int, dict[str, float], int, tuple[float, ...]]:
+        """Number of the last version, step of every lattice tensor, clock, and progress."""
+        progress = self._progress.position if self._progress is not None else ()
+        return self._counter, dict(self._lattices.steps), self.clock, progress
 
-    def resume(self, counter: int, steps: Mapping[str, float], clock: int) -> None:
+    def resume(
+        self, counter: int, steps: Mapping[str, float], clock: int, progress: Sequence[float] = ()
+    ) -> None:
         """Go on where another publisher's `position` was, with the same master."""
         self._counter, self._lattices.steps = counter, dict(steps)
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
+        if self._progress is not None and progress:
+            self._progress.resume(progress)
+
+    def expect(self, rounds: int) -> None:
+        """Fit the schedule of pruning to a number of rounds, those before a resume included."""
+        if self._plan is None:
+            return
+        self._plan = replace(self._plan, schedule=self.policy.pruning(rounds).schedule)
+        if self._progress is not None:
+            self._progress.begin, self._progress.end = self.policy.bounds(rounds)
 
     def draw(
         self, like: Mapping[str, NDArray[Any]], seed: int, most: int = MAX_MODEL_BYTES
@@ -206,7 +221,7 @@ class Publisher:
                 clock = max(clock, now + self._before_resume)
             elif occasion is None or occasion is not self._occasion:
                 clock += 1
-                if self.policy.sparsity and self._plan is not None and clock == 2:
+                if self.policy.target and self._plan is not None and clock == 2:
                     log(WARNING, _NO_ROUND)
             self._occasion = occasion
             statistics = self.statistics.take()
@@ -312,8 +327,8 @@ class Publisher:
         weights = self._plan.prunable(lattice)
         self._schedule_at = self.clock
         if self._progress is not None:
-            self._schedule_at = self._progress.clock(self.clock, weights)
-        if self._counter == 1 and self.policy.sparsity:
+            self._schedule_at = self._progress.clock(self.clock, weights, self.losses.take())
+        if self._counter == 1 and self.policy.target:
             self._say_unpruned(lattice)
         shapes = {name: array.shape for name, array in weights.items()}
         update = {
@@ -435,13 +450,14 @@ class Streams:
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.round = policy, 0
+        self._rounds = 0
         self._streams: dict[tuple[int, str], Publisher] = {}
         self._nodes: dict[int, NodeState] = {}
 
     def stream(self, run_id: int, key: str) -> Publisher:
         """The publisher of a record key's versions, made if necessary."""
         if (run_id, key) not in self._streams:
-            if self.policy.sparsity and key not in self.policy.pruning_records:
+            if self.policy.target and key not in self.policy.pruning_records:
                 log(
                     WARNING,
                     "Array record %r is not pruned: pruning_records names %s. Add it there if it "
@@ -449,9 +465,18 @@ class Streams:
                     key,
                     ", ".join(map(repr, self.policy.pruning_records)) or "none",
                 )
-            plan = self.policy.pruning if key in self.policy.pruning_records else None
-            self._streams[run_id, key] = Publisher(self.policy, stream_id(run_id, key), plan)
+            plan = self.policy.pruning() if key in self.policy.pruning_records else None
+            made = Publisher(self.policy, stream_id(run_id, key), plan)
+            made.expect(self._rounds)
+            self._streams[run_id, key] = made
         return self._streams[run_id, key]
+
+    def expect(self, rounds: int) -> None:
+        """Fit the pruning of every stream to a number of rounds; warn if it cannot arrive."""
+        self._rounds = rounds
+        self.policy.check_rounds(rounds)
+        for stream in self._streams.values():
+            stream.expect(rounds)
 
     def node(self, node_id: int) -> NodeState:
         """What is known of a node; nothing at first."""

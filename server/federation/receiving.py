@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType
 
 from prunecast.compression.codec import CodecError
 from prunecast.compression.flower import (
@@ -41,6 +41,7 @@ from prunecast.server.federation.lazy import LazyArray
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.notices import Notices, uncodable
 from prunecast.server.federation.outbound import Prepared
+from prunecast.server.federation.progress import losses_in
 from prunecast.server.federation.publisher import Streams
 
 __all__ = ["Received", "Receiver", "refuse"]
@@ -284,13 +285,19 @@ class Receiver:
         )
 
     def _count(self, item: Received) -> None:
-        """Add what a node contributes to pruning."""
+        """Add what a node contributes to pruning: statistics, and the loss it measured."""
+        sent, metadata = item.sent, item.message.metadata
+        records = item.message.content.metric_records.values()
+        stated = [record.get(EXAMPLES) for record in records]
+        weight = next((n for n in stated if isinstance(n, int | float)), 1.0)
+        held_out = metadata.message_type.partition(".")[0] != MessageType.TRAIN
+        for loss in (loss for record in records for loss in losses_in(record)):
+            for key in sent.versions:
+                stream = self._streams.stream(metadata.run_id, key)
+                stream.losses.add(loss, weight, held_out=held_out)
         if item.statistics is None:
             return
-        sent, metadata = item.sent, item.message.metadata
         shapes = {n: t.shape for n, t in sent.versions[sent.pruned].model.tensors.items()}
-        stated = [m.get(EXAMPLES) for m in item.message.content.metric_records.values()]
-        weight = next((n for n in stated if isinstance(n, int | float)), 1.0)
         mean = self._streams.stream(metadata.run_id, sent.pruned).statistics
         try:
             mean.add(item.statistics, sent.wanted, shapes, weight)

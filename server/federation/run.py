@@ -26,6 +26,7 @@ from prunecast.server.federation.events import EventLog, OnEvent
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.ledger import Ledger
 from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.progress import losses_in
 from prunecast.server.federation.releasing import AutomaticReleases
 from prunecast.server.federation.wrapper import GridWrapper
 
@@ -165,9 +166,9 @@ class Run:
         """
         if isinstance(initial, Checkpoint):
             arrays = self.grid.resume(initial)
-            self.grid.policy.check_rounds(num_rounds + max(0, initial.clock - 1))
+            self.grid.expect_rounds(num_rounds + max(0, initial.clock - 1))
         else:
-            self.grid.policy.check_rounds(num_rounds)
+            self.grid.expect_rounds(num_rounds)
             like = initial
             arrays = self.grid.draw_initial(like, self.seed, key=self.key) if drawn else like
         random.seed(self.seed)  # Flower samples nodes with it
@@ -321,6 +322,8 @@ class _Rounds(GridWrapper):
         if run.evaluate_fn is not None:
             given = array_record(published.arrays()) if published else arrays
             measured = run.evaluate_fn(server_round, given)
+            for loss in losses_in(measured or {}):
+                run.grid.note_loss(loss, key=run.key)
         self._events.write(
             "round-finished",
             round=server_round,

@@ -31,12 +31,12 @@ def test_a_resumed_run_goes_on_with_the_same_schedule_and_lattice(federation, tm
     after = resumed.published(master)
     assert after.counter == before.counter + 1
     assert after.sparsity() == before.sparsity()
-    assert after.sparsity() == pytest.approx(SMALL.pruning.schedule(5), abs=0.01)
+    assert after.sparsity() == pytest.approx(SMALL.pruning().schedule(5), abs=0.01)
     assert {n: t.step for n, t in after.tensors.items() if hasattr(t, "step")} == {
         n: t.step for n, t in before.tensors.items() if hasattr(t, "step")
     }
     went_on = resumed.published(train(resumed, master, 2))
-    assert went_on.sparsity() == pytest.approx(SMALL.pruning.schedule(7), abs=0.01)
+    assert went_on.sparsity() == pytest.approx(SMALL.pruning().schedule(7), abs=0.01)
 
 
 def test_scalars_integers_and_empty_arrays_survive(tmp_path):

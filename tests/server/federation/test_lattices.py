@@ -11,7 +11,7 @@ from prunecast.client.training.encoding import compress_reply
 from prunecast.compression.versions import PublishedModel, QuantisedTensor, UpdateRule
 from prunecast.server.federation import Policy, PolicyError
 from prunecast.server.federation.lattices import Lattices
-from prunecast.server.federation.progress import Progress
+from prunecast.server.federation.progress import Losses, Progress, losses_in
 from prunecast.server.federation.publisher import Publisher
 
 
@@ -24,7 +24,7 @@ def drifting(count, seed=0, size=(64, 50), by=0.05):
 
 
 def changes(policy, masters):
-    publisher = Publisher(policy, b"s", policy.pruning)
+    publisher = Publisher(policy, b"s", policy.pruning())
     models = [publisher.publish(master).model for master in masters]
     return [int(np.count_nonzero(a["w"].q != b["w"].q)) for a, b in pairwise(models)], models
 
@@ -112,7 +112,7 @@ def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later():
 
 @pytest.mark.parametrize(
     ("knob", "value"), [("hysteresis", 0.4), ("hysteresis", 1.1), ("vector_step", 0.0),
-                        ("up_floor", -1.0), ("pruning_follows", "moon")]
+                        ("up_floor", -1.0), ("loss_budget", -0.1)]
 )  # fmt: skip
 def test_knobs_outside_their_range_are_named(knob, value):
     with pytest.raises(PolicyError, match=knob):
@@ -155,15 +155,85 @@ def test_a_model_that_never_settles_is_pruned_in_time_and_none_before_its_beginn
     assert settled[8] > 8
 
 
-def test_the_schedule_of_a_publisher_follows_progress():
-    policy = Policy(
-        sparsity=0.8, pruning_follows="progress", pruning_begin=2, pruning_end=12,
-        pruning_min_size=1,
-    )  # fmt: skip
-    publisher = Publisher(policy, b"s", policy.pruning)
+FOLLOWING = {"pruning_begin": 2, "pruning_min_size": 1}
+
+
+def sparsities(publisher, masters, losses=()):
     found = []
-    for master in steady(0.3, [0.3] * 4 + [0.1] * 14):
+    for number, master in enumerate(masters):
+        if number and losses:
+            publisher.losses.add(losses[number - 1], held_out=True)
         found.append(publisher.publish({"w": master["w"].reshape(40, 25)}).model.sparsity())
+    return found
+
+
+def test_the_schedule_of_a_publisher_follows_progress_within_bounds_of_the_rounds():
+    policy = Policy(sparsity=0.8, **FOLLOWING)
+    publisher = Publisher(policy, b"s", policy.pruning())
+    publisher.expect(18)
+    found = sparsities(publisher, steady(0.3, [0.3] * 4 + [0.1] * 14))
     assert found[:5] == [0.0] * 5
     assert found == sorted(found)
     assert found[-1] == pytest.approx(0.8, abs=0.01)
+    late = Publisher(policy, b"s", policy.pruning())  # never settles: over by 0.7 of the rounds
+    late.expect(18)
+    found = sparsities(late, steady(0.3, [0.3] * 18))
+    assert found[5] == 0.0 < found[6]
+    assert found[11] == pytest.approx(0.8, abs=0.01)
+
+
+def test_what_follows_progress_goes_on_after_a_resume():
+    policy = Policy(sparsity=0.8, **FOLLOWING)
+    masters = list(steady(0.3, [0.3] * 2 + [0.12] * 14))
+    whole, first = (Publisher(policy, b"s", policy.pruning()) for _ in range(2))
+    expected = sparsities(whole, masters)
+    sparsities(first, masters[:7])
+    second = Publisher(policy, b"s", policy.pruning())
+    second.resume(*first.position)
+    # the change of the round in between is not known: it stands still for one
+    found = sparsities(second, masters[6:])
+    assert found[0] == expected[6]
+    assert found[0] > 0
+    assert found[-1] == expected[-1]
+
+
+def test_pruning_stands_still_while_the_loss_is_above_its_budget():
+    masters = list(steady(0.3, [0.3] * 2 + [0.04] * 20))
+    losses = [2.0, 1.0, 0.5, 0.4] + [0.4] * 3 + [0.46] * 4 + [0.44] * 20
+    policy = Policy(loss_budget=0.05, **FOLLOWING)
+    found = sparsities(Publisher(policy, b"s", policy.pruning()), masters, losses)
+    assert found == sorted(found)
+    assert 0 < found[8] == found[11] < found[12]
+    assert found[-1] == pytest.approx(0.98, abs=0.01)
+    spent = sparsities(Publisher(policy, b"s", policy.pruning()), masters, [0.4] * 7 + [0.5] * 20)
+    assert spent[-1] == spent[8] < 0.98  # not even to the bound in rounds
+
+
+def test_losses_that_were_measured_on_held_out_examples_count_alone():
+    losses = Losses()
+    losses.add(1.0, 10, held_out=False)
+    losses.add(2.0, 30, held_out=False)
+    for nothing in (float("nan"), float("inf")):
+        losses.add(nothing, held_out=False)
+    losses.add(9.0, 0, held_out=True)
+    assert losses.take() == 1.75
+    assert losses.take() is None
+    losses.add(1.0, held_out=False)
+    losses.add(0.5, held_out=True)
+    assert losses.take() == 0.5
+    assert losses_in({"train-loss": 1, "Eval_Loss": 2.5, "accuracy": 0.5, "loss": [1.0]}) == [
+        1,
+        2.5,
+    ]
+
+
+@pytest.mark.parametrize(("rounds", "bounds"), [(0, (2, 25)), (50, (2, 35)), (16, (2, 11)),
+                                                (8, (2, 5)), (7, (0, 0)), (3, (0, 0))])  # fmt: skip
+def test_bounds_follow_from_the_number_of_rounds(rounds, bounds):
+    assert Policy.preset("small").bounds(rounds) == bounds
+    assert Policy.preset("small", pruning_end=9).bounds(rounds) == (2, 9)
+
+
+def test_a_budget_and_a_fixed_end_contradict_each_other():
+    with pytest.raises(PolicyError, match=r"loss-budget.*leave prunecast.pruning-end at 0"):
+        Policy(loss_budget=0.1, pruning_end=9)

@@ -98,7 +98,7 @@ def test_versions_are_those_of_the_code_before_there_were_plans(
 ) -> None:
     """Digests written down from magnitude pruning as it was wired into the publisher."""
     policy = Policy.preset(preset, **knobs)
-    publisher = Publisher(policy, b"s", policy.pruning)
+    publisher = Publisher(policy, b"s", policy.pruning())
     found, pruned = hashlib.sha256(), hashlib.sha256()
     for master in masters(6):
         model = publisher.publish(master).model
@@ -135,7 +135,7 @@ def sparsities(grid: CompressedGrid) -> list[float]:
 
 
 def schedule(*rounds: int) -> Any:
-    return pytest.approx([Policy(**CLOCKED).pruning.schedule(r) for r in rounds], abs=0.03)
+    return pytest.approx([Policy(**CLOCKED).pruning().schedule(r) for r in rounds], abs=0.03)
 
 
 def test_models_of_several_widths_are_of_one_round(tmp_path: Path) -> None:
@@ -192,15 +192,28 @@ def test_a_schedule_that_cannot_end_is_named_once(
     caplog: pytest.LogCaptureFixture, rounds: int, said: str | None
 ) -> None:
     _say_once.cache_clear()
-    config = {"prunecast.preset": "small", "num-server-rounds": rounds}
+    config = {"prunecast.preset": "small", "prunecast.pruning-end": 25, "num-server-rounds": rounds}
     policy = Policy.from_run_config(config)
     policy.check_rounds(rounds)
     assert caplog.text.count("Pruning ends in round 25") == (said is not None)
     if said is not None:
         assert "prunecast.pruning-end" in caplog.text
         assert "instead of 90%" in caplog.text
-        reached = policy.pruning.schedule(rounds + 1)
+        reached = policy.pruning().schedule(rounds + 1)
         assert f"will have {reached:.0%} of zeros" in caplog.text
+
+
+@pytest.mark.parametrize(("rounds", "said"), [(3, 1), (7, 1), (8, 0), (50, 0)])
+def test_a_run_of_few_rounds_prunes_nothing_and_says_so(
+    caplog: pytest.LogCaptureFixture, rounds: int, said: int
+) -> None:
+    _say_once.cache_clear()
+    policy = Policy.preset("small")
+    policy.check_rounds(rounds)
+    assert caplog.text.count(f"{rounds} rounds are too few to prune") == said
+    assert caplog.text.count("train 8 or more") == said
+    reached = policy.pruning(rounds).schedule(rounds + 1)
+    assert reached == (0.0 if said else pytest.approx(0.9))
 
 
 @pytest.mark.parametrize(("end", "said"), [(25, 1), (2, 0)])
@@ -224,7 +237,7 @@ def test_lora_survives_small(caplog: pytest.LogCaptureFixture) -> None:
         "q.lora_B.weight": rng.normal(size=(256, 8)).astype(np.float32) / 500,
     }
     policy = Policy.preset("small", pruning_begin=0, pruning_end=1)
-    publisher = Publisher(policy, b"s", policy.pruning)
+    publisher = Publisher(policy, b"s", policy.pruning())
     sent = publisher.publish(factors).model.arrays()
     a, b = factors.values()
     sent_a, sent_b = sent.values()
@@ -232,7 +245,7 @@ def test_lora_survives_small(caplog: pytest.LogCaptureFixture) -> None:
     assert error < 0.05
     assert "nothing will be" in caplog.text
     asked = Policy.preset("small", pruning_begin=0, pruning_end=1, pruning_adapters=True)
-    model = Publisher(asked, b"s", asked.pruning).publish(factors).model
+    model = Publisher(asked, b"s", asked.pruning()).publish(factors).model
     assert model.sparsity() == pytest.approx(0.9, abs=0.01)
 
 
@@ -310,7 +323,7 @@ def test_taylor_prunes_what_the_last_update_left_alone() -> None:
     policy = Policy.preset(
         "balanced", sparsity=0.5, pruning_criterion="taylor", pruning_begin=0, pruning_end=1
     )
-    publisher = Publisher(policy, b"s", policy.pruning)
+    publisher = Publisher(policy, b"s", policy.pruning())
     first, *_ = masters(1)
     weight = first["fc.weight"] = np.where(first["fc.weight"] == 0, 1.0, first["fc.weight"])
     assert not publisher.publish(first).model.masks()["fc.weight"][np.abs(weight) < 0.1].any()
@@ -326,7 +339,7 @@ def test_fisher_prunes_by_the_last_statistics_that_nodes_sent() -> None:
     policy = Policy.preset(
         "balanced", sparsity=0.5, pruning_criterion="fisher", pruning_begin=1, pruning_end=2
     )
-    publisher = Publisher(policy, b"s", policy.pruning)
+    publisher = Publisher(policy, b"s", policy.pruning())
     (master,) = masters(1)
     publisher.publish(master)
     assert publisher.wanted == ("gradient",)
@@ -348,7 +361,7 @@ def test_the_documentation_adds_a_criterion(monkeypatch: pytest.MonkeyPatch) -> 
     scope: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         exec(block, scope)
-    publisher = Publisher(scope["policy"], b"s", scope["policy"].pruning)
+    publisher = Publisher(scope["policy"], b"s", scope["policy"].pruning())
     for master in masters(4):
         model = publisher.publish(master).model
     assert 0 < model.sparsity() < 0.1 + publisher._plan.schedule(4)
