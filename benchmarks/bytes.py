@@ -3,7 +3,7 @@
     python benchmarks/bytes.py --smoke | --full
     python benchmarks/bytes.py [--kinds NAME ...] [--presets NAME ...] [--rounds N] [--seeds N ...]
                                [--set KNOB=VALUE ...] [--processes N] [--cache FOLDER]
-                               [--json FILE]
+                               [--wire] [--json FILE] [--chart FILE]
 
 Trains the federation of the demo (5,000 MNIST images, 10 clients, Dirichlet 0.3) once densely and
 once with each preset, in this machine's memory, message by message through Flower's own objects;
@@ -13,10 +13,12 @@ images; with ``PRUNECAST_DATA`` naming a folder that holds ``mnist.npz`` (arrays
 
 Every finished run prints a line and is kept in ``--cache``, so that a command that was interrupted
 goes on where it was: a dense run by its scenario, another by the source code, too. At the end
-follow tables: the spread over the seeds, and the bytes by direction, payload and tensor.
+follow tables: the spread over the seeds, and the bytes by direction, payload and tensor. With
+``--wire`` the first kind is also trained for three rounds at most by two SuperNodes of a real
+SuperLink on loopback, through a relay that counts: minutes more.
 
-``--smoke`` takes a minute: one small kind, three rounds, one seed. ``--full`` takes hours: all
-kinds, 50 rounds, three seeds. Both fill in what is not chosen.
+``--smoke`` takes a minute or two: one small kind, three rounds, one seed. ``--full`` takes hours:
+all kinds, 50 rounds, three seeds. Both fill in what is not chosen.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from typing import Any
 if not __package__:  # started by its path: the repository's folder is not where Python looks
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.harness.curves import draw_curves
 from benchmarks.harness.federation import (
     KINDS,
     DataMissing,
@@ -50,6 +53,7 @@ from prunecast.common.files import write_atomically
 
 _SMOKE: dict[str, Any] = {"kinds": ["lenet"], "rounds": 3, "seeds": [1]}
 _FULL: dict[str, Any] = {"kinds": list(KINDS), "rounds": 50, "seeds": [1, 2, 3]}
+_WIRE_ROUNDS = 3
 _HEAD = f"{'kind':14} {'preset':10} seed  ratio  accuracy  - dense       down         up  envelopes"
 
 
@@ -91,14 +95,18 @@ def _cost(result: Mapping[str, Any]) -> tuple[int, int, int]:
     return ways["down"], ways["up"], sum(row["dense_bytes"] for row in result["messages"])
 
 
+def _arms(presets: Sequence[str], knobs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The dense arm, and one for each preset."""
+    arms = {p: {"kind": "prunecast", "preset": p, "policy": knobs} for p in presets}
+    return {"dense": {"kind": "dense"}, **arms}
+
+
 def _rows(arguments: argparse.Namespace, knobs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    dense = {"kind": "dense"}
-    arms = {p: {"kind": "prunecast", "preset": p, "policy": knobs} for p in arguments.presets}
     jobs = [
         (kind, name, seed, scenario(kind, arguments.rounds, seed, arm))
         for kind in arguments.kinds
         for seed in arguments.seeds
-        for name, arm in {"dense": dense, **arms}.items()
+        for name, arm in _arms(arguments.presets, knobs).items()
     ]
     with ThreadPoolExecutor(arguments.processes) as pool:
         runs = pool.map(lambda job: _in_process(job[3], arguments.cache), jobs)
@@ -165,14 +173,18 @@ def _arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="where finished runs are kept",
     )
+    add("--wire", action="store_true", help="measure a short run on a SuperLink, too")
     add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--chart", type=Path, metavar="FILE", help="draw it, as a PNG; needs matplotlib")
     add("--run", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.smoke and chosen.full:
         parser.error("choose --smoke or --full")
     named = (chosen.kinds, chosen.rounds, chosen.seeds)
     if not (chosen.smoke or chosen.full or any(named) or chosen.run):
-        parser.error("choose --smoke (a minute) or --full (hours), or kinds, rounds or seeds")
+        parser.error(
+            "choose --smoke (a minute or two) or --full (hours), or kinds, rounds or seeds"
+        )
     for name, value in (_SMOKE if chosen.smoke else _FULL).items():
         if not getattr(chosen, name):
             setattr(chosen, name, value)
@@ -200,28 +212,34 @@ def main() -> int:
     entries = summary(rows)
     print()
     print("\n".join(tables(entries)))
+    wire = _wired(arguments, knobs) if arguments.wire else []
     if arguments.json:
-        _write(arguments.json, knobs, examples, rows, entries)
+        from benchmarks.harness.report import machine
+
+        document = {
+            "machine": machine(),
+            "knobs": knobs,
+            "examples": examples,
+            "summary": entries,
+            "rows": rows,
+            "wire": wire,
+        }
+        write_atomically(arguments.json, (json.dumps(document, indent=1) + "\n").encode())
+    if arguments.chart:
+        draw_curves(rows, entries, arguments.chart)
     return 0
 
 
-def _write(
-    target: Path,
-    knobs: Mapping[str, Any],
-    examples: str,
-    rows: Sequence[Mapping[str, Any]],
-    entries: Sequence[Mapping[str, Any]],
-) -> None:
-    from benchmarks.harness.report import machine
+def _wired(arguments: argparse.Namespace, knobs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first kind on a real SuperLink, with its table."""
+    from benchmarks.harness.wire import NODES, measure_wire, wire_table
 
-    document = {
-        "machine": machine(),
-        "knobs": knobs,
-        "examples": examples,
-        "summary": entries,
-        "rows": rows,
-    }
-    write_atomically(target, (json.dumps(document, indent=1) + "\n").encode())
+    rounds = min(arguments.rounds, _WIRE_ROUNDS)
+    arms = _arms(arguments.presets, knobs)
+    print(f"\n{NODES} SuperNodes and a SuperLink, {rounds} rounds: bytes on the wire\n", flush=True)
+    found = measure_wire(arguments.kinds[0], rounds, arguments.seeds[0], arms)
+    print("\n".join(wire_table(found)))
+    return found
 
 
 if __name__ == "__main__":

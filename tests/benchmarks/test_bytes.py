@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks import bytes as command
-from benchmarks.harness import spread
+from benchmarks.harness import spread, wire
 from benchmarks.harness.federation import DataMissing, digest_of, read_images
+from benchmarks.loopback.relay import Exchange
 from prunecast.simulations.data.mnist_5k import Mnist5k
 
 SMALL = {"kind": "prunecast", "preset": "small", "policy": {}}
@@ -147,10 +148,12 @@ def test_finished_runs_are_not_run_again(
             name = digest_of(command.scenario("lenet", 2, seed, arm))
             (tmp_path / f"{name}.json").write_text(json.dumps({**run, "rounds": rounds}))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))  # nothing can be started
-    saved = tmp_path / "saved.json"
+    saved, chart = tmp_path / "saved.json", tmp_path / "chart.png"
     chosen = ("--smoke", "--rounds", "2", "--seeds", "1", "2", "--presets", "small")
-    assert invoke(monkeypatch, *chosen, "--cache", str(tmp_path), "--json", str(saved)) == 0
+    files = ("--cache", str(tmp_path), "--json", str(saved), "--chart", str(chart))
+    assert invoke(monkeypatch, *chosen, *files) == 0
 
+    assert chart.read_bytes().startswith(b"\x89PNG")
     document = json.loads(saved.read_text())
     assert [(row["preset"], row["seed"]) for row in document["rows"]] == [
         ("dense", 1), ("small", 1), ("dense", 2), ("small", 2)
@@ -169,6 +172,41 @@ def test_finished_runs_are_not_run_again(
 def test_spread_of_one_seed_has_no_error() -> None:
     assert spread.spread([2.5]) == {"mean": 2.5, "min": 2.5, "max": 2.5, "error": None}
     assert doctest.testmod(spread).failed == 0
+
+
+def test_polling_is_apart_from_what_is_done_for_messages() -> None:
+    exchanges = [
+        Exchange("/v1/fleet/get-fab", 900, 14000),
+        Exchange("/begin/small", 50, 60),
+        Exchange("/v1/fleet/pull-messages", 100, 128),
+        Exchange("/v1/fleet/pull-messages", 100, 468),
+        Exchange("/v1/fleet/pull-object", 90, 3000),
+        Exchange("/v1/fleet/send-node-heartbeat", 80, 130),
+        Exchange("/end/", 50, 60),
+        Exchange("/v1/fleet/pull-messages", 100, 128),
+        Exchange("/begin/tiny", 50, 60),
+        Exchange("", 1, 2),
+    ]
+    small, tiny = wire.by_arm(exchanges).values()
+    assert wire.sum_exchanges(small) == {
+        "messages": {"requests": 2, "down": 3468, "up": 190},
+        "polling": {"requests": 2, "down": 258, "up": 180},
+    }
+    assert wire.sum_exchanges(tiny) == {
+        "messages": {"requests": 1, "down": 2, "up": 1},
+        "polling": {},
+    }
+
+
+@pytest.mark.engine
+def test_a_real_superlink_carries_what_the_ledger_says_and_more() -> None:
+    (row,) = wire.measure_wire("lenet", 1, 1, {"small": SMALL})
+    assert row["ledger"]["messages"] == 2 * wire.NODES
+    for way in ("down", "up"):
+        assert row["ledger"][way] < row["messages"][way] < 10 * row["ledger"][way]
+    assert row["polling"]["up"] > 0
+    (table,) = list(wire.wire_table([row]))[2:]
+    assert f"| {row['ledger']['down']:,} | {row['messages']['down']:,} |" in table
 
 
 @pytest.mark.parametrize(

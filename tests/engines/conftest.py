@@ -3,200 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-START_SECONDS = 60
-RUN_SECONDS = 240
+from benchmarks.loopback.engine import Engine, engine_in, unused_port
+
 HERE = Path(__file__).parent
 collect_ignore = ["tiny"]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str, *, every: float = 0.2) -> Any:
-    """The first true value of `condition`; fails with `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(every)
-    pytest.fail(f"waited {seconds:.0f} s in vain for {what}")
-
-
-def unused_port() -> int:
-    """A port nobody uses now; Flower's commands cannot report one they chose themselves."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def listens(port: int) -> bool:
-    """Whether somebody accepts connections on a local port."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def descendants(pid: int) -> list[int]:
-    """Process ids of children, their children and so on (Flower starts sessions of their own)."""
-    listing = subprocess.run(
-        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True, timeout=30
-    ).stdout
-    children: dict[int, list[int]] = {}
-    for line in listing.splitlines():
-        child, parent = map(int, line.split())
-        children.setdefault(parent, []).append(child)
-    found, queue = [], [pid]
-    while queue:
-        queue += (more := children.get(queue.pop(), []))
-        found += more
-    return found
-
-
-@dataclass
-class Engine:
-    """Long-running processes, stopped with everything they started."""
-
-    env: Mapping[str, str]
-    folder: Path
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    def start(self, name: str, *command: str, port: int) -> None:
-        """Start a command of the environment and wait until it listens on `port`."""
-        log = self.folder / f"{name}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [executable(command[0]), *command[1:]],
-                env=self.env,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.processes[name] = process
-
-        def ready() -> bool:
-            if process.poll() is not None:
-                pytest.fail(f"{name} exited with {process.returncode}:\n{log.read_text()}")
-            return listens(port)
-
-        wait_for(ready, START_SECONDS, f"{name} to listen on port {port}")
-
-    def flwr(self, *arguments: str, cwd: Path | None = None) -> str:
-        """Output of a `flwr` command."""
-        result = subprocess.run(
-            [executable("flwr"), *arguments],
-            env=self.env,
-            cwd=cwd or self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=START_SECONDS,
-        )
-        if result.returncode:
-            pytest.fail(f"flwr {' '.join(arguments)} failed:\n{result.stdout}{result.stderr}")
-        return result.stdout
-
-    def run(self, app: Path, *arguments: str) -> Run:
-        """Run an app from its own folder and wait for its end."""
-        answer = self.flwr("run", ".", "--format", "json", *arguments, cwd=app)
-        run_id = str(json.loads(answer)["run-id"])
-
-        def finished() -> dict[str, Any] | None:
-            details = json.loads(self.flwr("list", "--run-id", run_id, "--format", "json"))
-            run: dict[str, Any] = details["runs"][0]
-            return run if run["status"].startswith("finished") else None
-
-        # every look starts a Python process, which the run's own processes would have to wait for
-        details = wait_for(finished, RUN_SECONDS, f"run {run_id} to finish", every=3)
-        log = self.flwr("log", run_id, "--show")
-        assert details["status"] == "finished:completed", f"{details}\n{log}"
-        return Run(details, log)
-
-    def stop(self) -> None:
-        """Ask every process to end, then end what is left."""
-        started = [p for process in self.processes.values() for p in descendants(process.pid)]
-        for process in reversed(self.processes.values()):
-            process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(10)
-        deadline = time.monotonic() + 10
-        while (alive := [pid for pid in started if _exists(pid)]) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        for pid in alive:
-            os.kill(pid, signal.SIGKILL)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: what `flwr list` says about it, and its log."""
-
-    details: dict[str, Any]
-    log: str
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def executable(name: str) -> str:
-    """A command of the environment that runs the tests."""
-    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    assert path, f"{name} is not installed: pip install -e '.[dev]'"
-    return path
-
-
-def private_environment(folder: Path, **more: str) -> dict[str, str]:
-    """An environment that touches nothing of the user's and reports nothing to anybody."""
-    return {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "HOME": str(folder),
-        "FLWR_HOME": str(folder / "flower"),
-        "PRUNECAST_STORE": str(folder / "store"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_DISABLE_DASHBOARD": "1",
-        "NO_COLOR": "1",
-        **more,
-    }
 
 
 @pytest.fixture(scope="session")
 def tiny_app() -> Path:
     """The app most engine tests run."""
     return HERE / "tiny"
-
-
-@contextlib.contextmanager
-def engine_in(folder: Path, **environment: str) -> Iterator[Engine]:
-    """An engine without processes yet, stopped at the end."""
-    engine = Engine(private_environment(folder, **environment), folder)
-    try:
-        yield engine
-    finally:
-        engine.stop()
 
 
 @pytest.fixture(scope="session")
