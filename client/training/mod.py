@@ -40,7 +40,7 @@ from prunecast.compression.flower import (
     stated_clip,
     stream_id,
 )
-from prunecast.compression.flower.envelope import pack, unpack
+from prunecast.compression.flower.envelope import is_packed, pack, unpack
 from prunecast.compression.flower.internals import (
     ClientAppCallable,
     ErrorCode,
@@ -74,7 +74,6 @@ from prunecast.compression.versions import (
     inspect,
     model_limits,
     open_plain,
-    reply_tag,
     short,
 )
 
@@ -108,8 +107,7 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
     """
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        control = message.content.config_records.get(CONTROL_RECORD)
-        if control is None:
+        if not is_packed(message.content) and CONTROL_RECORD not in message.content.config_records:
             if any(map(open_coded, message.content.array_records.values())):
                 raise ModError(
                     "arrays came as the server coded them, and without what it says of them: "
@@ -121,7 +119,7 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
         node = NodeStore(root, message.metadata.run_id, context.node_id)
         try:
             message = make_message(message.metadata, unpack(message.content))
-            control = message.content.config_records[CONTROL_RECORD]
+            control = message.content.config_records.get(CONTROL_RECORD) or ConfigRecord()
             instruction = Instruction.from_bytes(control.get("instruction"))
             node.settle(instruction.accepted, instruction.given_up)
             exchange = _Exchange(message, instruction, node, _most(max_model_bytes, context))
@@ -330,7 +328,7 @@ class _Exchange:
     def _stage(self, key: str, dropped: Mapping[str, NDArray[Any]]) -> bool:
         """Whether what a reply drops could be written."""
         try:
-            self._store.stage(key, self._tag, dropped)
+            self._store.stage(key, self._instruction.tag, dropped)
         except StoreError as error:
             self._in_trouble(error)
             return False
@@ -361,10 +359,6 @@ class _Exchange:
         if not (found.usual and base_key == key):
             payload = describe(base_key, found.heads, _specs(received[base_key])) + payload
         return coded_record(payload, {n: a for n, a in record.items() if n not in found.arrays})
-
-    @property
-    def _tag(self) -> str:
-        return reply_tag(self._metadata.message_id)
 
     def _base_for(
         self,

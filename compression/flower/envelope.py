@@ -2,13 +2,14 @@
 
 Flower sends a content as objects, one for each record, array and piece of an array, each with a
 header, a name by its SHA-256 and a request of its own. Where payloads are small, all records of a
-message travel inside one config record instead, under the key of the control record. Large ones
-stay records of their own, which a server uploads once for all nodes that get them.
+message travel inside one config record instead. Large ones stay records of their own, which a
+server uploads once for all nodes that get them.
 
 In the one field ``m``, for every record: a byte of kind and, above its four lowest bits, of usual
 keys; another key, and the content, each after its length as a base-128 varint. A record that is
 outside has no content here and keeps its place. A record of plain numbers is, for each, its name
-after its length and an integer as a zigzag varint times two, or 1 and a float64.
+(the number of a usual one, or its length and how many are usual, and the text) and an integer as
+a zigzag varint times two, or 1 and a float64.
 """
 
 from __future__ import annotations
@@ -22,20 +23,27 @@ from prunecast.compression.flower.internals import Record, record_body, record_f
 from prunecast.compression.versions import BadPayload
 from prunecast.compression.versions.fields import FieldReader, FieldWriter
 
-__all__ = ["is_packed", "pack", "unpack"]
+__all__ = ["PACKED_RECORD", "is_packed", "pack", "unpack"]
+
+PACKED_RECORD = "="
+"""Key of the record that holds the others; every byte of it is one of every message."""
 
 _FIELD = "m"
 _MOST = 1 << 15  # bytes of payloads that travel inside; more are worth sharing between nodes
 _OUTSIDE, _PAYLOAD, _EMPTY, _CONFIG, _METRIC, _INSTRUCTION, _REPORT, *_NUMBERS = range(9)
 _CONTROLS = {_INSTRUCTION: "instruction", _REPORT: "report"}
 _USUAL = ("", CONTROL_RECORD, "arrays", "config", "metrics")
+_USUAL_NAMES = (  # of Flower's strategies, its documentation and our own ClientApp
+    *("num-examples", "server-round", "lr", "train_loss", "eval_loss", "eval_acc"),
+    *("train-loss", "eval-loss"),
+)
 _KIND_BITS = 4
 
 
 def is_packed(content: RecordDict) -> bool:
     """Whether a content came from `pack`."""
-    control = content.config_records.get(CONTROL_RECORD)
-    return control is not None and list(control) == [_FIELD]
+    record = content.config_records.get(PACKED_RECORD)
+    return record is not None and list(record) == [_FIELD]
 
 
 def pack(content: RecordDict) -> RecordDict:
@@ -43,7 +51,7 @@ def pack(content: RecordDict) -> RecordDict:
 
     Records of arrays in the open, and payloads beside such arrays, stay outside.
     """
-    if CONTROL_RECORD not in content.config_records:
+    if CONTROL_RECORD not in content.config_records or PACKED_RECORD in content:
         return content
     payloads = {key: payload_of(record) for key, record in content.items()}
     if sum(len(payload) for payload in payloads.values() if payload is not None) > _MOST:
@@ -58,7 +66,7 @@ def pack(content: RecordDict) -> RecordDict:
         out.part(body)
         if kind == _OUTSIDE:
             packed[key] = record
-    packed[CONTROL_RECORD] = ConfigRecord({_FIELD: bytes(out.data)})
+    packed[PACKED_RECORD] = ConfigRecord({_FIELD: bytes(out.data)})
     return packed
 
 
@@ -85,11 +93,11 @@ def unpack(content: RecordDict) -> RecordDict:
     """
     if not is_packed(content):
         return content
-    data = content.config_records[CONTROL_RECORD][_FIELD]
+    data = content.config_records[PACKED_RECORD][_FIELD]
     if not isinstance(data, bytes):
         raise _damaged("it holds no bytes")
     fields, found = FieldReader(data, _damaged), RecordDict()
-    outside = {key: record for key, record in content.items() if key != CONTROL_RECORD}
+    outside = {key: record for key, record in content.items() if key != PACKED_RECORD}
     while fields.left:
         usual, kind = divmod(fields.raw(1)[0], 1 << _KIND_BITS)
         key = _USUAL[usual] if 0 < usual < len(_USUAL) else fields.text()
@@ -128,7 +136,12 @@ def _is_number(value: object) -> bool:
 def _pack_numbers(record: ConfigRecord | MetricRecord) -> bytes:
     out = FieldWriter()
     for name, value in record.items():
-        out.text(name)
+        if name in _USUAL_NAMES:
+            out.number(_USUAL_NAMES.index(name))
+        else:
+            data = name.encode()
+            out.number(len(_USUAL_NAMES) + len(data))
+            out.raw(data)
         if isinstance(value, int):
             out.number((value << 1 if value >= 0 else -2 * value - 1) << 1)
         elif isinstance(value, float):
@@ -140,7 +153,12 @@ def _pack_numbers(record: ConfigRecord | MetricRecord) -> bytes:
 def _unpack_numbers(data: bytes) -> Iterator[tuple[str, int | float]]:
     fields = FieldReader(data, _damaged)
     while fields.left:
-        name, value = fields.text(), fields.number()
+        which = fields.number()
+        if which < len(_USUAL_NAMES):
+            name = _USUAL_NAMES[which]
+        else:
+            name = fields.raw(which - len(_USUAL_NAMES)).decode()
+        value = fields.number()
         if value == 1:
             yield name, fields.float64()
         elif value & 1:

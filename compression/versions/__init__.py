@@ -7,11 +7,11 @@ standard library, no sockets, no Flower. The byte formats are written down in ``
 
 from prunecast.compression.versions.bodies import MAX_MODEL_BYTES, model_limits
 from prunecast.compression.versions.control import (
+    TAG_BYTES,
     Instruction,
     NodeReport,
     SchemeRule,
     UpdateRule,
-    reply_tag,
 )
 from prunecast.compression.versions.descriptions import describe, read_description
 from prunecast.compression.versions.errors import (
@@ -62,6 +62,7 @@ from prunecast.compression.versions.updates import (
 __all__ = [
     "MAX_MODEL_BYTES",
     "NOTHING_SENT",
+    "TAG_BYTES",
     "BadPayload",
     "BaseMissing",
     "Change",
@@ -104,7 +105,6 @@ __all__ = [
     "open_plain",
     "read_description",
     "refine",
-    "reply_tag",
     "save_model",
     "short",
     "stream_tag",

@@ -8,7 +8,6 @@ stream, and which records it cannot decode because the base is missing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -19,11 +18,13 @@ from functools import partial
 from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.fields import FieldReader, FieldWriter
 
-__all__ = ["Instruction", "NodeReport", "SchemeRule", "UpdateRule", "reply_tag"]
+__all__ = ["TAG_BYTES", "Instruction", "NodeReport", "SchemeRule", "UpdateRule"]
 
 _MAX_BYTES = 1 << 20
 _LONGEST = 300  # characters of a node's trouble
-_TAG = 16  # characters of a reply's tag
+TAG_BYTES = 4
+"""Of a reply's tag, which is written in hexadecimal digits elsewhere."""
+_NO_TAG = "00" * TAG_BYTES
 _FORMAT = b"\x01"  # first byte
 _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
 _AS_SENT, _HELD, _MISSING, _TROUBLE = 1, 2, 4, 8
@@ -79,11 +80,13 @@ class Instruction:
 
     Attributes:
         rule: how arrays come back; None for as they are.
-        accepted: `reply_tag` of the node's replies that the server accepted, as far as the node
-            has not said that it knows.
+        accepted: tags of the node's replies that the server accepted, as far as the node has not
+            said that it knows.
         given_up: likewise of those it will not accept any more: refused, or not waited for.
         reuse: record key to short digest of the version to use, where the node holds it already.
         statistics: names of the statistics that the node may contribute to pruning.
+        tag: what server and node call the reply, where there is a rule; the same on all nodes
+            that are told the same, another for each message to a node.
     """
 
     rule: UpdateRule | SchemeRule | None
@@ -91,6 +94,7 @@ class Instruction:
     given_up: tuple[str, ...] = ()
     reuse: Mapping[str, bytes] = field(default_factory=dict)
     statistics: tuple[str, ...] = ()
+    tag: str = _NO_TAG
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
@@ -107,6 +111,8 @@ class Instruction:
                 out.text(name)
                 out.text(json.dumps(dict(options), separators=(",", ":")))
                 out.number(key)
+        if self.rule is not None:
+            out.raw(bytes.fromhex(self.tag))
         for tags in (self.accepted, self.given_up):
             out.number(len(tags))
             for tag in tags:
@@ -124,10 +130,11 @@ class Instruction:
         """
         found = _read(data, "the server")
         rule = _rule(found)
+        tag = _NO_TAG if rule is None else found.raw(TAG_BYTES).hex()
         accepted, given_up = (
-            tuple(found.raw(_TAG // 2).hex() for _ in range(found.count())) for _ in range(2)
+            tuple(found.raw(TAG_BYTES).hex() for _ in range(found.count())) for _ in range(2)
         )
-        read = cls(rule, accepted, given_up, found.digests(), found.texts())
+        read = cls(rule, accepted, given_up, found.digests(), found.texts(), tag)
         found.end()
         return read
 
@@ -186,11 +193,6 @@ class NodeReport:
         trouble = found.text() if says & _TROUBLE else ""
         found.end()
         return cls(held, missing, micros / 1e3, trouble[:_LONGEST], bool(says & _AS_SENT))
-
-
-def reply_tag(message_id: str) -> str:
-    """Short name of the reply to a message, the same on both sides; 16 characters."""
-    return hashlib.sha256(message_id.encode()).hexdigest()[:_TAG]
 
 
 def _rule(found: FieldReader) -> UpdateRule | SchemeRule | None:

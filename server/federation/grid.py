@@ -24,13 +24,14 @@ from prunecast.compression.flower.internals import (
     uncached,
     unsent,
 )
-from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel, reply_tag
+from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.inbound import up_of
 from prunecast.server.federation.ledger import Entry, Ledger
 from prunecast.server.federation.notices import Notices, uncodable
 from prunecast.server.federation.outbound import Batch, Outbound, Prepared
+from prunecast.server.federation.packing import pack_together
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publisher import Streams
 from prunecast.server.federation.receiving import Received, Receiver, refuse
@@ -119,6 +120,7 @@ class CompressedGrid(GridWrapper):
     def _push(self, prepared: list[Prepared]) -> list[str]:
         # before they are pushed: an engine in this process may be reading them as soon as they
         # are in its hands
+        pack_together(prepared)
         measured = [self._measured(item.message, item.measured) for item in prepared]
         # a list: the HTTP grid goes over the messages twice
         ids = list(self._grid.push_messages([p.message for p in prepared]))
@@ -295,7 +297,7 @@ class CompressedGrid(GridWrapper):
         gone |= {retry for retry, origin in self._retries.items() if origin in gone}
         for message_id in gone:
             if (sent := self._sent.pop(message_id, None)) is not None:
-                self._receiver.give_up(reply_tag(message_id), sent)
+                self._receiver.give_up(sent)
             self._retries.pop(message_id, None)
 
     def begin_round(self, number: int) -> None:

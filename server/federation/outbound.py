@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ from prunecast.compression.flower import (
     stated_round,
     stream_id,
 )
-from prunecast.compression.flower.envelope import pack
+from prunecast.compression.flower.envelope import PACKED_RECORD
 from prunecast.compression.flower.internals import (
     Measured,
     Record,
@@ -32,6 +33,7 @@ from prunecast.compression.flower.internals import (
     own_bytes,
 )
 from prunecast.compression.versions import (
+    TAG_BYTES,
     Instruction,
     SchemeRule,
     UpdateRule,
@@ -65,6 +67,7 @@ class Prepared:
         wanted: the statistics that the node is asked to contribute, by name.
         pruned: key of the record that they are of.
         measured: record key to the record of `message` that other messages hold, too.
+        tag: of its reply.
         told: tags of replies that the node is told the end of.
         apart: of array records that do not travel as the policy has it: kind, key and cause.
     """
@@ -83,6 +86,7 @@ class Prepared:
     wanted: tuple[str, ...] = ()
     pruned: str = ""
     measured: dict[str, Measured] = field(default_factory=dict)
+    tag: str = ""
     told: frozenset[str] = frozenset()
     apart: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -122,6 +126,8 @@ class Batch:
         self._largest: dict[int, tuple[object, float]] = {}
         self.messages = self._stated(messages) if legacy else list(messages)
         self.occasion = object()  # a round, where messages state none
+        self._tags: list[str] = []
+        self._tagged: Counter[int] = Counter()
 
     def _stated(self, messages: Iterable[Message]) -> list[Message]:
         made: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}  # what several share, they go on to
@@ -167,6 +173,17 @@ class Batch:
         """Digest of a record's content."""
         return self.measured(record).object_id
 
+    def tag(self, node_id: int) -> str:
+        """Tag of the reply to one more message to a node; all nodes' first have the same one.
+
+        So what nodes are told is the same where they are in the same state, and uploaded once.
+        """
+        number = self._tagged[node_id]
+        self._tagged[node_id] += 1
+        if number == len(self._tags):
+            self._tags.append(secrets.token_hex(TAG_BYTES))
+        return self._tags[number]
+
     def largest(self, array: NDArray[Any]) -> float:
         """The largest magnitude of an array that the replies have in common, computed once."""
         if id(array) not in self._largest:
@@ -205,14 +222,15 @@ class Outbound:
         """Code the array records of one message for its node.
 
         Raises:
-            FederationError: the message already has a record under our control key.
+            FederationError: the message already has a record under a key of ours.
             NonFiniteModel: the model holds NaN or infinity.
         """
-        if CONTROL_RECORD in original.content:
-            raise FederationError(
-                f"a message has a record named {CONTROL_RECORD!r}, which Prunecast uses itself: "
-                "rename it, or wrap the grid only once"
-            )
+        for key in (CONTROL_RECORD, PACKED_RECORD):
+            if key in original.content:
+                raise FederationError(
+                    f"a message has a record named {key!r}, which Prunecast uses itself: "
+                    "rename it, or wrap the grid only once"
+                )
         prepared = Prepared(batch, original, original, round=stated_round(original.content))
         content = RecordDict()
         for key, record in original.content.items():
@@ -224,7 +242,7 @@ class Outbound:
         if instruction is not None:
             prepared.rule = instruction.rule
             content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
-            prepared.message = make_message(original.metadata, pack(content))
+            prepared.message = make_message(original.metadata, content)
         if not prepared.round and prepared.versions:
             prepared.round = max(v.model.counter for v in prepared.versions.values())
         # the envelope of both messages is the same but for one record key
@@ -289,19 +307,20 @@ class Outbound:
         return payload.record
 
     def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:
-        tags = tuple(node.accepted), tuple(node.given_up)
-        prepared.told = frozenset(tags[0] + tags[1])
-        told = *tags, prepared.reuse, prepared.wanted
         metadata = prepared.original.metadata
         if not prepared.has_arrays and metadata.message_type not in self.answered:
             return None
+        tags = tuple(node.accepted), tuple(node.given_up)
+        prepared.told = frozenset(tags[0] + tags[1])
+        prepared.tag = prepared.batch.tag(metadata.dst_node_id)
+        told = *tags, prepared.reuse, prepared.wanted
         if self._policy.up == "lattice":
-            return Instruction(self._policy.update_rule, *told)
+            return Instruction(self._policy.update_rule, *told, prepared.tag)
         records = prepared.original.content.array_records.values()
         if self._scheme is not None and any(float_names(record) for record in records):
             label = f"prunecast scheme {self._seed}/{self._count}".encode()
             self._count += 1
             key = int.from_bytes(hashlib.sha256(label).digest()[:8], "little")
             rule = SchemeRule(self._scheme.name, self._scheme.config(), key)
-            return Instruction(rule, *told)
+            return Instruction(rule, *told, prepared.tag)
         return Instruction(None, *told) if self._policy.down == "lattice" else None

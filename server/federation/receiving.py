@@ -33,7 +33,7 @@ from prunecast.compression.flower.internals import (
     unwatched,
     watched,
 )
-from prunecast.compression.versions import NodeReport, VersionsError, reply_tag, short
+from prunecast.compression.versions import NodeReport, VersionsError, short
 from prunecast.server.federation.checks import EXAMPLES, check_reply, misfits
 from prunecast.server.federation.errors import ReplyRefused
 from prunecast.server.federation.inbound import Up, decode_reply
@@ -76,7 +76,6 @@ class Received:
         message: as the strategy sees it.
         sent: the message that it answers.
         entry: its line in the ledger.
-        tag: what the node calls what it staged with it.
         update: whether it staged something.
         statistics: what the node contributes to pruning; None for nothing.
     """
@@ -84,7 +83,6 @@ class Received:
     message: Message
     sent: Prepared
     entry: Entry
-    tag: str
     update: bool = False
     statistics: bytes | None = None
 
@@ -113,7 +111,7 @@ class Receiver:
             entry: its line in the ledger, of the kind "error" so far.
             retried: whether the node was sent a keyframe for this message already.
         """
-        received = Received(reply, sent, entry, reply_tag(reply.metadata.reply_to_message_id))
+        received = Received(reply, sent, entry)
         if reply.has_error():
             if reply.error.code in _IN_THE_APP:
                 self._streams.node(entry.node).unread.add(entry.message_type)
@@ -149,9 +147,9 @@ class Receiver:
                 self._count(item)
         for item in received:
             if item.message.has_error():
-                self.give_up(item.tag, item.sent)
+                self.give_up(item.sent)
             elif item.update and self._verify:
-                self._streams.node(item.entry.node).settled(item.tag, accepted=True)
+                self._streams.node(item.entry.node).settled(item.sent.tag, accepted=True)
             elif item.update:
                 self._accept_when_decoded(item)
 
@@ -173,7 +171,7 @@ class Receiver:
                 item = replace(item, message=reply)
                 self._refuse(item, reason)
                 reply.fail(item.message.error)
-                self.give_up(item.tag, item.sent)
+                self.give_up(item.sent)
 
         for item in taken:
             reply = watched(item.message, told)
@@ -186,16 +184,16 @@ class Receiver:
 
         def decoded(key: int) -> None:
             if left.pop(key, None) is not None and not left:
-                self._streams.node(item.entry.node).settled(item.tag, accepted=True)
+                self._streams.node(item.entry.node).settled(item.sent.tag, accepted=True)
 
         for key, array in list(left.items()):
             array.when_formed(partial(decoded, key))
 
-    def give_up(self, tag: str, sent: Prepared) -> None:
-        """A reply moves nothing: let the node take back what it sent along."""
+    def give_up(self, sent: Prepared) -> None:
+        """The reply to a message moves nothing: let the node take back what it sent along."""
         if sent.rule is not None:
             node = self._streams.node(sent.original.metadata.dst_node_id)
-            node.settled(tag, accepted=False)
+            node.settled(sent.tag, accepted=False)
 
     def _open(self, received: Received, *, retried: bool) -> bool:
         """Decode a reply into what the strategy sees; whether the node could read the message."""

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunecast.compression.flower import CONTROL_RECORD, coded_record, payload_of, payload_record
-from prunecast.compression.flower.envelope import is_packed, pack, unpack
+from prunecast.compression.flower.envelope import PACKED_RECORD, is_packed, pack, unpack
 from prunecast.compression.flower.internals import object_bytes
 from prunecast.compression.versions import BadPayload
 
 NUMBERS = st.one_of(
     st.integers(-(2**62) + 1, 2**62 - 1), st.floats(allow_nan=False), st.sampled_from([-0.0, 0.0])
 )
-NAMES = st.text(max_size=12)
+NAMES = st.text(max_size=12) | st.sampled_from(["num-examples", "server-round", "eval-loss"])
 METRICS = st.dictionaries(NAMES, st.one_of(NUMBERS, st.lists(st.integers(0, 9), max_size=3)))
 CONFIGS = st.dictionaries(
     NAMES, st.one_of(NUMBERS, st.booleans(), st.text(max_size=9), st.binary(max_size=9))
@@ -42,7 +42,9 @@ def records() -> st.SearchStrategy[object]:
 
 @given(st.dictionaries(NAMES, records(), max_size=5), st.sampled_from(["instruction", "report"]))
 def test_what_is_packed_comes_back_in_its_order(found, field):
-    content = RecordDict({k: r for k, r in found.items() if k != CONTROL_RECORD})
+    content = RecordDict(
+        {k: r for k, r in found.items() if k not in (CONTROL_RECORD, PACKED_RECORD)}
+    )
     content[CONTROL_RECORD] = ConfigRecord({field: b"\0\1"})
     packed = pack(content)
     assert is_packed(packed)
@@ -61,6 +63,18 @@ def test_an_envelope_is_small():
     content = RecordDict({"arrays": payload, "config": ConfigRecord({"server-round": 6})})
     content[CONTROL_RECORD] = control(bytes(20))
     assert object_bytes(pack(content)) - 3000 < 250 < object_bytes(content) - 3000 - 400
+    # what every usual name costs beside its value: one byte
+    usual = [MetricRecord({"num-examples": 3}), ConfigRecord({"server-round": 3})]
+    long = [type(r)({name[:-1] + "?": 3 for name in r}) for r in usual]
+    for short, other in zip(usual, long, strict=True):
+        told = [RecordDict({"metrics": r, CONTROL_RECORD: control()}) for r in (short, other)]
+        one, two = (object_bytes(pack(content)) for content in told)
+        assert two - one == 12
+
+
+def test_a_record_of_the_packed_ones_name_keeps_the_others_as_they_are():
+    content = RecordDict({"=": ConfigRecord({"m": b"a user's"}), CONTROL_RECORD: control()})
+    assert pack(content) is content
 
 
 def test_large_payloads_stay_records_of_their_own_and_order_is_kept():
@@ -82,7 +96,7 @@ def test_records_that_were_added_on_the_way_are_there():
 
 @given(st.binary(max_size=80))
 def test_any_bytes_are_a_content_or_refused(data):
-    content = RecordDict({CONTROL_RECORD: ConfigRecord({"m": data})})
+    content = RecordDict({PACKED_RECORD: ConfigRecord({"m": data})})
     try:
         again = unpack(content)
     except BadPayload:
@@ -100,15 +114,15 @@ def test_a_changed_or_shortened_record_is_a_content_or_refused(draw):
             CONTROL_RECORD: control(),
         }
     )
-    data = bytearray(pack(content)[CONTROL_RECORD]["m"])
+    data = bytearray(pack(content)[PACKED_RECORD]["m"])
     at = draw.draw(st.integers(0, len(data) - 1))
     data[at] = draw.draw(st.integers(0, 255))
     data = data[: draw.draw(st.integers(0, len(data)))]
     with suppress(BadPayload):
-        unpack(RecordDict({CONTROL_RECORD: ConfigRecord({"m": bytes(data)})}))
+        unpack(RecordDict({PACKED_RECORD: ConfigRecord({"m": bytes(data)})}))
 
 
 @pytest.mark.parametrize("value", ["text", 3, [1]])
 def test_a_record_of_no_bytes_is_refused(value):
     with pytest.raises(BadPayload, match="damaged"):
-        unpack(RecordDict({CONTROL_RECORD: ConfigRecord({"m": value})}))
+        unpack(RecordDict({PACKED_RECORD: ConfigRecord({"m": value})}))

@@ -7,7 +7,20 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from prunecast.client.training import compression_mod, current_masks
+from prunecast.compression.flower import CONTROL_RECORD, payload_record
+from prunecast.compression.flower.envelope import is_packed
+from prunecast.compression.flower.internals import (
+    Measured,
+    object_bytes,
+    own_bytes,
+    serialised_objects,
+    uncached,
+    unsent,
+)
+from prunecast.compression.versions import Instruction, UpdateRule
 from prunecast.server.federation import FederationError, Policy
+from prunecast.server.federation.outbound import Batch, Prepared
+from prunecast.server.federation.packing import APART, pack_together
 from support.federation import (
     initial_arrays,
     local_step,
@@ -211,6 +224,115 @@ def test_messages_without_arrays_cost_nothing_more(federation, policy):
         list(grid.send_and_receive([message_to(2, content, "query")]))
     assert kinds(grid, "down") == kinds(grid, "up") == ["none", "none"]
     assert all(e.payload_bytes == e.dense_bytes for e in grid.ledger.entries)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "query", "train.special"])
+def test_messages_without_arrays_are_plain_flowers_to_the_byte(federation, tmp_path, kind):
+    """Down and up, also where a model has gone both ways and there is something to tell."""
+    passed = []
+
+    def noting(mods):
+        def note(message, context, call_next):
+            passed.append(message)
+            return call_next(message, context)
+
+        app = ClientApp(mods=[note, *mods])
+
+        @app.train()
+        @app.evaluate()
+        @app.query()
+        @app.train("special")
+        def answer(message, context):
+            content = RecordDict({"metrics": MetricRecord({"num-examples": 3, "loss": 0.5})})
+            if message.content.array_records:
+                content["arrays"] = to_record(local_step(to_arrays(message.content["arrays"]), 1))
+            return Message(content, reply_to=message)
+
+        return app
+
+    grid, inner, _ = federation("small", nodes=1, app=noting([compression_mod(tmp_path / "s")]))
+    _, plain, _ = federation("small", nodes=1, app=noting([]))
+    inner.on_reply = plain.on_reply = lambda reply: passed.append(reply) or reply
+    config = RecordDict({"config": ConfigRecord({"server-round": 7, "lr": 0.1, "text": "a"})})
+    asked = [RecordDict(), config, RecordDict({"m": MetricRecord({"n": [1.0, 2.0]})})]
+    model = RecordDict({"arrays": to_record(initial_arrays())})
+    list(grid.send_and_receive([message_to(1, model)]))
+    sent = []
+    for one in (grid, plain):
+        passed.clear()
+        for content in asked:
+            list(one.send_and_receive([message_to(1, content, kind)]))
+        sent.append(
+            [(own_bytes(m), serialised_objects(uncached(m.content))) for m in map(unsent, passed)]
+        )
+    assert len(sent[1]) == 2 * len(asked)
+    assert sent[0] == sent[1]
+    assert [e.payload_bytes - e.dense_bytes for e in grid.ledger.entries[2:]] == [0] * 6
+    assert set(kinds(grid, "down")[1:] + kinds(grid, "up")[1:]) == {"none"}
+
+
+@pytest.mark.parametrize("name", ["prunecast", "="])
+def test_a_record_under_a_name_of_ours_is_told(federation, name):
+    grid, _, _ = federation("balanced")
+    content = RecordDict({"arrays": to_record(initial_arrays()), name: ConfigRecord()})
+    with pytest.raises(FederationError, match=f"named '{name}'.*rename it"):
+        grid.push_messages([message_to(1, content)])
+
+
+def test_a_packed_message_that_says_nothing_of_its_arrays_is_refused(federation):
+    _, inner, _ = federation("balanced")
+    (reply,) = inner.send_and_receive([message_to(1, RecordDict({"=": ConfigRecord({"m": b""})}))])
+    assert "ModError" in reply.error.reason
+    assert "control record" in reply.error.reason
+
+
+def uploaded(messages):
+    """Bytes of the objects of messages, each once, as the SuperLink is given them."""
+    objects = {o for message in messages for o in serialised_objects(uncached(message))}
+    return sum(map(len, objects))
+
+
+def test_what_nodes_share_is_uploaded_once_though_it_is_packed(federation, tmp_path):
+    """Nodes in the same state are told the same, to the byte, in every round."""
+    grid, inner, _ = federation("balanced", app=echo_app(tmp_path, lambda _, a: local_step(a, 1)))
+    pushed = []
+    push = inner.push_messages
+    inner.push_messages = lambda messages: pushed.append(list(messages)) or push(pushed[-1])
+    for number in range(3):
+        content = RecordDict({"arrays": to_record(initial_arrays(number))})
+        list(grid.send_and_receive([message_to(n, content) for n in (1, 2, 3)]))
+        assert all(is_packed(message.content) for message in pushed[-1])
+        assert len({object_bytes(message.content) for message in pushed[-1]}) == 1
+        assert uploaded(pushed[-1]) < object_bytes(pushed[-1][0]) + 2 * 200  # Message objects
+    list(grid.send_and_receive([message_to(2, content)]))  # it alone knows what became of this
+    list(grid.send_and_receive([message_to(n, content) for n in (1, 2, 3)]))
+    assert len({m.content.object_id for m in pushed[-1]}) == 2
+
+
+@pytest.mark.parametrize(("nodes", "more"), [(2, 0), (2, 1), (10, 0), (10, 1)])
+def test_a_payload_stays_apart_where_packing_uploads_it_too_often(nodes, more):
+    """At the border: so many bytes more are uploaded as are saved on the way to the nodes."""
+    size = APART * nodes // (nodes - 1) + more
+    payload = payload_record(bytes(size))
+    measured = {"arrays": Measured(payload)}
+    batch = Batch([])
+
+    def prepared(node, tag):
+        control = ConfigRecord({"instruction": Instruction(UpdateRule(1.0), tag=tag).to_bytes()})
+        content = RecordDict({"arrays": payload, CONTROL_RECORD: control})
+        message = message_to(node, content)
+        return Prepared(batch, message, message, measured=dict(measured))
+
+    differing = [prepared(node, f"{node:08x}") for node in range(1, nodes + 1)]
+    pack_together(differing)
+    assert [is_packed(item.message.content) for item in differing] == [not more] * nodes
+    equal = [prepared(node, "00" * 4) for node in range(1, nodes + 1)]
+    pack_together(equal)
+    assert all(is_packed(item.message.content) for item in equal)
+    assert len({id(item.message.content) for item in equal}) == 1
+    alone = [prepared(1, "00" * 4)]
+    pack_together(alone)
+    assert is_packed(alone[0].message.content)
 
 
 def test_a_custom_loop_with_push_and_pull(federation, tmp_path):

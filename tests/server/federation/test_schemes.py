@@ -364,12 +364,13 @@ def test_messages_without_floats_pass_as_they_are(tmp_path):
 def test_records_of_the_wire():
     rule = SchemeRule("stc", {"density": 0.5, "scope": "tensor"}, 2**64 - 1)
     for instruction in (
-        Instruction(rule, ("ab" * 8,)),
+        Instruction(rule, ("ab" * 4,)),
         Instruction(
             UpdateRule(3.0, 0.6, False),
-            ("ab" * 8, "01" * 8),
-            ("cd" * 8,),
+            ("ab" * 4, "01" * 4),
+            ("cd" * 4,),
             {"arrays": bytes(range(16))},
+            tag="ef" * 4,
         ),
         Instruction(None, statistics=("gradient",)),
         Instruction(None),

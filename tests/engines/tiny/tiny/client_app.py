@@ -34,3 +34,12 @@ def evaluate(message: Message, context: Context) -> Message:
     loss = float(np.mean(np.square(arrays["weight"] - goal["weight"])))
     metrics = MetricRecord({"loss": loss, "num-examples": 1})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+@app.train("note")
+@app.evaluate("note")
+@app.query()
+def note(message: Message, context: Context) -> Message:
+    """Messages and replies without arrays."""
+    metrics = MetricRecord({"num-examples": 1, "size": 3.0})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
