@@ -309,6 +309,17 @@ def test_what_nodes_share_is_uploaded_once_though_it_is_packed(federation, tmp_p
     assert len({m.content.object_id for m in pushed[-1]}) == 2
 
 
+def test_replies_to_one_node_have_tags_of_their_own_and_those_of_all_nodes_the_same():
+    batch = Batch([])
+    first, second = ([batch.tag(node) for node in (1, 2, 3)] for _ in range(2))
+    assert len(set(first)) == len(set(second)) == 1
+    assert len({first[0], second[0], Batch([]).tag(1)}) == 3
+    assert (
+        Instruction.from_bytes(Instruction(UpdateRule(1.0), tag=first[0]).to_bytes()).tag
+        == (first[0])
+    )
+
+
 @pytest.mark.parametrize(("nodes", "more"), [(2, 0), (2, 1), (10, 0), (10, 1)])
 def test_a_payload_stays_apart_where_packing_uploads_it_too_often(nodes, more):
     """At the border: so many bytes more are uploaded as are saved on the way to the nodes."""
