@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks.loopback.relay import Exchange, Relay, running_relay
+from benchmarks.loopback.engine import Engine, relayed
+from benchmarks.loopback.relay import Exchange, Relay
 from prunecast.server.federation import Entry, Ledger
 
 pytestmark = pytest.mark.engine
@@ -19,34 +19,10 @@ ROUNDS, NODES = 3, 2
 
 
 @pytest.fixture(scope="module")
-def link(
-    start_engine: Callable[..., Any], free_port: Callable[[], int], tmp_path_factory: Any
-) -> Iterator[tuple[Any, Relay]]:
+def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Relay]]:
     """A SuperLink without TLS, and two SuperNodes that reach it by a relay."""
-    folder = tmp_path_factory.mktemp("wire")
-    port = free_port()
-    with start_engine(folder) as engine, running_relay("127.0.0.1", port) as relay:
-        engine.start(
-            "superlink",
-            *("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)),
-            port=port,
-        )
-        (folder / "flower").mkdir(exist_ok=True)
-        (folder / "flower" / "config.toml").write_text(
-            f'[superlink]\ndefault = "ours"\n\n[superlink.ours]\naddress = "127.0.0.1:{port}"\n'
-            "insecure = true\n"
-        )
-        for node in range(NODES):
-            runtime = free_port()
-            engine.start(
-                f"supernode{node}",
-                *("flower-supernode", "--insecure", "--superlink", relay.address),
-                *("--host", "127.0.0.1", "--port", str(runtime)),
-                "--node-config",
-                f'partition-id={node} num-partitions={NODES} prunecast-store="{folder}/s{node}"',
-                port=runtime,
-            )
-        yield engine, relay
+    with relayed(tmp_path_factory.mktemp("wire"), NODES) as started:
+        yield started
 
 
 @dataclass(frozen=True)
@@ -91,7 +67,7 @@ class Observed:
         return sum(e.payload_bytes for e in self.entries if e.direction in directions)
 
 
-def observe(link: tuple[Any, Relay], app: Path, output: Path, config: str) -> Observed:
+def observe(link: tuple[Engine, Relay], app: Path, output: Path, config: str) -> Observed:
     """Run the app."""
     engine, relay = link
     before = len(relay.exchanges)
@@ -105,7 +81,7 @@ def observe(link: tuple[Any, Relay], app: Path, output: Path, config: str) -> Ob
 
 
 def test_small_messages_from_ledger_to_wire(
-    link: tuple[Any, Relay], tiny_app: Path, tmp_path: Path
+    link: tuple[Engine, Relay], tiny_app: Path, tmp_path: Path
 ) -> None:
     run = observe(link, tiny_app, tmp_path, f"rows=16 num-server-rounds={ROUNDS}")
     pairs = len(run.messages) // 2
@@ -143,7 +119,7 @@ def test_small_messages_from_ledger_to_wire(
 
 
 def test_large_payloads_apart_and_messages_without_arrays_as_in_plain_flower(
-    link: tuple[Any, Relay], tiny_app: Path, tmp_path: Path
+    link: tuple[Engine, Relay], tiny_app: Path, tmp_path: Path
 ) -> None:
     run = observe(link, tiny_app, tmp_path, "rows=512 num-server-rounds=1 ask=true")
     training = [m for m in run.messages if m.type == "train"]

@@ -7,8 +7,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from prunecast.client.training import compression_mod, current_masks
-from prunecast.compression.flower import CONTROL_RECORD, payload_record
-from prunecast.compression.flower.envelope import is_packed
+from prunecast.compression.flower import CONTROL_RECORD, payload_of, payload_record
+from prunecast.compression.flower.envelope import is_packed, unpack
 from prunecast.compression.flower.internals import (
     Measured,
     object_bytes,
@@ -295,7 +295,8 @@ def uploaded(messages):
 def test_what_nodes_share_is_uploaded_once_though_it_is_packed(federation, tmp_path):
     """Nodes in the same state are told the same, to the byte, in every round."""
     grid, inner, _ = federation("balanced", app=echo_app(tmp_path, lambda _, a: local_step(a, 1)))
-    pushed = []
+    pushed, replied = [], []
+    inner.on_reply = lambda reply: replied.append(reply) or reply
     push = inner.push_messages
     inner.push_messages = lambda messages: pushed.append(list(messages)) or push(pushed[-1])
     for number in range(3):
@@ -304,6 +305,9 @@ def test_what_nodes_share_is_uploaded_once_though_it_is_packed(federation, tmp_p
         assert all(is_packed(message.content) for message in pushed[-1])
         assert len({object_bytes(message.content) for message in pushed[-1]}) == 1
         assert uploaded(pushed[-1]) < object_bytes(pushed[-1][0]) + 2 * 200  # Message objects
+    for message in (*pushed[0], *pushed[-1], *replied):
+        payload = payload_of(unpack(message.content)["arrays"])
+        assert 300 < object_bytes(message) - len(payload) <= 350
     list(grid.send_and_receive([message_to(2, content)]))  # it alone knows what became of this
     list(grid.send_and_receive([message_to(n, content) for n in (1, 2, 3)]))
     assert len({m.content.object_id for m in pushed[-1]}) == 2
