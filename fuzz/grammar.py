@@ -30,7 +30,9 @@ from prunecast.compression.codec.modelling.forms import (
     Lattice,
     Packed,
     Palette,
+    Rounded,
     all_fields,
+    may_be_rounded,
     may_have_form,
 )
 
@@ -98,6 +100,12 @@ def _forms(
     rng, forms = w.rng, dict[str, Form]()
     names, members = list(specs), list[list[str]]()
     for number, (name, spec) in enumerate(specs.items()):
+        if may_be_rounded(name, spec, context):
+            width = 8 * spec.dtype.itemsize
+            zeros = w.uint("zeros", rng.choice((0, 1, width // 2, width - 1, rng.randrange(width))))
+            if 0 < zeros < width:
+                forms[name] = Rounded(zeros)
+            continue
         if not may_have_form(name, spec, context) or name in kept:
             continue
         same = [

@@ -297,5 +297,24 @@ def mismatched() -> dict[str, tuple[bytes, Context]]:
         seal(Context(previous={"w": held}), head, b""),
         Context(previous={"w": held + np.int8(1)}),
     )
+    floats = Context(previous={"w": np.ones(4, np.float32)})
+    integers = Context(previous={"w": held})
+    for name, dtype, context, zeros, value in (
+        ("zeros_of_every_bit", "float32", floats, 32, 0),
+        ("rounded_beyond_its_bits", "float32", floats, 17, 1 << 15),
+        ("rounded_below_its_bits", "float32", floats, 17, -(1 << 15)),
+        ("zeros_of_integers", "int8", integers, 17, 0),
+    ):
+        w = HeadWriter()
+        w.layout([("w", dtype, (4,))])
+        w.uint("zeros", zeros)
+        w.coding(serial=True)
+        w.uint("mode", 0)
+        w.sint("centre", value)
+        w.uint("general", 4 * 2)
+        result[f"MalformedPayload--{name}"] = (
+            seal(context, w.coder.finish(), b"", forms=True),
+            context,
+        )
     result["ContextMismatch--more_given"] = (Plan().payload(), Context(previous={"w": held}))
     return result

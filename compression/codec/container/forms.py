@@ -19,6 +19,8 @@ from ..modelling.forms import (
     Lattice,
     Packed,
     Palette,
+    Rounded,
+    may_be_rounded,
     may_have_form,
 )
 
@@ -62,8 +64,8 @@ class _Models:
     """Contexts of everything that is said of forms."""
 
     def __init__(self, coder: AdaptiveEncoder | AdaptiveDecoder) -> None:
-        self.kind, self.source, self.axis, self.count, self.pack, self.length = (
-            coder.contexts(UINT_CONTEXTS) for _ in range(6)
+        self.kind, self.source, self.axis, self.count, self.pack, self.length, self.zeros = (
+            coder.contexts(UINT_CONTEXTS) for _ in range(7)
         )
         self.signed, self.shuffled = coder.contexts(1), coder.contexts(1)
 
@@ -81,9 +83,12 @@ def write_forms(
     place = {name: number for number, name in enumerate(specs)}
     begun = 0
     for name, spec in specs.items():
+        form = forms.get(name)
+        if may_be_rounded(name, spec, context):
+            coder.uint(m.zeros, form.zeros if isinstance(form, Rounded) else 0)
+            continue
         if not may_have_form(name, spec, context) or name in kept:
             continue
-        form = forms.get(name)
         if form is None:
             coder.uint(m.kind, _PLAIN)
         elif isinstance(form, Equal):
@@ -98,7 +103,7 @@ def write_forms(
         elif isinstance(form, Palette):
             coder.uint(m.kind, _PALETTE)
             coder.uint(m.count, form.count - 1)
-        else:
+        elif isinstance(form, Packed):
             coder.uint(m.kind, _PACKED)
             coder.uint(m.pack, 0 if form.number == begun else begun - form.number)
             begun += form.number == begun
@@ -120,6 +125,13 @@ def read_forms(
     forms: dict[str, Form] = {}
     members: list[list[str]] = []
     for number, (name, spec) in enumerate(specs.items()):
+        if may_be_rounded(name, spec, context):
+            zeros = coder.uint(m.zeros)
+            if zeros >= 8 * spec.dtype.itemsize:
+                raise MalformedPayload(f"tensor {name!r} has {zeros} zero bits in each element")
+            if zeros:
+                forms[name] = Rounded(zeros)
+            continue
         if not may_have_form(name, spec, context) or name in kept:
             continue
         kind = coder.uint(m.kind)

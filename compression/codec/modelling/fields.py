@@ -1,7 +1,8 @@
 """Tensors as *fields*: flat integer arrays, the only thing that the coder knows.
 
 An integer tensor is one field, a float tensor with a previous value is one field (the difference
-of monotone integer images), any other float tensor is one field for each byte of its element.
+of monotone integer images, less the bits that are zero in all of its elements), any other float
+tensor is one field for each byte of its element.
 Field values are integers modulo ``2**width``, read as signed.
 """
 
@@ -70,6 +71,8 @@ class Field:
     previous: NDArray[Any] | None
     lasting: bool = False
     """Whether several payloads use it: what is derived from the previous value is then kept."""
+    zeros: int = 0
+    """Of floats with a previous value: lowest bits that are zero in every element, not coded."""
 
     @property
     def width(self) -> int:
@@ -230,6 +233,16 @@ def _unmonotone(image: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(image ^ flip.astype(image.dtype))
 
 
+def _with_zeros(image: NDArray[Any], field: Field) -> NDArray[Any]:
+    """Images that lack their lowest bits, with those that zero bits of the floats have."""
+    kept = field.width - field.zeros
+    if len(image) and int(image.max()) >> kept:
+        raise MalformedPayload(f"tensor {field.name!r}: a value exceeds {kept} bits")
+    one = image.dtype.type(1)
+    low = np.where(image >> (kept - 1), image.dtype.type(0), (one << field.zeros) - one)
+    return np.asarray((image << field.zeros) | low)
+
+
 def _wrap(values: NDArray[Any], field: Field) -> NDArray[Any]:
     """Unsigned integers of the field's width, read as signed in its handling width."""
     return values.view(f"i{field.width // 8}").astype(
@@ -293,7 +306,8 @@ def split_tensor(array: NDArray[Any], fields: Sequence[Field]) -> Iterator[NDArr
         change = np.empty_like(flat)
         for s in range(0, len(flat), CHUNK):  # in chunks, to bound temporary arrays
             part = slice(s, s + CHUNK)
-            np.subtract(_monotone(flat[part]), _monotone(p[part]), out=change[part])
+            new, old = _monotone(flat[part]), _monotone(p[part])
+            np.subtract(new >> first.zeros, old >> first.zeros, out=change[part])
         yield _wrap(change, first)
         return
     # Rotating the sign to the bottom puts the exponent's upper bits into one byte.
@@ -333,7 +347,8 @@ def assemble(parts: Iterator[NDArray[Any]], fields: Sequence[Field]) -> NDArray[
         flat = next(parts).astype(unsigned)
         for s in range(0, len(flat), CHUNK):  # in chunks, to bound temporary arrays
             part = slice(s, s + CHUNK)
-            flat[part] = _unmonotone(_monotone(p[part]) + flat[part])
+            image = (_monotone(p[part]) >> first.zeros) + flat[part]
+            flat[part] = _unmonotone(_with_zeros(image, first) if first.zeros else image)
     else:
         flat = np.zeros(first.size, unsigned)
         for field in fields:

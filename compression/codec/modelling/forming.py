@@ -19,7 +19,9 @@ from .forms import (
     Form,
     Lattice,
     Palette,
+    Rounded,
     lattice_values,
+    may_be_rounded,
     may_have_form,
     rows_and_columns,
 )
@@ -40,6 +42,7 @@ _LEAST_LINE, _MOST_LINES = 32, 1 << 13  # elements for each step, and steps, whe
 _EPSILON = {2: 2.0**-11, 4: 2.0**-24, 8: 2.0**-53}
 _EUCLID, _CLEAR = 64, 16
 _GAIN = 0.9
+_LEAST_BITS = 64  # raw bits that zeros must save
 _FLOATS = 1.05  # what bytes of few floats take at least, of what each would take by itself
 
 Formed = tuple[Form, list[NDArray[Any]]]
@@ -52,6 +55,11 @@ def choose_forms(
     chosen: dict[str, Formed] = {}
     seen: dict[tuple[Any, ...], list[str]] = {}
     for name, spec in specs.items():
+        if may_be_rounded(name, spec, context):
+            previous = np.asarray((context.previous or {})[name])
+            if (rounded := _rounded(arrays[name], previous)) is not None:
+                chosen[name] = rounded
+            continue
         if not may_have_form(name, spec, context):
             continue
         flat = np.ascontiguousarray(arrays[name]).reshape(-1)
@@ -78,6 +86,21 @@ def choose_forms(
 
 def _same(other: NDArray[Any], bits: NDArray[Any]) -> bool:
     return np.array_equal(np.ascontiguousarray(other).reshape(-1).view(bits.dtype), bits)
+
+
+def _rounded(array: NDArray[Any], previous: NDArray[Any]) -> Formed | None:
+    """How many low bits are zero in all elements, now and before; None where that saves little."""
+    if previous.shape != array.shape or previous.dtype.newbyteorder("=") != array.dtype:
+        return None  # the fields refuse it
+    new, old = (
+        np.ascontiguousarray(a, array.dtype).reshape(-1).view(f"u{array.itemsize}")
+        for a in (array, previous)
+    )
+    used = int(np.bitwise_or.reduce(new) | np.bitwise_or.reduce(old))
+    zeros = (used & -used).bit_length() - 1
+    if zeros < 1 or zeros * int(np.count_nonzero(new != old)) < _LEAST_BITS:
+        return None
+    return Rounded(zeros), [array]
 
 
 def _lattice(flat: NDArray[Any], spec: TensorSpec) -> Formed | None:

@@ -2,14 +2,15 @@
 
 A tensor may be *equal* to an earlier one, a *lattice* (integers times steps, bit for bit), a
 *palette* (indices into a few values), or *packed* together with others by a coder of the standard
-library. Its *parts* are tensors of their own, which the fields are made of.
+library. Its *parts* are tensors of their own, which the fields are made of. Floats with a previous
+value have one form only: *rounded*, which leaves out the low bits that all of them have as zero.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,11 @@ __all__ = [
     "Lattice",
     "Packed",
     "Palette",
+    "Rounded",
     "all_fields",
     "expand",
     "lattice_values",
+    "may_be_rounded",
     "may_have_form",
     "parted",
     "rows_and_columns",
@@ -79,13 +82,30 @@ class Packed:
     number: int
 
 
-Form = Equal | Lattice | Palette | Packed
+@dataclass(frozen=True)
+class Rounded:
+    """Floats whose lowest ``zeros`` bits are zero, as those of the previous value should be."""
+
+    zeros: int
+
+
+Form = Equal | Lattice | Palette | Packed | Rounded
 
 
 def may_have_form(name: str, spec: TensorSpec, context: Context) -> bool:
     """Whether a tensor may have a form: it is not empty, and nothing conditions it."""
     return (
         spec.size > 0 and name not in (context.mask or {}) and name not in (context.previous or {})
+    )
+
+
+def may_be_rounded(name: str, spec: TensorSpec, context: Context) -> bool:
+    """Whether a tensor may be `Rounded`: floats, not empty, with a previous value and no mask."""
+    return (
+        spec.size > 0
+        and spec.dtype.kind == "f"
+        and name not in (context.mask or {})
+        and name in (context.previous or {})
     )
 
 
@@ -116,12 +136,15 @@ def all_fields(
     forms: Mapping[str, Form],
 ) -> dict[str, list[Field]]:
     """Return every tensor's fields; ``kept`` has the rows kept of those with copied rows."""
-    plain = {n: s for n, s in specs.items() if n not in kept and n not in forms}
+    rounded = {n: form for n, form in forms.items() if isinstance(form, Rounded)}
+    plain = {n: s for n, s in specs.items() if n not in kept and (n not in forms or n in rounded)}
     found = fields_of(plain, context)
     result: dict[str, list[Field]] = {}
     for name, spec in specs.items():
         if name in kept:
             result[name] = copied_fields(name, spec, kept[name])
+        elif name in rounded:
+            result[name] = [replace(f, zeros=rounded[name].zeros) for f in found[name]]
         elif name in forms:
             parts = _part_specs(spec, forms[name])
             result[name] = [f for part in parts for f in fields_of({name: part}, Context())[name]]
@@ -147,6 +170,8 @@ def expand(form: Form, parts: Sequence[NDArray[Any]], spec: TensorSpec) -> NDArr
     Raises:
         MalformedPayload: a step is no positive number, or an index leads nowhere.
     """
+    if isinstance(form, Rounded):
+        return parts[0]
     if isinstance(form, Lattice):
         steps = np.array([form.step]) if form.axis == WHOLE else parts[0]
         if not (np.isfinite(steps).all() and (steps > 0).all()):

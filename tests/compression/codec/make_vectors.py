@@ -109,6 +109,7 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
         "groups": (groups, Context()),
         "copies": ({"table": table, "flags": table > 0}, Context()),
         "forms": (forms, Context()),
+        "rounded": rounded(),
         "packs": (packs, Context()),
         "packs_layout": (
             {"ramp": packs["ramp"]},
@@ -122,6 +123,25 @@ def golden() -> dict[str, tuple[dict[str, Any], Context]]:
             Context(layout=layout, mask={"w": mask}, previous={"w": held}),
         ),
     }
+
+
+def rounded() -> tuple[dict[str, Any], Context]:
+    """Floats whose low bits are zero against such, beside what has no form and what has another."""
+    rng = np.random.default_rng(20261128)
+    held: dict[str, Any] = {}
+    tensors: dict[str, Any] = {"step": rng.integers(-9, 10, 90).astype("f4") * np.float32(0.0123)}
+    for dtype, bits in (("f2", "u2"), ("f4", "u4"), ("f8", "u8")):
+        drawn = rng.normal(size=(6, 20))
+        zeros = {"f2": 4, "f4": 17, "f8": 46}[dtype]
+        mask = np.array(-1 << zeros, f"i{bits[1]}").view(bits)
+        new, old = ((a.astype(dtype).view(bits) & mask).view(dtype) for a in (drawn * 1.05, drawn))
+        new[0, :6] = old[1, :6] = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0]
+        new[0, 6:8] = np.array([1 << zeros, 3 << zeros], bits).view(dtype)  # subnormal
+        held[dtype], tensors[dtype] = old, new
+    held["exact"] = rng.normal(size=30).astype("f4")
+    tensors["exact"] = held["exact"] * np.float32(1.05)
+    held["counter"], tensors["counter"] = np.array([5, 7]), np.array([1, 2])
+    return tensors, Context(previous=held)
 
 
 def _encode(tensors: dict[str, Any], context: Context) -> bytes:
