@@ -134,7 +134,7 @@ def _forms(
             forms[name] = Palette(min(count, 1 << 16))
         elif kind == 4:
             back = w.uint("pack", rng.randint(0, len(members)))
-            if not back:
+            if not (back and members):
                 members.append([])
             at = max(len(members) - max(back, 1), 0)
             members[at].append(name)

@@ -19,6 +19,8 @@ from prunecast.compression.versions import (
     ReplyTensor,
     UpdateRule,
     exact_change,
+    is_statistic,
+    rounded_floats,
 )
 
 __all__ = ["Coded", "align", "compress_reply", "is_own", "norm_of"]
@@ -139,7 +141,9 @@ def compress_reply(
     "The Algorithmic Foundations of Differential Privacy", proposition 2.1).
 
     A large tensor that the version does not have goes as values in a fine step; all others, and
-    what does not fit integers of 32 bits, exactly.
+    what does not fit integers of 32 bits, exactly. Running statistics of normalisation layers that
+    the version has are rounded to the rule's mantissa bits first, but not without error feedback
+    or under a clip, since rounding may add to a norm.
 
     Args:
         base: the version that the record answers.
@@ -362,9 +366,13 @@ def _shrunk(z: NDArray[np.int32], step: float, most: float) -> float:
 def _exact_or_fine(
     name: str, tensor: ReplyTensor, array: NDArray[Any], base: PublishedModel, rule: UpdateRule
 ) -> QuantisedTensor | NDArray[Any] | None:
+    is_float = array.dtype.kind == "f"
     if tensor.like is not None:
+        rounds = rule.statistics_bits and rule.step > 0 and rule.error_feedback
+        if rounds and is_float and array.size > 1 and is_statistic(tensor.like):
+            array = rounded_floats(array, rule.statistics_bits)
         return exact_change(array, base[tensor.like])
-    worth_it = rule.step > 0 and array.dtype.kind == "f" and array.size >= _LARGE
+    worth_it = rule.step > 0 and is_float and array.size >= _LARGE
     if not worth_it or not np.isfinite(array).all():
         return array
     norm = norm_of(array)

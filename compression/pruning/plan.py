@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from prunecast.compression.codec import CodecError, Limits
 from prunecast.compression.pruning.masks import ALLOCATIONS, Allocation, Scores
-from prunecast.compression.versions import BadPayload, encode_plain, open_plain
+from prunecast.compression.versions import BadPayload, encode_plain, open_plain, rounded_floats
 
 __all__ = [
     "CRITERIA",
@@ -45,6 +45,7 @@ __all__ = [
 Statistics = Mapping[str, Mapping[str, NDArray[Any]]]
 """Name of a statistic to tensor to values."""
 _LARGEST = 1e30  # a mean of such is finite
+_BITS = 1  # of mantissa
 _OF = "\0"
 
 
@@ -52,17 +53,13 @@ def pack_statistics(statistics: Statistics) -> bytes:
     """Statistics as a plain payload; what is beyond ±1e30 becomes that."""
     return encode_plain(
         {
-            name + _OF + tensor: _narrow(array)
+            name + _OF + tensor: rounded_floats(
+                np.clip(array, -_LARGEST, _LARGEST).astype(np.float32), _BITS
+            )
             for name, tensors in statistics.items()
             for tensor, array in tensors.items()
         }
     )
-
-
-def _narrow(array: NDArray[Any]) -> NDArray[np.float32]:
-    bits = np.clip(array, -_LARGEST, _LARGEST).astype(np.float32).view(np.uint32)
-    rounded: NDArray[np.uint32] = (bits + np.uint32(1 << 21)) & np.uint32(0xFFC00000)
-    return rounded.view(np.float32)
 
 
 class StatisticsMean:

@@ -45,6 +45,7 @@ from prunecast.compression.versions.payloads import (
 )
 from prunecast.compression.versions.received import Change, Update
 from prunecast.compression.versions.seeded import Seed, draw_like
+from prunecast.compression.versions.statistics import is_statistic, rounded_floats
 from prunecast.compression.versions.storage import (
     load_model,
     save_model,
@@ -99,12 +100,14 @@ __all__ = [
     "encode_update",
     "exact_change",
     "inspect",
+    "is_statistic",
     "load_model",
     "measure_payload",
     "model_limits",
     "open_plain",
     "read_description",
     "refine",
+    "rounded_floats",
     "save_model",
     "short",
     "stream_tag",

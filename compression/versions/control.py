@@ -17,6 +17,7 @@ from functools import partial
 
 from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.fields import FieldReader, FieldWriter
+from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 
 __all__ = ["TAG_BYTES", "Instruction", "NodeReport", "SchemeRule", "UpdateRule"]
 
@@ -43,12 +44,16 @@ class UpdateRule:
             (Karimireddy et al. 2019, "Error Feedback Fixes SignSGD", algorithm 1).
         floor: the step is at least so many steps of the lattice that the tensor was published on:
             what the next version could not show is left to error feedback.
+        statistics_bits: mantissa bits, 0 to 23, that running statistics of normalisation layers
+            (see `is_statistic`) are rounded to, where there is a step and error feedback; 0 for
+            exact.
     """
 
     step: float
     dead_zone: float = 0.5
     error_feedback: bool = True
     floor: float = 0.0
+    statistics_bits: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.step) and self.step >= 0):
@@ -57,6 +62,10 @@ class UpdateRule:
             raise BadPayload(f"update floor {self.floor!r} is not a non-negative number")
         if not 0.5 <= self.dead_zone <= 1:
             raise BadPayload(f"dead zone {self.dead_zone!r} is outside 0.5..1")
+        if not 0 <= self.statistics_bits <= MOST_STATISTICS_BITS:
+            raise BadPayload(
+                f"statistics of {self.statistics_bits!r} bits are outside 0..{MOST_STATISTICS_BITS}"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,10 +111,11 @@ class Instruction:
         match self.rule:
             case None:
                 out.number(_AS_THEY_ARE)
-            case UpdateRule(step, zone, feedback, floor):
+            case UpdateRule(step, zone, feedback, floor, bits):
                 out.number(_UPDATE_FED_BACK if feedback else _UPDATE)
                 for value in (step, zone, floor):
                     out.real(value)
+                out.number(bits)
             case SchemeRule(name, options, key):
                 out.number(_SCHEME)
                 out.text(name)
@@ -201,7 +211,7 @@ def _rule(found: FieldReader) -> UpdateRule | SchemeRule | None:
             return None
         case 1 | 2:
             step, zone, floor = (found.real() for _ in range(3))
-            return UpdateRule(step, zone, kind == _UPDATE_FED_BACK, floor)
+            return UpdateRule(step, zone, kind == _UPDATE_FED_BACK, floor, found.number())
         case 3:
             name, options, key = found.text(), _options(found.text()), found.number()
             return SchemeRule(name, options, key)

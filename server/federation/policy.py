@@ -19,13 +19,13 @@ from prunecast.compression.pruning.plan import CRITERIA, SCHEDULES, PruningPlan
 from prunecast.compression.schemes import SchemeError
 from prunecast.compression.schemes.interface import Option, Scheme
 from prunecast.compression.schemes.registry import SCHEMES, scheme
-from prunecast.compression.versions import UpdateRule
+from prunecast.compression.versions import UpdateRule, is_statistic
+from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 from prunecast.server.federation.errors import PolicyError
 
 __all__ = ["PRESETS", "Policy"]
 
 _PREFIX = "prunecast."
-_STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
 _PART = 0.7  # of the rounds, by which pruning is over where it follows learning
 _LEAST = 3  # rounds from the last dense model to the sparsest
 _UNKNOWN = 25  # round by which it is over where nobody says how many there are
@@ -71,7 +71,8 @@ class Policy:
     pruning_exclude: tuple[str, ...] = ()
     pruning_adapters: bool = False
     pruning_align: bool = False
-    lossless: tuple[str, ...] = _STATISTICS
+    statistics_bits: int = 6  # of mantissa, of normalisation layers' running statistics
+    lossless: tuple[str, ...] = ("*num_batches_tracked",)
     history: int = 16
 
     def __post_init__(self) -> None:
@@ -123,6 +124,11 @@ class Policy:
             ),
             ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),
             ("pruning_min_size", self.pruning_min_size >= 0, "give 0 or more"),
+            (
+                "statistics_bits",
+                0 <= self.statistics_bits <= MOST_STATISTICS_BITS,
+                f"give 0 to {MOST_STATISTICS_BITS} bits of mantissa, such as 6; 0 is exact",
+            ),
             ("history", self.history >= 1, "give 1 or more"),
             (
                 "pruning_end",
@@ -187,18 +193,31 @@ class Policy:
     @property
     def update_rule(self) -> UpdateRule:
         """What nodes are told about their updates."""
-        return UpdateRule(self.up_step, self.dead_zone, self.error_feedback, self.up_floor)
+        bits = self.statistics_bits if self.down_step > 0 else 0
+        return UpdateRule(self.up_step, self.dead_zone, self.error_feedback, self.up_floor, bits)
 
     def is_lossless(self, name: str, dtype: np.dtype[Any], size: int) -> bool:
-        """Whether a tensor travels exactly: not a float, fewer than two elements, or by name."""
-        return self.down_step == 0 or dtype.kind != "f" or size < 2 or _matches(name, self.lossless)
+        """Whether a tensor has no lattice: not a float, fewer than two elements, or by name.
+
+        It travels exactly, or in the `mantissa_bits` of a running statistic.
+        """
+        by_name = is_statistic(name) or _matches(name, self.lossless)
+        return self.down_step == 0 or dtype.kind != "f" or size < 2 or by_name
+
+    def mantissa_bits(self, name: str, dtype: np.dtype[Any], size: int) -> int:
+        """Bits of mantissa that a tensor without a lattice is rounded to; 0 for exact."""
+        exact = self.down_step == 0 or dtype.kind != "f" or size < 2
+        if exact or not is_statistic(name) or _matches(name, self.lossless):
+            return 0
+        return self.statistics_bits
 
     def is_trained(self, name: str, dtype: np.dtype[Any], size: int) -> bool:
         """Whether a tensor that becomes NaN or infinite is the sign of a training that diverged.
 
         So are floats that are no statistics: whatever else travels exactly may hold what it likes.
         """
-        return dtype.kind == "f" and size >= 2 and not _matches(name, self.lossless)
+        by_name = is_statistic(name) or _matches(name, self.lossless)
+        return dtype.kind == "f" and size >= 2 and not by_name
 
     def check_rounds(self, rounds: int) -> None:
         """Warn, once, if pruning cannot arrive where it should.

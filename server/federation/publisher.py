@@ -37,6 +37,7 @@ from prunecast.compression.versions import (
     draw_like,
     encode_delta,
     encode_keyframe,
+    rounded_floats,
     short,
 )
 from prunecast.server.federation.errors import FederationError, NonFiniteModel
@@ -375,8 +376,19 @@ class Publisher:
                     continue
                 except QuantiseError as error:
                     self._travels_exactly(name, str(error))
-            tensors[name] = RawTensor(array)
+            tensors[name] = self._off_lattice(name, array)
         return PublishedModel(tensors, self._counter)
+
+    def _off_lattice(self, name: str, array: NDArray[Any]) -> RawTensor:
+        bits = self.policy.mantissa_bits(name, array.dtype, array.size)
+        if not bits:
+            return RawTensor(array)
+        held = self._latest.tensors.get(name) if self._latest is not None else None
+        last = None
+        if isinstance(held, RawTensor) and (held.shape, held.dtype) == (array.shape, array.dtype):
+            last = held.values
+        hysteresis = self.policy.hysteresis
+        return RawTensor(rounded_floats(array, bits, last=last, hysteresis=hysteresis))
 
     def payload(self, version: Version, held: bytes | None) -> EncodedPayload:
         """What a node that does not hold `version` must receive.

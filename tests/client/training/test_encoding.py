@@ -15,6 +15,7 @@ from prunecast.compression.versions import (
     UpdateRule,
     decode_update,
     encode_update,
+    rounded_floats,
 )
 
 RULE = UpdateRule(1.0, 0.5)
@@ -348,3 +349,79 @@ def test_a_number_by_that_name_that_clips_nothing_changes_nothing():
     free, _ = sent(base, trained, rule)
     got, _ = sent(base, trained, rule, clip=0.01)
     assert np.array_equal(free["w"], got["w"])
+
+
+# -- running statistics ----------------------------------------------------------------------------
+
+ROUNDING = UpdateRule(3.0, 0.6, statistics_bits=6)
+
+
+def held_statistics():
+    names = ("1.running_mean", "1.running_var", "bn.moving_variance")
+    return PublishedModel(
+        {
+            "w": LatticeTensor(np.arange(-50, 50), 0.02),
+            **{name: RawTensor(np.ones(40, np.float32)) for name in names},
+            "0.running_var": RawTensor(np.ones(1, np.float32)),
+            "scale": RawTensor(np.ones(40, np.float32)),
+        },
+        1,
+    )
+
+
+def trained_statistics(base):
+    return {
+        name: (tensor.dense() + noise(tensor.shape, 0.3, at)).astype("f4")
+        for at, (name, tensor) in enumerate(base.tensors.items())
+    }
+
+
+def test_statistics_are_rounded_to_nearest_in_the_bits_of_the_rule():
+    base = held_statistics()
+    trained = trained_statistics(base)
+    got, _ = sent(base, trained, ROUNDING)
+    for name in ("1.running_mean", "1.running_var", "bn.moving_variance"):
+        assert (got[name].view("u4") & ((1 << 17) - 1) == 0).all(), name
+        np.testing.assert_allclose(got[name], trained[name], rtol=2**-7)
+        assert (got[name] != trained[name]).any()
+    trained["9.running_var"] = noise((40,), 1.0)
+    got, _ = sent(base, trained, ROUNDING)
+    for name in ("0.running_var", "scale", "9.running_var"):  # one value, no statistic, not sent
+        assert got[name].tobytes() == trained[name].tobytes()
+    trained.pop("9.running_var")  # a list without names goes by positions
+    unnamed, _ = sent(base, {str(i): a for i, a in enumerate(trained.values())}, ROUNDING)
+    assert unnamed["1"].tobytes() == got["1.running_mean"].tobytes()
+    odd = np.array([np.inf, -np.inf, np.nan, -0.0] * 10, np.float32)  # a batch of one
+    coded = compress_reply(base, {"1.running_var": odd}, {}, ROUNDING)
+    assert coded.changes["1.running_var"].tobytes() == odd.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("rule", "clip"),
+    [
+        (UpdateRule(3.0, 0.6), None),
+        (UpdateRule(0.0, statistics_bits=6), None),
+        (UpdateRule(3.0, 0.6, error_feedback=False, statistics_bits=6), None),
+        (ROUNDING, 100.0),
+    ],
+    ids=["no bits", "no step", "no feedback", "clip"],
+)
+def test_statistics_are_exact_where_nothing_may_be_added(rule, clip):
+    base = held_statistics()
+    trained = trained_statistics(base)
+    got, _ = sent(base, trained, rule, clip=clip)
+    for name in trained.keys() - {"w"}:
+        assert got[name].tobytes() == trained[name].tobytes(), name
+
+
+def test_rounded_statistics_cost_a_fifth():
+    rng = np.random.default_rng(5)
+    master = np.exp(rng.normal(size=928)).astype("f4")
+    sizes = []
+    for bits in (0, 6):
+        held = rounded_floats(master, bits) if bits else master
+        base = PublishedModel({"running_var": RawTensor(held)}, 1)
+        trained = {"running_var": (held * (1 + 0.05 * rng.normal(size=928))).astype("f4")}
+        coded = compress_reply(base, trained, {}, UpdateRule(3.0, 0.6, statistics_bits=bits))
+        sizes.append(len(encode_update(base, coded.changes, tensors=coded.tensors)))
+    assert sizes[1] < 650 < 2200 < sizes[0]

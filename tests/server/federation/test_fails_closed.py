@@ -275,6 +275,9 @@ def test_an_error_reply_for_a_dead_node_passes_and_is_in_the_ledger(federation):
         ({"prunecast.pruning-schedule": 3}, "prunecast.pruning-schedule .*= 3: give a string"),
         ({"prunecast.pruning-end": 2}, "prunecast.pruning-end .*after prunecast.pruning-begin = 2"),
         ({"prunecast.pruning-begin": -1}, "prunecast.pruning-begin .*= -1: give 0 or more"),
+        ({"prunecast.statistics-bits": 24}, "-bits .*= 24: give 0 to 23 bits of mantissa"),
+        ({"prunecast.statistics-bits": -1}, "-bits .*= -1: give 0 to 23"),
+        ({"prunecast.statistics-bits": 6.5}, "-bits .*= 6.5: give a whole number"),
         ({"prunecast.history": 0}, "prunecast.history .*= 0: give 1 or more"),
         ({"prunecast.history": 1.5}, "prunecast.history .*= 1.5: give a whole number"),
         ({"prunecast.down": "sparse"}, "prunecast.down .*= 'sparse': choose 'lattice' or 'dense'"),
@@ -315,6 +318,7 @@ def test_every_knob_can_be_set_from_the_run_config():
             "prunecast.pruning-end": 40,
             "prunecast.lossless": "*bias, head.*",
             "prunecast.error-feedback": False,
+            "prunecast.statistics-bits": 8,
             "prunecast.up-step": 2,
             "learning-rate": 0.1,
         }
@@ -325,6 +329,7 @@ def test_every_knob_can_be_set_from_the_run_config():
         pruning_end=40,
         lossless=("*bias", "head.*"),
         error_feedback=False,
+        statistics_bits=8,
         up_step=2.0,
     )
 

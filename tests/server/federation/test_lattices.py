@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from prunecast.client.training.encoding import compress_reply
-from prunecast.compression.versions import PublishedModel, QuantisedTensor, UpdateRule
+from prunecast.compression.versions import (
+    PublishedModel,
+    QuantisedTensor,
+    RawTensor,
+    UpdateRule,
+    decode_model,
+    rounded_floats,
+    short,
+)
 from prunecast.server.federation import Policy, PolicyError
 from prunecast.server.federation.lattices import Lattices
 from prunecast.server.federation.progress import Losses, Progress, losses_in
@@ -117,6 +125,90 @@ def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later():
 def test_knobs_outside_their_range_are_named(knob, value):
     with pytest.raises(PolicyError, match=knob):
         Policy(**{knob: value})
+
+
+# -- running statistics ----------------------------------------------------------------------------
+
+
+def batch_norm(seed, by=0.05, size=464, count=1):
+    """Masters whose statistics move by 5 %, as they do from round to round."""
+    rng = np.random.default_rng(seed)
+    mean, var = rng.normal(size=size), np.exp(rng.normal(size=size))
+    for _ in range(count):
+        yield {
+            "0.running_mean": mean.astype("f4"),
+            "0.running_var": var.astype("f4"),
+            "1.running_var": np.ones(1, "f4") * np.float32(0.3),
+            "0.num_batches_tracked": np.array(3),
+        }
+        mean = mean * (1 + by * rng.normal(size=size))
+        var = var * (1 + by * rng.normal(size=size))
+
+
+def test_statistics_are_published_in_a_few_bits_and_stay_while_near():
+    policy = Policy(hysteresis=0.75)
+    publisher = Publisher(policy, b"s")
+    last = {}
+    for master in batch_norm(1, by=0.01, count=4):
+        version = publisher.publish(master)
+        sent = version.model.arrays()
+        assert version.master["0.running_var"].tobytes() == master["0.running_var"].tobytes()
+        for name in ("0.running_mean", "0.running_var"):
+            assert (sent[name].view("u4") & ((1 << 17) - 1) == 0).all()
+            expected = rounded_floats(master[name], 6, last=last.get(name), hysteresis=0.75)
+            assert sent[name].tobytes() == expected.tobytes()
+            np.testing.assert_allclose(sent[name], master[name], rtol=0.75 / 64 * 1.001)
+        for name in ("1.running_var", "0.num_batches_tracked"):
+            assert sent[name].tobytes() == master[name].tobytes()
+        last = sent
+
+
+@pytest.mark.parametrize(
+    ("policy", "exact"),
+    [
+        (Policy(statistics_bits=0), {"0.running_mean", "0.running_var"}),
+        (Policy.preset("lossless"), {"0.running_mean", "0.running_var"}),
+        (Policy(lossless=("*running_var",)), {"0.running_var"}),
+        (Policy(lossless=()), set()),
+    ],
+    ids=["0 bits", "lossless", "named", "none named"],
+)
+def test_statistics_travel_exactly_where_the_policy_says_so(policy, exact):
+    (master,) = batch_norm(2)
+    sent = Publisher(policy, b"s").publish(master).model
+    for name in ("0.running_mean", "0.running_var"):
+        assert isinstance(sent[name], RawTensor)  # never on a lattice
+        same = sent[name].values.tobytes() == master[name].tobytes()
+        assert same == (name in exact), name
+
+
+def test_statistics_that_are_not_finite_are_published_and_no_sign_of_divergence():
+    (master,) = batch_norm(3)
+    publisher = Publisher(Policy(hysteresis=1.0), b"s")
+    for odd in ([np.inf, -0.0, np.nan], [1.0, np.inf, 0.0], [np.nan, 2.0, np.inf]):
+        master["0.running_var"][:3] = odd
+        sent = publisher.publish(master).model.arrays()["0.running_var"]
+        assert sent[:3].tobytes() == np.array(odd, "f4").tobytes()
+
+
+def test_a_delta_of_statistics_takes_a_quarter_of_the_bytes():
+    """928 values that moved by 5 %: 2.5 kB exactly; nodes get the bits that were published."""
+    sizes = []
+    for bits in (0, 6):
+        publisher = Publisher(Policy(statistics_bits=bits), b"s")
+        first, second = (publisher.publish(master) for master in batch_norm(4, count=2))
+        payload = publisher.payload(second, short(first.model.digest)).data
+        sizes.append(len(payload))
+        got = decode_model(payload, held=first.model, stream=b"s")
+        assert got.digest == second.model.digest
+    assert sizes[1] < 700 < 2400 < sizes[0]
+
+
+def test_nodes_are_told_the_bits_unless_models_are_exact():
+    assert Policy().update_rule.statistics_bits == 6
+    assert Policy(statistics_bits=9).update_rule.statistics_bits == 9
+    assert Policy.preset("lossless").update_rule.statistics_bits == 0
+    assert Policy(down_step=0.0).update_rule.statistics_bits == 0
 
 
 # -- progress --------------------------------------------------------------------------------------

@@ -259,6 +259,39 @@ def test_a_counter_keeps_its_dtype_and_the_uplink_its_ratio(federation, tmp_path
     assert sizes[0] < 1.02 * sizes[1]
 
 
+@pytest.mark.parametrize("bits", [0, 6])
+def test_statistics_of_two_clients_average_to_within_their_bits(federation, tmp_path, bits):
+    names = ("bn.running_mean", "bn.running_var")
+    said, got = [], []
+
+    def reply(received, number):
+        received = received["arrays"]
+        got.append(received)
+        rng = np.random.default_rng(number)
+        weights = {n: a for n, a in received.items() if n not in names}
+        trained = {**received, **local_step(weights, number)}
+        for name in names:
+            trained[name] = np.exp(rng.normal(size=16)).astype(np.float32)
+        trained["bn.running_var"][0] = np.inf  # a batch of one
+        said.append(trained)
+        return {"arrays": trained}
+
+    policy = Policy.preset("balanced", statistics_bits=bits)
+    grid, _, _ = federation(policy, app=app_that(tmp_path, reply), nodes=2)
+    result = FedAvg(fraction_evaluate=0.0).start(
+        grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=2
+    )
+    master, (one, two) = to_arrays(result.arrays), said[-2:]
+    for name in names:
+        mean = (one[name].astype("f8") + two[name]) / 2
+        np.testing.assert_allclose(master[name], mean, rtol=2**-7 if bits else 1e-6)
+        ends = [a[name].view("u4") & ((1 << 17) - 1) for a in got[-2:]]
+        assert [bool(end.any()) for end in ends] == [not bits] * 2  # what was published
+        assert got[-1][name].tobytes() == got[-2][name].tobytes()
+    assert master["bn.running_var"][0] == np.inf
+    assert {e.kind for e in up(grid)} == {"update"}
+
+
 @pytest.mark.parametrize("policy", ["lossless", "balanced", Policy(up="int8")])
 def test_numbers_of_another_byte_order_come_and_go(federation, tmp_path, policy):
     swapped = {n: a.astype(">f4") for n, a in initial_arrays().items()}
