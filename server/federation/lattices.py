@@ -44,6 +44,7 @@ class Lattices:
         mask: NDArray[np.bool_] | None,
         last: Tensor | None,
         *,
+        fine: bool = False,
         aligned: bool = False,
     ) -> LatticeTensor:
         """The integers of one tensor.
@@ -53,13 +54,14 @@ class Lattices:
             array: master weights, any shape, finite.
             mask: which of them are kept; None where nothing is pruned.
             last: what was published of it last, which decides what stays; None for nothing.
+            fine: whether it is few values that each matter much: a vector, a low-rank factor.
             aligned: let the mask end at the border of a cell, so that the integers almost say it;
                 for masks that keep the largest weights.
 
         Raises:
             QuantiseError: the values do not lie on any lattice of 32-bit integers.
         """
-        step = self._step(name, array)
+        step = self._step(name, array, fine)
         q = quantise(array, step, name=name)
         before = None
         if isinstance(last, LatticeTensor) and last.shape == array.shape:
@@ -84,9 +86,9 @@ class Lattices:
             kept &= (before != 0) | (distance > cells + self.policy.hysteresis)
         return LatticeTensor(q * kept, step, True, array.dtype)
 
-    def _step(self, name: str, array: NDArray[Any]) -> float:
+    def _step(self, name: str, array: NDArray[Any], fine: bool) -> float:
         unit = max(spread(array, "std"), _SMALLEST_SPREAD)
-        wanted = self.policy.down_step if array.ndim > 1 else self.policy.vector_step
+        wanted = min(self.policy.vector_step, self.policy.down_step) if fine else self.policy.down_step
         ideal = wanted * unit
         if not ideal <= _LARGEST:
             raise QuantiseError(f"the values of {name!r} spread over more than float32 holds")

@@ -366,12 +366,15 @@ class Publisher:
     ) -> PublishedModel:
         tensors: dict[str, Tensor] = {}
         aligned = self.policy.pruning_align and self.policy.pruning_criterion == "magnitude"
+        factors = low_rank_factors({name: array.shape for name, array in master.items()})
         for name, array in master.items():
             if not self._is_exact(name, array):
                 last = self._latest.tensors.get(name) if self._latest is not None else None
                 try:
                     tensors[name] = self._lattices.tensor(
-                        name, array, masks.get(name), last, aligned=aligned
+                        *(name, array, masks.get(name), last),
+                        fine=array.ndim < 2 or name in factors,
+                        aligned=aligned,
                     )
                     continue
                 except QuantiseError as error:
