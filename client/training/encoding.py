@@ -298,7 +298,7 @@ class _Coder:
         with np.errstate(over="ignore"):
             step = self.rule.step * self.size.step
             if not self.own:
-                step = max(step, self.rule.floor * self.tensor.step)
+                step = max(step, self.rule.least_step(array.size, self.tensor.step))
             step = float(np.float32(step))
         if given == 0 or step <= np.finfo(np.float32).tiny:
             return QuantisedTensor(np.zeros(array.shape, np.int32), 1.0, True) if self.own else None

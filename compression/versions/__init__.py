@@ -7,6 +7,7 @@ standard library, no sockets, no Flower. The byte formats are written down in ``
 
 from prunecast.compression.versions.bodies import MAX_MODEL_BYTES, model_limits
 from prunecast.compression.versions.control import (
+    LARGE,
     TAG_BYTES,
     Instruction,
     NodeReport,
@@ -61,6 +62,7 @@ from prunecast.compression.versions.updates import (
 )
 
 __all__ = [
+    "LARGE",
     "MAX_MODEL_BYTES",
     "NOTHING_SENT",
     "TAG_BYTES",

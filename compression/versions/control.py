@@ -19,7 +19,7 @@ from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.fields import FieldReader, FieldWriter
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 
-__all__ = ["TAG_BYTES", "Instruction", "NodeReport", "SchemeRule", "UpdateRule"]
+__all__ = ["LARGE", "TAG_BYTES", "Instruction", "NodeReport", "SchemeRule", "UpdateRule"]
 
 _MAX_BYTES = 1 << 20
 _LONGEST = 300  # characters of a node's trouble
@@ -30,6 +30,10 @@ _FORMAT = b"\x01"  # first byte
 _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
 _AS_SENT, _HELD, _MISSING, _TROUBLE = 1, 2, 4, 8
 _MOST_MICROSECONDS = (1 << 32) - 1
+
+
+LARGE = 1 << 16
+"""Weights from which a tensor has so many that few of them matter."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class UpdateRule:
         error_feedback: keep what quantisation dropped and add it to the next update
             (Karimireddy et al. 2019, "Error Feedback Fixes SignSGD", algorithm 1).
         floor: the step is at least so many steps of the lattice that the tensor was published on:
-            what the next version could not show is left to error feedback.
+            what the next version could not show is left to error feedback. Half of that for tensors
+            of fewer than `LARGE` weights, each of which matters more.
         statistics_bits: mantissa bits, 0 to 23, that running statistics of normalisation layers
             (see `is_statistic`) are rounded to, where there is a step and error feedback; 0 for
             exact.
@@ -66,6 +71,15 @@ class UpdateRule:
             raise BadPayload(
                 f"statistics of {self.statistics_bits!r} bits are outside 0..{MOST_STATISTICS_BITS}"
             )
+
+    def least_step(self, size: int, step: float) -> float:
+        """The floor of a tensor's step.
+
+        Args:
+            size: number of its weights.
+            step: of the lattice that it was published on.
+        """
+        return self.floor * step * (1 if size >= LARGE else 0.5)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import QuantiseError, quantise, spread
-from prunecast.compression.versions import LatticeTensor, Tensor
+from prunecast.compression.versions import LARGE, LatticeTensor, Tensor
 from prunecast.compression.versions.model import refine
 from prunecast.server.federation.policy import Policy
 
 __all__ = ["Lattices"]
 
+_OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _LARGEST = float(np.finfo(np.float32).max) / 4
 
@@ -63,18 +64,19 @@ class Lattices:
         """
         step = self._step(name, array, fine)
         q = quantise(array, step, name=name)
+        stays_within = self._stays_within(array.size)
         before = None
         if isinstance(last, LatticeTensor) and last.shape == array.shape:
             before = last.q if last.step == step else refine(last.q, last.step, step)
         was_pruned = isinstance(last, LatticeTensor) and last.pruned
-        if before is not None and self.policy.hysteresis > 0.5:
-            stays = np.abs(array / np.float64(step) - before) <= self.policy.hysteresis
+        if before is not None and stays_within > 0.5:
+            stays = np.abs(array / np.float64(step) - before) <= stays_within
             if was_pruned:
                 stays &= before != 0  # what comes back must be free to
             q = np.where(stays, before, q).astype(np.int32)
         if mask is None:
             return LatticeTensor(q, step, False, array.dtype)
-        if not aligned:
+        if not aligned or array.size < LARGE:
             return LatticeTensor(q * mask, step, True, array.dtype)
         distance = np.abs(array / np.float64(step))
         least = float(distance[mask].min(initial=np.inf))
@@ -83,12 +85,18 @@ class Lattices:
             return LatticeTensor(q, step, False, array.dtype)
         kept = np.abs(q) > cells
         if was_pruned and before is not None:
-            kept &= (before != 0) | (distance > cells + self.policy.hysteresis)
+            kept &= (before != 0) | (distance > cells + stays_within)
         return LatticeTensor(q * kept, step, True, array.dtype)
+
+    def _stays_within(self, size: int) -> float:
+        beyond = self.policy.hysteresis - 0.5
+        return 0.5 + beyond * (1 if size >= LARGE else _OF_SMALL)
 
     def _step(self, name: str, array: NDArray[Any], fine: bool) -> float:
         unit = max(spread(array, "std"), _SMALLEST_SPREAD)
-        wanted = min(self.policy.vector_step, self.policy.down_step) if fine else self.policy.down_step
+        wanted = (
+            min(self.policy.vector_step, self.policy.down_step) if fine else self.policy.down_step
+        )
         ideal = wanted * unit
         if not ideal <= _LARGEST:
             raise QuantiseError(f"the values of {name!r} spread over more than float32 holds")

@@ -52,12 +52,12 @@ class Policy:
     down: str = "lattice"
     up: str = "lattice"
     up_options: Mapping[str, Option] = field(default_factory=dict)
-    down_step: float = 0.1  # in standard deviations of each tensor
-    vector_step: float = 0.025  # of biases and norms, which are few and sensitive
-    hysteresis: float = 0.5  # in lattice steps
+    down_step: float = 0.4  # in standard deviations of each tensor
+    vector_step: float = 0.05  # of biases, norms and adapters, which are few and sensitive
+    hysteresis: float = 0.75  # in lattice steps
     up_step: float = 3.0  # in standard deviations of each tensor's update
-    up_floor: float = 0.0  # in lattice steps of the model
-    dead_zone: float = 0.6
+    up_floor: float = 2.0  # in lattice steps of the model
+    dead_zone: float = 0.8
     error_feedback: bool = True
     sparsity: float = 0.0
     loss_budget: float = 0.0  # in units of the loss
@@ -70,7 +70,7 @@ class Policy:
     pruning_min_size: int = 1024
     pruning_exclude: tuple[str, ...] = ()
     pruning_adapters: bool = False
-    pruning_align: bool = False
+    pruning_align: bool = True
     statistics_bits: int = 6  # of mantissa, of normalisation layers' running statistics
     lossless: tuple[str, ...] = ("*num_batches_tracked",)
     history: int = 16
