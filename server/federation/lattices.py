@@ -15,6 +15,7 @@ from prunecast.server.federation.policy import Policy
 __all__ = ["Lattices"]
 
 _OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
+_FROM_SCRATCH, _FINEST = 0.15, 1 / 8  # relative change; part of the step that is left below
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _LARGEST = float(np.finfo(np.float32).max) / 4
 
@@ -30,13 +31,18 @@ class Lattices:
     Args:
         policy: its `down_step`, `vector_step`, `hysteresis`.
 
+    A model that is trained from scratch changes by a fifth of itself in a round or more, one that
+    is fine-tuned by much less: then its lattice is finer in proportion, down to an eighth.
+
     Attributes:
         steps: by name of the tensor.
+        peak: largest relative change of the model in a round; 0 while none is known.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.steps: dict[str, float] = {}
+        self.peak = 0.0
 
     def tensor(
         self,
@@ -94,9 +100,11 @@ class Lattices:
 
     def _step(self, name: str, array: NDArray[Any], fine: bool) -> float:
         unit = max(spread(array, "std"), _SMALLEST_SPREAD)
-        wanted = (
-            min(self.policy.vector_step, self.policy.down_step) if fine else self.policy.down_step
-        )
+        wanted = self.policy.down_step
+        if self.peak:
+            wanted *= min(1.0, max(self.peak / _FROM_SCRATCH, _FINEST))
+        if fine:
+            wanted = min(wanted, self.policy.vector_step)
         ideal = wanted * unit
         if not ideal <= _LARGEST:
             raise QuantiseError(f"the values of {name!r} spread over more than float32 holds")

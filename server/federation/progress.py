@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 __all__ = ["Losses", "Progress", "losses_in"]
 
 _HALF, _LITTLE = 0.5, 0.15  # of the largest relative change: pruning begins, and is to be over
+_CHUNK = 1 << 16  # weights that are wide at a time
 _SHORTEST = 6  # rounds from the first mask to the last, unless the run is too short for it
 
 
@@ -65,13 +66,17 @@ class Progress:
 
     Args:
         begin: last round that is dense in any case.
-        end: first round by which pruning is over in any case.
+        end: first round by which pruning is over in any case; `begin` where nothing is pruned.
         budget: units of the loss; 0 for none.
+
+    Attributes:
+        peak: the largest relative change so far; 0 while none is known.
     """
 
     def __init__(self, begin: int, end: int, budget: float = 0.0) -> None:
         self.begin, self.end, self.budget = begin, end, budget
-        self._peak = self._done = 0.0
+        self.peak = self._done = 0.0
+        self._pace = 1.0  # the last relative change as a part of the largest
         self._lowest = math.inf
         self._before: Mapping[str, NDArray[Any]] = {}
 
@@ -79,28 +84,44 @@ class Progress:
     def position(self) -> tuple[float, ...]:
         """How much of pruning is done, the largest change, the lowest loss if any is known."""
         known = () if math.isinf(self._lowest) else (self._lowest,)
-        return (self._done, self._peak, *known)
+        return (self._done, self.peak, *known)
 
     def resume(self, position: Sequence[float]) -> None:
         """Go on where another's `position` was."""
-        self._done, self._peak, self._lowest = (*position, math.inf)[:3]
+        self._done, self.peak, self._lowest = (*position, math.inf)[:3]
 
-    def clock(
-        self, number: int, master: Mapping[str, NDArray[Any]], loss: float | None = None
-    ) -> float:
-        """The schedule's round, `begin` to `end`, at which a version is published.
+    def observe(self, master: Mapping[str, NDArray[Any]]) -> None:
+        """Take in the weights of a round; they are kept until the next."""
+        matrices = {name: array for name, array in master.items() if array.ndim > 1}
+        change = size = 0.0
+        for name, array in matrices.items():
+            before = self._before.get(name)
+            if before is not None and before.shape == array.shape:
+                now, then = array.reshape(-1), before.reshape(-1)
+                for at in range(0, array.size, _CHUNK):
+                    part = now[at : at + _CHUNK].astype(np.float64)
+                    size += float(part @ part)
+                    part -= then[at : at + _CHUNK]
+                    change += float(part @ part)
+        self._before = matrices
+        self._pace = 1.0
+        if size:
+            relative = (change / size) ** 0.5
+            self.peak = max(self.peak, relative)
+            self._pace = relative / self.peak if self.peak else 1.0
+
+    def clock(self, number: int, loss: float | None = None) -> float:
+        """The schedule's round, `begin` to `end`, at which the weights observed are published.
 
         Args:
-            number: its round.
-            master: its matrices; one more copy of them is kept.
+            number: their round.
             loss: of the version before; None where nobody measures it.
         """
-        pace = self._pace(master)
         length = self.end - self.begin
-        if not length:  # nothing is pruned
+        if not length:
             return self.begin
         shortest = min(_SHORTEST, length)
-        wanted = min(self._done + 1 / shortest, (_HALF - pace) / (_HALF - _LITTLE))
+        wanted = min(self._done + 1 / shortest, (_HALF - self._pace) / (_HALF - _LITTLE))
         due = (number - (self.end - shortest)) / shortest
         if number > self.begin and not self._is_spent(loss):
             self._done = min(1.0, max(self._done, wanted, due))
@@ -111,18 +132,3 @@ class Progress:
             return False
         self._lowest = min(self._lowest, loss)
         return loss > self._lowest + self.budget
-
-    def _pace(self, master: Mapping[str, NDArray[Any]]) -> float:
-        """The relative change as a part of its peak; 1 until it is known."""
-        change = size = 0.0
-        for name, array in master.items():
-            before = self._before.get(name)
-            if before is not None and before.shape == array.shape:
-                change += float(np.square(np.subtract(array, before, dtype=np.float64)).sum())
-                size += float(np.square(array, dtype=np.float64).sum())
-        self._before = dict(master)
-        if not size:
-            return 1.0
-        relative = (change / size) ** 0.5
-        self._peak = max(self._peak, relative)
-        return relative / self._peak if self._peak else 1.0

@@ -106,7 +106,8 @@ class Publisher:
     Args:
         policy: steps, what travels exactly, how many versions are kept.
         stream: identifier of the stream, part of every payload.
-        plan: what is pruned; None prunes nothing.
+        plan: what is pruned of a model; None for a record that is none, such as control variates,
+            whose lattices are all fine.
 
     A tensor that cannot lie on its lattice travels exactly from then on: one that holds infinity to
     begin with, such as a causal mask or the range of an observer, or one whose values are too large
@@ -121,9 +122,7 @@ class Publisher:
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
         self.policy, self.stream, self._plan = policy, stream, plan
         self.statistics = StatisticsMean()
-        self._progress: Progress | None = None
-        if plan is not None and policy.target and not policy.pruning_end:
-            self._progress = Progress(*policy.bounds(), policy.loss_budget)
+        self._progress = Progress(*policy.bounds(), policy.loss_budget)
         self.losses = Losses()
         self._schedule_at = 0.0  # where the schedule stands; the clock, unless it follows learning
         self._recent: OrderedDict[str, Version] = OrderedDict()
@@ -144,8 +143,7 @@ class Publisher:
     @property
     def position(self) -> tuple[int, dict[str, float], int, tuple[float, ...]]:
         """Number of the last version, step of every lattice tensor, clock, and progress."""
-        progress = self._progress.position if self._progress is not None else ()
-        return self._counter, dict(self._lattices.steps), self.clock, progress
+        return self._counter, dict(self._lattices.steps), self.clock, self._progress.position
 
     def resume(
         self, counter: int, steps: Mapping[str, float], clock: int, progress: Sequence[float] = ()
@@ -153,7 +151,7 @@ class Publisher:
         """Go on where another publisher's `position` was, with the same master."""
         self._counter, self._lattices.steps = counter, dict(steps)
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
-        if self._progress is not None and progress:
+        if progress:
             self._progress.resume(progress)
 
     def expect(self, rounds: int) -> None:
@@ -161,8 +159,7 @@ class Publisher:
         if self._plan is None:
             return
         self._plan = replace(self._plan, schedule=self.policy.pruning(rounds).schedule)
-        if self._progress is not None:
-            self._progress.begin, self._progress.end = self.policy.bounds(rounds)
+        self._progress.begin, self._progress.end = self.policy.bounds(rounds)
 
     def draw(
         self, like: Mapping[str, NDArray[Any]], seed: int, most: int = MAX_MODEL_BYTES
@@ -256,6 +253,9 @@ class Publisher:
         lattice = {name: array for name, array in master.items() if not self._is_exact(name, array)}
         self._counter += 1
         self._statistics = {**self._statistics, **(statistics or {})}
+        if self._plan is not None:
+            self._progress.observe(lattice)
+            self._lattices.peak = self._progress.peak
         model = self._latest = self._on_lattice(master, self._masks(lattice))
         known = self._history.pop(short(model.digest), None)
         self._history[short(model.digest)] = known or model
@@ -327,8 +327,8 @@ class Publisher:
             return {}
         weights = self._plan.prunable(lattice)
         self._schedule_at = self.clock
-        if self._progress is not None:
-            self._schedule_at = self._progress.clock(self.clock, weights, self.losses.take())
+        if not self.policy.pruning_end:
+            self._schedule_at = self._progress.clock(self.clock, self.losses.take())
         if self._counter == 1 and self.policy.target:
             self._say_unpruned(lattice)
         shapes = {name: array.shape for name, array in weights.items()}
@@ -373,7 +373,7 @@ class Publisher:
                 try:
                     tensors[name] = self._lattices.tensor(
                         *(name, array, masks.get(name), last),
-                        fine=array.ndim < 2 or name in factors,
+                        fine=self._plan is None or array.ndim < 2 or name in factors,
                         aligned=aligned,
                     )
                     continue

@@ -22,6 +22,8 @@ from prunecast.server.federation.lattices import Lattices
 from prunecast.server.federation.progress import Losses, Progress, losses_in
 from prunecast.server.federation.publisher import Publisher
 
+LARGE_ONE = (256, 256)
+
 
 def drifting(count, seed=0, size=(64, 50), by=0.05):
     rng = np.random.default_rng(seed)
@@ -44,10 +46,10 @@ def flips(models):
 
 def test_an_integer_stays_until_the_master_is_far_from_it():
     policy = Policy(down_step=0.4, hysteresis=0.75)
-    found, models = changes(policy, drifting(12))
-    plain, _ = changes(Policy(down_step=0.4), drifting(12))
+    found, models = changes(policy, drifting(12, size=LARGE_ONE))
+    plain, _ = changes(Policy(down_step=0.4, hysteresis=0.5), drifting(12, size=LARGE_ONE))
     assert sum(found) < 0.8 * sum(plain)
-    for model, master in zip(models, drifting(12), strict=True):
+    for model, master in zip(models, drifting(12, size=LARGE_ONE), strict=True):
         tensor = model["w"]
         away = np.abs(master["w"] / np.float64(tensor.step) - tensor.q)
         assert away.max() <= 0.75 + 1e-6  # nothing that was published is further away
@@ -71,8 +73,8 @@ def test_what_stays_is_carried_to_a_finer_or_coarser_lattice():
 
 def test_a_mask_that_is_aligned_ends_where_cells_end_and_comes_back_beyond_them():
     knobs = {"down_step": 0.3, "hysteresis": 0.75, "pruning_begin": 0, "pruning_end": 3}
-    policy = Policy(sparsity=0.8, pruning_align=True, pruning_min_size=1, **knobs)
-    _, models = changes(policy, drifting(8))
+    policy = Policy(sparsity=0.8, pruning_min_size=1, **knobs)
+    _, models = changes(policy, drifting(8, size=LARGE_ONE))
     for before, model in pairwise(models[2:]):
         tensor = model["w"]
         cells = int(np.abs(tensor.q[tensor.q != 0]).min()) - 1
@@ -81,9 +83,42 @@ def test_a_mask_that_is_aligned_ends_where_cells_end_and_comes_back_beyond_them(
         assert model.sparsity() == pytest.approx(0.8, abs=0.1)
         came_back = (before["w"].q == 0) & (tensor.q != 0)
         assert (np.abs(tensor.q[came_back]) > cells).all()
-    apart = Policy(sparsity=0.8, pruning_min_size=1, **knobs)
-    _, others = changes(apart, drifting(8))
+    apart = Policy(sparsity=0.8, pruning_align=False, pruning_min_size=1, **knobs)
+    _, others = changes(apart, drifting(8, size=LARGE_ONE))
     assert flips(models[4:]) < flips(others[4:])
+
+
+def test_small_tensors_are_pruned_to_the_weight_and_follow_their_master_more_closely():
+    policy = Policy(sparsity=0.8, pruning_begin=0, pruning_end=3, pruning_min_size=1)
+    _, models = changes(policy, drifting(8))
+    assert models[-1].sparsity() == pytest.approx(0.8, abs=0.001)
+    for size, most in (((64, 50), 0.6), (LARGE_ONE, 0.75)):
+        _, models = changes(Policy(), drifting(8, size=size))
+        away = [
+            np.abs(master["w"] / np.float64(model["w"].step) - model["w"].q).max()
+            for model, master in zip(models, drifting(8, size=size), strict=True)
+        ]
+        assert max(away) == pytest.approx(most, abs=0.02)
+
+
+def test_a_model_that_is_fine_tuned_has_a_finer_lattice():
+    scratch, tuned = (changes(Policy(), drifting(6, by=by))[1] for by in (0.3, 0.01))
+    assert scratch[0]["w"].step == tuned[0]["w"].step == scratch[-1]["w"].step
+    assert tuned[1]["w"].step == tuned[-1]["w"].step == scratch[0]["w"].step / 4
+
+
+def test_what_is_no_model_and_low_rank_factors_lie_on_a_fine_lattice():
+    (master,) = drifting(1)
+    spread = master["w"].std()
+    control = Publisher(Policy(), b"s").publish(master).model
+    assert control["w"].step == pytest.approx(0.05 * spread, rel=1e-3)
+    rng = np.random.default_rng(2)
+    adapter = {"q.lora_A": rng.normal(size=(4, 64)), "q.lora_B": rng.normal(size=(64, 4))}
+    policy = Policy()
+    model = Publisher(policy, b"s", policy.pruning()).publish({**adapter, **master}).model
+    for name in adapter:
+        assert model[name].step == pytest.approx(0.05 * adapter[name].std(), rel=1e-3)
+    assert model["w"].step == pytest.approx(0.4 * spread, rel=1e-3)
 
 
 def test_criteria_that_do_not_rank_by_size_are_not_aligned():
@@ -95,27 +130,28 @@ def test_criteria_that_do_not_rank_by_size_are_not_aligned():
     assert models[-1].sparsity() == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later():
+@pytest.mark.parametrize(("size", "floor"), [((64, 50), 1.0), (LARGE_ONE, 2.0)])
+def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later(size, floor):
     policy = Policy(down_step=0.4, up_floor=2.0)
-    (master,) = drifting(1)
-    base = Publisher(policy, b"s").publish(master).model
+    (master,) = drifting(1, size=size)
+    base = Publisher(policy, b"s", policy.pruning()).publish(master).model
     assert isinstance(base, PublishedModel)
     rng = np.random.default_rng(1)
     residual = {}
     total, sent = 0.0, 0.0
     for _ in range(30):
-        change = (0.05 * base["w"].step * rng.normal(size=(64, 50)) + 0.02).astype(np.float32)
+        change = (0.05 * base["w"].step * rng.normal(size=size) + 0.02).astype(np.float32)
         trained = {"w": base["w"].dense() + change}
         coded = compress_reply(base, trained, residual, policy.update_rule)
         residual, total = coded.dropped, total + (trained["w"] - base["w"].dense())
         found = coded.changes.get("w")
         if isinstance(found, QuantisedTensor):
-            assert found.step >= 2.0 * base["w"].step * (1 - 1e-6)
+            assert found.step == pytest.approx(floor * base["w"].step)
             sent = sent + found.z * np.float32(found.step)
     np.testing.assert_allclose(sent + residual["w"], total, atol=1e-3)
     assert np.any(sent)
     without = compress_reply(base, trained, {}, UpdateRule(3.0, 0.6))
-    assert without.changes["w"].step < 2.0 * base["w"].step
+    assert without.changes["w"].step < floor * base["w"].step
 
 
 @pytest.mark.parametrize(
@@ -215,7 +251,11 @@ def test_nodes_are_told_the_bits_unless_models_are_exact():
 
 
 def clocks(progress, masters):
-    return [progress.clock(number, master) for number, master in enumerate(masters, start=1)]
+    found = []
+    for number, master in enumerate(masters, start=1):
+        progress.observe({"w": master["w"].reshape(40, 25)})
+        found.append(progress.clock(number))
+    return found
 
 
 def steady(peak, rounds):
