@@ -15,7 +15,6 @@ from prunecast.server.federation.policy import Policy
 __all__ = ["Lattices"]
 
 _OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
-_FROM_SCRATCH, _FINEST = 0.15, 1 / 8  # relative change; part of the step that is left below
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _LARGEST = float(np.finfo(np.float32).max) / 4
 
@@ -31,18 +30,16 @@ class Lattices:
     Args:
         policy: its `down_step`, `vector_step`, `hysteresis`.
 
-    A model that is trained from scratch changes by a fifth of itself in a round or more, one that
-    is fine-tuned by much less: then its lattice is finer in proportion, down to an eighth.
-
     Attributes:
         steps: by name of the tensor.
-        peak: largest relative change of the model in a round; 0 while none is known.
+        fineness: part of their ideal step that all but the fine ones have, a power of two.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.steps: dict[str, float] = {}
-        self.peak = 0.0
+        self.fineness = 1.0
+        self._fine: set[str] = set()
 
     def tensor(
         self,
@@ -94,16 +91,20 @@ class Lattices:
             kept &= (before != 0) | (distance > cells + stays_within)
         return LatticeTensor(q * kept, step, True, array.dtype)
 
+    def refine(self, fineness: float) -> None:
+        """Make the lattices as fine as that; those that are fine in any case stay."""
+        by, self.fineness = fineness / self.fineness, fineness
+        self.steps = {n: s if n in self._fine else s * by for n, s in self.steps.items()}
+
     def _stays_within(self, size: int) -> float:
         beyond = self.policy.hysteresis - 0.5
         return 0.5 + beyond * (1 if size >= LARGE else _OF_SMALL)
 
     def _step(self, name: str, array: NDArray[Any], fine: bool) -> float:
         unit = max(spread(array, "std"), _SMALLEST_SPREAD)
-        wanted = self.policy.down_step
-        if self.peak:
-            wanted *= min(1.0, max(self.peak / _FROM_SCRATCH, _FINEST))
+        wanted = self.policy.down_step * self.fineness
         if fine:
+            self._fine.add(name)
             wanted = min(wanted, self.policy.vector_step)
         ideal = wanted * unit
         if not ideal <= _LARGEST:

@@ -55,9 +55,9 @@ class Policy:
     down_step: float = 0.4  # in standard deviations of each tensor
     vector_step: float = 0.05  # of biases, norms and adapters, which are few and sensitive
     hysteresis: float = 0.75  # in lattice steps
-    up_step: float = 3.0  # in standard deviations of each tensor's update
-    up_floor: float = 2.0  # in lattice steps of the model
-    dead_zone: float = 0.8
+    up_step: float = 3.2  # in standard deviations of each tensor's update
+    up_floor: float = 2.2  # in lattice steps of the model
+    dead_zone: float = 0.7
     error_feedback: bool = True
     sparsity: float = 0.0
     loss_budget: float = 0.0  # in units of the loss

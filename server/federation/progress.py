@@ -14,6 +14,8 @@ __all__ = ["Losses", "Progress", "losses_in"]
 _HALF, _LITTLE = 0.5, 0.15  # of the largest relative change: pruning begins, and is to be over
 _CHUNK = 1 << 16  # weights that are wide at a time
 _SHORTEST = 6  # rounds from the first mask to the last, unless the run is too short for it
+_SLOWEST = 0.3  # part of the rounds within the bounds that it takes at least
+_FROM_SCRATCH, _TUNED = 0.25, 0.03  # largest relative change of what learns, of what is tuned
 
 
 def losses_in(metrics: Mapping[str, Any]) -> list[float]:
@@ -71,24 +73,29 @@ class Progress:
 
     Attributes:
         peak: the largest relative change so far; 0 while none is known.
+        fineness: part of the usual step that the model's lattice is to have, 1 to 1/8. What learns
+            from scratch changes by a quarter of itself in a round at its peak, and coarse lattices
+            do it no harm; what changes less, as in fine-tuning, needs a finer one in proportion.
+            Decided when the peak is over.
     """
 
     def __init__(self, begin: int, end: int, budget: float = 0.0) -> None:
         self.begin, self.end, self.budget = begin, end, budget
         self.peak = self._done = 0.0
+        self.fineness = 1.0
         self._pace = 1.0  # the last relative change as a part of the largest
         self._lowest = math.inf
         self._before: Mapping[str, NDArray[Any]] = {}
 
     @property
     def position(self) -> tuple[float, ...]:
-        """How much of pruning is done, the largest change, the lowest loss if any is known."""
+        """How much of pruning is done, the peak, the fineness, the lowest loss if any is known."""
         known = () if math.isinf(self._lowest) else (self._lowest,)
-        return (self._done, self.peak, *known)
+        return (self._done, self.peak, self.fineness, *known)
 
     def resume(self, position: Sequence[float]) -> None:
         """Go on where another's `position` was."""
-        self._done, self.peak, self._lowest = (*position, math.inf)[:3]
+        self._done, self.peak, self.fineness, self._lowest = (*position, math.inf)[:4]
 
     def observe(self, master: Mapping[str, NDArray[Any]]) -> None:
         """Take in the weights of a round; they are kept until the next."""
@@ -109,6 +116,9 @@ class Progress:
             relative = (change / size) ** 0.5
             self.peak = max(self.peak, relative)
             self._pace = relative / self.peak if self.peak else 1.0
+        if self.peak and (self._pace < 1 or self.peak < _TUNED):
+            power = round(math.log2(self.peak / _FROM_SCRATCH))
+            self.fineness = 2.0 ** min(0, max(-3, power))
 
     def clock(self, number: int, loss: float | None = None) -> float:
         """The schedule's round, `begin` to `end`, at which the weights observed are published.
@@ -120,7 +130,7 @@ class Progress:
         length = self.end - self.begin
         if not length:
             return self.begin
-        shortest = min(_SHORTEST, length)
+        shortest = min(max(_SHORTEST, round(_SLOWEST * length)), length)
         wanted = min(self._done + 1 / shortest, (_HALF - self._pace) / (_HALF - _LITTLE))
         due = (number - (self.end - shortest)) / shortest
         if number > self.begin and not self._is_spent(loss):

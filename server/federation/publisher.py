@@ -153,6 +153,7 @@ class Publisher:
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
         if progress:
             self._progress.resume(progress)
+            self._lattices.fineness = self._progress.fineness
 
     def expect(self, rounds: int) -> None:
         """Fit the schedule of pruning to a number of rounds, those before a resume included."""
@@ -255,7 +256,7 @@ class Publisher:
         self._statistics = {**self._statistics, **(statistics or {})}
         if self._plan is not None:
             self._progress.observe(lattice)
-            self._lattices.peak = self._progress.peak
+            self._lattices.refine(self._progress.fineness)
         model = self._latest = self._on_lattice(master, self._masks(lattice))
         known = self._history.pop(short(model.digest), None)
         self._history[short(model.digest)] = known or model

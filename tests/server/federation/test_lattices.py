@@ -104,7 +104,7 @@ def test_small_tensors_are_pruned_to_the_weight_and_follow_their_master_more_clo
 def test_a_model_that_is_fine_tuned_has_a_finer_lattice():
     scratch, tuned = (changes(Policy(), drifting(6, by=by))[1] for by in (0.3, 0.01))
     assert scratch[0]["w"].step == tuned[0]["w"].step == scratch[-1]["w"].step
-    assert tuned[1]["w"].step == tuned[-1]["w"].step == scratch[0]["w"].step / 4
+    assert tuned[1]["w"].step == tuned[-1]["w"].step == scratch[0]["w"].step / 8
 
 
 def test_what_is_no_model_and_low_rank_factors_lie_on_a_fine_lattice():

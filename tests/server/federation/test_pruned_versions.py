@@ -97,7 +97,8 @@ def test_versions_are_those_of_the_code_before_there_were_plans(
     preset: str, knobs: dict[str, Any], models: str, masks: str
 ) -> None:
     """Digests written down from magnitude pruning as it was wired into the publisher."""
-    policy = Policy.preset(preset, statistics_bits=0, **knobs)
+    then = {"down_step": 0.1, "vector_step": 0.025, "hysteresis": 0.5, "pruning_align": False}
+    policy = Policy.preset(preset, statistics_bits=0, **{**then, **knobs})
     publisher = Publisher(policy, b"s", policy.pruning())
     found, pruned = hashlib.sha256(), hashlib.sha256()
     for master in masters(6):
