@@ -57,6 +57,7 @@ _NO_ROUND = (
     "one: put server-round into a config record, as Flower's strategies do, or call "
     "grid.begin_round(number)."
 )
+_OTHER_CRITERIA = 0.25  # part of the lattice's step where masks do not follow from sizes
 _TAGS = 64  # of replies that a node that never answers is told of
 
 
@@ -153,7 +154,7 @@ class Publisher:
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
         if progress:
             self._progress.resume(progress)
-            self._lattices.fineness = self._progress.fineness
+            self._lattices.fineness = self._fineness
 
     def expect(self, rounds: int) -> None:
         """Fit the schedule of pruning to a number of rounds, those before a resume included."""
@@ -256,7 +257,7 @@ class Publisher:
         self._statistics = {**self._statistics, **(statistics or {})}
         if self._plan is not None:
             self._progress.observe(lattice)
-            self._lattices.refine(self._progress.fineness)
+            self._lattices.refine(self._fineness)
         model = self._latest = self._on_lattice(master, self._masks(lattice))
         known = self._history.pop(short(model.digest), None)
         self._history[short(model.digest)] = known or model
@@ -317,6 +318,12 @@ class Publisher:
     def _is_exact(self, name: str, array: NDArray[Any]) -> bool:
         dtype = self._dtypes.get(name, array.dtype)  # what was no float is no weight
         return name in self._exact or self.policy.is_lossless(name, dtype, array.size)
+
+    @property
+    def _fineness(self) -> float:
+        # a kept weight that rounds to zero is lost: right only where the smallest go first
+        by_size = not self.policy.target or self.policy.pruning_criterion == "magnitude"
+        return self._progress.fineness * (1.0 if by_size else _OTHER_CRITERIA)
 
     @property
     def wanted(self) -> tuple[str, ...]:
