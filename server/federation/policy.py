@@ -372,4 +372,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},  # every knob's default
     # ranked over the whole model: layers that matter little give more
     "small": {"sparsity": 0.9, "pruning_scope": "global"},
+    # costs accuracy
+    "tiny": {
+        "sparsity": 0.95,
+        "pruning_scope": "global",
+        "down_step": 0.5,
+        "up_step": 4.0,
+        "up_floor": 3.0,
+    },
 }

@@ -107,9 +107,9 @@ class Progress:
                 now, then = array.reshape(-1), before.reshape(-1)
                 for at in range(0, array.size, _CHUNK):
                     part = now[at : at + _CHUNK].astype(np.float64)
-                    size += float(part @ part)
+                    size += float(np.square(part).sum())
                     part -= then[at : at + _CHUNK]
-                    change += float(part @ part)
+                    change += float(np.square(part).sum())
         self._before = matrices
         self._pace = 1.0
         if size:
