@@ -59,7 +59,7 @@ class CompressedGrid(GridWrapper):
 
     Args:
         grid: the grid to wrap.
-        policy: a `Policy`, or the name of a preset: "dense", "lossless", "balanced", "small", "tiny".
+        policy: a `Policy`, or the name of a preset, such as "balanced" or "small".
         ledger: where messages are recorded: a `Ledger`, a path for a JSON Lines file that is
             appended to, or None for no file. The latest 1000 are kept in memory.
         seed: decides, with the number of the message, everything random in replies by a scheme.

@@ -15,6 +15,7 @@ from prunecast.server.federation.policy import Policy
 __all__ = ["Lattices"]
 
 _OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
+_CHUNK = 1 << 15  # weights that are wide at a time
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _LARGEST = float(np.finfo(np.float32).max) / 4
 
@@ -73,22 +74,24 @@ class Lattices:
             before = last.q if last.step == step else refine(last.q, last.step, step)
         was_pruned = isinstance(last, LatticeTensor) and last.pruned
         if before is not None and stays_within > 0.5:
-            stays = np.abs(array / np.float64(step) - before) <= stays_within
+            stays = _within(array, step, before, stays_within)
             if was_pruned:
                 stays &= before != 0  # what comes back must be free to
-            q = np.where(stays, before, q).astype(np.int32)
+            np.copyto(q, before, where=stays)
         if mask is None:
             return LatticeTensor(q, step, False, array.dtype)
         if not aligned or array.size < LARGE:
             return LatticeTensor(q * mask, step, True, array.dtype)
-        distance = np.abs(array / np.float64(step))
-        least = float(distance[mask].min(initial=np.inf))
-        cells = max(0, round(least - 0.5)) if np.isfinite(least) else int(distance.max(initial=0))
+        size = np.abs(array)
+        least = float(size[mask].min(initial=np.inf)) / step
+        if np.isinf(least):  # nothing is kept
+            least = float(size.max(initial=0)) / step + 1
+        cells = max(0, round(least - 0.5))
         if not cells and not (was_pruned and before is not None):
             return LatticeTensor(q, step, False, array.dtype)
         kept = np.abs(q) > cells
         if was_pruned and before is not None:
-            kept &= (before != 0) | (distance > cells + stays_within)
+            kept &= (before != 0) | (size > (cells + stays_within) * step)
         return LatticeTensor(q * kept, step, True, array.dtype)
 
     def refine(self, fineness: float) -> None:
@@ -118,3 +121,16 @@ class Lattices:
             step /= 2
         self.steps[name] = step
         return step
+
+
+def _within(
+    array: NDArray[Any], step: float, q: NDArray[np.integer], most: float
+) -> NDArray[np.bool_]:
+    """Where weights are at most so many steps away from integers; in parts, which stay in cache."""
+    found = np.empty(array.shape, np.bool_)
+    flat, near, out = array.reshape(-1), q.reshape(-1), found.reshape(-1)
+    for at in range(0, flat.size, _CHUNK):
+        away = flat[at : at + _CHUNK] / np.float64(step)
+        away -= near[at : at + _CHUNK]
+        np.less_equal(np.abs(away, out=away), most, out=out[at : at + _CHUNK])
+    return found
