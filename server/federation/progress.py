@@ -14,7 +14,7 @@ __all__ = ["Losses", "Progress", "losses_in"]
 _HALF, _LITTLE = 0.5, 0.15  # of the largest relative change: pruning begins, and is to be over
 _CHUNK = 1 << 16  # weights that are wide at a time
 _SHORTEST = 6  # rounds from the first mask to the last, unless the run is too short for it
-_SLOWEST = 0.3  # part of the rounds within the bounds that it takes at least
+_SLOWEST = 0.4  # part of the rounds within the bounds that it takes at least
 _FROM_SCRATCH, _TUNED = 0.25, 0.03  # largest relative change of what learns, of what is tuned
 
 
