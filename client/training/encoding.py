@@ -297,7 +297,8 @@ class _Coder:
         given = self.size.value if self.own else self.size.change
         with np.errstate(over="ignore"):
             step = self.rule.step * self.size.step
-            if not self.own and self.rule.floor and np.ptp(self.tensor.q):
+            floor = self.rule.floor if self.rule.error_feedback else 0.0  # nothing brings it later
+            if floor and not self.own and np.ptp(self.tensor.q):
                 # the lattice of what is constant yet says nothing of how large changes are
                 step = max(step, self.rule.least_step(array.size, self.tensor.step))
             step = float(np.float32(step))

@@ -48,7 +48,7 @@ class UpdateRule:
             (Karimireddy et al. 2019, "Error Feedback Fixes SignSGD", algorithm 1).
         floor: the step is at least so many steps of the lattice that the tensor was published on:
             what the next version could not show is left to error feedback. Half of that for tensors
-            of fewer than `LARGE` weights, each of which matters more.
+            of fewer than `LARGE` weights, each of which matters more; none without error feedback.
         statistics_bits: mantissa bits, 0 to 23, that running statistics of normalisation layers
             (see `is_statistic`) are rounded to, where there is a step and error feedback; 0 for
             exact.

@@ -150,6 +150,9 @@ def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later(size, f
             sent = sent + found.z * np.float32(found.step)
     np.testing.assert_allclose(sent + residual["w"], total, atol=1e-3)
     assert np.any(sent)
+    dropping = Policy(down_step=0.4, up_floor=2.0, error_feedback=False).update_rule
+    lost = compress_reply(base, trained, {}, dropping)
+    assert lost.changes["w"].step < floor * base["w"].step  # or it would never arrive
     without = compress_reply(base, trained, {}, UpdateRule(3.0, 0.6))
     assert without.changes["w"].step < floor * base["w"].step
 
