@@ -70,7 +70,7 @@ def draw(shape: tuple[int, ...], item: Draw, seed: int, name: str) -> NDArray[np
 
 
 def draw_like(model: PublishedModel, seed: int) -> tuple[PublishedModel, Seed]:
-    """A model with the layout, steps and spread of another, but drawn from a seed.
+    """A model with the layout and spread of another, and about its steps, drawn from a seed.
 
     Every lattice tensor becomes uniform with the mean and standard deviation of the original;
     raw tensors stay. A tensor that is constant (norm weights, zero biases) stays constant.
@@ -98,7 +98,11 @@ def draw_like(model: PublishedModel, seed: int) -> tuple[PublishedModel, Seed]:
         bound = round((np.sqrt(1 + 12 * spread**2) - 1) / 2)
         draws[name] = Draw(centre, bound)
         q_drawn = draw(tensor.shape, draws[name], seed, name)
-        tensors[name] = LatticeTensor(q_drawn, tensor.step, False, tensor.dtype)
+        step = tensor.step
+        if 1 < spread < 2 and not centre:  # so few integers are to have the original's spread, too
+            wanted = np.sqrt(spread**2 - 1 / 12)  # without what rounding added to it
+            step = float(np.float32(step * wanted / np.sqrt(bound * (bound + 1) / 3)))
+        tensors[name] = LatticeTensor(q_drawn, step, False, tensor.dtype)
     return PublishedModel(tensors, model.counter), Seed(seed, draws)
 
 

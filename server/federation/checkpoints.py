@@ -93,8 +93,8 @@ class Checkpoint:
                 raise ValueError(f"schema {meta.schema} or counter {meta.counter} is not supported")
             if not all(math.isfinite(step) and step > 0 for step in meta.steps.values()):
                 raise ValueError("a lattice step is not a positive number")
-            if len(meta.progress) > 4 or not all(map(math.isfinite, meta.progress)):
-                raise ValueError("the progress of learning is not four finite numbers")
+            if len(meta.progress) not in (0, 4, 5) or not all(map(math.isfinite, meta.progress)):
+                raise ValueError("the progress of learning is not four or five finite numbers")
             return cls(arrays, meta.counter, meta.steps, meta.clock, meta.progress, meta.key)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(

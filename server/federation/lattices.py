@@ -15,6 +15,7 @@ from prunecast.server.federation.policy import Policy
 __all__ = ["Lattices"]
 
 _OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
+_VAST = 1 << 18  # weights
 _CHUNK = 1 << 15  # weights that are wide at a time
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _LARGEST = float(np.finfo(np.float32).max) / 4
@@ -34,13 +35,17 @@ class Lattices:
     Attributes:
         steps: by name of the tensor.
         fineness: part of their ideal step that all but the fine ones have, a power of two.
+        early: whether vast tensors have twice that: while a model learns from scratch and is not
+            pruned yet, most of a run's bytes are theirs; the bit left out costs little later, when
+            few of their weights are left.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.steps: dict[str, float] = {}
-        self.fineness = 1.0
+        self.fineness, self.early = 1.0, False
         self._fine: set[str] = set()
+        self._vast: set[str] = set()
 
     def tensor(
         self,
@@ -94,10 +99,12 @@ class Lattices:
             kept &= (before != 0) | (size > (cells + stays_within) * step)
         return LatticeTensor(q * kept, step, True, array.dtype)
 
-    def refine(self, fineness: float) -> None:
+    def refine(self, fineness: float, early: bool) -> None:
         """Make the lattices as fine as that; those that are fine in any case stay."""
-        by, self.fineness = fineness / self.fineness, fineness
-        self.steps = {n: s if n in self._fine else s * by for n, s in self.steps.items()}
+        by, again = fineness / self.fineness, 0.5 if self.early and not early else 1.0
+        self.fineness, self.early = fineness, early
+        for name in self.steps.keys() - self._fine:
+            self.steps[name] *= by * (again if name in self._vast else 1.0)
 
     def _stays_within(self, size: int) -> float:
         beyond = self.policy.hysteresis - 0.5
@@ -109,6 +116,9 @@ class Lattices:
         if fine:
             self._fine.add(name)
             wanted = min(wanted, self.policy.vector_step)
+        elif array.size >= _VAST:
+            self._vast.add(name)
+            wanted *= 2 if self.early else 1
         ideal = wanted * unit
         if not ideal <= _LARGEST:
             raise QuantiseError(f"the values of {name!r} spread over more than float32 holds")

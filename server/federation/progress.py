@@ -77,25 +77,29 @@ class Progress:
             from scratch changes by a quarter of itself in a round at its peak, and coarse lattices
             do it no harm; what changes less, as in fine-tuning, needs a finer one in proportion.
             Decided when the peak is over.
+        early: whether the model, which learns from scratch, has not settled yet: pruning is not
+            over, or, where nothing is pruned, it changes by more than the little of its end. Never
+            of a model of which nobody knows what it has learned.
     """
 
     def __init__(self, begin: int, end: int, budget: float = 0.0) -> None:
         self.begin, self.end, self.budget = begin, end, budget
         self.peak = self._done = 0.0
-        self.fineness = 1.0
+        self.fineness, self.early = 1.0, False
         self._pace = 1.0  # the last relative change as a part of the largest
         self._lowest = math.inf
         self._before: Mapping[str, NDArray[Any]] = {}
 
     @property
     def position(self) -> tuple[float, ...]:
-        """How much of pruning is done, the peak, the fineness, the lowest loss if any is known."""
+        """What is done of pruning, peak, fineness, whether it is early, lowest loss if known."""
         known = () if math.isinf(self._lowest) else (self._lowest,)
-        return (self._done, self.peak, self.fineness, *known)
+        return (self._done, self.peak, self.fineness, float(self.early), *known)
 
     def resume(self, position: Sequence[float]) -> None:
         """Go on where another's `position` was."""
-        self._done, self.peak, self.fineness, self._lowest = (*position, math.inf)[:4]
+        self._done, self.peak, self.fineness, early, self._lowest = (*position, math.inf)[:5]
+        self.early = bool(early)
 
     def observe(self, master: Mapping[str, NDArray[Any]]) -> None:
         """Take in the weights of a round; they are kept until the next."""
@@ -119,6 +123,7 @@ class Progress:
         if self.peak and (self._pace < 1 or self.peak < _TUNED):
             power = round(math.log2(self.peak / _FROM_SCRATCH))
             self.fineness = 2.0 ** min(0, max(-3, power))
+            self.early = self.early and power >= 0
 
     def clock(self, number: int, loss: float | None = None) -> float:
         """The schedule's round, `begin` to `end`, at which the weights observed are published.
@@ -129,12 +134,14 @@ class Progress:
         """
         length = self.end - self.begin
         if not length:
+            self.early = self.early and self._pace > _LITTLE
             return self.begin
         shortest = min(max(_SHORTEST, round(_SLOWEST * length)), length)
         wanted = min(self._done + 1 / shortest, (_HALF - self._pace) / (_HALF - _LITTLE))
         due = (number - (self.end - shortest)) / shortest
         if number > self.begin and not self._is_spent(loss):
             self._done = min(1.0, max(self._done, wanted, due))
+        self.early = self.early and self._done < 1 and number < self.end
         return self.begin + self._done * length
 
     def _is_spent(self, loss: float | None) -> bool:

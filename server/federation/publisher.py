@@ -29,6 +29,7 @@ from prunecast.compression.versions import (
     MAX_MODEL_BYTES,
     InvalidModel,
     Kind,
+    LatticeTensor,
     PublishedModel,
     RawTensor,
     Seed,
@@ -154,7 +155,7 @@ class Publisher:
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
         if progress:
             self._progress.resume(progress)
-            self._lattices.fineness = self._fineness
+            self._lattices.fineness, self._lattices.early = self._fineness
 
     def expect(self, rounds: int) -> None:
         """Fit the schedule of pruning to a number of rounds, those before a resume included."""
@@ -182,8 +183,12 @@ class Publisher:
         """
         if self._counter:
             raise FederationError("a model can only be drawn before the first version is published")
-        template = self._on_lattice(like, {})
-        model, source = draw_like(template, seed)
+        self._progress.early = self._plan is not None  # nothing drawn has learned anything yet
+        self._lattices.refine(*self._fineness)
+        model, source = draw_like(self._on_lattice(like, {}), seed)
+        for name, tensor in model.tensors.items():
+            if isinstance(tensor, LatticeTensor):
+                self._lattices.steps[name] = tensor.step
         if sum(spec.nbytes for spec in model.specs.values()) <= most:
             # receivers refuse to be told by a few bytes to allocate more than that
             self._seeded = (model.digest, source)
@@ -257,7 +262,7 @@ class Publisher:
         self._statistics = {**self._statistics, **(statistics or {})}
         if self._plan is not None:
             self._progress.observe(lattice)
-            self._lattices.refine(self._fineness)
+            self._lattices.refine(*self._fineness)
         model = self._latest = self._on_lattice(master, self._masks(lattice))
         known = self._history.pop(short(model.digest), None)
         self._history[short(model.digest)] = known or model
@@ -320,10 +325,11 @@ class Publisher:
         return name in self._exact or self.policy.is_lossless(name, dtype, array.size)
 
     @property
-    def _fineness(self) -> float:
+    def _fineness(self) -> tuple[float, bool]:
         # a kept weight that rounds to zero is lost: right only where the smallest go first
         by_size = not self.policy.target or self.policy.pruning_criterion == "magnitude"
-        return self._progress.fineness * (1.0 if by_size else _OTHER_CRITERIA)
+        part = 1.0 if by_size else _OTHER_CRITERIA
+        return self._progress.fineness * part, self._progress.early and by_size
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -335,8 +341,9 @@ class Publisher:
             return {}
         weights = self._plan.prunable(lattice)
         self._schedule_at = self.clock
+        learned = self._progress.clock(self.clock, self.losses.take())
         if not self.policy.pruning_end:
-            self._schedule_at = self._progress.clock(self.clock, self.losses.take())
+            self._schedule_at = learned
         if self._counter == 1 and self.policy.target:
             self._say_unpruned(lattice)
         shapes = {name: array.shape for name, array in weights.items()}

@@ -107,6 +107,44 @@ def test_a_model_that_is_fine_tuned_has_a_finer_lattice():
     assert tuned[1]["w"].step == tuned[-1]["w"].step == scratch[0]["w"].step / 8
 
 
+VAST_ONE = (512, 512)
+
+
+def steps_of_drawn(policy, rounds, size=VAST_ONE):
+    """Steps and sparsities of a model that is drawn, learns, and settles."""
+    (like,) = drifting(1, size=size)
+    publisher = Publisher(policy, b"s", policy.pruning())
+    publisher.expect(rounds)
+    drawn = publisher.draw(like, 7)
+    assert drawn["w"].std() == pytest.approx(like["w"].std(), rel=0.04)
+    version = publisher.publish(drawn)
+    assert len(publisher.payload(version, None).data) < 200  # its seed
+    rng, weight, models = np.random.default_rng(1), drawn["w"], [version.model]
+    for number in range(2, rounds + 1):
+        by = max(0.6 * 0.7**number, 0.005)
+        weight = (weight + by * rng.normal(size=size) * like["w"].std()).astype(np.float32)
+        models.append(publisher.publish({"w": weight}).model)
+    return [m["w"].step for m in models], [m.sparsity() for m in models], publisher
+
+
+def test_a_drawn_model_begins_on_a_coarse_lattice_that_is_refined_once_it_is_pruned():
+    steps, sparsities, publisher = steps_of_drawn(Policy.preset("small"), 20)
+    refined = next(i for i, step in enumerate(steps) if step < steps[0])
+    assert steps[refined] == steps[-1] == steps[0] / 2
+    assert sparsities[refined - 1] == pytest.approx(0.9, abs=0.06)
+    assert sparsities[1] == sparsities[2] == 0
+    resumed = Publisher(Policy.preset("small"), b"s", Policy.preset("small").pruning())
+    resumed.resume(*publisher.position)
+    assert resumed._fineness == (1.0, False)
+    steps, _, _ = steps_of_drawn(Policy(), 20)  # nothing is pruned: when it has settled
+    assert steps[-1] == steps[0] / 2
+    assert steps[1] == steps[0]
+    steps, _, _ = steps_of_drawn(Policy.preset("small"), 20, size=(256, 256))
+    assert steps[-1] == steps[0] == pytest.approx(0.4, rel=0.01)
+    by_taylor = Policy.preset("small", pruning_criterion="taylor")
+    assert steps_of_drawn(by_taylor, 20)[0][0] == pytest.approx(0.1, rel=0.05)
+
+
 def test_what_is_no_model_and_low_rank_factors_lie_on_a_fine_lattice():
     (master,) = drifting(1)
     spread = master["w"].std()
