@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import QuantiseError, quantise, spread
-from prunecast.compression.versions import LARGE, LatticeTensor, Tensor
+from prunecast.compression.versions import LatticeTensor, Tensor
 from prunecast.compression.versions.model import refine
 from prunecast.server.federation.policy import Policy
 
 __all__ = ["Lattices"]
 
-_OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
+_OF_SMALL = 0.4  # part of the hysteresis beyond rounding that other than large tensors have
 _VAST = 1 << 18  # weights
 _CHUNK = 1 << 15  # weights that are wide at a time
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
@@ -35,9 +35,9 @@ class Lattices:
     Attributes:
         steps: by name of the tensor.
         fineness: part of their ideal step that all but the fine ones have, a power of two.
-        early: whether vast tensors have twice that: while a model learns from scratch and is not
-            pruned yet, most of a run's bytes are theirs; the bit left out costs little later, when
-            few of their weights are left.
+        early: whether vast tensors and large kernels have twice that: while a model learns from
+            scratch and is not pruned yet, most of a run's bytes are theirs; the bit left out costs
+            little later, when few of their weights are left.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -55,6 +55,7 @@ class Lattices:
         last: Tensor | None,
         *,
         fine: bool = False,
+        large: bool = False,
         aligned: bool = False,
     ) -> LatticeTensor:
         """The integers of one tensor.
@@ -65,15 +66,17 @@ class Lattices:
             mask: which of them are kept; None where nothing is pruned.
             last: what was published of it last, which decides what stays; None for nothing.
             fine: whether it is few values that each matter much: a vector, a low-rank factor.
+            large: whether it has so many weights that few of them matter, see `is_large`.
             aligned: let the mask end at the border of a cell, so that the integers almost say it;
                 for masks that keep the largest weights.
 
         Raises:
             QuantiseError: the values do not lie on any lattice of 32-bit integers.
         """
-        step = self._step(name, array, fine)
+        step = self._step(name, array, fine, large)
         q = quantise(array, step, name=name)
-        stays_within = self._stays_within(array.size)
+        beyond = self.policy.hysteresis - 0.5
+        stays_within = 0.5 + beyond * (1 if large else _OF_SMALL)
         before = None
         if isinstance(last, LatticeTensor) and last.shape == array.shape:
             before = last.q if last.step == step else refine(last.q, last.step, step)
@@ -85,7 +88,7 @@ class Lattices:
             np.copyto(q, before, where=stays)
         if mask is None:
             return LatticeTensor(q, step, False, array.dtype)
-        if not aligned or array.size < LARGE:
+        if not aligned or not large:
             return LatticeTensor(q * mask, step, True, array.dtype)
         size = np.abs(array)
         least = float(size[mask].min(initial=np.inf)) / step
@@ -106,17 +109,13 @@ class Lattices:
         for name in self.steps.keys() - self._fine:
             self.steps[name] *= by * (again if name in self._vast else 1.0)
 
-    def _stays_within(self, size: int) -> float:
-        beyond = self.policy.hysteresis - 0.5
-        return 0.5 + beyond * (1 if size >= LARGE else _OF_SMALL)
-
-    def _step(self, name: str, array: NDArray[Any], fine: bool) -> float:
+    def _step(self, name: str, array: NDArray[Any], fine: bool, large: bool) -> float:
         unit = max(spread(array, "std"), _SMALLEST_SPREAD)
         wanted = self.policy.down_step * self.fineness
         if fine:
             self._fine.add(name)
             wanted = min(wanted, self.policy.vector_step)
-        elif array.size >= _VAST:
+        elif array.size >= _VAST or (large and array.ndim > 2):
             self._vast.add(name)
             wanted *= 2 if self.early else 1
         ideal = wanted * unit
