@@ -19,7 +19,6 @@ from prunecast.compression.versions import (
     ReplyTensor,
     UpdateRule,
     exact_change,
-    is_large,
     is_statistic,
     rounded_floats,
 )
@@ -171,7 +170,6 @@ def compress_reply(
         *(s.whole_change for s in sizes.values())
     )
     within = 1.0 if clip is None else _within_clip(clip, sizes, arrays, tensors, base)
-    weights = sum(math.prod(spec.shape) for spec in base.specs.values())
     changes: dict[str, QuantisedTensor | NDArray[Any]] = {}
     left = dict(residual) if rule.error_feedback else {}
     for name, tensor in tensors.items():
@@ -190,8 +188,7 @@ def compress_reply(
                 before = [own for own in (True, False) if like + _KEPT[own] in left]
                 usual = before[0] if len(before) == 1 else whole  # its residual is of that
                 own = is_own(size.whole_change, size.value, whole=usual)
-            large = is_large(lattice.q.size, weights)
-            coder = _Coder(name, like, own and clip is None, lattice, size, rule, within, large)
+            coder = _Coder(name, like, own and clip is None, lattice, size, rule, within)
             change = coder.code(arrays[name], left)
         if change is not None:
             changes[name] = change
@@ -285,7 +282,6 @@ class _Coder:
     size: _Sizes
     rule: UpdateRule
     within: float
-    large: bool
 
     def code(
         self, array: NDArray[Any], left: dict[str, NDArray[Any]]
@@ -304,7 +300,7 @@ class _Coder:
             floor = self.rule.floor if self.rule.error_feedback else 0.0  # nothing brings it later
             if floor and not self.own and np.ptp(self.tensor.q):
                 # the lattice of what is constant yet says nothing of how large changes are
-                step = max(step, self.rule.least_step(self.tensor.step, large=self.large))
+                step = max(step, self.rule.least_step(array.size, self.tensor.step))
             step = float(np.float32(step))
         if given == 0 or step <= np.finfo(np.float32).tiny:
             return QuantisedTensor(np.zeros(array.shape, np.int32), 1.0, True) if self.own else None

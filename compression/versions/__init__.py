@@ -13,7 +13,6 @@ from prunecast.compression.versions.control import (
     NodeReport,
     SchemeRule,
     UpdateRule,
-    is_large,
 )
 from prunecast.compression.versions.descriptions import describe, read_description
 from prunecast.compression.versions.errors import (
@@ -103,7 +102,6 @@ __all__ = [
     "encode_update",
     "exact_change",
     "inspect",
-    "is_large",
     "is_statistic",
     "load_model",
     "measure_payload",

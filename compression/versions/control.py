@@ -19,15 +19,7 @@ from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.fields import FieldReader, FieldWriter
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 
-__all__ = [
-    "LARGE",
-    "TAG_BYTES",
-    "Instruction",
-    "NodeReport",
-    "SchemeRule",
-    "UpdateRule",
-    "is_large",
-]
+__all__ = ["LARGE", "TAG_BYTES", "Instruction", "NodeReport", "SchemeRule", "UpdateRule"]
 
 _MAX_BYTES = 1 << 20
 _LONGEST = 300  # characters of a node's trouble
@@ -40,18 +32,8 @@ _AS_SENT, _HELD, _MISSING, _TROUBLE = 1, 2, 4, 8
 _MOST_MICROSECONDS = (1 << 32) - 1
 
 
-LARGE = 1 << 15
-"""Weights from which a tensor has so many that few of them matter, see `is_large`."""
-
-
-def is_large(weights: int, of: int) -> bool:
-    """Whether a tensor is coarsely coded: it has `LARGE` weights, and its model twice as many.
-
-    Args:
-        weights: of the tensor.
-        of: of the model, or whatever record the tensor belongs to.
-    """
-    return weights >= LARGE and of >= 2 * LARGE
+LARGE = 1 << 16
+"""Weights from which a tensor has so many that few of them matter, and is coarsely coded."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ class UpdateRule:
             (Karimireddy et al. 2019, "Error Feedback Fixes SignSGD", algorithm 1).
         floor: the step is at least so many steps of the lattice that the tensor was published on:
             what the next version could not show is left to error feedback. Half of that for tensors
-            that are not large, see `is_large`; none without error feedback.
+            of fewer than `LARGE` weights; none without error feedback.
         statistics_bits: mantissa bits, 0 to 23, that running statistics of normalisation layers
             (see `is_statistic`) are rounded to, where there is a step and error feedback; 0 for
             exact.
@@ -90,14 +72,14 @@ class UpdateRule:
                 f"statistics of {self.statistics_bits!r} bits are outside 0..{MOST_STATISTICS_BITS}"
             )
 
-    def least_step(self, step: float, *, large: bool) -> float:
+    def least_step(self, weights: int, step: float) -> float:
         """The floor of a tensor's step.
 
         Args:
+            weights: how many it has.
             step: of the lattice that it was published on.
-            large: see `is_large`.
         """
-        return self.floor * step * (1 if large else 0.5)
+        return self.floor * step * (1 if weights >= LARGE else 0.5)
 
 
 @dataclass(frozen=True)

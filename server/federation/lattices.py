@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import QuantiseError, quantise, spread
-from prunecast.compression.versions import LatticeTensor, Tensor
+from prunecast.compression.versions import LARGE, LatticeTensor, Tensor
 from prunecast.compression.versions.model import refine
 from prunecast.server.federation.policy import Policy
 
 __all__ = ["Lattices"]
 
-_OF_SMALL = 0.4  # part of the hysteresis beyond rounding that other than large tensors have
-_VAST = 1 << 18  # weights
+_OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
+_VAST, _VAST_KERNEL = 1 << 18, 1 << 15  # weights of a matrix, of a kernel
 _CHUNK = 1 << 15  # weights that are wide at a time
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _LARGEST = float(np.finfo(np.float32).max) / 4
@@ -35,7 +35,7 @@ class Lattices:
     Attributes:
         steps: by name of the tensor.
         fineness: part of their ideal step that all but the fine ones have, a power of two.
-        early: whether vast tensors and large kernels have twice that: while a model learns from
+        early: whether vast tensors have twice that: while a model learns from
             scratch and is not pruned yet, most of a run's bytes are theirs; the bit left out costs
             little later, when few of their weights are left.
     """
@@ -55,7 +55,6 @@ class Lattices:
         last: Tensor | None,
         *,
         fine: bool = False,
-        large: bool = False,
         aligned: bool = False,
     ) -> LatticeTensor:
         """The integers of one tensor.
@@ -66,15 +65,15 @@ class Lattices:
             mask: which of them are kept; None where nothing is pruned.
             last: what was published of it last, which decides what stays; None for nothing.
             fine: whether it is few values that each matter much: a vector, a low-rank factor.
-            large: whether it has so many weights that few of them matter, see `is_large`.
             aligned: let the mask end at the border of a cell, so that the integers almost say it;
                 for masks that keep the largest weights.
 
         Raises:
             QuantiseError: the values do not lie on any lattice of 32-bit integers.
         """
-        step = self._step(name, array, fine, large)
+        step = self._step(name, array, fine)
         q = quantise(array, step, name=name)
+        large = array.size >= LARGE
         beyond = self.policy.hysteresis - 0.5
         stays_within = 0.5 + beyond * (1 if large else _OF_SMALL)
         before = None
@@ -109,13 +108,13 @@ class Lattices:
         for name in self.steps.keys() - self._fine:
             self.steps[name] *= by * (again if name in self._vast else 1.0)
 
-    def _step(self, name: str, array: NDArray[Any], fine: bool, large: bool) -> float:
+    def _step(self, name: str, array: NDArray[Any], fine: bool) -> float:
         unit = max(spread(array, "std"), _SMALLEST_SPREAD)
         wanted = self.policy.down_step * self.fineness
         if fine:
             self._fine.add(name)
             wanted = min(wanted, self.policy.vector_step)
-        elif array.size >= _VAST or (large and array.ndim > 2):
+        elif array.size >= (_VAST if array.ndim == 2 else _VAST_KERNEL):
             self._vast.add(name)
             wanted *= 2 if self.early else 1
         ideal = wanted * unit

@@ -38,7 +38,6 @@ from prunecast.compression.versions import (
     draw_like,
     encode_delta,
     encode_keyframe,
-    is_large,
     rounded_floats,
     short,
 )
@@ -383,7 +382,6 @@ class Publisher:
         tensors: dict[str, Tensor] = {}
         aligned = self.policy.pruning_align and self.policy.pruning_criterion == "magnitude"
         factors = low_rank_factors({name: array.shape for name, array in master.items()})
-        weights = sum(array.size for array in master.values())
         for name, array in master.items():
             if not self._is_exact(name, array):
                 last = self._latest.tensors.get(name) if self._latest is not None else None
@@ -391,7 +389,6 @@ class Publisher:
                     tensors[name] = self._lattices.tensor(
                         *(name, array, masks.get(name), last),
                         fine=self._plan is None or array.ndim < 2 or name in factors,
-                        large=is_large(array.size, weights),
                         aligned=aligned,
                     )
                     continue
