@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.versions import LARGE
-
 __all__ = ["Losses", "Progress", "losses_in"]
 
 _HALF, _LITTLE = 0.5, 0.15  # of the largest relative change: pruning begins, and is to be over
 _CHUNK = 1 << 16  # weights that are wide at a time
 _SHORTEST = 6  # rounds from the first mask to the last, unless the run is too short for it
-# part of the rounds within the bounds that it takes; with fewer weights than LARGE, given time
-_SLOWLY, _MORE_SLOWLY = 0.4, 0.8
+_SLOWLY = 0.4  # part of the rounds within the bounds that it takes at least
 _FROM_SCRATCH, _TUNED = 0.25, 0.03  # largest relative change of what learns, of what is tuned
 
 
@@ -89,7 +86,6 @@ class Progress:
         self.begin, self.end, self.budget = begin, end, budget
         self.peak = self._done = 0.0
         self.fineness, self.early = 1.0, False
-        self._weights = 0
         self._pace = 1.0  # the last relative change as a part of the largest
         self._lowest = math.inf
         self._before: Mapping[str, NDArray[Any]] = {}
@@ -108,7 +104,6 @@ class Progress:
     def observe(self, master: Mapping[str, NDArray[Any]]) -> None:
         """Take in the weights of a round; they are kept until the next."""
         matrices = {name: array for name, array in master.items() if array.ndim > 1}
-        self._weights = sum(array.size for array in matrices.values())
         change = size = 0.0
         for name, array in matrices.items():
             before = self._before.get(name)
@@ -142,8 +137,7 @@ class Progress:
             self.early = self.early and self._pace > _LITTLE
             return self.begin
         shortest = min(max(_SHORTEST, round(_SLOWLY * length)), length)
-        slowly = shortest if self._weights >= LARGE else max(shortest, _MORE_SLOWLY * length)
-        wanted = min(self._done + 1 / slowly, (_HALF - self._pace) / (_HALF - _LITTLE))
+        wanted = min(self._done + 1 / shortest, (_HALF - self._pace) / (_HALF - _LITTLE))
         due = (number - (self.end - shortest)) / shortest
         if number > self.begin and not self._is_spent(loss):
             self._done = min(1.0, max(self._done, wanted, due))

@@ -321,19 +321,6 @@ def test_pruning_waits_for_learning_and_is_over_by_its_end():
     assert over - began >= 5  # not at once
 
 
-def test_a_small_model_is_pruned_more_slowly_than_a_large_one():
-    pace = [0.3] * 3 + [0.02] * 30
-    rounds = {}
-    for copies in (1, 70):  # of a thousand weights
-        progress, found = Progress(2, 35), []
-        for number, master in enumerate(steady(0.3, pace), start=1):
-            progress.observe({"w": np.tile(master["w"], copies).reshape(100, -1)})
-            found.append(progress.clock(number))
-        rounds[copies] = sum(2 < clock < 35 for clock in found)
-    assert rounds[70] == 13
-    assert rounds[1] >= 22
-
-
 def test_a_model_that_never_settles_is_pruned_in_time_and_none_before_its_beginning():
     found = clocks(Progress(2, 20), steady(0.3, [0.3] * 25))
     assert found[12] == 2 < found[13]
