@@ -15,7 +15,7 @@ from prunecast.server.federation.policy import Policy
 __all__ = ["Lattices"]
 
 _OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
-_VAST, _VAST_KERNEL = 1 << 18, 1 << 15  # weights of a matrix, of a kernel
+_VAST = 1 << 18  # weights
 _CHUNK = 1 << 15  # weights that are wide at a time
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _LARGEST = float(np.finfo(np.float32).max) / 4
@@ -114,7 +114,7 @@ class Lattices:
         if fine:
             self._fine.add(name)
             wanted = min(wanted, self.policy.vector_step)
-        elif array.size >= (_VAST if array.ndim == 2 else _VAST_KERNEL):
+        elif array.size >= _VAST:
             self._vast.add(name)
             wanted *= 2 if self.early else 1
         ideal = wanted * unit

@@ -141,8 +141,6 @@ def test_a_drawn_model_begins_on_a_coarse_lattice_that_is_refined_once_it_is_pru
     assert steps[1] == steps[0]
     steps, _, _ = steps_of_drawn(Policy.preset("small"), 20, size=(256, 256))
     assert steps[-1] == steps[0] == pytest.approx(0.4, rel=0.01)
-    steps, _, _ = steps_of_drawn(Policy.preset("small"), 20, size=(128, 64, 3, 3))
-    assert steps[-1] == steps[0] / 2
     by_taylor = Policy.preset("small", pruning_criterion="taylor")
     assert steps_of_drawn(by_taylor, 20)[0][0] == pytest.approx(0.1, rel=0.05)
 
