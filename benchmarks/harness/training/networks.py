@@ -105,7 +105,7 @@ class SmallResNet(nn.Module):
 
 
 def small_resnet_group() -> nn.Module:
-    """`SmallResNet` with GroupNorm; 151,722 parameters."""
+    """`SmallResNet` with GroupNorm; 151,738 parameters."""
     return SmallResNet(_group)
 
 
