@@ -87,10 +87,10 @@ def test_debugging_shows_the_traceback(run, monkeypatch, debug):
 
 def test_a_wrong_policy_is_a_usage_error(run, tmp_path):
     path = tmp_path / "wrong.toml"
-    path.write_text('schema = 1\n[arms.a]\nkind = "prunecast"\npreset = "tiny"\n')
+    path.write_text('schema = 1\n[arms.a]\nkind = "prunecast"\npreset = "huge"\n')
     result = run("simulate", "--check", path)
     assert result.exit_code == 2
-    assert "prunecast.preset = 'tiny' is unknown: choose one of" in result.output
+    assert "prunecast.preset = 'huge' is unknown: choose one of" in result.output
 
 
 def test_check_looks_at_the_data_too(run, tmp_path):
