@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from prunecast.common.documents import from_document
 from prunecast.common.files import replacing
 from prunecast.server.federation.errors import CheckpointError
+from prunecast.server.federation.progress import Progress
 
 __all__ = ["Checkpoint"]
 
@@ -93,8 +94,8 @@ class Checkpoint:
                 raise ValueError(f"schema {meta.schema} or counter {meta.counter} is not supported")
             if not all(math.isfinite(step) and step > 0 for step in meta.steps.values()):
                 raise ValueError("a lattice step is not a positive number")
-            if len(meta.progress) not in (0, 4, 5) or not all(map(math.isfinite, meta.progress)):
-                raise ValueError("the progress of learning is not four or five finite numbers")
+            if meta.progress:
+                Progress(0, 0).resume(meta.progress)
             return cls(arrays, meta.counter, meta.steps, meta.clock, meta.progress, meta.key)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(

@@ -35,9 +35,9 @@ class Lattices:
     Attributes:
         steps: by name of the tensor.
         fineness: part of their ideal step that all but the fine ones have, a power of two.
-        early: whether vast tensors have twice that: while a model learns from
-            scratch and is not pruned yet, most of a run's bytes are theirs; the bit left out costs
-            little later, when few of their weights are left.
+        early: whether vast tensors have twice that: while a model learns from scratch and is not
+            pruned yet, most of a run's bytes are theirs; the bit left out costs little later, when
+            few of their weights are left.
     """
 
     def __init__(self, policy: Policy) -> None:

@@ -15,6 +15,7 @@ _HALF, _LITTLE = 0.5, 0.15  # of the largest relative change: pruning begins, an
 _CHUNK = 1 << 16  # weights that are wide at a time
 _SHORTEST = 6  # rounds from the first mask to the last, unless the run is too short for it
 _SLOWLY = 0.4  # part of the rounds within the bounds that it takes at least
+_FINENESS = (1.0, 0.5, 0.25, 0.125)
 _FROM_SCRATCH, _TUNED = 0.25, 0.03  # largest relative change of what learns, of what is tuned
 
 
@@ -97,7 +98,16 @@ class Progress:
         return (self._done, self.peak, self.fineness, float(self.early), *known)
 
     def resume(self, position: Sequence[float]) -> None:
-        """Go on where another's `position` was."""
+        """Go on where another's `position` was.
+
+        Raises:
+            ValueError: it is no position.
+        """
+        known = len(position) in (4, 5) and all(map(math.isfinite, position))
+        if not known or not (
+            0 <= position[0] <= 1 and position[1] >= 0 and position[2] in _FINENESS
+        ):
+            raise ValueError("the progress of learning is not what `Progress.position` gives")
         self._done, self.peak, self.fineness, early, self._lowest = (*position, math.inf)[:5]
         self.early = bool(early)
 
@@ -122,7 +132,7 @@ class Progress:
             self._pace = relative / self.peak if self.peak else 1.0
         if self.peak and (self._pace < 1 or self.peak < _TUNED):
             power = round(math.log2(self.peak / _FROM_SCRATCH))
-            self.fineness = 2.0 ** min(0, max(-3, power))
+            self.fineness = _FINENESS[min(len(_FINENESS) - 1, max(0, -power))]
             self.early = self.early and power >= 0
 
     def clock(self, number: int, loss: float | None = None) -> float:
