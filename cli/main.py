@@ -31,12 +31,27 @@ class _Group(TyperGroup):
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
+            asked = _asked_to_end(error)
+            if asked is not None:
+                raise SystemExit(asked) from None
             debugging = ctx.params.get("debug") or os.environ.get("PRUNECAST_DEBUG") == "1"
             click_shows_it = hasattr(error, "exit_code") and hasattr(error, "show")
             if debugging or click_shows_it or isinstance(error, typer.Exit | typer.Abort):
                 raise
             typer.echo(f"error: {explain(error, ctx.invoked_subcommand)}", err=True)
             raise typer.Exit(2 if is_usage(error) else 1) from error
+
+
+def _asked_to_end(error: BaseException) -> int | None:
+    """The exit status of a signal that came before an error: of cleaning up, which it began."""
+    earlier = error.__context__
+    while earlier is not None:
+        if isinstance(earlier, KeyboardInterrupt):
+            return 130
+        if isinstance(earlier, SystemExit):
+            return earlier.code if isinstance(earlier.code, int) else 1
+        earlier = earlier.__context__
+    return None
 
 
 app = typer.Typer(

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+
+from prunecast.cli.main import app
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +68,26 @@ def test_a_command_that_is_ended_leaves_no_temporary(
     process = start(command, weights / source, "-o", tmp_path / made, folder=tmp_path)
     until(lambda: list(tmp_path.glob(f".{made}.*")), process)
     process.send_signal(number)
-    assert process.wait(timeout=30) in (128 + number, -number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode in (128 + number, -number), said.decode()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("raised", "status"), [(SystemExit(143), 143), (KeyboardInterrupt(), 130)])
+def test_an_error_of_the_cleaning_up_does_not_hide_the_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: int
+) -> None:
+    np.savez(tmp_path / "a.npz", a=np.arange(9))
+    compress = ["compress", tmp_path / "a.npz", "-o", tmp_path / "a.pcc"]
+    assert CliRunner().invoke(app, list(map(str, compress))).exit_code == 0
+
+    def interrupted(*arguments: object, **named: object) -> None:
+        raise raised  # the archive believes that a member is open, and refuses to be closed
+
+    monkeypatch.setattr("zipfile._ZipWriteFile.__init__", interrupted)
+    decompress = ["decompress", tmp_path / "a.pcc", "-o", tmp_path / "b.npz"]
+    assert CliRunner().invoke(app, list(map(str, decompress))).exit_code == status
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npz", "a.pcc"}
 
 
 def test_a_signal_that_is_ignored_stays_so(weights: Path, tmp_path: Path) -> None:
