@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ __all__ = ["Lattices"]
 
 _OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
 _VAST = 1 << 18  # weights
+_FAR = 1.5  # times more weights, or fewer, than wanted that a finished mask may keep
 _CHUNK = 1 << 15  # weights that are wide at a time
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
 _LARGEST = float(np.finfo(np.float32).max) / 4
@@ -66,7 +68,8 @@ class Lattices:
             last: what was published of it last, which decides what stays; None for nothing.
             fine: whether it is few values that each matter much: a vector, a low-rank factor.
             aligned: let the mask end at the border of a cell, so that the integers almost say it;
-                for masks that keep the largest weights.
+                for masks that keep the largest weights. Where no border keeps about as many, the
+                mask is kept to the weight, but not while it is early.
 
         Raises:
             QuantiseError: the values do not lie on any lattice of 32-bit integers.
@@ -89,14 +92,17 @@ class Lattices:
             return LatticeTensor(q, step, False, array.dtype)
         if not aligned or not large:
             return LatticeTensor(q * mask, step, True, array.dtype)
-        size = np.abs(array)
+        size, cell = np.abs(array), np.abs(q)
         least = float(size[mask].min(initial=np.inf)) / step
         if np.isinf(least):  # nothing is kept
             least = float(size.max(initial=0)) / step + 1
-        cells = max(0, round(least - 0.5))
+        wanted = np.count_nonzero(mask)
+        cells, times = _edge(cell, max(0, math.floor(least - 0.5)), wanted)
+        if times > _FAR and not self.early:
+            return LatticeTensor(q * mask, step, True, array.dtype)
         if not cells and not (was_pruned and before is not None):
             return LatticeTensor(q, step, False, array.dtype)
-        kept = np.abs(q) > cells
+        kept = cell > cells
         if was_pruned and before is not None:
             kept &= (before != 0) | (size > (cells + stays_within) * step)
         return LatticeTensor(q * kept, step, True, array.dtype)
@@ -129,6 +135,24 @@ class Lattices:
             step /= 2
         self.steps[name] = step
         return step
+
+
+def _edge(cell: NDArray[np.integer], below: int, wanted: int) -> tuple[int, float]:
+    """The size of integers up to which they are cut, so that about as many stay as wanted.
+
+    Args:
+        cell: sizes of the integers.
+        below: the edge of a cell that is not above the threshold.
+        wanted: how many are to stay.
+
+    Returns:
+        Also by how much that is missed, as a factor of 1 or more: far where weights lie on few
+        cells, such as those of a model that nobody has trained yet.
+    """
+    kept = {edge: np.count_nonzero(cell > edge) + 1 for edge in (below, below + 1)}
+    missed = {e: max(n / (wanted + 1), (wanted + 1) / n) for e, n in kept.items()}
+    nearest = min(missed, key=missed.__getitem__)
+    return nearest, missed[nearest]
 
 
 def _within(

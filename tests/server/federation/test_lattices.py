@@ -88,6 +88,30 @@ def test_a_mask_that_is_aligned_ends_where_cells_end_and_comes_back_beyond_them(
     assert flips(models[4:]) < flips(others[4:])
 
 
+@pytest.mark.parametrize("step", [0.1, 0.4, 0.8, 2.0])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda rng: rng.normal(size=LARGE_ONE),
+        lambda rng: rng.laplace(size=LARGE_ONE),
+        lambda rng: rng.uniform(-1, 1, size=LARGE_ONE),
+        lambda rng: rng.choice([-1.0, 1.0], size=LARGE_ONE),  # of one size
+        lambda rng: rng.integers(-2, 3, size=LARGE_ONE) + 1e-4 * rng.normal(size=LARGE_ONE),
+    ],
+    ids=["normal", "laplace", "uniform", "signs", "few cells"],
+)
+def test_a_finished_mask_keeps_about_as_many_weights_as_wanted(weights, step):
+    policy = Policy(sparsity=0.8, down_step=step, pruning_begin=1, pruning_end=3)
+    publisher = Publisher(policy, b"s", policy.pruning())
+    master = {"w": weights(np.random.default_rng(0)).astype(np.float32)}
+    for _ in range(5):
+        model = publisher.publish(master).model
+    # a lattice as coarse as the weights has fewer that are not zero
+    most = np.count_nonzero(np.rint(master["w"] / np.float64(model["w"].step)))
+    wanted = min(0.2 * master["w"].size, most)
+    assert wanted / 1.51 <= np.count_nonzero(model["w"].q) <= 1.51 * wanted
+
+
 def test_small_tensors_are_pruned_to_the_weight_and_follow_their_master_more_closely():
     policy = Policy(sparsity=0.8, pruning_begin=0, pruning_end=3, pruning_min_size=1)
     _, models = changes(policy, drifting(8))
