@@ -114,7 +114,8 @@ def load_examples(source: DataSource, task: Task, *, seed: int) -> tuple[Example
                 )
         elif values.dtype.kind not in "biu":
             raise DataError(f"input {name!r} is {values.dtype}: networks take numbers, convert it")
-    found = dataclasses.replace(found, targets=task.targets(found.targets))
+    wanted = task.targets(task.targets_of(found.inputs, found.targets))
+    found = dataclasses.replace(found, targets=wanted)
     if source.held_out >= len(found):
         raise DataError(
             f"data.held_out = {source.held_out}, but there are {len(found)} examples: lower it"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.common.references import load_callable
 from prunecast.common.text import first_line
 from prunecast.simulations.data import DataError, Examples
 from prunecast.simulations.kinds import ScenarioError
@@ -63,15 +62,16 @@ def _clients(numbers: Sequence[int]) -> str:
 def _model(scenario: Scenario) -> nn.Module:
     import torch
 
+    make = scenario.model.network()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(scenario.seed)
-            module = load_callable(scenario.model.factory)()
+            module = make()
     except Exception as error:  # of the user's code
         raise ScenarioError(
             "model.factory",
             f"{scenario.model.factory} fails: {type(error).__name__}: {first_line(error)}",
-            "correct it; it is called without arguments",
+            "correct it, or model.options, which are all it is called with",
         ) from error
     if not isinstance(module, torch.nn.Module):
         made = f"{scenario.model.factory} returns a {type(module).__name__}"

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.common.references import load_callable
 from prunecast.compression.versions import PublishedModel, load_model
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.releasing import recipe_releaser
@@ -77,7 +76,7 @@ def _recipe(prepared: PreparedRun) -> ReleaseRecipe:
     assert spec is not None
     inputs = Examples.load(prepared.held_out).take(slice(spec.selftest_images)).inputs
     return ReleaseRecipe(
-        module=load_callable(prepared.scenario.model.factory),
+        module=prepared.scenario.model.network(),
         # the graph of a single input calls it "input", whatever the data do
         selftest=dict(inputs) if len(inputs) > 1 else next(iter(inputs.values())),
         cache=prepared.work / "graphs",

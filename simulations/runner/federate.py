@@ -20,7 +20,6 @@ from torch import nn
 from prunecast.client.training.client_app import Loader, LocalTraining, build_client_app
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TensorBatches
-from prunecast.common.references import load_callable
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
@@ -60,7 +59,7 @@ def simulated_client(prepared: PreparedRun) -> ClientApp:
 
 def _model(prepared: PreparedRun, context: Context) -> nn.Module:
     torch.set_num_threads(prepared.scenario.engine.cpus)  # for each client, no more
-    module: nn.Module = load_callable(prepared.scenario.model.factory)()
+    module: nn.Module = prepared.scenario.model.network()()
     return module
 
 
@@ -212,7 +211,7 @@ def _run_arm(
 
     scenario, task = prepared.scenario, prepared.scenario.task
     shutil.rmtree(prepared.store, ignore_errors=True)  # nothing is carried over from another arm
-    module, arrays = initial_arrays(load_callable(scenario.model.factory), seed=scenario.seed)
+    module, arrays = initial_arrays(scenario.model.network(), seed=scenario.seed)
     drawn = scenario.model.initial == "drawn"
     if drawn and not arm.publishes:
         drawn = False

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunecast.common.files import write_atomically
-from prunecast.common.references import load_callable
 from prunecast.common.text import quiet
 from prunecast.simulations.kinds import written
 from prunecast.simulations.runner import ResultError, SimulationError
@@ -27,7 +26,7 @@ from prunecast.simulations.runner.prepared import (
     partition_data,
     prepare,
 )
-from prunecast.simulations.scenarios import Scenario, ScenarioError
+from prunecast.simulations.scenarios import Scenario
 
 if TYPE_CHECKING:
     from prunecast.server.federation import Tally
@@ -97,14 +96,7 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
         strategy_of(scenario)
     if scenario.release is not None:
         rule_of(scenario.release, scenario.task)
-    try:
-        load_callable(scenario.model.factory)
-    except ValueError as error:
-        raise ScenarioError(
-            "model.factory",
-            str(error),
-            "name a function as package.module:function, installed or in the current folder",
-        ) from error
+    scenario.model.network()
     from prunecast.simulations.runner.checks import check_data_and_model
 
     data = partition_data(scenario)

@@ -8,14 +8,17 @@ keys.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from prunecast.common.references import load_callable
 from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataSource
 from prunecast.simulations.kinds import NAME, Matches, Range, ScenarioError, build, choice, written
@@ -52,8 +55,9 @@ class ModelSpec:
     """``[model]``: what is trained.
 
     Attributes:
-        factory: ``package.module:function`` that returns a torch module; called without
-            arguments, with torch's generator seeded.
+        factory: ``package.module:function`` that returns a torch module; called with torch's
+            generator seeded. `prunecast.simulations.networks` has some.
+        options: ``[model.options]``, keyword arguments of the factory.
         initial: "factory" starts from the weights the factory makes; "drawn" draws weights of
             the same means and spreads from the seed, so that a compressed arm's first keyframe
             is a few bytes. The others start from the weights that the first such arm draws, or the
@@ -61,9 +65,35 @@ class ModelSpec:
     """
 
     factory: Annotated[str, Matches("(?s).*:.*", "write it as package.module:function")] = (
-        "prunecast.simulations.scenarios.models:digits_cnn"
+        "prunecast.simulations.networks.convolutional:digits_cnn"
     )
+    options: Mapping[str, Any] = field(default_factory=dict)
     initial: Literal["factory", "drawn"] = "factory"
+
+    def network(self) -> Callable[[], Any]:
+        """The factory with its options: what makes the torch module.
+
+        Raises:
+            ScenarioError: it cannot be imported, or takes no such option.
+        """
+        try:
+            factory = load_callable(self.factory)
+        except ValueError as error:
+            raise ScenarioError(
+                "model.factory",
+                str(error),
+                "name a function as package.module:function, installed or in the current folder",
+            ) from error
+        if not self.options:
+            return factory
+        taken = inspect.signature(factory).parameters
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in taken.values()):
+            for name in self.options:
+                if name not in taken:
+                    remedy = f"options: {', '.join(taken)}" if taken else "it takes none"
+                    problem = f"means nothing to {self.factory}"
+                    raise ScenarioError(f"model.options.{name}", problem, remedy)
+        return partial(factory, **self.options)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +34,10 @@ class Task(Kind):
     percent: ClassVar[bool] = False
     lower_is_better: ClassVar[bool] = False
     verb: ClassVar[str] = "answered"
+
+    def targets_of(self, inputs: Mapping[str, NDArray[Any]], stored: NDArray[Any]) -> NDArray[Any]:
+        """What `targets` gets: what the data store as targets, unless the task says otherwise."""
+        return stored
 
     def targets(self, raw: NDArray[Any]) -> NDArray[Any]:
         """Targets in the dtype and shape that the loss takes, one for each example.

@@ -27,7 +27,7 @@ KINDS: list[tuple[Registry[Any], list[str]]] = [
     (ARMS, ["dense", "prunecast", "recoded", "scheme"]),
     (DATA, ["mnist-5k", "npz"]),
     (PARTITIONS, ["dirichlet", "flower", "iid"]),
-    (TASKS, ["classification", "regression"]),
+    (TASKS, ["classification", "positions", "rating", "reconstruction", "regression"]),
 ]
 
 

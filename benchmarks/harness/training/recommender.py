@@ -8,25 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunecast.simulations.networks.factorisation import ItemScores
+
 __all__ = ["Recommender"]
 
 ITEMS, WIDTH, HISTORY = 20_000, 64, 16
-
-
-class _Model(nn.Module):
-    """Scores an item for a user who is the mean of the items seen; 1.3 million parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.items = nn.Embedding(ITEMS, WIDTH)
-        nn.init.normal_(self.items.weight, std=0.05)
-        self.bias = nn.Embedding(ITEMS, 1)
-        nn.init.zeros_(self.bias.weight)
-        self.taste = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, history: Tensor, item: Tensor) -> Tensor:
-        user = self.taste(self.items(history).mean(1))
-        return torch.as_tensor((user * self.items(item)).sum(1) + self.bias(item)[:, 0])
 
 
 @dataclass
@@ -59,7 +45,7 @@ class Recommender:
 
     def build(self) -> nn.Module:
         """The network."""
-        return _Model()
+        return ItemScores(ITEMS, WIDTH)
 
     def optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
         """Adam, whose steps leave rows alone that were never met."""
