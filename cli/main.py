@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 # these modules import nothing beyond the base installation until a command runs
 from prunecast.cli import edge, fleet, release
+from prunecast.cli.compare import compare
 from prunecast.cli.console import explain, is_usage
 from prunecast.cli.files import compress, decompress, inspect
 from prunecast.cli.serve import serve
@@ -86,7 +87,7 @@ def main(
     """Federated learning and edge delivery that are cheap in bytes."""
 
 
-for _command in (demo, simulate, report, serve, compress, decompress, inspect):
+for _command in (demo, simulate, compare, report, serve, compress, decompress, inspect):
     app.command()(_command)
 for _name, _group in {"release": release, "edge": edge, "fleet": fleet}.items():
     app.add_typer(_group.app, name=_name)

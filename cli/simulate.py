@@ -19,7 +19,7 @@ from prunecast.common.text import bytes_text
 if TYPE_CHECKING:
     from prunecast.simulations.scenarios import Scenario
 
-__all__ = ["demo", "report", "simulate"]
+__all__ = ["RunProgress", "demo", "report", "simulate"]
 
 _LINES_PER_ARM = 6
 
@@ -110,7 +110,7 @@ def _run_and_show(scenario: Scenario, as_json: bool) -> None:
     from prunecast.simulations.runner.run import new_run_folder, run_scenario
 
     folder = new_run_folder(scenario.output, scenario.name)
-    with _RunProgress(make_console(stderr=as_json)) as progress:
+    with RunProgress(make_console(stderr=as_json)) as progress:
         result = run_scenario(scenario, folder, on_event=progress)
         progress({"event": "step", "text": "drawing the report"})
         write_report(folder, result)
@@ -147,7 +147,7 @@ def _show(folder: Path, result: dict[str, Any], as_json: bool, files: dict[str, 
     console.print(f"\n{folder}  (open {folder / PAGE})", soft_wrap=True)
 
 
-class _RunProgress(Progress):
+class RunProgress(Progress):
     """Shows the events of `run_scenario` on a terminal, or as plain lines in a log."""
 
     def __init__(self, console: Console) -> None:

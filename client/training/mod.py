@@ -40,6 +40,7 @@ from prunecast.compression.flower import (
     stated_clip,
     stream_id,
 )
+from prunecast.compression.flower.chains import decode_chain
 from prunecast.compression.flower.envelope import is_packed, pack, unpack
 from prunecast.compression.flower.internals import (
     ClientAppCallable,
@@ -223,7 +224,8 @@ class _Exchange:
         known = 0 if held is None else sum(spec.nbytes for spec in held.specs.values())
         limits = model_limits(max(known, self._most), info.size)
         try:
-            model = decode_model(payload, held=held, stream=self._stream(key), limits=limits)
+            decode = decode_chain if info.kind is Kind.SCHEME else decode_model
+            model = decode(payload, held=held, stream=self._stream(key), limits=limits)
         except BaseMissing:
             if held is None or short(held.digest) != info.digest:
                 return self._miss(key, held)

@@ -44,6 +44,7 @@ class Kind(IntEnum):
     UPDATE = 3
     PLAIN = 4
     SEEDED = 5
+    SCHEME = 6
 
 
 @dataclass(frozen=True)

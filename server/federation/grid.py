@@ -324,7 +324,7 @@ class CompressedGrid(GridWrapper):
             NonFiniteModel: an array holds NaN or infinity.
             FederationError: models travel densely, so that no version is published.
         """
-        if self.policy.down != "lattice":
+        if self.policy.down == "dense":
             raise FederationError(
                 "nothing is published where models travel densely: choose a policy with "
                 "down = 'lattice'"
@@ -406,7 +406,7 @@ class CompressedGrid(GridWrapper):
         Flower hands `evaluate_fn` the master weights, which no client and no device ever runs.
         Where models travel densely they are what clients run, and are measured.
         """
-        if self.policy.down != "lattice":
+        if self.policy.down == "dense":
             return evaluate_fn
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:

@@ -323,4 +323,4 @@ class Outbound:
             key = int.from_bytes(hashlib.sha256(label).digest()[:8], "little")
             rule = SchemeRule(self._scheme.name, self._scheme.config(), key)
             return Instruction(rule, *told, prepared.tag)
-        return Instruction(None, *told) if self._policy.down == "lattice" else None
+        return Instruction(None, *told) if self._policy.down != "dense" else None

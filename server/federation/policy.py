@@ -31,6 +31,7 @@ _LEAST = 3  # rounds from the last dense model to the sparsest
 _UNKNOWN = 25  # round by which it is over where nobody says how many there are
 _MOST = 0.98  # sparsity that a loss budget alone may lead to
 _STEP = "give a number of 0 or above, such as {}; 0 is exact"
+_FEEDBACK = {"error_feedback": bool, "accumulate": bool, "momentum": float}  # of schemes
 _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
@@ -52,6 +53,7 @@ class Policy:
     down: str = "lattice"
     up: str = "lattice"
     up_options: Mapping[str, Option] = field(default_factory=dict)
+    down_options: Mapping[str, Option] = field(default_factory=dict)
     down_step: float = 0.4  # in standard deviations of each tensor
     vector_step: float = 0.05  # of biases, norms and adapters, which are few and sensitive
     hysteresis: float = 0.75  # in lattice steps
@@ -81,7 +83,7 @@ class Policy:
         schemes = ", ".join(map(repr, ("lattice", "dense", *SCHEMES)))
         lattice, down = self.down == "lattice", _key("down")
         for name, fits, remedy in (
-            ("down", self.down in ("lattice", "dense"), "choose 'lattice' or 'dense'"),
+            ("down", self.down in ("lattice", "dense", *SCHEMES), f"choose one of {schemes}"),
             ("up", self.up in ("lattice", "dense", *SCHEMES), f"choose one of {schemes}"),
             (
                 "up",
@@ -100,6 +102,11 @@ class Policy:
                 "up_options",
                 self.up in SCHEMES or not self.up_options,
                 f"they belong to a scheme: set {_key('up')}",
+            ),
+            (
+                "down_options",
+                self.down in SCHEMES or not self.down_options,
+                f"they belong to a scheme: set {_key('down')}",
             ),
             ("down_step", 0 <= self.down_step < math.inf, _STEP.format("0.1")),
             (
@@ -143,10 +150,12 @@ class Policy:
         ):
             if not fits:
                 raise _refused(name, getattr(self, name), remedy)
-        try:
-            _ = self.scheme
-        except SchemeError as error:
-            raise PolicyError(f"{_key('up_options')}: {error}") from error
+        for name in ("scheme", "down_scheme"):
+            try:
+                getattr(self, name)
+            except SchemeError as error:
+                options = "up_options" if name == "scheme" else "down_options"
+                raise PolicyError(f"{_key(options)}: {error}") from error
 
     @property
     def target(self) -> float:
@@ -189,6 +198,19 @@ class Policy:
     def scheme(self) -> Scheme | None:
         """The scheme that updates travel by, with its options; None for "lattice" and "dense"."""
         return scheme(self.up, **self.up_options) if self.up in SCHEMES else None
+
+    @property
+    def down_scheme(self) -> Scheme | None:
+        """The scheme that the model's changes travel by; None for "lattice" and "dense".
+
+        Without feedback of its own: what it drops stays the difference between the master and what
+        nodes hold, which is what it is given next.
+        """
+        if self.down not in SCHEMES:
+            return None
+        chosen = scheme(self.down, **self.down_options)
+        off = {key: kind(0) for key, kind in _FEEDBACK.items() if key in chosen.config()}
+        return scheme(self.down, **{**chosen.config(), **off})
 
     @property
     def update_rule(self) -> UpdateRule:

@@ -496,7 +496,13 @@ class Streams:
                     ", ".join(map(repr, self.policy.pruning_records)) or "none",
                 )
             plan = self.policy.pruning() if key in self.policy.pruning_records else None
-            made = Publisher(self.policy, stream_id(run_id, key), plan)
+            kind = Publisher
+            if self.policy.down_scheme is not None:
+                # derived from what is here
+                from prunecast.server.federation.scheme_publisher import SchemePublisher
+
+                kind = SchemePublisher
+            made = kind(self.policy, stream_id(run_id, key), plan)
             made.expect(self._rounds)
             self._streams[run_id, key] = made
         return self._streams[run_id, key]

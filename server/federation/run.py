@@ -126,8 +126,8 @@ class Run:
         self.seed, self.name, self.key = seed, name, key
         self.evaluate_fn, self.releases = evaluate_fn, releases
         self.stop_on_failure = stop_on_failure
-        self.lattice = self.grid.policy.down == "lattice"
-        if releases is not None and not self.lattice:
+        self.publishes = self.grid.policy.down != "dense"
+        if releases is not None and not self.publishes:
             raise FederationError(
                 "where models travel densely nothing is published that could be released: choose "
                 "a policy with down = 'lattice'"
@@ -202,7 +202,7 @@ class Run:
                     evaluate_fn=rounds.after,
                 )
             rounds.check()
-            if self._output is not None and self.lattice and result.arrays:
+            if self._output is not None and self.publishes and result.arrays:
                 save_model(self.grid.published(result.arrays, key=self.key), self._output)
             self.grid.ledger.flush()
             events.write("run-finished", **rounds.cost())
@@ -317,7 +317,7 @@ class _Rounds(GridWrapper):
         """What Flower calls before the first round (0) and at the end of each."""
         run = self._run
         run.grid.ledger.flush()
-        published = run.grid.published(arrays, key=run.key) if run.lattice else None
+        published = run.grid.published(arrays, key=run.key) if run.publishes else None
         run.published, measured = published, None
         if run.evaluate_fn is not None:
             given = array_record(published.arrays()) if published else arrays

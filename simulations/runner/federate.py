@@ -213,7 +213,7 @@ def _run_arm(
     shutil.rmtree(prepared.store, ignore_errors=True)  # nothing is carried over from another arm
     module, arrays = initial_arrays(scenario.model.network(), seed=scenario.seed)
     drawn = scenario.model.initial == "drawn"
-    if drawn and not arm.publishes:
+    if drawn and arm.grid_policy().down == "dense":
         drawn = False
         policies = [other.grid_policy() for other in scenario.publishing_arms().values()]
         unused = CompressedGrid(grid, [*policies, Policy()][0])  # sends nothing

@@ -89,8 +89,28 @@ def test_scheme_arms_mix_with_drawn_models_and_recodings(
     assert results["stc"]["reduction"] > 1
 
 
+def test_both_directions_cost_what_travels(tiny: dict[str, Any], tmp_path: Path) -> None:
+    options = {"density": 0.05}
+    arms = {
+        "dense": {"kind": "dense"},
+        "up": {"kind": "scheme", "scheme": "stc", "options": options},
+        "both": {"kind": "scheme", "scheme": "stc", "options": options, "directions": "both"},
+    }
+    prepared, results = run_inline(with_arms(tiny, **arms), tmp_path)
+    both = results["both"]
+    # the first model is drawn from a seed; afterwards the change alone travels
+    assert set(both["by_kind"]["down"]) == {"keyframe", "scheme"}
+    assert both["bytes_down"] < 0.02 * results["up"]["bytes_down"]
+    assert both["bytes_up"] == pytest.approx(results["up"]["bytes_up"], rel=0.05)
+    assert both["rounds"][0]["loss"] == results["dense"]["rounds"][0]["loss"]
+    assert both["rounds"][1]["loss"] != results["up"]["rounds"][1]["loss"]  # of what clients hold
+    entries = [e for e in Ledger.read(prepared.ledger("both")) if e.direction == "down"]
+    assert sum(e.payload_bytes for e in entries) == both["bytes_down"]
+
+
 def test_mappings_come_back_the_same(tiny: dict[str, Any]) -> None:
     arm = {"kind": "scheme", "scheme": "topk", "options": {"momentum": 0.9}}
+    arm |= {"directions": "up", "down_options": {}}
     scenario = scenario_from_mapping(with_arms(tiny, ours=arm))
     assert scenario.to_mapping()["arms"] == {"ours": arm}
     assert scenario_from_mapping(scenario.to_mapping()) == scenario
@@ -106,6 +126,8 @@ def test_mappings_come_back_the_same(tiny: dict[str, Any]) -> None:
         ({"scheme": "stc", "preset": "small"}, "arms.ours.preset", "means nothing"),
         ({"scheme": 3}, "arms.ours.scheme", "string"),
         ({"scheme": "stc", "options": 3}, "arms.ours.options", "table"),
+        ({"scheme": "stc", "directions": "down"}, "arms.ours.directions", "choose one of both, up"),
+        ({"scheme": "stc", "down_options": {"density": 1}}, "arms.ours.down_options", "directions"),
     ],
 )
 def test_mistakes_are_named(tiny: dict[str, Any], arm: dict[str, Any], key: str, says: str) -> None:

@@ -1,0 +1,93 @@
+"""`prunecast compare`: one scenario under many arms."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunecast.cli.console import Column, make_console, print_table
+
+__all__ = ["compare"]
+
+
+def compare(
+    scenario: Annotated[
+        str, typer.Argument(help="A TOML file, or the name of a packaged scenario: demo.")
+    ],
+    more_seeds: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    arms: Annotated[
+        str, typer.Option(help="Arms to compare, such as dense,stc,small; default: all peers.")
+    ] = "",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds instead of the scenario's.")
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds, such as 1 2 3 or 1,2,3; default: the scenario's.")
+    ] = "",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File that also gets the figures as JSON.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the comparison; what is finished there is kept."),
+    ] = None,
+) -> None:
+    """Compare a scenario's model under peers and presets: bytes of both directions, accuracy.
+
+    Every arm has the same data, seeds, strategy and ledger. Arms run one after the other; those
+    that were finished in the folder before, with the same scenario, are kept. docs/compare.md
+    says what each arm is.
+    """
+    from prunecast.cli.simulate import RunProgress
+    from prunecast.common.files import write_atomically
+    from prunecast.simulations.comparison import Comparison, compared_rows
+    from prunecast.simulations.scenarios import load_scenario
+
+    if "" not in sys.path:  # a model of the current folder, as `python -m` finds it
+        sys.path.insert(0, "")
+    if more_seeds and not seeds:
+        raise typer.BadParameter(f"got {more_seeds[0]!r} besides the scenario")
+    comparison = Comparison.of(
+        load_scenario(scenario),
+        names=_names(arms),
+        seeds=_numbers(" ".join([seeds, *(more_seeds or [])])),
+        rounds=rounds,
+        folder=out,
+    )
+    console = make_console()
+    with RunProgress(make_console(stderr=True)) as progress:
+
+        def hear(event: Mapping[str, Any]) -> None:
+            progress({**event, "event": "step"} if event["event"] == "kept" else event)
+
+        document = comparison.run(hear)
+    if json_file is not None:
+        write_atomically(json_file, (json.dumps(document, indent=2) + "\n").encode())
+    header, rows = compared_rows(document)
+    told = ", ".join(map(str, document["seeds"]))
+    title = f"{document['scenario']['name']}: {document['rounds']} rounds, seed {told}"
+    console.print()
+    print_table(console, [Column(name) for name in header], rows, title=title)
+    metric, last = document["task"]["metric"], document["last_rounds"]
+    console.print(f"{metric}: mean of the last {last} rounds, ± standard deviation over seeds")
+    for name, why in document["left_out"].items():
+        console.print(f"{name} was left out: {why}", soft_wrap=True)
+    console.print(f"\n{comparison.folder}", soft_wrap=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in re.split(r"[\s,]+", text) if name]
+
+
+def _numbers(text: str) -> list[int]:
+    found = _names(text)
+    for number in found:
+        if not re.fullmatch(r"[0-9]{1,15}", number):
+            raise typer.BadParameter(f"a seed is {number!r}: give whole numbers, such as 1 2 3")
+    return [int(number) for number in found]

@@ -1,0 +1,240 @@
+"""A scenario's data, model and seeds under many arms: the peers, and one document of figures.
+
+Every seed and trained arm is a run of `prunecast.simulations.runner` with a folder of its own, so a
+comparison that was interrupted, or is asked for more arms, goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import statistics
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from prunecast.common.files import write_atomically
+from prunecast.simulations.arms import ARMS, Arm
+from prunecast.simulations.kinds import ScenarioError, choice
+from prunecast.simulations.runner import ResultError, SimulationError
+from prunecast.simulations.scenarios import Scenario
+
+__all__ = ["DOCUMENT", "Comparison", "compared_rows", "peers"]
+
+SCHEMA = 1
+DOCUMENT = "comparison.json"
+LAST = 3
+"""Rounds at the end whose mean is what an arm reached; a single round is noisy."""
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+def peers() -> dict[str, Arm]:
+    """The arms that are compared unless others are named, in the order of the table."""
+    tables = tomllib.loads((files(__name__) / "peers.toml").read_text(encoding="utf-8"))
+    return {name: ARMS.read(table, f"arms.{name}") for name, table in tables.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and where its runs are kept.
+
+    Attributes:
+        scenario: data, partition, model, training and strategy; its own arms can be named.
+        arms: by name, those of `peers` and of the scenario.
+        seeds: each trains every arm once.
+        folder: gets a folder for each seed and trained arm, and the document.
+        left_out: arms that cannot be run here, and why.
+    """
+
+    scenario: Scenario
+    arms: Mapping[str, Arm]
+    seeds: Sequence[int]
+    folder: Path
+    left_out: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        scenario: Scenario,
+        *,
+        names: Sequence[str] = (),
+        seeds: Sequence[int] = (),
+        rounds: int | None = None,
+        folder: Path | None = None,
+    ) -> Comparison:
+        """Choose the arms of a comparison; those of `peers` where none are named.
+
+        Args:
+            scenario: as it was read.
+            names: of arms, those of `peers` or the scenario's own, which go before.
+            seeds: instead of the scenario's.
+            rounds: instead of the scenario's.
+            folder: of the comparison; by default ``compare-<name>`` where its runs go.
+
+        Raises:
+            ScenarioError: there is no such arm, or an arm cannot be without another.
+        """
+        known = {**peers(), **(scenario.arms if names else {})}
+        for name in names:
+            choice("arms", name, known)
+        if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
+            raise ScenarioError("seeds", f"{repeated[0]} is there twice", "name each once")
+        arms = {name: known[name] for name in names or known}
+        left_out = {name: why for name, arm in arms.items() if (why := arm.missing())}
+        arms = {name: arm for name, arm in arms.items() if name not in left_out}
+        if not any(arm.trains for arm in arms.values()):
+            raise ScenarioError("arms", "nothing is trained", "name an arm such as dense or small")
+        for name, arm in arms.items():
+            arm.check(f"arms.{name}", arms)
+        return cls(
+            dataclasses.replace(
+                scenario, rounds=rounds or scenario.rounds, arms=arms, release=None
+            ),
+            arms,
+            tuple(seeds) or (scenario.seed,),
+            folder or Path(scenario.output) / f"compare-{scenario.name}",
+            left_out,
+        )
+
+    def runs(self) -> Iterable[tuple[Scenario, Path]]:
+        """One scenario for each seed and trained arm, with the folder that its run has."""
+        for seed in self.seeds:
+            for name in self.scenario.trained_arms():
+                arms = {name: self.arms[name], **self.scenario.recodings_of(name)}
+                folder = self.folder / f"seed-{seed}" / name
+                output = str(folder.parent)
+                yield (
+                    dataclasses.replace(self.scenario, seed=seed, arms=arms, output=output),
+                    folder,
+                )
+
+    def run(self, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
+        """Do what is not done yet, one run after the other, and write the document.
+
+        Args:
+            on_event: told what `run_scenario` tells, and of ``kept`` (``text``) where a run was
+                finished before.
+
+        Returns:
+            The document, see docs/compare.md.
+
+        Raises:
+            DataError, FederationError, ScenarioError, SimulationError: as of `run_scenario`; what
+                was finished before is kept.
+        """
+        from prunecast.simulations.runner.run import check_scenario, run_scenario
+
+        results: dict[int, dict[str, dict[str, Any]]] = {seed: {} for seed in self.seeds}
+        checked = False
+        for scenario, folder in self.runs():
+            name = next(iter(scenario.arms))
+            result = finished(scenario, folder)
+            if result is not None:
+                on_event({"event": "kept", "text": f"seed {scenario.seed}, {name}: kept"})
+            else:
+                if not checked:  # all arms, before the first of them takes its time
+                    check_scenario(self.scenario)
+                    checked = True
+                on_event({"event": "step", "text": f"seed {scenario.seed}, {name}"})
+                shutil.rmtree(folder, ignore_errors=True)
+                _make(folder)
+                result = run_scenario(scenario, folder, on_event=on_event)
+            results[scenario.seed].update(result["arms"])
+            task = result["task"]
+        document = self._document(results, task)
+        write_atomically(self.folder / DOCUMENT, (json.dumps(document, indent=2) + "\n").encode())
+        return document
+
+    def _document(
+        self, results: Mapping[int, Mapping[str, Mapping[str, Any]]], task: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        scenario, metric = self.scenario, task["metric"]
+        arms = {
+            name: {
+                "kind": arm.kind(),
+                "text": arm.text(),
+                **_figures([results[seed][name] for seed in self.seeds], metric),
+            }
+            for name, arm in self.arms.items()
+        }
+        base = next((n for n, arm in self.arms.items() if arm.baseline), None)
+        for figures in arms.values():
+            spent = figures["bytes_down"] + figures["bytes_up"]
+            dense = arms[base]["bytes_down"] + arms[base]["bytes_up"] if base else None
+            figures["ratio"] = round(dense / spent, 3) if dense and spent else None
+        return {
+            "schema": SCHEMA,
+            "scenario": {**scenario.to_mapping(), "output": ""},
+            "seeds": list(self.seeds),
+            "rounds": scenario.rounds,
+            "last_rounds": min(LAST, scenario.rounds),
+            "task": dict(task),
+            "arms": arms,
+            "left_out": dict(self.left_out),
+        }
+
+
+def finished(scenario: Scenario, folder: Path) -> dict[str, Any] | None:
+    """The result of a run that was finished before, of this very scenario; None for none."""
+    from prunecast.simulations.runner.run import read_result
+
+    try:
+        result = read_result(folder)
+    except ResultError:
+        return None
+    wanted, found = ({**m, "output": ""} for m in (scenario.to_mapping(), result["scenario"]))
+    return result if json.loads(json.dumps(wanted)) == found else None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise SimulationError(
+            f"cannot make {folder} ({error.strerror or error}): choose another folder with --out"
+        ) from error
+
+
+def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """An arm over all seeds: means, and the standard deviation of what it reached."""
+    reached = [statistics.fmean(row[metric] for row in run["rounds"][1:][-LAST:]) for run in runs]
+    seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+    return {
+        "bytes_down": round(statistics.fmean(run["bytes_down"] for run in runs)),
+        "bytes_up": round(statistics.fmean(run["bytes_up"] for run in runs)),
+        metric: statistics.fmean(reached),
+        "spread": statistics.stdev(reached) if len(reached) > 1 else None,
+        "by_seed": reached,
+        "seconds": round(statistics.fmean(seconds), 3) if seconds else None,
+    }
+
+
+def compared_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of a comparison."""
+    from prunecast.common.text import ratio_text
+    from prunecast.simulations.report import score_text
+
+    metric = document["task"]["metric"]
+    header = ["arm", "MB down", "MB up", "ratio", metric, "seconds"]
+    rows = []
+    for name, arm in document["arms"].items():
+        score = score_text(document, arm[metric])
+        if arm["spread"] is not None:
+            spread = score_text(document, arm["spread"])
+            score = f"{score.removesuffix(' %')} ± {spread}"
+        rows.append(
+            [
+                name,
+                f"{arm['bytes_down'] / 1e6:.3f}",
+                f"{arm['bytes_up'] / 1e6:.3f}",
+                ratio_text(arm["ratio"]),
+                score,
+                "–" if arm["seconds"] is None else f"{arm['seconds']:.0f}",
+            ]
+        )
+    return header, rows
