@@ -75,7 +75,8 @@ def compare(
     console.print()
     print_table(console, [Column(name) for name in header], rows, title=title)
     metric, last = document["task"]["metric"], document["last_rounds"]
-    console.print(f"{metric}: mean of the last {last} rounds, ± standard deviation over seeds")
+    mean = "after the last round" if last == 1 else f"mean of the last {last} rounds"
+    console.print(f"{metric}: {mean}, ± standard deviation over seeds")
     for name, why in document["left_out"].items():
         console.print(f"{name} was left out: {why}", soft_wrap=True)
     console.print(f"\n{comparison.folder}", soft_wrap=True)

@@ -53,7 +53,7 @@ class SchemeArm(Arm):
         """Updates in the scheme, and models where it is in both directions."""
         from prunecast.server.federation import Policy
 
-        up = {"up": self.scheme, "up_options": self.options}
+        up: dict[str, Any] = {"up": self.scheme, "up_options": self.options}
         if self.directions == "up":
             return Policy.preset("dense", **up)
         return Policy(down=self.scheme, down_options=self.down_options or self.options, **up)

@@ -23,12 +23,11 @@ from prunecast.simulations.kinds import ScenarioError, choice
 from prunecast.simulations.runner import ResultError, SimulationError
 from prunecast.simulations.scenarios import Scenario
 
-__all__ = ["DOCUMENT", "Comparison", "compared_rows", "peers"]
+__all__ = ["DOCUMENT", "Comparison", "compared_rows", "last_rounds", "peers"]
 
 SCHEMA = 1
 DOCUMENT = "comparison.json"
-LAST = 3
-"""Rounds at the end whose mean is what an arm reached; a single round is noisy."""
+_LAST = 3
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -37,6 +36,15 @@ def peers() -> dict[str, Arm]:
     """The arms that are compared unless others are named, in the order of the table."""
     tables = tomllib.loads((files(__name__) / "peers.toml").read_text(encoding="utf-8"))
     return {name: ARMS.read(table, f"arms.{name}") for name, table in tables.items()}
+
+
+def last_rounds(rounds: int) -> int:
+    """How many rounds at the end are averaged for what an arm reached: a single one is noisy.
+
+    >>> last_rounds(3), last_rounds(10), last_rounds(50)
+    (1, 2, 3)
+    """
+    return max(1, min(_LAST, rounds // 5))
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class Comparison:
         from prunecast.simulations.runner.run import check_scenario, run_scenario
 
         results: dict[int, dict[str, dict[str, Any]]] = {seed: {} for seed in self.seeds}
-        checked = False
+        checked, task = False, {}
         for scenario, folder in self.runs():
             name = next(iter(scenario.arms))
             result = finished(scenario, folder)
@@ -146,9 +154,9 @@ class Comparison:
                 result = run_scenario(scenario, folder, on_event=on_event)
             results[scenario.seed].update(result["arms"])
             task = result["task"]
-        document = self._document(results, task)
-        write_atomically(self.folder / DOCUMENT, (json.dumps(document, indent=2) + "\n").encode())
-        return document
+        text = json.dumps(self._document(results, task), indent=2) + "\n"
+        write_atomically(self.folder / DOCUMENT, text.encode())
+        return json.loads(text)  # type: ignore[no-any-return]
 
     def _document(
         self, results: Mapping[int, Mapping[str, Mapping[str, Any]]], task: Mapping[str, Any]
@@ -172,7 +180,7 @@ class Comparison:
             "scenario": {**scenario.to_mapping(), "output": ""},
             "seeds": list(self.seeds),
             "rounds": scenario.rounds,
-            "last_rounds": min(LAST, scenario.rounds),
+            "last_rounds": last_rounds(scenario.rounds),
             "task": dict(task),
             "arms": arms,
             "left_out": dict(self.left_out),
@@ -202,7 +210,8 @@ def _make(folder: Path) -> None:
 
 def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
     """An arm over all seeds: means, and the standard deviation of what it reached."""
-    reached = [statistics.fmean(row[metric] for row in run["rounds"][1:][-LAST:]) for run in runs]
+    last = last_rounds(len(runs[0]["rounds"]) - 1)
+    reached = [statistics.fmean(row[metric] for row in run["rounds"][-last:]) for run in runs]
     seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
     return {
         "bytes_down": round(statistics.fmean(run["bytes_down"] for run in runs)),

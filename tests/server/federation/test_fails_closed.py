@@ -280,7 +280,10 @@ def test_an_error_reply_for_a_dead_node_passes_and_is_in_the_ledger(federation):
         ({"prunecast.statistics-bits": 6.5}, "-bits .*= 6.5: give a whole number"),
         ({"prunecast.history": 0}, "prunecast.history .*= 0: give 1 or more"),
         ({"prunecast.history": 1.5}, "prunecast.history .*= 1.5: give a whole number"),
-        ({"prunecast.down": "sparse"}, "prunecast.down .*= 'sparse': choose one of 'lattice', 'dense', 'topk'"),
+        (
+            {"prunecast.down": "sparse"},
+            "prunecast.down .*= 'sparse': choose one of 'lattice', 'dense', 'topk'",
+        ),
         (
             {"prunecast.up": "zip"},
             "prunecast.up .*= 'zip': choose one of 'lattice', 'dense', 'topk'",

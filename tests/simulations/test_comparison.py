@@ -1,0 +1,118 @@
+"""One scenario under many arms: which there are, what is kept, what the figures are made of."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from prunecast.cli.main import app
+from prunecast.simulations.comparison import (
+    DOCUMENT,
+    Comparison,
+    compared_rows,
+    last_rounds,
+    peers,
+)
+from prunecast.simulations.runner.run import read_result
+from prunecast.simulations.scenarios import ScenarioError, scenario_from_mapping
+
+DOCS = Path(__file__).parents[2] / "docs/compare.md"
+
+
+def test_every_peer_has_a_policy_and_is_documented() -> None:
+    found = peers()
+    assert list(found)[:2] == ["dense", "dense-zstd"]
+    assert list(found)[-3:] == ["balanced", "small", "tiny"]
+    text = DOCS.read_text(encoding="utf-8")
+    for name, arm in found.items():
+        arm.check(f"arms.{name}", found)
+        if arm.trains and not arm.missing():
+            arm.grid_policy()
+        assert f"| `{name}` |" in text
+
+
+def test_arms_are_named_and_what_is_wrong_with_them_too(tiny: dict[str, Any]) -> None:
+    scenario = scenario_from_mapping(tiny)
+    chosen = Comparison.of(scenario, names=["stc", "dense", "prunecast"], seeds=[4, 5], rounds=2)
+    assert list(chosen.arms) == ["stc", "dense", "prunecast"]
+    assert (chosen.scenario.rounds, chosen.scenario.release) == (2, None)
+    assert chosen.arms["prunecast"] == scenario.arms["prunecast"]  # the scenario's own
+    places = [(run.seed, list(run.arms), folder.name) for run, folder in chosen.runs()]
+    assert places[0] == (4, ["stc"], "stc")
+    assert places[-1] == (5, ["prunecast"], "prunecast")
+    assert len(places) == 6
+    for names, says in ((["zip"], "choose one of"), (["dense-zstd"], "nothing is trained")):
+        with pytest.raises(ScenarioError, match=says):
+            Comparison.of(scenario, names=names)
+    with pytest.raises(ScenarioError, match="there is none to choose: add one"):
+        Comparison.of(scenario, names=["dense-zstd", "stc"])
+    with pytest.raises(ScenarioError, match="seeds: 3 is there twice"):
+        Comparison.of(scenario, seeds=[3, 1, 3])
+
+
+def test_a_table_says_what_the_figures_are() -> None:
+    arm = {"bytes_down": 2_500_000, "bytes_up": 500, "seconds": 12.4, "spread": 0.0123}
+    arms = {
+        "dense": {**arm, "ratio": 1.0, "accuracy": 0.9, "spread": None, "seconds": None},
+        "ours": {**arm, "ratio": 321.4, "accuracy": 0.8874},
+    }
+    task = {"metric": "accuracy", "percent": True}
+    header, rows = compared_rows({"task": task, "arms": arms})
+    assert header == ["arm", "MB down", "MB up", "ratio", "accuracy", "seconds"]
+    assert rows[0] == ["dense", "2.500", "0.001", "1.00×", "90.0 %", "–"]
+    assert rows[1] == ["ours", "2.500", "0.001", "321×", "88.7 ± 1.2 %", "12"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--seeds", "1", "two"], "a seed is 'two'"),
+        (["7"], "got '7' besides the scenario"),
+        (["--arms", "zip"], "choose one of"),
+    ],
+)
+def test_the_command_refuses_in_a_line(tmp_path: Path, arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["compare", "demo", "--out", str(tmp_path), *arguments])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.engine
+def test_a_comparison_goes_on_where_it_was(tiny: dict[str, Any], tmp_path: Path) -> None:
+    mapping = copy.deepcopy({**tiny, "rounds": 1})
+    scenario = scenario_from_mapping(mapping)
+    first = Comparison.of(scenario, names=["dense", "dense-zstd"], folder=tmp_path)
+    first.run()
+    begun = tmp_path / "seed-3/stc"
+    begun.mkdir()  # as a run that was interrupted leaves it
+    (begun / "ledger-stc.jsonl").write_text("{")
+
+    events: list[dict[str, Any]] = []
+    names = ["dense", "dense-zstd", "stc", "small"]
+    second = Comparison.of(scenario, names=names, folder=tmp_path)
+    document = second.run(lambda event: events.append(dict(event)))
+    assert [e["text"] for e in events if e["event"] == "kept"] == ["seed 3, dense: kept"]
+    assert [e["name"] for e in events if e["event"] == "run-started"] == ["stc", "small"]
+    assert json.loads((tmp_path / DOCUMENT).read_text()) == document
+    assert list(document["arms"]) == names
+    dense, stc = document["arms"]["dense"], document["arms"]["stc"]
+    run = read_result(tmp_path / "seed-3/stc")["arms"]["stc"]
+    assert (stc["bytes_down"], stc["bytes_up"]) == (run["bytes_down"], run["bytes_up"])
+    assert stc["accuracy"] == statistics.fmean(r["accuracy"] for r in run["rounds"][-1:])
+    total = dense["bytes_down"] + dense["bytes_up"]
+    assert stc["ratio"] == pytest.approx(total / (run["bytes_down"] + run["bytes_up"]), abs=1e-3)
+    assert document["last_rounds"] == last_rounds(1) == 1
+
+    # another scenario is another comparison, in the same folder too
+    events.clear()
+    longer = dataclasses.replace(scenario, rounds=2)
+    Comparison.of(longer, names=["dense"], folder=tmp_path).run(lambda e: events.append(dict(e)))
+    assert not [e for e in events if e["event"] == "kept"]
