@@ -15,7 +15,7 @@ from prunecast.client.training.store import ModError
 from prunecast.compression.codec import TensorSpec
 from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.schemes.layout import State
-from prunecast.compression.versions import Coding, ReplyTensor, UpdateHead
+from prunecast.compression.versions import Coding, ReplyTensor, UpdateHead, is_statistic
 
 __all__ = ["SchemeInput", "encode_clipped", "scheme_input"]
 
@@ -66,6 +66,7 @@ def scheme_input(
             or base is None
             or not (array.dtype.kind == base.dtype.kind == "f")
             or not np.isfinite(base).all()  # a mask of infinities comes back as it is
+            or is_statistic(name)  # a variance is never to become negative
         ):
             found.heads[name] = UpdateHead(Coding.VERBATIM, 0.0, ReplyTensor(None))
             continue
@@ -80,7 +81,7 @@ def scheme_input(
                 found.arrays[name] = values[name]
     usual = list(record) == list(received) and all(
         head.coding is Coding.UNCHANGED and head.tensor == ReplyTensor(specs[name], name)
-        if name in specs and specs[name].dtype.kind == "f"
+        if name in specs and specs[name].dtype.kind == "f" and not is_statistic(name)
         else head.coding is Coding.VERBATIM
         for name, head in found.heads.items()
     )

@@ -18,6 +18,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from prunecast.compression.versions import is_statistic
+
 __all__ = [
     "CLIPPING_NORM",
     "CONTROL_RECORD",
@@ -159,11 +161,14 @@ def payload_of(record: object) -> bytes | None:
 
 
 def float_names(record: ArrayRecord) -> list[str]:
-    """Names of the arrays that a scheme can code: NumPy's floating point, float16 to float64."""
+    """Names of the arrays that a scheme codes: NumPy's floating point, float16 to float64.
+
+    Not running statistics: a variance that a sign or a ternary value moves may become negative.
+    """
     return [
         name
         for name, array in record.items()
-        if is_codable_array(array) and np.dtype(array.dtype).kind == "f"
+        if is_codable_array(array) and np.dtype(array.dtype).kind == "f" and not is_statistic(name)
     ]
 
 

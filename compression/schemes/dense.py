@@ -244,6 +244,10 @@ class SignSgd(_Dense):
         ties: sign of an entry that is zero, for which one bit has no room: "random", a fair
             coin drawn from the key, or "positive".
         error_feedback: keep what the signs left out (the same, algorithm 1).
+        rounding: "sign", or "stochastic": ``+step`` with the chance ``(1 + x / step) / 2``, cut to
+            0 and 1, so that what is received is right on average for ``|x| <= step`` (Li et al.
+            2024, "FedBAT: Communication-Efficient Federated Learning via Learnable Binarization",
+            section 4, whose step begins as the mean magnitude, and is then trained).
 
     >>> sign = SignSgd(step=0.5)
     >>> payload, _ = sign.encode({"w": np.float32([3, -4])}, sign.init({"w": (2,)}), key=1)
@@ -253,11 +257,12 @@ class SignSgd(_Dense):
 
     name: ClassVar[str] = "signsgd"
     dtype = "bool"
-    choices: ClassVar = {"ties": ("random", "positive")}
+    choices: ClassVar = {"ties": ("random", "positive"), "rounding": ("sign", "stochastic")}
 
     step: float = 1.0
     ties: str = "random"
     error_feedback: bool = False
+    rounding: str = "sign"
 
     def _check(self) -> None:
         if not 0 <= self.step <= float(np.finfo(np.float32).max):
@@ -267,12 +272,16 @@ class SignSgd(_Dense):
         values: dict[str, NDArray[np.bool_]] = {}
         scales = []
         for name, tensor in tensors.items():
+            mean = np.abs(tensor).mean(dtype=np.float64) if tensor.size else 0.0
+            scales.append(np.float32(self.step or mean))
+            if self.rounding == "stochastic":
+                chance = draws.uniform(name, tensor.size).reshape(tensor.shape)
+                values[name] = chance < 0.5 + 0.5 * tensor / (float(scales[-1]) or 1.0)
+                continue
             positive = tensor > 0
             zero = tensor == 0
             coins = draws.coins(name, tensor.size).reshape(tensor.shape)
             values[name] = np.where(zero, coins if self.ties == "random" else True, positive)
-            mean = np.abs(tensor).mean(dtype=np.float64) if tensor.size else 0.0
-            scales.append(np.float32(self.step or mean))
         return Quantised(values, np.array(scales, np.float32))
 
     @classmethod

@@ -38,6 +38,7 @@ from prunecast.compression.versions import (
     UpdateReader,
     allowed_beside,
     inspect,
+    is_statistic,
     model_limits,
     read_description,
     short,
@@ -155,7 +156,7 @@ def _by_scheme(scheme: Scheme, key: str, record: ArrayRecord, sent: Prepared, en
         raise BadPayload(f"record {key!r} is an update of something that was not sent")
     else:
         specs = _sent_specs(key, sent, key)
-        heads = {name: _usual(specs.get(name)) for name in base}
+        heads = {name: _usual(name, specs.get(name)) for name in base}
     arrays = _updated(key, base, heads, scheme, payload, beside)
     entry.decode_ms += (time.perf_counter() - started) * 1e3
     own = any(head.coding is Coding.ZERO for head in heads.values())
@@ -193,9 +194,9 @@ def _sent_specs(key: str, sent: Prepared, base_key: str) -> dict[str, TensorSpec
     }
 
 
-def _usual(spec: TensorSpec | None) -> UpdateHead:
+def _usual(name: str, spec: TensorSpec | None) -> UpdateHead:
     """What an array of a reply is where nothing else is said: a change, or beside the payload."""
-    if spec is None or spec.dtype.kind != "f":
+    if spec is None or spec.dtype.kind != "f" or is_statistic(name):
         return UpdateHead(Coding.VERBATIM, 0.0, ReplyTensor(None))
     return UpdateHead(Coding.UNCHANGED, 0.0, ReplyTensor(spec, ""))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunecast.simulations.kinds import Kind, Registry
 
@@ -47,6 +47,14 @@ class Arm(Kind):
         from prunecast.server.federation import Policy
 
         return Policy.preset("dense")
+
+    def strategy(self, average: Any) -> Any:
+        """How the server aggregates: as the scenario's strategy, if no kind says otherwise.
+
+        Args:
+            average: that strategy, new for this arm.
+        """
+        return average
 
     def source(self, name: str) -> str:
         """The arm whose messages this one, called `name`, measures: its own where it trains."""

@@ -243,7 +243,7 @@ def _run_arm(
     )
     run = Run(
         _OrderedGrid(compressed, nodes),
-        strategy_of(scenario),
+        arm.strategy(strategy_of(scenario)),
         evaluate_fn=evaluate_fn,
         releases=automatic_releases(prepared, name),
         seed=scenario.seed,

@@ -6,15 +6,20 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 
 from prunecast.compression.schemes.registry import SCHEMES
 from prunecast.server.federation import Ledger
+from prunecast.simulations.arms.majority_vote import MajorityVote
 from prunecast.simulations.runner.federate import run_arms, simulated_client
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
 from prunecast.simulations.runner.run import build_arms
 from prunecast.simulations.scenarios import ScenarioError, scenario_from_mapping
+from support.federation import to_record
 
 
 def with_arms(tiny: dict[str, Any], **arms: dict[str, Any]) -> dict[str, Any]:
@@ -140,3 +145,39 @@ def test_mistakes_are_named(tiny: dict[str, Any], arm: dict[str, Any], key: str,
 def test_a_dense_arm_takes_no_scheme(tiny: dict[str, Any]) -> None:
     with pytest.raises(ScenarioError, match=r"arms\.ours\.scheme"):
         scenario_from_mapping(with_arms(tiny, ours={"kind": "dense", "scheme": "stc"}))
+
+
+def test_a_majority_moves_every_weight_by_the_step(tiny: dict[str, Any], tmp_path: Path) -> None:
+    arms = {"dense": {"kind": "dense"}, "vote": {"kind": "majority-vote", "step": 0.002}}
+    prepared, results = run_inline(with_arms({**tiny, "rounds": 4}, **arms), tmp_path)
+    vote, dense = results["vote"], results["dense"]
+    assert set(vote["by_kind"]["down"]) == {"keyframe", "scheme"}
+    assert set(vote["by_kind"]["up"]) == {"signsgd"}
+    weights = dense["bytes_up"] / 3 / 4 / 4  # three clients, four rounds, four bytes
+    for direction, rounds in (("up", 4), ("down", 3)):
+        sums = vote["by_kind"][direction]["signsgd" if direction == "up" else "scheme"]
+        assert sums["bytes"] / 3 / rounds == pytest.approx(weights / 8, rel=0.05)
+    assert vote["rounds"][-1]["loss"] < vote["rounds"][0]["loss"]
+    assert "majority-vote" in prepared.scenario.to_mapping()["arms"]["vote"]["kind"]
+
+
+def test_votes_are_counted_and_statistics_averaged() -> None:
+    sent = {"w": np.float32([0, 0, 0, 1]), "bn.running_var": np.float32([1])}
+    wanted = [[1, -2, 3, 1.5], [9, -1, -1, 0.5], [-1, -3, -9, 2]]
+    content = [
+        {"w": np.float32(w), "bn.running_var": np.float32([k])} for k, w in enumerate(wanted)
+    ]
+    replies = []
+    for arrays in content:
+        metrics = MetricRecord({"num-examples": 1})
+        replies.append(
+            Message(RecordDict({"arrays": to_record(arrays), "metrics": metrics}), 1, "train")
+        )
+    grid = InProcessGrid({}, num_nodes=0)
+    strategy = MajorityVote(step=0.5, decay=0.5).strategy(
+        FedAvg(fraction_train=0, min_train_nodes=0, min_available_nodes=0)
+    )
+    strategy.configure_train(2, to_record(sent), ConfigRecord(), grid)
+    merged, _ = strategy.aggregate_train(2, replies)
+    assert merged["w"].numpy().tolist() == [0.25, -0.25, -0.25, 1.25]
+    assert merged["bn.running_var"].numpy().tolist() == [1]

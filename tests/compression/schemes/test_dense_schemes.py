@@ -45,6 +45,20 @@ def test_zero_is_a_coin_or_positive() -> None:
     assert 0.45 < (first == second).mean() < 0.55
 
 
+def test_stochastic_signs_are_fedbats_binarisation() -> None:
+    x = np.repeat(np.float32([-3, -1, -0.5, 0, 0.25, 1, 2]), 4000)
+    sign = SignSgd(step=1, rounding="stochastic")
+    got = once(sign, {"w": x})[1]["w"].reshape(7, 4000)
+    assert set(np.unique(got)) == {-1, 1}
+    expected = np.float32([-1, -1, -0.5, 0, 0.25, 1, 1])  # cut to [-step, step]
+    assert np.abs(got.mean(axis=1) - expected).max() < 4 / np.sqrt(4000)
+    assert (got[[0, 1]] == -1).all()
+    assert (got[[5, 6]] == 1).all()
+    # the step that training would begin with
+    values = once(SignSgd(step=0, rounding="stochastic"), {"w": x})[1]["w"]
+    assert np.abs(values).max() == pytest.approx(np.abs(x).mean())
+
+
 @pytest.mark.parametrize("voters", [1, 3, 4])
 @pytest.mark.parametrize("coding", ["paper", "prunecast"])
 def test_majority(voters: int, coding: str) -> None:

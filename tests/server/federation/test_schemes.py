@@ -19,6 +19,7 @@ from prunecast.compression.versions import (
     NodeReport,
     SchemeRule,
     UpdateRule,
+    is_statistic,
 )
 from prunecast.server.federation import CompressedGrid, Ledger, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
@@ -177,7 +178,7 @@ def test_what_a_scheme_keeps_belongs_to_accepted_replies(tmp_path):
         inner.on_reply = (lambda reply: None) if lost else (lambda reply: reply)
         replies = list(grid.send_and_receive(messages(grid, sent, server_round), timeout=0.05))
         trained = local_step(sent, server_round + 100)
-        change = {k: trained[k] - sent[k] for k in sent}
+        change = {k: trained[k] - sent[k] for k in sent if not is_statistic(k)}
         state = state or stc.init(layout_of(change))
         if lost:
             assert not replies
@@ -187,11 +188,23 @@ def test_what_a_scheme_keeps_belongs_to_accepted_replies(tmp_path):
         for key, update in stc.decode(payload).items():
             assert np.array_equal(got[key], sent[key] + update)
         flat = np.concatenate([c.ravel().astype(float) for c in change.values()])
-        came = np.concatenate([(got[k] - sent[k]).ravel().astype(float) for k in sent])
+        came = np.concatenate([(got[k] - sent[k]).ravel().astype(float) for k in change])
         wanted = flat if wanted is None else wanted + flat
         received = came if received is None else received + came
     held = np.concatenate([a.ravel() for a in state.buffers["residual"].values()])
     np.testing.assert_allclose(received + held, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["signsgd", "stc", "qsgd"])
+def test_running_statistics_come_as_they_are(tmp_path, name):
+    """A variance that a sign moves by one becomes negative, and the model NaN."""
+    inner = InProcessGrid(client(tmp_path), 1, run_id=RUN_ID)
+    sent = arrays_with_counter()
+    (reply,) = exchange(CompressedGrid(inner, by(scheme(name)), poll_interval=0.01), sent)
+    trained, got = local_step(sent, 101), to_arrays(reply.content["arrays"])
+    for key in ("bn.running_mean", "bn.running_var"):
+        assert np.array_equal(got[key], trained[key])
+    assert not np.array_equal(got["fc.weight"], trained["fc.weight"])
 
 
 def test_a_state_of_another_scheme_or_shape_starts_afresh(tmp_path):
@@ -301,7 +314,7 @@ def test_an_update_that_cannot_be_quantised_is_an_error_of_the_node(tmp_path):
 
 def stc_payload(arrays, name="stc"):
     one = scheme(name)
-    floats = {k: a for k, a in arrays.items() if a.dtype.kind == "f"}
+    floats = {k: a for k, a in arrays.items() if a.dtype.kind == "f" and not is_statistic(k)}
     return one.encode(floats, one.init(layout_of(floats)), key=0)[0]
 
 
@@ -311,6 +324,7 @@ def damaged(payload):
 
 SHORT = {"w": np.ones(3, np.float32)}
 HUGE = {k: np.full_like(a, 3e38) for k, a in initial_arrays().items()}
+STATISTICS = {k: Array(a) for k, a in initial_arrays().items() if is_statistic(k)}
 TAMPERED = {
     "damaged": (lambda a: coded_record(damaged(stc_payload(a)), {}), {}, "checksum"),
     "of other arrays": (lambda a: coded_record(stc_payload(SHORT), {}), {}, "not of the arrays"),
@@ -322,7 +336,11 @@ TAMPERED = {
     ),
     "dense": (lambda a: to_record(a), {}, "without the scheme"),
     "says nothing": (lambda a: coded_record(stc_payload(a), {}), {"report": b"[]"}, "understood"),
-    "beyond float32": (lambda a: coded_record(stc_payload(HUGE), {}), {}, "NaN or infinity"),
+    "beyond float32": (
+        lambda a: coded_record(stc_payload(HUGE), STATISTICS),
+        {},
+        "NaN or infinity",
+    ),
 }
 
 
