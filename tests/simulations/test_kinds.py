@@ -24,7 +24,7 @@ from prunecast.simulations.scenarios import scenario_from_mapping
 from prunecast.simulations.tasks import TASKS
 
 KINDS: list[tuple[Registry[Any], list[str]]] = [
-    (ARMS, ["dense", "prunecast", "recoded", "scheme"]),
+    (ARMS, ["dense", "majority-vote", "prunecast", "recoded", "scheme"]),
     (DATA, ["mnist-5k", "npz"]),
     (PARTITIONS, ["dirichlet", "flower", "iid"]),
     (TASKS, ["classification", "positions", "rating", "reconstruction", "regression"]),

@@ -97,7 +97,12 @@ def change(mapping, key, value):
         ("engine/concurrent", 0, "engine.concurrent", "at least 1"),
         ("arms/Dense", {"kind": "dense"}, "arms.Dense", "use a-z"),
         ("arms/dense/level", 3, "arms.dense.level", "keys: kind"),
-        ("arms/dense/kind", "sparse", "arms.dense.kind", "dense, prunecast, recoded"),
+        (
+            "arms/dense/kind",
+            "sparse",
+            "arms.dense.kind",
+            "dense, majority-vote, prunecast, recoded",
+        ),
         ("arms/dense-zstd/of", "prunecast", "arms.dense-zstd.of", "choose one of dense"),
         ("arms/dense-zstd/level", 30, "arms.dense-zstd.level", "at most 22"),
         ("arms", {"a": {"kind": "recoded"}}, "arms", "add an arm"),
