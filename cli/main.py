@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 # these modules import nothing beyond the base installation until a command runs
-from prunecast.cli import edge, fleet, release
+from prunecast.cli import data, edge, fleet, release
 from prunecast.cli.compare import compare
 from prunecast.cli.console import explain, is_usage
 from prunecast.cli.files import compress, decompress, inspect
@@ -89,7 +89,7 @@ def main(
 
 for _command in (demo, simulate, compare, report, serve, compress, decompress, inspect):
     app.command()(_command)
-for _name, _group in {"release": release, "edge": edge, "fleet": fleet}.items():
+for _name, _group in {"data": data, "release": release, "edge": edge, "fleet": fleet}.items():
     app.add_typer(_group.app, name=_name)
 
 

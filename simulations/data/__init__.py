@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,13 @@ class Examples:
         inputs: one array for each input of the network, by name and in the network's order; the
             example is the first dimension, the rest and the dtypes are free.
         targets: one for each example.
+        identities: whose each example is (a user, a subject, a speaker), as an integer; None where
+            the data do not say.
     """
 
     inputs: Mapping[str, NDArray[Any]]
     targets: NDArray[Any]
+    identities: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -38,11 +41,14 @@ class Examples:
     def take(self, chosen: NDArray[np.int64] | slice) -> Examples:
         """Some of the examples."""
         inputs = {name: values[chosen] for name, values in self.inputs.items()}
-        return Examples(inputs, self.targets[chosen])
+        whose = None if self.identities is None else self.identities[chosen]
+        return Examples(inputs, self.targets[chosen], whose)
 
     def save(self, path: Path) -> None:
         """Write them to an ``.npz`` file."""
         inputs: dict[str, Any] = {_INPUT + name: values for name, values in self.inputs.items()}
+        if self.identities is not None:
+            inputs["identities"] = self.identities
         np.savez(path, targets=self.targets, **inputs)
 
     @classmethod
@@ -54,7 +60,8 @@ class Examples:
                 for name in file.files
                 if name.startswith(_INPUT)
             }
-            return cls(inputs, file["targets"])
+            whose = file["identities"] if "identities" in file.files else None
+            return cls(inputs, file["targets"], whose)
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,11 @@ class DataSource(Kind):
     """``[data]``: what is trained on.
 
     Attributes:
-        held_out: examples kept back to measure with, drawn at random.
+        held_out: examples kept back to measure with, drawn at random; or "test", all of those that
+            the data set itself sets apart. With a number those are not touched.
     """
 
-    held_out: Annotated[int, Range(1)] = 1000
+    held_out: Annotated[int | Literal["test"], Range(1)] = 1000
 
     def check(self, key: str) -> None:
         """Raise `ScenarioError` for what is wrong below `key`."""
@@ -75,12 +83,20 @@ class DataSource(Kind):
         return self
 
     def read(self) -> Examples:
-        """All examples, targets as they are stored.
+        """All examples but those of `read_test`, targets as they are stored.
 
         Raises:
             DataError: a package or file is missing or damaged.
         """
         raise NotImplementedError
+
+    def read_test(self) -> Examples | None:
+        """The examples that the data set sets apart to measure with; None where it has none.
+
+        Raises:
+            DataError: see `read`.
+        """
+        return None
 
 
 DATA: Registry[DataSource] = Registry(DataSource, default="mnist-5k", word="source")
@@ -98,12 +114,35 @@ def load_examples(source: DataSource, task: Task, *, seed: int) -> tuple[Example
     Raises:
         DataError: the package or file is missing, or the arrays do not fit.
     """
-    found = source.read()
+    # SeedSequence keeps the streams of split, partition and weights apart
+    rng = np.random.default_rng([seed, 0])
+    found = _checked(source.read(), task)
+    order = rng.permutation(len(found))
+    if source.held_out == "test":
+        apart = source.read_test()
+        if apart is None:
+            raise DataError(
+                "data.held_out = 'test', but the data set apart no examples to measure with: give "
+                "a number"
+            )
+        apart = _checked(apart, task)
+        return found.take(order), apart.take(rng.permutation(len(apart)))
+    if source.held_out >= len(found):
+        raise DataError(
+            f"data.held_out = {source.held_out}, but there are {len(found)} examples: lower it"
+        )
+    return found.take(order[source.held_out :]), found.take(order[: source.held_out])
+
+
+def _checked(found: Examples, task: Task) -> Examples:
+    """The same examples, targets as the task takes them; `DataError` for unusable ones."""
     if not len(found):
         raise DataError("the data hold no examples: give others")
-    for name, values in found.inputs.items():
+    whose = {} if found.identities is None else {"identities": found.identities}
+    for name, values in {**found.inputs, **whose}.items():
         if len(values) != len(found):
-            raise DataError(f"there are {len(values)} of input {name!r}, but {len(found)} targets")
+            what = f"input {name!r}" if name in found.inputs else name
+            raise DataError(f"there are {len(values)} of {what}, but {len(found)} targets")
     for name, values in found.inputs.items():
         if values.dtype.kind == "f":
             broken = np.flatnonzero(np.isnan(values.reshape(len(values), -1)).any(axis=1))
@@ -115,11 +154,4 @@ def load_examples(source: DataSource, task: Task, *, seed: int) -> tuple[Example
         elif values.dtype.kind not in "biu":
             raise DataError(f"input {name!r} is {values.dtype}: networks take numbers, convert it")
     wanted = task.targets(task.targets_of(found.inputs, found.targets))
-    found = dataclasses.replace(found, targets=wanted)
-    if source.held_out >= len(found):
-        raise DataError(
-            f"data.held_out = {source.held_out}, but there are {len(found)} examples: lower it"
-        )
-    # SeedSequence keeps the streams of split, partition and weights apart
-    order = np.random.default_rng([seed, 0]).permutation(len(found))
-    return found.take(order[source.held_out :]), found.take(order[: source.held_out])
+    return dataclasses.replace(found, targets=wanted)

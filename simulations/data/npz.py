@@ -1,4 +1,4 @@
-"""Arrays of a file."""
+"""Arrays of a file, or of a folder with one file to train on and one to measure with."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ class Npz(DataSource):
     """Arrays of an ``.npz`` file, examples first.
 
     Attributes:
-        path: of the file.
+        path: of the file, or of a folder that holds ``train.npz`` and, to measure with,
+            ``test.npz``.
         inputs: names of the arrays that the network takes, in its order.
         targets: name of the array of targets.
+        identity: name of the array that says whose each example is; empty for none.
         dtype: of the inputs: "float32" converts them, "stored" leaves each as it is.
         max_bytes: most bytes that the arrays may take; by default 1 GiB, or 64 times the file.
     """
@@ -31,6 +33,7 @@ class Npz(DataSource):
     path: str = ""
     inputs: tuple[str, ...] = ("x",)
     targets: str = "y"
+    identity: str = ""
     dtype: Literal["float32", "stored"] = "float32"
     max_bytes: Annotated[int | None, Range(1)] = None
 
@@ -46,11 +49,21 @@ class Npz(DataSource):
         return dataclasses.replace(self, path=str(folder / self.path))
 
     def read(self) -> Examples:
-        """The arrays that are named."""
+        """The arrays that are named, of the file or of ``train.npz``."""
+        path = Path(self.path)
+        return self._file(path / "train.npz" if path.is_dir() else path)
+
+    def read_test(self) -> Examples | None:
+        """Those of ``test.npz``; None where `path` is a file."""
+        path = Path(self.path)
+        return self._file(path / "test.npz") if path.is_dir() else None
+
+    def _file(self, path: Path) -> Examples:
         try:
-            archive = NpzArchive(Path(self.path), max_bytes=self.max_bytes)
+            archive = NpzArchive(path, max_bytes=self.max_bytes)
             inputs = {name: np.atleast_1d(archive.read(name)) for name in self.inputs}
             targets = np.atleast_1d(archive.read(self.targets))
+            whose = archive.read(self.identity) if self.identity else None
         except NpzTooLarge as error:
             remedy = str(error).replace("--max-bytes", "data.max_bytes in the scenario")
             raise DataError(remedy) from error
@@ -59,9 +72,14 @@ class Npz(DataSource):
         except KeyError as error:
             held = ", ".join(map(repr, archive.members)) or "nothing"
             raise DataError(
-                f"{self.path} has no array {error}, it holds {held}: name them by data.inputs and "
-                "data.targets"
+                f"{path} has no array {error}, it holds {held}: name them by data.inputs, "
+                "data.targets and data.identity"
             ) from error
+        if whose is not None and (whose.ndim != 1 or whose.dtype.kind not in "iu"):
+            raise DataError(
+                f"{self.identity!r} is {whose.dtype}{list(whose.shape)}: an identity is a whole "
+                "number for each example, numpy.unique(names, return_inverse=True)[1]"
+            )
         if self.dtype == "float32":
             inputs = {name: np.asarray(v, dtype=np.float32) for name, v in inputs.items()}
-        return Examples(inputs, targets)
+        return Examples(inputs, targets, None if whose is None else whose.astype(np.int64))

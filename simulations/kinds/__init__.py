@@ -62,8 +62,10 @@ class Range:
     def __init__(self, least: float, most: float | None = None, *, above: bool = False) -> None:
         self._least, self._most, self._above = least, most, above
 
-    def check(self, key: str, value: float) -> None:
+    def check(self, key: str, value: float | str) -> None:
         """Raise `ScenarioError` where `value` is outside."""
+        if isinstance(value, str):  # a word in place of a number
+            return
         if value <= self._least if self._above else value < self._least:
             wanted = "above" if self._above else "at least"
             raise ScenarioError(key, f"is {value}", f"it must be {wanted} {self._least}")
@@ -146,8 +148,15 @@ _PLAIN: dict[Any, tuple[Any, str]] = {
 
 
 def _value(hint: Any, given: Any, key: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        hint = hint.__args__[0]  # "or None" is for keys that are not there
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint, *others = typing.get_args(hint)  # "or None" is for keys that are not there
+        words = [word for other in others for word in typing.get_args(other)]
+        if isinstance(given, str) and words:
+            if given not in words:
+                named = ", ".join(map(repr, words))
+                remedy = f"{_PLAIN[hint][1]}, or {named}"
+                raise ScenarioError(key, f"is {given!r}", remedy)
+            return given
     if hint in _PLAIN:
         accepted, remedy = _PLAIN[hint]
         if isinstance(given, bool) or not isinstance(given, accepted):

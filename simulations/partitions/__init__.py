@@ -6,12 +6,16 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.simulations.kinds import DataError, Kind, Registry
+
+if TYPE_CHECKING:
+    from prunecast.simulations.data import Examples
+    from prunecast.simulations.tasks import Task
 
 __all__ = ["PARTITIONS", "Partition"]
 
@@ -34,6 +38,14 @@ class Partition(Kind):
     def partitioner(self) -> tuple[str, Mapping[str, Any]]:
         """Name and arguments; the number of clients, the seed and the groups are filled in."""
         raise NotImplementedError
+
+    def groups(self, training: Examples, task: Task) -> NDArray[np.int64]:
+        """A small integer for each example, which `split` gets: the task's, such as the label.
+
+        Raises:
+            DataError: the examples lack what this partition goes by.
+        """
+        return task.groups(training.targets)
 
     def split(
         self, groups: NDArray[np.int64], *, clients: int, seed: int

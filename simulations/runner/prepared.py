@@ -31,8 +31,8 @@ def partition_data(scenario: Scenario) -> PartitionedData:
         DataError: the data cannot be had, do not suit the task, or cannot be partitioned.
     """
     training, held_out = load_examples(scenario.data, scenario.task, seed=scenario.seed)
-    groups, count = scenario.task.groups(training.targets), scenario.clients.count
-    clients = scenario.partition.split(groups, clients=count, seed=scenario.seed)
+    groups = scenario.partition.groups(training, scenario.task)
+    clients = scenario.partition.split(groups, clients=scenario.clients.count, seed=scenario.seed)
     return training, held_out, clients
 
 

@@ -126,7 +126,10 @@ def run_scenario(
     started, clock = datetime.now(UTC), time.monotonic()
     try:
         on_event({"event": "step", "text": "checking the scenario and its data"})
-        prepared = prepare(scenario, folder, check_scenario(scenario))
+        data = check_scenario(scenario)
+        held_out = len(data[1])
+        prepared = prepare(scenario, folder, data)
+        del data
         on_event({"event": "step", "text": "starting the engine"})
         outcomes: list[dict[str, Any]] = []
         for event in run_engine(prepared, folder / "engine.log"):
@@ -154,7 +157,7 @@ def run_scenario(
             "data": {
                 "partition": scenario.partition.text(),
                 "training": sum(prepared.sizes),
-                "held_out": scenario.data.held_out,
+                "held_out": held_out,
                 "per_client": list(prepared.sizes),
             },
             "arms": build_arms(prepared, outcomes),

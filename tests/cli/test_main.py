@@ -14,7 +14,7 @@ from prunecast.cli.main import app
 from prunecast.simulations.scenarios import ScenarioError
 
 COMMANDS = [
-    *("demo", "simulate", "report", "release", "serve", "edge", "fleet"),
+    *("demo", "simulate", "report", "data", "release", "serve", "edge", "fleet"),
     *("compress", "decompress", "inspect"),
 ]
 

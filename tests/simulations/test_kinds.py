@@ -25,8 +25,8 @@ from prunecast.simulations.tasks import TASKS
 
 KINDS: list[tuple[Registry[Any], list[str]]] = [
     (ARMS, ["dense", "majority-vote", "prunecast", "recoded", "scheme"]),
-    (DATA, ["mnist-5k", "npz"]),
-    (PARTITIONS, ["dirichlet", "flower", "iid"]),
+    (DATA, ["idx", "mnist-5k", "named", "npz"]),
+    (PARTITIONS, ["dirichlet", "flower", "iid", "natural"]),
     (TASKS, ["classification", "positions", "rating", "reconstruction", "regression"]),
 ]
 
