@@ -33,6 +33,10 @@ def compare(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File that also gets the figures as JSON.")
     ] = None,
+    network: Annotated[
+        str,
+        typer.Option(help="Simulate time over a network: a profile, or a CSV trace."),
+    ] = "",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the comparison; what is finished there is kept."),
@@ -59,6 +63,7 @@ def compare(
         seeds=_numbers(" ".join([seeds, *(more_seeds or [])])),
         rounds=rounds,
         folder=out,
+        network=network,
     )
     console = make_console()
     with RunProgress(make_console(stderr=True)) as progress:
@@ -77,6 +82,9 @@ def compare(
     metric, last = document["task"]["metric"], document["last_rounds"]
     mean = "after the last round" if last == 1 else f"mean of the last {last} rounds"
     console.print(f"{metric}: {mean}, ± standard deviation over seeds")
+    if document["network"]:
+        profile = document["network"]["profile"]
+        console.print(f"simulated: what the bytes would take over {profile}; not measured")
     for name, why in document["left_out"].items():
         console.print(f"{name} was left out: {why}", soft_wrap=True)
     console.print(f"\n{comparison.folder}", soft_wrap=True)

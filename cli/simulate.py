@@ -25,6 +25,7 @@ _LINES_PER_ARM = 6
 
 # so that the table fits 80 columns
 _SHORT = {"sparsity": "zeros", "bytes up": "up", "bytes down": "down", "reduction": "ratio"}
+_SHORT["simulated time"] = "simulated"
 
 Seed = Annotated[
     int | None, typer.Option(min=0, help="Seed instead of the scenario's: partition, weights, all.")
@@ -85,6 +86,9 @@ def simulate(
 
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run, such as runs/<time>.")],
+    network: Annotated[
+        str, typer.Option(help="Simulate its time over a network: a profile, or a CSV trace.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Print a run's tables and draw its picture and page again, from result.json."""
@@ -92,6 +96,11 @@ def report(
     from prunecast.simulations.runner.run import read_result
 
     result = read_result(folder)
+    if network:
+        from prunecast.simulations.network_profiles import NetworkSpec
+        from prunecast.simulations.network_profiles.results import add_simulated_time
+
+        add_simulated_time(result, folder, NetworkSpec(network))
     figure, page = write_report(folder, result)
     _show(folder, result, as_json, {"figure": str(figure), "page": str(page)})
 

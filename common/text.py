@@ -6,7 +6,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["bits_text", "bytes_text", "count_text", "first_line", "percent", "quiet", "ratio_text"]
+__all__ = [
+    "bits_text",
+    "bytes_text",
+    "count_text",
+    "duration_text",
+    "first_line",
+    "percent",
+    "quiet",
+    "ratio_text",
+]
 
 
 def bytes_text(count: float | None) -> str:
@@ -39,6 +48,24 @@ def bits_text(nbytes: float, size: int) -> str:
 def count_text(count: int, what: str) -> str:
     """``1 tensor``, ``2 tensors``, ``12,000 tensors``."""
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def duration_text(seconds: float | None) -> str:
+    """A duration with two or three significant digits, such as ``2.5 min``; ``–`` for None.
+
+    >>> duration_text(0.042), duration_text(150), duration_text(200_000)
+    ('0.042 s', '2.5 min', '2.31 d')
+    """
+    if seconds is None:
+        return "–"
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return (
+                f"{seconds / size:.3g} {unit}"
+                if seconds < 1000 * size
+                else f"{seconds / size:,.0f} {unit}"
+            )
+    return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def percent(fraction: float, digits: int = 1) -> str:

@@ -19,7 +19,9 @@ from typing import Any
 
 from prunecast.common.files import write_atomically
 from prunecast.simulations.arms import ARMS, Arm
-from prunecast.simulations.kinds import ScenarioError, choice
+from prunecast.simulations.kinds import ScenarioError, choice, written
+from prunecast.simulations.network_profiles import NetworkSpec
+from prunecast.simulations.network_profiles.results import add_simulated_time
 from prunecast.simulations.runner import ResultError, SimulationError
 from prunecast.simulations.scenarios import Scenario
 
@@ -57,6 +59,7 @@ class Comparison:
         seeds: each trains every arm once.
         folder: gets a folder for each seed and trained arm, and the document.
         left_out: arms that cannot be run here, and why.
+        network: over which time is simulated; None for none.
     """
 
     scenario: Scenario
@@ -64,6 +67,7 @@ class Comparison:
     seeds: Sequence[int]
     folder: Path
     left_out: Mapping[str, str]
+    network: NetworkSpec | None = None
 
     @classmethod
     def of(
@@ -74,6 +78,7 @@ class Comparison:
         seeds: Sequence[int] = (),
         rounds: int | None = None,
         folder: Path | None = None,
+        network: str = "",
     ) -> Comparison:
         """Choose the arms of a comparison; those of `peers` where none are named.
 
@@ -82,6 +87,7 @@ class Comparison:
             names: of arms, those of `peers` or the scenario's own, which go before.
             seeds: instead of the scenario's.
             rounds: instead of the scenario's.
+            network: profile or CSV trace to simulate time over, instead of the scenario's.
             folder: of the comparison; by default ``compare-<name>`` where its runs go.
 
         Raises:
@@ -99,14 +105,22 @@ class Comparison:
             raise ScenarioError("arms", "nothing is trained", "name an arm such as dense or small")
         for name, arm in arms.items():
             arm.check(f"arms.{name}", arms)
+        spec = NetworkSpec(network) if network else scenario.network
+        if spec is not None:
+            spec.links()
+        # time is simulated from the ledgers afterwards: other networks need no other runs
+        changes: dict[str, Any] = {
+            "rounds": rounds or scenario.rounds,
+            "release": None,
+            "network": None,
+        }
         return cls(
-            dataclasses.replace(
-                scenario, rounds=rounds or scenario.rounds, arms=arms, release=None
-            ),
+            dataclasses.replace(scenario, arms=arms, **changes),
             arms,
             tuple(seeds) or (scenario.seed,),
             folder or Path(scenario.output) / f"compare-{scenario.name}",
             left_out,
+            spec,
         )
 
     def runs(self) -> Iterable[tuple[Scenario, Path]]:
@@ -152,6 +166,8 @@ class Comparison:
                 shutil.rmtree(folder, ignore_errors=True)
                 _make(folder)
                 result = run_scenario(scenario, folder, on_event=on_event)
+            if self.network is not None:
+                add_simulated_time(result, folder, self.network)
             results[scenario.seed].update(result["arms"])
             task = result["task"]
         text = json.dumps(self._document(results, task), indent=2) + "\n"
@@ -184,19 +200,22 @@ class Comparison:
             "task": dict(task),
             "arms": arms,
             "left_out": dict(self.left_out),
+            "network": self.network and written(self.network),
         }
 
 
 def finished(scenario: Scenario, folder: Path) -> dict[str, Any] | None:
-    """The result of a run that was finished before, of this very scenario; None for none."""
+    """The result of a run that was finished before, of this scenario and its arms at least."""
     from prunecast.simulations.runner.run import read_result
 
     try:
         result = read_result(folder)
     except ResultError:
         return None
-    wanted, found = ({**m, "output": ""} for m in (scenario.to_mapping(), result["scenario"]))
-    return result if json.loads(json.dumps(wanted)) == found else None
+    found = {**result["scenario"], "output": ""}
+    wanted = json.loads(json.dumps({**scenario.to_mapping(), "output": ""}))
+    found["arms"] = {name: arm for name, arm in found["arms"].items() if name in wanted["arms"]}
+    return result if wanted == found else None
 
 
 def _make(folder: Path) -> None:
@@ -220,16 +239,33 @@ def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
         "spread": statistics.stdev(reached) if len(reached) > 1 else None,
         "by_seed": reached,
         "seconds": round(statistics.fmean(seconds), 3) if seconds else None,
+        **({"simulated": _simulated(runs)} if "simulated" in runs[0] else {}),
     }
+
+
+def _simulated(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Means over seeds; the time to the target only where every seed reached it."""
+    found: dict[str, float | None] = {}
+    for key in dict.fromkeys(key for run in runs for key in run["simulated"] if key != "network"):
+        values = [run["simulated"].get(key) for run in runs]
+        known = [value for value in values if value is not None]
+        found[key] = statistics.fmean(known) if len(known) == len(values) else None
+    return found
 
 
 def compared_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of a comparison."""
-    from prunecast.common.text import ratio_text
+    from prunecast.common.text import duration_text, ratio_text
     from prunecast.simulations.report import score_text
 
     metric = document["task"]["metric"]
     header = ["arm", "MB down", "MB up", "ratio", metric, "seconds"]
+    simulated = document.get("network") is not None
+    if simulated:
+        header.append("simulated")
+    target = (document.get("network") or {}).get("target") is not None
+    if target:
+        header.append("to target")
     rows = []
     for name, arm in document["arms"].items():
         score = score_text(document, arm[metric])
@@ -244,6 +280,8 @@ def compared_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
                 ratio_text(arm["ratio"]),
                 score,
                 "–" if arm["seconds"] is None else f"{arm['seconds']:.0f}",
+                *([duration_text(arm["simulated"]["seconds"])] if simulated else []),
+                *([duration_text(arm["simulated"]["seconds_to_target"])] if target else []),
             ]
         )
     return header, rows

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunecast.common.files import write_atomically
-from prunecast.common.text import bytes_text, percent, ratio_text
+from prunecast.common.text import bytes_text, duration_text, percent, ratio_text
 from prunecast.simulations.report.charts import (
     COLOURS,
     accuracy_figure,
@@ -36,6 +36,9 @@ def arm_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of arms."""
     metric = result["task"]["metric"]
     header = ["arm", metric, "sparsity", "bytes up", "bytes down", "total", "reduction"]
+    simulated = any("simulated" in arm for arm in result["arms"].values())
+    if simulated:
+        header.append("simulated time")
     rows = [
         [
             arm["label"],
@@ -45,6 +48,7 @@ def arm_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             bytes_text(arm["bytes_down"]),
             bytes_text(arm["bytes_up"] + arm["bytes_down"]),
             ratio_text(arm.get("reduction")),
+            *([duration_text(arm["simulated"]["seconds"])] if simulated else []),
         ]
         for arm in result["arms"].values()
     ]

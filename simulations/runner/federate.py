@@ -158,7 +158,8 @@ def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[dict[str,
     Returns:
         For each arm its ``name``, the ``seconds`` it took, its ``rounds`` (0 for the initial model;
         the task's metric, loss, sparsity, cumulative bytes in each direction, seconds since it
-        began) and the ``releases`` it made meanwhile (round, version, reason, metrics).
+        began), the ``releases`` it made meanwhile (round, version, reason, metrics), and the ids of
+        the ``nodes`` in the order of their partitions.
 
     Raises:
         EngineFailed: clients failed in a round.
@@ -264,4 +265,5 @@ def _run_arm(
     seconds = time.monotonic() - started
     held_out.save(prepared, name)
     releases = [asdict(made) for made in run.releases.made] if run.releases else []
-    return {"name": name, "seconds": seconds, "rounds": rounds, "releases": releases}
+    made = {"name": name, "seconds": seconds, "rounds": rounds, "releases": releases}
+    return {**made, "nodes": nodes}

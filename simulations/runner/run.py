@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from prunecast.common.files import write_atomically
 from prunecast.common.text import quiet
 from prunecast.simulations.kinds import written
+from prunecast.simulations.network_profiles.results import add_simulated_time, entries_of
 from prunecast.simulations.runner import ResultError, SimulationError
 from prunecast.simulations.runner.engine import ENVIRONMENT, run_engine
 from prunecast.simulations.runner.prepared import (
@@ -94,6 +94,8 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
         arm.grid_policy()
     with quiet("flwr"):  # making a strategy warns of what is the engine's to say
         strategy_of(scenario)
+    if scenario.network is not None:
+        scenario.network.links()
     if scenario.release is not None:
         rule_of(scenario.release, scenario.task)
     scenario.model.network()
@@ -163,6 +165,8 @@ def run_scenario(
             "arms": build_arms(prepared, outcomes),
             "release": release,
         }
+        if scenario.network is not None:
+            add_simulated_time(document, folder, scenario.network)
         text = json.dumps(document, indent=2) + "\n"
         write_atomically(folder / "result.json", text.encode())
     finally:
@@ -201,13 +205,15 @@ def build_arms(
         prepared: the finished run, with its ledgers.
         outcomes: what training each arm gave, as the engine reports it.
     """
+    from prunecast.server.federation import Tally
+
     arms: dict[str, dict[str, Any]] = {}
     by_name = {outcome["name"]: outcome for outcome in outcomes}
     metric = prepared.scenario.task.metric
     for name, arm in prepared.scenario.arms.items():
         source = arm.source(name)
         outcome, path = by_name[source], prepared.ledger(source)
-        tally = _tally(path, None if arm.trains else name)
+        tally = Tally(entries_of(path, None if arm.trains else name))
         rounds = [dict(row) for row in outcome["rounds"]]
         for row in rounds:
             so_far = tally.totals(rounds=range(row["round"] + 1))
@@ -231,6 +237,7 @@ def build_arms(
             "decode_ms": round(total.decode_ms, 3),
             "seconds": round(outcome["seconds"], 3) if arm.trains else None,
             "ledger": path.name,
+            "nodes": [str(node) for node in outcome["nodes"]],
             "by_kind": _by_kind(tally),
             "rounds": rounds,
         }
@@ -241,16 +248,6 @@ def build_arms(
             spent = figures["bytes_up"] + figures["bytes_down"]
             figures["reduction"] = round(base / spent, 3)
     return arms
-
-
-def _tally(path: Path, alternative: str | None) -> Tally:
-    """Sums over the last run of a ledger, or over what its messages have under another coding."""
-    from prunecast.server.federation import Ledger, Tally
-
-    entries = Ledger.read(path)
-    if alternative is None:
-        return Tally(entries)
-    return Tally(replace(e, payload_bytes=e.alternatives[alternative]) for e in entries)
 
 
 def _by_kind(tally: Tally) -> dict[str, dict[str, dict[str, int]]]:

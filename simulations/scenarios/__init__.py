@@ -22,6 +22,7 @@ from prunecast.common.references import load_callable
 from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataSource
 from prunecast.simulations.kinds import NAME, Matches, Range, ScenarioError, build, choice, written
+from prunecast.simulations.network_profiles import NetworkSpec
 from prunecast.simulations.partitions import PARTITIONS, Partition
 from prunecast.simulations.tasks import TASKS, Task
 
@@ -189,6 +190,7 @@ class Scenario:
         rounds: of training.
         output: folder that gets a folder per run.
         release: None when nothing is to be released.
+        network: None when no time is simulated.
     """
 
     name: Annotated[str, Matches(NAME, "it names a folder: use a-z 0-9 . _ -")] = "scenario"
@@ -208,6 +210,7 @@ class Scenario:
         default_factory=lambda: {name: ARMS.make(name) for name in ("dense", "prunecast")}
     )
     release: ReleaseSpec | None = None
+    network: NetworkSpec | None = None
 
     def trained_arms(self) -> dict[str, Arm]:
         """The arms that train; the others only measure the messages of one of these."""
@@ -269,7 +272,9 @@ def load_scenario(source: Path | str) -> Scenario:
     scenario = scenario_from_mapping(table)
     if packaged:
         return scenario
-    return dataclasses.replace(scenario, data=scenario.data.located(Path(source).parent))
+    folder = Path(source).parent
+    network = scenario.network and scenario.network.located(folder)
+    return dataclasses.replace(scenario, data=scenario.data.located(folder), network=network)
 
 
 def scenario_from_mapping(table: Mapping[str, Any]) -> Scenario:
@@ -279,7 +284,9 @@ def scenario_from_mapping(table: Mapping[str, Any]) -> Scenario:
         ScenarioError: names the key, what is wrong with it, and the remedy.
     """
     # in JSON, null says that there is none
-    table = {k: v for k, v in table.items() if v is not None or k not in ("arms", "release")}
+    table = {
+        k: v for k, v in table.items() if v is not None or k not in ("arms", "release", "network")
+    }
     schema = table.pop("schema", None)
     if schema != SCHEMA:
         found = "is missing" if schema is None else f"is {schema!r}"
@@ -295,6 +302,8 @@ def scenario_from_mapping(table: Mapping[str, Any]) -> Scenario:
 def _check(s: Scenario) -> None:
     """What more than one table decides."""
     s.data.check("data")
+    if s.network is not None:
+        s.network.check("network")
     if not s.trained_arms():
         kinds = ", ".join(name for name in ARMS.names() if ARMS.find(name).trains)
         raise ScenarioError("arms", "nothing is trained", f"add an arm of kind {kinds}")

@@ -111,6 +111,12 @@ def test_a_comparison_goes_on_where_it_was(tiny: dict[str, Any], tmp_path: Path)
     assert stc["ratio"] == pytest.approx(total / (run["bytes_down"] + run["bytes_up"]), abs=1e-3)
     assert document["last_rounds"] == last_rounds(1) == 1
 
+    # what was measured beside it does not matter
+    events.clear()
+    alone = Comparison.of(scenario, names=["dense"], folder=tmp_path)
+    assert list(alone.run(lambda event: events.append(dict(event)))["arms"]) == ["dense"]
+    assert [e["event"] for e in events] == ["kept"]
+
     # another scenario is another comparison, in the same folder too
     events.clear()
     longer = dataclasses.replace(scenario, rounds=2)
