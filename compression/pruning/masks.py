@@ -48,6 +48,28 @@ def _globally(scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
     return {n: part.reshape(s.shape) for (n, s), part in zip(scores.items(), parts, strict=False)}
 
 
+def _layer_adaptively(scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
+    """One ranking over all tensors, of what removing a score takes of all that is left of its own.
+
+    LAMP (Lee et al. 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning", equation 4): a
+    squared score over the sum of those in its tensor that are not smaller. The largest of a tensor
+    counts 1, so that none is emptied, whatever the scale of its scores.
+    """
+    return _globally({name: _lamp(score) for name, score in scores.items()}, sparsity)
+
+
+def _lamp(score: NDArray[np.floating]) -> NDArray[np.float64]:
+    flat = score.ravel().astype(np.float64)
+    largest = flat.max(initial=0.0)
+    if largest:
+        flat /= largest  # squares neither overflow nor vanish
+    order = np.argsort(-flat, kind="stable")
+    falling = np.square(flat[order])
+    ranked = np.empty_like(flat)
+    ranked[order] = falling / np.maximum(np.cumsum(falling), np.finfo(np.float64).tiny)
+    return ranked.reshape(score.shape)
+
+
 def _keep_highest(scores: NDArray[np.floating], sparsity: float) -> NDArray[np.bool_]:
     """Ties go by position, earlier first: the number is exact, and every machine agrees."""
     if not 0 <= sparsity < 1:
@@ -64,7 +86,11 @@ def _keep_highest(scores: NDArray[np.floating], sparsity: float) -> NDArray[np.b
     return keep
 
 
-ALLOCATIONS: dict[str, Allocation] = {"layer": _per_layer, "global": _globally}
+ALLOCATIONS: dict[str, Allocation] = {
+    "layer": _per_layer,
+    "global": _globally,
+    "lamp": _layer_adaptively,
+}
 """By the name that a policy's `pruning_scope` has."""
 
 

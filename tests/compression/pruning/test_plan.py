@@ -50,6 +50,38 @@ def test_global_scope_ranks_all_tensors_together(first, second, sparsity):
         assert kept.min() >= gone.max()
 
 
+@given(WEIGHTS, WEIGHTS, st.floats(0, 0.99))
+def test_layer_adaptive_scores_are_those_of_the_paper(first, second, sparsity):
+    def lamp(weights):  # equation 4, one weight after the other
+        squares = np.sort(np.square(weights.ravel().astype(np.float64)))[::-1]
+        return [squares[i] / max(squares[: i + 1].sum(), 1e-300) for i in range(squares.size)]
+
+    masks = magnitude_masks({"a": first, "b": second}, sparsity, scope="lamp")
+    scores = np.sort(lamp(first) + lamp(second))
+    removed = int(sparsity * scores.size)
+    assert removed == sum(int(np.count_nonzero(~mask)) for mask in masks.values())
+    kept = []
+    for name, weights in (("a", first), ("b", second)):
+        mask, size = masks[name], np.abs(weights)
+        kept += lamp(weights)[: np.count_nonzero(mask)]
+        if mask.any() and not mask.all():  # within a tensor the largest stay
+            assert size[mask].min() >= size[~mask].max()
+    np.testing.assert_allclose(np.sort(kept), scores[removed:], rtol=1e-9, atol=1e-300)
+
+
+def test_layer_adaptive_scores_do_not_depend_on_a_tensors_scale():
+    rng = np.random.default_rng(0)
+    small, other = (rng.normal(size=(40, 50)).astype(np.float32) for _ in range(2))
+    masks = [
+        magnitude_masks({"a": small * np.float32(by), "b": other}, 0.9, scope="lamp")
+        for by in (1, 2.0**-90, 2.0**90)
+    ]
+    for mask in masks[1:]:
+        np.testing.assert_array_equal(mask["a"], masks[0]["a"])
+    emptied = magnitude_masks({"a": small * np.float32(2.0**-90), "b": other}, 0.9, scope="global")
+    assert not emptied["a"].any()
+
+
 def test_ties_are_broken_by_position():
     mask = magnitude_masks({"w": np.ones(10, np.float32)}, 0.3)["w"]
     assert mask.tolist() == [True] * 7 + [False] * 3
