@@ -25,6 +25,7 @@ from prunecast.compression.versions import (
 
 __all__ = ["Coded", "align", "compress_reply", "is_own", "norm_of"]
 
+_MANTISSAS = 16  # of steps, from a power of two to the next
 _LARGE = 1024  # elements: a tensor that the version lacks travels exactly below
 _FINE = 0.1  # step of such a tensor, in root mean squares of itself: nothing makes up for its error
 _CHUNK = 1 << 16  # elements that are wide at a time
@@ -202,6 +203,15 @@ def _on_lattice(tensor: ReplyTensor, base: PublishedModel) -> str | None:
     return tensor.like if isinstance(base[tensor.like], LatticeTensor) else None
 
 
+def _in_few_bits(step: float) -> float:
+    """The next float32 above with few bits of mantissa: a layout of many such steps is shorter."""
+    if not math.isfinite(step):
+        return step
+    mantissa, exponent = math.frexp(step)
+    rounded = math.ldexp(math.ceil(mantissa * 2 * _MANTISSAS) / (2 * _MANTISSAS), exponent)
+    return rounded if rounded <= np.finfo(np.float32).max else step
+
+
 def _working(array: NDArray[Any]) -> type[np.floating]:
     return np.float64 if array.dtype == np.float64 else np.float32
 
@@ -302,6 +312,8 @@ class _Coder:
                 # the lattice of what is constant yet says nothing of how large changes are
                 step = max(step, self.rule.least_step(array.size, self.tensor.step))
             step = float(np.float32(step))
+            if self.rule.error_feedback:
+                step = _in_few_bits(step)
         if given == 0 or step <= np.finfo(np.float32).tiny:
             return QuantisedTensor(np.zeros(array.shape, np.int32), 1.0, True) if self.own else None
         if self.rule.error_feedback:

@@ -1,9 +1,13 @@
 """Tensors of a reply, each coded as what it is: a change, values of its own, or exactly."""
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from prunecast.client.training.encoding import align, compress_reply
+from prunecast.client.training.encoding import _in_few_bits, align, compress_reply
 from prunecast.client.training.store import NonFiniteUpdate
 from prunecast.compression.codec import QuantiseError, TensorSpec
 from prunecast.compression.versions import (
@@ -15,6 +19,7 @@ from prunecast.compression.versions import (
     UpdateRule,
     decode_update,
     encode_update,
+    frame,
     rounded_floats,
 )
 
@@ -425,3 +430,28 @@ def test_rounded_statistics_cost_a_fifth():
         coded = compress_reply(base, trained, {}, UpdateRule(3.0, 0.6, statistics_bits=bits))
         sizes.append(len(encode_update(base, coded.changes, tensors=coded.tensors)))
     assert sizes[1] < 650 < 2200 < sizes[0]
+
+
+@given(st.floats(0, width=32, allow_infinity=True))
+def test_a_step_is_rounded_up_to_few_bits_and_stays_a_float32(step):
+    rounded = _in_few_bits(step)
+    assert rounded == np.float32(rounded)
+    assert step <= rounded <= max(step * 17 / 16, step + 2.0**-149)
+    if 0 < rounded < float(np.finfo(np.float32).max) / 2:
+        assert math.frexp(rounded)[0] * 32 == int(math.frexp(rounded)[0] * 32)
+
+
+def test_steps_of_many_tensors_take_half_of_their_bytes_in_the_layout():
+    rng = np.random.default_rng(0)
+    names = [f"layers.{i}" for i in range(60)]
+    base = PublishedModel({n: LatticeTensor(rng.integers(-9, 9, 50), 0.1) for n in names}, 1)
+    trained = {
+        n: t.dense() + rng.normal(size=50).astype(np.float32) for n, t in base.tensors.items()
+    }
+    sizes = {}
+    for feedback in (True, False):
+        coded = compress_reply(base, trained, {}, UpdateRule(3.0, 0.7, feedback))
+        payload = encode_update(base, coded.changes)
+        layout = len(payload) - len(frame.unpack(payload, stream=None).body)
+        sizes[feedback] = layout - 58  # without the frame's fixed fields
+    assert sizes[True] < 0.6 * sizes[False]

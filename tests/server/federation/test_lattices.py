@@ -208,7 +208,7 @@ def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later(size, f
         residual, total = coded.dropped, total + (trained["w"] - base["w"].dense())
         found = coded.changes.get("w")
         if isinstance(found, QuantisedTensor):
-            assert found.step == pytest.approx(floor * base["w"].step)
+            assert 1 <= found.step / (floor * base["w"].step) <= 17 / 16
             sent = sent + found.z * np.float32(found.step)
     np.testing.assert_allclose(sent + residual["w"], total, atol=1e-3)
     assert np.any(sent)
@@ -255,10 +255,10 @@ def test_statistics_are_published_in_a_few_bits_and_stay_while_near():
         sent = version.model.arrays()
         assert version.master["0.running_var"].tobytes() == master["0.running_var"].tobytes()
         for name in ("0.running_mean", "0.running_var"):
-            assert (sent[name].view("u4") & ((1 << 17) - 1) == 0).all()
-            expected = rounded_floats(master[name], 6, last=last.get(name), hysteresis=0.75)
+            assert (sent[name].view("u4") & ((1 << 19) - 1) == 0).all()
+            expected = rounded_floats(master[name], 4, last=last.get(name), hysteresis=0.75)
             assert sent[name].tobytes() == expected.tobytes()
-            np.testing.assert_allclose(sent[name], master[name], rtol=0.75 / 64 * 1.001)
+            np.testing.assert_allclose(sent[name], master[name], rtol=0.75 / 16 * 1.001)
         for name in ("1.running_var", "0.num_batches_tracked"):
             assert sent[name].tobytes() == master[name].tobytes()
         last = sent
@@ -306,7 +306,7 @@ def test_a_delta_of_statistics_takes_a_quarter_of_the_bytes():
 
 
 def test_nodes_are_told_the_bits_unless_models_are_exact():
-    assert Policy().update_rule.statistics_bits == 6
+    assert Policy().update_rule.statistics_bits == 4
     assert Policy(statistics_bits=9).update_rule.statistics_bits == 9
     assert Policy.preset("lossless").update_rule.statistics_bits == 0
     assert Policy(down_step=0.0).update_rule.statistics_bits == 0
