@@ -16,7 +16,7 @@ from prunecast.server.federation.policy import Policy
 __all__ = ["Lattices"]
 
 _OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
-_VAST = 1 << 18  # weights
+_VAST, _OF_VAST = 1 << 17, 1 << 15  # weights of a model, and of its tensors, that begin coarser
 _FAR = 1.5  # times more weights, or fewer, than wanted that a finished mask may keep
 _CHUNK = 1 << 15  # weights that are wide at a time
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
@@ -37,15 +37,16 @@ class Lattices:
     Attributes:
         steps: by name of the tensor.
         fineness: part of their ideal step that all but the fine ones have, a power of two.
-        early: whether vast tensors have twice that: while a model learns from scratch and is not
-            pruned yet, most of a run's bytes are theirs; the bit left out costs little later, when
-            few of their weights are left.
+        weights: of the whole model.
+        early: whether the large tensors of a large model have twice that: while it learns from
+            scratch and is not pruned yet, most of a run's bytes are theirs; the bit left out costs
+            little later, when few of their weights are left. Small models learn visibly worse.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.steps: dict[str, float] = {}
-        self.fineness, self.early = 1.0, False
+        self.fineness, self.early, self.weights = 1.0, False, 0
         self._fine: set[str] = set()
         self._vast: set[str] = set()
 
@@ -96,7 +97,7 @@ class Lattices:
         least = float(size[mask].min(initial=np.inf)) / step
         if np.isinf(least):  # nothing is kept
             least = float(size.max(initial=0)) / step + 1
-        wanted = np.count_nonzero(mask)
+        wanted = int(np.count_nonzero(mask))
         cells, times = _edge(cell, max(0, math.floor(least - 0.5)), wanted)
         if times > _FAR and not self.early:
             return LatticeTensor(q * mask, step, True, array.dtype)
@@ -120,7 +121,7 @@ class Lattices:
         if fine:
             self._fine.add(name)
             wanted = min(wanted, self.policy.vector_step)
-        elif array.size >= _VAST:
+        elif self.weights >= _VAST and array.size >= _OF_VAST:
             self._vast.add(name)
             wanted *= 2 if self.early else 1
         ideal = wanted * unit
@@ -149,7 +150,7 @@ def _edge(cell: NDArray[np.integer], below: int, wanted: int) -> tuple[int, floa
         Also by how much that is missed, as a factor of 1 or more: far where weights lie on few
         cells, such as those of a model that nobody has trained yet.
     """
-    kept = {edge: np.count_nonzero(cell > edge) + 1 for edge in (below, below + 1)}
+    kept = {edge: int(np.count_nonzero(cell > edge)) + 1 for edge in (below, below + 1)}
     missed = {e: max(n / (wanted + 1), (wanted + 1) / n) for e, n in kept.items()}
     nearest = min(missed, key=missed.__getitem__)
     return nearest, missed[nearest]

@@ -382,6 +382,7 @@ class Publisher:
         tensors: dict[str, Tensor] = {}
         aligned = self.policy.pruning_align and self.policy.pruning_criterion == "magnitude"
         factors = low_rank_factors({name: array.shape for name, array in master.items()})
+        self._lattices.weights = sum(array.size for array in master.values())
         for name, array in master.items():
             if not self._is_exact(name, array):
                 last = self._latest.tensors.get(name) if self._latest is not None else None

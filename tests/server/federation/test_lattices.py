@@ -169,6 +169,20 @@ def test_a_drawn_model_begins_on_a_coarse_lattice_that_is_refined_once_it_is_pru
     assert steps_of_drawn(by_taylor, 20)[0][0] == pytest.approx(0.1, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("weights", "size", "step"),
+    [(1 << 17, (256, 128), 0.8), (1 << 17, (256, 127), 0.4), ((1 << 17) - 1, (256, 128), 0.4)],
+    ids=["large of a large model", "small tensor", "small model"],
+)
+def test_only_large_tensors_of_large_models_begin_coarse(weights, size, step):
+    lattices = Lattices(Policy())
+    lattices.weights = weights
+    lattices.refine(1.0, early=True)
+    (master,) = drifting(1, size=size)
+    tensor = lattices.tensor("w", master["w"], None, None)
+    assert tensor.step == pytest.approx(step * master["w"].std(), rel=1e-3)
+
+
 def test_what_is_no_model_and_low_rank_factors_lie_on_a_fine_lattice():
     (master,) = drifting(1)
     spread = master["w"].std()
