@@ -312,7 +312,7 @@ class _Coder:
                 # the lattice of what is constant yet says nothing of how large changes are
                 step = max(step, self.rule.least_step(array.size, self.tensor.step))
             step = float(np.float32(step))
-            if self.rule.error_feedback:
+            if self.rule.error_feedback and not self.own:
                 step = _in_few_bits(step)
         if given == 0 or step <= np.finfo(np.float32).tiny:
             return QuantisedTensor(np.zeros(array.shape, np.int32), 1.0, True) if self.own else None
