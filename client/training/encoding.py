@@ -19,6 +19,7 @@ from prunecast.compression.versions import (
     ReplyTensor,
     UpdateRule,
     exact_change,
+    is_large,
     is_statistic,
     rounded_floats,
 )
@@ -157,7 +158,8 @@ def compress_reply(
         NonFiniteUpdate: a tensor of the lattice holds NaN or infinity.
         QuantiseError: a tensor has no step, as its values leave float32.
     """
-    tensors = align(record, base.specs)
+    specs = base.specs
+    tensors, weights = align(record, specs), sum(spec.size for spec in specs.values())
     arrays = {name: array for name, array in record.items() if array is not None}
     if clip is not None:
         rule = replace(rule, error_feedback=False)
@@ -189,7 +191,8 @@ def compress_reply(
                 before = [own for own in (True, False) if like + _KEPT[own] in left]
                 usual = before[0] if len(before) == 1 else whole  # its residual is of that
                 own = is_own(size.whole_change, size.value, whole=usual)
-            coder = _Coder(name, like, own and clip is None, lattice, size, rule, within)
+            large = is_large(specs[like].size, weights)
+            coder = _Coder(name, like, own and clip is None, lattice, size, rule, within, large)
             change = coder.code(arrays[name], left)
         if change is not None:
             changes[name] = change
@@ -292,6 +295,7 @@ class _Coder:
     size: _Sizes
     rule: UpdateRule
     within: float
+    large: bool
 
     def code(
         self, array: NDArray[Any], left: dict[str, NDArray[Any]]
@@ -310,7 +314,7 @@ class _Coder:
             floor = self.rule.floor if self.rule.error_feedback else 0.0  # nothing brings it later
             if floor and not self.own and np.ptp(self.tensor.q):
                 # the lattice of what is constant yet says nothing of how large changes are
-                step = max(step, self.rule.least_step(array.size, self.tensor.step))
+                step = max(step, self.rule.least_step(self.tensor.step, large=self.large))
             step = float(np.float32(step))
             if self.rule.error_feedback and not self.own:
                 step = _in_few_bits(step)

@@ -7,12 +7,12 @@ standard library, no sockets, no Flower. The byte formats are written down in ``
 
 from prunecast.compression.versions.bodies import MAX_MODEL_BYTES, model_limits
 from prunecast.compression.versions.control import (
-    LARGE,
     TAG_BYTES,
     Instruction,
     NodeReport,
     SchemeRule,
     UpdateRule,
+    is_large,
 )
 from prunecast.compression.versions.descriptions import describe, read_description
 from prunecast.compression.versions.errors import (
@@ -62,7 +62,6 @@ from prunecast.compression.versions.updates import (
 )
 
 __all__ = [
-    "LARGE",
     "MAX_MODEL_BYTES",
     "NOTHING_SENT",
     "TAG_BYTES",
@@ -102,6 +101,7 @@ __all__ = [
     "encode_update",
     "exact_change",
     "inspect",
+    "is_large",
     "is_statistic",
     "load_model",
     "measure_payload",

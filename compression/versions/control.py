@@ -19,7 +19,7 @@ from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.fields import FieldReader, FieldWriter
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 
-__all__ = ["LARGE", "TAG_BYTES", "Instruction", "NodeReport", "SchemeRule", "UpdateRule"]
+__all__ = ["TAG_BYTES", "Instruction", "NodeReport", "SchemeRule", "UpdateRule", "is_large"]
 
 _MAX_BYTES = 1 << 20
 _LONGEST = 300  # characters of a node's trouble
@@ -32,8 +32,19 @@ _AS_SENT, _HELD, _MISSING, _TROUBLE = 1, 2, 4, 8
 _MOST_MICROSECONDS = (1 << 32) - 1
 
 
-LARGE = 1 << 16
-"""Weights from which a tensor has so many that few of them matter, and is coarsely coded."""
+_LARGE = 1 << 16
+
+
+def is_large(weights: int, of: int) -> bool:
+    """Whether a tensor has so many weights that few of them matter, and it is coarsely coded.
+
+    From 65,536 weights; from 32,768 in a model of 131,072 or more, which has others.
+
+    Args:
+        weights: of the tensor.
+        of: weights of the whole model.
+    """
+    return weights >= (_LARGE // 2 if of >= 2 * _LARGE else _LARGE)
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class UpdateRule:
             (Karimireddy et al. 2019, "Error Feedback Fixes SignSGD", algorithm 1).
         floor: the step is at least so many steps of the lattice that the tensor was published on:
             what the next version could not show is left to error feedback. Half of that for tensors
-            of fewer than `LARGE` weights; none without error feedback.
+            that are not large (`is_large`); none without error feedback.
         statistics_bits: mantissa bits, 0 to 23, that running statistics of normalisation layers
             (see `is_statistic`) are rounded to, where there is a step and error feedback; 0 for
             exact.
@@ -72,14 +83,14 @@ class UpdateRule:
                 f"statistics of {self.statistics_bits!r} bits are outside 0..{MOST_STATISTICS_BITS}"
             )
 
-    def least_step(self, weights: int, step: float) -> float:
+    def least_step(self, step: float, *, large: bool) -> float:
         """The floor of a tensor's step.
 
         Args:
-            weights: how many it has.
             step: of the lattice that it was published on.
+            large: see `is_large`.
         """
-        return self.floor * step * (1 if weights >= LARGE else 0.5)
+        return self.floor * step * (1 if large else 0.5)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import QuantiseError, quantise, spread
-from prunecast.compression.versions import LARGE, LatticeTensor, Tensor
+from prunecast.compression.versions import LatticeTensor, Tensor, is_large
 from prunecast.compression.versions.model import refine
 from prunecast.server.federation.policy import Policy
 
 __all__ = ["Lattices"]
 
-_OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors below LARGE have
-_VAST, _OF_VAST = 1 << 17, 1 << 15  # weights of a model, and of its tensors, that begin coarser
+_OF_SMALL = 0.4  # part of the hysteresis beyond rounding that tensors have which are not large
+_VAST = 1 << 17  # weights of a model whose large tensors begin coarser
 _FAR = 1.5  # times more weights, or fewer, than wanted that a finished mask may keep
 _CHUNK = 1 << 15  # weights that are wide at a time
 _SMALLEST_SPREAD = 1e-3  # a tensor that starts constant still gets a usable step
@@ -77,7 +77,7 @@ class Lattices:
         """
         step = self._step(name, array, fine)
         q = quantise(array, step, name=name)
-        large = array.size >= LARGE
+        large = is_large(array.size, self.weights)
         beyond = self.policy.hysteresis - 0.5
         stays_within = 0.5 + beyond * (1 if large else _OF_SMALL)
         before = None
@@ -121,7 +121,7 @@ class Lattices:
         if fine:
             self._fine.add(name)
             wanted = min(wanted, self.policy.vector_step)
-        elif self.weights >= _VAST and array.size >= _OF_VAST:
+        elif self.weights >= _VAST and is_large(array.size, self.weights):
             self._vast.add(name)
             wanted *= 2 if self.early else 1
         ideal = wanted * unit

@@ -14,6 +14,7 @@ from prunecast.compression.versions import (
     RawTensor,
     UpdateRule,
     decode_model,
+    is_large,
     rounded_floats,
     short,
 )
@@ -167,6 +168,13 @@ def test_a_drawn_model_begins_on_a_coarse_lattice_that_is_refined_once_it_is_pru
     assert steps[-1] == steps[0] == pytest.approx(0.4, rel=0.01)
     by_taylor = Policy.preset("small", pruning_criterion="taylor")
     assert steps_of_drawn(by_taylor, 20)[0][0] == pytest.approx(0.1, rel=0.05)
+
+
+def test_tensors_are_large_by_their_weights_and_those_of_their_model():
+    assert is_large(65_536, of=65_536)
+    assert not is_large(65_535, of=131_071)
+    assert is_large(32_768, of=131_072)
+    assert not is_large(32_767, of=10**9)
 
 
 @pytest.mark.parametrize(
