@@ -39,6 +39,16 @@ AsJson = Annotated[
 ]
 
 
+def _list_scenarios(wanted: bool) -> None:
+    if not wanted:
+        return
+    from prunecast.simulations.scenarios import load_scenario, packaged_scenarios
+
+    rows = [[name, load_scenario(name).description] for name in packaged_scenarios()]
+    print_table(make_console(), [Column("scenario"), Column("what it trains")], rows)
+    raise typer.Exit
+
+
 def demo(
     seed: Seed = None, rounds: Rounds = None, output: Output = None, as_json: AsJson = False
 ) -> None:
@@ -55,7 +65,7 @@ def demo(
 
 def simulate(
     scenario: Annotated[
-        str, typer.Argument(help="A TOML file, or the name of a packaged scenario: demo.")
+        str, typer.Argument(help="A TOML file, or the name of a packaged scenario: see --list.")
     ],
     seed: Seed = None,
     rounds: Rounds = None,
@@ -63,6 +73,12 @@ def simulate(
     check: Annotated[
         bool,
         typer.Option("--check", help="Only check scenario and data; print it in full."),
+    ] = False,
+    names: Annotated[
+        bool,
+        typer.Option(
+            "--list", callback=_list_scenarios, is_eager=True, help="Name packaged scenarios."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -116,7 +116,8 @@ class Lattices:
             self.steps[name] *= by * (again if name in self._vast else 1.0)
 
     def _step(self, name: str, array: NDArray[Any], fine: bool) -> float:
-        unit = max(spread(array, "std"), _SMALLEST_SPREAD)
+        with np.errstate(invalid="ignore"):  # a mask of infinities lies on no lattice
+            unit = max(spread(array, "std"), _SMALLEST_SPREAD)
         wanted = self.policy.down_step * self.fineness
         if fine:
             self._fine.add(name)

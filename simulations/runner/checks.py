@@ -33,7 +33,8 @@ def check_data_and_model(scenario: Scenario, data: PartitionedData) -> None:
     Raises:
         DataError: a client has no example, a batch of it cannot be trained on, or targets do not
             suit what the model returns.
-        ScenarioError: the factory makes no model.
+        ScenarioError: the factory makes no model, or there is a release and the task cannot compare
+            what a device answers.
     """
     training, held_out, clients = data
     sizes = [len(chosen) for chosen in clients]
@@ -43,6 +44,8 @@ def check_data_and_model(scenario: Scenario, data: PartitionedData) -> None:
             "clients.count, or change the partition"
         )
     module = _model(scenario)
+    for examples in (training, held_out):
+        _check_indices(scenario, module, examples)
     number, batch = _telling_batch(training, clients, scenario.training.batch_size)
     if len(batch) == 1:  # every other client has as few
         _check_single_examples(scenario, module, training, clients)
@@ -94,6 +97,29 @@ def _inputs(scenario: Scenario, batch: Examples) -> list[Tensor]:
 
     device = _device(scenario)
     return [torch.from_numpy(np.ascontiguousarray(v)).to(device) for v in batch.inputs.values()]
+
+
+def _check_indices(scenario: Scenario, module: nn.Module, examples: Examples) -> None:
+    """The largest and smallest of whole numbers, which may be rows of a table that lacks them."""
+    import torch
+
+    for name, values in examples.inputs.items():
+        if values.dtype.kind not in "iu" or not values.size:
+            continue
+        flat = values.reshape(len(values), -1)
+        ends = np.unique([flat.min(axis=1).argmin(), flat.max(axis=1).argmax()])
+        try:
+            module.eval()
+            with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+                module(*_inputs(scenario, examples.take(ends)))
+        except IndexError as error:
+            raise DataError(
+                f"input {name!r} reaches from {flat.min()} to {flat.max()}, for which the model "
+                f"has no row ({first_line(error)}): count from 0, or set in model.options how "
+                "many there are"
+            ) from error
+        except Exception:  # training on a batch says what it is
+            return
 
 
 def _telling_batch(
@@ -185,10 +211,28 @@ def _evaluate(scenario: Scenario, module: nn.Module, held_out: Examples) -> None
     try:
         module.eval()
         with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            outputs = module(*_inputs(scenario, batch))
-            scenario.task.score(outputs.cpu().numpy(), batch.targets)
+            outputs = module(*_inputs(scenario, batch)).cpu().numpy()
+            scenario.task.score(outputs, batch.targets)
     except Exception as error:  # torch raises many, and the model is the user's
         raise DataError(
             f"held-out examples ({_shapes(batch)}) cannot be measured: {type(error).__name__}: "
             f"{first_line(error)}; make data and model fit"
         ) from error
+    if scenario.release is not None:
+        _check_comparable(scenario, outputs)
+
+
+def _check_comparable(scenario: Scenario, outputs: NDArray[Any]) -> None:
+    """Whether the task can tell what a device answers from what the server did."""
+    task, remedy = scenario.task, "mend its method `different`, or leave out [release]"
+    try:
+        different = len(task.different(outputs, outputs.copy()))
+    except Exception as error:  # of the user's code
+        problem = f"{task.kind()} cannot compare what a device answers ({first_line(error)})"
+        raise ScenarioError("task.kind", problem, remedy) from error
+    if different:
+        raise ScenarioError(
+            "task.kind",
+            f"{task.kind()} finds {different} of {len(outputs)} answers other than themselves",
+            remedy,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from prunecast.cli.console import explain, is_usage
 from prunecast.cli.main import app
-from prunecast.simulations.scenarios import ScenarioError
+from prunecast.simulations.scenarios import ScenarioError, packaged_scenarios
 
 COMMANDS = [
     *("demo", "simulate", "report", "data", "release", "serve", "edge", "fleet"),
@@ -118,6 +119,14 @@ def test_check_prints_the_whole_scenario(run):
         "codec": "zstd",
         "level": 3,
     }
+
+
+def test_packaged_scenarios_are_listed_with_what_they_train(run):
+    result = run("simulate", "--list")
+    assert result.exit_code == 0
+    for name in packaged_scenarios():
+        assert re.search(rf"^ *{name} +\S", result.stdout, re.M), name
+    assert "LeNet of niid_bench" in result.stdout
 
 
 def test_a_folder_without_a_run_fails_in_one_line(run, tmp_path):

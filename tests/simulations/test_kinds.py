@@ -25,7 +25,7 @@ from prunecast.simulations.tasks import TASKS
 
 KINDS: list[tuple[Registry[Any], list[str]]] = [
     (ARMS, ["dense", "majority-vote", "prunecast", "recoded", "scheme"]),
-    (DATA, ["idx", "mnist-5k", "named", "npz"]),
+    (DATA, ["idx", "mnist-5k", "named", "npz", "synthetic"]),
     (PARTITIONS, ["dirichlet", "flower", "iid", "natural"]),
     (TASKS, ["classification", "positions", "rating", "reconstruction", "regression"]),
 ]

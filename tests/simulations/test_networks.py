@@ -19,7 +19,7 @@ SIZES = {
     "convolutional:lenet": 44_426,
     "convolutional:narrow_lenet": 44_246,
     "convolutional:cnn": 1_663_370,
-    "convolutional:sensor_cnn": 35_526,
+    "convolutional:sensor_cnn": 35_270,
     "residual:small_resnet_group": 151_738,
     "residual:small_resnet_batch": 151_738,
     "residual:ResNet": 2_797_034,
