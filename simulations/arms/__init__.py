@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prunecast.simulations.kinds import Kind, Registry
 
 if TYPE_CHECKING:
+    from flwr.app import Context
+    from flwr.clientapp import ClientApp
+    from torch import nn
+
     from prunecast.server.federation import Policy
+    from prunecast.simulations.scenarios import Scenario
 
 __all__ = ["ARMS", "Arm"]
 
@@ -47,6 +52,23 @@ class Arm(Kind):
         from prunecast.server.federation import Policy
 
         return Policy.preset("dense")
+
+    def initial(self, arrays: Any, scenario: Scenario) -> Any:
+        """What the strategy begins with: the first weights, if no kind says otherwise."""
+        return arrays
+
+    def weights(self, arrays: Any, scenario: Scenario, server_round: int) -> Any:
+        """The weights that the strategy's arrays stand for: themselves, as a rule."""
+        return arrays
+
+    def equip(
+        self,
+        client: ClientApp,
+        model: Callable[[Context], nn.Module],
+        data: Callable[[Context], tuple[Any, Any]],
+        scenario: Scenario,
+    ) -> None:
+        """Give the clients a function of their own, where they do not train as all others."""
 
     def strategy(self, average: Any) -> Any:
         """How the server aggregates: as the scenario's strategy, if no kind says otherwise.

@@ -54,6 +54,8 @@ def simulated_client(prepared: PreparedRun) -> ClientApp:
         mods=[compression_mod(prepared.store)],
     )
     client.query()(_identify)
+    for arm in scenario.trained_arms().values():
+        arm.equip(client, partial(_model, prepared), partial(_data, prepared), scenario)
     return client
 
 
@@ -219,12 +221,14 @@ def _run_arm(
         policies = [other.grid_policy() for other in scenario.publishing_arms().values()]
         unused = CompressedGrid(grid, [*policies, Policy()][0])  # sends nothing
         arrays = unused.draw_initial(arrays, scenario.seed)
+    arrays = arm.initial(arrays, scenario)
     rounds: list[dict[str, Any]] = []
     held_out = _HeldOut(prepared, module)
     measured: dict[str, float] = {}
 
     def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:
-        score, loss = held_out.measure(received, run.published)
+        weights = arm.weights(received, scenario, server_round)
+        score, loss = held_out.measure(weights, run.published)
         measured.update({task.metric: score, "loss": loss})
         return MetricRecord(dict(measured))
 

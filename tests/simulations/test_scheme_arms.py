@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
+from prunecast.common.references import load_callable
 from prunecast.compression.schemes.registry import SCHEMES
 from prunecast.server.federation import Ledger
 from prunecast.simulations.arms.majority_vote import MajorityVote
+from prunecast.simulations.arms.masks import coded_masks, decoded_masks, posterior
 from prunecast.simulations.runner.federate import run_arms, simulated_client
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
@@ -181,3 +183,53 @@ def test_votes_are_counted_and_statistics_averaged() -> None:
     merged, _ = strategy.aggregate_train(2, replies)
     assert merged["w"].numpy().tolist() == [0.25, -0.25, -0.25, 1.25]
     assert merged["bn.running_var"].numpy().tolist() == [1]
+
+
+def test_masks_over_frozen_weights_are_learnt(tiny: dict[str, Any], tmp_path: Path) -> None:
+    arms = {"dense": {"kind": "dense"}, "masks": {"kind": "masks"}}
+    mapping = with_arms({**tiny, "rounds": 4}, **arms)
+    prepared, results = run_inline(mapping, tmp_path / "a")
+    masks, dense = results["masks"], results["dense"]
+    # about a bit for each weight up, with the message around it; a float down
+    assert masks["bytes_up"] < 1.02 * dense["bytes_up"] / 32
+    assert masks["bytes_down"] == pytest.approx(dense["bytes_down"], rel=0.01)
+    losses = [row["loss"] for row in masks["rounds"]]
+    assert min(losses[1:]) < 0.9 * losses[0]
+    again = run_inline(mapping, tmp_path / "b")[1]["masks"]
+    assert [row["loss"] for row in again["rounds"]] == losses
+    types = {e.message_type for e in Ledger.read(prepared.ledger("masks"))}
+    assert types == {"train.masks"}
+
+
+def test_masked_weights_are_frozen_ones_or_zero(tiny: dict[str, Any]) -> None:
+    scenario = scenario_from_mapping(with_arms(tiny, masks={"kind": "masks"}))
+    arm = scenario.arms["masks"]
+    module = load_callable(scenario.model.factory)()
+    begun = arm.initial(ArrayRecord(module.state_dict()), scenario)
+    assert np.unique(begun["2.weight" if "2.weight" in begun else "0.weight"].numpy()) == [0.5]
+    assert not begun["0.bias"].numpy().any()
+    sizes = []
+    for number in (1, 2):
+        weights = arm.weights(begun, scenario, number)["0.weight"].numpy()
+        fan_in = np.prod(weights.shape[1:])
+        assert set(np.unique(np.abs(weights))) == {0, np.float32(np.sqrt(2 / fan_in))}
+        sizes.append(weights)
+    kept = (sizes[0] != 0) & (sizes[1] != 0)
+    assert np.array_equal(sizes[0][kept], sizes[1][kept])  # other masks, the same weights
+    assert not np.array_equal(sizes[0], sizes[1])
+
+
+@pytest.mark.parametrize("chance", [0.02, 0.5])
+def test_masks_take_a_bit_or_less_for_each_weight(chance: float) -> None:
+    rng = np.random.default_rng(1)
+    masks = {"a": rng.random((50, 30)) < chance, "b": rng.random((7, 11, 3)) < chance}
+    data = coded_masks(masks)
+    assert len(data) <= 1 + (1500 + 231 + 7) // 8
+    assert chance == 0.5 or len(data) < 80
+    found = decoded_masks(data, {name: mask.shape for name, mask in masks.items()})
+    assert all(np.array_equal(found[name], mask) for name, mask in masks.items())
+
+
+def test_the_posterior_counts_votes_since_the_prior() -> None:
+    kept, dropped = np.array([1.0, 3.0, 2.0]), np.array([1.0, 1.0, 6.0])
+    assert posterior(kept, dropped).tolist() == [0.5, 1.0, pytest.approx(1 / 6)]
