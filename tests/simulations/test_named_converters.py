@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import lzma
 import os
 import pickle
 
@@ -286,3 +287,122 @@ def test_coras_tables_are_read():
     for cites in (b"31\t8\n", b"31\n"):
         with pytest.raises(DataError, match="not Cora's"):
             graphs._cora({"content": content.encode(), "cites": cites})
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+class DataFrame:
+    """Pickled as pandas 2 does; the functions below are only named."""
+
+
+def BlockManager(): ...
+
+
+def _unpickle_block(): ...
+
+
+def _new_Index(): ...
+
+
+class Index: ...
+
+
+_HOMES = {
+    "DataFrame": "pandas.core.frame",
+    "BlockManager": "pandas.core.internals.managers",
+    "_unpickle_block": "pandas._libs.internals",
+    "_new_Index": "pandas.core.indexes.base",
+    "Index": "pandas.core.indexes.base",
+}
+
+
+def pickled(columns: dict[str, list[object]]) -> dict[str, bytes]:
+    """A table as pandas 2 pickles it: a block for each dtype, placed by numbers or by a slice."""
+    texts = [name for name, values in columns.items() if not isinstance(values[0], int | float)]
+    numbers = [name for name in columns if name not in texts]
+    blocks = []
+    for begin, names, dtype in ((0, numbers, np.float64), (len(numbers), texts, object)):
+        values = np.array([columns[name] for name in names], dtype)
+        place = slice(begin, begin + len(names)) if begin else np.arange(len(names))
+        blocks.append(Hostile(_unpickle_block, values, place, 2))
+    names = {"data": np.array(numbers + texts, object), "name": None}
+    axes = [Hostile(_new_Index, Index, names), None]
+    frame = DataFrame()
+    frame._mgr = Hostile(BlockManager, tuple(blocks), axes)
+    whole = pickle.dumps(frame, protocol=2).replace(b"c__builtin__\nslice\n", b"cbuiltins\nslice\n")
+    for name, home in _HOMES.items():
+        whole = whole.replace(f"c{__name__}\n{name}\n".encode(), f"c{home}\n{name}\n".encode())
+    return {"t.pkl": lzma.compress(whole)}
+
+
+INSURANCE = {
+    "age": [31, 62, 18],
+    "family": [4, 1, 2],
+    "health": ["yes", "no", "yes"],
+    **{name: ["no"] * 3 for name in ("limit", "gender", "married", "selfemp", "ethnicity")},
+    "education": ["phd", "ged", "none"],
+    "insurance": ["yes", "no", "yes"],
+    "region": ["west", "midwest", "south"],
+}
+
+
+def test_people_become_rows_with_a_column_for_each_value():
+    arrays = tables._insurance(pickled(INSURANCE))
+    assert arrays["x_train"][0].tolist() == pytest.approx(
+        [0.31, 0.4, 0, 1, *[1] * 5, 0, 0, 1], abs=1e-7
+    )
+    assert arrays["y_train"].tolist() == [1, 0, 1]
+    assert arrays["id_train"].tolist() == [2, 0, 1]
+
+
+def test_invalid_tests_are_left_out_and_missing_texts_are_a_value():
+    table = {
+        "age": [50.0, 1.0, 2.0],
+        "pan_day": [10, 1, 2],
+        "drive_thru_ind": [1, 0, 0],
+        "orderset": [0, 1, 1],
+        "gender": ["male", "female", "male"],
+        "demo_group": ["patient"] * 3,
+        "payor_group": ["other", np.nan, "other"],
+        "patient_class": ["day surgery"] * 3,
+        "result": ["positive", "negative", "invalid"],
+        "clinic_name": ["b", "a", "c"],
+    }
+    arrays = tables._covid(pickled(table))
+    assert arrays["x_train"].tolist() == pytest.approx(
+        np.array([[0.5, 0.1, 1, 0, 0, 1, 1, 0, 1, 1], [0.01, 0.01, 0, 1, 1, 0, 1, 1, 0, 1]])
+    )
+    assert arrays["y_train"].tolist() == [1, 0]
+    assert arrays["id_train"].tolist() == [1, 0]
+
+
+def test_other_tables_are_refused():
+    fewer = {name: values for name, values in INSURANCE.items() if name != "region"}
+    for content in (
+        pickled(fewer)["t.pkl"],
+        pickled(INSURANCE)["t.pkl"][:-20],
+        lzma.compress(bytes(20 << 20)),
+        lzma.compress(pickle.dumps([1])),
+        lzma.compress(pickle.dumps(Hostile(os.system, "touch made"))),
+        b"odd",
+    ):
+        with pytest.raises(DataError, match=r"t\.pkl"):
+            tables._insurance({"t.pkl": content})
+
+
+def test_what_was_not_measured_has_a_column():
+    head = "@relation flchain\n" + "".join(
+        f"@attribute {name} numeric\n"
+        for name in ("age", "sex", "sample.yr", "kappa", "lambda", "creatinine", "mgus", "death")
+    )
+    rows = "97,F,1997,5.7,4.8,?,no,dead\n50,M,1995,1,2,1.5,yes,alive\n"
+    arrays = tables._light_chains({"f.arff": f"{head}@data\n{rows}".encode()})
+    assert arrays["x_train"].tolist() == pytest.approx(
+        np.array([[0.97, 0.57, 0.48, 0, 1, 1, 0, 1, 0], [0.5, 0.1, 0.2, 0.15, 0, 0, 1, 0, 1]])
+    )
+    assert arrays["y_train"].tolist() == [1, 0]
+    assert arrays["id_train"].tolist() == [2, 0]
+    for content in ("", head, f"{head}@data\n1,2\n", f"{head}@data\nx{rows}"):
+        with pytest.raises(DataError, match=r"f\.arff is another table"):
+            tables._light_chains({"f.arff": content.encode()})
