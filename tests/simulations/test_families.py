@@ -11,6 +11,7 @@ from prunecast.client.training.store import NodeStore
 from prunecast.compression.versions import load_model
 from prunecast.server.federation import Ledger
 from prunecast.simulations.data import DATA, DataError
+from prunecast.simulations.runner.delivery import deliver
 from prunecast.simulations.runner.federate import run_arms, simulated_client
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from prunecast.simulations.runner.prepared import prepare
@@ -102,6 +103,26 @@ def test_a_family_trains_and_travels(name, digits, tmp_path):
     # masks of large tensors may end where lattice cells end
     sparsity = small["rounds"][-1]["sparsity"]
     assert 0.45 < sparsity < 0.67 if name not in ("ratings", "logistic") else sparsity == 0.0
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "name", ["autoencoder", "graph", "lora", "lstm", "ratings", "sensors", "transformer"]
+)
+def test_a_device_answers_what_the_server_does(name, digits, tmp_path):
+    mapping = shrunken(name, digits) | {"release": {"name": name}}
+    del mapping["arms"]["dense"]
+    scenario = scenario_from_mapping(mapping)
+    prepared = prepare(scenario, tmp_path, check_scenario(scenario))
+    grid = InProcessGrid(simulated_client(prepared), CLIENTS, run_id=RUN_ID)
+    run_arms(grid, prepared, lambda event: None)
+    release = deliver(prepared)
+    assert release["identical_examples"] == release["examples"] == scenario.data.held_out
+    metric = scenario.task.metric
+    assert release[f"device_{metric}"] == pytest.approx(release[f"published_{metric}"], rel=1e-4)
+    assert release["patch_bytes"] < release["keyframe_bytes"] < release["onnx_bytes"]
+    if name == "lora":  # the base is a constant of the graph: weights are adapters and head
+        assert release["weights_bytes"] < 0.1 * release["onnx_bytes"]
 
 
 @pytest.mark.parametrize("shape", ["sequences", "graphs", "ratings", "sensors", "tables"])
