@@ -14,9 +14,40 @@ from prunecast.simulations.tasks import Task
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Classification"]
+__all__ = ["IGNORED", "Classification", "as_labels", "check_classes"]
 
-_IGNORED = -100  # a label that torch's cross-entropy skips
+IGNORED = -100
+"""A label that torch's cross-entropy skips."""
+
+
+def as_labels(raw: NDArray[Any]) -> NDArray[np.int64]:
+    """Integers of any width and shape as int64.
+
+    Raises:
+        DataError: one is below 0, and not `IGNORED`.
+    """
+    labels = np.asarray(raw, dtype=np.int64)
+    if labels.size and (least := int(labels[labels != IGNORED].min(initial=0))) < 0:
+        raise DataError(
+            f"labels count from 0, these from {least}: add {-least}, or leave those out "
+            f"({IGNORED} is ignored by the loss)"
+        )
+    return labels
+
+
+def check_classes(classes: int, labels: NDArray[Any]) -> None:
+    """Raise `DataError` unless each of the labels is below `classes`, the outputs of the model."""
+    most = int(labels.max(initial=0))
+    if most < classes:
+        return
+    least = int(labels[labels != IGNORED].min(initial=most))
+    remedy = f"give it {most + 1}"
+    if least == 1 and most == classes:
+        remedy = "subtract 1 from labels that count from 1, or " + remedy
+    raise DataError(
+        f"labels reach from {least} to {most}, and the model has {classes} outputs, for 0 to "
+        f"{classes - 1}: {remedy}"
+    )
 
 
 def _remedy(raw: NDArray[Any]) -> str:
@@ -47,13 +78,7 @@ class Classification(Task):
                 f"targets must hold one integer label for each example, not {raw.dtype} of shape "
                 f"{list(raw.shape)}: {_remedy(raw)}"
             )
-        labels = np.asarray(raw, dtype=np.int64)
-        if labels.size and (least := int(labels[labels != _IGNORED].min(initial=0))) < 0:
-            raise DataError(
-                f"labels count from 0, these from {least}: add {-least}, or leave those examples "
-                f"out ({_IGNORED} is ignored by the loss)"
-            )
-        return labels
+        return as_labels(raw)
 
     def check(self, outputs: NDArray[Any], targets: NDArray[Any]) -> None:
         """Outputs are one row of classes for each example, and every label is among them."""
@@ -62,16 +87,7 @@ class Classification(Task):
                 f"the model returns the shape {list(outputs.shape)}: return logits (examples, "
                 "classes), one row for each example"
             )
-        classes, most = outputs.shape[1], int(targets.max(initial=0))
-        if most >= classes:
-            least = int(targets[targets != _IGNORED].min(initial=most))
-            remedy = f"give it {most + 1}"
-            if least == 1 and most == classes:
-                remedy = "subtract 1 from labels that count from 1, or " + remedy
-            raise DataError(
-                f"labels reach from {least} to {most}, and the model has {classes} outputs, for 0 "
-                f"to {classes - 1}: {remedy}"
-            )
+        check_classes(outputs.shape[1], targets)
 
     def groups(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """The labels."""

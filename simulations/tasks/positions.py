@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from prunecast.simulations.kinds import DataError, Range
 from prunecast.simulations.tasks import Task
+from prunecast.simulations.tasks.classification import IGNORED, as_labels, check_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Positions"]
-
-_IGNORED = -100  # a label that torch's cross-entropy skips
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,8 @@ class Positions(Task):
                 "targets must hold an integer label at every position, (examples, positions), not "
                 f"{raw.dtype} of shape {list(raw.shape)}: {remedy}"
             )
-        labels = np.asarray(raw, dtype=np.int64)
-        counted = labels != _IGNORED
-        if labels.size and (least := int(labels[counted].min(initial=0))) < 0:
-            raise DataError(
-                f"labels count from 0, these from {least}: add {-least}, or write {_IGNORED} where "
-                "a position counts for nothing"
-            )
-        if (without := np.flatnonzero(~counted.any(axis=1))).size:
+        labels = as_labels(raw)
+        if (without := np.flatnonzero((labels == IGNORED).all(axis=1))).size:
             raise DataError(
                 f"example {without[0]} has no label at any position ({without.size} of "
                 f"{len(labels)} examples): leave those out"
@@ -69,21 +62,12 @@ class Positions(Task):
                 f"the model returns the shape {list(outputs.shape)} for targets of {wanted} "
                 "positions: return logits (examples, positions, classes)"
             )
-        classes, most = outputs.shape[2], int(targets.max(initial=0))
-        if most >= classes:
-            least = int(targets[targets != _IGNORED].min(initial=most))
-            remedy = f"give it {most + 1}, in model.options perhaps"
-            if least == 1 and most == classes:
-                remedy = "subtract 1 from labels that count from 1, or " + remedy
-            raise DataError(
-                f"labels reach from {least} to {most}, and the model has {classes} outputs, for 0 "
-                f"to {classes - 1}: {remedy}"
-            )
+        check_classes(outputs.shape[2], targets)
 
     def groups(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """The commonest label of each example, the smallest of several."""
         return np.array(
-            [np.bincount(row[row != _IGNORED]).argmax() for row in targets], dtype=np.int64
+            [np.bincount(row[row != IGNORED]).argmax() for row in targets], dtype=np.int64
         )
 
     def training_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -94,7 +78,7 @@ class Positions(Task):
 
     def score(self, outputs: NDArray[Any], targets: NDArray[Any]) -> float:
         """Fraction of labelled positions whose largest output is the label."""
-        counted = targets != _IGNORED
+        counted = targets != IGNORED
         return float(np.mean((outputs.argmax(2) == targets)[counted]))
 
     def different(self, server: NDArray[Any], device: NDArray[Any]) -> NDArray[np.int64]:
