@@ -299,7 +299,7 @@ class Policy:
 
         Examples:
             >>> Policy.from_run_config({"prunecast.preset": "small", "lr": 0.1}).sparsity
-            0.9
+            0.8
         """
         fields = {knob.name: knob for knob in dataclasses.fields(cls)}
         knobs: dict[str, Any] = {}
@@ -393,7 +393,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lossless": {"down_step": 0.0, "up_step": 0.0},
     "balanced": {},  # every knob's default
     # ranked over the whole model: layers that matter little give more
-    "small": {"sparsity": 0.9, "pruning_scope": "global"},
+    "small": {"sparsity": 0.8, "pruning_scope": "global"},
     # costs accuracy
     "tiny": {
         "sparsity": 0.95,

@@ -247,7 +247,7 @@ def test_lora_survives_small(caplog: pytest.LogCaptureFixture) -> None:
     assert "nothing will be" in caplog.text
     asked = Policy.preset("small", pruning_begin=0, pruning_end=1, pruning_adapters=True)
     model = Publisher(asked, b"s", asked.pruning()).publish(factors).model
-    assert model.sparsity() == pytest.approx(0.9, abs=0.01)
+    assert model.sparsity() == pytest.approx(0.8, abs=0.01)
 
 
 # -- what cannot lie on a lattice -----------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_a_folder_holds_what_the_run_did(inner: InProcessGrid, tmp_path: Path) -
         str(RUN_ID),
         False,
     )
-    assert begin["policy"]["sparsity"] == 0.9
+    assert begin["policy"]["sparsity"] == 0.8
     kinds = [event["event"] for event in middle]
     assert kinds == ["round-finished", *["round-begun", "round-finished"] * 3]
     rounds = [event for event in middle if event["event"] == "round-finished"]
@@ -89,7 +89,7 @@ def test_a_folder_holds_what_the_run_did(inner: InProcessGrid, tmp_path: Path) -
 
     # what was measured is what nodes get, and what the last event says is what the ledger says
     assert rounds[3]["metrics"]["zeros"] > 0.5
-    assert rounds[3]["sparsity"] == pytest.approx(0.9, abs=0.05)
+    assert rounds[3]["sparsity"] == pytest.approx(0.8, abs=0.05)
     entries = list(Ledger.read(folder / "ledger.jsonl", begin["run"]))
     assert end["event"] == "run-finished"
     for way in ("down", "up"):
