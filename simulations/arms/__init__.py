@@ -39,10 +39,6 @@ class Arm(Kind):
     def check(self, key: str, arms: Mapping[str, Arm]) -> None:
         """Raise `ScenarioError` for what is wrong below `key` of this arm, among all arms."""
 
-    def missing(self) -> str:
-        """What it needs and is not here, and the remedy; empty where it can be run."""
-        return ""
-
     def grid_policy(self) -> Policy:
         """How its messages travel, if it trains: those of plain Flower, if no kind says otherwise.
 

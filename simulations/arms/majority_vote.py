@@ -99,4 +99,4 @@ def _moved(
         ties = coins.integers(0, 2, vote.shape) * 2 - 1
         sign = np.where(vote == 0, ties, np.sign(vote)).astype(before[name].dtype)
         after[name] = before[name] + sign * step.astype(before[name].dtype)
-    return array_record(after)
+    return array_record({name: np.asarray(array) for name, array in after.items()})

@@ -295,16 +295,15 @@ def _by_posterior(arm: Masks, average: Any) -> Any:
                 known["kept"][name] += vote
                 known["dropped"][name] += ~vote
         weights = np.array([examples for _, _, (examples, _) in others], np.float64)
-        mean = {
-            n: np.average([b[n] for _, b, _ in others], axis=0, weights=weights).astype(
-                arrays[n].dtype
-            )
-            for n in buffers
-        }
+        mean = {}
+        for name in buffers:
+            merged = np.average([held[name] for _, held, _ in others], axis=0, weights=weights)
+            whole = arrays[name].dtype.kind in "biu"  # a counter of batches
+            mean[name] = np.asarray(np.rint(merged) if whole else merged, arrays[name].dtype)
         after = {n: posterior(known["kept"][n], known["dropped"][n]) for n in shapes}
         loss = float(np.average([loss for *_, (_, loss) in others], weights=weights))
-        merged = array_record({n: after.get(n, mean.get(n, a)) for n, a in arrays.items()})
-        return merged, MetricRecord({"train-loss": loss})
+        made = {name: after.get(name, mean.get(name, array)) for name, array in arrays.items()}
+        return array_record(made), MetricRecord({"train-loss": loss})
 
     average.configure_train, average.aggregate_train = configure_train, aggregate_train
     return average

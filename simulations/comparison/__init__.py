@@ -30,6 +30,7 @@ __all__ = ["DOCUMENT", "Comparison", "compared_rows", "last_rounds", "peers"]
 SCHEMA = 1
 DOCUMENT = "comparison.json"
 _LAST = 3
+_LEFT_OUT = {"nncodec": "no arm codes by ISO/IEC 15938-17 yet"}
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -58,7 +59,7 @@ class Comparison:
         arms: by name, those of `peers` and of the scenario.
         seeds: each trains every arm once.
         folder: gets a folder for each seed and trained arm, and the document.
-        left_out: arms that cannot be run here, and why.
+        left_out: peers that are not among the arms, and why.
         network: over which time is simulated; None for none.
     """
 
@@ -99,8 +100,6 @@ class Comparison:
         if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
             raise ScenarioError("seeds", f"{repeated[0]} is there twice", "name each once")
         arms = {name: known[name] for name in names or known}
-        left_out = {name: why for name, arm in arms.items() if (why := arm.missing())}
-        arms = {name: arm for name, arm in arms.items() if name not in left_out}
         if not any(arm.trains for arm in arms.values()):
             raise ScenarioError("arms", "nothing is trained", "name an arm such as dense or small")
         for name, arm in arms.items():
@@ -119,7 +118,7 @@ class Comparison:
             arms,
             tuple(seeds) or (scenario.seed,),
             folder or Path(scenario.output) / f"compare-{scenario.name}",
-            left_out,
+            {} if names else _LEFT_OUT,
             spec,
         )
 

@@ -164,6 +164,7 @@ def test_a_majority_moves_every_weight_by_the_step(tiny: dict[str, Any], tmp_pat
 
 
 def test_votes_are_counted_and_statistics_averaged() -> None:
+    grid = InProcessGrid({}, num_nodes=0)  # messages are of its run
     sent = {"w": np.float32([0, 0, 0, 1]), "bn.running_var": np.float32([1])}
     wanted = [[1, -2, 3, 1.5], [9, -1, -1, 0.5], [-1, -3, -9, 2]]
     content = [
@@ -175,7 +176,6 @@ def test_votes_are_counted_and_statistics_averaged() -> None:
         replies.append(
             Message(RecordDict({"arrays": to_record(arrays), "metrics": metrics}), 1, "train")
         )
-    grid = InProcessGrid({}, num_nodes=0)
     strategy = MajorityVote(step=0.5, decay=0.5).strategy(
         FedAvg(fraction_train=0, min_train_nodes=0, min_available_nodes=0)
     )
@@ -199,6 +199,14 @@ def test_masks_over_frozen_weights_are_learnt(tiny: dict[str, Any], tmp_path: Pa
     assert [row["loss"] for row in again["rounds"]] == losses
     types = {e.message_type for e in Ledger.read(prepared.ledger("masks"))}
     assert types == {"train.masks"}
+
+
+@pytest.mark.parametrize("kind", ["masks", "majority-vote"])
+def test_running_statistics_are_averaged(tiny: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    factory = {"factory": "support.networks:normalised"}
+    mapping = with_arms({**tiny, "rounds": 2, "model": factory}, ours={"kind": kind})
+    _, results = run_inline(mapping, tmp_path)
+    assert np.isfinite([row["loss"] for row in results["ours"]["rounds"]]).all()
 
 
 def test_masked_weights_are_frozen_ones_or_zero(tiny: dict[str, Any]) -> None:
