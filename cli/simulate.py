@@ -45,7 +45,7 @@ def _list_scenarios(wanted: bool) -> None:
     from prunecast.simulations.scenarios import load_scenario, packaged_scenarios
 
     rows = [[name, load_scenario(name).description] for name in packaged_scenarios()]
-    print_table(make_console(), [Column("scenario"), Column("what it trains")], rows)
+    print_table(make_console(), [Column("scenario"), Column("what it trains", long=True)], rows)
     raise typer.Exit
 
 
