@@ -73,7 +73,7 @@ class Policy:
     pruning_exclude: tuple[str, ...] = ()
     pruning_adapters: bool = False
     pruning_align: bool = True
-    statistics_bits: int = 4  # of mantissa, of normalisation layers' running statistics
+    statistics_bits: int = 6  # of mantissa, of normalisation layers' running statistics
     lossless: tuple[str, ...] = ("*num_batches_tracked",)
     history: int = 16
 
@@ -134,7 +134,7 @@ class Policy:
             (
                 "statistics_bits",
                 0 <= self.statistics_bits <= MOST_STATISTICS_BITS,
-                f"give 0 to {MOST_STATISTICS_BITS} bits of mantissa, such as 4; 0 is exact",
+                f"give 0 to {MOST_STATISTICS_BITS} bits of mantissa, such as 6; 0 is exact",
             ),
             ("history", self.history >= 1, "give 1 or more"),
             (

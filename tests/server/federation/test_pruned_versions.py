@@ -69,7 +69,7 @@ def masters(count: int) -> Iterator[dict[str, np.ndarray]]:
     [
         (
             "small",
-            {"pruning_begin": 1, "pruning_end": 4},
+            {"sparsity": 0.9, "pruning_begin": 1, "pruning_end": 4},
             "c9c9f42af6adff653d37af08db106e18",
             "76fbd1a539bdbf95bc9f465d10e1263e",
         ),
@@ -199,7 +199,7 @@ def test_a_schedule_that_cannot_end_is_named_once(
     assert caplog.text.count("Pruning ends in round 25") == (said is not None)
     if said is not None:
         assert "prunecast.pruning-end" in caplog.text
-        assert "instead of 90%" in caplog.text
+        assert "instead of 80%" in caplog.text
         reached = policy.pruning().schedule(rounds + 1)
         assert f"will have {reached:.0%} of zeros" in caplog.text
 
@@ -214,7 +214,7 @@ def test_a_run_of_few_rounds_prunes_nothing_and_says_so(
     assert caplog.text.count(f"{rounds} rounds are too few to prune") == said
     assert caplog.text.count("train 8 or more") == said
     reached = policy.pruning(rounds).schedule(rounds + 1)
-    assert reached == (0.0 if said else pytest.approx(0.9))
+    assert reached == (0.0 if said else pytest.approx(0.8))
 
 
 @pytest.mark.parametrize(("end", "said"), [(25, 1), (2, 0)])
