@@ -50,7 +50,7 @@ def compare(
     """
     from prunecast.cli.simulate import RunProgress
     from prunecast.common.files import write_atomically
-    from prunecast.simulations.comparison import Comparison, compared_rows
+    from prunecast.simulations.comparison import Comparison, compared_rows, published_lines
     from prunecast.simulations.scenarios import load_scenario
 
     if "" not in sys.path:  # a model of the current folder, as `python -m` finds it
@@ -85,6 +85,8 @@ def compare(
     if document["network"]:
         profile = document["network"]["profile"]
         console.print(f"simulated: what the bytes would take over {profile}; not measured")
+    for line in published_lines(document):
+        console.print(line, soft_wrap=True)
     for name, why in document["left_out"].items():
         console.print(f"{name} was left out: {why}", soft_wrap=True)
     console.print(f"\n{comparison.folder}", soft_wrap=True)

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from prunecast.simulations.kinds import ScenarioError, choice, written
 from prunecast.simulations.network_profiles import NetworkSpec
 from prunecast.simulations.network_profiles.results import add_simulated_time
 from prunecast.simulations.runner import ResultError, SimulationError
-from prunecast.simulations.scenarios import Scenario
+from prunecast.simulations.scenarios import PublishedSpec, Scenario
 
-__all__ = ["DOCUMENT", "Comparison", "compared_rows", "last_rounds", "peers"]
+__all__ = ["DOCUMENT", "Comparison", "compared_rows", "last_rounds", "peers", "published_lines"]
 
 SCHEMA = 1
 DOCUMENT = "comparison.json"
@@ -61,6 +61,7 @@ class Comparison:
         folder: gets a folder for each seed and trained arm, and the document.
         left_out: peers that are not among the arms, and why.
         network: over which time is simulated; None for none.
+        published: what others measured in this setting, see `PublishedSpec`.
     """
 
     scenario: Scenario
@@ -69,6 +70,7 @@ class Comparison:
     folder: Path
     left_out: Mapping[str, str]
     network: NetworkSpec | None = None
+    published: Mapping[str, PublishedSpec] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -112,6 +114,7 @@ class Comparison:
             "rounds": rounds or scenario.rounds,
             "release": None,
             "network": None,
+            "published": {},
         }
         return cls(
             dataclasses.replace(scenario, arms=arms, **changes),
@@ -120,6 +123,7 @@ class Comparison:
             folder or Path(scenario.output) / f"compare-{scenario.name}",
             {} if names else _LEFT_OUT,
             spec,
+            scenario.published,
         )
 
     def runs(self) -> Iterable[tuple[Scenario, Path]]:
@@ -176,12 +180,12 @@ class Comparison:
     def _document(
         self, results: Mapping[int, Mapping[str, Mapping[str, Any]]], task: Mapping[str, Any]
     ) -> dict[str, Any]:
-        scenario, metric = self.scenario, task["metric"]
+        scenario = self.scenario
         arms = {
             name: {
                 "kind": arm.kind(),
                 "text": arm.text(),
-                **_figures([results[seed][name] for seed in self.seeds], metric),
+                **_figures([results[seed][name] for seed in self.seeds], task),
             }
             for name, arm in self.arms.items()
         }
@@ -200,6 +204,7 @@ class Comparison:
             "arms": arms,
             "left_out": dict(self.left_out),
             "network": self.network and written(self.network),
+            "published": {name: written(figure) for name, figure in self.published.items()},
         }
 
 
@@ -226,10 +231,12 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+def _figures(runs: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> dict[str, Any]:
     """An arm over all seeds: means, and the standard deviation of what it reached."""
+    metric, better = task["metric"], min if task["lower_is_better"] else max
     last = last_rounds(len(runs[0]["rounds"]) - 1)
     reached = [statistics.fmean(row[metric] for row in run["rounds"][-last:]) for run in runs]
+    best = [better(row[metric] for row in run["rounds"][1:]) for run in runs]
     seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
     return {
         "bytes_down": round(statistics.fmean(run["bytes_down"] for run in runs)),
@@ -237,6 +244,8 @@ def _figures(runs: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
         metric: statistics.fmean(reached),
         "spread": statistics.stdev(reached) if len(reached) > 1 else None,
         "by_seed": reached,
+        "best": statistics.fmean(best),
+        "best_spread": statistics.stdev(best) if len(best) > 1 else None,
         "seconds": round(statistics.fmean(seconds), 3) if seconds else None,
         **({"simulated": _simulated(runs)} if "simulated" in runs[0] else {}),
     }
@@ -284,3 +293,25 @@ def compared_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
             ]
         )
     return header, rows
+
+
+def published_lines(document: Mapping[str, Any]) -> list[str]:
+    """Theirs beside ours, a line for each published figure; none where none is known."""
+
+    def text(value: float, spread: float | None) -> str:
+        numbers = [value] if spread is None else [value, spread]
+        if document["task"]["percent"]:  # figures of papers have two decimals
+            return " ± ".join(f"{100 * number:.2f}" for number in numbers) + " %"
+        return " ± ".join(f"{number:.4g}" for number in numbers)
+
+    metric, lines = document["task"]["metric"], []
+    for name, figure in document.get("published", {}).items():
+        told = f"{name}, published: {metric} {text(figure['value'], figure.get('spread'))}"
+        told += " in its best round" if figure["measured"] == "best" else ""
+        told += f" for {figure['bytes'] / 1e6:,.1f} MB" if figure["bytes"] else ""
+        arm = document["arms"].get(figure["arm"])
+        if arm is not None:
+            which = ("best", "best_spread") if figure["measured"] == "best" else (metric, "spread")
+            told += f"; {figure['arm']}, here: {text(*(arm[key] for key in which))}"
+        lines.append(f"{told} ({figure['source']})")
+    return lines

@@ -8,7 +8,7 @@ the inputs of its data in their order and returns one tensor, the example first.
 module           factories                                              inputs
 ================ ====================================================== ==========================
 `convolutional`  ``digits_cnn``, ``lenet``, ``narrow_lenet``, ``cnn``,  images, windows of sensors
-                 ``sensor_cnn``
+                 ``conv4``, ``normalised_cnn4``, ``sensor_cnn``
 `residual`       ``ResNet``, ``small_resnet_group``,                    images
                  ``small_resnet_batch``
 `recurrent`      ``Lstm``, ``small_lstm``, ``lstm_language_model``      images by row, tokens

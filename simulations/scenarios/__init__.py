@@ -27,6 +27,7 @@ from prunecast.simulations.partitions import PARTITIONS, Partition
 from prunecast.simulations.tasks import TASKS, Task
 
 __all__ = [
+    "PublishedSpec",
     "ReleaseSpec",
     "Scenario",
     "ScenarioError",
@@ -180,6 +181,32 @@ class ReleaseSpec:
 
 
 @dataclass(frozen=True)
+class PublishedSpec:
+    """``[published.<name>]``: what others measured in this setting, to stand beside ours.
+
+    Attributes:
+        value: of the task's metric; an accuracy is a fraction.
+        source: where the figure stands.
+        arm: of ours, or of `prunecast compare`, that does the same; empty for none.
+        spread: standard deviation over their seeds; None where they state none.
+        measured: "last" after the last round, "best" the best of all rounds.
+        bytes: of both directions and all clients, as the source counts them; 0 where it does not.
+    """
+
+    value: float = 0.0
+    source: str = ""
+    arm: str = ""
+    spread: Annotated[float | None, Range(0)] = None
+    measured: Literal["last", "best"] = "last"
+    bytes: Annotated[int, Range(0)] = 0
+
+    def check(self, key: str) -> None:
+        """Raise `ScenarioError` for a figure without a source."""
+        if not self.source:
+            raise ScenarioError(f"{key}.source", "is missing", "say where the figure stands")
+
+
+@dataclass(frozen=True)
 class Scenario:
     """A simulation from data to figures.
 
@@ -191,6 +218,7 @@ class Scenario:
         output: folder that gets a folder per run.
         release: None when nothing is to be released.
         network: None when no time is simulated.
+        published: what others measured in this setting; decides nothing.
     """
 
     name: Annotated[str, Matches(NAME, "it names a folder: use a-z 0-9 . _ -")] = "scenario"
@@ -211,6 +239,7 @@ class Scenario:
     )
     release: ReleaseSpec | None = None
     network: NetworkSpec | None = None
+    published: Mapping[str, PublishedSpec] = field(default_factory=dict)
 
     def trained_arms(self) -> dict[str, Arm]:
         """The arms that train; the others only measure the messages of one of these."""
@@ -304,6 +333,8 @@ def _check(s: Scenario) -> None:
     s.data.check("data")
     if s.network is not None:
         s.network.check("network")
+    for name, figure in s.published.items():
+        figure.check(f"published.{name}")
     if not s.trained_arms():
         kinds = ", ".join(name for name in ARMS.names() if ARMS.find(name).trains)
         raise ScenarioError("arms", "nothing is trained", f"add an arm of kind {kinds}")

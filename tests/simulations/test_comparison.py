@@ -16,12 +16,20 @@ from prunecast.cli.main import app
 from prunecast.simulations.comparison import (
     DOCUMENT,
     Comparison,
+    _figures,
     compared_rows,
     last_rounds,
     peers,
+    published_lines,
 )
+from prunecast.simulations.kinds import written
 from prunecast.simulations.runner.run import read_result
-from prunecast.simulations.scenarios import ScenarioError, scenario_from_mapping
+from prunecast.simulations.scenarios import (
+    PublishedSpec,
+    ScenarioError,
+    load_scenario,
+    scenario_from_mapping,
+)
 
 DOCS = Path(__file__).parents[2] / "docs/compare.md"
 
@@ -48,6 +56,9 @@ def test_arms_are_named_and_what_is_wrong_with_them_too(tiny: dict[str, Any]) ->
     assert places[0] == (4, ["stc"], "stc")
     assert places[-1] == (5, ["prunecast"], "prunecast")
     assert len(places) == 6
+    niid = Comparison.of(load_scenario("niid-mnist"), names=["dense"])
+    assert niid.published["fedavg"].value == 0.9889
+    assert niid.scenario.published == {}  # decides nothing, so a run is kept when it changes
     for names, says in ((["zip"], "choose one of"), (["dense-zstd"], "nothing is trained")):
         with pytest.raises(ScenarioError, match=says):
             Comparison.of(scenario, names=names)
@@ -68,6 +79,25 @@ def test_a_table_says_what_the_figures_are() -> None:
     assert header == ["arm", "MB down", "MB up", "ratio", "accuracy", "seconds"]
     assert rows[0] == ["dense", "2.500", "0.001", "1.00×", "90.0 %", "–"]
     assert rows[1] == ["ours", "2.500", "0.001", "321×", "88.7 ± 1.2 %", "12"]
+
+
+def test_published_figures_stand_beside_ours() -> None:
+    task = {"metric": "accuracy", "percent": True, "lower_is_better": False}
+    rows = [{"round": n, "accuracy": value} for n, value in enumerate((0.1, 0.95, 0.93))]
+    run = {"rounds": rows, "bytes_down": 10, "bytes_up": 2, "seconds": 1.0}
+    dense = _figures([run], task)
+    assert (dense["accuracy"], dense["best"], dense["best_spread"]) == (0.93, 0.95, None)
+    published = {
+        "fedavg": PublishedSpec(0.9889, "a table", "dense", 0.0007, "best"),
+        "other": PublishedSpec(0.83, "a plot", bytes=3_260_205_200),
+    }
+    document = {"task": task, "arms": {"dense": dense}, "published": written(published)}
+    assert published_lines(document) == [
+        "fedavg, published: accuracy 98.89 ± 0.07 % in its best round; dense, here: 95.00 %"
+        " (a table)",
+        "other, published: accuracy 83.00 % for 3,260.2 MB (a plot)",
+    ]
+    assert published_lines({**document, "published": {}}) == []
 
 
 @pytest.mark.parametrize(

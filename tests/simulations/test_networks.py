@@ -19,6 +19,8 @@ SIZES = {
     "convolutional:lenet": 44_426,
     "convolutional:narrow_lenet": 44_246,
     "convolutional:cnn": 1_663_370,
+    "convolutional:conv4": 1_933_258,
+    "convolutional:normalised_cnn4": 390_880,
     "convolutional:sensor_cnn": 35_270,
     "residual:small_resnet_group": 151_738,
     "residual:small_resnet_batch": 151_738,
@@ -113,6 +115,6 @@ def test_options_of_a_factory_are_keys_of_a_scenario(tiny):
     wrong = scenario_from_mapping({**tiny, "model": {**model, "options": {"wide": 8}}})
     with pytest.raises(ScenarioError, match=r"means nothing to .*mlp; options: features, classes"):
         wrong.model.network()
-    none = {"factory": f"{NETWORKS}.convolutional:cnn", "options": {"classes": 3}}
+    none = {"factory": f"{NETWORKS}.convolutional:narrow_lenet", "options": {"classes": 3}}
     with pytest.raises(ScenarioError, match=r"model\.options\.classes: .*it takes none"):
         scenario_from_mapping({**tiny, "model": none}).model.network()

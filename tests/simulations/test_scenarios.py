@@ -35,6 +35,50 @@ def test_the_demo_compares_and_releases():
     assert (demo.clients.count, demo.partition.alpha, demo.data.held_out) == (10, 0.3, 1000)
 
 
+# By scenario: data, parameters, clients, those in a round, rounds, epochs, batch, rate, momentum.
+PUBLISHED = {
+    "niid-mnist": ("mnist", 44_426, 10, 10, 50, 10, 64, 0.01, 0.9),
+    "niid-fashion": ("fashion-mnist", 44_426, 10, 10, 50, 10, 64, 0.01, 0.9),
+    "tamuna": ("mnist", 1_663_370, 1000, 10, 35, 3, 32, 0.01, 0.0),
+    "fedbat-fashion": ("fashion-mnist", 390_880, 100, 10, 100, 10, 64, 0.1, 0.0),
+    "fedpm-mnist": ("mnist", 1_933_258, 200, 10, 50, 3, 128, 0.01, 0.9),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_are_those_of_their_sources(name):
+    scenario = load_scenario(name)
+    trained, training = scenario.clients, scenario.training
+    module = scenario.model.network()()
+    assert PUBLISHED[name] == (
+        scenario.data.name,
+        sum(parameter.numel() for parameter in module.parameters()),
+        trained.count,
+        int(trained.count * trained.fraction),
+        scenario.rounds,
+        training.epochs,
+        training.batch_size,
+        training.learning_rate,
+        training.momentum,
+    )
+    assert scenario.data.held_out == "test"
+    assert scenario.arms["dense"].baseline
+
+
+def test_published_figures_are_in_the_scenario():
+    figures = {n: f for name in PUBLISHED for n, f in load_scenario(name).published.items()}
+    assert figures.keys() == {"fedavg", "tamuna"}
+    mnist, fashion = (load_scenario(f"niid-{name}").published for name in ("mnist", "fashion"))
+    assert (mnist["fedavg"].value, mnist["fedavg"].spread) == (0.9889, 0.0007)
+    assert (fashion["fedavg"].value, fashion["fedavg"].spread) == (0.8809, 0.0029)
+    assert mnist["fedavg"].measured == "best"
+    weights, sent = 1_663_370, 4 / 10  # of those that a client receives
+    assert figures["tamuna"].bytes == round(10 * 4 * 35 * weights * (1 + sent))
+    nameless = {"schema": 1, "published": {"x": {"value": 0.9}}}
+    with pytest.raises(ScenarioError, match=r"published\.x\.source: is missing; say where"):
+        scenario_from_mapping(nameless)
+
+
 def test_paths_are_relative_to_the_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('schema = 1\n[data]\nsource = "npz"\npath = "mine.npz"\n')
