@@ -34,7 +34,7 @@ from prunecast.compression.versions import (
     short,
 )
 
-__all__ = ["changed", "decode_chain", "encode_chain"]
+__all__ = ["changed", "decode_chain", "encode_chain", "payloads_in"]
 
 
 def changed(
@@ -89,6 +89,27 @@ def encode_chain(
     )
 
 
+def payloads_in(chain: bytes) -> list[bytes]:
+    """The scheme's payloads of a chain, oldest first.
+
+    Raises:
+        BadPayload: damaged.
+    """
+    return _payloads(frame.unpack(chain, stream=None).body)[0]
+
+
+def _payloads(body: bytes) -> tuple[list[bytes], int]:
+    """The payloads at the beginning of a body, and where they end."""
+    count, at, found = int.from_bytes(body[:2], "little"), 2, []
+    for _ in range(count):
+        size = int.from_bytes(body[at : at + 8], "little")
+        if len(body) < at + 8 + size:
+            raise BadPayload("a chain ends within a payload")
+        found.append(body[at + 8 : at + 8 + size])
+        at += 8 + size
+    return found, at
+
+
 def decode_chain(
     payload: bytes, *, held: PublishedModel | None, stream: bytes, limits: Limits
 ) -> PublishedModel:
@@ -110,14 +131,11 @@ def decode_chain(
     nbytes = sum(4 * array.size for array in arrays.values())
     within = replace(limits, decoded_bytes=min(limits.decoded_bytes, max(nbytes, 1)))
     body, coded = parsed.body, set[str]()
-    count, at = int.from_bytes(body[:2], "little"), 2
+    payloads, at = _payloads(body)
     try:
-        for _ in range(count):
-            size = int.from_bytes(body[at : at + 8], "little")
-            if len(body) < at + 8 + size:
-                raise BadPayload("a chain ends within a payload")
-            change = decode_payload(body[at + 8 : at + 8 + size], limits=within)
-            arrays, at = changed(arrays, change), at + 8 + size
+        for part in payloads:
+            change = decode_payload(part, limits=within)
+            arrays = changed(arrays, change)
             coded |= change.keys()
         specs = {name: spec for name, spec in held.specs.items() if name not in coded}
         if specs:

@@ -11,7 +11,7 @@ import inspect
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, FrameType
@@ -54,6 +54,7 @@ __all__ = [
     "log",
     "make_message",
     "object_bytes",
+    "objects_in",
     "over_the_wire",
     "own_bytes",
     "record_body",
@@ -218,12 +219,14 @@ class Measured:
         return sum(self.objects.values())
 
 
-def content_bytes(records: Mapping[str, Measured], envelope: Message | None = None) -> int:
-    """Serialised bytes of a content of such records, and of the message in such an envelope.
+def objects_in(records: Iterable[Measured]) -> dict[str, int]:
+    """Id and bytes of every object of some records; one that several consist of is sent once."""
+    return {key: size for record in records for key, size in record.objects.items()}
 
-    An object that several records consist of is sent once.
-    """
-    objects = {k: size for record in records.values() for k, size in record.objects.items()}
+
+def content_bytes(records: Mapping[str, Measured], envelope: Message | None = None) -> int:
+    """Serialised bytes of a content of such records, and of the message in such an envelope."""
+    objects = objects_in(records.values())
     content = RecordDict({key: record.copy for key, record in records.items()})
     own = own_bytes(content)
     if envelope is not None:

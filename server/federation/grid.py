@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -18,6 +19,7 @@ from prunecast.compression.flower.internals import (
     Measured,
     aggregation_above,
     content_bytes,
+    objects_in,
     rounds_above,
     serialised_objects,
     set_reply_to,
@@ -28,6 +30,7 @@ from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.inbound import up_of
+from prunecast.server.federation.layers import LayerSamples
 from prunecast.server.federation.ledger import Entry, Ledger
 from prunecast.server.federation.notices import Notices, uncodable
 from prunecast.server.federation.outbound import Batch, Outbound, Prepared
@@ -69,6 +72,9 @@ class CompressedGrid(GridWrapper):
         verify_replies: decode every reply once on arrival. A damaged reply then becomes an error
             of its own instead of stopping the aggregation it takes part in.
         poll_interval: seconds between looking for replies in `send_and_receive`.
+
+    Attributes:
+        samples: bytes by tensor of single messages; off, unless it is wanted.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class CompressedGrid(GridWrapper):
         if not isinstance(ledger, Ledger):
             ledger = Ledger(ledger, keep=_KEPT)
         self.ledger = ledger
+        self.samples = LayerSamples()
         self._poll_interval = poll_interval
         self._alternatives = dict(alternatives or {})
         self._streams = Streams(self.policy)
@@ -125,7 +132,7 @@ class CompressedGrid(GridWrapper):
         # a list: the HTTP grid goes over the messages twice
         ids = list(self._grid.push_messages([p.message for p in prepared]))
         pushed = set(ids)
-        for item, (size, alternatives) in zip(prepared, measured, strict=True):
+        for item, (size, alternatives, objects) in zip(prepared, measured, strict=True):
             metadata = item.message.metadata
             if metadata.message_id not in pushed:
                 continue
@@ -133,7 +140,7 @@ class CompressedGrid(GridWrapper):
             self._notices.counted(records=len(item.kinds))
             for kind, key, cause in item.apart:
                 self._notices.apart(metadata.dst_node_id, "down", kind, key, cause)
-            self.ledger.add(
+            entry = self.ledger.add(
                 Entry(
                     round=item.round,
                     node=metadata.dst_node_id,
@@ -144,14 +151,18 @@ class CompressedGrid(GridWrapper):
                     dense_bytes=item.dense_bytes,
                     encode_ms=item.encode_ms,
                     alternatives=alternatives,
+                    objects=objects,
                 )
             )
+            self.samples.note(entry, item.message.content, self._streams.held)
         return ids
 
     def _measured(
         self, message: Message, measured: Mapping[str, Measured] | None = None
-    ) -> tuple[int, dict[str, int]]:
-        """Serialised bytes of a message, and under the alternatives, without touching it.
+    ) -> tuple[int, dict[str, int], int]:
+        """Serialised bytes of a message, also under the alternatives, and its objects.
+
+        The message is not touched.
 
         Args:
             message: the message.
@@ -161,10 +172,11 @@ class CompressedGrid(GridWrapper):
             objects = serialised_objects(uncached(message))
             joined = b"".join(objects)
             alternatives = {name: recode(joined) for name, recode in self._alternatives.items()}
-            return sum(map(len, objects)), alternatives
+            return sum(map(len, objects)), alternatives, len(objects)
         known = measured or {}
         records = {key: known.get(key) or Measured(r) for key, r in message.content.items()}
-        return content_bytes(records, message), {}
+        # besides those of its records, the content and the message
+        return content_bytes(records, message), {}, len(objects_in(records.values())) + 2
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Fetch and decode the replies that have arrived.
@@ -247,7 +259,7 @@ class CompressedGrid(GridWrapper):
             if reply.has_error():
                 return reply
             return refuse(reply, "it answers a message that was given up, or not sent from here")
-        size, alternatives = self._measured(reply)
+        size, alternatives, objects = self._measured(reply)
         entry = Entry(
             round=sent.round,
             # an error reply made for a dead node names no useful source: the instruction does
@@ -258,10 +270,14 @@ class CompressedGrid(GridWrapper):
             payload_bytes=size,
             dense_bytes=size,
             alternatives=alternatives,
+            objects=objects,
         )
         self.ledger.add(entry)
         self._notices.counted(replies=1)
+        content = None if reply.has_error() else reply.content
         received = self._receiver.understand(reply, sent, entry, retried=retried)
+        if content is not None:
+            self.samples.note(entry, content, self._streams.held)
         if not sent.has_arrays and not reply.has_error() and reply.content.array_records:
             self._outbound.answered.add(entry.message_type)
         if received is None:
@@ -331,6 +347,32 @@ class CompressedGrid(GridWrapper):
             )
         stream = self._streams.stream(self.run.run_id, key)
         return stream.version_of(set_apart(arrays)[0], arrays.object_id).model
+
+    def catching_up(self, arrays: ArrayRecord, *, key: str = "arrays") -> dict[str, Any]:
+        """Bytes that a node would be sent now, to hold the model of `arrays`; nothing is sent.
+
+        Args:
+            arrays: master weights as the strategy holds them.
+            key: key of the record in the strategy's messages.
+
+        Returns:
+            ``whole``: of a node that holds nothing; ``missed``: of one that holds an earlier
+            version, by how many versions ago. Of the array record alone, without its message.
+        """
+        if self.policy.down == "dense":
+            return {"whole": Measured(arrays).nbytes, "missed": {}}
+        stream = self._streams.stream(self.run.run_id, key)
+        known = set_apart(arrays)[0]
+        version = stream.version_of(known, arrays.object_id)
+        earlier = stream.earlier(version)
+        asked = {1, min(5, len(earlier)), len(earlier)} if earlier else set()
+        return {
+            "whole": stream.payload(version, None).measured.nbytes,
+            "missed": {
+                str(back): stream.payload(version, earlier[back - 1]).measured.nbytes
+                for back in sorted(asked)
+            },
+        }
 
     def draw_initial(
         self,

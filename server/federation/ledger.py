@@ -42,6 +42,8 @@ class Entry:
         decode_ms: milliseconds spent decoding on the server.
         alternatives: bytes of the same message under other codings measured beside it.
         reason: why a reply is an error or was refused; "" for one that is neither.
+        objects: how many of Flower's objects the message consists of, each of which is a request;
+            0 in ledgers of before they were counted.
     """
 
     round: int
@@ -55,11 +57,21 @@ class Entry:
     decode_ms: float = 0.0
     alternatives: dict[str, int] = field(default_factory=dict)
     reason: str = ""
+    objects: int = 0
+
+
+# What HTTP adds between SuperNodes and a SuperLink of Flower 1.42, in bytes for each object and for
+# each message: measured by a relay, see "What a message costs" in docs/payloads.md.
+_WIRE_DOWN = 1143, 2188
+_WIRE_UP = 1239, 1320
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over messages, in bytes and milliseconds."""
+    """Sums over messages, in bytes and milliseconds.
+
+    ``http_*`` is what HTTP adds by estimate, 0 where objects were not counted.
+    """
 
     messages: int = 0
     bytes_up: int = 0
@@ -68,6 +80,18 @@ class Totals:
     dense_bytes_down: int = 0
     encode_ms: float = 0.0
     decode_ms: float = 0.0
+    http_up: int = 0
+    http_down: int = 0
+
+    @property
+    def wire_up(self) -> int | None:
+        """*Estimated* bytes on the wire from the nodes: messages, and HTTP without TLS."""
+        return self.bytes_up + self.http_up if self.http_up or not self.bytes_up else None
+
+    @property
+    def wire_down(self) -> int | None:
+        """*Estimated* bytes on the wire to the nodes: messages, and HTTP without TLS."""
+        return self.bytes_down + self.http_down if self.http_down or not self.bytes_down else None
 
     @property
     def payload_bytes(self) -> int:
@@ -98,8 +122,12 @@ class Tally:
         """Count a message."""
         key = entry.round, entry.direction, entry.kind
         size, dense = entry.payload_bytes, entry.dense_bytes
-        bytes_ = (size, 0, dense, 0) if entry.direction == "up" else (0, size, 0, dense)
-        counted = Totals(1, *bytes_, entry.encode_ms, entry.decode_ms)
+        up = entry.direction == "up"
+        bytes_ = (size, 0, dense, 0) if up else (0, size, 0, dense)
+        an_object, a_message = _WIRE_UP if up else _WIRE_DOWN
+        http = an_object * entry.objects + a_message if entry.objects else 0
+        times = entry.encode_ms, entry.decode_ms
+        counted = Totals(1, *bytes_, *times, *((http, 0) if up else (0, http)))
         self._sums[key] = self._sums.get(key, Totals()) + counted
         self._all += counted
 
@@ -203,7 +231,7 @@ class Ledger:
         if self._journal is not None:
             lines = [dict(vars(entry)) for entry in done]
             for line in lines:
-                for name in ("alternatives", "reason"):
+                for name in ("alternatives", "reason", "objects"):
                     if not line[name]:
                         del line[name]
             try:

@@ -426,6 +426,15 @@ class Publisher:
             version.payloads[key] = self._encode(version, base)
         return version.payloads[key]
 
+    def held(self, digest: bytes) -> PublishedModel | None:
+        """The version of a short digest, as long as payloads can build on it."""
+        return self._history.get(digest)
+
+    def earlier(self, version: Version) -> list[bytes]:
+        """Short digests of the versions that payloads to one can build on, newest first."""
+        now = short(version.model.digest)
+        return [digest for digest in reversed(self._history) if digest != now]
+
     def _encode(self, version: Version, base: PublishedModel | None) -> EncodedPayload:
         if base is not None:
             with suppress(InvalidModel):  # the record's tensors changed: a delta is impossible
@@ -514,6 +523,11 @@ class Streams:
         self.policy.check_rounds(rounds)
         for stream in self._streams.values():
             stream.expect(rounds)
+
+    def held(self, digest: bytes) -> PublishedModel | None:
+        """The version of a short digest in any stream, as long as payloads can build on it."""
+        found = (stream.held(digest) for stream in self._streams.values())
+        return next((model for model in found if model is not None), None)
 
     def node(self, node_id: int) -> NodeState:
         """What is known of a node; nothing at first."""

@@ -24,6 +24,7 @@ from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError, NodesFailed
 from prunecast.server.federation.events import EventLog, OnEvent
 from prunecast.server.federation.grid import CompressedGrid
+from prunecast.server.federation.layers import changed_masks, layers_in, samples_round
 from prunecast.server.federation.ledger import Ledger
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.progress import losses_in
@@ -190,7 +191,7 @@ class Run:
                 self.grid.ledger = Ledger(
                     self._ledger, run=events.run, name=self.name, seed=self.seed
                 )
-            rounds = _Rounds(self, self._outermost, events)
+            rounds = _Rounds(self, self._outermost, events, num_rounds)
             with rounds.observing(self.strategy):
                 result = self.strategy.start(
                     grid=rounds,
@@ -205,11 +206,15 @@ class Run:
             if self._output is not None and self.publishes and result.arrays:
                 save_model(self.grid.published(result.arrays, key=self.key), self._output)
             self.grid.ledger.flush()
-            events.write("run-finished", **rounds.cost())
+            cost = rounds.cost()
+            if result.arrays:
+                cost["catching_up"] = self.grid.catching_up(result.arrays, key=self.key)
+            events.write("run-finished", **cost)
         except BaseException as error:
             events.write("run-failed", reason=f"{type(error).__name__}: {error}")
             raise
         finally:
+            self.grid.samples.wanted = False
             self.grid.ledger.close()
             getLogger("flwr").removeHandler(events)
             events.close()
@@ -228,9 +233,9 @@ class Run:
 class _Rounds(GridWrapper):
     """The grid as the strategy of a run sees it: tells what a round asks, gets and reaches."""
 
-    def __init__(self, run: Run, grid: Grid, events: EventLog) -> None:
+    def __init__(self, run: Run, grid: Grid, events: EventLog, rounds: int) -> None:
         super().__init__(grid)
-        self._run, self._events = run, events
+        self._run, self._events, self._rounds = run, events, rounds
         self._began = time.monotonic()
         self._in_vain: dict[str, str] = {}  # "train" or "other" -> why its first reply failed
         self._used: set[str] = set()  # of these, what had a reply that could be used
@@ -240,6 +245,7 @@ class _Rounds(GridWrapper):
         self._number, self._asked, self._trained = number, 0, 0
         self._failed: list[dict[str, str]] = []
         self._metrics: dict[str, dict[str, Any]] = {}
+        self._run.grid.samples.wanted = samples_round(number, self._rounds)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -317,6 +323,7 @@ class _Rounds(GridWrapper):
         """What Flower calls before the first round (0) and at the end of each."""
         run = self._run
         run.grid.ledger.flush()
+        before = run.published
         published = run.grid.published(arrays, key=run.key) if run.publishes else None
         run.published, measured = published, None
         if run.evaluate_fn is not None:
@@ -330,6 +337,9 @@ class _Rounds(GridWrapper):
             metrics=dict(measured or {}),
             client_metrics=self._metrics,
             sparsity=published.sparsity() if published else 0.0,
+            layers=layers_in(arrays, published),
+            masks=changed_masks(before, published),
+            sampled=run.grid.samples.take(),
             nodes={
                 "asked": self._asked,
                 "trained": self._trained,
@@ -353,7 +363,7 @@ class _Rounds(GridWrapper):
         self._begin(server_round + 1)
         return measured
 
-    def cost(self) -> dict[str, float]:
+    def cost(self) -> dict[str, Any]:
         """Bytes of the run so far, and its seconds."""
         totals = self._run.grid.ledger.totals()
         names = ("bytes_down", "bytes_up", "dense_bytes_down", "dense_bytes_up")

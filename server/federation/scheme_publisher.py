@@ -116,6 +116,15 @@ class SchemePublisher(Publisher):
             version.payloads[key] = self._encoded(version, links)
         return version.payloads[key]
 
+    def held(self, digest: bytes) -> PublishedModel | None:
+        """The latest version, if it is the one; chains need no others."""
+        latest = self._latest
+        return latest if latest is not None and short(latest.digest) == digest else None
+
+    def earlier(self, version: Version) -> list[bytes]:
+        """Short digests of the versions that the kept changes begin with, newest first."""
+        return [link.base for link in reversed(self._links)]
+
     def _encoded(self, version: Version, links: Sequence[_Link]) -> EncodedPayload:
         if not links or self._state is None:
             return self._encode(version, None)

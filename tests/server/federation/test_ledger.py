@@ -46,6 +46,19 @@ def test_sums_agree_with_the_entries_flushed_or_not(tmp_path: Path) -> None:
     assert tally.kinds("up") == ["update", "error"]
 
 
+def test_wire_bytes_are_estimated_from_objects_as_a_relay_counted_them() -> None:
+    # docs/payloads.md: objects, envelope, what Flower's counter and HTTP add, wire
+    measured = [("down", 8, 1130, 12_460), ("down", 3, 353, 5_970)]
+    measured += [("up", 8, 1198, 12_430), ("up", 3, 403, 5_440)]
+    for direction, objects, size, wire in measured:
+        known = Tally([entry(1, direction, payload_bytes=size, objects=objects)]).totals()
+        found = known.wire_down if direction == "down" else known.wire_up
+        assert found == pytest.approx(wire, abs=20)
+        assert (known.wire_up if direction == "down" else known.wire_down) == 0
+    before = Tally([entry(1, "down"), entry(1, "up")]).totals()
+    assert (before.wire_down, before.wire_up) == (None, None)  # objects were not counted
+
+
 def test_a_later_run_leaves_the_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     for name in ("first", "second"):

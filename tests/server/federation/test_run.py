@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
@@ -32,6 +32,7 @@ from prunecast.server.federation import (
     read_events,
     server_app,
 )
+from prunecast.server.federation.layers import layers_in, samples_round
 from prunecast.server.federation.wrapper import GridWrapper
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
@@ -103,6 +104,75 @@ def test_a_folder_holds_what_the_run_did(inner: InProcessGrid, tmp_path: Path) -
     saved = Checkpoint.load(folder / "checkpoint.safetensors").arrays
     for name, array in to_arrays(result.arrays).items():
         assert saved[name].tobytes() == array.tobytes()
+
+
+def test_events_tell_what_every_tensor_holds_and_costs(
+    inner: InProcessGrid, tmp_path: Path
+) -> None:
+    run = Run(inner, FedAvg(), policy=SMALL, folder=tmp_path)
+    run.start(arrays(), num_rounds=3)
+    told = list(read_events(tmp_path / "events.jsonl"))
+    rounds = [event for event in told if event["event"] == "round-finished"]
+    entries = list(Ledger.read(tmp_path / "ledger.jsonl"))
+    model = load_model(tmp_path / "final.model")
+    assert rounds[3]["layers"] == {
+        "tensors": {
+            name: [array.size, int((array == 0).sum())] for name, array in model.arrays().items()
+        }
+    }
+    masks = [event["masks"] for event in rounds]
+    assert masks[3]["kept"] == masks[2]["kept"] + masks[3]["grown"] - masks[3]["removed"]
+    assert 1 - masks[3]["kept"] / masks[3]["of"] == pytest.approx(rounds[3]["sparsity"])
+    assert rounds[0]["sampled"] == []
+    for event in rounds[1:]:
+        mine = [entry for entry in entries if entry.round == event["round"]]
+        kinds = {(entry.direction, entry.kind) for entry in mine}
+        assert {(s["direction"], s["kind"]) for s in event["sampled"]} == kinds
+        for sample in event["sampled"]:
+            assert sample["bytes"] in {e.payload_bytes for e in mine if e.kind == sample["kind"]}
+            assert set(sample["tensors"]) <= set(model.specs)
+            assert 0 <= sum(sample["tensors"].values()) < sample["bytes"]
+    catching_up = told[-1]["catching_up"]
+    assert list(catching_up["missed"]) == ["1", "3"]
+    assert catching_up["missed"]["1"] < catching_up["missed"]["3"] < catching_up["whole"]
+
+
+@pytest.mark.parametrize("policy", ["dense", "stc"])
+def test_tensors_are_told_apart_under_every_coding(inner, tmp_path, policy) -> None:
+    chosen = Policy(down="stc", up="stc") if policy == "stc" else Policy.preset("dense")
+    Run(inner, FedAvg(), policy=chosen, folder=tmp_path).start(arrays(), num_rounds=2)
+    *_, last, end = read_events(tmp_path / "events.jsonl")
+    names = set(arrays())
+    assert set(last["layers"]["tensors"]) == names
+    assert last["masks"] == {}
+    coded = [s for s in last["sampled"] if s["kind"] not in ("none", "reuse")]
+    assert {sample["direction"] for sample in coded} == {"down", "up"}
+    for sample in coded:
+        # running statistics follow a scheme's payloads together
+        exact = {"bn.running_mean", "bn.running_var"} if sample["kind"] == "scheme" else set()
+        assert set(sample["tensors"]) == names - exact
+        whole = sum(sample["tensors"].values())
+        assert 0 < whole < sample["bytes"]
+        if policy == "dense":  # each array is its bytes and a header of NumPy's
+            assert sample["tensors"] == {n: len(a.data) for n, a in arrays().items()}
+            assert not sample["estimated"]
+    assert end["catching_up"]["whole"] > 0
+    assert list(end["catching_up"]["missed"]) == ([] if policy == "dense" else ["1", "2"])
+
+
+def test_some_twenty_rounds_of_a_long_run_are_sampled() -> None:
+    for rounds in (1, 7, 20, 30, 1000):
+        chosen = [n for n in range(1, rounds + 1) if samples_round(n, rounds)]
+        assert chosen[0] == 1
+        assert chosen[-1] == rounds
+        assert min(rounds, 10) <= len(chosen) <= 22
+
+
+def test_of_many_tensors_the_largest_are_named() -> None:
+    many = ArrayRecord({str(n): Array(np.ones(n, np.float32)) for n in range(1, 131)})
+    found = layers_in(many, None)
+    assert list(found["tensors"]) == [str(n) for n in range(31, 131)]
+    assert found["others"] == [sum(range(1, 31)), 0]
 
 
 def test_a_run_trains_what_the_strategy_alone_trains(tmp_path: Path) -> None:
