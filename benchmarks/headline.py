@@ -1,0 +1,231 @@
+"""The headline figures: every family of models under ours and its peers, bytes and accuracy.
+
+    python benchmarks/headline.py [--smoke] [--scenarios NAME ...] [--arms NAME ...] [--seeds N ...]
+                                  [--rounds N] [--tolerance X] [--processes N] [--cache FOLDER]
+                                  [--out FOLDER]
+
+Trains each scenario with three seeds for its own number of rounds under every arm of `prunecast
+compare`, and writes headline.md, headline.json and headline.png into docs/results. That takes a day
+or more on two cores; finished runs are kept in ``--cache``, so that a command that was interrupted
+goes on where it was: a dense run by its scenario, another by the source code, too. ``--smoke``
+takes a minute or two and writes into runs/headline-smoke. docs/figures.md says what is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started by its path: the repository's folder is not where Python looks
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.harness.federation import digest_of
+from benchmarks.harness.headline import draw, report_lines, verdict
+from benchmarks.harness.report import machine
+from prunecast.common.files import write_atomically
+from prunecast.simulations.comparison import Comparison, finished
+from prunecast.simulations.kinds import DataError, ScenarioError
+from prunecast.simulations.runner import SimulationError
+from prunecast.simulations.scenarios import EngineSpec, load_scenario
+
+FAMILIES = {
+    "niid-mnist": "LeNet",
+    "demo": "CNN",
+    "resnet-group": "ResNet, GroupNorm",
+    "resnet-batch": "ResNet, BatchNorm",
+    "lstm": "LSTM",
+    "transformer": "transformer",
+    "lora": "LoRA adapters",
+    "graph": "graph convolution",
+    "ratings": "matrix factorisation",
+    "sensors": "convolution along time",
+}
+"""Scenarios that are trained unless others are named, and what kind of model each has."""
+_SMOKE: dict[str, Any] = {
+    "scenarios": ["mlp", "graph"],
+    "arms": ["dense", "dense-zstd", "stc", "small"],
+    "seeds": [1],
+    "rounds": 3,
+    "out": Path("runs/headline-smoke"),
+}
+_FULL: dict[str, Any] = {
+    "scenarios": list(FAMILIES),
+    "arms": [],
+    "seeds": [1, 2, 3],
+    "out": Path(__file__).parent.parent / "docs" / "results",
+}
+_SOURCES = "sources.json"  # in the cache: what the code was when a run was begun
+_DOCUMENT = "headline.json"  # in the cache: what a scenario's process measured
+
+
+def comparison_of(name: str, arguments: argparse.Namespace) -> Comparison:
+    """The comparison of a scenario, its runs in this process and one thread each.
+
+    Raises:
+        ScenarioError: there is no such scenario or arm, or no dense one or none of ours.
+    """
+    scenario = dataclasses.replace(load_scenario(name), engine=EngineSpec("inline"))
+    found = Comparison.of(
+        scenario,
+        names=arguments.arms,
+        seeds=arguments.seeds,
+        rounds=arguments.rounds,
+        folder=arguments.cache / scenario.name,
+    )
+    for kind in ("dense", "prunecast"):
+        if kind not in {arm.kind() for arm in found.arms.values()}:
+            raise ScenarioError("arms", f"none is {kind}", f"name one of kind {kind}, too")
+    return found
+
+
+def forget_stale(comparison: Comparison) -> None:
+    """Remove runs that other code than this one made, and note the code of those to come."""
+    path = comparison.folder / _SOURCES
+    known: dict[str, str] = {}
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+    now = dict(known)
+    for scenario, folder in comparison.runs():
+        trained = {n: arm for n, arm in scenario.arms.items() if arm.trains}
+        alone = dataclasses.replace(scenario, arms=trained, output="")
+        key = str(folder.relative_to(comparison.folder))
+        now[key] = digest_of(json.loads(json.dumps(alone.to_mapping())))
+        if known.get(key) != now[key]:
+            shutil.rmtree(folder, ignore_errors=True)
+    comparison.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(now, indent=1) + "\n").encode())
+
+
+def measured(comparison: Comparison, tolerance: float) -> dict[str, Any]:
+    """The document of a comparison, with what is needed to judge it; trains what is not kept."""
+    scenario = comparison.scenario
+
+    def hear(event: Mapping[str, Any]) -> None:
+        if event["event"] in ("kept", "step") and event["text"].startswith("seed "):
+            print(f"{scenario.name}: {event['text']}", flush=True)
+
+    document = comparison.run(hear)
+    for name, arm in document["arms"].items():
+        arm["wire"] = _wire(comparison, name)
+    module = scenario.model.network()()
+    document["parameters"] = sum(parameter.numel() for parameter in module.parameters())
+    document["family"] = FAMILIES.get(scenario.name, scenario.name)
+    document["verdict"] = verdict(document, tolerance)
+    return document
+
+
+def _wire(comparison: Comparison, name: str) -> int | None:
+    """Estimated bytes on the wire, the mean over seeds; None where ledgers cannot say."""
+    from prunecast.server.federation import Tally
+    from prunecast.simulations.network_profiles.results import entries_of
+    from prunecast.simulations.runner.run import read_result
+
+    found = []
+    for _, folder in comparison.runs():
+        arm = read_result(folder)["arms"].get(name)
+        if arm is None:
+            continue
+        totals = Tally(
+            entries_of(folder / arm["ledger"], None if arm["trained"] else name)
+        ).totals()
+        if totals.wire_up is None or totals.wire_down is None:
+            return None
+        found.append(totals.wire_up + totals.wire_down)
+    return round(statistics.fmean(found))
+
+
+def _arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--smoke", action="store_true", help="two small scenarios, three rounds, one seed")
+    add("--scenarios", nargs="+", metavar="NAME", help=f"(default: {' '.join(FAMILIES)})")
+    add("--arms", nargs="+", metavar="NAME", help="of `prunecast compare` (default: all)")
+    add("--seeds", type=int, nargs="+", metavar="N", help="(default: 1 2 3)")
+    add("--rounds", type=int, metavar="N", help="(default: the scenario's)")
+    add("--tolerance", type=float, default=0.005, help="(default: 0.005)")
+    add("--processes", type=int, default=os.cpu_count() or 1, help="scenarios at the same time")
+    add("--cache", type=Path, default=Path("runs/headline"), metavar="FOLDER")
+    add("--out", type=Path, metavar="FOLDER", help="(default: docs/results)")
+    add("--one", metavar="NAME", help=argparse.SUPPRESS)  # of the process of a scenario
+    chosen = parser.parse_args(given)
+    for name, value in (_SMOKE if chosen.smoke else _FULL).items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
+    return chosen
+
+
+def main(given: list[str] | None = None) -> int:
+    """Entry point."""
+    given = sys.argv[1:] if given is None else given
+    arguments = _arguments(given)
+    try:
+        if arguments.one:
+            document = measured(comparison_of(arguments.one, arguments), arguments.tolerance)
+            text = json.dumps(document) + "\n"
+            write_atomically(arguments.cache / arguments.one / _DOCUMENT, text.encode())
+            return 0
+        comparisons = [comparison_of(name, arguments) for name in arguments.scenarios]
+        for comparison in comparisons:
+            forget_stale(comparison)
+        _check(comparisons)
+    except (DataError, ScenarioError, SimulationError) as error:
+        raise SystemExit(f"headline.py: {error}") from error
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        documents = list(pool.map(lambda name: _in_process(name, arguments), arguments.scenarios))
+    _write(documents, arguments, " ".join(["python benchmarks/headline.py", *given]))
+    print(f"\n{arguments.out / 'headline.md'}")
+    return 0
+
+
+def _in_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The document of a scenario, measured by a process that Ctrl-C ends with this one."""
+    command = [sys.executable, __file__, "--one", name, "--cache", str(arguments.cache)]
+    command += ["--tolerance", str(arguments.tolerance), "--seeds", *map(str, arguments.seeds)]
+    if arguments.arms:
+        command += ["--arms", *arguments.arms]
+    if arguments.rounds:
+        command += ["--rounds", str(arguments.rounds)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    if done.returncode:
+        raise SystemExit(f"headline.py: {name} ended with {done.returncode}; what is done is kept")
+    text = (arguments.cache / name / _DOCUMENT).read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def _check(comparisons: list[Comparison]) -> None:
+    """Every scenario that still is to be trained, before the first of them takes its hours."""
+    from prunecast.simulations.runner.run import check_scenario
+
+    for comparison in comparisons:
+        if any(finished(*run) is None for run in comparison.runs()):
+            check_scenario(comparison.scenario)
+
+
+def _write(documents: list[dict[str, Any]], arguments: argparse.Namespace, command: str) -> None:
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    page = list(report_lines(documents, arguments.tolerance, command))
+    page += ["", "![What every arm reached against its bytes](headline.png)"]
+    facts = {"machine": machine(), "command": command, "tolerance": arguments.tolerance}
+    text = json.dumps({**facts, "scenarios": documents}, indent=1) + "\n"
+    draw(documents, out / "headline.png")
+    write_atomically(out / "headline.json", text.encode())
+    write_atomically(out / "headline.md", ("\n".join(page) + "\n").encode())
+    print("\n".join(page))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
