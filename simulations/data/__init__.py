@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,10 @@ class DataSource(Kind):
     Attributes:
         held_out: examples kept back to measure with, drawn at random; or "test", all of those that
             the data set itself sets apart. With a number those are not touched.
+        fetches: whether reading it may ask the network, which no other process of a run does.
     """
+
+    fetches: ClassVar[bool] = False
 
     held_out: Annotated[int | Literal["test"], Range(1)] = 1000
 

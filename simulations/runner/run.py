@@ -86,7 +86,8 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
         DataError: the data cannot be had, do not suit task and model, or cannot be partitioned.
     """
     for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)  # before flwr is imported
+        if key != "HF_HUB_OFFLINE" or not scenario.data.fetches:
+            os.environ.setdefault(key, value)  # before flwr is imported
     from prunecast.simulations.runner.delivery import rule_of
     from prunecast.simulations.runner.federate import strategy_of
 

@@ -25,9 +25,12 @@ from prunecast.simulations.tasks import TASKS
 
 KINDS: list[tuple[Registry[Any], list[str]]] = [
     (ARMS, ["dense", "majority-vote", "masks", "prunecast", "recoded", "scheme"]),
-    (DATA, ["idx", "mnist-5k", "named", "npz", "synthetic"]),
+    (DATA, ["flower-datasets", "function", "idx", "mnist-5k", "named", "npz", "synthetic"]),
     (PARTITIONS, ["dirichlet", "flower", "iid", "natural"]),
-    (TASKS, ["classification", "positions", "rating", "reconstruction", "regression"]),
+    (
+        TASKS,
+        ["classification", "function", "positions", "rating", "reconstruction", "regression"],
+    ),
 ]
 
 
