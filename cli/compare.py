@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from prunecast.cli.console import Column, make_console, print_table
+from prunecast.cli.simulate import Log, RunProgress
 
 __all__ = ["compare"]
 
@@ -41,6 +42,7 @@ def compare(
         Path | None,
         typer.Option(help="Folder of the comparison; what is finished there is kept."),
     ] = None,
+    log: Log = None,
 ) -> None:
     """Compare a scenario's model under peers and presets: bytes of both directions, accuracy.
 
@@ -48,9 +50,10 @@ def compare(
     that were finished in the folder before, with the same scenario, are kept. docs/compare.md
     says what each arm is.
     """
-    from prunecast.cli.simulate import RunProgress
     from prunecast.common.files import write_atomically
     from prunecast.simulations.comparison import Comparison, compared_rows, published_lines
+    from prunecast.simulations.live import Told, loggers_of
+    from prunecast.simulations.report import gather, write_studies
     from prunecast.simulations.scenarios import load_scenario
 
     if "" not in sys.path:  # a model of the current folder, as `python -m` finds it
@@ -66,10 +69,12 @@ def compare(
         network=network,
     )
     console = make_console()
-    with RunProgress(make_console(stderr=True)) as progress:
+    progress = RunProgress(make_console(stderr=True))
+    with Told(loggers_of(log or ()), comparison.folder) as listener, progress:
 
         def hear(event: Mapping[str, Any]) -> None:
             progress({**event, "event": "step"} if event["event"] == "kept" else event)
+            listener(event)
 
         document = comparison.run(hear)
     if json_file is not None:
@@ -89,7 +94,8 @@ def compare(
         console.print(line, soft_wrap=True)
     for name, why in document["left_out"].items():
         console.print(f"{name} was left out: {why}", soft_wrap=True)
-    console.print(f"\n{comparison.folder}", soft_wrap=True)
+    page = write_studies(comparison.folder, gather([comparison.folder]))["page"]
+    console.print(f"\n{comparison.folder}  (open {page})", soft_wrap=True)
 
 
 def _names(text: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +17,10 @@ from prunecast.cli.console import Column, make_console, print_table
 from prunecast.common.text import bytes_text
 
 if TYPE_CHECKING:
+    from prunecast.simulations.report import Study
     from prunecast.simulations.scenarios import Scenario
 
-__all__ = ["RunProgress", "demo", "report", "simulate"]
+__all__ = ["Log", "RunProgress", "demo", "report", "simulate"]
 
 _LINES_PER_ARM = 6
 
@@ -33,6 +34,13 @@ Seed = Annotated[
 Rounds = Annotated[int | None, typer.Option(min=1, help="Rounds instead of the scenario's.")]
 Output = Annotated[
     Path | None, typer.Option(help="Folder that gets a folder for this run (default: runs).")
+]
+Log = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Also tell tensorboard, wandb or mlflow while it runs; may be repeated.",
+        metavar="TOOL",
+    ),
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON; progress goes to standard error.")
@@ -50,7 +58,11 @@ def _list_scenarios(wanted: bool) -> None:
 
 
 def demo(
-    seed: Seed = None, rounds: Rounds = None, output: Output = None, as_json: AsJson = False
+    seed: Seed = None,
+    rounds: Rounds = None,
+    output: Output = None,
+    log: Log = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train on real digits, dense and compressed, and deliver the result to a device.
 
@@ -60,7 +72,7 @@ def demo(
     the second and classifies the held-out images. Takes under three minutes on two cores and
     needs no network.
     """
-    _run_and_show(_load("demo", seed, rounds, output), as_json)
+    _run_and_show(_load("demo", seed, rounds, output), as_json, log or ())
 
 
 def simulate(
@@ -70,6 +82,7 @@ def simulate(
     seed: Seed = None,
     rounds: Rounds = None,
     output: Output = None,
+    log: Log = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Only check scenario and data; print it in full."),
@@ -97,28 +110,60 @@ def simulate(
         check_scenario(chosen)
         typer.echo(json.dumps(chosen.to_mapping(), indent=None if as_json else 2))
     else:
-        _run_and_show(chosen, as_json)
+        _run_and_show(chosen, as_json, log or ())
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a finished run, such as runs/<time>.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders of runs, of comparisons, or of ServerApps' runs; several go together.",
+            metavar="FOLDER...",
+        ),
+    ],
     network: Annotated[
-        str, typer.Option(help="Simulate its time over a network: a profile, or a CSV trace.")
+        str, typer.Option(help="Simulate time over a network: a profile, or a CSV trace.")
     ] = "",
+    target: Annotated[
+        list[float] | None,
+        typer.Option(help="Tell the bytes to this value of the metric; may be repeated."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the report (default: the run's; of several, ./report)."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a run's tables and draw its picture and page again, from result.json."""
-    from prunecast.simulations.report import write_report
-    from prunecast.simulations.runner.run import read_result
+    """Report on runs: one page that stands alone, Markdown and CSV of the same numbers.
 
-    result = read_result(folder)
-    if network:
-        from prunecast.simulations.network_profiles import NetworkSpec
-        from prunecast.simulations.network_profiles.results import add_simulated_time
+    Runs of one scenario are put together: arms side by side, seeds as mean and spread. What a run
+    did not record is said to be missing. docs/report.md says what is shown.
+    """
+    from prunecast.simulations.network_profiles import NetworkSpec
+    from prunecast.simulations.report import gather, write_studies
 
-        add_simulated_time(result, folder, NetworkSpec(network))
-    figure, page = write_report(folder, result)
-    _show(folder, result, as_json, {"figure": str(figure), "page": str(page)})
+    studies = gather(folders, NetworkSpec(network) if network else None)
+    written = write_studies(_report_folder(folders, output), studies, targets=target or ())
+    files = {name: str(path) for name, path in written.items()}
+    if len(folders) == 1 and (folders[0] / "result.json").is_file():
+        _show(folders[0], dict(studies[0].result), as_json, files)
+    elif as_json:
+        typer.echo(json.dumps(files))
+    else:
+        _show_studies(studies, written["page"])
+
+
+def _report_folder(folders: Sequence[Path], output: Path | None) -> Path:
+    folder = output or (folders[0] if len(folders) == 1 else Path("report"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        from prunecast.common.files import StorageError
+
+        raise StorageError(
+            f"cannot make {folder} ({error.strerror or error}): choose another with --output"
+        ) from error
+    return folder
 
 
 def _load(source: str, seed: int | None, rounds: int | None, output: Path | None) -> Scenario:
@@ -130,16 +175,37 @@ def _load(source: str, seed: int | None, rounds: int | None, output: Path | None
     return dataclasses.replace(load_scenario(source), **given)
 
 
-def _run_and_show(scenario: Scenario, as_json: bool) -> None:
+def _run_and_show(scenario: Scenario, as_json: bool, log: Sequence[str]) -> None:
+    from prunecast.simulations.live import Told, loggers_of
     from prunecast.simulations.report import write_report
     from prunecast.simulations.runner.run import new_run_folder, run_scenario
 
+    loggers = loggers_of(log)
     folder = new_run_folder(scenario.output, scenario.name)
-    with RunProgress(make_console(stderr=as_json)) as progress:
-        result = run_scenario(scenario, folder, on_event=progress)
+    progress = RunProgress(make_console(stderr=as_json))
+    with progress, Told(loggers, folder) as told:
+
+        def hear(event: Mapping[str, Any]) -> None:
+            progress(event)
+            told(event)
+
+        result = run_scenario(scenario, folder, on_event=hear)
         progress({"event": "step", "text": "drawing the report"})
         write_report(folder, result)
     _show(folder, result, as_json, {})
+
+
+def _show_studies(studies: Sequence[Study], page: Path) -> None:
+    """Print the arms of every study."""
+    from prunecast.simulations.report import sections_of
+
+    console = make_console()
+    for study in studies:
+        [table] = sections_of(study)[0].tables
+        console.print()
+        title = f"{study.scenario['name']}: seeds {', '.join(map(str, study.seeds))}"
+        print_table(console, [Column(name) for name in table.header], table.rows, title=title)
+    console.print(f"\nopen {page}", soft_wrap=True)
 
 
 def _show(folder: Path, result: dict[str, Any], as_json: bool, files: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ from prunecast.simulations.kinds import ScenarioError, choice, written
 from prunecast.simulations.network_profiles import NetworkSpec
 from prunecast.simulations.network_profiles.results import add_simulated_time
 from prunecast.simulations.runner import ResultError, SimulationError
-from prunecast.simulations.scenarios import PublishedSpec, Scenario
+from prunecast.simulations.scenarios import PublishedSpec, Scenario, save_scenario
 
 __all__ = ["DOCUMENT", "Comparison", "compared_rows", "last_rounds", "peers", "published_lines"]
 
@@ -152,7 +152,7 @@ class Comparison:
             DataError, FederationError, ScenarioError, SimulationError: as of `run_scenario`; what
                 was finished before is kept.
         """
-        from prunecast.simulations.runner.run import check_scenario, run_scenario
+        from prunecast.simulations.runner.run import SCENARIO, check_scenario, run_scenario
 
         results: dict[int, dict[str, dict[str, Any]]] = {seed: {} for seed in self.seeds}
         checked, task = False, {}
@@ -173,6 +173,7 @@ class Comparison:
                 add_simulated_time(result, folder, self.network)
             results[scenario.seed].update(result["arms"])
             task = result["task"]
+        save_scenario(self.scenario, self.folder / SCENARIO)
         text = json.dumps(self._document(results, task), indent=2) + "\n"
         write_atomically(self.folder / DOCUMENT, text.encode())
         return json.loads(text)  # type: ignore[no-any-return]

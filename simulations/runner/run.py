@@ -26,7 +26,7 @@ from prunecast.simulations.runner.prepared import (
     partition_data,
     prepare,
 )
-from prunecast.simulations.scenarios import Scenario
+from prunecast.simulations.scenarios import Scenario, save_scenario
 
 if TYPE_CHECKING:
     from prunecast.server.federation import Tally
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from prunecast.server.federation.ledger import Direction
 
 __all__ = [
+    "SCENARIO",
     "SCHEMA",
     "build_arms",
     "check_scenario",
@@ -43,6 +44,9 @@ __all__ = [
 ]
 
 _MADE = "made.json"  # in the scratch folder: the folders that a run made, the innermost first
+
+SCENARIO = "scenario.toml"
+"""In a run's folder, the scenario in full: running it again gives the same."""
 
 SCHEMA = 2
 """Of ``result.json``, every key of which docs/result.md explains."""
@@ -133,6 +137,7 @@ def run_scenario(
         held_out = len(data[1])
         prepared = prepare(scenario, folder, data)
         del data
+        save_scenario(scenario, folder / SCENARIO)
         on_event({"event": "step", "text": "starting the engine"})
         outcomes: list[dict[str, Any]] = []
         for event in run_engine(prepared, folder / "engine.log"):
@@ -170,6 +175,9 @@ def run_scenario(
             add_simulated_time(document, folder, scenario.network)
         text = json.dumps(document, indent=2) + "\n"
         write_atomically(folder / "result.json", text.encode())
+    except BaseException:
+        (folder / SCENARIO).unlink(missing_ok=True)  # of a run that left nothing
+        raise
     finally:
         _clean(folder)
     return json.loads(text)  # type: ignore[no-any-return]

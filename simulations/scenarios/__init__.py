@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from prunecast.common.files import write_atomically
 from prunecast.common.references import load_callable
 from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataSource
@@ -33,6 +34,7 @@ __all__ = [
     "ScenarioError",
     "load_scenario",
     "packaged_scenarios",
+    "save_scenario",
     "scenario_from_mapping",
 ]
 
@@ -304,6 +306,20 @@ def load_scenario(source: Path | str) -> Scenario:
     folder = Path(source).parent
     network = scenario.network and scenario.network.located(folder)
     return dataclasses.replace(scenario, data=scenario.data.located(folder), network=network)
+
+
+def save_scenario(scenario: Scenario, path: Path) -> None:
+    """Write a scenario as TOML that `load_scenario` reads from wherever it lies.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    import tomli_w
+
+    here = Path.cwd()
+    network = scenario.network and scenario.network.located(here)
+    whole = dataclasses.replace(scenario, data=scenario.data.located(here), network=network)
+    write_atomically(path, tomli_w.dumps(whole.to_mapping()).encode())
 
 
 def scenario_from_mapping(table: Mapping[str, Any]) -> Scenario:

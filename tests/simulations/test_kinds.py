@@ -17,7 +17,7 @@ from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataError, DataSource, Examples, load_examples
 from prunecast.simulations.kinds import Registry, ScenarioError, written
 from prunecast.simulations.partitions import PARTITIONS, Partition
-from prunecast.simulations.report import render_page, write_report
+from prunecast.simulations.report import render_page, study_of, write_report
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
 from prunecast.simulations.runner.run import new_run_folder, run_scenario
 from prunecast.simulations.scenarios import scenario_from_mapping
@@ -126,7 +126,7 @@ def test_classes_of_the_users_own_take_part(tiny, tmp_path):
     assert mine["published"]
     assert mine["reduction"] > 1.0
     assert (folder / "ledger.jsonl").is_file()
-    page = render_page(result, b"")
+    page = render_page([study_of(result)])
     assert "floor 0.5" in page
     assert f"{__name__}:Alternating" in page
 

@@ -12,6 +12,7 @@ from prunecast.simulations.report import (
     arm_rows,
     release_rows,
     render_page,
+    study_of,
     write_report,
 )
 
@@ -119,13 +120,13 @@ def test_tables_have_a_row_per_arm_and_per_download(result):
 
 
 def test_the_picture_is_a_png_and_the_same_every_time(result):
-    first = accuracy_figure(result, dots_per_inch=50)
+    first = accuracy_figure(study_of(result), dots_per_inch=50)
     assert first.startswith(b"\x89PNG\r\n")
-    assert accuracy_figure(result, dots_per_inch=50) == first
+    assert accuracy_figure(study_of(result), dots_per_inch=50) == first
 
 
 def test_the_page_stands_alone(result):
-    page = render_page(result, b"picture")
+    page = render_page([study_of(result)], [b"picture"])
     assert "data:image/png;base64,cGljdHVyZQ==" in page
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
     assert "http" not in page.replace("http-equiv", "")
@@ -135,7 +136,7 @@ def test_the_page_stands_alone(result):
 
 
 def test_text_from_the_scenario_is_escaped(result):
-    page = render_page(result, b"")
+    page = render_page([study_of(result)])
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
