@@ -31,6 +31,11 @@ class Arm(Kind):
     trains: ClassVar[bool] = True
     baseline: ClassVar[bool] = False
 
+    @classmethod
+    def missing(cls) -> str:
+        """How to install what it needs besides, where that is not there; empty for nothing."""
+        return ""
+
     @property
     def publishes(self) -> bool:
         """Whether it publishes versions: they are what is measured and what devices can run."""

@@ -30,7 +30,6 @@ __all__ = ["DOCUMENT", "Comparison", "compared_rows", "last_rounds", "peers", "p
 SCHEMA = 1
 DOCUMENT = "comparison.json"
 _LAST = 3
-_LEFT_OUT = {"nncodec": "no arm codes by ISO/IEC 15938-17 yet"}
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -101,11 +100,16 @@ class Comparison:
             choice("arms", name, known)
         if repeated := [seed for seed in seeds if seeds.count(seed) > 1]:
             raise ScenarioError("seeds", f"{repeated[0]} is there twice", "name each once")
-        arms = {name: known[name] for name in names or known}
+        left_out: dict[str, str] = {}
+        if not names:
+            left_out = {name: arm.missing() for name, arm in known.items() if arm.missing()}
+        arms = {name: known[name] for name in names or known if name not in left_out}
         if not any(arm.trains for arm in arms.values()):
             raise ScenarioError("arms", "nothing is trained", "name an arm such as dense or small")
         for name, arm in arms.items():
             arm.check(f"arms.{name}", arms)
+            if arm.missing():
+                raise ScenarioError(f"arms.{name}", "is not installed", arm.missing())
         spec = NetworkSpec(network) if network else scenario.network
         if spec is not None:
             spec.links()
@@ -121,7 +125,7 @@ class Comparison:
             arms,
             tuple(seeds) or (scenario.seed,),
             folder or Path(scenario.output) / f"compare-{scenario.name}",
-            {} if names else _LEFT_OUT,
+            left_out,
             spec,
             scenario.published,
         )

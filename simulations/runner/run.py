@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunecast.common.files import write_atomically
 from prunecast.common.text import quiet
-from prunecast.simulations.kinds import written
+from prunecast.simulations.kinds import ScenarioError, written
 from prunecast.simulations.network_profiles.results import add_simulated_time, entries_of
 from prunecast.simulations.runner import ResultError, SimulationError
 from prunecast.simulations.runner.engine import ENVIRONMENT, run_engine
@@ -95,7 +95,9 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
     from prunecast.simulations.runner.delivery import rule_of
     from prunecast.simulations.runner.federate import strategy_of
 
-    for arm in scenario.trained_arms().values():
+    for name, arm in scenario.trained_arms().items():
+        if arm.missing():
+            raise ScenarioError(f"arms.{name}", "is not installed", arm.missing())
         arm.grid_policy()
     with quiet("flwr"):  # making a strategy warns of what is the engine's to say
         strategy_of(scenario)

@@ -24,7 +24,7 @@ from prunecast.simulations.scenarios import scenario_from_mapping
 from prunecast.simulations.tasks import TASKS
 
 KINDS: list[tuple[Registry[Any], list[str]]] = [
-    (ARMS, ["dense", "majority-vote", "masks", "prunecast", "recoded", "scheme"]),
+    (ARMS, ["dense", "majority-vote", "masks", "nncodec", "prunecast", "recoded", "scheme"]),
     (DATA, ["flower-datasets", "function", "idx", "mnist-5k", "named", "npz", "synthetic"]),
     (PARTITIONS, ["dirichlet", "flower", "iid", "natural"]),
     (
