@@ -102,10 +102,8 @@ class Masks(Arm):
 def _module(scenario: Scenario) -> nn.Module:
     import torch
 
-    from prunecast.common.references import load_callable
-
     with torch.random.fork_rng(devices=[]):
-        module: nn.Module = load_callable(scenario.model.factory)()
+        module: nn.Module = scenario.model.network()()
     return module
 
 

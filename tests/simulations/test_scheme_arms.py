@@ -201,6 +201,16 @@ def test_masks_over_frozen_weights_are_learnt(tiny: dict[str, Any], tmp_path: Pa
     assert types == {"train.masks"}
 
 
+def test_masks_lie_over_the_network_that_its_options_make(tiny):
+    options = {"mean": 0.1307, "deviation": 0.3081}  # a layer before the others, so other names
+    model = {"factory": "prunecast.simulations.networks.convolutional:cnn", "options": options}
+    scenario = scenario_from_mapping({**with_arms(tiny, masks={"kind": "masks"}), "model": model})
+    module = scenario.model.network()()
+    found = scenario.arms["masks"].initial(ArrayRecord(module.state_dict()), scenario)
+    assert list(found) == list(module.state_dict())
+    assert {float(found["1.weight"].numpy().ravel()[0]), found["1.bias"].numpy()[0]} == {0.5, 0.0}
+
+
 @pytest.mark.parametrize("kind", ["masks", "majority-vote"])
 def test_running_statistics_are_averaged(tiny: dict[str, Any], tmp_path: Path, kind: str) -> None:
     factory = {"factory": "support.networks:normalised"}
