@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from prunecast.common.files import (
     StorageError,
     cache_folder,
+    folder_bytes,
     remove_abandoned,
     write_atomically,
 )
@@ -45,7 +46,15 @@ from prunecast.compression.versions import (
     VersionsError,
 )
 
-__all__ = ["ModError", "NodeStore", "NonFiniteUpdate", "StoreError", "default_root"]
+__all__ = [
+    "ModError",
+    "NodeStore",
+    "NonFiniteUpdate",
+    "StoreError",
+    "default_root",
+    "forget",
+    "kept_bytes",
+]
 
 _STALE_SECONDS = 30 * 24 * 3600
 _SIGN_OF_LIFE_SECONDS = 24 * 3600
@@ -75,6 +84,32 @@ def default_root() -> Path:
     return cache_folder("nodes")
 
 
+def kept_bytes(root: Path, run_id: int, node_id: int) -> int:
+    """Bytes of the files of one node in one run; 0 where it kept none."""
+    return folder_bytes(_folder(root, run_id, node_id))
+
+
+def forget(root: Path, run_id: int, node_id: int, *, residuals: bool) -> None:
+    """Remove what a node keeps between messages; it goes on as one whose disk was lost.
+
+    Args:
+        root: directory for all runs and nodes of this machine.
+        run_id: Flower's run id.
+        node_id: Flower's node id; none of its messages may be under way.
+        residuals: also what its updates dropped, and not only the versions it holds.
+    """
+    folder = _folder(root, run_id, node_id)
+    if residuals:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in folder.glob("*.model"):
+        path.unlink(missing_ok=True)
+
+
+def _folder(root: Path, run_id: int, node_id: int) -> Path:
+    return root / str(run_id) / str(node_id)
+
+
 class NodeStore:
     """Files of one node in one run.
 
@@ -85,7 +120,7 @@ class NodeStore:
     """
 
     def __init__(self, root: Path, run_id: int, node_id: int) -> None:
-        self._folder = root / str(run_id) / str(node_id)
+        self._folder = _folder(root, run_id, node_id)
         if not self._folder.is_dir():
             with suppress(StoreError):  # said where something is to be written
                 self._make_folder()

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -25,10 +26,12 @@ from prunecast.simulations.runner import EngineFailed
 if TYPE_CHECKING:
     from prunecast.server.federation.events import OnEvent
     from prunecast.simulations.runner.prepared import PreparedRun
+    from prunecast.simulations.scenarios import EngineSpec
 
-__all__ = ["ENVIRONMENT", "main", "run_engine", "simulate"]
+__all__ = ["ENVIRONMENT", "end_process", "main", "run_engine", "simulate", "start_process"]
 
 _GRACE_SECONDS = 15.0
+_CONNECT_SECONDS = 10.0
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -51,23 +54,8 @@ def run_engine(prepared: PreparedRun, log: Path) -> Iterator[dict[str, Any]]:
     Raises:
         EngineFailed: the process failed; names the log.
     """
-    environment = {
-        **os.environ,
-        **ENVIRONMENT,
-        # what the caller can import (a model in the current folder), the clients can
-        "PYTHONPATH": os.pathsep.join(part for part in [os.getcwd(), *sys.path] if part),
-        "PYTHONUNBUFFERED": "1",
-    }
     finished = False
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(prepared.folder.resolve())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the caller, which ends the engine
-        )
+    process = start_process(__name__, prepared.folder, log)
     assert process.stdout is not None
     try:
         with process.stdout as events:
@@ -79,7 +67,7 @@ def run_engine(prepared: PreparedRun, log: Path) -> Iterator[dict[str, Any]]:
                 yield event
         code = process.wait(_GRACE_SECONDS)
     finally:
-        _end(process)
+        end_process(process)
     if not finished:
         how = f"with code {code}"
         if code < 0:
@@ -87,8 +75,34 @@ def run_engine(prepared: PreparedRun, log: Path) -> Iterator[dict[str, Any]]:
         raise EngineFailed(f"the simulation engine ended {how}: see {log}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Whatever is left of the engine ends with the run."""
+def start_process(module: str, folder: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start ``python -m MODULE FOLDER``, which tells events in lines on its standard output.
+
+    Args:
+        module: to run.
+        folder: its only argument.
+        log: file that gets everything else that it prints.
+    """
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        # what the caller can import (a model in the current folder), the clients can
+        "PYTHONPATH": os.pathsep.join(part for part in [os.getcwd(), *sys.path] if part),
+        "PYTHONUNBUFFERED": "1",
+    }
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, str(folder.resolve())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the caller, which ends the process
+        )
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Whatever is left of such a process ends."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -128,20 +142,48 @@ def simulate(prepared: PreparedRun, emit: OnEvent) -> None:
         def serve(grid: Grid, context: Context) -> None:
             outcomes.extend(run_arms(grid, prepared, emit))
 
+        _start_ray(engine)
         cpus: float = engine.cpus
         run_simulation(
             server_app=server,
             client_app=client,
             num_supernodes=count,
-            backend_config={
-                "init_args": {
-                    "num_cpus": engine.concurrent * engine.cpus,
-                    **({"num_gpus": 1} if engine.gpus else {}),
-                },
-                "client_resources": {"num_cpus": cpus, "num_gpus": engine.gpus},
-            },
+            backend_config={"client_resources": {"num_cpus": cpus, "num_gpus": engine.gpus}},
         )
     emit({"event": "outcome", "arms": outcomes})
+
+
+def _start_ray(engine: EngineSpec) -> None:
+    """Start Ray, or join a cluster, before Flower would, which waits for ever where no client fits.
+
+    Raises:
+        EngineFailed: there is no such cluster, or no machine has what a client needs.
+    """
+    import ray
+
+    # of this process there is the path in the environment alone: see `run_engine`
+    environment = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
+    chosen: dict[str, Any] = {"num_cpus": engine.concurrent * engine.cpus}
+    if engine.address:
+        chosen = {"address": engine.address}
+    host, _, port = engine.address.rpartition(":")
+    try:
+        if host:  # Ray goes on trying for minutes
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        ray.init(runtime_env=environment, include_dashboard=False, **chosen)
+    except OSError:  # ConnectionError is one
+        raise EngineFailed(
+            f"no Ray cluster answers at engine.address = {engine.address!r}: start one with "
+            "ray start --head, or leave the key out"
+        ) from None  # the cause is what `main` tells
+    nodes = ray.nodes()  # type: ignore[no-untyped-call, unused-ignore]
+    machines = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(m.get("CPU", 0) >= engine.cpus and m.get("GPU", 0) >= engine.gpus for m in machines):
+        found = "; ".join(f"{m.get('CPU', 0):g} CPUs, {m.get('GPU', 0):g} GPUs" for m in machines)
+        raise EngineFailed(
+            f"no machine has the engine.cpus = {engine.cpus} and engine.gpus = {engine.gpus:g} "
+            f"that a client takes (there are {found}): lower them"
+        )
 
 
 def main(arguments: list[str]) -> int:

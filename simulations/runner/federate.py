@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
@@ -26,16 +26,18 @@ from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
 from prunecast.server.federation.events import OnEvent
 from prunecast.server.federation.run import EVENTS, initial_arrays
 from prunecast.server.federation.strategies import build_strategy
-from prunecast.server.federation.wrapper import GridWrapper
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.runner import EngineFailed
+from prunecast.simulations.runner.nodes import (
+    OrderedGrid,
+    StoreBound,
+    client_number_mod,
+    number_nodes,
+)
 from prunecast.simulations.runner.prepared import PreparedRun, tensors
 from prunecast.simulations.scenarios import Scenario
 
 __all__ = ["run_arms", "simulated_client", "strategy_of"]
-
-_NODE_RECORD = "node"  # in which a client answers a query with its ``partition-id``
-_QUERY_SECONDS = 120.0
 
 
 # -- nodes ----------------------------------------------------------------------------------------
@@ -44,6 +46,7 @@ _QUERY_SECONDS = 120.0
 def simulated_client(prepared: PreparedRun) -> ClientApp:
     """The client of a prepared run; picklable, and small: data stay on disk."""
     scenario = prepared.scenario
+    prepared = replace(prepared, sizes=())  # it goes along with every message
     chosen = asdict(scenario.training)
     del chosen["batch_size"]  # of the loader
     client = build_client_app(
@@ -51,9 +54,8 @@ def simulated_client(prepared: PreparedRun) -> ClientApp:
         partial(_data, prepared),
         LocalTraining(local_epochs=chosen.pop("epochs"), seed=scenario.seed, **chosen),
         loss_fn=scenario.task.training_loss,
-        mods=[compression_mod(prepared.store)],
+        mods=[client_number_mod(prepared), compression_mod(prepared.store)],
     )
-    client.query()(_identify)
     for arm in scenario.trained_arms().values():
         arm.equip(client, partial(_model, prepared), partial(_data, prepared), scenario)
     return client
@@ -69,69 +71,6 @@ def _data(prepared: PreparedRun, context: Context) -> tuple[Loader, Loader | Non
     inputs, targets = tensors(prepared.client(int(context.node_config["partition-id"])))
     batch_size = prepared.scenario.training.batch_size
     return TensorBatches(inputs, targets, batch_size=batch_size, shuffle=True), None
-
-
-def _identify(message: Message, context: Context) -> Message:
-    record = MetricRecord({"partition-id": int(context.node_config["partition-id"])})
-    return Message(RecordDict({_NODE_RECORD: record}), reply_to=message)
-
-
-def _nodes_by_partition(grid: Grid, count: int) -> list[int]:
-    """Wait for `count` nodes and ask each for its partition; node ids in order of partition.
-
-    Flower draws node ids at random; partitions are what stays the same from run to run.
-
-    Raises:
-        EngineFailed: the nodes do not come up, or do not answer.
-    """
-    deadline = time.monotonic() + _QUERY_SECONDS
-    while len(nodes := list(grid.get_node_ids())) < count:
-        if time.monotonic() > deadline:
-            raise EngineFailed(f"only {len(nodes)} of {count} simulated nodes came up")
-        time.sleep(0.1)
-    queries = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    partitions: dict[int, int] = {}
-    for reply in grid.send_and_receive(queries, timeout=_QUERY_SECONDS):
-        if reply.has_error():
-            raise EngineFailed(f"a simulated node failed to start: {reply.error.reason}")
-        record = reply.content[_NODE_RECORD]
-        assert isinstance(record, MetricRecord)
-        partitions[reply.metadata.src_node_id] = int(record["partition-id"])  # type: ignore[arg-type]
-    if len(partitions) < count:
-        raise EngineFailed(f"only {len(partitions)} of {count} simulated nodes answered")
-    return sorted(partitions, key=partitions.__getitem__)
-
-
-class _OrderedGrid(GridWrapper):
-    """Lists nodes by partition, and returns replies in the order of those nodes.
-
-    Sums of floats depend on the order of their terms, and the sampling of nodes on the order of
-    the nodes: without this no two runs are alike.
-
-    Args:
-        grid: the grid to wrap.
-        nodes: node ids in the order to keep.
-    """
-
-    def __init__(self, grid: Grid, nodes: Iterable[int]) -> None:
-        super().__init__(grid)
-        self._rank = {node: rank for rank, node in enumerate(nodes)}
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Ids of the connected nodes, in order."""
-        return sorted(self._grid.get_node_ids(), key=self._place)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages; the replies in the order of the nodes that were asked."""
-        ordered = sorted(messages, key=lambda m: self._place(m.metadata.dst_node_id))
-        replies = list(self._grid.send_and_receive(ordered, timeout=timeout))
-        asked = {m.metadata.message_id: self._place(m.metadata.dst_node_id) for m in ordered}
-        return sorted(replies, key=lambda r: asked.get(r.metadata.reply_to_message_id, len(asked)))
-
-    def _place(self, node: int) -> int:
-        return self._rank.get(node, len(self._rank))
 
 
 # -- the server -----------------------------------------------------------------------------------
@@ -160,13 +99,13 @@ def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[dict[str,
     Returns:
         For each arm its ``name``, the ``seconds`` it took, its ``rounds`` (0 for the initial model;
         the task's metric, loss, sparsity, cumulative bytes in each direction, seconds since it
-        began), the ``releases`` it made meanwhile (round, version, reason, metrics), and the ids of
-        the ``nodes`` in the order of their partitions.
+        began), the ``releases`` it made meanwhile (round, version, reason, metrics), the ids of
+        the ``nodes`` in the order of their clients, and what these kept, see `StoreBound`.
 
     Raises:
         EngineFailed: clients failed in a round.
     """
-    nodes = _nodes_by_partition(grid, prepared.scenario.clients.count)
+    nodes = number_nodes(grid, prepared)
     return [
         _run_arm(grid, nodes, prepared, name, arm, emit)
         for name, arm in prepared.scenario.trained_arms().items()
@@ -246,8 +185,14 @@ def _run_arm(
         alternatives={n: other.recode() for n, other in scenario.recodings_of(name).items()},
         poll_interval=0.05,  # nodes are near
     )
+    policy = compressed.policy
+    bound = StoreBound(
+        *(prepared.store, grid.run.run_id),
+        most=scenario.engine.store_bytes,
+        history=policy.history,
+    )
     run = Run(
-        _OrderedGrid(compressed, nodes),
+        OrderedGrid(compressed, nodes, bound),
         arm.strategy(strategy_of(scenario)),
         evaluate_fn=evaluate_fn,
         releases=automatic_releases(prepared, name),
@@ -270,4 +215,4 @@ def _run_arm(
     held_out.save(prepared, name)
     releases = [asdict(made) for made in run.releases.made] if run.releases else []
     made = {"name": name, "seconds": seconds, "rounds": rounds, "releases": releases}
-    return {**made, "nodes": nodes}
+    return {**made, "nodes": nodes, "store_bytes": bound.peak, "forgotten": bound.forgotten}

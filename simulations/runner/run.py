@@ -248,6 +248,8 @@ def build_arms(
             "decode_ms": round(total.decode_ms, 3),
             "seconds": round(outcome["seconds"], 3) if arm.trains else None,
             "ledger": path.name,
+            "store_bytes": outcome["store_bytes"] if arm.trains else None,
+            "forgotten": outcome["forgotten"] if arm.trains else None,
             "nodes": [str(node) for node in outcome["nodes"]],
             "by_kind": _by_kind(tally),
             "rounds": rounds,

@@ -145,15 +145,23 @@ class EngineSpec:
     Attributes:
         backend: "ray", Flower's simulation engine, or "inline", one client after the other
             in one process (small tests, notebooks, machines without Ray).
-        concurrent: clients that train at the same time (ray).
+        concurrent: clients that train at the same time (ray); in a cluster that `address` names,
+            as many as it has room for.
         cpus: CPUs for each of them (ray).
         gpus: GPUs, or a fraction of one, for each of them (ray).
+        address: of a Ray cluster to join, ``HOST:PORT`` or "auto" for the one of this machine, all
+            of whose machines have the run's folder; empty to start Ray here (ray).
+        store_bytes: of all that the simulated nodes keep on disk between messages, see docs.
     """
 
     backend: Literal["ray", "inline"] = "ray"
     concurrent: Annotated[int, Range(1)] = 2
     cpus: Annotated[int, Range(1)] = 1
     gpus: Annotated[float, Range(0)] = 0.0
+    address: Annotated[
+        str, Matches(r"|auto|[^\s:/]+:[0-9]+", 'write it as HOST:PORT, or "auto"')
+    ] = ""
+    store_bytes: Annotated[int, Range(0)] = 10_000_000_000
 
 
 @dataclass(frozen=True)

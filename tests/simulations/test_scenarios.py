@@ -142,6 +142,8 @@ def change(mapping, key, value):
         ("training/device", "tpu", "training.device", "auto, cpu, cuda"),
         ("engine/backend", "dask", "engine.backend", "inline, ray"),
         ("engine/concurrent", 0, "engine.concurrent", "at least 1"),
+        ("engine/address", "ray://head", "engine.address", "HOST:PORT"),
+        ("engine/store_bytes", -1, "engine.store_bytes", "at least 0"),
         ("arms/Dense", {"kind": "dense"}, "arms.Dense", "use a-z"),
         ("arms/dense/level", 3, "arms.dense.level", "keys: kind"),
         (
