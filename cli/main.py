@@ -17,6 +17,7 @@ from prunecast.cli.files import compress, decompress, inspect
 from prunecast.cli.serve import serve
 from prunecast.cli.signals import end_cleanly
 from prunecast.cli.simulate import demo, report, simulate
+from prunecast.cli.sweep import sweep
 
 __all__ = ["app", "run"]
 
@@ -87,7 +88,8 @@ def main(
     """Federated learning and edge delivery that are cheap in bytes."""
 
 
-for _command in (demo, simulate, compare, report, serve, compress, decompress, inspect):
+_COMMANDS = (demo, simulate, compare, sweep, report, serve, compress, decompress, inspect)
+for _command in _COMMANDS:
     app.command()(_command)
 for _name, _group in {"data": data, "release": release, "edge": edge, "fleet": fleet}.items():
     app.add_typer(_group.app, name=_name)

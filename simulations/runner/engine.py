@@ -18,6 +18,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,10 @@ def run_engine(prepared: PreparedRun, log: Path) -> Iterator[dict[str, Any]]:
                     raise EngineFailed(f"the simulation failed: {event['reason']} (see {log})")
                 finished = finished or event["event"] == "outcome"
                 yield event
-        code = process.wait(_GRACE_SECONDS)
+        with suppress(subprocess.TimeoutExpired):  # a busy machine takes long to end Ray
+            process.wait(_GRACE_SECONDS)
     finally:
-        end_process(process)
+        code = end_process(process)
     if not finished:
         how = f"with code {code}"
         if code < 0:
@@ -101,15 +103,15 @@ def start_process(module: str, folder: Path, log: Path) -> subprocess.Popen[byte
         )
 
 
-def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Whatever is left of such a process ends."""
+def end_process(process: subprocess.Popen[bytes]) -> int:
+    """Whatever is left of such a process ends; its exit status, as `subprocess` has it."""
     if process.poll() is None:
         process.terminate()
         try:
             process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    return process.wait()
 
 
 def simulate(prepared: PreparedRun, emit: OnEvent) -> None:

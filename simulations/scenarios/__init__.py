@@ -25,6 +25,7 @@ from prunecast.simulations.data import DATA, DataSource
 from prunecast.simulations.kinds import NAME, Matches, Range, ScenarioError, build, choice, written
 from prunecast.simulations.network_profiles import NetworkSpec
 from prunecast.simulations.partitions import PARTITIONS, Partition
+from prunecast.simulations.sweeps import SweepSpec
 from prunecast.simulations.tasks import TASKS, Task
 
 __all__ = [
@@ -229,6 +230,7 @@ class Scenario:
         release: None when nothing is to be released.
         network: None when no time is simulated.
         published: what others measured in this setting; decides nothing.
+        sweep: None when no key is varied; only `prunecast sweep` reads it.
     """
 
     name: Annotated[str, Matches(NAME, "it names a folder: use a-z 0-9 . _ -")] = "scenario"
@@ -250,6 +252,7 @@ class Scenario:
     release: ReleaseSpec | None = None
     network: NetworkSpec | None = None
     published: Mapping[str, PublishedSpec] = field(default_factory=dict)
+    sweep: SweepSpec | None = None
 
     def trained_arms(self) -> dict[str, Arm]:
         """The arms that train; the others only measure the messages of one of these."""
@@ -338,7 +341,9 @@ def scenario_from_mapping(table: Mapping[str, Any]) -> Scenario:
     """
     # in JSON, null says that there is none
     table = {
-        k: v for k, v in table.items() if v is not None or k not in ("arms", "release", "network")
+        k: v
+        for k, v in table.items()
+        if v is not None or k not in ("arms", "release", "network", "sweep")
     }
     schema = table.pop("schema", None)
     if schema != SCHEMA:
@@ -359,6 +364,8 @@ def _check(s: Scenario) -> None:
         s.network.check("network")
     for name, figure in s.published.items():
         figure.check(f"published.{name}")
+    if s.sweep is not None:
+        s.sweep.check("sweep")
     if not s.trained_arms():
         kinds = ", ".join(name for name in ARMS.names() if ARMS.find(name).trains)
         raise ScenarioError("arms", "nothing is trained", f"add an arm of kind {kinds}")
