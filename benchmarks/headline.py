@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--smoke", action="store_true", help="two small scenarios, three rounds, one seed")
-    add("--scenarios", nargs="+", metavar="NAME", help=f"(default: {' '.join(FAMILIES)})")
+    names = f"names, or files (default: {' '.join(FAMILIES)})"
+    add("--scenarios", nargs="+", metavar="NAME", help=names)
     add("--arms", nargs="+", metavar="NAME", help="of `prunecast compare` (default: all)")
     add("--seeds", type=int, nargs="+", metavar="N", help="(default: 1 2 3)")
     add("--rounds", type=int, metavar="N", help="(default: the scenario's)")
@@ -172,9 +174,9 @@ def main(given: list[str] | None = None) -> int:
     arguments = _arguments(given)
     try:
         if arguments.one:
-            document = measured(comparison_of(arguments.one, arguments), arguments.tolerance)
-            text = json.dumps(document) + "\n"
-            write_atomically(arguments.cache / arguments.one / _DOCUMENT, text.encode())
+            comparison = comparison_of(arguments.one, arguments)
+            text = json.dumps(measured(comparison, arguments.tolerance)) + "\n"
+            write_atomically(comparison.folder / _DOCUMENT, text.encode())
             return 0
         comparisons = [comparison_of(name, arguments) for name in arguments.scenarios]
         for comparison in comparisons:
@@ -183,13 +185,15 @@ def main(given: list[str] | None = None) -> int:
     except (DataError, ScenarioError, SimulationError) as error:
         raise SystemExit(f"headline.py: {error}") from error
     with ThreadPoolExecutor(arguments.processes) as pool:
-        documents = list(pool.map(lambda name: _in_process(name, arguments), arguments.scenarios))
+        folders = [comparison.folder for comparison in comparisons]
+        work = pool.map(partial(_in_process, arguments), arguments.scenarios, folders)
+        documents = list(work)
     _write(documents, arguments, " ".join(["python benchmarks/headline.py", *given]))
     print(f"\n{arguments.out / 'headline.md'}")
     return 0
 
 
-def _in_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def _in_process(arguments: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     """The document of a scenario, measured by a process that Ctrl-C ends with this one."""
     command = [sys.executable, __file__, "--one", name, "--cache", str(arguments.cache)]
     command += ["--tolerance", str(arguments.tolerance), "--seeds", *map(str, arguments.seeds)]
@@ -200,8 +204,7 @@ def _in_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     if done.returncode:
         raise SystemExit(f"headline.py: {name} ended with {done.returncode}; what is done is kept")
-    text = (arguments.cache / name / _DOCUMENT).read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
+    found: dict[str, Any] = json.loads((folder / _DOCUMENT).read_text(encoding="utf-8"))
     return found
 
 
