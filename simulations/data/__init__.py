@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -14,9 +16,11 @@ from numpy.typing import NDArray
 from prunecast.simulations.kinds import DataError, Kind, Range, Registry
 from prunecast.simulations.tasks import Task
 
-__all__ = ["DATA", "DataError", "DataSource", "Examples", "load_examples"]
+__all__ = ["DATA", "DataError", "DataSource", "Examples", "keyed", "load_examples"]
 
 _INPUT = "input-"
+_KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*: ")
+_NAMED_BY = ("path", "name", "function")  # keys of sources, by which what is read is named
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,23 @@ class DataSource(Kind):
         return None
 
 
+@contextmanager
+def keyed(key: str) -> Iterator[None]:
+    """Let a `DataError` begin with the key of the scenario to look at, if it begins with none.
+
+    >>> with keyed("data.targets"):
+    ...     raise DataError("labels count from 0")
+    Traceback (most recent call last):
+    prunecast.simulations.kinds.DataError: data.targets: labels count from 0
+    """
+    try:
+        yield
+    except DataError as error:
+        if _KEY.match(str(error)):
+            raise
+        raise DataError(f"{key}: {error}") from error.__cause__
+
+
 DATA: Registry[DataSource] = Registry(DataSource, default="mnist-5k", word="source")
 """The data sources: the modules beside this one."""
 
@@ -119,10 +140,14 @@ def load_examples(source: DataSource, task: Task, *, seed: int) -> tuple[Example
     """
     # SeedSequence keeps the streams of split, partition and weights apart
     rng = np.random.default_rng([seed, 0])
-    found = _checked(source.read(), task)
+    key = next((name for name in _NAMED_BY if hasattr(source, name)), "source")
+    with keyed(f"data.{key}"):
+        raw = source.read()
+    found = _checked(raw, task)
     order = rng.permutation(len(found))
     if source.held_out == "test":
-        apart = source.read_test()
+        with keyed(f"data.{key}"):
+            apart = source.read_test()
         if apart is None:
             raise DataError(
                 "data.held_out = 'test', but the data set apart no examples to measure with: give "
@@ -137,24 +162,37 @@ def load_examples(source: DataSource, task: Task, *, seed: int) -> tuple[Example
     return found.take(order[source.held_out :]), found.take(order[: source.held_out])
 
 
+def _check_numbers(values: NDArray[Any], what: str) -> None:
+    broken = np.flatnonzero(np.isnan(values.reshape(len(values), -1)).any(axis=1))
+    if broken.size:
+        raise DataError(
+            f"{what} NaN in {broken.size} of {len(values)} examples, the first is example "
+            f"{broken[0]}: fill them in, or leave those examples out"
+        )
+
+
 def _checked(found: Examples, task: Task) -> Examples:
     """The same examples, targets as the task takes them; `DataError` for unusable ones."""
     if not len(found):
-        raise DataError("the data hold no examples: give others")
+        raise DataError("data.source: the data hold no examples: give others")
     whose = {} if found.identities is None else {"identities": found.identities}
     for name, values in {**found.inputs, **whose}.items():
         if len(values) != len(found):
             what = f"input {name!r}" if name in found.inputs else name
-            raise DataError(f"there are {len(values)} of {what}, but {len(found)} targets")
+            raise DataError(
+                f"data.inputs: there are {len(values)} of {what}, but {len(found)} targets: give "
+                "each example one of both"
+            )
     for name, values in found.inputs.items():
         if values.dtype.kind == "f":
-            broken = np.flatnonzero(np.isnan(values.reshape(len(values), -1)).any(axis=1))
-            if broken.size:
-                raise DataError(
-                    f"input {name!r} holds NaN in {broken.size} of {len(found)} examples, the "
-                    f"first is example {broken[0]}: fill them in, or leave those examples out"
-                )
+            _check_numbers(values, f"data.inputs: input {name!r} holds")
         elif values.dtype.kind not in "biu":
-            raise DataError(f"input {name!r} is {values.dtype}: networks take numbers, convert it")
-    wanted = task.targets(task.targets_of(found.inputs, found.targets))
+            raise DataError(
+                f"data.inputs: input {name!r} is {values.dtype}: networks take numbers, convert it"
+            )
+    raw = task.targets_of(found.inputs, found.targets)
+    if raw.dtype.kind == "f":
+        _check_numbers(raw, "data.targets: targets hold")
+    with keyed("data.targets"):
+        wanted = task.targets(raw)
     return dataclasses.replace(found, targets=wanted)

@@ -68,7 +68,10 @@ class Npz(DataSource):
             remedy = str(error).replace("--max-bytes", "data.max_bytes in the scenario")
             raise DataError(remedy) from error
         except NpzError as error:
-            raise DataError(f"cannot read the data: {error}") from error
+            told = f"data.path: cannot read the data: {error}"
+            if isinstance(error.__cause__, OSError):
+                told += "; name an .npz file, by its path from the folder of the scenario's file"
+            raise DataError(told) from error
         except KeyError as error:
             held = ", ".join(map(repr, archive.members)) or "nothing"
             raise DataError(

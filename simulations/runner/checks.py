@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.common.text import first_line
-from prunecast.simulations.data import DataError, Examples
+from prunecast.simulations.data import DataError, Examples, keyed
 from prunecast.simulations.kinds import ScenarioError
 from prunecast.simulations.runner.prepared import PartitionedData
 from prunecast.simulations.scenarios import Scenario
@@ -50,11 +51,15 @@ def check_data_and_model(scenario: Scenario, data: PartitionedData) -> None:
     if len(batch) == 1:  # every other client has as few
         _check_single_examples(scenario, module, training, clients)
     what = f"a batch of {len(batch)} examples of client {number}"
-    outputs = _train(scenario, module, batch, what)
+    with keyed("model.factory"):
+        outputs = _train(scenario, module, batch, what)
     targets = np.concatenate([training.targets, held_out.targets])
-    scenario.task.check(outputs, targets)
-    _check_single_examples(scenario, module, training, clients)
-    _evaluate(scenario, module, held_out)
+    with keyed("data.targets"):
+        scenario.task.check(outputs, targets)
+    with keyed("training.batch_size"):
+        _check_single_examples(scenario, module, training, clients)
+    with keyed("model.factory"):
+        _evaluate(scenario, module, held_out)
 
 
 def _clients(numbers: Sequence[int]) -> str:
@@ -114,22 +119,28 @@ def _check_indices(scenario: Scenario, module: nn.Module, examples: Examples) ->
                 module(*_inputs(scenario, examples.take(ends)))
         except IndexError as error:
             raise DataError(
-                f"input {name!r} reaches from {flat.min()} to {flat.max()}, for which the model "
-                f"has no row ({first_line(error)}): count from 0, or set in model.options how "
-                "many there are"
+                f"data.inputs: input {name!r} reaches from {flat.min()} to {flat.max()}, for which "
+                f"the model has no row ({first_line(error)}): count from 0, or set in "
+                "model.options how many there are"
             ) from error
         except Exception:  # training on a batch says what it is
             return
+
+
+def _infinite(examples: Examples) -> NDArray[np.bool_]:
+    """Which examples hold an infinity."""
+    found = np.zeros(len(examples), bool)
+    for values in examples.inputs.values():
+        if values.dtype.kind == "f":
+            found |= np.isinf(values.reshape(len(values), -1)).any(axis=1)
+    return found
 
 
 def _telling_batch(
     training: Examples, clients: Sequence[NDArray[np.int64]], size: int
 ) -> tuple[int, Examples]:
     """A client and a batch of it: one that holds an infinity, or else the client with most."""
-    odd = np.zeros(len(training), bool)
-    for values in training.inputs.values():
-        if values.dtype.kind == "f":
-            odd |= np.isinf(values.reshape(len(values), -1)).any(axis=1)
+    odd = _infinite(training)
     most = int(np.argmax([len(chosen) for chosen in clients]))
     number = next((n for n, chosen in enumerate(clients) if odd[chosen].any()), most)
     chosen = clients[number]
@@ -152,7 +163,8 @@ def _train(scenario: Scenario, module: nn.Module, batch: Examples, what: str) ->
                     "example first"
                 )
             found: NDArray[Any] = outputs.detach().float().cpu().numpy()
-            task.check(found, batch.targets)
+            with keyed("data.targets"):
+                task.check(found, batch.targets)
             loss = task.training_loss(outputs, torch.from_numpy(batch.targets).to(outputs.device))
             loss.backward()  # type: ignore[no-untyped-call]
             module.zero_grad(set_to_none=True)
@@ -163,13 +175,18 @@ def _train(scenario: Scenario, module: nn.Module, batch: Examples, what: str) ->
             f"{what} ({_shapes(batch)}) cannot be trained on: {type(error).__name__}: "
             f"{first_line(error)}; make data and model fit"
         ) from error
-    if not torch.isfinite(loss):
-        held = [n for n, v in batch.inputs.items() if v.dtype.kind == "f" and np.isinf(v).any()]
-        reason = "scale the inputs, or let the model begin with other weights"
-        if held:
-            reason = f"input {held[0]!r} holds an infinity, replace it"
-        raise DataError(f"{what} gives a loss of {float(loss)} before any training: {reason}")
+    _check_loss(loss.item(), batch, what)
     return found
+
+
+def _check_loss(loss: float, batch: Examples, what: str) -> None:
+    if math.isfinite(loss):
+        return
+    held = [n for n, v in batch.inputs.items() if v.dtype.kind == "f" and np.isinf(v).any()]
+    key, reason = "model", "scale the inputs, or let the model begin with other weights"
+    if held:
+        key, reason = "data.inputs", f"input {held[0]!r} holds an infinity, replace it"
+    raise DataError(f"{key}: {what} gives a loss of {loss} before any training: {reason}")
 
 
 def _shapes(batch: Examples) -> str:
@@ -207,17 +224,22 @@ def _evaluate(scenario: Scenario, module: nn.Module, held_out: Examples) -> None
     """The metric on held-out examples, as it is measured after every round."""
     import torch
 
-    batch = held_out.take(slice(scenario.training.batch_size))
+    order = np.argsort(~_infinite(held_out), kind="stable")  # an infinity, if there is one
+    batch = held_out.take(order[: scenario.training.batch_size])
     try:
         module.eval()
         with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            outputs = module(*_inputs(scenario, batch)).cpu().numpy()
+            found = module(*_inputs(scenario, batch))
+            targets = torch.from_numpy(batch.targets).to(found.device)
+            loss = float(scenario.task.training_loss(found, targets))
+            outputs = found.cpu().numpy()
             scenario.task.score(outputs, batch.targets)
     except Exception as error:  # torch raises many, and the model is the user's
         raise DataError(
             f"held-out examples ({_shapes(batch)}) cannot be measured: {type(error).__name__}: "
             f"{first_line(error)}; make data and model fit"
         ) from error
+    _check_loss(loss, batch, f"a batch of {len(batch)} held-out examples")
     if scenario.release is not None:
         _check_comparable(scenario, outputs)
 

@@ -92,15 +92,27 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
     for key, value in ENVIRONMENT.items():
         if key != "HF_HUB_OFFLINE" or not scenario.data.fetches:
             os.environ.setdefault(key, value)  # before flwr is imported
+    from prunecast.server.federation import PolicyError
     from prunecast.simulations.runner.delivery import rule_of
     from prunecast.simulations.runner.federate import strategy_of
 
     for name, arm in scenario.trained_arms().items():
         if arm.missing():
             raise ScenarioError(f"arms.{name}", "is not installed", arm.missing())
-        arm.grid_policy()
+        try:
+            arm.grid_policy()
+        except PolicyError as error:
+            raise PolicyError(f"arms.{name}: {error}") from error
     with quiet("flwr"):  # making a strategy warns of what is the engine's to say
         strategy_of(scenario)
+    for option in ("min_train_nodes", "min_available_nodes", "min_evaluate_nodes"):
+        wanted = scenario.strategy.options.get(option, 0)
+        if isinstance(wanted, int) and wanted > scenario.clients.count:
+            raise ScenarioError(
+                f"strategy.options.{option}",
+                f"is {wanted}, and there are {scenario.clients.count} clients: no round begins",
+                "lower it, or raise clients.count",
+            )
     if scenario.network is not None:
         scenario.network.links()
     if scenario.release is not None:
