@@ -9,6 +9,7 @@ import json
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from prunecast.simulations.comparison import DOCUMENT, last_rounds
 from prunecast.simulations.network_profiles.results import SIMULATED, add_simulated_time, entries_of
 from prunecast.simulations.runner import ResultError
 from prunecast.simulations.runner.run import SCENARIO, read_result
+from prunecast.simulations.scenarios import ScenarioError, scenario_from_mapping
 
 if TYPE_CHECKING:
     from prunecast.server.federation import Tally
@@ -338,8 +340,11 @@ def study_of(result: Mapping[str, Any], folder: Path | None = None) -> Study:
 
 
 def _in_common(result: Mapping[str, Any]) -> dict[str, Any]:
+    scenario = result["scenario"]
+    with suppress(ScenarioError, ValueError, TypeError):  # keys that came since have their defaults
+        scenario = scenario_from_mapping(scenario).to_mapping()
     apart = ("seed", "arms", "output", "release", "network", "description", "published")
-    return {key: value for key, value in result["scenario"].items() if key not in apart}
+    return {key: value for key, value in scenario.items() if key not in apart}
 
 
 def _command(folder: Path | None) -> str:

@@ -233,6 +233,14 @@ def test_runs_of_other_scenarios_are_studies_of_their_own(folders, tmp_path) -> 
     assert (other / "accuracy-2.png").is_file()
 
 
+def test_runs_of_before_a_key_was_known_go_with_those_after(folders, tmp_path) -> None:
+    old = shutil.copytree(folders[0], tmp_path / "old")
+    document = json.loads((old / "result.json").read_text())
+    del document["scenario"]["training"]["weight_decay"]  # 0.0 where it is not given
+    (old / "result.json").write_text(json.dumps(document))
+    assert [study.seeds for study in gather([old, folders[1]])] == [list(SEEDS)]
+
+
 def test_a_comparison_is_reported_from_its_folder(folders, tmp_path) -> None:
     place = tmp_path / "compare-tiny"
     for seed, folder in zip(SEEDS, folders, strict=True):
