@@ -151,7 +151,7 @@ def compress_reply(
         base: the version that the record answers.
         record: its arrays, see `align`.
         residual: what earlier rounds dropped, by name; other shapes are passed over.
-        rule: step, dead zone, error feedback.
+        rule: step, dead zone, error feedback; see `UpdateRule.in_model`.
         clip: norm that the change of the whole record was clipped to; None for no clipping.
 
     Raises:
@@ -163,6 +163,7 @@ def compress_reply(
     arrays = {name: array for name, array in record.items() if array is not None}
     if clip is not None:
         rule = replace(rule, error_feedback=False)
+    rule = rule.in_model(weights)
     sizes = {
         name: _measure(name, base[like], arrays[name])
         for name, tensor in tensors.items()

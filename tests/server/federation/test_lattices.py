@@ -214,10 +214,14 @@ def test_criteria_that_do_not_rank_by_size_are_not_aligned():
     assert models[-1].sparsity() == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize(("size", "floor"), [((64, 50), 1.0), (LARGE_ONE, 2.0)])
-def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later(size, floor):
+@pytest.mark.parametrize(
+    ("size", "others", "floor"), [((64, 50), 0, 0.25), ((64, 50), 1 << 16, 1.0), (LARGE_ONE, 0, 2.0)]
+)
+def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later(size, others, floor):
     policy = Policy(down_step=0.4, up_floor=2.0)
     (master,) = drifting(1, size=size)
+    if others:
+        master["others"] = np.zeros(others, np.float32)
     base = Publisher(policy, b"s", policy.pruning()).publish(master).model
     assert isinstance(base, PublishedModel)
     rng = np.random.default_rng(1)
@@ -225,7 +229,7 @@ def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later(size, f
     total, sent = 0.0, 0.0
     for _ in range(30):
         change = (0.05 * base["w"].step * rng.normal(size=size) + 0.02).astype(np.float32)
-        trained = {"w": base["w"].dense() + change}
+        trained = {**base.arrays(), "w": base["w"].dense() + change}
         coded = compress_reply(base, trained, residual, policy.update_rule)
         residual, total = coded.dropped, total + (trained["w"] - base["w"].dense())
         found = coded.changes.get("w")
@@ -239,6 +243,17 @@ def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later(size, f
     assert lost.changes["w"].step < floor * base["w"].step  # or it would never arrive
     without = compress_reply(base, trained, {}, UpdateRule(3.0, 0.6))
     assert without.changes["w"].step < floor * base["w"].step
+
+
+def test_updates_of_a_small_model_are_finer_unless_nothing_makes_up_for_what_is_dropped():
+    rule = UpdateRule(3.0, 0.7, floor=2.0, statistics_bits=6)
+    fine = rule.in_model((1 << 16) - 1)
+    assert (fine.step, fine.dead_zone, fine.floor) == pytest.approx((2.4, 0.6, 0.5))
+    assert fine.statistics_bits == 6
+    assert rule.in_model(1 << 16) == rule
+    without = UpdateRule(3.0, 0.7, error_feedback=False, floor=2.0)
+    assert without.in_model(1000) == without
+    assert UpdateRule(0.0).in_model(1000).step == 0.0  # exact stays exact
 
 
 @pytest.mark.parametrize(
