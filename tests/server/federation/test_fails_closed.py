@@ -406,7 +406,7 @@ def test_ledger_file_has_a_line_per_message(federation, tmp_path):
     assert {line["direction"] for line in lines} == {"up", "down"}
     required = {
         "round", "node", "direction", "kind", "message_type",
-        "payload_bytes", "dense_bytes", "encode_ms", "decode_ms",
+        "payload_bytes", "dense_bytes", "objects", "encode_ms", "decode_ms",
     }  # fmt: skip
     assert all(required == set(line) for line in lines)
     updates = [line for line in lines if line["kind"] == "update"]

@@ -215,7 +215,8 @@ def test_criteria_that_do_not_rank_by_size_are_not_aligned():
 
 
 @pytest.mark.parametrize(
-    ("size", "others", "floor"), [((64, 50), 0, 0.25), ((64, 50), 1 << 16, 1.0), (LARGE_ONE, 0, 2.0)]
+    ("size", "others", "floor"),
+    [((64, 50), 0, 0.25), ((64, 50), 1 << 16, 1.0), (LARGE_ONE, 0, 2.0)],
 )
 def test_a_step_of_an_update_has_a_floor_and_what_it_drops_is_sent_later(size, others, floor):
     policy = Policy(down_step=0.4, up_floor=2.0)

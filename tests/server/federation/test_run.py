@@ -400,6 +400,7 @@ def test_the_ready_server_app_keeps_a_folder(
         "output": "",
         "seed": 5,
         "timeout": 60.5,
+        "prunecast.hysteresis": 0.5,  # what stays for its sake is not in a checkpoint
     }
     caplog.set_level("INFO")
     server_app.app(inner, Context(RUN_ID, 0, {}, RecordDict(), config))
