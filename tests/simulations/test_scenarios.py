@@ -150,7 +150,7 @@ def change(mapping, key, value):
             "arms/dense/kind",
             "sparse",
             "arms.dense.kind",
-            "dense, majority-vote, masks, prunecast, recoded",
+            "dense, majority-vote, masks, nncodec, prunecast, recoded",
         ),
         ("arms/dense-zstd/of", "prunecast", "arms.dense-zstd.of", "choose one of dense"),
         ("arms/dense-zstd/level", 30, "arms.dense-zstd.level", "at most 22"),
