@@ -210,7 +210,8 @@ def _seconds(spread: Spread | None) -> str:
 
 def _metric_axis(study: Study) -> Axis:
     is_percent = study.result["task"]["percent"]
-    text = (lambda v: percent(v, 0)) if is_percent else "{:.4g}".format
+    # as many digits as ticks need that lie close together
+    text = (lambda v: f"{100 * v:.4g} %") if is_percent else "{:.4g}".format
     return Axis(f"{study.metric} on held-out examples", text)
 
 
