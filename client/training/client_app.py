@@ -24,10 +24,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 from torch import nn
 
 from prunecast.client.training.mod import compression_mod
-from prunecast.client.training.trainer import Batch, Loss, TrainerError, evaluate, train
+from prunecast.client.training.trainer import Batch, Loss, TrainerError, Training, evaluate, train
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
@@ -89,6 +90,41 @@ class LocalTraining:
                 given[field.name] = typed(key, run_config[key], type(field.default), TrainerError)
         return cls(**given)
 
+    @property
+    def torch_device(self) -> str | None:
+        """The device as `train` and `evaluate` take it; None for "auto"."""
+        return None if self.device == "auto" else self.device
+
+    def train(
+        self,
+        module: nn.Module,
+        loader: Loader,
+        server_round: int,
+        context: Context,
+        *,
+        loss_fn: Loss,
+        masks: Mapping[str, NDArray[np.bool_]] | None = None,
+        gradients: bool = False,
+    ) -> Training:
+        """Train a module in place as the node of `context` does in a round.
+
+        Arguments and errors as of `prunecast.client.training.trainer.train`.
+        """
+        return train(
+            module,
+            loader,
+            epochs=self.local_epochs,
+            lr=self.learning_rate * self.learning_rate_decay ** max(server_round - 1, 0),
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            masks=masks,
+            device=self.torch_device,
+            mixed_precision={"auto": None, "on": True, "off": False}[self.mixed_precision],
+            seed=training_seed(self.seed, server_round, context),
+            gradients=gradients,
+            loss_fn=loss_fn,
+        )
+
 
 def training_seed(seed: int, server_round: int, context: Context) -> int:
     """Seed of one client's local training in one round.
@@ -124,22 +160,17 @@ def build_client_app(
 
     @client.train()  # type: ignore[untyped-decorator, unused-ignore]
     def _train(message: Message, context: Context) -> Message:
-        chosen, server_round = _settings(context), stated_round(message.content)
+        chosen = _settings(context)
         key, module = _load(model, message, context)
         loader, _ = data(context)
-        outcome = train(
+        outcome = chosen.train(
             module,
             loader,
-            epochs=chosen.local_epochs,
-            lr=chosen.learning_rate * chosen.learning_rate_decay ** max(server_round - 1, 0),
-            momentum=chosen.momentum,
-            weight_decay=chosen.weight_decay,
-            masks=current_masks(),
-            device=None if chosen.device == "auto" else chosen.device,
-            mixed_precision={"auto": None, "on": True, "off": False}[chosen.mixed_precision],
-            seed=training_seed(chosen.seed, server_round, context),
-            gradients=GRADIENT in wanted_statistics(),
+            stated_round(message.content),
+            context,
             loss_fn=loss_fn,
+            masks=current_masks(),
+            gradients=GRADIENT in wanted_statistics(),
         )
         contribute_statistics(GRADIENT, outcome.gradients)
         metrics = MetricRecord({"num-examples": outcome.examples, "train-loss": outcome.loss})
@@ -154,7 +185,7 @@ def build_client_app(
         outcome = evaluate(
             module,
             training if validation is None else validation,
-            device=None if chosen.device == "auto" else chosen.device,
+            device=chosen.torch_device,
             loss_fn=loss_fn,
         )
         metrics = MetricRecord({"num-examples": outcome.examples, "eval-loss": outcome.loss})

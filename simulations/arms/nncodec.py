@@ -195,8 +195,6 @@ def _trained(
     import torch
     from flwr.app import Message, MetricRecord, RecordDict
 
-    from prunecast.client.training.client_app import training_seed
-    from prunecast.client.training.trainer import train
     from prunecast.compression.flower import stated_round
 
     [(key, record)] = message.content.array_records.items()
@@ -216,19 +214,9 @@ def _trained(
     received = arm.floats(whole)
     arrived = {n: torch.from_numpy(np.array(a)) for n, a in {**received, **others}.items()}
     module.load_state_dict(arrived)
-    chosen, server_round = scenario.training, stated_round(message.content)
-    outcome = train(
-        module,
-        loader,
-        epochs=chosen.epochs,
-        lr=chosen.learning_rate * chosen.learning_rate_decay ** max(server_round - 1, 0),
-        momentum=chosen.momentum,
-        weight_decay=chosen.weight_decay,
-        device=None if chosen.device == "auto" else chosen.device,
-        mixed_precision={"auto": None, "on": True, "off": False}[chosen.mixed_precision],
-        seed=training_seed(scenario.seed, server_round, context),
-        loss_fn=scenario.task.training_loss,
-    )
+    loss_fn, server_round = scenario.task.training_loss, stated_round(message.content)
+    local = scenario.local_training()
+    outcome = local.train(module, loader, server_round, context, loss_fn=loss_fn)
     after = {name: value.cpu().numpy() for name, value in module.state_dict().items()}
     wanted = {name: after[name] - received[name] + residual[name] for name in shapes}
     update = arm.integers(wanted)

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import nn
 
-from prunecast.client.training.client_app import Loader, LocalTraining, build_client_app
+from prunecast.client.training.client_app import Loader, build_client_app
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TensorBatches
 from prunecast.compression.flower import dense_arrays
@@ -47,12 +47,10 @@ def simulated_client(prepared: PreparedRun) -> ClientApp:
     """The client of a prepared run; picklable, and small: data stay on disk."""
     scenario = prepared.scenario
     prepared = replace(prepared, sizes=())  # it goes along with every message
-    chosen = asdict(scenario.training)
-    del chosen["batch_size"]  # of the loader
     client = build_client_app(
         partial(_model, prepared),
         partial(_data, prepared),
-        LocalTraining(local_epochs=chosen.pop("epochs"), seed=scenario.seed, **chosen),
+        scenario.local_training(),
         loss_fn=scenario.task.training_loss,
         mods=[client_number_mod(prepared), compression_mod(prepared.store)],
     )

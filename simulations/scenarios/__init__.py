@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prunecast.common.files import write_atomically
 from prunecast.common.references import load_callable
@@ -27,6 +27,9 @@ from prunecast.simulations.network_profiles import NetworkSpec
 from prunecast.simulations.partitions import PARTITIONS, Partition
 from prunecast.simulations.sweeps import SweepSpec
 from prunecast.simulations.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from prunecast.client.training.client_app import LocalTraining
 
 __all__ = [
     "PublishedSpec",
@@ -257,6 +260,14 @@ class Scenario:
     def trained_arms(self) -> dict[str, Arm]:
         """The arms that train; the others only measure the messages of one of these."""
         return {name: arm for name, arm in self.arms.items() if arm.trains}
+
+    def local_training(self) -> LocalTraining:
+        """What a client does in a round, as the ready ClientApp takes it."""
+        from prunecast.client.training.client_app import LocalTraining  # imports torch
+
+        chosen = dataclasses.asdict(self.training)
+        del chosen["batch_size"]  # of the loader
+        return LocalTraining(local_epochs=chosen.pop("epochs"), seed=self.seed, **chosen)
 
     def recodings_of(self, trained: str) -> dict[str, Arm]:
         """The arms that measure the messages of the arm `trained` again."""
