@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prunecast.common.files import write_atomically
 from prunecast.common.text import bytes_text, ratio_text
 from prunecast.simulations.report import score_text
-from prunecast.simulations.report.charts import byte_tick
+from prunecast.simulations.report.figure import empty_plot, png_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -145,14 +145,8 @@ def write_results(folder: Path, document: Mapping[str, Any]) -> None:
 
 def pareto_figure(document: Mapping[str, Any], *, dots_per_inch: int = 150) -> bytes:
     """A PNG: what every trial reached against its bytes, the front joined and named."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    figure = Figure(figsize=(8, 4.5), dpi=dots_per_inch, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     task, metric = document["task"], document["task"]["metric"]
+    axes = empty_plot("bytes of a run", metric, dots_per_inch)
     trained = [row for row in document["trials"] if row["bytes"] is not None]
     front = sorted((row for row in trained if row["front"]), key=lambda row: row["bytes"])
     others = [row for row in trained if not row["front"]]
@@ -189,33 +183,7 @@ def pareto_figure(document: Mapping[str, Any], *, dots_per_inch: int = 150) -> b
         label = f"{base['arm']}: {score_text(document, base['reached'])} for {bytes_text(spent)}"
         axes.axhline(base["reached"], linestyle="--", color=_BASE, linewidth=1.5, label=label)
     axes.margins(x=0.06, y=0.12)
-    _byte_axis(axes)
-    if task["percent"]:
-        decimals = 0 if axes.get_ylim()[1] - axes.get_ylim()[0] > 0.04 else 1
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals))
-    axes.set_xlabel("bytes of a run, both directions, all clients")
-    axes.set_ylabel(f"{metric} on held-out examples")
-    axes.grid(visible=True, alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    # no software or date inside: the same result gives the same file
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _byte_axis(axes: Any) -> None:
-    """Make the horizontal axis one of bytes, logarithmic if it is long."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    low, high = axes.get_xlim()
-    if low > 0 and high < 4 * low:  # it might hold no power of ten, nor three of one
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-    else:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0), numticks=20))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: byte_tick(value)))
+    return png_of(axes, is_percent=task["percent"])
 
 
 def _named(front: list[dict[str, Any]], metric: str) -> dict[tuple[int, float], str]:
