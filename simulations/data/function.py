@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from prunecast.common.references import load_callable
 from prunecast.common.text import first_line
 from prunecast.simulations.data import DataError, DataSource, Examples
-from prunecast.simulations.kinds import ScenarioError
+from prunecast.simulations.kinds import ScenarioError, function_named
 
 __all__ = ["Function"]
 
@@ -50,11 +49,7 @@ class Function(DataSource):
         return self._returned("test", self.test) if self.test else None
 
     def _returned(self, key: str, name: str) -> Examples:
-        try:
-            function = load_callable(name)
-        except ValueError as error:
-            remedy = "name a function that is installed, or in the current folder"
-            raise ScenarioError(f"data.{key}", str(error), remedy) from error
+        function = function_named(name, f"data.{key}")
         try:
             found = function(**self.options)
         except Exception as error:  # of the user's code

@@ -15,13 +15,23 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from prunecast.common.references import load_callable
 
-__all__ = ["NAME", "DataError", "Kind", "Matches", "Range", "Registry", "ScenarioError", "build"]
+__all__ = [
+    "NAME",
+    "DataError",
+    "Kind",
+    "Matches",
+    "Range",
+    "Registry",
+    "ScenarioError",
+    "build",
+    "function_named",
+]
 
 _HOME = "prunecast.simulations."
 
@@ -95,6 +105,22 @@ def choice(key: str, value: object, allowed: Collection[str]) -> None:
 
 
 # -- tables ---------------------------------------------------------------------------------------
+
+
+def function_named(reference: str, key: str) -> Callable[..., Any]:
+    """The function that a key names.
+
+    Raises:
+        ScenarioError: it cannot be imported.
+    """
+    try:
+        return load_callable(reference)
+    except ValueError as error:
+        raise ScenarioError(
+            key,
+            str(error),
+            "name a function as package.module:function, installed or in the current folder",
+        ) from error
 
 
 def _table(value: object, key: str) -> dict[str, Any]:

@@ -19,10 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prunecast.common.files import write_atomically
-from prunecast.common.references import load_callable
 from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.data import DATA, DataSource
-from prunecast.simulations.kinds import NAME, Matches, Range, ScenarioError, build, choice, written
+from prunecast.simulations.kinds import (
+    NAME,
+    Matches,
+    Range,
+    ScenarioError,
+    build,
+    choice,
+    function_named,
+    written,
+)
 from prunecast.simulations.network_profiles import NetworkSpec
 from prunecast.simulations.partitions import PARTITIONS, Partition
 from prunecast.simulations.sweeps import SweepSpec
@@ -84,14 +92,7 @@ class ModelSpec:
         Raises:
             ScenarioError: it cannot be imported, or takes no such option.
         """
-        try:
-            factory = load_callable(self.factory)
-        except ValueError as error:
-            raise ScenarioError(
-                "model.factory",
-                str(error),
-                "name a function as package.module:function, installed or in the current folder",
-            ) from error
+        factory = function_named(self.factory, "model.factory")
         if not self.options:
             return factory
         taken = inspect.signature(factory).parameters

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.common.references import load_callable
-from prunecast.simulations.kinds import DataError, Matches, Range, ScenarioError
+from prunecast.simulations.kinds import DataError, Matches, Range, ScenarioError, function_named
 from prunecast.simulations.tasks import Task
 from prunecast.simulations.tasks.regression import Regression
 
@@ -91,8 +90,4 @@ class Function(Task):
         if not name:
             remedy = 'kind = "function" calls it: name it as package.module:function'
             raise ScenarioError(f"task.{key}", "is missing", remedy)
-        try:
-            return load_callable(name)
-        except ValueError as error:
-            remedy = "name a function that is installed, or in the current folder"
-            raise ScenarioError(f"task.{key}", str(error), remedy) from error
+        return function_named(name, f"task.{key}")
