@@ -15,7 +15,8 @@ import numpy as np
 
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.masks import ALLOCATIONS
-from prunecast.compression.pruning.plan import CRITERIA, SCHEDULES, PruningPlan
+from prunecast.compression.pruning.plan import CRITERIA, PruningPlan
+from prunecast.compression.pruning.schedules import SCHEDULES
 from prunecast.compression.schemes import SchemeError
 from prunecast.compression.schemes.interface import Option, Scheme
 from prunecast.compression.schemes.registry import SCHEMES, scheme

@@ -11,13 +11,12 @@ from hypothesis.extra import numpy as hnp
 from prunecast.compression.pruning.masks import ALLOCATIONS
 from prunecast.compression.pruning.plan import (
     CRITERIA,
-    SCHEDULES,
-    CubicSchedule,
     Knowledge,
     PlanError,
     PruningPlan,
     low_rank_factors,
 )
+from prunecast.compression.pruning.schedules import SCHEDULES, CubicSchedule
 
 WEIGHTS = hnp.arrays(
     np.float32,
