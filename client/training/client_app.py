@@ -32,12 +32,12 @@ from prunecast.client.training.trainer import Batch, Loss, TrainerError, Trainin
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
+from prunecast.compression.pruning.criteria import GRADIENT
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
     current_masks,
     wanted_statistics,
 )
-from prunecast.compression.pruning.plan import GRADIENT
 
 __all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]
 

@@ -50,7 +50,7 @@ from prunecast.compression.flower.internals import (
     make_message,
 )
 from prunecast.compression.pruning.masks import holding
-from prunecast.compression.pruning.plan import Statistics, pack_statistics
+from prunecast.compression.pruning.statistics import Statistics, pack_statistics
 from prunecast.compression.schemes import StateError
 from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.schemes.layout import layout_of, state_arrays, state_from

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.masks import ALLOCATIONS
-from prunecast.compression.pruning.plan import CRITERIA, PruningPlan
+from prunecast.compression.pruning.allocation import ALLOCATIONS
+from prunecast.compression.pruning.criteria import CRITERIA
+from prunecast.compression.pruning.plan import PruningPlan
 from prunecast.compression.pruning.schedules import SCHEDULES
 from prunecast.compression.schemes import SchemeError
 from prunecast.compression.schemes.interface import Option, Scheme

@@ -18,13 +18,9 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import QuantiseError
 from prunecast.compression.flower import dense_arrays, payload_record, stream_id
 from prunecast.compression.flower.internals import Measured, log
-from prunecast.compression.pruning.plan import (
-    Knowledge,
-    PruningPlan,
-    Statistics,
-    StatisticsMean,
-    low_rank_factors,
-)
+from prunecast.compression.pruning.criteria import Knowledge
+from prunecast.compression.pruning.plan import PruningPlan, low_rank_factors
+from prunecast.compression.pruning.statistics import Statistics, StatisticsMean
 from prunecast.compression.versions import (
     MAX_MODEL_BYTES,
     InvalidModel,

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from prunecast.compression.flower import payload_record
 from prunecast.compression.flower.chains import changed, encode_chain
-from prunecast.compression.pruning.plan import PruningPlan, Statistics
+from prunecast.compression.pruning.plan import PruningPlan
+from prunecast.compression.pruning.statistics import Statistics
 from prunecast.compression.schemes.layout import State, layout_of
 from prunecast.compression.versions import (
     Kind,

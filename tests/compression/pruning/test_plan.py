@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from prunecast.compression.pruning.masks import ALLOCATIONS
+from prunecast.compression.pruning.allocation import ALLOCATIONS
+from prunecast.compression.pruning.criteria import CRITERIA, Knowledge
 from prunecast.compression.pruning.plan import (
-    CRITERIA,
-    Knowledge,
     PlanError,
     PruningPlan,
     low_rank_factors,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from prunecast.compression.pruning.masks import contribute_statistics, holding, wanted_statistics
-from prunecast.compression.pruning.plan import StatisticsMean, pack_statistics
+from prunecast.compression.pruning.statistics import StatisticsMean, pack_statistics
 from prunecast.compression.versions import BadPayload, VersionsError, encode_plain
 
 SHAPES = {"w": (4, 5), "b": (3,)}

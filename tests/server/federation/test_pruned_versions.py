@@ -20,7 +20,8 @@ from prunecast.client.training import (
     wanted_statistics,
 )
 from prunecast.compression.flower import payload_of, payload_record
-from prunecast.compression.pruning.plan import CRITERIA, pack_statistics
+from prunecast.compression.pruning.criteria import CRITERIA
+from prunecast.compression.pruning.statistics import pack_statistics
 from prunecast.compression.versions import LatticeTensor
 from prunecast.server.federation import CompressedGrid, NonFiniteModel, Policy
 from prunecast.server.federation.policy import _say_once
