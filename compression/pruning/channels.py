@@ -8,12 +8,18 @@ The choice is made once, on some version of the weights. What comes out is a `Ch
 each tensor the positions along each axis that remain. Later versions are narrowed by the same
 plan, in numpy and without torch, so that the narrow models of two rounds differ by as little as
 the wide ones. A narrowed tensor keeps its lattice: its integers are a part of the wide ones.
+
+Plans compose: of a federation that removes channels more than once, one plan says what remains of
+the module that everybody's code makes, and what of it is new to somebody who knows an earlier one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +28,10 @@ from numpy.typing import NDArray
 
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
+from prunecast.compression.versions.errors import BadPayload
+from prunecast.compression.versions.frame import inflate
 
-__all__ = ["Axes", "ChannelPlan", "Steps"]
+__all__ = ["Axes", "ChannelPlan", "Steps", "current_channels", "holding_channels"]
 
 _SCHEMA = 1
 Axes = tuple[NDArray[np.bool_] | None, ...]
@@ -57,29 +65,114 @@ class ChannelPlan:
         >>> plan.narrow(wide)["w"].q.tolist()
         [[1], [3]]
         """
-        missing = [name for name in self.kept if name not in model.tensors]
-        if missing:
-            raise PlanError(f"the model lacks tensor {missing[0]!r}: the plan is of another module")
+        self._check_names(model.tensors)
         tensors = {name: self._narrow(name, tensor) for name, tensor in model.tensors.items()}
         return PublishedModel(tensors, model.counter)
+
+    def arrays(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The part of a record's arrays that remains; those that it does not name are as they were.
+
+        A record need not have all tensors of the plan, as what a strategy accumulates may not.
+
+        Raises:
+            PlanError: an array has another shape than the plan's.
+        """
+        return {name: self.array(name, array) for name, array in arrays.items()}
+
+    def array(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """The part of one tensor that remains.
+
+        Raises:
+            PlanError: it has another shape than the plan's.
+        """
+        axes = self.kept.get(name)
+        return array if axes is None else array[_places(name, array.shape, axes)]
+
+    def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether tensors of these shapes, all of a model's, are what the plan narrows."""
+        try:
+            self._check_names(shapes)
+            for name, axes in self.kept.items():
+                _places(name, shapes[name], axes)
+        except PlanError:
+            return False
+        return True
+
+    def then(self, later: ChannelPlan) -> ChannelPlan:
+        """This plan and one that was made of what it leaves, as one plan.
+
+        Raises:
+            PlanError: `later` was made of something else.
+
+        >>> first = ChannelPlan({"w": (np.array([True, False, True]),)}, share=0.5)
+        >>> both = first.then(ChannelPlan({"w": (np.array([False, True]),)}, share=0.5))
+        >>> both.kept["w"][0].tolist(), both.share
+        ([False, False, True], 0.25)
+        """
+        kept = dict(self.kept)
+        for name, axes in later.kept.items():
+            before = self.kept.get(name, (None,) * len(axes))
+            if len(before) != len(axes):
+                raise PlanError(f"of tensor {name!r} both plans have another number of axes")
+            kept[name] = tuple(_composed(name, *pair) for pair in zip(before, axes, strict=True))
+        return ChannelPlan(kept, (*self.steps, *later.steps), self.share * later.share)
+
+    def since(self, earlier: ChannelPlan | None) -> ChannelPlan:
+        """What this plan removes beyond an earlier one, of what that leaves; it has no `steps`.
+
+        Raises:
+            PlanError: this plan keeps what `earlier` removed.
+
+        >>> first = ChannelPlan({"w": (np.array([True, False, True]),)})
+        >>> ChannelPlan({"w": (np.array([False, False, True]),)}).since(first).kept["w"][0].tolist()
+        [False, True]
+        """
+        if earlier is None:
+            return self
+        if gone := [name for name in earlier.kept if name not in self.kept]:
+            raise PlanError(f"the plan keeps channels of tensor {gone[0]!r} that are gone")
+        kept: dict[str, Axes] = {}
+        for name, axes in self.kept.items():
+            before = earlier.kept.get(name, (None,) * len(axes))
+            if len(before) != len(axes):
+                raise PlanError(f"of tensor {name!r} both plans have another number of axes")
+            left = tuple(_beyond(name, *pair) for pair in zip(before, axes, strict=True))
+            if any(mask is not None for mask in left):
+                kept[name] = left
+        return ChannelPlan(kept, (), self.share / earlier.share if earlier.share else 1.0)
+
+    def _check_names(self, names: Mapping[str, Any]) -> None:
+        missing = [name for name in self.kept if name not in names]
+        if missing:
+            raise PlanError(f"the model lacks tensor {missing[0]!r}: the plan is of another module")
 
     def _narrow(self, name: str, tensor: Tensor) -> Tensor:
         axes = self.kept.get(name)
         if axes is None:
             return tensor
-        sizes = tuple(n if mask is None else mask.size for n, mask in zip(
-            tensor.shape, axes, strict=False))  # fmt: skip
-        if len(axes) != len(tensor.shape) or sizes != tensor.shape:
-            raise PlanError(
-                f"tensor {name!r} is {list(tensor.shape)}, the plan was made for another shape"
-            )
-        places = np.ix_(*(
-            np.arange(n) if mask is None else np.flatnonzero(mask)
-            for n, mask in zip(tensor.shape, axes, strict=True)
-        ))  # fmt: skip
+        places = _places(name, tensor.shape, axes)
         if isinstance(tensor, LatticeTensor):
             return LatticeTensor(tensor.q[places], tensor.step, tensor.pruned, tensor.dtype)
         return RawTensor(tensor.values[places])
+
+    def to_bytes(self) -> bytes:
+        """As it travels: the text without `steps`, which only a dependency graph needs; deflated.
+
+        Nodes give their modules the shapes that the masks say.
+        """
+        return zlib.compress(ChannelPlan(self.kept, (), self.share).to_text().encode(), 9)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ChannelPlan:
+        """Read what `to_bytes` wrote; at most 16 MiB of text.
+
+        Raises:
+            PlanError: no such plan.
+        """
+        try:
+            return cls.from_text(inflate(data).decode())
+        except (BadPayload, UnicodeDecodeError) as error:
+            raise PlanError(f"the plan of channels is damaged: {error}") from error
 
     def to_text(self) -> str:
         """JSON; masks in hexadecimal, each written once."""
@@ -127,6 +220,64 @@ class ChannelPlan:
         except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"the plan of channels is damaged: {error}") from error
         return cls(kept, steps, share)
+
+
+_current: ContextVar[ChannelPlan | None] = ContextVar("prunecast_channels", default=None)
+
+
+def current_channels() -> ChannelPlan | None:
+    """Which channels remain in the model of the message being handled.
+
+    Returns:
+        The plan that the module which this side's code makes is to be narrowed by, before the
+        received arrays are loaded (`prunecast.compression.pruning.narrowing.fit_module`); None
+        where all channels remain.
+    """
+    return _current.get()
+
+
+@contextmanager
+def holding_channels(plan: ChannelPlan | None) -> Iterator[None]:
+    """Make `plan` the current one for the duration of a ClientApp's function."""
+    token = _current.set(plan)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _places(name: str, shape: tuple[int, ...], axes: Axes) -> tuple[NDArray[np.intp], ...]:
+    """Where what remains of a tensor lies."""
+    sizes = tuple(n if mask is None else mask.size for n, mask in zip(shape, axes, strict=False))
+    if len(axes) != len(shape) or sizes != shape:
+        raise PlanError(f"tensor {name!r} is {list(shape)}, the plan was made for another shape")
+    return np.ix_(*(
+        np.arange(n) if mask is None else np.flatnonzero(mask)
+        for n, mask in zip(shape, axes, strict=True)
+    ))  # fmt: skip
+
+
+def _composed(
+    name: str, before: NDArray[np.bool_] | None, after: NDArray[np.bool_] | None
+) -> NDArray[np.bool_] | None:
+    if before is None or after is None:
+        return after if before is None else before
+    if after.size != np.count_nonzero(before):
+        raise PlanError(f"tensor {name!r}: the later plan is of another number of channels")
+    both = np.zeros(before.size, np.bool_)
+    both[before] = after
+    return both
+
+
+def _beyond(
+    name: str, before: NDArray[np.bool_] | None, now: NDArray[np.bool_] | None
+) -> NDArray[np.bool_] | None:
+    if before is None:
+        return now
+    if now is None or now.size != before.size or (now & ~before).any():
+        raise PlanError(f"the plan keeps channels of tensor {name!r} that are gone")
+    left = now[before]
+    return None if left.all() else left
 
 
 def _mask(entry: str) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Choose channels of a torch module and remove them; needs torch and torch-pruning."""
+"""Choose channels of a torch module and remove them; needs torch, and torch-pruning to choose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prunecast.common.text import first_line
 from prunecast.compression.pruning.channels import Axes, ChannelPlan, Steps
 from prunecast.compression.pruning.plan import PlanError
 
-__all__ = ["choose_channels", "narrow_module"]
+__all__ = ["choose_channels", "fit_module", "narrow_module"]
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -27,7 +27,7 @@ def choose_channels(
 ) -> ChannelPlan:
     """Choose which channels remain, by the norm of their groups in the module's weights.
 
-    Layers whose outputs are the module's outputs keep all of them.
+    Layers whose outputs are the module's outputs keep all of them, and recurrent ones theirs.
 
     Args:
         module: with the weights that the choice is made on; left as it was.
@@ -48,7 +48,7 @@ def choose_channels(
             example,
             importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=1 - share,
-            ignored_layers=_last_layers(graph),
+            ignored_layers=_last_layers(graph) + _recurrent(work),
         )
         pruner.step()
         history = pruner.pruning_history()
@@ -85,6 +85,90 @@ def narrow_module(
     return work
 
 
+def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
+    """Remove the channels of a plan from a module, in place; needs no example and no torch-pruning.
+
+    What a node does with the module that its code makes: tensors keep their names and the part of
+    their values that remains, and layers are told their new sizes.
+
+    Returns:
+        The module.
+
+    Raises:
+        PlanError: the plan is of another module.
+    """
+    state = module.state_dict(keep_vars=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in plan.kept:
+        if name not in shapes:
+            raise PlanError(
+                f"{type(module).__name__} lacks tensor {name!r}: the plan is of another module"
+            )
+    parts: dict[str, torch.Tensor] = {}
+    for name in plan.kept:
+        index = plan.array(name, np.arange(state[name].numel()).reshape(shapes[name]))
+        parts[name] = state[name].detach().reshape(-1)[torch.from_numpy(np.array(index))]
+    for name, part in parts.items():  # tied tensors once more, with the same part
+        state[name].data = part
+    for name, layer in module.named_modules():
+        own = [f"{name}.{n}" if name else n for n, _ in _tensors_of(layer)]
+        if any(n in plan.kept for n in own):
+            _resize(name, layer)
+    return module
+
+
+def _tensors_of(layer: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+
+
+def _resize(name: str, layer: nn.Module) -> None:
+    """Tell a layer the sizes that its tensors have now.
+
+    A layer of another type need not know them; if it does, its forward says so.
+    """
+    at: Any = layer
+    tensors = dict(_tensors_of(layer))
+    size = tuple(next(iter(tensors.values())).shape)
+    match layer:
+        case nn.Linear():
+            at.out_features, at.in_features = size
+        case nn.modules.conv._ConvNd():
+            _resize_convolution(name, at)
+        case nn.modules.batchnorm._NormBase():
+            at.num_features = size[0]
+        case nn.GroupNorm():
+            at.num_channels = size[0]
+            if size[0] % at.num_groups:
+                raise PlanError(f"layer {name!r}: {size[0]} channels are no {at.num_groups} groups")
+        case nn.LayerNorm():
+            at.normalized_shape = size
+        case nn.PReLU():
+            at.num_parameters = size[0]
+        case nn.Embedding():
+            at.num_embeddings, at.embedding_dim = size
+        case nn.MultiheadAttention():
+            width = at.out_proj.weight.shape[0]
+            if width % at.num_heads:
+                raise PlanError(f"layer {name!r}: a width of {width} is no {at.num_heads} heads")
+            at.embed_dim, at.head_dim = width, width // at.num_heads
+            at.kdim = at.vdim = width
+        case nn.RNNBase():
+            at.input_size = tensors["weight_ih_l0"].shape[1]
+            layer.flatten_parameters()
+
+
+def _resize_convolution(name: str, layer: Any) -> None:
+    first, second = layer.weight.shape[:2]
+    inner, outer = ("out_channels", "in_channels") if layer.transposed else (
+        "in_channels", "out_channels")  # fmt: skip
+    if layer.groups > 1 and layer.groups == layer.in_channels and second == 1:
+        layer.groups = first * layer.groups // getattr(layer, outer)  # each channel by itself
+    if first % layer.groups:
+        raise PlanError(f"layer {name!r}: {first} channels are no {layer.groups} groups")
+    setattr(layer, outer, first)
+    setattr(layer, inner, second * layer.groups)
+
+
 def _library() -> Any:
     try:
         import torch_pruning
@@ -115,6 +199,11 @@ def _failing(module: nn.Module) -> Iterator[None]:
         raise PlanError(
             f"channels of {type(module).__name__} cannot be removed: {first_line(error)}"
         ) from error
+
+
+def _recurrent(module: nn.Module) -> list[nn.Module]:
+    # torch-pruning 1.6 mistakes the gates of one that is narrowed
+    return [layer for layer in module.modules() if isinstance(layer, nn.RNNBase)]
 
 
 def _last_layers(graph: Any) -> list[nn.Module]:

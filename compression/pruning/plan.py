@@ -21,6 +21,7 @@ from prunecast.compression.pruning.criteria import CRITERIA, Criterion, Knowledg
 from prunecast.compression.pruning.schedules import NEVER, Schedule
 
 __all__ = [
+    "ChannelSchedule",
     "PlanError",
     "PruningPlan",
     "Structure",
@@ -33,6 +34,40 @@ Structure = Literal["weights", "channels"]
 
 class PlanError(ValueError):
     """A plan asks for what cannot be done, or does not fit a model."""
+
+
+@dataclass(frozen=True)
+class ChannelSchedule:
+    """When channels go, and how many.
+
+    Attributes:
+        share: of the channels of every group that remain at the end, 0 < share <= 1.
+        at: rounds after whose training some go, ascending; each time by the same factor.
+
+    Raises:
+        PlanError: a share or a round that cannot be.
+
+    Examples:
+        >>> schedule = ChannelSchedule(0.25, (4, 8))
+        >>> [schedule.after(number) for number in (3, 4, 7, 8, 20)]
+        [1.0, 0.5, 0.5, 0.25, 0.25]
+    """
+
+    share: float = 1.0
+    at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise PlanError(f"the share of channels that remain lies in (0, 1], not {self.share}")
+        if list(self.at) != sorted(set(self.at)) or any(number < 1 for number in self.at):
+            raise PlanError(f"channels go after ascending rounds of 1 or more, not {self.at}")
+        if (self.share < 1) != bool(self.at):
+            raise PlanError("channels that go need both a share below 1 and rounds")
+
+    def after(self, number: int) -> float:
+        """Share that remains once a round has been trained, counted from 1."""
+        passed = sum(number >= at for at in self.at)
+        return float(self.share ** (passed / len(self.at))) if self.at else 1.0
 
 
 _ADAPTER = re.compile(
@@ -88,10 +123,7 @@ class PruningPlan:
         adapters: whether low-rank factors may be pruned; they are small already, and what is
             removed from one factor is lost in a whole row or column of their product.
         records: keys of the array records that are pruned.
-        structure: "weights". Channels are chosen when a release is made (`choose_channels`).
-
-    Raises:
-        PlanError: rounds cannot prune that structure.
+        channels: when whole channels go, and how many; see `choose_channels`.
     """
 
     schedule: Schedule = NEVER
@@ -101,14 +133,16 @@ class PruningPlan:
     exclude: tuple[str, ...] = ()
     adapters: bool = False
     records: tuple[str, ...] = ("arrays",)
-    structure: Structure = "weights"
+    channels: ChannelSchedule = ChannelSchedule()
 
-    def __post_init__(self) -> None:
-        if self.structure != "weights":
-            raise PlanError(
-                f"{self.structure!r} cannot be pruned in rounds: choose 'weights', and narrow "
-                "channels in the release (prunecast release create --variant structured)"
-            )
+    def structures(self, rounds: int) -> tuple[Structure, ...]:
+        """What such a plan removes as one within so many rounds: channels, weights, both or none.
+
+        >>> PruningPlan(channels=ChannelSchedule(0.5, (4,))).structures(10)
+        ('channels',)
+        """
+        found: list[Structure] = ["channels"] if self.channels.after(rounds) < 1 else []
+        return (*found, "weights") if self.schedule(rounds + 1) else tuple(found)
 
     def prunable(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The tensors that may be pruned: matrices and kernels of some size, and no adapters."""

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from prunecast.compression.pruning.channels import ChannelPlan
-from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
+from prunecast.compression.pruning.channels import (
+    ChannelPlan,
+    current_channels,
+    holding_channels,
+)
+from prunecast.compression.pruning.narrowing import choose_channels, fit_module, narrow_module
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
+from prunecast.simulations.networks.attention import small_transformer
+from prunecast.simulations.networks.residual import small_resnet_batch, small_resnet_group
 
 
 class Residual(nn.Module):
@@ -133,3 +142,142 @@ def test_a_module_that_names_its_channels_is_explained() -> None:
         narrow_module(
             module, (torch.ones(2, 6),), choose_channels(module, (torch.ones(2, 6),), 0.5)
         )
+
+
+def _sizes(module: nn.Module) -> dict[str, dict[str, object]]:
+    """What layers say of their sizes, by layer."""
+    names = ("in_features", "out_features", "in_channels", "out_channels", "groups")
+    names += ("num_features", "num_channels", "normalized_shape", "embed_dim", "head_dim")
+    names += ("embedding_dim", "num_embeddings", "num_parameters")
+    return {
+        layer: {name: getattr(part, name) for name in names if hasattr(part, name)}
+        for layer, part in module.named_modules()
+    }
+
+
+class Depthwise(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.InstanceNorm2d(8, affine=True)),
+            *(nn.PReLU(8), nn.ConvTranspose2d(8, 6, 2), nn.Conv2d(6, 3, 1)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("factory", "example"),
+    [
+        (Residual, EXAMPLE[0]),
+        (Depthwise, torch.ones(1, 1, 9, 9)),
+        (small_resnet_group, torch.ones(2, 1, 28, 28)),
+        (small_resnet_batch, torch.ones(2, 1, 28, 28)),
+        (small_transformer, torch.ones(2, 1, 28, 28)),
+    ],
+)
+def test_a_module_of_ones_own_is_fitted_without_the_graph(
+    factory: Callable[[], nn.Module], example: torch.Tensor
+) -> None:
+    torch.manual_seed(6)
+    module = factory().eval()
+    plan = choose_channels(module, (example,), 0.5)
+    narrow = narrow_module(module, (example,), plan)
+    fresh = fit_module(factory(), ChannelPlan.from_bytes(plan.to_bytes())).eval()
+    fresh.load_state_dict(narrow.state_dict())  # the same names and shapes
+    assert _sizes(fresh) == _sizes(narrow)
+    with torch.no_grad():
+        assert torch.equal(fresh(example), narrow(example)) if factory is not Residual else True
+    fitted = fit_module(factory(), plan)
+    torch.manual_seed(6)
+    same = fit_module(factory(), plan)  # keeps the part of its own weights that remains
+    for name, tensor in narrow.state_dict().items():
+        assert torch.equal(same.state_dict()[name], tensor)
+        assert fitted.state_dict()[name].shape == tensor.shape
+
+
+def test_plans_compose_and_a_later_one_is_told_apart_from_an_earlier(
+    module: nn.Module, plan: ChannelPlan
+) -> None:
+    narrow = narrow_module(module, EXAMPLE, plan)
+    second = choose_channels(narrow, EXAMPLE, 0.5)
+    both = plan.then(second)
+    wide = _published(module)
+    assert both.share == 0.25
+    assert both.narrow(wide).digest == second.narrow(plan.narrow(wide)).digest
+    # replayed on the whole module, and on one that was narrowed before
+    twice = narrow_module(module, EXAMPLE, both)
+    assert {n: t.shape for n, t in twice.state_dict().items()} == {
+        n: torch.Size(t.shape) for n, t in both.narrow(wide).tensors.items()
+    }
+    assert both.since(plan).narrow(plan.narrow(wide)).digest == both.narrow(wide).digest
+    assert not both.since(both).kept
+    assert both.since(None) is both
+    # a channel that is gone does not come back, and a plan of something else does not compose
+    with pytest.raises(PlanError, match="that are gone"):
+        plan.since(both)
+    with pytest.raises(PlanError, match="another number of channels"):
+        plan.then(plan)
+    shapes = {name: tensor.shape for name, tensor in wide.tensors.items()}
+    assert plan.fits(shapes)
+    assert not second.fits(shapes)
+    assert not plan.fits({"other": (3,)})
+
+
+def test_arrays_are_narrowed_by_name(module: nn.Module, plan: ChannelPlan) -> None:
+    momentum = {"fc.weight": np.arange(10 * 128.0).reshape(10, 128), "step": np.ones(2)}
+    found = plan.arrays(momentum)
+    rows, columns = plan.kept["fc.weight"]
+    assert np.array_equal(found["fc.weight"], momentum["fc.weight"][rows][:, columns])
+    assert found["step"] is momentum["step"]
+    with pytest.raises(PlanError, match="another shape"):
+        plan.arrays({"fc.weight": np.ones((3, 128))})
+
+
+def test_a_plan_of_another_architecture_is_refused_by_name(plan: ChannelPlan) -> None:
+    with pytest.raises(PlanError, match=r"Linear lacks tensor '.*': the plan is of another module"):
+        fit_module(nn.Linear(3, 2), plan)
+    other = Residual()
+    other.fc = nn.Linear(8 * 4 * 4, 12)
+    with pytest.raises(PlanError, match=r"'fc\..*' is \[12"):
+        fit_module(other, plan)
+    assert other.stem.weight.shape == (8, 1, 3, 3)  # nothing was changed
+    with pytest.raises(PlanError, match=r"layer '0': 5 channels are no 2 groups"):
+        fit_module(
+            nn.Sequential(nn.GroupNorm(2, 8)),
+            ChannelPlan(dict.fromkeys(("0.weight", "0.bias"), (np.arange(8) < 5,))),
+        )
+
+
+@pytest.mark.parametrize("data", [b"", b"x", zlib.compress(b"\xff"), zlib.compress(b"{}")])
+def test_bytes_that_are_no_plan_are_refused(data: bytes) -> None:
+    with pytest.raises(PlanError):
+        ChannelPlan.from_bytes(data)
+
+
+def test_the_plan_of_a_message_is_the_current_one_while_it_is_handled(plan: ChannelPlan) -> None:
+    assert current_channels() is None
+    with holding_channels(plan):
+        assert current_channels() is plan
+    assert current_channels() is None
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.lstm = nn.Linear(3, 8), nn.LSTM(8, 12, batch_first=True)
+        self.hidden, self.head = nn.Linear(12, 10), nn.Linear(10, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.lstm(self.enter(x))[0][:, -1]
+        return torch.as_tensor(self.head(torch.relu(self.hidden(y))))
+
+
+def test_recurrent_layers_keep_their_outputs() -> None:
+    x = torch.ones(2, 5, 3)
+    torch.manual_seed(2)
+    module = Recurrent().eval()
+    plan = choose_channels(module, (x,), 0.5)
+    narrow = narrow_module(module, (x,), plan)
+    shapes = {name: tuple(tensor.shape) for name, tensor in narrow.state_dict().items()}
+    assert shapes["lstm.weight_ih_l0"] == (48, 4)
+    assert (shapes["lstm.weight_hh_l0"], shapes["head.weight"]) == ((48, 12), (4, 5))
+    with torch.no_grad():
+        assert torch.equal(fit_module(module, plan)(x), narrow(x))

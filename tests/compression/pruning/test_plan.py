@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.criteria import CRITERIA, Knowledge
 from prunecast.compression.pruning.plan import (
+    ChannelSchedule,
     PlanError,
     PruningPlan,
     low_rank_factors,
@@ -203,6 +204,29 @@ def test_statistics_are_asked_for_while_they_decide():
     assert PruningPlan(CubicSchedule(0.5, 2, 4)).wanted(3, {}) == ()
 
 
-def test_channels_are_not_for_rounds():
-    with pytest.raises(PlanError, match="--variant structured"):
-        PruningPlan(structure="channels")
+def test_channels_go_in_rounds_by_the_same_factor_each_time():
+    plan = PruningPlan(CubicSchedule(0.5, 6, 9), channels=ChannelSchedule(0.25, (2, 4)))
+    assert [plan.channels.after(n) for n in (1, 2, 3, 4, 9)] == [1.0, 0.5, 0.5, 0.25, 0.25]
+    assert [plan.structures(n) for n in (1, 5, 9)] == [
+        (),
+        ("channels",),
+        ("channels", "weights"),
+    ]
+    assert PruningPlan().structures(50) == ()
+
+
+@pytest.mark.parametrize(
+    ("share", "at", "said"),
+    [
+        (0.0, (2,), "lies in"),
+        (1.5, (2,), "lies in"),
+        (0.5, (), "both a share"),
+        (1.0, (2,), "both a share"),
+        (0.5, (0,), "rounds of 1 or more"),
+        (0.5, (4, 2), "ascending"),
+        (0.5, (4, 4), "ascending"),
+    ],
+)
+def test_a_schedule_of_channels_that_cannot_be_is_refused(share, at, said):
+    with pytest.raises(PlanError, match=said):
+        ChannelSchedule(share, at)
