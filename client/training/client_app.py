@@ -17,7 +17,7 @@ Every key and default is a field of `LocalTraining`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -32,7 +32,6 @@ from prunecast.client.training.trainer import Batch, Loss, TrainerError, Trainin
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
-from prunecast.compression.pruning.criteria import GRADIENT
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
     current_masks,
@@ -104,7 +103,7 @@ class LocalTraining:
         *,
         loss_fn: Loss,
         masks: Mapping[str, NDArray[np.bool_]] | None = None,
-        gradients: bool = False,
+        statistics: Collection[str] = (),
     ) -> Training:
         """Train a module in place as the node of `context` does in a round.
 
@@ -121,7 +120,7 @@ class LocalTraining:
             device=self.torch_device,
             mixed_precision={"auto": None, "on": True, "off": False}[self.mixed_precision],
             seed=training_seed(self.seed, server_round, context),
-            gradients=gradients,
+            statistics=statistics,
             loss_fn=loss_fn,
         )
 
@@ -170,9 +169,10 @@ def build_client_app(
             context,
             loss_fn=loss_fn,
             masks=current_masks(),
-            gradients=GRADIENT in wanted_statistics(),
+            statistics=wanted_statistics(),
         )
-        contribute_statistics(GRADIENT, outcome.gradients)
+        for name, measured in outcome.statistics.items():
+            contribute_statistics(name, measured)
         metrics = MetricRecord({"num-examples": outcome.examples, "train-loss": outcome.loss})
         arrays = ArrayRecord({k: v.cpu() for k, v in module.state_dict().items()})
         return Message(RecordDict({key: arrays, "metrics": metrics}), reply_to=message)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from prunecast.client.training.measuring import StatisticsMeter
 
 __all__ = [
     "Evaluation",
@@ -40,15 +42,15 @@ class Training:
         examples: examples seen in one epoch.
         steps: optimiser steps taken.
         precision: "float32", "bfloat16" or "float16", the dtype that matrix products ran in.
-        gradients: parameter name to the root mean square over all steps of the gradient, float32,
-            pruned weights included, frozen parameters not; empty unless asked for.
+        statistics: what was asked for, by name of the statistic and of the parameter, float32, as
+            `StatisticsMeter` measures it.
     """
 
     loss: float
     examples: int
     steps: int
     precision: str
-    gradients: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    statistics: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def train(
     mixed_precision: bool | None = None,
     seed: int,
     loss_fn: Loss = nn.functional.cross_entropy,
-    gradients: bool = False,
+    statistics: Collection[str] = (),
 ) -> Training:
     """Train `model` in place with SGD.
 
@@ -148,7 +150,7 @@ def train(
         seed: of torch's generators during the call (dropout, a shuffling loader). The global
             state is put back afterwards.
         loss_fn: of (outputs, targets), the mean over the batch.
-        gradients: also measure their size, which some pruning criteria need.
+        statistics: names of what to measure on the side, which some pruning criteria need.
 
     Raises:
         TrainerError: a mask does not fit, the loader is empty, or the loss is not finite.
@@ -164,10 +166,8 @@ def train(
     )
     scaler = torch.amp.GradScaler(target.type, enabled=precision is torch.float16)
     steps, total, examples = 0, torch.zeros((), device=target), 0
-    trained = {n: p for n, p in model.named_parameters() if gradients and p.requires_grad}
-    squares = {name: torch.zeros_like(parameter.detach()) for name, parameter in trained.items()}
     devices = [target] if target.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with StatisticsMeter(model, statistics) as meter, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for _ in range(epochs):
             total.zero_()
@@ -179,9 +179,7 @@ def train(
                     loss = loss_fn(_outputs(model, inputs, target), targets)
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimiser)
-                for name, square in squares.items():
-                    if (gradient := trained[name].grad) is not None:
-                        square += gradient.square().nan_to_num_(0.0, posinf=0.0)  # float16 may
+                meter.step()
                 for parameter, dropped in held:
                     if parameter.grad is not None:
                         parameter.grad.masked_fill_(dropped, 0.0)
@@ -202,7 +200,7 @@ def train(
         examples,
         steps,
         str(precision or torch.float32).removeprefix("torch."),
-        {name: (square / steps).sqrt().cpu().numpy() for name, square in squares.items()},
+        meter.found(),
     )
 
 

@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.pruning.statistics import Statistics
+from prunecast.compression.pruning.statistics import GRADIENT, Statistics
 
-__all__ = ["CRITERIA", "GRADIENT", "Criterion", "Knowledge", "Scores"]
+__all__ = ["CRITERIA", "Criterion", "Knowledge", "Scores"]
 
 Scores = Mapping[str, NDArray[np.floating]]
 """Of weights, by tensor: 0 or above, in the tensor's shape; the lowest are removed first."""
 
-GRADIENT = "gradient"
-"""The statistic *root mean square over steps of the loss's gradient*, one value per weight."""
 _UNMOVED = 1e-3  # part of the root mean square update that weights no client moved are given
 
 

@@ -1,7 +1,7 @@
-"""What nodes contribute to a criterion: named arrays, one value per weight, in one small payload.
+"""What nodes contribute to a criterion: named arrays, in one small payload.
 
-A statistic only ranks weights, so its values travel with one bit of mantissa: within 20 %, and
-five to six bits each after the codec.
+A statistic has one value per weight, or per input channel. It only ranks weights, so its values
+travel with one bit of mantissa: within 20 %, and five to six bits each after the codec.
 """
 
 from __future__ import annotations
@@ -16,13 +16,40 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import CodecError, Limits
 from prunecast.compression.versions import BadPayload, encode_plain, open_plain, rounded_floats
 
-__all__ = ["Statistics", "StatisticsMean", "pack_statistics"]
+__all__ = [
+    "ACTIVATION",
+    "GRADIENT",
+    "SENSITIVITY",
+    "Statistics",
+    "StatisticsMean",
+    "pack_statistics",
+    "statistic_shape",
+]
+
+GRADIENT = "gradient"
+"""The statistic *root mean square over steps of the loss's gradient*, one value per weight."""
+SENSITIVITY = "sensitivity"
+"""*Weight times gradient* of the mean loss, at the weights a node was sent; with its sign."""
+ACTIVATION = "activation"
+"""*Mean absolute input* of a linear or convolutional layer, one value per input channel."""
 
 Statistics = Mapping[str, Mapping[str, NDArray[Any]]]
 """Name of a statistic to tensor to values."""
 _LARGEST = 1e30  # a mean of such is finite
 _BITS = 1  # of mantissa
 _OF = "\0"
+
+
+def statistic_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a statistic of a tensor has: the tensor's, or of its input channels alone.
+
+    Examples:
+        >>> statistic_shape("gradient", (64, 32, 3, 3)), statistic_shape("activation", (64, 32, 3))
+        ((64, 32, 3, 3), (1, 32, 1))
+    """
+    if name != ACTIVATION:
+        return shape
+    return tuple(n if axis == 1 else 1 for axis, n in enumerate(shape))
 
 
 def pack_statistics(statistics: Statistics) -> bytes:
@@ -67,7 +94,8 @@ class StatisticsMean:
         found: dict[tuple[str, str], NDArray[np.float32]] = {}
         for key, spec in opened.specs.items():
             name, _, tensor = key.partition(_OF)
-            asked = name in wanted and spec.shape == shapes.get(tensor)
+            asked = name in wanted and tensor in shapes
+            asked = asked and spec.shape == statistic_shape(name, shapes[tensor])
             if not asked or spec.dtype != np.float32:
                 raise BadPayload(f"nobody asked for the statistic {name[:80]!r} of {tensor[:80]!r}")
             try:

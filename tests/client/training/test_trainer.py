@@ -11,6 +11,7 @@ from torch import nn
 
 from prunecast.client.training import trainer
 from prunecast.client.training.trainer import TensorBatches, TrainerError, evaluate, train
+from prunecast.compression.pruning.statistics import ACTIVATION, GRADIENT, SENSITIVITY
 
 
 def network() -> nn.Module:
@@ -79,10 +80,10 @@ def test_gradients_are_of_all_weights_and_change_nothing():
     given = {"lr": 0.1, "masks": {"weight": mask}, "device": "cpu", "seed": 1}
     plain, measured = nn.Linear(12, 16), nn.Linear(12, 16)
     plain.load_state_dict(measured.state_dict())
-    assert train(plain, loader, epochs=1, **given).gradients == {}
+    assert train(plain, loader, epochs=1, **given).statistics == {}
     start = nn.Linear(12, 16)
     start.load_state_dict(measured.state_dict())
-    found = train(measured, loader, epochs=1, gradients=True, **given).gradients
+    found = train(measured, loader, epochs=1, statistics=[GRADIENT], **given).statistics[GRADIENT]
     assert state(plain) == state(measured)
     with torch.no_grad():
         start.weight *= torch.from_numpy(mask)
@@ -90,6 +91,48 @@ def test_gradients_are_of_all_weights_and_change_nothing():
     for name, parameter in start.named_parameters():
         np.testing.assert_allclose(found[name], np.abs(parameter.grad.numpy()), rtol=1e-4)
     assert found["weight"][~mask].all()
+
+
+def test_sensitivities_are_of_the_first_mini_batch_at_the_weights_that_came():
+    inputs, targets = examples(8)
+    loader = TensorBatches(inputs, targets, batch_size=4)  # two steps, of which one counts
+    model = nn.Linear(12, 16)
+    start = nn.Linear(12, 16)
+    start.load_state_dict(model.state_dict())
+    model.bias.requires_grad_(False)
+    given = {"epochs": 2, "lr": 0.1, "device": "cpu", "seed": 1}
+    found = train(model, loader, statistics=[SENSITIVITY, "unheard-of"], **given).statistics
+    nn.functional.cross_entropy(start(inputs[:4]), targets[:4]).backward()
+    assert list(found) == [SENSITIVITY]
+    assert list(found[SENSITIVITY]) == ["weight"]  # what is frozen has none
+    expected = (start.weight.detach() * start.weight.grad).numpy()
+    np.testing.assert_allclose(found[SENSITIVITY]["weight"], expected, rtol=1e-4, atol=1e-9)
+    assert (found[SENSITIVITY]["weight"] < 0).any()  # the sign is for the mean over nodes
+
+
+def test_activations_are_the_mean_sizes_of_the_inputs_of_layers():
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.grouped = nn.Conv2d(2, 4, 3), nn.Conv1d(4, 6, 3, groups=2)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.inputs = [x, self.conv(x).flatten(2)]
+            self.inputs.append(self.grouped(self.inputs[1]).mean(2))
+            return self.head(self.inputs[2])
+
+    model, images = Layers(), torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    loader = TensorBatches(images, torch.arange(6) % 3, batch_size=4)  # of 4 and of 2
+    given = {"epochs": 1, "lr": 0.0, "device": "cpu", "seed": 1}
+    found = train(model, loader, statistics=[ACTIVATION], **given).statistics[ACTIVATION]
+    model(images)
+    conv, grouped, head = (x.detach().abs().numpy() for x in model.inputs)
+    np.testing.assert_allclose(found["conv.weight"], conv.mean((0, 2, 3))[None, :, None, None])
+    groups = grouped.mean((0, 2)).reshape(2, 2).mean(0)
+    np.testing.assert_allclose(found["grouped.weight"], groups[None, :, None], rtol=1e-5)
+    np.testing.assert_allclose(found["head.weight"], head.mean(0)[None], rtol=1e-5)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_momentum_and_gradients_off_the_mask_stay_zero(monkeypatch):

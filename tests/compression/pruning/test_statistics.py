@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from prunecast.compression.pruning.masks import contribute_statistics, holding, wanted_statistics
-from prunecast.compression.pruning.statistics import StatisticsMean, pack_statistics
+from prunecast.compression.pruning.statistics import (
+    ACTIVATION,
+    StatisticsMean,
+    pack_statistics,
+)
 from prunecast.compression.versions import BadPayload, VersionsError, encode_plain
 
 SHAPES = {"w": (4, 5), "b": (3,)}
@@ -46,6 +50,16 @@ def test_what_is_beyond_is_clipped_and_what_is_not_finite_is_refused():
     assert found == pytest.approx([1e30, -1e30, 1.0], rel=0.2001)
     with pytest.raises(BadPayload, match="'b' holds NaN"):
         unpacked(pack_statistics({"g": {"b": np.array([1.0, np.nan, 1.0])}}))
+
+
+def test_activations_are_one_value_per_input_channel():
+    shapes = {"w": (4, 5), "k": (4, 2, 3, 3)}
+    values = {"w": np.arange(5.0)[None], "k": np.ones((1, 2, 1, 1))}
+    found = unpacked(pack_statistics({ACTIVATION: values}), (ACTIVATION,), shapes)[ACTIVATION]
+    assert {name: array.shape for name, array in found.items()} == {"w": (1, 5), "k": (1, 2, 1, 1)}
+    for wrong in (np.ones((4, 5)), np.ones(5), np.ones((1, 1))):
+        with pytest.raises(BadPayload, match="nobody asked for the statistic 'activation' of 'w'"):
+            unpacked(pack_statistics({ACTIVATION: {"w": wrong}}), (ACTIVATION,), shapes)
 
 
 def test_a_record_is_small():

@@ -1,0 +1,108 @@
+"""What local training measures for pruning on the side: statistics that criteria ask of nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prunecast.compression.pruning.statistics import ACTIVATION, GRADIENT, SENSITIVITY
+
+__all__ = ["StatisticsMeter"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class StatisticsMeter:
+    """Measures statistics while a model trains; changes nothing of what it learns.
+
+    `GRADIENT` is the root mean square over all steps, pruned weights included. `SENSITIVITY` is of
+    the first step alone, whose weights are those that the node was sent: one mini-batch, as in Lee
+    et al. 2019, on every node. `ACTIVATION` comes from hooks on linear and convolutional layers;
+    a layer that computes without calling its module, as the output of torch's
+    `nn.MultiheadAttention`, has none.
+
+    Args:
+        model: on its device already.
+        wanted: names of statistics, such as `wanted_statistics()`; others than these are ignored.
+
+    Frozen parameters have no gradient and no sensitivity. Close it, or use it as a context.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Collection[str]) -> None:
+        self._steps = 0
+        self._squares: dict[str, Tensor] = {}
+        self._sensitivities: dict[str, Tensor] = {}
+        self._sizes: dict[str, Tensor] = {}  # sums over positions of a channel's size
+        self._positions: dict[str, int] = {}
+        self._hooks: list[Any] = []
+        self._wanted = wanted
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if GRADIENT in wanted:
+            self._squares = {n: torch.zeros_like(p.detach()) for n, p in self._trained.items()}
+        if ACTIVATION in wanted:
+            for prefix, module in model.named_modules():
+                name = f"{prefix}.weight" if prefix else "weight"
+                if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and name in self._trained:
+                    self._hooks.append(module.register_forward_pre_hook(self._observer(name)))
+
+    def __enter__(self) -> StatisticsMeter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def step(self) -> None:
+        """Look at the gradients of a step, unscaled and before any of them is set to zero."""
+        self._steps += 1
+        first = SENSITIVITY in self._wanted and self._steps == 1
+        if not first and not self._squares:
+            return
+        for name, parameter in self._trained.items():
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad
+            if name in self._squares:  # float16 overflows
+                self._squares[name] += gradient.square().nan_to_num_(0.0, posinf=0.0)
+            if first:
+                product = parameter.detach() * gradient
+                self._sensitivities[name] = product.nan_to_num_(0.0, posinf=0.0, neginf=0.0)
+
+    def found(self) -> dict[str, dict[str, NDArray[np.float32]]]:
+        """The wanted statistics by name and tensor, float32, as `statistic_shape` says."""
+        measured = {
+            GRADIENT: {n: (s / max(1, self._steps)).sqrt() for n, s in self._squares.items()},
+            SENSITIVITY: self._sensitivities,
+            ACTIVATION: {n: s / self._positions[n] for n, s in self._sizes.items()},
+        }
+        return {name: _arrays(measured[name]) for name in measured if name in self._wanted}
+
+    def _observer(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not inputs or not isinstance(inputs[0], Tensor):
+                return
+            size = inputs[0].detach().abs()
+            spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)  # type: ignore[arg-type]
+            size = size.movedim(size.ndim - 1 - spatial, -1)
+            channels = size.reshape(-1, size.shape[-1]).sum(0, dtype=torch.float32)
+            if groups := getattr(module, "groups", 0):
+                channels = channels.reshape(groups, -1).mean(0)
+            sums = channels.reshape(1, -1, *[1] * spatial)
+            self._sizes[name] = self._sizes[name] + sums if name in self._sizes else sums
+            positions = size.numel() // size.shape[-1]
+            self._positions[name] = self._positions.get(name, 0) + positions
+
+        return observe
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
