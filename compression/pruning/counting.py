@@ -1,0 +1,178 @@
+"""Count what a torch module computes for one example; needs torch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from prunecast.compression.pruning.operations import Operations
+
+__all__ = ["count_operations"]
+
+_CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
+_TRANSPOSED = (
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+)
+_PRODUCTS: dict[Any, int] = {
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot), 0),
+    **dict.fromkeys((Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.__matmul__), 0),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm), 1),
+}
+"""Products of matrices, and the position of the first factor among their arguments."""
+_RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
+_CELLS = {
+    getattr(torch._VF, name) for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+}
+
+
+def count_operations(module: nn.Module, example: tuple[Tensor, ...]) -> Operations:
+    """Run a module on one example and count, whatever layers or functions it computes with.
+
+    Weights are told by where they lie in memory, so that tied ones are one, and those that a
+    function uses without a layer count, too.
+
+    Args:
+        module: in any mode; left as it was.
+        example: positional inputs, the batch first; the first example alone is run.
+
+    Raises:
+        Exception: whatever the module raises on the example.
+    """
+    counter = _Counter(module.state_dict(keep_vars=True))
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad(), counter:
+            module(*(x[:1] for x in example))
+    finally:
+        for part in training:
+            part.training = True
+    return counter.found()
+
+
+class _Counter(TorchFunctionMode):
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._names: dict[tuple[int, int], str] = {}
+        self._sizes: dict[str, int] = {}
+        for name, tensor in state.items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self._names.setdefault(_place(tensor), name)
+                self._sizes[name] = tensor.numel()
+        self._macs: dict[str, int] = {}
+        self._others = self._activations = 0
+
+    def found(self) -> Operations:
+        """What has been counted."""
+        sizes = {name: self._sizes[name] for name in self._macs}
+        uses = {name: macs / (sizes[name] or 1) for name, macs in self._macs.items()}
+        return Operations(uses, sizes, self._others, self._activations)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function, and count it."""
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if func is functional.linear:
+            given, weight = _arguments(func, args, kwargs, "input", "weight")
+            self._add(weight, weight.numel() * (given.numel() // weight.shape[-1]))
+            self._move(given, made)
+        elif func in _CONVOLUTIONS or func in _TRANSPOSED:
+            given, weight = _arguments(None, args, kwargs, "input", "weight")
+            last = given if func in _TRANSPOSED else made
+            channels = 1 if func in _TRANSPOSED else 0
+            width = given.shape[-(weight.dim() - 1)] if channels else weight.shape[0]
+            self._add(weight, weight.numel() * (last.numel() // width))
+            self._move(given, made)
+        elif func in _PRODUCTS:
+            first, second = args[_PRODUCTS[func] : _PRODUCTS[func] + 2]
+            self._multiply(first, second, made.numel() * first.shape[-1])
+            self._move(first, second, made)
+        elif func is torch.einsum and len(args) >= 3 and isinstance(args[1], Tensor):
+            self._multiply(args[1], args[2], made.numel() * _contracted(args[0], args[1:3]))
+            self._move(*args[1:3], made)
+        elif func is functional.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            pairs = query.numel() // query.shape[-1] * key.shape[-2]
+            self._others += pairs * (query.shape[-1] + value.shape[-1])
+            self._move(query, key, value, made)
+        elif func is functional.multi_head_attention_forward:
+            self._attend(func, args, kwargs)
+            self._move(*args[:3], made[0])
+        elif func in _RECURRENT:
+            self._recur(args)
+            self._move(args[0], made[0])
+        elif func in _CELLS:
+            for weight in args[2:4]:
+                self._add(weight, weight.numel())
+        elif func is functional.embedding:
+            self._move(made)
+        return made
+
+    def _name(self, tensor: Tensor) -> str | None:
+        return self._names.get(_place(tensor))
+
+    def _add(self, weight: Tensor, macs: int) -> None:
+        name = self._name(weight)
+        if name is None:  # a constant, or computed of several
+            self._others += macs
+        else:
+            self._macs[name] = self._macs.get(name, 0) + macs
+
+    def _multiply(self, first: Tensor, second: Tensor, macs: int) -> None:
+        self._add(first if self._name(first) is not None else second, macs)
+
+    def _move(self, *tensors: Tensor) -> None:
+        self._activations += sum(t.numel() for t in tensors if self._name(t) is None)
+
+    def _attend(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        query, key, value = given["query"], given["key"], given["value"]
+        width, rows = query.shape[-1], [t.numel() // t.shape[-1] for t in (query, key, value)]
+        if given.get("use_separate_proj_weight"):
+            for part, count in zip("qkv", rows, strict=True):
+                weight = given[f"{part}_proj_weight"]
+                self._add(weight, weight.numel() * count)
+        else:
+            self._add(given["in_proj_weight"], width * width * sum(rows))
+        weight = given["out_proj_weight"]
+        self._add(weight, weight.numel() * rows[0])
+        self._others += 2 * rows[0] * key.shape[0] * width  # steps come first here
+
+    def _recur(self, args: tuple[Any, ...]) -> None:
+        packed = isinstance(args[3], tuple | list)  # else it is whether there are biases
+        weights = args[3] if packed else args[2]
+        steps = int(args[1].sum()) if packed else args[0].numel() // args[0].shape[-1]
+        for weight in weights:
+            if weight.dim() == 2:
+                self._add(weight, weight.numel() * steps)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage().data_ptr(), tensor.numel()
+
+
+def _arguments(func: Any, args: tuple[Any, ...], kwargs: Any, *names: str) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
+
+
+def _contracted(equation: str, tensors: tuple[Tensor, ...]) -> int:
+    """Over how many pairs each output of an einsum sums."""
+    left, _, right = equation.replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for letters, tensor in zip(left.split(","), tensors, strict=False):
+        before, dots, after = letters.partition("...")
+        sizes.update(zip(before, tensor.shape, strict=False))
+        if dots:
+            sizes.update(zip(reversed(after), reversed(tensor.shape), strict=False))
+    return math.prod(size for letter, size in sizes.items() if letter not in right)
