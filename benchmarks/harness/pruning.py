@@ -1,0 +1,409 @@
+"""Accuracy against sparsity: tasks, ways of pruning, what is known to hold, tables and pictures.
+
+A *way* is what a policy says of pruning apart from the sparsity: criterion, allocation, schedule.
+The loss of accuracy is told in points, against the same policy that prunes nothing; plain Flower
+stands beside it. All of it is of the mean of the last rounds (`last_rounds`) and over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunecast.simulations.data import Examples
+
+__all__ = [
+    "DENSE",
+    "LIMITS",
+    "SPARSITIES",
+    "TASKS",
+    "UNPRUNED",
+    "WAYS",
+    "Way",
+    "arms_of",
+    "compare_orderings",
+    "draw",
+    "fashion",
+    "fashion_apart",
+    "report_lines",
+    "rows_of",
+    "way_named",
+    "within_limits",
+]
+
+DENSE, UNPRUNED = "dense", "unpruned"
+SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
+LIMITS = {0.9: 0.5, 0.95: 1.5, 0.98: 4.0}
+"""Points of accuracy that a sparsity may cost at most."""
+_BEGIN, _END = 2, 0.6  # last dense round of gradual pruning; part of the rounds by which it is over
+_COLUMNS = ("way", "sparsity", "accuracy", "points lost", "by seed", "zeros", "MB", "seconds")
+
+
+def fashion(count: int = 4000, apart: int = 2000) -> tuple[Any, Any]:
+    """The first `count` images of Fashion-MNIST, and their classes."""
+    return _part(False, count)
+
+
+def fashion_apart(count: int = 4000, apart: int = 2000) -> tuple[Any, Any]:
+    """The first `apart` images of those that Fashion-MNIST sets apart."""
+    return _part(True, apart)
+
+
+def _part(apart: bool, count: int) -> tuple[Any, Any]:
+    from prunecast.simulations.data.named import Named
+
+    source = Named(name="fashion-mnist")
+    found: Examples | None = source.read_test() if apart else source.read()
+    assert found is not None
+    return dict(found.take(slice(count)).inputs), found.targets[:count]
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "fashion": {
+        "description": "4,000 images of Fashion-MNIST, 5 clients, Dirichlet(0.5); a CNN of 409,034",
+        "rounds": 24,
+        "data": {
+            "source": "function",
+            "function": "benchmarks.harness.pruning:fashion",
+            "test": "benchmarks.harness.pruning:fashion_apart",
+            "held_out": "test",
+        },
+        "partition": {"kind": "dirichlet", "alpha": 0.5},
+        "clients": {"count": 5},
+        "model": {
+            "factory": "prunecast.simulations.networks.convolutional:digits_cnn",
+            "initial": "drawn",
+        },
+        "training": {
+            "epochs": 1,
+            "batch_size": 16,
+            "learning_rate": 0.03,
+            "learning_rate_decay": 0.96,
+            "momentum": 0.9,
+        },
+    },
+    "activity": {
+        "description": "Exercises from wearable sensors, 5 clients of two subjects each; "
+        "convolutions along time, 35,335",
+        "rounds": 24,
+        "data": {"source": "named", "name": "activity", "held_out": 600},
+        "partition": {"kind": "natural"},
+        "clients": {"count": 5},
+        "model": {
+            "factory": "prunecast.simulations.networks.convolutional:sensor_cnn",
+            "initial": "drawn",
+            "options": {"channels": 6, "classes": 7, "width": 64},
+        },
+        "training": {
+            "epochs": 2,
+            "batch_size": 16,
+            "learning_rate": 0.02,
+            "learning_rate_decay": 0.97,
+            "momentum": 0.9,
+        },
+    },
+}
+"""What is trained, as a scenario has it; both need `prunecast data get`."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How is pruned, whatever the sparsity.
+
+    Attributes:
+        criterion, allocation, schedule: names of the registries of `compression/pruning`.
+        knobs: others of the policy; ``pruning_begin`` and ``pruning_end`` in rounds.
+    """
+
+    criterion: str
+    allocation: str
+    schedule: str
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    def policy(self, sparsity: float, rounds: int) -> dict[str, Any]:
+        """The knobs of its policy at a sparsity."""
+        return {
+            "sparsity": sparsity,
+            "pruning_criterion": self.criterion,
+            "pruning_scope": self.allocation,
+            "pruning_schedule": self.schedule,
+            "pruning_begin": _BEGIN,
+            "pruning_end": max(_BEGIN + 1, round(_END * rounds)),
+            **self.knobs,
+        }
+
+    def text(self) -> str:
+        """For people."""
+        told = f"{self.criterion}, {self.allocation}, {self.schedule}"
+        return told + "".join(f", {name} = {value}" for name, value in self.knobs.items())
+
+
+WAYS: dict[str, Way] = {
+    "uniform": Way("magnitude", "layer", "cubic"),
+    "global": Way("magnitude", "global", "cubic"),
+}
+"""Those that are measured unless others are named."""
+
+ORDERINGS = (
+    ("ERK above uniform", "erk", "uniform"),
+    ("dynamic above static", "dynamic", "static"),
+    ("gradual above one-shot", "erk", "one-shot"),
+)
+"""What is known to hold: its name, the better way and the worse one."""
+
+
+def way_named(name: str) -> Way:
+    """One of `WAYS`, or ``criterion:allocation:schedule``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if name in WAYS:
+        return WAYS[name]
+    parts = name.split(":")
+    if len(parts) != 3 or not all(parts):
+        raise ValueError(
+            f"{name!r} is no way of pruning: name one of {', '.join(WAYS)}, or "
+            "criterion:allocation:schedule"
+        )
+    return Way(*parts)
+
+
+def _arm(name: str, sparsity: float) -> str:
+    return f"{name.replace(':', '-')}-{100 * sparsity:g}"
+
+
+def arms_of(ways: Sequence[str], sparsities: Sequence[float], rounds: int) -> dict[str, Any]:
+    """The arms of a scenario: plain Flower, the policy that prunes nothing, and every way."""
+    arms: dict[str, Any] = {
+        DENSE: {"kind": "dense"},
+        UNPRUNED: {"kind": "prunecast", "preset": "balanced"},
+    }
+    for name in ways:
+        for sparsity in sparsities:
+            policy = way_named(name).policy(sparsity, rounds)
+            arm = {"kind": "prunecast", "preset": "balanced", "policy": policy}
+            arms[_arm(name, sparsity)] = arm
+    return arms
+
+
+# -- what was measured ----------------------------------------------------------------------------
+
+
+def rows_of(
+    document: Mapping[str, Any],
+    ways: Sequence[str],
+    sparsities: Sequence[float],
+    zeros: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """A row for each way and sparsity, from a comparison's document.
+
+    Args:
+        document: of the comparison of a task, its metric a fraction.
+        ways: names.
+        sparsities: that were asked for.
+        zeros: by arm, the sparsity that was reached, mean over seeds.
+    """
+    metric, arms = document["task"]["metric"], document["arms"]
+    without = arms[UNPRUNED]["by_seed"]
+    rows = []
+    for name in ways:
+        for sparsity in sparsities:
+            arm = arms[_arm(name, sparsity)]
+            lost = [100 * (a - b) for a, b in zip(without, arm["by_seed"], strict=True)]
+            rows.append(
+                {
+                    "way": name,
+                    "text": way_named(name).text(),
+                    "sparsity": sparsity,
+                    "zeros": zeros[_arm(name, sparsity)],
+                    "accuracy": arm[metric],
+                    "spread": arm["spread"],
+                    "by_seed": arm["by_seed"],
+                    "lost": statistics.fmean(lost),
+                    "lost_by_seed": lost,
+                    "bytes": arm["bytes_down"] + arm["bytes_up"],
+                    "seconds": arm["seconds"],
+                }
+            )
+    return rows
+
+
+def compare_orderings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How far each known ordering holds, at every sparsity that both ways were measured at.
+
+    Returns:
+        ``name``, ``better``, ``worse``, ``sparsity``; ``points`` by which the better way is ahead,
+        mean over seeds, and ``error``, its standard error (None for one seed); ``met``.
+    """
+    by_way = {(row["way"], row["sparsity"]): row for row in rows}
+    found = []
+    for name, better, worse in ORDERINGS:
+        for sparsity in sorted({row["sparsity"] for row in rows}):
+            if (better, sparsity) not in by_way or (worse, sparsity) not in by_way:
+                continue
+            pair = (by_way[way, sparsity]["by_seed"] for way in (better, worse))
+            ahead = [100 * (a - b) for a, b in zip(*pair, strict=True)]
+            error = statistics.stdev(ahead) / math.sqrt(len(ahead)) if len(ahead) > 1 else None
+            points = statistics.fmean(ahead)
+            found.append(
+                {
+                    "name": name,
+                    "better": better,
+                    "worse": worse,
+                    "sparsity": sparsity,
+                    "points": points,
+                    "error": error,
+                    "met": points > 0,
+                }
+            )
+    return found
+
+
+def within_limits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of every way, what each of `LIMITS` allows, what was lost, and whether it is ``met``."""
+    return [
+        {
+            "way": row["way"],
+            "sparsity": row["sparsity"],
+            "limit": LIMITS[row["sparsity"]],
+            "lost": row["lost"],
+            "met": row["lost"] <= LIMITS[row["sparsity"]],
+        }
+        for row in rows
+        if row["sparsity"] in LIMITS
+    ]
+
+
+# -- for people -----------------------------------------------------------------------------------
+
+
+def report_lines(tasks: Sequence[Mapping[str, Any]], command: str) -> Iterator[str]:
+    """A page of Markdown."""
+    yield "# Accuracy against sparsity"
+    yield ""
+    yield f"Written by `{command}`."
+    for task in tasks:
+        yield ""
+        yield f"## {task['name']}"
+        yield ""
+        yield (
+            f"{task['description']}. {task['rounds']} rounds, seeds "
+            f"{', '.join(map(str, task['seeds']))}. Plain Flower reaches "
+            f"{_percent(task['dense'])}, the same policy without pruning "
+            f"{_percent(task['unpruned'])}."
+        )
+        yield ""
+        yield f"| {' | '.join(_COLUMNS)} |"
+        yield "|---|" + "---:|" * (len(_COLUMNS) - 1)
+        for row in task["rows"]:
+            yield f"| {' | '.join(_cells(row))} |"
+        yield ""
+        yield from _verdicts(task)
+
+
+def _percent(figures: Mapping[str, Any]) -> str:
+    spread = figures["spread"]
+    mean = f"{100 * figures['accuracy']:.2f}"
+    return f"{mean} %" if spread is None else f"{mean} ± {100 * spread:.2f} %"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"`{row['way']}`",
+        f"{100 * row['sparsity']:g} %",
+        _percent(row),
+        f"{row['lost']:+.2f}",
+        ", ".join(f"{lost:+.2f}" for lost in row["lost_by_seed"]),
+        f"{100 * row['zeros']:.1f} %",
+        f"{row['bytes'] / 1e6:.2f}",
+        "–" if row["seconds"] is None else f"{row['seconds']:.0f}",
+    ]
+
+
+def _verdicts(task: Mapping[str, Any]) -> Iterator[str]:
+    yield "Known to hold:"
+    yield ""
+    for entry in task["orderings"]:
+        error = "" if entry["error"] is None else f" ± {entry['error']:.2f}"
+        yield (
+            f"- {entry['name']} at {100 * entry['sparsity']:g} % (`{entry['better']}`, "
+            f"`{entry['worse']}`): {'met' if entry['met'] else 'MISSED'}, {entry['points']:+.2f}"
+            f"{error} points"
+        )
+    for sparsity, limit in LIMITS.items():
+        entries = [entry for entry in task["limits"] if entry["sparsity"] == sparsity]
+        if not entries:
+            continue
+        best = min(entries, key=lambda entry: float(entry["lost"]))
+        good = ", ".join(f"`{entry['way']}`" for entry in entries if entry["met"]) or "none"
+        yield (
+            f"- no more than {limit:g} points lost at {100 * sparsity:g} %: "
+            f"{'met' if best['met'] else 'MISSED'}, `{best['way']}` loses {best['lost']:+.2f}; "
+            f"within: {good}"
+        )
+
+
+def draw(tasks: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """A PNG: for each task accuracy against the weights that are kept, on a scale of logarithms."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(tasks), figsize=(6.0 * len(tasks), 4.6), squeeze=False, layout="constrained"
+    )
+    names = list(dict.fromkeys(row["way"] for task in tasks for row in task["rows"]))
+    colours = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for axis, task in zip(axes[0], tasks, strict=True):
+        ticks = sorted({row["sparsity"] for row in task["rows"]})
+        for number, name in enumerate(names):
+            rows = [row for row in task["rows"] if row["way"] == name]
+            places = [1.0, *(1 - row["sparsity"] for row in rows)]
+            values = [100 * task["unpruned"]["accuracy"], *(100 * row["accuracy"] for row in rows)]
+            spreads = [
+                100 * (task["unpruned"]["spread"] or 0.0),
+                *(100 * (row["spread"] or 0.0) for row in rows),
+            ]
+            axis.errorbar(
+                [place * (1 + 0.012 * (number - len(names) / 2)) for place in places],
+                values,
+                yerr=spreads,
+                label=name,
+                marker="osD^v<>PX*"[number % 10],
+                markersize=4,
+                linewidth=1.2,
+                elinewidth=0.7,
+                color=colours[number % len(colours)],
+                linestyle="-" if number < len(colours) else "--",
+            )
+        axis.axhline(100 * task["dense"]["accuracy"], color="#555555", linewidth=0.8, dashes=(4, 3))
+        axis.annotate(
+            "plain Flower",
+            (1.0, 100 * task["dense"]["accuracy"]),
+            (0, 3),
+            textcoords="offset points",
+            fontsize=7,
+            color="#555555",
+        )
+        axis.set_xscale("log")
+        axis.invert_xaxis()
+        axis.set_xticks(
+            [1.0, *(1 - tick for tick in ticks)], ["0", *(f"{100 * t:g}" for t in ticks)]
+        )
+        axis.minorticks_off()
+        axis.set_xlabel("sparsity of the pruned tensors, %", fontsize=8)
+        axis.set_ylabel("accuracy on held-out examples, %", fontsize=8)
+        axis.set_title(task["name"], fontsize=10, loc="left")
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    axes[0][0].legend(fontsize=7, loc="lower left", frameon=False)
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,165 @@
+"""Accuracy against sparsity, by criterion, allocation and schedule, on two tasks.
+
+    prunecast data get fashion-mnist && prunecast data get activity
+    python benchmarks/pruning.py [--smoke] [--tasks NAME ...] [--ways NAME ...] [--seeds N ...]
+                                 [--sparsities X ...] [--rounds N] [--cache FOLDER] [--out FOLDER]
+
+Trains each task with three seeds at each sparsity under every way of pruning, one thread and one
+run after the other, and writes pruning.md, pruning.json and pruning.png into docs/results. Each
+task takes about two hours on a core. Finished runs are kept in ``--cache``, so that a command that
+was interrupted goes on where it was: a dense run by its scenario, others by the code, too.
+Two commands, each with one of the ``--tasks``, may run at the same time; a third one without then
+writes both. A way is one of those of benchmarks/harness/pruning.py, or
+criterion:allocation:schedule by their names in a policy. ``--smoke`` takes a minute or two and
+writes into runs/pruning-smoke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started by its path: the repository's folder is not where Python looks
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.harness import pruning as harness
+from benchmarks.harness.report import machine
+from benchmarks.headline import forget_stale
+from prunecast.common.files import write_atomically
+from prunecast.server.federation import FederationError
+from prunecast.simulations.comparison import Comparison
+from prunecast.simulations.kinds import DataError, ScenarioError
+from prunecast.simulations.runner import SimulationError
+from prunecast.simulations.runner.run import read_result
+from prunecast.simulations.scenarios import scenario_from_mapping
+
+_SMOKE: dict[str, Any] = {
+    "ways": ["uniform", "global"],
+    "seeds": [1],
+    "sparsities": [0.9],
+    "rounds": 4,
+    "out": Path("runs/pruning-smoke"),
+}
+_FULL: dict[str, Any] = {
+    "ways": list(harness.WAYS),
+    "seeds": [1, 2, 3],
+    "sparsities": list(harness.SPARSITIES),
+    "out": Path(__file__).parent.parent / "docs" / "results",
+}
+
+
+def comparison_of(task: str, arguments: argparse.Namespace) -> Comparison:
+    """The comparison of a task: every way at every sparsity.
+
+    Raises:
+        ScenarioError: there is no such task or way, or it cannot be a scenario.
+    """
+    if task not in harness.TASKS:
+        raise ScenarioError("tasks", f"is {task!r}", f"choose of {', '.join(harness.TASKS)}")
+    table = dict(harness.TASKS[task])
+    rounds = arguments.rounds or table["rounds"]
+    try:
+        arms = harness.arms_of(arguments.ways, arguments.sparsities, rounds)
+    except ValueError as error:
+        raise ScenarioError("ways", str(error), "correct it") from error
+    scenario = scenario_from_mapping(
+        {
+            "schema": 1,
+            "name": task,
+            **table,
+            "rounds": rounds,
+            "engine": {"backend": "inline"},
+            "strategy": {"name": "fedavg"},
+            "arms": arms,
+        }
+    )
+    names, folder = list(arms), arguments.cache / task
+    return Comparison.of(scenario, names=names, seeds=arguments.seeds, folder=folder)
+
+
+def measured(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a task's comparison gave, with what is known to hold; trains what is not kept."""
+    name = comparison.scenario.name
+
+    def hear(event: Mapping[str, Any]) -> None:
+        if event["event"] in ("kept", "step") and event["text"].startswith("seed "):
+            print(f"{name}: {event['text']}", flush=True)
+
+    document = comparison.run(hear)
+    zeros: dict[str, list[float]] = {}
+    for scenario, folder in comparison.runs():
+        arm = next(iter(scenario.arms))
+        zeros.setdefault(arm, []).append(read_result(folder)["arms"][arm]["sparsity"])
+    reached = {arm: statistics.fmean(values) for arm, values in zeros.items()}
+    rows = harness.rows_of(document, arguments.ways, arguments.sparsities, reached)
+    metric = document["task"]["metric"]
+
+    def figures(arm: str) -> dict[str, Any]:
+        found = document["arms"][arm]
+        return {"accuracy": found[metric], **{k: found[k] for k in ("spread", "by_seed")}}
+
+    return {
+        "name": name,
+        "description": comparison.scenario.description,
+        "rounds": comparison.scenario.rounds,
+        "seeds": list(comparison.seeds),
+        "dense": figures(harness.DENSE),
+        "unpruned": figures(harness.UNPRUNED),
+        "rows": rows,
+        "orderings": harness.compare_orderings(rows),
+        "limits": harness.within_limits(rows),
+    }
+
+
+def _arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--smoke", action="store_true", help="two ways, one sparsity, four rounds, one seed")
+    add("--tasks", nargs="+", metavar="NAME", default=list(harness.TASKS))
+    names = f"names, or criterion:allocation:schedule (default: {' '.join(harness.WAYS)})"
+    add("--ways", nargs="+", metavar="NAME", help=names)
+    add("--seeds", type=int, nargs="+", metavar="N", help="(default: 1 2 3)")
+    add("--sparsities", type=float, nargs="+", metavar="X", help="besides 0")
+    add("--rounds", type=int, metavar="N", help="(default: the task's)")
+    add("--cache", type=Path, default=Path("runs/pruning"), metavar="FOLDER")
+    add("--out", type=Path, metavar="FOLDER", help="(default: docs/results)")
+    chosen = parser.parse_args(given)
+    for name, value in (_SMOKE if chosen.smoke else _FULL).items():
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, value)
+    return chosen
+
+
+def main(given: list[str] | None = None) -> int:
+    """Entry point."""
+    given = sys.argv[1:] if given is None else given
+    arguments = _arguments(given)
+    try:
+        comparisons = [comparison_of(name, arguments) for name in arguments.tasks]
+        for comparison in comparisons:
+            forget_stale(comparison)
+        tasks = [measured(comparison, arguments) for comparison in comparisons]
+    except (DataError, FederationError, ScenarioError, SimulationError) as error:
+        raise SystemExit(f"pruning.py: {error}") from error
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python benchmarks/pruning.py", *given])
+    page = [*harness.report_lines(tasks, command), "", "![Accuracy against sparsity](pruning.png)"]
+    facts = {"machine": machine(), "command": command, "tasks": tasks}
+    harness.draw(tasks, out / "pruning.png")
+    write_atomically(out / "pruning.json", (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(out / "pruning.md", ("\n".join(page) + "\n").encode())
+    print("\n".join(page))
+    print(f"\n{out / 'pruning.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,145 @@
+"""Accuracy against sparsity: arms, what is known to hold, the page, and what is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import pruning as command
+from benchmarks.harness import pruning as harness
+
+ROOT = Path(__file__).parents[2]
+
+
+def arm(*values: float, mean: float | None = None) -> dict[str, Any]:
+    reached = sum(values) / len(values) if mean is None else mean
+    figures = {"bytes_down": 500_000, "bytes_up": 500_000, "seconds": 2.0, "spread": 0.001}
+    return {"accuracy": reached, "by_seed": list(values), **figures}
+
+
+def rows(**arms: dict[str, Any]) -> list[dict[str, Any]]:
+    ways = [name for name in arms if name != "unpruned"]
+    found = {f"{name}-95": figures for name, figures in arms.items() if name != "unpruned"}
+    document = {"task": {"metric": "accuracy"}, "arms": {**found, "unpruned": arms["unpruned"]}}
+    return harness.rows_of(document, ways, [0.95], dict.fromkeys(found, 0.949))
+
+
+def test_arms_are_policies_by_the_names_of_the_registries() -> None:
+    arms = harness.arms_of(["uniform", "taylor:lamp:cubic"], [0.5, 0.98], 20)
+    assert list(arms) == [
+        *("dense", "unpruned", "uniform-50", "uniform-98"),
+        *("taylor-lamp-cubic-50", "taylor-lamp-cubic-98"),
+    ]
+    assert arms["unpruned"] == {"kind": "prunecast", "preset": "balanced"}
+    policy = arms["taylor-lamp-cubic-98"]["policy"]
+    assert (policy["sparsity"], policy["pruning_criterion"]) == (0.98, "taylor")
+    assert (policy["pruning_scope"], policy["pruning_schedule"]) == ("lamp", "cubic")
+    assert policy["pruning_begin"] < policy["pruning_end"] == 12  # rounds are left to recover
+
+
+def test_every_way_and_task_can_be_run(tmp_path: Path) -> None:
+    arguments = command._arguments(["--cache", str(tmp_path)])
+    assert arguments.sparsities == [0.5, 0.8, 0.9, 0.95, 0.98]
+    assert (arguments.seeds, arguments.out) == ([1, 2, 3], ROOT / "docs/results")
+    for task in harness.TASKS:
+        chosen = command.comparison_of(task, arguments)
+        assert chosen.scenario.engine.backend == "inline"
+        for found in chosen.arms.values():
+            found.grid_policy()  # every name is in its registry
+    smoke = command._arguments(["--smoke"])
+    assert smoke.out == Path("runs/pruning-smoke")  # never where results are
+
+
+def test_points_are_lost_against_the_same_policy_without_pruning() -> None:
+    [row] = rows(unpruned=arm(0.90, 0.92), uniform=arm(0.89, 0.90))
+    assert row["lost_by_seed"] == pytest.approx([1.0, 2.0])
+    assert row["lost"] == pytest.approx(1.5)
+    assert (row["zeros"], row["bytes"]) == (0.949, 1_000_000)
+    [entry] = harness.within_limits([row])
+    assert (entry["limit"], entry["met"]) == (1.5, entry["lost"] <= 1.5)
+
+
+def test_orderings_compare_ways_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    orderings = (("b above a", "b", "a"), ("a above c", "a", "c"), ("a above z", "a", "z"))
+    monkeypatch.setattr(harness, "ORDERINGS", orderings)
+    ways = dict.fromkeys("abc", harness.WAYS["uniform"])
+    monkeypatch.setattr(harness, "WAYS", ways)
+    found = harness.compare_orderings(
+        rows(unpruned=arm(0.9, 0.9), a=arm(0.80, 0.84), b=arm(0.81, 0.86), c=arm(0.85, 0.86))
+    )
+    assert [(e["name"], e["met"]) for e in found] == [("b above a", True), ("a above c", False)]
+    assert found[0]["points"] == pytest.approx(1.5)
+    assert found[0]["error"] == pytest.approx(0.5)  # of the differences, not of what was reached
+
+
+def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
+    measured = rows(unpruned=arm(0.9, 0.9), uniform=arm(0.89, 0.88), **{"global": arm(0.85, 0.87)})
+    task = {
+        "name": "fashion",
+        "description": "images",
+        "rounds": 24,
+        "seeds": [1, 2],
+        "dense": arm(0.91, 0.91),
+        "unpruned": arm(0.9, 0.9),
+        "rows": measured,
+        "orderings": [
+            {"name": "one", "better": "b", "worse": "a", "sparsity": 0.95, "points": 0.5,
+             "error": 0.1, "met": True},
+            {"name": "two", "better": "b", "worse": "c", "sparsity": 0.95, "points": -0.5,
+             "error": None, "met": False},
+        ],
+        "limits": harness.within_limits(measured),
+    }  # fmt: skip
+    text = "\n".join(harness.report_lines([task], "the command"))
+    assert "Written by `the command`" in text
+    assert "Plain Flower reaches 91.00 ± 0.10 %, the same policy without pruning 90.00" in text
+    row = "| `uniform` | 95 % | 88.50 ± 0.10 % | +1.50 | +1.00, +2.00 | 94.9 % | 1.00 | 2 |"
+    assert row in text
+    assert "- one at 95 % (`b`, `a`): met, +0.50 ± 0.10 points" in text
+    assert "- two at 95 % (`b`, `c`): MISSED, -0.50 points" in text
+    assert "- no more than 1.5 points lost at 95 %" in text
+    harness.draw([task, {**task, "name": "activity"}], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--tasks", "nope"], "tasks: is 'nope'; choose of fashion, activity"),
+        (["--ways", "nope"], "'nope' is no way of pruning: name one of uniform"),
+        (["--ways", "no:layer:cubic"], "pruning_criterion"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_a_line(
+    tmp_path: Path, given: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit, match=says):
+        command.main([*given, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path)])
+
+
+@pytest.mark.engine
+def test_the_command_writes_its_page_and_keeps_what_it_trained(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = {
+        **harness.TASKS["activity"],
+        "data": {"source": "synthetic", "shape": "sensors", "count": 300, "held_out": 100},
+        "partition": {"kind": "iid"},
+        "model": {"factory": "prunecast.simulations.networks.convolutional:sensor_cnn"},
+    }
+    monkeypatch.setattr(harness, "TASKS", {"small": table})
+    given = ["--tasks", "small", "--smoke", "--ways", "uniform", "--sparsities", "0.9", "0.95"]
+    given += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    assert command.main(given) == 0
+    assert "small: seed 1, uniform-95\n" in capfd.readouterr().out
+    [made] = json.loads((tmp_path / "out/pruning.json").read_text())["tasks"]
+    assert [row["sparsity"] for row in made["rows"]] == [0.9, 0.95]
+    assert made["rows"][0]["zeros"] == pytest.approx(0.9, abs=0.01)
+    assert "## small" in (tmp_path / "out/pruning.md").read_text()
+    assert (tmp_path / "out/pruning.png").stat().st_size > 1000
+
+    assert command.main(given) == 0
+    assert capfd.readouterr().out.count(": kept\n") == 4
