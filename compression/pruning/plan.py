@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from prunecast.compression.pruning.allocation import ALLOCATIONS, Allocation
 from prunecast.compression.pruning.criteria import CRITERIA, Criterion, Knowledge
-from prunecast.compression.pruning.schedules import NEVER, Schedule
+from prunecast.compression.pruning.masks import Masks
+from prunecast.compression.pruning.schedules import NEVER, LayerSchedule, Schedule
 
 __all__ = [
     "ChannelSchedule",
@@ -156,12 +157,39 @@ class PruningPlan:
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
         }
 
-    def masks(self, version: float, known: Knowledge) -> dict[str, NDArray[np.bool_]]:
-        """Masks of a version's prunable tensors; none while the schedule prunes nothing."""
-        sparsity = self.schedule(version)
-        if sparsity <= 0 or not known.weights:
+    def masks(
+        self, version: float, known: Knowledge, kept: Masks | None = None
+    ) -> dict[str, NDArray[np.bool_]]:
+        """Masks of a version's prunable tensors; none while the schedule prunes nothing.
+
+        Args:
+            version: by the schedule's clock.
+            known: of the weights.
+            kept: masks outside of which nothing comes back; None or lacking a tensor where any
+                weight may.
+        """
+        layered = self.schedule if isinstance(self.schedule, LayerSchedule) else None
+        sparsity = layered.final if layered is not None else self.schedule(version)
+        if self.stage(version, len(known.weights)) <= 0 or not known.weights:
             return {}
-        return self.allocation(self.criterion.scores(known), sparsity)
+        kept = kept or {}
+        scores = self.criterion.scores(known)
+        masks = self.allocation({n: _among(s, kept.get(n)) for n, s in scores.items()}, sparsity)
+        if layered is not None:
+            due = list(known.weights)[: layered.due(version, len(known.weights))]
+            masks = {name: kept.get(name, masks[name]) for name in due}
+        return masks
+
+    def stage(self, version: float, tensors: int) -> float:
+        """A number that rises wherever the schedule removes more: what its pruning events are.
+
+        Args:
+            version: by the schedule's clock.
+            tensors: how many may be pruned.
+        """
+        if isinstance(self.schedule, LayerSchedule):
+            return self.schedule.due(version, tensors) if self.schedule.final else 0
+        return self.schedule(version)
 
     def wanted(self, version: float, known: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the statistics to ask of the nodes that train from a version.
@@ -173,3 +201,10 @@ class PruningPlan:
         return tuple(
             s for s in self.criterion.statistics if then > now or (then and s not in known)
         )
+
+
+def _among(scores: NDArray[np.floating], kept: NDArray[np.bool_] | None) -> NDArray[np.floating]:
+    """Scores of which those that are not kept are the lowest: 0, below all others."""
+    if kept is None or kept.shape != scores.shape:
+        return scores
+    return np.where(kept, np.maximum(scores, np.finfo(scores.dtype).tiny), scores.dtype.type(0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from prunecast.common.documents import from_document
 from prunecast.common.files import replacing
 from prunecast.server.federation.errors import CheckpointError
 from prunecast.server.federation.progress import Progress
+from prunecast.server.federation.pruner import MaskState
 
 __all__ = ["Checkpoint"]
 
 _METADATA = "prunecast"
-_SCHEMA = 3
+_SCHEMA = 4
+_MASK, _EARLY = "prunecast.mask.", "prunecast.early."  # before names of tensors
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class _Metadata:
     progress: tuple[float, ...]
     key: str
     order: tuple[str, ...]
+    stage: float
+    masks: tuple[str, ...]
+    early: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +54,8 @@ class Checkpoint:
         steps: lattice step per tensor.
         clock: round of the pruning schedule that the arrays are published in, counted from 1.
         progress: of pruning that follows learning, see `Progress.position`; empty for none.
+        masks: those that are held, and what is kept for later events; in the file as tensors whose
+            names begin with ``prunecast.``.
         key: record key of the stream.
     """
 
@@ -57,6 +64,7 @@ class Checkpoint:
     steps: Mapping[str, float]
     clock: int = 0
     progress: tuple[float, ...] = ()
+    masks: MaskState = field(default_factory=MaskState)
     key: str = "arrays"
 
     def save(self, path: Path) -> None:
@@ -69,8 +77,14 @@ class Checkpoint:
         from safetensors.numpy import save_file
 
         steps, order = dict(self.steps), tuple(self.arrays)
-        meta = _Metadata(_SCHEMA, self.counter, steps, self.clock, self.progress, self.key, order)
+        held, early = self.masks.masks, self.masks.early
+        meta = _Metadata(
+            *(_SCHEMA, self.counter, steps, self.clock, self.progress, self.key, order),
+            *(self.masks.stage, tuple(held), tuple(early)),
+        )
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
+        arrays |= {_EARLY + name: np.asarray(array, order="C") for name, array in early.items()}
+        arrays |= {_MASK + name: np.packbits(mask) for name, mask in held.items()}
         with replacing(Path(path)) as temporary:
             try:
                 save_file(arrays, temporary, metadata={_METADATA: json.dumps(asdict(meta))})
@@ -90,15 +104,27 @@ class Checkpoint:
             with safe_open(path, framework="numpy") as file:
                 meta = from_document(_Metadata, json.loads((file.metadata() or {})[_METADATA]))
                 arrays = {name: file.get_tensor(name) for name in meta.order}
+                early = {name: file.get_tensor(_EARLY + name) for name in meta.early}
+                masks = {
+                    name: _mask(name, file.get_tensor(_MASK + name), arrays[name])
+                    for name in meta.masks
+                }
             if meta.schema != _SCHEMA or meta.counter < 0 or meta.clock < 0:
                 raise ValueError(f"schema {meta.schema} or counter {meta.counter} is not supported")
             if not all(math.isfinite(step) and step > 0 for step in meta.steps.values()):
                 raise ValueError("a lattice step is not a positive number")
             if meta.progress:
                 Progress(0, 0).resume(meta.progress)
-            return cls(arrays, meta.counter, meta.steps, meta.clock, meta.progress, meta.key)
+            state = MaskState(meta.stage, masks, early)
+            return cls(arrays, meta.counter, meta.steps, meta.clock, meta.progress, state, meta.key)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "
                 "Checkpoint.save wrote"
             ) from error
+
+
+def _mask(name: str, packed: NDArray[Any], array: NDArray[Any]) -> NDArray[np.bool_]:
+    if packed.dtype != np.uint8 or packed.ndim != 1 or packed.size != -(-array.size // 8):
+        raise ValueError(f"the mask of {name!r} is not of its shape")
+    return np.unpackbits(packed, count=array.size).astype(bool).reshape(array.shape)

@@ -409,7 +409,8 @@ class CompressedGrid(GridWrapper):
         known, others = set_apart(arrays)
         if others:
             self._notices.unsaved(key, uncodable(arrays))
-        return Checkpoint(stream.as_published(dense_arrays(known)), *stream.position, key)
+        master = stream.master_of(arrays.object_id) or stream.as_published(dense_arrays(known))
+        return Checkpoint(dict(master), *stream.position, key)
 
     def expect_rounds(self, rounds: int) -> None:
         """Say how many rounds there will be, those before a resume included.
@@ -424,7 +425,7 @@ class CompressedGrid(GridWrapper):
         """Tell a loss budget what the server measured of the last version on held-out examples."""
         if self.policy.down == "lattice":
             stream = self._streams.stream(self.run.run_id, key)
-            stream.losses.add(loss, held_out=True)
+            stream.pruner.losses.add(loss, held_out=True)
 
     def resume(self, checkpoint: Checkpoint) -> ArrayRecord:
         """Continue a stream from a checkpoint; call before the first message.
@@ -434,7 +435,8 @@ class CompressedGrid(GridWrapper):
         """
         self._rounds_checked = True  # the schedule goes on, and does not begin
         stream = self._streams.stream(self.run.run_id, checkpoint.key)
-        stream.resume(checkpoint.counter, checkpoint.steps, checkpoint.clock, checkpoint.progress)
+        at = checkpoint.counter, checkpoint.steps, checkpoint.clock
+        stream.resume(*at, checkpoint.progress, checkpoint.masks)
         return array_record(checkpoint.arrays)
 
     def evaluate_published(

@@ -59,6 +59,7 @@ class Lattices:
         *,
         fine: bool = False,
         aligned: bool = False,
+        held: bool = False,
     ) -> LatticeTensor:
         """The integers of one tensor.
 
@@ -71,6 +72,8 @@ class Lattices:
             aligned: let the mask end at the border of a cell, so that the integers almost say it;
                 for masks that keep the largest weights. Where no border keeps about as many, the
                 mask is kept to the weight, but not while it is early.
+            held: whether the mask is to be read from the integers just as it is: a kept weight that
+                rounds to zero is published as the smallest value of its sign.
 
         Raises:
             QuantiseError: the values do not lie on any lattice of 32-bit integers.
@@ -91,6 +94,8 @@ class Lattices:
             np.copyto(q, before, where=stays)
         if mask is None:
             return LatticeTensor(q, step, False, array.dtype)
+        if held:
+            np.copyto(q, np.where(array < 0, -1, 1).astype(q.dtype), where=mask & (q == 0))
         if not aligned or not large:
             return LatticeTensor(q * mask, step, True, array.dtype)
         size, cell = np.abs(array), np.abs(q)

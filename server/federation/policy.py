@@ -17,7 +17,7 @@ from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.criteria import CRITERIA
 from prunecast.compression.pruning.plan import PruningPlan
-from prunecast.compression.pruning.schedules import SCHEDULES
+from prunecast.compression.pruning.schedules import HELD, SCHEDULES, IterativeSchedule
 from prunecast.compression.schemes import SchemeError
 from prunecast.compression.schemes.interface import Option, Scheme
 from prunecast.compression.schemes.registry import SCHEMES, scheme
@@ -38,6 +38,7 @@ _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
     "pruning_schedule": SCHEDULES,
+    "pruning_masks": dict.fromkeys(("auto", "dpf", "held")),
 }
 
 
@@ -70,6 +71,9 @@ class Policy:
     pruning_scope: str = "layer"
     pruning_criterion: str = "magnitude"
     pruning_schedule: str = "cubic"
+    pruning_steps: int = 4  # of the schedule "iterative"
+    pruning_masks: str = "auto"
+    pruning_rewind: int = 0  # round whose weights pruning events go back to; 0 for none
     pruning_records: tuple[str, ...] = ("arrays",)
     pruning_min_size: int = 1024
     pruning_exclude: tuple[str, ...] = ()
@@ -133,6 +137,19 @@ class Policy:
             ),
             ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),
             ("pruning_min_size", self.pruning_min_size >= 0, "give 0 or more"),
+            ("pruning_steps", self.pruning_steps >= 1, "give 1 or more"),
+            (
+                "pruning_rewind",
+                0 <= self.pruning_rewind <= self.pruning_begin,
+                f"give a round up to {_key('pruning_begin')} = {self.pruning_begin}, after which "
+                "no model is dense; 0 for none",
+            ),
+            (
+                "pruning_rewind",
+                not self.pruning_rewind or self.mask_rule != "dpf",
+                f"masks that follow the weights would be lost: set {_key('pruning_masks')} = "
+                "'held'",
+            ),
             (
                 "statistics_bits",
                 0 <= self.statistics_bits <= MOST_STATISTICS_BITS,
@@ -164,6 +181,13 @@ class Policy:
         """The sparsity that pruning arrives at; with a loss budget alone, at most."""
         return self.sparsity or (_MOST if self.loss_budget else 0.0)
 
+    @property
+    def mask_rule(self) -> str:
+        """How masks change between pruning events: `pruning_masks`, or what suits the schedule."""
+        if self.pruning_masks != "auto":
+            return self.pruning_masks
+        return "held" if self.pruning_schedule in HELD else "dpf"
+
     def bounds(self, rounds: int = 0) -> tuple[int, int]:
         """Last round that is dense in any case, first round in which pruning is over in any case.
 
@@ -173,6 +197,8 @@ class Policy:
         Returns:
             Both 0 where there are too few rounds to prune.
         """
+        if self.pruning_schedule == "static":
+            return 0, 1
         if self.pruning_end:
             return self.pruning_begin, self.pruning_end
         end = int(_PART * rounds) if rounds else max(_UNKNOWN, self.pruning_begin + _LEAST)
@@ -186,8 +212,11 @@ class Policy:
         """
         begin, end = self.bounds(rounds)
         target = self.target if end else 0.0
+        schedule = SCHEDULES[self.pruning_schedule](target, begin, max(end, 1))
+        if isinstance(schedule, IterativeSchedule):
+            schedule = dataclasses.replace(schedule, steps=self.pruning_steps)
         return PruningPlan(
-            SCHEDULES[self.pruning_schedule](target, begin, max(end, 1)),
+            schedule,
             CRITERIA[self.pruning_criterion],
             ALLOCATIONS[self.pruning_scope],
             self.pruning_min_size,

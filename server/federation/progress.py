@@ -135,6 +135,10 @@ class Progress:
             self.fineness = _FINENESS[min(len(_FINENESS) - 1, max(0, -power))]
             self.early = self.early and power >= 0
 
+    def jump(self, master: Mapping[str, NDArray[Any]]) -> None:
+        """Compare the weights of the next round with these, in place of those observed last."""
+        self._before = {n: array for n, array in master.items() if n in self._before}
+
     def clock(self, number: int, loss: float | None = None) -> float:
         """The schedule's round, `begin` to `end`, at which the weights observed are published.
 

@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from logging import INFO, WARNING
 from typing import Any
@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import QuantiseError
 from prunecast.compression.flower import dense_arrays, payload_record, stream_id
 from prunecast.compression.flower.internals import Measured, log
-from prunecast.compression.pruning.criteria import Knowledge
 from prunecast.compression.pruning.plan import PruningPlan, low_rank_factors
-from prunecast.compression.pruning.statistics import Statistics, StatisticsMean
+from prunecast.compression.pruning.statistics import Statistics
 from prunecast.compression.versions import (
     MAX_MODEL_BYTES,
     InvalidModel,
@@ -40,22 +39,18 @@ from prunecast.compression.versions import (
 from prunecast.server.federation.errors import FederationError, NonFiniteModel
 from prunecast.server.federation.lattices import Lattices
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.progress import Losses, Progress
+from prunecast.server.federation.pruner import MaskState, Pruner
 
 __all__ = ["EncodedPayload", "NodeState", "Publisher", "Streams", "Version"]
 
 _RECENT = 4  # contents whose version is remembered, so that train and evaluate share one
-_WHY = (
-    "none is a matrix or kernel of at least pruning-min-size elements that no pattern excludes, or "
-    "all are adapters"
-)
 _NO_ROUND = (
     "No message states its round, so pruning takes every batch of messages with new weights for "
     "one: put server-round into a config record, as Flower's strategies do, or call "
     "grid.begin_round(number)."
 )
-_OTHER_CRITERIA = 0.25  # part of the lattice's step where masks do not follow from sizes
 _TAGS = 64  # of replies that a node that never answers is told of
+_NONE_HELD = MaskState()
 
 
 @dataclass(frozen=True)
@@ -112,20 +107,14 @@ class Publisher:
     for its spread. Integers that an average made floats of are integers again.
 
     Attributes:
-        statistics: what nodes contributed since the last version.
-        losses: what was measured of the last version.
+        pruner: chooses the masks; told what nodes contribute and measure.
         clock: the pruning schedule's round of the last version, counted from 1.
     """
 
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
-        self.policy, self.stream, self._plan = policy, stream, plan
-        self.statistics = StatisticsMean()
-        self._progress = Progress(*policy.bounds(), policy.loss_budget)
-        self.losses = Losses()
-        self._schedule_at = 0.0  # where the schedule stands; the clock, unless it follows learning
+        self.policy, self.stream = policy, stream
+        self.pruner = Pruner(policy, plan)
         self._recent: OrderedDict[str, Version] = OrderedDict()
-        self._before: dict[str, NDArray[Any]] = {}
-        self._statistics: Statistics = {}
         self._lattices = Lattices(policy)
         self._latest: PublishedModel | None = None
         self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
@@ -139,26 +128,29 @@ class Publisher:
         self._seeded: tuple[bytes, Seed] | None = None
 
     @property
-    def position(self) -> tuple[int, dict[str, float], int, tuple[float, ...]]:
-        """Number of the last version, step of every lattice tensor, clock, and progress."""
-        return self._counter, dict(self._lattices.steps), self.clock, self._progress.position
+    def position(self) -> tuple[int, dict[str, float], int, tuple[float, ...], MaskState]:
+        """Number of the last version, step of every lattice tensor, clock, progress, and masks."""
+        steps, pruner = dict(self._lattices.steps), self.pruner
+        return self._counter, steps, self.clock, pruner.progress.position, pruner.state
 
     def resume(
-        self, counter: int, steps: Mapping[str, float], clock: int, progress: Sequence[float] = ()
+        self,
+        counter: int,
+        steps: Mapping[str, float],
+        clock: int,
+        progress: Sequence[float] = (),
+        masks: MaskState = _NONE_HELD,
     ) -> None:
         """Go on where another publisher's `position` was, with the same master."""
         self._counter, self._lattices.steps = counter, dict(steps)
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
+        self.pruner.resume(tuple(progress), masks)
         if progress:
-            self._progress.resume(progress)
-            self._lattices.fineness, self._lattices.early = self._fineness
+            self._lattices.fineness, self._lattices.early = self.pruner.fineness
 
     def expect(self, rounds: int) -> None:
         """Fit the schedule of pruning to a number of rounds, those before a resume included."""
-        if self._plan is None:
-            return
-        self._plan = replace(self._plan, schedule=self.policy.pruning(rounds).schedule)
-        self._progress.begin, self._progress.end = self.policy.bounds(rounds)
+        self.pruner.expect(rounds)
 
     def draw(
         self, like: Mapping[str, NDArray[Any]], seed: int, most: int = MAX_MODEL_BYTES
@@ -179,8 +171,10 @@ class Publisher:
         """
         if self._counter:
             raise FederationError("a model can only be drawn before the first version is published")
-        self._progress.early = self._plan is not None  # nothing drawn has learned anything yet
-        self._lattices.refine(*self._fineness)
+        self.pruner.progress.early = (
+            self.pruner.plan is not None
+        )  # nothing drawn has learned anything yet
+        self._lattices.refine(*self.pruner.fineness)
         model, source = draw_like(self._on_lattice(like, {}), seed)
         for name, tensor in model.tensors.items():
             if isinstance(tensor, LatticeTensor):
@@ -222,10 +216,10 @@ class Publisher:
                 clock = max(clock, now + self._before_resume)
             elif occasion is None or occasion is not self._occasion:
                 clock += 1
-                if self.policy.target and self._plan is not None and clock == 2:
+                if self.policy.target and self.pruner.plan is not None and clock == 2:
                     log(WARNING, _NO_ROUND)
             self._occasion = occasion
-            statistics = self.statistics.take()
+            statistics = self.pruner.statistics.take()
             version = self._publish(dense_arrays(record), statistics, clock)
         self._recent[content_id] = version
         while len(self._recent) > _RECENT:
@@ -255,11 +249,13 @@ class Publisher:
         master = self.as_published(master)
         lattice = {name: array for name, array in master.items() if not self._is_exact(name, array)}
         self._counter += 1
-        self._statistics = {**self._statistics, **(statistics or {})}
-        if self._plan is not None:
-            self._progress.observe(lattice)
-            self._lattices.refine(*self._fineness)
-        model = self._latest = self._on_lattice(master, self._masks(lattice))
+        if self.pruner.plan is not None:
+            self.pruner.progress.observe(lattice)
+            self._lattices.refine(*self.pruner.fineness)
+        first = self._counter == 1
+        masks = self.pruner.masks(lattice, clock, statistics or {}, first=first)
+        master = self.pruner.rewound(master, clock)
+        model = self._latest = self._on_lattice(master, masks)
         known = self._history.pop(short(model.digest), None)
         self._history[short(model.digest)] = known or model
         while len(self._history) > self.policy.history:
@@ -286,6 +282,14 @@ class Publisher:
                     continue
             arrays[name] = nearest.astype(dtype)
         return arrays
+
+    def master_of(self, content_id: str) -> Mapping[str, NDArray[Any]] | None:
+        """The master weights that a content was published from, if it was lately.
+
+        They are not the content itself where a pruning event rewound them.
+        """
+        version = self._recent.get(content_id)
+        return None if version is None else version.master
 
     def _check_finite(self, master: Mapping[str, NDArray[Any]]) -> None:
         finite = set()
@@ -321,62 +325,16 @@ class Publisher:
         return name in self._exact or self.policy.is_lossless(name, dtype, array.size)
 
     @property
-    def _fineness(self) -> tuple[float, bool]:
-        # a kept weight that rounds to zero is lost: right only where the smallest go first
-        by_size = not self.policy.target or self.policy.pruning_criterion == "magnitude"
-        part = 1.0 if by_size else _OTHER_CRITERIA
-        return self._progress.fineness * part, self._progress.early and by_size
-
-    @property
     def wanted(self) -> tuple[str, ...]:
         """Statistics to ask of the nodes that train from the last version."""
-        return self._plan.wanted(self._schedule_at, self._statistics) if self._plan else ()
-
-    def _masks(self, lattice: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.bool_]]:
-        if self._plan is None:
-            return {}
-        weights = self._plan.prunable(lattice)
-        self._schedule_at = self.clock
-        learned = self._progress.clock(self.clock, self.losses.take())
-        if not self.policy.pruning_end:
-            self._schedule_at = learned
-        if self._counter == 1 and self.policy.target:
-            self._say_unpruned(lattice)
-        shapes = {name: array.shape for name, array in weights.items()}
-        update = {
-            name: np.subtract(weights[name], array, dtype=np.float64)
-            for name, array in self._before.items()
-            if array.shape == shapes.get(name)
-        }
-        self._before = weights if self._plan.criterion.uses_update else {}
-        known = {
-            name: {t: array for t, array in arrays.items() if array.shape == shapes.get(t)}
-            for name, arrays in self._statistics.items()
-        }
-        return self._plan.masks(self._schedule_at, Knowledge(weights, update, known))
-
-    def _say_unpruned(self, lattice: Mapping[str, NDArray[Any]]) -> None:
-        plan = self._plan
-        assert plan is not None
-        adapters = low_rank_factors({name: array.shape for name, array in lattice.items()})
-        if adapters and not plan.adapters:
-            log(
-                INFO,
-                "Not pruned: %d low-rank factors such as %r, whose products would lose whole rows; "
-                "prunecast.pruning-adapters = true prunes them.",
-                len(adapters),
-                min(adapters),
-            )
-        if not plan.prunable(lattice):
-            log(
-                WARNING, "The model has no tensor that may be pruned, so nothing will be: %s.", _WHY
-            )
+        return self.pruner.wanted
 
     def _on_lattice(
         self, master: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[np.bool_]]
     ) -> PublishedModel:
         tensors: dict[str, Tensor] = {}
-        aligned = self.policy.pruning_align and self.policy.pruning_criterion == "magnitude"
+        holds, by_size = self.pruner.holds, self.policy.pruning_criterion == "magnitude"
+        aligned = self.policy.pruning_align and by_size and not holds
         factors = low_rank_factors({name: array.shape for name, array in master.items()})
         self._lattices.weights = sum(array.size for array in master.values())
         for name, array in master.items():
@@ -385,8 +343,9 @@ class Publisher:
                 try:
                     tensors[name] = self._lattices.tensor(
                         *(name, array, masks.get(name), last),
-                        fine=self._plan is None or array.ndim < 2 or name in factors,
+                        fine=self.pruner.plan is None or array.ndim < 2 or name in factors,
                         aligned=aligned,
+                        held=holds,
                     )
                     continue
                 except QuantiseError as error:

@@ -292,11 +292,11 @@ class Receiver:
         for loss in (loss for record in records for loss in losses_in(record)):
             for key in sent.versions:
                 stream = self._streams.stream(metadata.run_id, key)
-                stream.losses.add(loss, weight, held_out=held_out)
+                stream.pruner.losses.add(loss, weight, held_out=held_out)
         if item.statistics is None:
             return
         shapes = {n: t.shape for n, t in sent.versions[sent.pruned].model.tensors.items()}
-        mean = self._streams.stream(metadata.run_id, sent.pruned).statistics
+        mean = self._streams.stream(metadata.run_id, sent.pruned).pruner.statistics
         try:
             mean.add(item.statistics, sent.wanted, shapes, weight)
         except (VersionsError, CodecError) as error:

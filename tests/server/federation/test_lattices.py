@@ -160,7 +160,7 @@ def test_a_drawn_model_begins_on_a_coarse_lattice_that_is_refined_once_it_is_pru
     assert sparsities[1] == sparsities[2] == 0
     resumed = Publisher(Policy.preset("small"), b"s", Policy.preset("small").pruning())
     resumed.resume(*publisher.position)
-    assert resumed._fineness == (1.0, False)
+    assert resumed.pruner.fineness == (1.0, False)
     steps, _, _ = steps_of_drawn(Policy(), 20)  # nothing is pruned: when it has settled
     assert steps[-1] == steps[0] / 2
     assert steps[1] == steps[0]
@@ -397,7 +397,7 @@ def sparsities(publisher, masters, losses=()):
     found = []
     for number, master in enumerate(masters):
         if number and losses:
-            publisher.losses.add(losses[number - 1], held_out=True)
+            publisher.pruner.losses.add(losses[number - 1], held_out=True)
         found.append(publisher.publish({"w": master["w"].reshape(40, 25)}).model.sparsity())
     return found
 

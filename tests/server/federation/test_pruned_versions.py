@@ -345,7 +345,9 @@ def test_fisher_prunes_by_the_last_statistics_that_nodes_sent() -> None:
     (master,) = masters(1)
     publisher.publish(master)
     assert publisher.wanted == ("gradient",)
-    left = {n: np.zeros(a.shape, np.float32) for n, a in publisher._plan.prunable(master).items()}
+    left = {
+        n: np.zeros(a.shape, np.float32) for n, a in publisher.pruner.plan.prunable(master).items()
+    }
     for array in left.values():
         array[:, : array.shape[1] // 2] = 1.0
     for statistics in ({"gradient": left}, None):
@@ -366,7 +368,7 @@ def test_the_documentation_adds_a_criterion(monkeypatch: pytest.MonkeyPatch) -> 
     publisher = Publisher(scope["policy"], b"s", scope["policy"].pruning())
     for master in masters(4):
         model = publisher.publish(master).model
-    assert 0 < model.sparsity() < 0.1 + publisher._plan.schedule(4)
+    assert 0 < model.sparsity() < 0.1 + publisher.pruner.plan.schedule(4)
 
 
 def fisher_app(store: Path) -> ClientApp:
@@ -410,7 +412,7 @@ def test_nodes_contribute_what_the_criterion_asks_for(federation, tmp_path):
     mask = grid.published(result.arrays).masks()["fc.weight"]
     assert mask[:, :20].mean() > 0.9  # the rest lies at zero on the lattice
     assert mask[:, 20:].mean() < 0.05
-    (mean,) = grid._streams.stream(RUN_ID, "arrays")._statistics.values()
+    (mean,) = grid._streams.stream(RUN_ID, "arrays").pruner._known.values()
     assert mean["fc.weight"][0, 0] == pytest.approx((1 + 4 + 9) / 6, rel=0.1)  # by examples
     replied = [e.dense_bytes for e in grid.ledger.entries if e.direction == "up"]
     assert max(replied) - min(replied) < 100  # plain Flower has no such record
@@ -438,5 +440,5 @@ def test_statistics_that_are_none_are_refused_with_their_reply_alone(federation,
         [Message(content, dst_node_id=node, message_type="train") for node in (1, 2, 3)]
     )
     assert [reply.has_error() for reply in replies] == [False, True, False]
-    taken = grid._streams.stream(RUN_ID, "arrays").statistics.take()
+    taken = grid._streams.stream(RUN_ID, "arrays").pruner.statistics.take()
     assert taken["gradient"]["fc.weight"][0, 0] == pytest.approx((1 + 9) / 4, rel=0.1)

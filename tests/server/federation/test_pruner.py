@@ -1,0 +1,196 @@
+"""When masks change: held between events, chosen once, rewound, and the same after a resume."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.serverapp.strategy import FedAvg
+
+from prunecast.server.federation import Checkpoint, Policy, PolicyError
+from prunecast.server.federation.publisher import Publisher
+from support.federation import initial_arrays, to_record
+
+SMALL = {"pruning_begin": 2, "pruning_end": 8, "pruning_min_size": 100, "sparsity": 0.75}
+
+
+def masters(count: int, seed: int = 3) -> Iterator[dict[str, np.ndarray]]:
+    """Weights that move by more than a mask would survive if it followed them."""
+    rng = np.random.default_rng(seed)
+    weight, bias = rng.normal(size=(40, 50)), rng.normal(size=40)
+    for _ in range(count):
+        yield {"w": weight.astype(np.float32), "b": bias.astype(np.float32)}
+        weight = weight + 0.5 * rng.normal(size=weight.shape)
+        bias = bias + 0.1
+
+
+def published(policy: Policy, count: int = 12) -> tuple[Publisher, list[Any]]:
+    publisher = Publisher(policy, b"s", policy.pruning())
+    return publisher, [publisher.publish(master).model for master in masters(count)]
+
+
+def kept(model: Any) -> np.ndarray:
+    return np.asarray(model.masks().get("w", np.ones((40, 50), bool)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "changes"),
+    [("iterative", [3, 4, 6, 7]), ("one-shot", [3]), ("static", [1]), ("linear", range(3, 9))],
+)
+def test_held_masks_change_where_the_schedule_rises_and_nowhere_else(
+    schedule: str, changes: Sequence[int]
+) -> None:
+    policy = Policy(**SMALL, pruning_schedule=schedule, pruning_masks="held")
+    publisher, models = published(policy)
+    found, before = [], np.ones((40, 50), bool)
+    for version, model in enumerate(models, start=1):
+        mask = kept(model)
+        assert not (mask & ~before).any()  # what is removed stays removed
+        if (mask != before).any():
+            found.append(version)
+        assert int((~mask).sum()) == int(publisher.pruner.plan.schedule(version) * mask.size)
+        before = mask
+    assert found == list(changes)
+
+
+def test_without_a_word_masks_follow_the_master_but_for_schedules_that_hold_them() -> None:
+    rules = {name: Policy(pruning_schedule=name).mask_rule for name in ("cubic", "one-shot")}
+    assert rules == {"cubic": "dpf", "one-shot": "dpf"}
+    for name in ("static", "iterative"):
+        assert Policy(pruning_schedule=name).mask_rule == "held"
+        assert Policy(pruning_schedule=name, pruning_masks="dpf").mask_rule == "dpf"
+    _, models = published(Policy(**SMALL, pruning_schedule="one-shot"))
+    assert all((kept(a) != kept(b)).any() for a, b in itertools.pairwise(models[3:]))
+
+
+def test_a_weight_that_is_kept_stays_alive_where_it_crosses_zero() -> None:
+    policy = Policy(**SMALL, pruning_schedule="static")
+    publisher = Publisher(policy, b"s", policy.pruning())
+    (first,) = masters(1)
+    mask = kept(publisher.publish(first).model)
+    crossing = {**first, "w": first["w"] * 1e-4}
+    crossing["w"][:20] *= -1
+    model = publisher.publish({**crossing, "w": np.where(mask, crossing["w"], first["w"])}).model
+    assert (kept(model) == mask).all()
+    signs = np.sign(model.tensors["w"].q)
+    assert (signs[mask] == np.sign(crossing["w"][mask])).all()
+
+
+def test_a_static_mask_waits_for_what_its_criterion_asks_the_nodes_for() -> None:
+    """As of SNIP: the first round is dense and measures; then the mask is chosen, for good."""
+    policy = Policy(
+        sparsity=0.5, pruning_schedule="static", pruning_criterion="fisher", pruning_min_size=1
+    )
+    publisher = Publisher(policy, b"s", policy.pruning(4))
+    models, asked = [], []
+    for version, master in enumerate(masters(4)):
+        half = np.zeros((40, 50), np.float32)
+        half[:, version * 5 : version * 5 + 25] = 1
+        statistics = {"gradient": {"w": half}} if version else None
+        models.append(publisher.publish(master, statistics).model)
+        asked.append(publisher.wanted)
+    assert asked == [("gradient",), (), (), ()]
+    assert models[0].sparsity() == 0 or not models[0].masks()
+    for model in models[1:]:
+        assert kept(model)[:, 5:30].all()
+        assert int(kept(model).sum()) == 1000
+
+
+def test_a_run_of_few_rounds_is_pruned_where_masks_are_chosen_at_its_start() -> None:
+    policy = Policy(sparsity=0.75, pruning_schedule="static", pruning_min_size=1)
+    publisher = Publisher(policy, b"s", policy.pruning())
+    publisher.expect(2)
+    (master,) = masters(1)
+    assert int((~kept(publisher.publish(master).model)).sum()) == 1500
+
+
+def test_layers_are_pruned_one_after_the_other() -> None:
+    policy = Policy(
+        sparsity=0.5, pruning_schedule="layer-by-layer", pruning_masks="held",
+        pruning_begin=1, pruning_end=5, pruning_min_size=1,
+    )  # fmt: skip
+    publisher = Publisher(policy, b"s", policy.pruning())
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(6):
+        master = {n: rng.normal(size=(10, 10)).astype(np.float32) for n in ("in", "out")}
+        model = publisher.publish(master).model
+        found.append({n: int(m.sum()) for n, m in model.masks().items()})
+    assert found == [{}, {"in": 50}, {"in": 50}, *[{"in": 50, "out": 50}] * 3]
+
+
+# -- rewinding -----------------------------------------------------------------------------------
+
+REWOUND = {**SMALL, "pruning_schedule": "iterative", "pruning_steps": 2, "pruning_rewind": 2}
+
+
+def test_every_event_rewinds_what_it_keeps_to_the_early_version() -> None:
+    policy = Policy(**REWOUND, down_step=0.01)
+    publisher = Publisher(policy, b"s", policy.pruning())
+    given = list(masters(9))
+    for version, master in enumerate(given, start=1):
+        made = publisher.publish(master)
+        early = given[1] if version in (3, 6) else master
+        assert (made.master["w"] == early["w"]).all()
+        assert (made.master["b"] == early["b"]).all()
+        mask = kept(made.model)
+        step = made.model.tensors["w"].step
+        assert np.abs(made.model.arrays()["w"] - early["w"])[mask].max() <= step
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"pruning_rewind": 3}, r"pruning-rewind.*up to prunecast.pruning-begin = 2"),
+        ({"pruning_rewind": -1}, "pruning-rewind"),
+        ({"pruning_rewind": 1, "pruning_schedule": "cubic"}, "pruning-masks = 'held'"),
+        ({"pruning_steps": 0}, "pruning-steps.*1 or more"),
+        ({"pruning_masks": "loose"}, "choose 'auto' or 'dpf' or 'held'"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(knobs: dict[str, Any], said: str) -> None:
+    with pytest.raises(PolicyError, match=said):
+        Policy(**{**REWOUND, **knobs})
+
+
+# -- a resume ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 6, 9])
+@pytest.mark.parametrize("schedule", ["iterative", "linear", "static", "layer-by-layer"])
+def test_masks_and_weights_go_on_after_a_resume_as_if_nothing_had_been(
+    schedule: str, at: int, federation: Any, tmp_path: Any
+) -> None:
+    """Also right after an event, whose version is published once more."""
+    policy = Policy(
+        **{**REWOUND, "pruning_schedule": schedule, "pruning_masks": "held"}, hysteresis=0.5
+    )
+    given = [to_record({**m, **initial_arrays()}) for m in masters(10)]
+    whole, _, _ = federation(policy)
+    expected = [whole.published(record) for record in given]
+    first, _, _ = federation(policy)
+    for record in given[:at]:
+        first.published(record)
+    first.checkpoint(given[at - 1]).save(tmp_path / "checkpoint.safetensors")
+    resumed, _, _ = federation(policy, run_id=77)
+    master = resumed.resume(Checkpoint.load(tmp_path / "checkpoint.safetensors"))
+    found = [resumed.published(record) for record in [master, *given[at:]]]
+    for one, other in zip(found, expected[at - 1 :], strict=True):
+        assert {n: m.tolist() for n, m in one.masks().items()} == {
+            n: m.tolist() for n, m in other.masks().items()
+        }
+        assert all((a == other.arrays()[n]).all() for n, a in one.arrays().items())
+
+
+def test_a_federation_holds_its_masks_and_nodes_train_what_is_kept_alone(federation: Any) -> None:
+    grid, _, seen = federation(Policy(**SMALL, pruning_schedule="iterative", pruning_steps=2))
+    FedAvg(fraction_evaluate=0.0).start(
+        grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=10
+    )
+    rounds = [arrays["fc.weight"] != 0 for node, _, arrays in seen if node == 1]
+    held = itertools.pairwise(rounds[2:])  # before, lattice and mask cannot be told apart
+    assert [n for n, (a, b) in enumerate(held, 4) if (a != b).any()] == [6]
+    assert int((~rounds[-1]).sum()) == int(0.75 * rounds[-1].size)
