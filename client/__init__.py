@@ -9,14 +9,16 @@ from prunecast.common.lazy import face
 
 if TYPE_CHECKING:
     from prunecast.client.training.mod import compression_mod
+    from prunecast.compression.pruning.holding import hold_masks
     from prunecast.compression.pruning.masks import current_masks
 
-__all__ = ["compression_mod", "current_masks"]
+__all__ = ["compression_mod", "current_masks", "hold_masks"]
 
 __getattr__, __dir__ = face(
     __name__,
     {
         "compression_mod": "prunecast.client.training.mod",
         "current_masks": "prunecast.compression.pruning.masks",
+        "hold_masks": "prunecast.compression.pruning.holding",
     },
 )

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prunecast.client.training.measuring import StatisticsMeter
+from prunecast.compression.pruning.holding import hold_masks
+from prunecast.compression.pruning.plan import PlanError
 
 __all__ = [
     "Evaluation",
@@ -132,8 +134,8 @@ def train(
 ) -> Training:
     """Train `model` in place with SGD.
 
-    Weights off a mask are zero before, during and after: they are set to zero once, and their
-    gradients at every step, so that neither momentum nor weight decay ever moves them.
+    Weights off a mask are zero before, during and after (`hold_masks`): neither momentum nor weight
+    decay ever moves them.
 
     Args:
         model: its floating parameters stay float32; moved to `device` and left there.
@@ -160,14 +162,21 @@ def train(
     target = torch.device(device) if device is not None else best_device()
     precision = _precision(target, mixed_precision)
     model.to(target).train()
-    held = _held(model, masks or {}, target)
     optimiser = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
     )
+    try:
+        held = hold_masks(optimiser, masks or {}, model, dense_gradients=bool(statistics))
+    except PlanError as error:
+        raise TrainerError(str(error)) from error
     scaler = torch.amp.GradScaler(target.type, enabled=precision is torch.float16)
     steps, total, examples = 0, torch.zeros((), device=target), 0
     devices = [target] if target.type == "cuda" else []
-    with StatisticsMeter(model, statistics) as meter, torch.random.fork_rng(devices=devices):
+    with (
+        StatisticsMeter(model, statistics) as meter,
+        torch.random.fork_rng(devices=devices),
+        held,
+    ):
         torch.manual_seed(seed)
         for _ in range(epochs):
             total.zero_()
@@ -180,9 +189,6 @@ def train(
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimiser)
                 meter.step()
-                for parameter, dropped in held:
-                    if parameter.grad is not None:
-                        parameter.grad.masked_fill_(dropped, 0.0)
                 scaler.step(optimiser)
                 scaler.update()
                 total += loss.detach().float() * len(targets)
@@ -266,30 +272,3 @@ def _outputs(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
     else:
         outputs = model(*(_move(tensor, device) for tensor in inputs))
     return outputs
-
-
-def _held(
-    model: nn.Module, masks: Mapping[str, NDArray[np.bool_]], device: torch.device
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """Each masked parameter with True where its weights are pruned; those are zero from now."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    state = model.state_dict(keep_vars=True)
-    held: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    for name, mask in masks.items():
-        if name not in state:
-            raise TrainerError(
-                f"there is a mask for {name!r}, which the model does not have: masks name the "
-                "tensors of state_dict()"
-            )
-        parameter = parameters.get(name)
-        if parameter is None:
-            continue
-        if tuple(mask.shape) != tuple(parameter.shape):
-            raise TrainerError(
-                f"the mask of {name!r} is {list(mask.shape)}, the parameter {list(parameter.shape)}"
-            )
-        dropped = torch.from_numpy(~np.asarray(mask, dtype=bool)).to(device)
-        with torch.no_grad():
-            parameter.masked_fill_(dropped, 0.0)
-        held[id(parameter)] = (parameter, dropped)
-    return list(held.values())
