@@ -52,7 +52,10 @@ def test_mask_block_holds_pruned_weights_at_zero(names: dict[str, Any]) -> None:
     model = torch.nn.Linear(3, 2)
     mask = torch.tensor([[True, False, True], [False, True, True]])
     with holding({"weight": mask.numpy()}):
-        names["hold_masks"](model)
+        optimiser = names["optimiser_of"](model)
+    assert torch.equal(model.weight != 0, mask)
+    model(torch.ones(1, 3)).sum().backward()
+    optimiser.step()
     assert torch.equal(model.weight != 0, mask)
 
 

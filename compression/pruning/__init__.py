@@ -1,5 +1,5 @@
 """What to remove and when: plans, their criteria, schedules and allocations, masks, channels.
 
-Functions on numpy arrays, but for `prunecast.compression.pruning.narrowing`, which chooses the
-channels of a torch module (needs torch and torch-pruning).
+Functions on numpy arrays, but for what needs torch: `prunecast.compression.pruning.narrowing`
+chooses the channels of a module (and needs torch-pruning), `holding` keeps masks while it trains.
 """
