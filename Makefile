@@ -27,7 +27,7 @@ help:
 	@echo "make test         install everything and run the whole test suite"
 	@echo "make test-fast    the tests that start no engine"
 	@echo "make test-engine  the tests that start Flower, servers and agents"
-	@echo "make bench-headline  bytes and accuracy beside every peer, a day; HEADLINE_ARGS=--smoke: a minute"
+	@echo "make bench-headline  bytes and accuracy beside every peer, hours; HEADLINE_ARGS=--smoke: a minute"
 	@echo "make gpu-check    what needs a CUDA device, in one run; says so where there is none"
 	@echo "make test-flower  the tests of federations with the oldest Flower that is admitted"
 	@echo "make lint         ruff and mypy"
@@ -47,7 +47,7 @@ test-fast: $(VENV)/.installed-dev
 test-engine: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m engine -n $(WORKERS) --dist loadfile
 
-# A day or more on two cores, in pieces as you like; docs/figures.md says what it needs.
+# Five hours of one core, in pieces as you like; docs/figures.md says what it needs.
 bench-headline: $(VENV)/.installed-sim
 	$(BIN)/python benchmarks/headline.py $(HEADLINE_ARGS)
 

@@ -5,10 +5,11 @@
                                   [--out FOLDER]
 
 Trains each scenario with three seeds for its own number of rounds under every arm of `prunecast
-compare`, and writes headline.md, headline.json and headline.png into docs/results. That takes a day
-or more on two cores; finished runs are kept in ``--cache``, so that a command that was interrupted
-goes on where it was: a dense run by its scenario, another by the source code, too. ``--smoke``
-takes a minute or two and writes into runs/headline-smoke. docs/figures.md says what is compared.
+compare`, and writes headline.md, headline.json and headline.png into docs/results. That takes about
+five hours of one core; finished runs are kept in ``--cache``, so that a command that was
+interrupted goes on where it was: a dense run by its scenario, another by the source code, too.
+``--smoke`` takes a minute or two and writes into runs/headline-smoke. docs/figures.md says what is
+compared, and which data are to be got before.
 """
 
 from __future__ import annotations
@@ -40,16 +41,14 @@ from prunecast.simulations.runner import SimulationError
 from prunecast.simulations.scenarios import EngineSpec, load_scenario
 
 FAMILIES = {
-    "niid-mnist": "LeNet",
-    "demo": "CNN",
-    "resnet-group": "ResNet, GroupNorm",
+    "survival": "multilayer perceptron",
+    "cora": "graph convolution",
+    "voices": "convolution along time, speech",
+    "activity": "convolution along time, sensors",
+    "movielens": "matrix factorisation",
+    "shakespeare": "LSTM",
+    "mnist": "CNN",
     "resnet-batch": "ResNet, BatchNorm",
-    "lstm": "LSTM",
-    "transformer": "transformer",
-    "lora": "LoRA adapters",
-    "graph": "graph convolution",
-    "ratings": "matrix factorisation",
-    "sensors": "convolution along time",
 }
 """Scenarios that are trained unless others are named, and what kind of model each has."""
 _SMOKE: dict[str, Any] = {

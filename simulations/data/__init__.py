@@ -75,12 +75,14 @@ class DataSource(Kind):
     Attributes:
         held_out: examples kept back to measure with, drawn at random; or "test", all of those that
             the data set itself sets apart. With a number those are not touched.
+        examples: how many of the others to train on, drawn at random; 0 takes all.
         fetches: whether reading it may ask the network, which no other process of a run does.
     """
 
     fetches: ClassVar[bool] = False
 
     held_out: Annotated[int | Literal["test"], Range(1)] = 1000
+    examples: Annotated[int, Range(0)] = 0
 
     def check(self, key: str) -> None:
         """Raise `ScenarioError` for what is wrong below `key`."""
@@ -154,12 +156,23 @@ def load_examples(source: DataSource, task: Task, *, seed: int) -> tuple[Example
                 "a number"
             )
         apart = _checked(apart, task)
-        return found.take(order), apart.take(rng.permutation(len(apart)))
+        return found.take(_some(order, source)), apart.take(rng.permutation(len(apart)))
     if source.held_out >= len(found):
         raise DataError(
             f"data.held_out = {source.held_out}, but there are {len(found)} examples: lower it"
         )
-    return found.take(order[source.held_out :]), found.take(order[: source.held_out])
+    rest = _some(order[source.held_out :], source)
+    return found.take(rest), found.take(order[: source.held_out])
+
+
+def _some(order: NDArray[np.int64], source: DataSource) -> NDArray[np.int64]:
+    """Of the examples to train on as many as the scenario asks for."""
+    if source.examples > len(order):
+        raise DataError(
+            f"data.examples = {source.examples}, but there are {len(order)} to train on: lower it, "
+            "or leave it out to take all"
+        )
+    return order[: source.examples or None]
 
 
 def _check_numbers(values: NDArray[Any], what: str) -> None:
