@@ -84,6 +84,29 @@ def test_unusable_files_are_named(tmp_path):
         load(path, held_out=1)
 
 
+@pytest.mark.parametrize("held_out", [4, "test"])
+def test_a_part_of_the_examples_may_be_trained_on(tmp_path, held_out):
+    for part, count in (("train", 20), ("test", 4)):
+        np.savez(
+            tmp_path / f"{part}.npz",
+            x=np.arange(2 * count).reshape(count, 2),
+            y=[0, 1] * (count // 2),
+        )
+
+    def load(**keys):
+        source = DATA.make("npz", path=str(tmp_path), held_out=held_out, **keys)
+        return load_examples(source, CLASSES, seed=1)
+
+    whole, some = load(), load(examples=7)
+    assert np.array_equal(some[0].inputs["x"], whole[0].inputs["x"][:7])  # the same draw, cut
+    assert np.array_equal(some[0].targets, whole[0].targets[:7])
+    assert np.array_equal(some[1].inputs["x"], whole[1].inputs["x"])
+    count = len(whole[0])
+    assert len(load(examples=count)[0]) == count
+    with pytest.raises(DataError, match=rf"data\.examples = 21, but there are {count} to train on"):
+        load(examples=21)
+
+
 def test_folders_of_idx_files_are_read(tmp_path):
     rng = np.random.default_rng(2)
     stored = {}

@@ -88,7 +88,11 @@ def test_paths_are_relative_to_the_file(tmp_path):
 def test_an_empty_path_does_no_harm_where_no_file_is_read(tiny):
     scenario = scenario_from_mapping({**tiny, "data": {"source": "mnist-5k", "path": ""}})
     assert scenario_from_mapping(scenario.to_mapping()) == scenario
-    assert scenario.to_mapping()["data"] == {"source": "mnist-5k", "held_out": 1000}
+    assert scenario.to_mapping()["data"] == {
+        "source": "mnist-5k",
+        "held_out": 1000,
+        "examples": 0,
+    }
     with pytest.raises(ScenarioError, match=r"data\.path: means nothing where source = 'mnist-5k'"):
         scenario_from_mapping({**tiny, "data": {"source": "mnist-5k", "path": "x.npz"}})
 
