@@ -2,14 +2,14 @@
 
 Criteria, schedules and allocations are functions, each kind with a registry by name (`CRITERIA`,
 `SCHEDULES`, `ALLOCATIONS`), so that run configs and scenario files can name them; a new one is a
-function and an entry.
+function and an entry. Patterns have a notation (`parse_pattern`).
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from prunecast.compression.pruning.allocation import ALLOCATIONS, Allocation
 from prunecast.compression.pruning.criteria import CRITERIA, Criterion, Knowledge
 from prunecast.compression.pruning.masks import Masks
+from prunecast.compression.pruning.patterns import Blocks, Pattern
 from prunecast.compression.pruning.schedules import NEVER, LayerSchedule, Schedule
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PruningPlan",
     "Structure",
     "low_rank_factors",
+    "tied_weights",
 ]
 
 Structure = Literal["weights", "channels"]
@@ -77,6 +79,8 @@ _ADAPTER = re.compile(
     re.IGNORECASE,
 )
 _FACTORS = ({"a", "b"}, {"down", "up"}, {"left", "right"}, {"u", "v"})
+_AT_LAST = 1e9  # a version after the end of every schedule
+_NEAR = 1e-6
 _LOW_RANK = 4  # times smaller than the matrix's sides is the rank of its factors
 
 
@@ -111,6 +115,36 @@ def low_rank_factors(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     return found
 
 
+def tied_weights(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """Names of tensors that hold what one before them holds, and the name of that.
+
+    A module's ``state_dict()`` lists weights that two layers share under both names, so a server
+    sees two equal arrays at every version. Equal for the time being are also layers that were
+    copied and not trained yet; all zeros are nobody's copy.
+
+    Args:
+        arrays: of any shapes; those of less than two axes are left out.
+
+    Examples:
+        >>> table = np.arange(6.0).reshape(2, 3)
+        >>> tied_weights({"tokens": table, "enter": table + 1, "head": table.copy()})
+        {'head': 'tokens'}
+    """
+    found: dict[str, str] = {}
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, array in arrays.items():
+        if array.ndim < 2 or not array.any():
+            continue
+        # one row tells nearly all apart before anything is compared whole
+        others = alike.setdefault((array.shape, array.dtype, array[0].tobytes()), [])
+        first = next((n for n in others if np.array_equal(arrays[n], array)), None)
+        if first is None:
+            others.append(name)
+        else:
+            found[name] = first
+    return found
+
+
 @dataclass(frozen=True)
 class PruningPlan:
     """What a publisher prunes; by default nothing.
@@ -125,6 +159,11 @@ class PruningPlan:
             removed from one factor is lost in a whole row or column of their product.
         records: keys of the array records that are pruned.
         channels: when whole channels go, and how many; see `choose_channels`.
+        pattern: which weights go together; None for each by itself.
+        seed: of criteria that draw.
+
+    Raises:
+        PlanError: N of every M weights with an allocation that gives tensors different sparsities.
     """
 
     schedule: Schedule = NEVER
@@ -135,6 +174,16 @@ class PruningPlan:
     adapters: bool = False
     records: tuple[str, ...] = ("arrays",)
     channels: ChannelSchedule = ChannelSchedule()
+    pattern: Pattern | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        fixed = self.pattern is not None and self.pattern.sparsity is not None
+        if fixed and self.allocation is not ALLOCATIONS["layer"]:
+            raise PlanError(
+                "N of every M weights is the same sparsity for every tensor: choose the scope "
+                "'layer'"
+            )
 
     def structures(self, rounds: int) -> tuple[Structure, ...]:
         """What such a plan removes as one within so many rounds: channels, weights, both or none.
@@ -157,28 +206,100 @@ class PruningPlan:
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
         }
 
+    def check(self, arrays: Mapping[str, NDArray[Any]], *, trained: bool = True) -> None:
+        """Refuse a model that cannot be pruned as the plan says.
+
+        Args:
+            arrays: all of the model.
+            trained: whether equal weights are tied, not only not trained yet.
+
+        Raises:
+            PlanError: nothing is prunable, the pattern does not divide a tensor or comes to another
+                sparsity, a layer would vanish, or tied weights would be pruned apart; says what to
+                do.
+        """
+        weights = self.prunable(arrays)
+        if not weights:
+            raise PlanError(
+                "the model has no tensor that may be pruned: none is a matrix or kernel of at "
+                f"least {self.min_size} elements that no pattern excludes, or all are adapters"
+            )
+        ties = tied_weights(arrays)
+        apart = [pair for pair in ties.items() if (pair[0] in weights) != (pair[1] in weights)]
+        if apart and trained:
+            raise PlanError(
+                "tied weights would be pruned apart: {!r} and {!r} are the same, and only one of "
+                "them is excluded; exclude both or neither".format(*apart[0])
+            )
+        final = self.schedule(_AT_LAST)
+        single = {name: array for name, array in weights.items() if name not in ties}
+        unit = 1
+        if self.pattern is not None:
+            misfits = {n: w for n, a in weights.items() if (w := self.pattern.misfit(a.shape))}
+            if misfits:
+                name, why = next(iter(misfits.items()))
+                more = f" (and {len(misfits) - 1} more: {_few(misfits)})" * (len(misfits) > 1)
+                raise PlanError(
+                    f"the pattern does not divide {name!r} of shape "
+                    f"{list(weights[name].shape)}{more}: {why}; exclude what it does not divide"
+                )
+            comes_to = self.pattern.sparsity
+            if comes_to is not None and final and abs(final - comes_to) > _NEAR:
+                raise PlanError(
+                    f"the pattern comes to a sparsity of {comes_to:g}, not {final:g}: give that"
+                )
+            unit = (
+                self.pattern.rows * self.pattern.columns if isinstance(self.pattern, Blocks) else 1
+            )
+        units = sum(array.size // unit for array in single.values())
+        left = units - int(final * units)
+        if left < len(single) and self.allocation is not ALLOCATIONS["layer"]:
+            smallest = min(single, key=lambda name: single[name].size)
+            raise PlanError(
+                f"sparsity {final:g} leaves {left} of {units} for {len(single)} tensors, so layers "
+                f"such as {smallest!r} would vanish: lower it, or exclude them"
+            )
+
     def masks(
         self, version: float, known: Knowledge, kept: Masks | None = None
     ) -> dict[str, NDArray[np.bool_]]:
         """Masks of a version's prunable tensors; none while the schedule prunes nothing.
+
+        Tied weights get the mask of the first of them, and count once.
 
         Args:
             version: by the schedule's clock.
             known: of the weights.
             kept: masks outside of which nothing comes back; None or lacking a tensor where any
                 weight may.
+
+        Raises:
+            PlanError: a layer would vanish.
         """
         layered = self.schedule if isinstance(self.schedule, LayerSchedule) else None
         sparsity = layered.final if layered is not None else self.schedule(version)
         if self.stage(version, len(known.weights)) <= 0 or not known.weights:
             return {}
         kept = kept or {}
-        scores = self.criterion.scores(known)
-        masks = self.allocation({n: _among(s, kept.get(n)) for n, s in scores.items()}, sparsity)
+        ties = tied_weights(known.weights)
+        scores = {
+            name: _among(score, kept.get(name))
+            for name, score in self.criterion.scores(known).items()
+            if name not in ties
+        }
+        try:
+            if self.pattern is None:
+                masks = self.allocation(scores, sparsity)
+            else:
+                masks = self.pattern.masks(scores, sparsity, self.allocation)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
         if layered is not None:
             due = list(known.weights)[: layered.due(version, len(known.weights))]
-            masks = {name: kept.get(name, masks[name]) for name in due}
-        return masks
+            masks = {name: kept.get(name, masks[name]) for name in due if name in masks}
+        return {
+            name: masks[first] for name in known.weights if (first := ties.get(name, name)) in masks
+        }
 
     def stage(self, version: float, tensors: int) -> float:
         """A number that rises wherever the schedule removes more: what its pruning events are.
@@ -195,8 +316,11 @@ class PruningPlan:
         """Names of the statistics to ask of the nodes that train from a version.
 
         They cost bytes: only while the version to come prunes more than this one, or prunes by
-        what is not `known` yet.
+        what is not `known` yet. A criterion that asks once does so as long as it knows nothing.
         """
+        if self.criterion.once:
+            asked = self.criterion.statistics if self.schedule(_AT_LAST) > 0 else ()
+            return tuple(name for name in asked if name not in known)
         now, then = self.schedule(version), self.schedule(version + 1)
         return tuple(
             s for s in self.criterion.statistics if then > now or (then and s not in known)
@@ -208,3 +332,8 @@ def _among(scores: NDArray[np.floating], kept: NDArray[np.bool_] | None) -> NDAr
     if kept is None or kept.shape != scores.shape:
         return scores
     return np.where(kept, np.maximum(scores, np.finfo(scores.dtype).tiny), scores.dtype.type(0))
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = [repr(name) for name in names]
+    return ", ".join(listed[1:4]) + (", ..." if len(listed) > 4 else "")

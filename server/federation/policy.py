@@ -16,6 +16,7 @@ import numpy as np
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.criteria import CRITERIA
+from prunecast.compression.pruning.patterns import parse_pattern
 from prunecast.compression.pruning.plan import PruningPlan
 from prunecast.compression.pruning.schedules import HELD, SCHEDULES, IterativeSchedule
 from prunecast.compression.schemes import SchemeError
@@ -29,6 +30,7 @@ __all__ = ["PRESETS", "Policy"]
 
 _PREFIX = "prunecast."
 _PART = 0.7  # of the rounds, by which pruning is over where it follows learning
+_NEAR = 1e-6  # a sparsity to that of a pattern
 _LEAST = 3  # rounds from the last dense model to the sparsest
 _UNKNOWN = 25  # round by which it is over where nobody says how many there are
 _MOST = 0.98  # sparsity that a loss budget alone may lead to
@@ -73,6 +75,8 @@ class Policy:
     pruning_schedule: str = "cubic"
     pruning_steps: int = 4  # of the schedule "iterative"
     pruning_masks: str = "auto"
+    pruning_pattern: str = ""
+    pruning_seed: int = 0  # of the criterion "random"
     pruning_rewind: int = 0  # round whose weights pruning events go back to; 0 for none
     pruning_records: tuple[str, ...] = ("arrays",)
     pruning_min_size: int = 1024
@@ -86,6 +90,10 @@ class Policy:
     def __post_init__(self) -> None:
         for knob in dataclasses.fields(self):
             _check_type(knob.name, getattr(self, knob.name), _default(knob))
+        try:
+            fixed = self._fixed
+        except ValueError as error:
+            raise _refused("pruning_pattern", self.pruning_pattern, str(error)) from error
         schemes = ", ".join(map(repr, ("lattice", "dense", *SCHEMES)))
         lattice, down = self.down == "lattice", _key("down")
         for name, fits, remedy in (
@@ -96,6 +104,18 @@ class Policy:
                 lattice or self.up != "lattice",
                 f"it needs {down} = 'lattice'; choose 'dense' or a scheme",
             ),
+            (
+                "sparsity",
+                not (self.sparsity and fixed) or abs(self.sparsity - fixed) < _NEAR,
+                f"{_key('pruning_pattern')} = {self.pruning_pattern!r} comes to {fixed:g}: give "
+                "that, or 0",
+            ),
+            (
+                "pruning_pattern",
+                not fixed or self.pruning_scope == "layer",
+                f"it is the same sparsity for every tensor: set {_key('pruning_scope')} = 'layer'",
+            ),
+            ("pruning_pattern", lattice or not fixed, f"pruning needs {down} = 'lattice'"),
             ("sparsity", lattice or not self.sparsity, f"pruning needs {down} = 'lattice'"),
             ("loss_budget", lattice or not self.loss_budget, f"pruning needs {down} = 'lattice'"),
             ("loss_budget", 0 <= self.loss_budget < math.inf, "give 0 or more; 0 is no goal"),
@@ -133,8 +153,9 @@ class Policy:
                 "sparsity",
                 self.down_step > 0 or not self.target,
                 f"pruning needs a lattice: set {_key('down_step')} above 0, or "
-                f"{_key('sparsity')} = 0",
+                f"{_key('sparsity')} = 0" + f" and {_key('pruning_pattern')} = ''" * bool(fixed),
             ),
+            ("pruning_seed", self.pruning_seed >= 0, "give 0 or more"),
             ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),
             ("pruning_min_size", self.pruning_min_size >= 0, "give 0 or more"),
             ("pruning_steps", self.pruning_steps >= 1, "give 1 or more"),
@@ -179,7 +200,13 @@ class Policy:
     @property
     def target(self) -> float:
         """The sparsity that pruning arrives at; with a loss budget alone, at most."""
-        return self.sparsity or (_MOST if self.loss_budget else 0.0)
+        return self._fixed or self.sparsity or (_MOST if self.loss_budget else 0.0)
+
+    @property
+    def _fixed(self) -> float:
+        """What a pattern comes to; 0 where that is free."""
+        chosen = parse_pattern(self.pruning_pattern)
+        return 0.0 if chosen is None else chosen.sparsity or 0.0
 
     @property
     def mask_rule(self) -> str:
@@ -223,6 +250,8 @@ class Policy:
             self.pruning_exclude,
             self.pruning_adapters,
             self.pruning_records,
+            pattern=parse_pattern(self.pruning_pattern),
+            seed=self.pruning_seed,
         )
 
     @property

@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.criteria import Knowledge
 from prunecast.compression.pruning.masks import Masks
-from prunecast.compression.pruning.plan import PruningPlan, low_rank_factors
-from prunecast.compression.pruning.statistics import Statistics, StatisticsMean
+from prunecast.compression.pruning.plan import PlanError, PruningPlan, low_rank_factors
+from prunecast.compression.pruning.statistics import (
+    Statistics,
+    StatisticsMean,
+    statistic_shape,
+)
+from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.progress import Losses, Progress
 
@@ -69,6 +74,8 @@ class Pruner:
         self._at = 0.0  # where the schedule stands; the clock, unless it follows learning
         self._before: Mapping[str, NDArray[Any]] = {}
         self._known: Statistics = {}
+        self._accumulated: Mapping[str, NDArray[Any]] = {}
+        self._versions = 0  # that masks were asked for
         self._state = MaskState()
         self._rewound: dict[str, NDArray[Any]] | None = None
 
@@ -98,9 +105,14 @@ class Pruner:
     def fineness(self) -> tuple[float, bool]:
         """As `Lattices.refine` takes them: the part of the usual step, and whether it is early."""
         # a kept weight that rounds to zero is lost: right only where the smallest go first
-        by_size = not self.policy.target or self.policy.pruning_criterion == "magnitude"
+        by_size = not self.policy.target or self.by_size
         part = 1.0 if by_size else _OTHER_CRITERIA
         return self.progress.fineness * part, self.progress.early and by_size and not self.holds
+
+    @property
+    def by_size(self) -> bool:
+        """Whether the smallest weights of a tensor are those that go."""
+        return self.policy.pruning_criterion == "magnitude" and not self.policy.pruning_pattern
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -113,6 +125,7 @@ class Pruner:
         clock: int,
         statistics: Statistics,
         *,
+        model: Mapping[str, NDArray[Any]] | None = None,
         first: bool = False,
     ) -> dict[str, NDArray[np.bool_]]:
         """Masks of the next version.
@@ -121,12 +134,18 @@ class Pruner:
             lattice: the tensors of the master that lie on a lattice.
             clock: the round of the version.
             statistics: what nodes contributed since the last one; what is not given stays.
+            model: all of the master, for criteria that look beside the weights; None: `lattice`.
             first: whether it is the first version; says then what cannot be pruned.
+
+        Raises:
+            PolicyError: the model cannot be pruned as the policy says.
         """
         self._rewound = None
-        self._known = {**self._known, **statistics}
         if self.plan is None:
             return {}
+        if not (self.plan.criterion.once and self._known):  # what comes late changes nothing
+            self._known = {**self._known, **statistics}
+        self._versions += 1
         weights = self.plan.prunable(lattice)
         self._at = clock
         learned = self.progress.clock(clock, self.losses.take())
@@ -134,8 +153,23 @@ class Pruner:
             self._at = learned
         if first and self.policy.target:
             self._say_unpruned(lattice)
-        known = self._knowledge(weights)
-        return self._held(known) if self.holds else self.plan.masks(self._at, known)
+        if self.policy.target and weights and self._versions <= 2:
+            self._check(lattice, trained=self._versions == 2)
+        known = self._knowledge(weights, lattice if model is None else model)
+        if self.plan.criterion.once and self._versions == 1:
+            return {}  # nobody has been asked yet
+        try:
+            return self._held(known) if self.holds else self.plan.masks(self._at, known)
+        except PlanError as error:
+            raise PolicyError(f"the model cannot be pruned as the policy says: {error}") from error
+
+    def _check(self, lattice: Mapping[str, NDArray[Any]], *, trained: bool) -> None:
+        """Before the first round, and again for ties, once weights that were only copied differ."""
+        assert self.plan is not None
+        try:
+            self.plan.check(lattice, trained=trained)
+        except PlanError as error:
+            raise PolicyError(f"the model cannot be pruned as the policy says: {error}") from error
 
     def rewound(self, master: Mapping[str, NDArray[Any]], clock: int) -> Mapping[str, NDArray[Any]]:
         """The master weights to publish: those given, or the early ones that an event rewinds to.
@@ -165,14 +199,18 @@ class Pruner:
             if name in weights and mask.shape == weights[name].shape
         }
         stage = plan.stage(self._at, len(weights))
-        waits = any(not known.statistics.get(name) for name in plan.criterion.statistics)
+        # nodes are asked a version ahead, which the first has none of
+        missing = any(not known.statistics.get(name) for name in plan.criterion.statistics)
+        waits = missing and self._versions == 1
         if stage != self._state.stage and not waits:
             kept = plan.masks(self._at, known, kept if stage > self._state.stage else None)
             self._state = replace(self._state, stage=stage, masks=kept)
             self._rewound = dict(self._state.early) or None
         return kept
 
-    def _knowledge(self, weights: Mapping[str, NDArray[Any]]) -> Knowledge:
+    def _knowledge(
+        self, weights: Mapping[str, NDArray[Any]], model: Mapping[str, NDArray[Any]]
+    ) -> Knowledge:
         plan = self.plan
         assert plan is not None
         shapes = {name: array.shape for name, array in weights.items()}
@@ -182,11 +220,22 @@ class Pruner:
             if array.shape == shapes.get(name)
         }
         self._before = weights if plan.criterion.uses_update else {}
-        known = {
-            name: {t: array for t, array in arrays.items() if array.shape == shapes.get(t)}
+        fitting = {
+            name: {
+                tensor: array
+                for tensor, array in arrays.items()
+                if tensor in shapes and array.shape == statistic_shape(name, shapes[tensor])
+            }
             for name, arrays in self._known.items()
         }
-        return Knowledge(weights, update, known)
+        known = Knowledge(weights, update, fitting, {}, model, plan.seed)
+        if plan.criterion.accumulates is None:
+            return known
+        sums = {n: a for n, a in self._accumulated.items() if a.shape == shapes.get(n)}
+        for name, part in plan.criterion.accumulates(known).items():
+            sums[name] = sums[name] + part if name in sums else part
+        self._accumulated = sums
+        return replace(known, accumulated=sums)
 
     def _say_unpruned(self, lattice: Mapping[str, NDArray[Any]]) -> None:
         plan = self.plan

@@ -253,7 +253,7 @@ class Publisher:
             self.pruner.progress.observe(lattice)
             self._lattices.refine(*self.pruner.fineness)
         first = self._counter == 1
-        masks = self.pruner.masks(lattice, clock, statistics or {}, first=first)
+        masks = self.pruner.masks(lattice, clock, statistics or {}, model=master, first=first)
         master = self.pruner.rewound(master, clock)
         model = self._latest = self._on_lattice(master, masks)
         known = self._history.pop(short(model.digest), None)
@@ -333,8 +333,8 @@ class Publisher:
         self, master: Mapping[str, NDArray[Any]], masks: Mapping[str, NDArray[np.bool_]]
     ) -> PublishedModel:
         tensors: dict[str, Tensor] = {}
-        holds, by_size = self.pruner.holds, self.policy.pruning_criterion == "magnitude"
-        aligned = self.policy.pruning_align and by_size and not holds
+        holds = self.pruner.holds
+        aligned = self.policy.pruning_align and self.pruner.by_size and not holds
         factors = low_rank_factors({name: array.shape for name, array in master.items()})
         self._lattices.weights = sum(array.size for array in master.values())
         for name, array in master.items():
