@@ -1,6 +1,7 @@
 """Plans: masks of any criterion, the schedules, what is prunable."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,14 @@ from prunecast.compression.pruning.plan import (
     PlanError,
     PruningPlan,
     low_rank_factors,
+    tied_weights,
 )
-from prunecast.compression.pruning.schedules import SCHEDULES, CubicSchedule
+from prunecast.compression.pruning.schedules import (
+    SCHEDULES,
+    CubicSchedule,
+    LayerSchedule,
+    StaticSchedule,
+)
 
 WEIGHTS = hnp.arrays(
     np.float32,
@@ -186,6 +193,73 @@ def test_what_is_prunable():
     assert list(PruningPlan(min_size=0).prunable(arrays)) == ["conv", "small", "head.weight"]
 
 
+def tied_model():
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(40, 30)).astype(np.float32)
+    return {
+        "tokens.weight": table,
+        "fc.weight": rng.normal(size=(40, 30)).astype(np.float32),
+        "head.weight": table.copy(),
+        "first.zeros": np.zeros((40, 30), np.float32),
+        "second.zeros": np.zeros((40, 30), np.float32),
+    }
+
+
+def test_tied_weights_are_those_that_are_the_same():
+    arrays = tied_model()
+    assert tied_weights(arrays) == {"head.weight": "tokens.weight"}
+    arrays["head.weight"][-1, -1] += 1
+    assert tied_weights(arrays) == {}
+    arrays["other"] = arrays["tokens.weight"].astype(np.float64)
+    assert tied_weights(arrays) == {}
+
+
+@pytest.mark.parametrize("scope", ALLOCATIONS)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_tied_weights_get_one_mask_and_count_once(criterion, scope):
+    arrays = {n: a for n, a in tied_model().items() if "zeros" not in n}
+    rng = np.random.default_rng(1)
+    other = {n: rng.normal(size=a.shape) for n, a in arrays.items() if n != "head.weight"}
+    known = Knowledge(arrays, other, dict.fromkeys(CRITERIA[criterion].statistics, other))
+    plan = PruningPlan(StaticSchedule(0.9), CRITERIA[criterion], ALLOCATIONS[scope])
+    masks = plan.masks(1, known)
+    assert list(masks) == list(arrays)
+    np.testing.assert_array_equal(masks["head.weight"], masks["tokens.weight"])
+    alone = plan.masks(1, replace(known, weights={name: arrays[name] for name in other}))
+    assert all(np.array_equal(masks[name], mask) for name, mask in alone.items())
+    assert sum(int((~mask).sum()) for mask in alone.values()) == 2160
+
+
+def test_tied_weights_get_one_mask_where_layers_have_their_turn():
+    arrays = {n: a for n, a in tied_model().items() if "zeros" not in n}
+    plan = PruningPlan(LayerSchedule(0.5, 0, 3))
+    assert list(plan.masks(1, Knowledge(arrays))) == ["tokens.weight", "head.weight"]
+    assert list(plan.masks(2, Knowledge(arrays))) == list(arrays)
+
+
+def test_tied_weights_are_not_pruned_apart():
+    apart = PruningPlan(StaticSchedule(0.5), exclude=("head.*",))
+    with pytest.raises(
+        PlanError, match=r"apart: 'head\.weight' and 'tokens\.weight'.*exclude both or neither"
+    ):
+        apart.check(tied_model())
+    apart.check(tied_model(), trained=False)  # layers that were only copied
+    for exclude in ((), ("head.*", "tokens.*")):
+        PruningPlan(StaticSchedule(0.5), exclude=exclude).check(tied_model())
+
+
+def test_a_model_that_cannot_be_pruned_is_refused():
+    with pytest.raises(PlanError, match=r"no tensor that may be pruned: none is .* 1024 elements"):
+        PruningPlan(StaticSchedule(0.5)).check({"bias": np.ones(5000), "small": np.ones((4, 4))})
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(10, n)) for name, n in (("a", 10), ("b", 1), ("c", 10))}
+    given = {"min_size": 1, "allocation": ALLOCATIONS["global"]}
+    PruningPlan(StaticSchedule(0.985), **given).check(arrays)
+    with pytest.raises(PlanError, match=r"0\.99 leaves 3 of 220 for 4 .* such as 'b' would vanish"):
+        PruningPlan(StaticSchedule(0.99), **given).check({**arrays, "d": arrays["b"].T.copy()})
+    PruningPlan(StaticSchedule(0.99), min_size=1).check(arrays)  # each tensor keeps its share
+
+
 @pytest.mark.parametrize(
     ("names", "shapes", "found"),
     [
@@ -217,6 +291,13 @@ def test_statistics_are_asked_for_while_they_decide():
     known = {key: {} for key in plan.criterion.statistics}
     assert [bool(plan.wanted(v, known)) for v in range(1, 7)] == [False, True, True] + [False] * 3
     assert PruningPlan(CubicSchedule(0.5, 2, 4)).wanted(3, {}) == ()
+
+
+def test_what_is_asked_once_is_asked_until_it_is_known_and_only_where_pruning_comes():
+    plan = PruningPlan(CubicSchedule(0.5, 3, 6), CRITERIA["snip"])
+    assert [plan.wanted(version, {}) for version in (1, 2, 9)] == [("sensitivity",)] * 3
+    assert plan.wanted(1, {"sensitivity": {}}) == ()
+    assert PruningPlan(criterion=CRITERIA["snip"]).wanted(1, {}) == ()
 
 
 def test_channels_go_in_rounds_by_the_same_factor_each_time():

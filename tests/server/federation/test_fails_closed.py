@@ -299,6 +299,25 @@ def test_an_error_reply_for_a_dead_node_passes_and_is_in_the_ledger(federation):
             "prunecast.up-options: option 'density' of scheme 'stc' is 9.0",
         ),
         ({"prunecast.up": "stc", "prunecast.up-options": "dense"}, "not of the form name=value"),
+        ({"prunecast.pruning-pattern": "4:2"}, "prunecast.pruning-pattern .*= '4:2': .*N < M"),
+        (
+            {"prunecast.pruning-pattern": "2:4", "prunecast.sparsity": 0.9},
+            "prunecast.sparsity .*= 0.9: prunecast.pruning-pattern = '2:4' comes to 0.5",
+        ),
+        (
+            {"prunecast.pruning-pattern": "2:4", "prunecast.pruning-scope": "global"},
+            "prunecast.pruning-pattern .*set prunecast.pruning-scope = 'layer'",
+        ),
+        (
+            {"prunecast.preset": "dense", "prunecast.pruning-pattern": "2:4"},
+            "prunecast.pruning-pattern .*: pruning needs prunecast.down = 'lattice'",
+        ),
+        (
+            {"prunecast.preset": "lossless", "prunecast.pruning-pattern": "2:4"},
+            "prunecast.sparsity = 0 and prunecast.pruning-pattern = ''",
+        ),
+        ({"prunecast.sparsity": 1.0}, "prunecast.sparsity .*0 or above and below 1"),
+        ({"prunecast.pruning-seed": -1}, "prunecast.pruning-seed .*give 0 or more"),
     ],
 )
 def test_policies_that_cannot_be_name_their_key_and_the_remedy(config, words):

@@ -23,7 +23,7 @@ from prunecast.compression.flower import payload_of, payload_record
 from prunecast.compression.pruning.criteria import CRITERIA
 from prunecast.compression.pruning.statistics import pack_statistics
 from prunecast.compression.versions import LatticeTensor
-from prunecast.server.federation import CompressedGrid, NonFiniteModel, Policy
+from prunecast.server.federation import CompressedGrid, NonFiniteModel, Policy, PolicyError
 from prunecast.server.federation.policy import _say_once
 from prunecast.server.federation.publisher import Publisher
 from prunecast.simulations.runner.inprocess import InProcessGrid
@@ -65,14 +65,23 @@ def masters(count: int) -> Iterator[dict[str, np.ndarray]]:
         }
 
 
+SPARSE = {"sparsity": 0.9, "pruning_begin": 1, "pruning_end": 4}
+
+
 @pytest.mark.parametrize(
     ("preset", "knobs", "models", "masks"),
     [
         (
             "small",
-            {"sparsity": 0.9, "pruning_begin": 1, "pruning_end": 4},
-            "c9c9f42af6adff653d37af08db106e18",
-            "76fbd1a539bdbf95bc9f465d10e1263e",
+            {**SPARSE, "pruning_exclude": ("tied.*",)},
+            "b40c23232eb367634dd065573d82191c",
+            "e8527dfcbb90eeb70cb3c20078853d02",
+        ),
+        (  # emptied "tied.weight" then; now one weight of it stays, and one less of another
+            "small",
+            SPARSE,
+            "0ab202e231bf2f8702a7f356114fbd35",
+            "50d278822951f61e020f0df495607e21",
         ),
         (
             "balanced",
@@ -97,7 +106,10 @@ def masters(count: int) -> Iterator[dict[str, np.ndarray]]:
 def test_versions_are_those_of_the_code_before_there_were_plans(
     preset: str, knobs: dict[str, Any], models: str, masks: str
 ) -> None:
-    """Digests written down from magnitude pruning as it was wired into the publisher."""
+    """Digests written down from magnitude pruning as it was wired into the publisher.
+
+    But for the case that says otherwise.
+    """
     then = {"down_step": 0.1, "vector_step": 0.025, "hysteresis": 0.5, "pruning_align": False}
     policy = Policy.preset(preset, statistics_bits=0, **{**then, **knobs})
     publisher = Publisher(policy, b"s", policy.pruning())
@@ -357,6 +369,119 @@ def test_fisher_prunes_by_the_last_statistics_that_nodes_sent() -> None:
         assert publisher.wanted == ()
     shorter = {**master, "fc.weight": master["fc.weight"][:30]}  # its statistics are not known
     assert publisher.publish(shorter).model.masks()["fc.weight"].shape == (30, 64)
+
+
+def weights_of(*shapes: tuple[int, ...], seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {f"{at}": rng.normal(size=s).astype(np.float32) for at, s in enumerate(shapes)}
+
+
+def drifting(start: dict[str, np.ndarray], count: int) -> Iterator[dict[str, np.ndarray]]:
+    for version in range(count):
+        yield {n: a + np.float32(0.2 * version) * np.sign(a[::-1]) for n, a in start.items()}
+
+
+@pytest.mark.parametrize("masks", ["dpf", "held"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_published_integers_obey_a_pattern(criterion: str, masks: str) -> None:
+    knobs = {"pruning_begin": 1, "pruning_end": 4, "pruning_masks": masks}
+    policy = Policy(pruning_pattern="2:4", pruning_criterion=criterion, **knobs)
+    assert policy.target == 0.5
+    publisher = Publisher(policy, b"s", policy.pruning())
+    for master in drifting(weights_of((64, 32), (32, 16, 3, 3)), 6):
+        model = publisher.publish(master).model
+    for mask in model.masks().values():
+        groups = np.moveaxis(mask, 1, -1).reshape(-1, 4).sum(1)
+        assert groups.max() == 2  # a kept weight may round to zero, unless masks are held
+        assert groups.mean() > 1.9 if masks == "dpf" else (groups == 2).all()
+
+
+def test_published_integers_obey_blocks() -> None:
+    knobs = {"sparsity": 0.75, "pruning_begin": 1, "pruning_end": 3, "pruning_scope": "erk"}
+    policy = Policy(pruning_pattern="4x4", **knobs)
+    publisher = Publisher(policy, b"s", policy.pruning())
+    for master in drifting(weights_of((64, 32), (32, 16, 3, 3)), 4):
+        model = publisher.publish(master).model
+    found = [mask.reshape(*[n for s in mask.shape[:2] for n in (s // 4, 4)], -1)
+             for mask in model.masks().values()]  # fmt: skip
+    whole = np.concatenate([blocks.any((1, 3)).ravel() for blocks in found])
+    assert whole.mean() == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"pruning_pattern": "2:4"}, "does not divide '1' .*30 input channels .*exclude"),
+        ({"sparsity": 0.999, "pruning_scope": "erk", "pruning_min_size": 1}, "would vanish"),
+    ],
+)
+def test_a_model_that_cannot_be_pruned_is_refused_before_anything_is_sent(
+    federation: Any, knobs: dict[str, Any], words: str
+) -> None:
+    grid, _, seen = federation(Policy(pruning_begin=8, pruning_end=9, **knobs))
+    shapes = ((64, 32), (64, 30), *[(4, 4)] * 20)
+    with pytest.raises(PolicyError, match=f"cannot be pruned as the policy says: .*{words}"):
+        list(grid.send_and_receive([Message(
+            RecordDict({"arrays": to_record(weights_of(*shapes))}), 1, "train"
+        )]))  # fmt: skip
+    assert seen == []
+
+
+def test_tied_weights_that_are_pruned_apart_are_refused_once_they_were_trained() -> None:
+    policy = Policy(sparsity=0.5, pruning_end=9, pruning_exclude=("1",))
+    for tied in (True, False):
+        publisher = Publisher(policy, b"s", policy.pruning())
+        first = weights_of((40, 40))
+        publisher.publish({**first, "1": first["0"]})  # layers may begin as copies
+        moved = {"0": first["0"] + 1, "1": first["0"] + (1 if tied else 2)}
+        if tied:
+            with pytest.raises(
+                PolicyError, match="tied weights would be pruned apart: '1' and '0'"
+            ):
+                publisher.publish(moved)
+        else:
+            publisher.publish(moved)
+
+
+def test_movement_is_summed_over_versions() -> None:
+    knobs = {"sparsity": 0.5, "pruning_begin": 3, "pruning_end": 4, "pruning_criterion": "movement"}
+    policy = Policy(**knobs)
+    publisher = Publisher(policy, b"s", policy.pruning())
+    master = weights_of((40, 40))
+    up = np.random.default_rng(1).random((40, 40)) < 0.5  # which half moves away from zero
+    for _ in range(4):
+        model = publisher.publish(master).model
+        moved = np.where(up, 1.1, 0.9).astype(np.float32)
+        master = {"0": master["0"] * moved}
+    kept = model.masks()["0"]
+    assert kept[up].mean() > 0.95
+    assert kept[~up].mean() < 0.05
+
+
+def test_snip_asks_once_is_dense_until_then_and_never_changes_its_mind() -> None:
+    knobs = {"sparsity": 0.5, "pruning_schedule": "static", "pruning_masks": "dpf"}
+    policy = Policy(pruning_criterion="snip", **knobs)
+    publisher = Publisher(policy, b"s", policy.pruning())
+    master, wanted = weights_of((40, 40)), []
+    first, later = (np.random.default_rng(s).normal(size=(40, 40)) for s in (1, 2))
+    statistics = [None, first, later, None]
+    for found in statistics:
+        model = publisher.publish(
+            master, {"sensitivity": {"0": found}} if found is not None else {}
+        )
+        wanted.append(publisher.wanted)
+        masks = model.model.masks()
+        if not wanted[:-1]:
+            assert masks == {}
+            continue
+        expected = np.abs(first) > np.median(np.abs(first))
+        assert (masks["0"] == expected).mean() > 0.98  # a weight near zero may round to it
+        master = {"0": master["0"] * 1.5}
+    assert wanted == [("sensitivity",), (), (), ()]
+    silent = Publisher(policy, b"s", policy.pruning())  # of nodes whose app gives none
+    assert not silent.publish(master).model.masks()
+    kept = silent.publish(master).model.masks()["0"]
+    assert np.abs(master["0"])[kept].min() >= np.abs(master["0"])[~kept].max()
 
 
 def test_the_documentation_adds_a_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
