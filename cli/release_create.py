@@ -36,7 +36,12 @@ Fleets = Annotated[
 def create(
     repository: Folder,
     name: Name,
-    keys: Keys,
+    keys: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--keys", help="Folder with private keys; give it twice if offline keys lie apart."
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(help="Saved published model, or a .safetensors or .npz checkpoint."),
@@ -135,6 +140,13 @@ def create(
     export: Annotated[
         Path | None, typer.Option(help="Write what was published as a single .onnx file, too.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what the release would be to a device, and publish nothing; without --keys.",
+        ),
+    ] = False,
     max_bytes: MaxBytes = None,
     max_seconds: MaxSeconds = None,
     as_json: AsJson = False,
@@ -148,7 +160,13 @@ def create(
         read_checkpoint,
         read_recipe,
     )
+    from prunecast.server.repository.authoring.gains import gain_notes, rehearse
+    from prunecast.server.repository.reading import RepositoryReader
 
+    if not (keys or dry_run):
+        raise typer.BadParameter("is missing; only --dry-run does without", param_hint="--keys")
+    if dry_run and export is not None:
+        raise typer.BadParameter("there will be nothing to export", param_hint="--dry-run")
     if source is None and (model is None or (selftest is None and calibration is None)):
         raise typer.BadParameter(
             "give --model and --selftest (or --calibration), or an .onnx file with --from"
@@ -156,7 +174,11 @@ def create(
     if source is not None and (model, module, graph) != (None, None, None):
         raise typer.BadParameter("--from has graph and weights: no --model, --module, --graph")
     metrics = dict(map(_metric, metric or []))
-    target = Repository(repository, KeyRing(*keys), window=window, fleets=fleet or ())
+    target = (
+        RepositoryReader(repository)
+        if dry_run
+        else Repository(repository, KeyRing(*(keys or ())), window=window, fleets=fleet or ())
+    )
     try:
         recipe = read_recipe(
             graph=graph,
@@ -174,6 +196,7 @@ def create(
             cache=graph_cache,
             max_bytes=max_bytes,
             max_seconds=max_seconds,
+            measure=True,
         )
         weights = (
             None
@@ -186,12 +209,16 @@ def create(
         raise typer.BadParameter(error.message, param_hint=f"--{error.option}") from error
     if save_graph_to and made.exported:
         save_graph(made.exported, save_graph_to)
-    published = target.publish(name, made, at_least=at_least)
+    if isinstance(target, Repository):
+        published = target.publish(name, made, at_least=at_least)
+    else:
+        published = rehearse(target, name, made, at_least=at_least)
     manifest = published.manifest
     files = {file: ref.travels.length for file, ref in manifest.files.items()}
     result: dict[str, Any] = {
         "name": name,
         "version": published.version,
+        "published": not dry_run,
         "onnx_bytes": published.onnx_bytes,
         "weights_bytes": manifest.weights.length,
         "keyframe_bytes": manifest.keyframe.length,
@@ -203,7 +230,8 @@ def create(
         "kind": made.kind,
         "numerics": dict(made.numerics),
         "settings": dict(published.settings),
-        "notes": [*made.notes, *_refused(published.settings)],
+        "gains": dict(made.gains),
+        "notes": [*made.notes, *_refused(published.settings), *gain_notes(made.gains)],
         **{key: value for key, value in made.metrics.items() if key not in metrics},
     }
     if export is not None:
@@ -247,7 +275,8 @@ def _created(result: dict[str, Any]) -> str:
         "keyframe": result["keyframe_bytes"],
         **{f"patch from {base}": size for base, size in result["patch_bytes"].items()},
     }
-    lines = [f"{result['name']} {result['version']} is live"]
+    would = "is live" if result["published"] else "would be the next release: nothing is published"
+    lines = [f"{result['name']} {result['version']} {would}"]
     lines += [f"{what:<21} {size:>12,} bytes" for what, size in sizes.items() if size]
     if "onnx_max_difference" in result:
         lines.append(
@@ -266,6 +295,7 @@ def _created(result: dict[str, Any]) -> str:
         lines.append(
             f"accuracy {numerics['accuracy']:.4f}, float32 {numerics['reference_accuracy']:.4f}"
         )
+    lines += _gains(result)
     lines += [f"note: {note}" for note in result.get("notes", ())]
     if result["retired"]:
         lines.append(f"retired {', '.join(map(str, result['retired']))}: outside the window")
@@ -273,3 +303,10 @@ def _created(result: dict[str, Any]) -> str:
         f"kept {version} outside the window: {why}" for version, why in result["kept"].items()
     ]
     return "\n".join(lines)
+
+
+def _gains(result: dict[str, Any]) -> list[str]:
+    from prunecast.server.repository.authoring.gains import gain_rows
+
+    header, rows = gain_rows(result["gains"], result["keyframe_bytes"], result["patch_bytes"])
+    return [f"{row[0]:<28}" + "".join(f"{cell:>14}" for cell in row[1:]) for row in (header, *rows)]

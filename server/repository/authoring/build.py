@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +81,7 @@ class ReleaseContents:
         notes: what a user should know, a sentence each; not part of the release.
         exported: the architecture before it was quantised, for another time.
         recorded: what the model answered to its self-test, where it has been run elsewhere.
+        gains: what it is to a device beside the whole model, see `gains_of`; empty: not measured.
     """
 
     model: PublishedModel
@@ -95,6 +97,7 @@ class ReleaseContents:
     notes: tuple[str, ...] = ()
     exported: ExportedGraph | None = None
     recorded: RecordedModel | None = None
+    gains: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

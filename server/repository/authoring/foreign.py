@@ -40,7 +40,7 @@ __all__ = ["look_at_graph", "make_bounded"]
 
 _OPTIONS = (
     *("variant", "channels", "bits", "steps", "most_difference", "seed"),
-    *("max_bytes", "max_seconds"),
+    *("max_bytes", "max_seconds", "measure"),
 )
 
 
@@ -175,6 +175,7 @@ def _write_contents(folder: Path, made: ReleaseContents) -> None:
         "kind": made.kind,
         "numerics": dict(made.numerics),
         "notes": list(made.notes),
+        "gains": dict(made.gains),
         "tolerance": asdict(recorded.tolerance),
         "takes": [[s.name, s.dtype, s.shape] for s in recorded.takes],
         "gives": [[s.name, s.dtype, s.shape] for s in recorded.gives],
@@ -200,6 +201,7 @@ def _read_contents(folder: Path) -> ReleaseContents:
         numerics=document["numerics"],
         notes=tuple(document["notes"]),
         exported=load_graph(folder / "exported.onnx"),
+        gains=document["gains"],
         recorded=RecordedModel(
             _read_arrays(folder / "tested.npz"),
             _read_arrays(folder / "expected.npz"),

@@ -38,6 +38,7 @@ class Architecture:
         narrow: whether channels were removed.
         reference: outputs in float32 by name, for all samples; None: those of the graph.
         notes: what a user should know, a sentence each.
+        whole: graph and weights with all channels, where they were asked for.
     """
 
     graph: ExportedGraph
@@ -45,6 +46,7 @@ class Architecture:
     narrow: bool = False
     reference: Arrays | None = None
     notes: tuple[str, ...] = ()
+    whole: tuple[ExportedGraph, PublishedModel] | None = None
 
 
 def plan_of(graph: bytes) -> ChannelPlan | None:
@@ -66,6 +68,7 @@ def export_module(
     share: float | None = None,
     held: ChannelPlan | None = None,
     samples: Arrays | None = None,
+    whole: bool = False,
 ) -> Architecture:
     """Export what `factory` makes, or what remains of it.
 
@@ -77,6 +80,7 @@ def export_module(
         share: of the channels that remain; None for all.
         held: the plan of the newest live release; used if it is for the same share and fits.
         samples: with `share`, what the whole module is run on for reference.
+        whole: with `share`, export the whole module as well.
 
     Raises:
         RecipeError: `factory` makes no torch module.
@@ -126,6 +130,7 @@ def export_module(
     assert plan is not None
     narrow = narrow or narrow_module(module, example, plan)
     graph, _ = export_cached(narrow, example, names, cache)
+    everything = (export_cached(module, example, names, cache)[0], weights) if whole else None
     which = "as in the newest release" if plan is held else "chosen by the norm of their groups"
     return Architecture(
         with_note(graph, _NOTE, plan.to_text()),
@@ -133,6 +138,7 @@ def export_module(
         narrow=True,
         reference=None if samples is None else _outputs(module, samples, graph),
         notes=(f"{share:.0%} of the channels remain, {which}",),
+        whole=everything,
     )
 
 

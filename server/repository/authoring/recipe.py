@@ -37,6 +37,7 @@ from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.repository.authoring.build import ReleaseContents
+from prunecast.server.repository.authoring.gains import gains_of
 from prunecast.server.repository.authoring.modules import Architecture, export_module, plan_of
 from prunecast.server.repository.authoring.sources import GraphFile, from_arrays, from_onnx
 from prunecast.server.repository.authoring.variants import (
@@ -111,6 +112,7 @@ class ReleaseRecipe:
         max_bytes: of memory that reading and running a graph's or ``.onnx`` file may take; None for
             1 GiB, or 64 times what is read if that is more.
         max_seconds: that making its release may take; None for 40, and one for every megabyte.
+        measure: count and time it beside the whole model, which takes seconds; see `gains_of`.
 
     Raises:
         RecipeError: names the field that is missing or does not go with the others.
@@ -131,6 +133,7 @@ class ReleaseRecipe:
     cache: Path | None = None
     max_bytes: int | None = None
     max_seconds: float | None = None
+    measure: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in (*VARIANTS, "lattice"):
@@ -266,11 +269,22 @@ class ReleaseRecipe:
         )
         kind = {"structured": "int8", "lattice": "int8"}.get(self.variant, self.variant)
         made = make_variant(contents, kind, self.samples, reference=reference, held=held)
+        made = self._measured(made, weights, found.whole)
         if not found.narrow:
             return made
         return replace(
             made, kind="structured int8-qdq" if made.kind == "int8-qdq" else "structured"
         )
+
+    def _measured(
+        self,
+        made: ReleaseContents,
+        weights: PublishedModel,
+        whole: tuple[ExportedGraph, PublishedModel] | None = None,
+    ) -> ReleaseContents:
+        if not self.measure:
+            return made
+        return replace(made, gains=gains_of(made, self.samples, weights=weights, whole=whole))
 
     def _architecture(self, model: PublishedModel, held: bytes | None) -> Architecture:
         if self.module is not None:
@@ -282,6 +296,7 @@ class ReleaseRecipe:
                 share=self.share,
                 held=plan_of(held) if held else None,
                 samples=self.samples.inputs if self.samples else None,
+                whole=self.measure,
             )
         assert isinstance(self.graph, ExportedGraph)
         plan = self._plan
@@ -310,12 +325,14 @@ class ReleaseRecipe:
             max_bytes=self.max_bytes,
         )
         kind = "int8-qdq" if self.variant == "int8-qdq" else made.kind
+        weights = made.model
         if self.samples is None and kind != "int8-qdq":
-            return made
+            return self._measured(made, weights)
         reference = None
         if self.samples is not None:  # what the file refers to has been checked
             reference = run_samples(open_session(path), self.samples)
-        return make_variant(made, kind, self.samples, reference=reference, held=held)
+        made = make_variant(made, kind, self.samples, reference=reference, held=held)
+        return self._measured(made, weights)
 
     @property
     def _cache(self) -> Path:
