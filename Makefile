@@ -19,7 +19,7 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export ORT_DISABLE_TELEMETRY ?= 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
 
-.PHONY: help demo test test-fast test-engine test-flower bench-headline gpu-check lint format proto fuzz fuzz-corpus clean
+.PHONY: help demo test test-fast test-engine test-flower bench-headline bench-pruning gpu-check lint format proto fuzz fuzz-corpus clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test-fast    the tests that start no engine"
 	@echo "make test-engine  the tests that start Flower, servers and agents"
 	@echo "make bench-headline  bytes and accuracy beside every peer, hours; HEADLINE_ARGS=--smoke: a minute"
+	@echo "make bench-pruning   accuracy against sparsity, hours; PRUNING_ARGS=--smoke: a minute"
 	@echo "make gpu-check    what needs a CUDA device, in one run; says so where there is none"
 	@echo "make test-flower  the tests of federations with the oldest Flower that is admitted"
 	@echo "make lint         ruff and mypy"
@@ -50,6 +51,10 @@ test-engine: $(VENV)/.installed-dev
 # Five hours of one core, in pieces as you like; docs/figures.md says what it needs.
 bench-headline: $(VENV)/.installed-sim
 	$(BIN)/python benchmarks/headline.py $(HEADLINE_ARGS)
+
+# Two tasks, two hours of a core each.
+bench-pruning: $(VENV)/.installed-sim
+	$(BIN)/python benchmarks/pruning.py $(PRUNING_ARGS)
 
 # Under eight minutes; writes runs/gpu-check.json. A plain `torch` has CUDA, constraints.txt's may not.
 gpu-check: $(VENV)/.installed-sim

@@ -25,6 +25,7 @@ __all__ = [
     "UNPRUNED",
     "WAYS",
     "Way",
+    "activity",
     "arms_of",
     "compare_orderings",
     "draw",
@@ -46,21 +47,35 @@ _COLUMNS = ("way", "sparsity", "accuracy", "points lost", "by seed", "zeros", "M
 
 def fashion(count: int = 4000, apart: int = 2000) -> tuple[Any, Any]:
     """The first `count` images of Fashion-MNIST, and their classes."""
-    return _part(False, count)
+    return _images(False, count)
 
 
 def fashion_apart(count: int = 4000, apart: int = 2000) -> tuple[Any, Any]:
     """The first `apart` images of those that Fashion-MNIST sets apart."""
-    return _part(True, apart)
+    return _images(True, apart)
 
 
-def _part(apart: bool, count: int) -> tuple[Any, Any]:
+def _images(apart: bool, count: int) -> tuple[Any, Any]:
+    found = _named("fashion-mnist", apart).take(slice(count))
+    return dict(found.inputs), found.targets
+
+
+def _named(name: str, apart: bool = False) -> Examples:
     from prunecast.simulations.data.named import Named
 
-    source = Named(name="fashion-mnist")
-    found: Examples | None = source.read_test() if apart else source.read()
+    source = Named(name=name)
+    found = source.read_test() if apart else source.read()
     assert found is not None
-    return dict(found.take(slice(count)).inputs), found.targets[:count]
+    return found
+
+
+def activity() -> tuple[Any, Any, Any]:
+    """Windows of sensors at 25 Hz, each channel of mean 0 and deviation 1; and whose they are."""
+    found = _named("activity")
+    [windows] = found.inputs.values()
+    halved = windows.reshape(*windows.shape[:2], -1, 2).mean(3)
+    middle, spread = (f((0, 2), keepdims=True) for f in (halved.mean, halved.std))
+    return ((halved - middle) / spread).astype(windows.dtype), found.targets, found.identities
 
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -89,15 +104,19 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "activity": {
         "description": "Exercises from wearable sensors, 5 clients of two subjects each; "
-        "convolutions along time, 35,335",
+        "convolutions along time, 136,071",
         "rounds": 24,
-        "data": {"source": "named", "name": "activity", "held_out": 600},
+        "data": {
+            "source": "function",
+            "function": "benchmarks.harness.pruning:activity",
+            "held_out": 600,
+        },
         "partition": {"kind": "natural"},
         "clients": {"count": 5},
         "model": {
             "factory": "prunecast.simulations.networks.convolutional:sensor_cnn",
             "initial": "drawn",
-            "options": {"channels": 6, "classes": 7, "width": 64},
+            "options": {"channels": 6, "classes": 7, "width": 128},
         },
         "training": {
             "epochs": 2,
@@ -117,17 +136,19 @@ class Way:
 
     Attributes:
         criterion, allocation, schedule: names of the registries of `compression/pruning`.
-        knobs: others of the policy; ``pruning_begin`` and ``pruning_end`` in rounds.
+        knobs: others of the policy.
+        late: begin no sooner than gradual ways end.
     """
 
     criterion: str
     allocation: str
     schedule: str
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    late: bool = False
 
     def policy(self, sparsity: float, rounds: int) -> dict[str, Any]:
         """The knobs of its policy at a sparsity."""
-        return {
+        found = {
             "sparsity": sparsity,
             "pruning_criterion": self.criterion,
             "pruning_scope": self.allocation,
@@ -136,6 +157,9 @@ class Way:
             "pruning_end": max(_BEGIN + 1, round(_END * rounds)),
             **self.knobs,
         }
+        if self.late:
+            found["pruning_begin"] = found["pruning_end"] - 1
+        return found
 
     def text(self) -> str:
         """For people."""
@@ -145,9 +169,20 @@ class Way:
 
 WAYS: dict[str, Way] = {
     "uniform": Way("magnitude", "layer", "cubic"),
+    "erk": Way("magnitude", "erk", "cubic"),
     "global": Way("magnitude", "global", "cubic"),
+    "taylor": Way("taylor", "erk", "cubic"),
+    "random": Way("random", "erk", "cubic"),
+    "one-shot": Way("magnitude", "erk", "one-shot", late=True),
+    "static": Way("magnitude", "erk", "static", {"pruning_masks": "held"}),
+    "dynamic": Way("magnitude", "erk", "static", {"pruning_masks": "dpf"}),
 }
-"""Those that are measured unless others are named."""
+"""Those that are measured unless others are named.
+
+The one-shot way prunes when the gradual ones are over, so that all have as many rounds to recover;
+the static and the dynamic one are sparse from the first version on, and differ in that masks stay
+or follow the master.
+"""
 
 ORDERINGS = (
     ("ERK above uniform", "erk", "uniform"),

@@ -207,11 +207,9 @@ def gain_rows(
         was, now = before[which], after[which]
         if was and now:
             rows.append(row(f"milliseconds, {name}", was["ms"], now["ms"], ".3f"))
-            spent = [1e6 * part["estimated_joules"] for part in (was, now)]
-            rows.append(row(f"≈ microjoules, {name}", *spent, ".1f"))
-            if was["joules"] and now["joules"]:
-                spent = [1e6 * part["joules"] for part in (was, now)]
-                rows.append(row(f"microjoules by RAPL, {name}", *spent, ".0f"))
+            for what, key in (("≈ microjoules", "estimated_joules"), ("microjoules", "joules")):
+                if was[key] and now[key]:
+                    rows.append(row(f"{what}, {name}", 1e6 * was[key], 1e6 * now[key], ".1f"))
     return ["to a device", "before", "after", "gain"], rows
 
 
@@ -227,6 +225,6 @@ def gain_notes(gains: Mapping[str, Any]) -> list[str]:
         )
     notes.append(
         "milliseconds are of one example in onnxruntime with one thread of this machine, median; "
-        "joules (≈) are estimated from operations and bytes"
+        "≈ is estimated from operations and bytes, joules without it are RAPL's of this machine"
     )
     return notes
