@@ -61,6 +61,28 @@ def test_a_small_alpha_skews_the_labels(labels):
     assert skew("dirichlet", alpha=0.3) > 2 * skew("iid")
 
 
+def test_niid_bench_draws_its_partition_whatever_the_seed_of_the_scenario(labels):
+    made = PARTITIONS.make("niid-bench")
+    parts = made.split(labels, clients=10, seed=7)
+    assert all(map(np.array_equal, parts, made.split(labels, clients=10, seed=8)))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
+    # the first class is dealt before anybody has the average: after the shuffle of its members, the
+    # next draw of a generator seeded with 42
+    rng = np.random.default_rng(42)
+    first = np.flatnonzero(labels == 0)
+    rng.shuffle(first)
+    shares = np.diff(np.floor(np.cumsum(rng.dirichlet(np.full(10, 0.5))) * len(first)), prepend=0)
+    zeros = [np.count_nonzero(labels[part] == 0) for part in parts]
+    assert zeros[:-1] == shares[:-1].tolist()
+    # nobody is given more of a class once having the average
+    for part in parts:
+        sizes = np.cumsum(np.bincount(labels[part], minlength=10))
+        full = np.flatnonzero(sizes >= len(labels) / 10)
+        assert not full.size or len(part) == sizes[full[0]]
+    with pytest.raises(DataError, match=r"in 1000 draws: lower partition\.min_size"):
+        PARTITIONS.make("niid-bench", min_size=20).split(labels[:30], clients=10, seed=1)
+
+
 def test_what_cannot_be_spread_is_said(labels):
     with pytest.raises(DataError, match=r"lower partition\.min_size"):
         PARTITIONS.make("dirichlet", min_size=20).split(labels[:30], clients=10, seed=1)
