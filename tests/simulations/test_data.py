@@ -74,11 +74,11 @@ def test_niid_bench_draws_its_partition_whatever_the_seed_of_the_scenario(labels
     shares = np.diff(np.floor(np.cumsum(rng.dirichlet(np.full(10, 0.5))) * len(first)), prepend=0)
     zeros = [np.count_nonzero(labels[part] == 0) for part in parts]
     assert zeros[:-1] == shares[:-1].tolist()
-    # nobody is given more of a class once having the average
+    # nobody is given more once having the average, but the last one what rounding leaves of a class
     for part in parts:
         sizes = np.cumsum(np.bincount(labels[part], minlength=10))
         full = np.flatnonzero(sizes >= len(labels) / 10)
-        assert not full.size or len(part) == sizes[full[0]]
+        assert not full.size or len(part) - sizes[full[0]] <= 10 * (part is parts[-1])
     with pytest.raises(DataError, match=r"in 1000 draws: lower partition\.min_size"):
         PARTITIONS.make("niid-bench", min_size=20).split(labels[:30], clients=10, seed=1)
 

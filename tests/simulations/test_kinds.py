@@ -26,7 +26,7 @@ from prunecast.simulations.tasks import TASKS
 KINDS: list[tuple[Registry[Any], list[str]]] = [
     (ARMS, ["dense", "majority-vote", "masks", "nncodec", "prunecast", "recoded", "scheme"]),
     (DATA, ["flower-datasets", "function", "idx", "mnist-5k", "named", "npz", "synthetic"]),
-    (PARTITIONS, ["dirichlet", "flower", "iid", "natural"]),
+    (PARTITIONS, ["dirichlet", "flower", "iid", "natural", "niid-bench"]),
     (
         TASKS,
         ["classification", "function", "positions", "rating", "reconstruction", "regression"],
