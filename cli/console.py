@@ -66,6 +66,7 @@ _EXTRAS = {
     "compress": "files",
     "decompress": "files",
     "inspect": "files",
+    "prune": "files",
 }
 _USAGE = {"ScenarioError", "PolicyError", "StrategyError"}
 

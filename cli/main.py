@@ -14,6 +14,7 @@ from prunecast.cli import data, edge, fleet, release
 from prunecast.cli.compare import compare
 from prunecast.cli.console import explain, is_usage
 from prunecast.cli.files import compress, decompress, inspect
+from prunecast.cli.prune import prune
 from prunecast.cli.serve import serve
 from prunecast.cli.signals import end_cleanly
 from prunecast.cli.simulate import demo, report, simulate
@@ -88,7 +89,7 @@ def main(
     """Federated learning and edge delivery that are cheap in bytes."""
 
 
-_COMMANDS = (demo, simulate, compare, sweep, report, serve, compress, decompress, inspect)
+_COMMANDS = (demo, simulate, compare, sweep, report, serve, compress, decompress, inspect, prune)
 for _command in _COMMANDS:
     app.command()(_command)
 for _name, _group in {"data": data, "release": release, "edge": edge, "fleet": fleet}.items():

@@ -20,7 +20,8 @@ LAYERS = (
     {"common"},
     {"compression.codec"},
     {"compression.versions", "compression.schemes"},
-    {"compression.pruning", "compression.files", "compression.release", "compression.flower"},
+    {"compression.pruning", "compression.release", "compression.flower"},
+    {"compression.files"},
     {"compression.onnx"},
     {"client.training", "client.edge", "server.fleet"},
     {"server.repository"},  # asks its fleets what they stand on

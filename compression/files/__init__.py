@@ -1,4 +1,4 @@
-"""Checkpoint files: read, compressed to one file, restored, inspected.
+"""Checkpoint files: read, compressed to one file, restored, inspected, pruned.
 
 ``.safetensors``, ``.npz`` and ``.onnx`` are read, each with what it needs imported only then. The
 compressed file (``.pcc``) is specified in ``docs/files.md``. The errors are here: one base, one
@@ -6,6 +6,7 @@ class per cause.
 """
 
 __all__ = [
+    "CannotPrune",
     "FileTooLarge",
     "FilesError",
     "UnknownFormat",
@@ -33,6 +34,10 @@ class UnsafePath(FilesError):
 
 class UnsupportedTensor(FilesError):
     """A tensor has a dtype or a value that the chosen file or coding cannot hold."""
+
+
+class CannotPrune(FilesError):
+    """A checkpoint cannot be pruned as asked, or there is no room for what would be written."""
 
 
 class FileTooLarge(FilesError):

@@ -167,7 +167,7 @@ def _open_safetensors(path: Path, max_bytes: int | None) -> TensorFile:
         values = flat.astype(dtype.newbyteorder("="), copy=False).reshape(spec.shape)
         return FileTensor(values, spec.dtype)
 
-    return TensorFile(path, "safetensors", specs, load, metadata=metadata)
+    return TensorFile(path, "safetensors", specs, load, metadata=metadata, offsets=places)
 
 
 def _write_safetensors(

@@ -108,6 +108,7 @@ class TensorFile(Mapping[str, FileTensor]):
         specs: name to dtype and shape, in the file's order.
         metadata: texts that travel with the tensors.
         graph: of an ``.onnx`` file, the model without the tensors, serialised; None of others.
+        offsets: of tensors that lie in the file as `raw_dtype` has them, the byte where they begin.
     """
 
     def __init__(
@@ -119,9 +120,11 @@ class TensorFile(Mapping[str, FileTensor]):
         *,
         metadata: Mapping[str, str] | None = None,
         graph: bytes | None = None,
+        offsets: Mapping[str, int] | None = None,
     ) -> None:
         self.path, self.kind, self.specs = path, kind, dict(specs)
         self.metadata, self.graph = dict(metadata or {}), graph
+        self.offsets = dict(offsets or {})
         self._load = load
 
     def __getitem__(self, name: str) -> FileTensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.protobuf import Field, ProtobufError, read_fields
 
-__all__ = ["check_externals"]
+__all__ = ["FIELDS", "check_externals"]
 
 _MOST_DEPTH = 64
 _MOST_DIGITS = 19
@@ -21,7 +21,7 @@ _KEYS = {"location", "offset", "length", "checksum"}
 # messages that tensors can hide in. A later onnxruntime may know more fields: an agent that does
 # not must not guess what is in them.
 _ENTRY: dict[int, Field] = {1: "one", 2: "one"}
-_FIELDS: dict[str, dict[int, Field]] = {
+FIELDS: dict[str, dict[int, Field]] = {
     "Model": {
         **dict.fromkeys((1, 5), "int"),
         **dict.fromkeys((2, 3, 4, 6, 7), "one"),
@@ -116,7 +116,7 @@ def _externals(
         raise RuntimeFailure(f"model.onnx nests graphs more than {_MOST_DEPTH} deep")
     if kind == "Tensor":
         name, entries, external = "", [], False
-        for number, value in read_fields(data, _FIELDS[kind]):
+        for number, value in read_fields(data, FIELDS[kind]):
             if number == _NAME and isinstance(value, memoryview):
                 name = str(value, "utf-8")
             elif number == _EXTERNAL and isinstance(value, memoryview):
@@ -134,6 +134,6 @@ def _externals(
             yield name, entries
         return
     nested = _NESTED[kind]
-    for number, value in read_fields(data, _FIELDS[kind]):
+    for number, value in read_fields(data, FIELDS[kind]):
         if number in nested and isinstance(value, memoryview):
             yield from _externals(value, nested[number], depth + 1)

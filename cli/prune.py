@@ -1,0 +1,180 @@
+"""`prunecast prune`: a checkpoint with zeros, its masks and a report."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunecast.cli.console import (
+    Column,
+    file_progress,
+    make_console,
+    print_table,
+    say,
+    shape_text,
+    short_dtype,
+    show,
+)
+from prunecast.common.text import bytes_text, count_text, percent
+
+if TYPE_CHECKING:
+    from prunecast.compression.files.checkpoints import Checkpoint
+    from prunecast.compression.files.pruning import PruningResult, Targets
+
+__all__ = ["prune"]
+
+
+def prune(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A .safetensors or .onnx file, or the .safetensors.index.json of several (or "
+            "their folder)."
+        ),
+    ],
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of the prunable weights that becomes zero, such as 0.9."),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="What goes first: magnitude, or random as a control.")
+    ] = "magnitude",
+    allocation: Annotated[
+        str,
+        typer.Option(help="The same share of every tensor (layer), or one ranking (global)."),
+    ] = "layer",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Name pattern of tensors that stay whole; may be repeated."),
+    ] = None,
+    min_size: Annotated[
+        int, typer.Option(min=1, help="Tensors with fewer elements stay whole.")
+    ] = 1024,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Prune low-rank factors (LoRA) too.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The pruned file; of a checkpoint of several files, a folder. Default "
+            "NAME.pruned.SUFFIX, or pruned/ beside it.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Set the least important weights of a checkpoint to zero, whatever its size.
+
+    It is read in pieces, so memory does not grow with it; sparsity and ties are exact. Norms,
+    biases, small tensors and adapters stay whole, tied weights are pruned once. Beside the pruned
+    checkpoint lie its masks (for prunecast.client.hold_masks) and a report.
+    """
+    from prunecast.common.files import write_atomically
+    from prunecast.compression.files.checkpoints import open_checkpoint
+    from prunecast.compression.files.pruning import (
+        Pruning,
+        default_targets,
+        prune_checkpoint,
+    )
+
+    if sparsity is None:
+        raise typer.BadParameter("give --sparsity, such as 0.9")
+    if not 0 < sparsity < 1:
+        raise typer.BadParameter(
+            f"{sparsity:g} removes {'nothing' if sparsity <= 0 else 'all weights'}: give one above "
+            "0 and below 1",
+            param_hint="--sparsity",
+        )
+    settings = Pruning(sparsity, criterion, allocation, min_size, tuple(exclude or ()), adapters)
+    source = open_checkpoint(checkpoint)
+    targets = default_targets(source, output)
+    for path in targets.all:
+        if path.exists() and not force:
+            raise typer.BadParameter(f"{path} exists: give --force to overwrite it")
+    with file_progress() as progress:
+        result = prune_checkpoint(source, targets, settings, on_progress=progress)
+    report = _document(source, targets, result)
+    write_atomically(targets.report, (json.dumps(report, indent=1) + "\n").encode())
+    if as_json:
+        show(report)
+    else:
+        _show(targets, result, report)
+
+
+def _document(source: Checkpoint, targets: Targets, result: PruningResult) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "checkpoint": str(source.path),
+        "output": str(result.outputs[0]),
+        "masks": str(targets.masks),
+        "criterion": result.settings.criterion,
+        "allocation": result.settings.allocation,
+        "wanted_sparsity": result.settings.sparsity,
+        "parameters": result.parameters,
+        "prunable": result.prunable,
+        "removed": result.removed,
+        "sparsity": result.removed / max(1, result.prunable),
+        "sparsity_of_all": result.removed / max(1, result.parameters),
+        "file_bytes": result.nbytes,
+        "pruned_file_bytes": sum(path.stat().st_size for path in result.outputs),
+        "mask_bytes": targets.masks.stat().st_size,
+        "passes": result.passes,
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "tensors": [
+            {
+                "name": name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "prunable": tensor.prunable,
+                "removed": tensor.removed,
+                "sparsity": tensor.sparsity,
+                "same_as": tensor.same_as or None,
+            }
+            for name, tensor in result.tensors.items()
+        ],
+    }
+
+
+def _show(targets: Targets, result: PruningResult, report: dict[str, Any]) -> None:
+    columns = [
+        Column("tensor"),
+        Column("shape"),
+        Column("dtype", wide_only=True),
+        Column("weights", wide_only=True),
+        Column("zeros"),
+        Column("sparsity"),
+    ]
+    pruned = {name: t for name, t in result.tensors.items() if t.prunable}
+    rows = [
+        [
+            name + (f" (same as {t.same_as})" if t.same_as else ""),
+            shape_text(t.shape),
+            short_dtype(t.dtype),
+            f"{t.size:,}",
+            f"{t.removed:,}",
+            percent(t.sparsity),
+        ]
+        for name, t in pruned.items()
+    ]
+    total = [
+        count_text(len(rows), "tensor"), "", "", f"{result.prunable:,}", f"{result.removed:,}",
+        percent(report["sparsity"]),
+    ]  # fmt: skip
+    print_table(make_console(), columns, rows, total=total)
+    whole = len(result.tensors) - len(rows)
+    say(
+        f"{result.outputs[0]}: {result.removed:,} of {result.parameters:,} weights are zero "
+        f"({percent(report['sparsity_of_all'])}); {count_text(whole, 'tensor')} left whole.",
+        f"{targets.masks}: {bytes_text(report['mask_bytes'])}. {targets.report}: every tensor.",
+        f"The file is as large as before ({bytes_text(report['pruned_file_bytes'])}): prunecast "
+        f"compress {result.outputs[0]} makes the zeros pay.",
+        f"Peak memory {bytes_text(report['peak_memory_bytes'])}.",
+    )

@@ -1,0 +1,258 @@
+"""Where the tensors of a checkpoint lie, to the byte, so that it need not be loaded to change it.
+
+One ``.safetensors`` file, several with their ``.index.json``, or an ``.onnx`` model whose weights
+lie in it or beside it. Only headers and graphs are read; of a model with 2 GiB of weights inside,
+that is the few bytes between them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from prunecast.compression.files import FilesError, UnknownFormat, UnreadableFile, UnsafePath
+from prunecast.compression.files.contents import CONVERSIONS, content_hint
+from prunecast.compression.files.formats import open_tensors
+from prunecast.compression.files.onnx_files import TensorReader
+from prunecast.compression.files.tensors import FileSpec
+from prunecast.compression.release.externals import FIELDS
+from prunecast.compression.release.protobuf import ProtobufError, read_fields
+
+__all__ = ["Checkpoint", "Extent", "open_checkpoint"]
+
+_INDEX = ".safetensors.index.json"
+_MOST_INDEX = 1 << 28  # bytes
+# numbers of fields in onnx.proto
+_GRAPH, _INITIALIZER = 7, 5
+_DIMS, _TYPE, _FLOATS, _NAME, _RAW, _DOUBLES, _LOCATION = 1, 2, 4, 8, 9, 10, 14
+_FLOATING = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # TensorProto.DataType
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A tensor, and where it lies in the form of `raw_dtype`, row by row.
+
+    Attributes:
+        name: in the checkpoint.
+        spec: dtype and shape.
+        file: number of the file in `Checkpoint.files`.
+        offset: of its first byte there.
+    """
+
+    name: str
+    spec: FileSpec
+    file: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model in one file or several.
+
+    Attributes:
+        path: the file that names the others, or the only one.
+        kind: ``safetensors``, ``sharded`` or ``onnx``.
+        files: all of its files by the name that `path`'s folder has for them; `path` comes first.
+        tensors: those that lie plainly in a file, in the order of files and offsets.
+        aliases: name of a tied tensor that was not written to the tensor that was.
+    """
+
+    path: Path
+    kind: str
+    files: Mapping[str, Path]
+    tensors: tuple[Extent, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def file(self, extent: Extent) -> Path:
+        """The file that a tensor lies in."""
+        return list(self.files.values())[extent.file]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Find the tensors of a checkpoint.
+
+    Args:
+        path: of a ``.safetensors``, ``.safetensors.index.json`` or ``.onnx`` file, or of the folder
+            of one with an index.
+
+    Raises:
+        FilesError: missing, damaged, of another format, or naming files outside its folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob(f"*{_INDEX}")) or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise UnknownFormat(
+                f"{path} is a folder with {len(found) or 'no'} checkpoints: name the file in it"
+            )
+        path = found[0]
+    if path.name.endswith(_INDEX):
+        return _sharded(path)
+    if path.suffix.lower() == ".onnx":
+        return _onnx(path)
+    if path.suffix.lower() != ".safetensors":
+        remedy = CONVERSIONS.get(path.suffix.lower(), "")
+        raise UnknownFormat(
+            f"{path}: a .safetensors or .onnx file can be pruned, or the {_INDEX[1:]} of several"
+            f"{remedy}"
+        )
+    return _safetensors(path)
+
+
+def _safetensors(path: Path) -> Checkpoint:
+    source = open_tensors(path)
+    tensors = tuple(Extent(n, s, 0, source.offsets[n]) for n, s in source.specs.items())
+    aliases = {
+        alias: name
+        for alias, name in source.metadata.items()
+        if name in source.specs and alias not in source.specs
+    }
+    return Checkpoint(path, "safetensors", {path.name: path}, tensors, aliases)
+
+
+def _sharded(path: Path) -> Checkpoint:
+    try:
+        if path.stat().st_size > _MOST_INDEX:
+            raise UnreadableFile(f"{path} has more than {_MOST_INDEX:,} bytes: it is no index")
+        document = json.loads(path.read_bytes())
+        homes = {str(name): str(file) for name, file in document["weight_map"].items()}
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UnreadableFile(
+            f"{path} is no index of shards: {error}{content_hint(path)}"
+        ) from error
+    files = {path.name: path}
+    for name in homes.values():
+        if not name or name != PurePosixPath(name).name or name != PureWindowsPath(name).name:
+            raise UnsafePath(f"{path} names a shard {name[:200]!r}: shards lie beside the index")
+        files[name] = path.with_name(name)
+    tensors: list[Extent] = []
+    aliases: dict[str, str] = {}
+    for number, (name, file) in enumerate(files.items()):
+        if number == 0:
+            continue
+        shard = _safetensors(file)
+        aliases |= shard.aliases
+        tensors += [Extent(t.name, t.spec, number, t.offset) for t in shard.tensors]
+        lost = [n for n, home in homes.items() if home == name and n not in _names(shard)]
+        if lost:
+            raise UnreadableFile(
+                f"{file} lacks the tensor {lost[0]!r}, which {path.name} says is in it: they "
+                "belong to different checkpoints"
+            )
+    names = [t.name for t in tensors]
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UnreadableFile(f"two shards of {path} hold a tensor {twice!r}")
+    return Checkpoint(path, "sharded", files, tuple(tensors), aliases)
+
+
+def _names(checkpoint: Checkpoint) -> set[str]:
+    return {t.name for t in checkpoint.tensors}
+
+
+# -- .onnx ----------------------------------------------------------------------------------------
+
+
+def _onnx(path: Path) -> Checkpoint:
+    """The floating initialisers of the graph, wherever they lie.
+
+    Numbers that protobuf spreads out (float16 in ``int32_data``) lie nowhere plainly and are left.
+    """
+    files: dict[Path, str] = {path: path.name}
+    tensors: list[Extent] = []
+    try:
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closes with its last view
+        whole, reader = memoryview(data), TensorReader(path)
+        for raw in _initializers(whole):
+            found = _tensor(raw, whole, reader)
+            if found is not None:
+                name, spec, home, offset = found
+                if home is not None:
+                    files.setdefault(home, _name_beside(path, home))
+                tensors.append(Extent(name, spec, list(files).index(home or path), offset))
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
+    except (ProtobufError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, FilesError):
+            raise
+        raise UnreadableFile(
+            f"{path} is not a readable .onnx model: {error}{content_hint(path)}"
+        ) from error
+    tensors.sort(key=lambda t: (t.file, t.offset))
+    return Checkpoint(path, "onnx", {name: p for p, name in files.items()}, tuple(tensors))
+
+
+def _name_beside(path: Path, home: Path) -> str:
+    """What a model calls a file of external data, below its own folder."""
+    folder = path.parent.resolve()
+    return str(home.relative_to(folder)) if home.is_relative_to(folder) else home.name
+
+
+def _initializers(model: memoryview) -> Iterator[memoryview]:
+    graphs = [v for n, v in read_fields(model, FIELDS["Model"]) if n == _GRAPH]
+    if not graphs or not isinstance(graphs[0], memoryview):
+        raise ProtobufError("it has no graph")
+    for number, value in read_fields(graphs[0], FIELDS["Graph"]):
+        if number == _INITIALIZER and isinstance(value, memoryview):
+            yield value
+
+
+def _tensor(
+    raw: memoryview, whole: memoryview, reader: TensorReader
+) -> tuple[str, FileSpec, Path | None, int] | None:
+    """Name, spec, external file and offset of a floating tensor that lies plainly somewhere."""
+    fields: dict[int, Any] = {}
+    dims: list[int] = []
+    for number, value in read_fields(raw, FIELDS["Tensor"]):
+        if number == _DIMS:
+            dims += [value] if isinstance(value, int) else _packed(value)
+        else:  # numbers one by one instead of packed lie nowhere plainly
+            fields[number] = None if number in fields else value
+    dtype = _FLOATING.get(fields.get(_TYPE, 0))
+    if dtype is None or any(n < 0 or n >= 1 << 62 for n in dims) or math.prod(dims) >= 1 << 62:
+        return None
+    name = str(fields.get(_NAME) or b"", "utf-8")
+    spec = FileSpec(dtype, tuple(dims))
+    if fields.get(_LOCATION) == 1:
+        import onnx
+
+        home, offset = reader.place(onnx.TensorProto.FromString(bytes(raw)), spec.nbytes)
+        return name, spec, home, offset
+    plain = {"float32": _FLOATS, "float64": _DOUBLES}.get(dtype, _RAW)
+    values = fields.get(_RAW, fields.get(plain))
+    if not isinstance(values, memoryview) or not spec.size:
+        return None
+    if len(values) != spec.nbytes:
+        raise UnreadableFile(f"tensor {name[:80]!r} has not the size of its shape")
+    return name, spec, None, _address(values) - _address(whole)
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
+
+
+def _packed(data: memoryview) -> list[int]:
+    """Packed varints; a shape has few of them."""
+    values, value, shift = [], 0, 0
+    for byte in bytes(data):
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            values.append(value)
+            value = shift = 0
+    return values

@@ -1,0 +1,318 @@
+"""Which weights go, found without ever holding more than a piece of them.
+
+Scores of 0 or above rank as the integers of their bits do. So the threshold below which exactly so
+many lie is found digit by digit (of 16 bits): a pass counts how many weights have each value of the
+digit, which says in which value the threshold lies; the next pass counts the next digit of those
+alone. float32 takes two passes, 16-bit floats one, float64 up to four, and another pass counts what
+each part of a tensor has below the threshold and at it. The result is that of
+`prunecast.compression.pruning.allocation` bit for bit: ties go by position, and no tensor loses its
+highest.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunecast.compression.files import CannotPrune, UnreadableFile
+from prunecast.compression.files.tensors import FileTensor, raw_dtype
+
+__all__ = [
+    "CHUNK",
+    "SCORED",
+    "Cut",
+    "Part",
+    "Ranking",
+    "Run",
+    "one_after_the_other",
+    "read_part",
+    "select",
+    "stay",
+]
+
+CHUNK = 1 << 20
+"""Weights that are looked at together; some 40 bytes of each are held meanwhile."""
+SCORED = ("magnitude", "random")
+"""Criteria that score a weight by itself."""
+
+_DIGIT = 16
+_VALUES = 1 << _DIGIT
+_INTEGERS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""Results of a function of one argument, in the order of the arguments; where, it decides."""
+
+
+def one_after_the_other(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterable[Any]:
+    """Do the work here."""
+    return map(function, jobs)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of a tensor's weights in a file, row by row.
+
+    Attributes:
+        name: of the tensor.
+        dtype: of the tensor.
+        path: of the file.
+        offset: of the tensor's first byte there.
+        start: number of the first weight of the part, a multiple of 8.
+        stop: number of the first weight behind it.
+    """
+
+    name: str
+    dtype: str
+    path: Path
+    offset: int
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return (self.stop - self.start) * raw_dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What weights are ranked by.
+
+    Attributes:
+        dtype: that scores are compared in, wide enough for all that are ranked together.
+        criterion: one of `SCORED`.
+        seed: of "random".
+    """
+
+    dtype: str
+    criterion: str = "magnitude"
+    seed: int = 0
+
+    @classmethod
+    def of(cls, dtypes: Iterable[str], criterion: str = "magnitude", seed: int = 0) -> Ranking:
+        """The narrowest for weights of these dtypes, as NumPy joins them."""
+        kinds = set(dtypes)
+        if criterion == "random":
+            return cls("float64", criterion, seed)
+        if len(kinds) == 1:
+            return cls(kinds.pop(), criterion, seed)
+        return cls("float64" if "float64" in kinds else "float32", criterion, seed)
+
+    @property
+    def bits(self) -> int:
+        """Of a score."""
+        return 8 * raw_dtype(self.dtype).itemsize
+
+    @property
+    def infinity(self) -> int:
+        """Key of an infinite score; above are those of NaN."""
+        wide = np.dtype("float32" if self.dtype == "bfloat16" else self.dtype)
+        key = int(np.array(np.inf, wide).view(_INTEGERS[wide.itemsize]))
+        return key >> 16 if self.dtype == "bfloat16" else key
+
+    def keys(self, part: Part, start: int, values: NDArray[Any]) -> NDArray[Any]:
+        """Unsigned integers that rank as scores do.
+
+        Args:
+            part: that the weights are of.
+            start: number of the first of them in their tensor.
+            values: as `raw_dtype` has them.
+        """
+        if self.criterion == "random":  # as the criterion of that name draws a whole tensor
+            drawn = np.random.PCG64(np.random.SeedSequence([self.seed, _number(part.name)]))
+            scores = np.random.Generator(drawn.advance(start)).random(values.size)
+            return scores.view(np.uint64)
+        if part.dtype != self.dtype:
+            values = FileTensor(values, part.dtype).real().astype(self.dtype)
+        bits = values.view(_INTEGERS[values.itemsize])
+        magnitude: NDArray[Any] = bits & bits.dtype.type((1 << (self.bits - 1)) - 1)
+        return magnitude
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What goes of one part.
+
+    Attributes:
+        threshold: key below which weights go.
+        ties: how many of those at the threshold stay, the earliest ones.
+        spared: number of the weight in the tensor that stays in any case; -1 for none.
+        removed: how many weights go.
+    """
+
+    threshold: int
+    ties: int
+    spared: int
+    removed: int
+
+
+def read_part(part: Part, chunk: int = CHUNK) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The weights of a part in chunks, each with the number of its first weight in the tensor.
+
+    Raises:
+        UnreadableFile: the file became shorter, or cannot be read from this machine.
+    """
+    dtype = raw_dtype(part.dtype)
+    try:
+        with open(part.path, "rb") as file:
+            file.seek(part.offset + part.start * dtype.itemsize)
+            for start in range(part.start, part.stop, chunk):
+                count = min(chunk, part.stop - start)
+                values = np.fromfile(file, dtype, count)
+                if values.size != count:
+                    raise UnreadableFile(f"{part.path} became shorter while it was read")
+                yield start, values.astype(dtype.newbyteorder("="), copy=False)
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {part.path}: {error.strerror or error}") from error
+
+
+def select(
+    parts: Sequence[Part], remove: int, ranking: Ranking, run: Run, tick: Callable[[int], None]
+) -> list[Cut]:
+    """What goes of each part when the lowest so many weights of all go.
+
+    Args:
+        parts: in the order in which ties are decided: earlier ones stay. Those of a tensor follow
+            each other.
+        remove: how many weights go, so that each tensor can keep one.
+        ranking: what they are ranked by.
+        run: how the work on parts is done.
+        tick: told the bytes that were read, after each part.
+
+    Raises:
+        CannotPrune: a weight is NaN or infinite.
+        FilesError: a file cannot be read.
+    """
+    prefix, left = 0, remove
+    highest: list[tuple[int, int]] = []
+    for shift in range(ranking.bits - _DIGIT, -1, -_DIGIT):
+        counts = np.zeros(_VALUES, np.int64)
+        jobs = [_Digit(part, ranking, shift, prefix, CHUNK) for part in parts]
+        for part, (found, key, number) in zip(parts, run(_count_digit, jobs), strict=True):
+            counts += found
+            if len(highest) < len(parts):
+                highest.append((key, number))
+            tick(part.nbytes)
+        spared = _spared(parts, highest)
+        for index in spared.values():
+            key = highest[index][0] >> shift
+            if key >> _DIGIT == prefix:
+                counts[key & (_VALUES - 1)] -= 1  # it ranks above all others
+        below = np.cumsum(counts)
+        digit = int(np.searchsorted(below, max(left, 1), side="left"))
+        left -= int(below[digit - 1]) if digit else 0
+        prefix = (prefix << _DIGIT) | min(digit, _VALUES - 1)
+    if not remove:
+        return [Cut(0, part.stop - part.start, -1, 0) for part in parts]
+    found_at = []
+    jobs_at = [_Threshold(part, ranking, prefix, CHUNK) for part in parts]
+    for index, (part, (lower, tied)) in enumerate(zip(parts, run(_count_at, jobs_at), strict=True)):
+        key = highest[index][0] if spared[part.name] == index else prefix + 1
+        found_at.append((lower - (key < prefix), tied - (key == prefix)))
+        tick(part.nbytes)
+    keep = sum(tied for _, tied in found_at) - (remove - sum(lower for lower, _ in found_at))
+    cuts = []
+    for index, (part, (lower, tied)) in enumerate(zip(parts, found_at, strict=True)):
+        ties = min(tied, keep)
+        keep -= ties
+        number = highest[index][1] if spared[part.name] == index else -1
+        cuts.append(Cut(prefix, ties, number, lower + tied - ties))
+    return cuts
+
+
+def _spared(parts: Sequence[Part], highest: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """Tensor to the number of the part with the first of its highest scores."""
+    best: dict[str, int] = {}
+    for index, part in enumerate(parts):
+        first = best.setdefault(part.name, index)
+        if highest[index][0] > highest[first][0]:
+            best[part.name] = index
+    return best
+
+
+@dataclass(frozen=True)
+class _Digit:
+    part: Part
+    ranking: Ranking
+    shift: int
+    prefix: int
+    chunk: int
+
+
+def _count_digit(job: _Digit) -> tuple[NDArray[np.int64], int, int]:
+    """How many weights have each value of a digit, of those whose digits before are the prefix.
+
+    And the highest key of all, with the number of the first weight that has it.
+    """
+    counts, highest, number = np.zeros(_VALUES, np.int64), -1, 0
+    first = job.shift + _DIGIT == job.ranking.bits
+    for start, values in read_part(job.part, job.chunk):
+        keys = job.ranking.keys(job.part, start, values)
+        if first:
+            at = int(keys.argmax())
+            if int(keys[at]) > highest:
+                highest, number = int(keys[at]), start + at
+            if highest >= job.ranking.infinity:
+                raise CannotPrune(
+                    f"tensor {job.part.name!r} holds NaN or an infinity (weight {number:,}): "
+                    f"repair it, or leave it out with --exclude {job.part.name!r}"
+                )
+        else:
+            keys = keys[keys >> (job.shift + _DIGIT) == job.prefix]
+        counts += np.bincount((keys >> job.shift).astype(np.uint16), minlength=_VALUES)
+    return counts, highest, number
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    part: Part
+    ranking: Ranking
+    threshold: int
+    chunk: int
+
+
+def _count_at(job: _Threshold) -> tuple[int, int]:
+    """How many weights of a part lie below a threshold, and how many at it."""
+    below = tied = 0
+    for start, values in read_part(job.part, job.chunk):
+        keys = job.ranking.keys(job.part, start, values)
+        below += int(np.count_nonzero(keys < job.threshold))
+        tied += int(np.count_nonzero(keys == job.threshold))
+    return below, tied
+
+
+def stay(
+    part: Part, start: int, values: NDArray[Any], ranking: Ranking, cut: Cut, ties: int
+) -> tuple[NDArray[np.bool_], int]:
+    """Which weights of a chunk stay.
+
+    Args:
+        part: that they are of.
+        start: number of the first of them in their tensor.
+        values: as `raw_dtype` has them.
+        ranking: what they were ranked by.
+        cut: of the part.
+        ties: how many at the threshold may still stay.
+
+    Returns:
+        One boolean a weight, and how many at the threshold may stay behind the chunk.
+    """
+    keys = ranking.keys(part, start, values)
+    kept = keys > cut.threshold
+    tied = np.flatnonzero(keys == cut.threshold)
+    spared = cut.spared - start
+    if 0 <= spared < kept.size:
+        tied = tied[tied != spared]
+        kept[spared] = True
+    kept[tied[:ties]] = True
+    return kept, ties - min(ties, tied.size)

@@ -1,0 +1,71 @@
+"""Tensors of a checkpoint that hold the same weights: tied layers that were written twice."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from prunecast.compression.files import UnreadableFile
+from prunecast.compression.files.checkpoints import Checkpoint, Extent
+
+__all__ = ["tied_tensors"]
+
+_SAMPLE = 1 << 16  # bytes from the beginning, the middle and the end tell nearly all apart
+_BLOCK = 1 << 22
+
+
+def tied_tensors(checkpoint: Checkpoint, min_size: int) -> dict[str, str]:
+    """Names of tensors that hold what one before them holds, and the name of that.
+
+    As `prunecast.compression.pruning.plan.tied_weights` for arrays: of tensors of two axes or more,
+    and not of zeros alone. Where a file says under which other names it left a tensor out, those
+    are told too.
+
+    Args:
+        checkpoint: the files.
+        min_size: smaller tensors are not looked at.
+
+    Raises:
+        UnreadableFile: a file cannot be read.
+    """
+    found = {}
+    alike: dict[tuple[object, ...], list[Extent]] = {}
+    for tensor in checkpoint.tensors:
+        if len(tensor.spec.shape) < 2 or tensor.spec.size < min_size:
+            continue
+        path = checkpoint.file(tensor)
+        key = (tensor.spec, _sample(path, tensor))
+        others = alike.setdefault(key, [])
+        first = next((o for o in others if _same(checkpoint, o, tensor)), None)
+        if first is None:
+            others.append(tensor)
+        else:
+            found[tensor.name] = first.name
+    return {**found, **checkpoint.aliases}
+
+
+def _sample(path: Path, tensor: Extent) -> bytes:
+    size, digest = tensor.spec.nbytes, hashlib.blake2b()
+    try:
+        with open(path, "rb") as file:
+            for at in (0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)):
+                file.seek(tensor.offset + at)
+                digest.update(file.read(min(_SAMPLE, size)))
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
+    return digest.digest()
+
+
+def _same(checkpoint: Checkpoint, one: Extent, other: Extent) -> bool:
+    """Whether every byte is the same, and not all are zero."""
+    with open(checkpoint.file(one), "rb") as first, open(checkpoint.file(other), "rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        left, some = one.spec.nbytes, False
+        while left:
+            here, there = (file.read(min(_BLOCK, left)) for file in (first, second))
+            if here != there or not here:
+                return False
+            some = some or here.count(0) != len(here)
+            left -= len(here)
+    return some

@@ -1,0 +1,466 @@
+"""Checkpoints pruned in pieces: as in memory, every other byte kept, refusals in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+from prunecast.compression.files import (
+    CannotPrune,
+    FilesError,
+    UnknownFormat,
+    UnreadableFile,
+    UnsafePath,
+    pruning,
+    selection,
+)
+from prunecast.compression.files.checkpoints import open_checkpoint
+from prunecast.compression.files.formats import open_tensors, write_tensors
+from prunecast.compression.files.mask_files import read_masks
+from prunecast.compression.files.pruning import (
+    Pruning,
+    PruningResult,
+    default_targets,
+    prune_checkpoint,
+)
+from prunecast.compression.files.tensors import FileTensor
+from prunecast.compression.pruning.allocation import ALLOCATIONS
+from prunecast.compression.pruning.criteria import CRITERIA, Knowledge
+from prunecast.compression.pruning.plan import PruningPlan
+from support.checkpoints import every_kind
+
+Tensors = dict[str, FileTensor]
+
+
+def prune(path: Path, output: Path | None = None, **chosen: Any) -> PruningResult:
+    checkpoint = open_checkpoint(path)
+    given = {"sparsity": 0.5, "min_size": 1, **chosen}
+    return prune_checkpoint(checkpoint, default_targets(checkpoint, output), Pruning(**given))
+
+
+def in_memory(tensors: Tensors, **chosen: Any) -> dict[str, np.ndarray]:
+    """Masks as a publisher makes them of the same weights."""
+    known = {n: t.real() for n, t in tensors.items() if t.spec.floating}
+    plan = PruningPlan(
+        schedule=lambda _: chosen.get("sparsity", 0.5),
+        criterion=CRITERIA[chosen.get("criterion", "magnitude")],
+        allocation=ALLOCATIONS[chosen.get("allocation", "layer")],
+        min_size=chosen.get("min_size", 1),
+    )
+    return plan.masks(1, Knowledge(plan.prunable(known)))
+
+
+def weights(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, kind: str) -> FileTensor:
+    """Values with many ties, few, or none, in a dtype."""
+    values = rng.normal(size=shape)
+    if kind == "ties":
+        values = np.round(values * 2) / 2
+    elif kind == "tiny":
+        values *= 1e-30 if dtype != "float16" else 1e-5
+    real = values.astype(np.float32 if dtype == "bfloat16" else dtype)
+    return FileTensor.rounded(real, dtype)
+
+
+def assert_masked(path: Path, before: Tensors, masks: dict[str, np.ndarray]) -> None:
+    """Every bit as before but for +0 where a mask says so."""
+    after = open_tensors(path)
+    assert list(after) == list(open_tensors(path))
+    for name, tensor in before.items():
+        wanted = tensor.values.copy()
+        if name in masks:
+            wanted[~masks[name]] = 0
+        assert after[name].dtype == tensor.dtype
+        assert after[name].values.tobytes() == wanted.tobytes(), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    sparsity=st.sampled_from([0.01, 0.3, 0.5, 0.75, 0.9]),
+    dtypes=st.lists(
+        st.sampled_from(["float32", "float16", "bfloat16", "float64"]), min_size=1, max_size=4
+    ),
+    kind=st.sampled_from(["none", "ties", "tiny"]),
+    allocation=st.sampled_from(pruning.SPREADS),
+    criterion=st.sampled_from(selection.SCORED),
+    chunk=st.sampled_from([8, 64, 1 << 20]),
+)
+def test_pieces_choose_as_memory_does(
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    sparsity: float,
+    dtypes: list[str],
+    kind: str,
+    allocation: str,
+    criterion: str,
+    chunk: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("pruned")
+    rng = np.random.default_rng(seed)
+    tensors = {
+        f"w{i}": weights(rng, (int(rng.integers(2, 9)), int(rng.integers(5, 30))), dtype, kind)
+        for i, dtype in enumerate(dtypes)
+    }
+    write_tensors(folder / "m.safetensors", tensors)
+    chosen = {"sparsity": sparsity, "allocation": allocation, "criterion": criterion}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (selection, pruning):
+            patch.setattr(module, "CHUNK", chunk)
+        patch.setattr(pruning, "_SMALLEST_PART", max(chunk, 16))
+        patch.setattr(pruning, "_MOST_PARTS", 1 << 30)
+        result = prune(folder / "m.safetensors", **chosen)
+    ordered = {name: tensors[name] for name in open_tensors(folder / "m.safetensors")}
+    expected = in_memory(ordered, **chosen)
+    found = read_masks(folder / "m.pruned.masks.safetensors")
+    assert found.keys() == expected.keys()
+    for name, mask in expected.items():
+        assert np.array_equal(found[name], mask), name
+        assert result.tensors[name].removed == mask.size - np.count_nonzero(mask)
+    assert_masked(folder / "m.pruned.safetensors", tensors, expected)
+
+
+def test_every_other_byte_stays_and_so_does_the_metadata(tmp_path: Path) -> None:
+    kinds = every_kind()
+    finite = {n: t for n, t in kinds.items() if n not in ("bfloat16", "specials")}
+    path = tmp_path / "m.safetensors"
+    write_tensors(path, finite, {"format": "pt"})
+    result = prune(path)
+    assert {n for n, t in result.tensors.items() if t.prunable} == {"weight", "half", "double"}
+    assert open_tensors(tmp_path / "m.pruned.safetensors").metadata == {"format": "pt"}
+    assert_masked(tmp_path / "m.pruned.safetensors", finite, in_memory(finite))
+    assert result.parameters == sum(t.spec.size for t in finite.values())
+    assert result.removed == 1000 + 600 + 90
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "m.safetensors", "m.pruned.safetensors", "m.pruned.masks.safetensors"
+    }  # fmt: skip
+
+
+def test_norms_biases_small_tensors_and_adapters_are_left(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {
+        "layer.weight": (64, 64), "layer.bias": (64,), "norm.weight": (2000,), "small": (4, 4),
+        "q.lora_A.weight": (8, 256), "q.lora_B.weight": (256, 8), "head.weight": (64, 32),
+    }  # fmt: skip
+    tensors = {n: weights(rng, shape, "float32", "none") for n, shape in shapes.items()}
+    write_tensors(tmp_path / "m.safetensors", tensors)
+    result = prune(tmp_path / "m.safetensors", min_size=1024, exclude=("head.*",))
+    assert [n for n, t in result.tensors.items() if t.removed] == ["layer.weight"]
+    result = prune(tmp_path / "m.safetensors", min_size=1024, adapters=True)
+    assert [n for n, t in result.tensors.items() if t.removed] == [
+        "head.weight", "layer.weight", "q.lora_A.weight", "q.lora_B.weight",
+    ]  # fmt: skip
+
+
+def test_shards_are_pruned_under_one_threshold_and_their_index_goes_along(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    tensors = {f"w{i}": weights(rng, (20, 30 + i), "float32", "none") for i in range(5)}
+    tensors["w4"].values[:] *= 10
+    homes = {n: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, n in enumerate(tensors)}
+    for home in set(homes.values()):
+        write_tensors(tmp_path / home, {n: tensors[n] for n in tensors if homes[n] == home})
+    index = {"metadata": {"total_size": 1}, "weight_map": homes}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for start in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        out = tmp_path / f"out-{start.name}"
+        result = prune(start, out, sparsity=0.8, allocation="global")
+        assert json.loads((out / "model.safetensors.index.json").read_text()) == index
+        joined: dict[str, FileTensor] = {}
+        for home in sorted(set(homes.values())):
+            joined |= {n: tensors[n] for n in open_tensors(tmp_path / home)}
+        expected = in_memory(joined, sparsity=0.8, allocation="global")
+        for home in set(homes.values()):
+            mine = {n: t for n, t in tensors.items() if homes[n] == home}
+            assert_masked(out / home, mine, expected)
+        assert result.tensors["w4"].sparsity < 0.3 < 0.9 < result.tensors["w0"].sparsity
+        assert read_masks(out / "pruning.masks.safetensors").keys() == tensors.keys()
+
+
+def test_an_index_that_names_other_places_or_lost_tensors_is_refused(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"w": FileTensor(np.ones((4, 4), "f4"), "float32")})
+    path = tmp_path / "m.safetensors.index.json"
+    for name in ("../a.safetensors", "/etc/passwd", "..\\a.safetensors", ""):
+        path.write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(UnsafePath, match="shards lie beside the index"):
+            open_checkpoint(path)
+    path.write_text(json.dumps({"weight_map": {"v": "a.safetensors"}}))
+    with pytest.raises(UnreadableFile, match="lacks the tensor 'v'"):
+        open_checkpoint(path)
+    for text in ("[]", "{}", '{"weight_map": []}', "\x00"):
+        path.write_text(text)
+        with pytest.raises(UnreadableFile, match="no index of shards"):
+            open_checkpoint(path)
+
+
+# -- .onnx ----------------------------------------------------------------------------------------
+
+
+def onnx_model(arrays: dict[str, np.ndarray], **how: Any) -> onnx.ModelProto:
+    first = next(iter(arrays))
+    nodes = [helper.make_node("MatMul", ["x", first], ["y"])]
+    tensors = [numpy_helper.from_array(a, n) for n, a in arrays.items()]
+    for name in how.get("typed", ()):
+        at = next(i for i, t in enumerate(tensors) if t.name == name)
+        a = arrays[name]
+        tensors[at] = helper.make_tensor(name, tensors[at].data_type, a.shape, a.ravel())
+    inputs = [helper.make_tensor_value_info("x", 1, [1, arrays[first].shape[0]])]
+    outputs = [helper.make_tensor_value_info("y", 1, [1, arrays[first].shape[1]])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    return helper.make_model(graph, producer_name="ours")
+
+
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    model = onnx.load(path)
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    return {
+        "w": rng.normal(size=(40, 30)).astype(np.float32),
+        "typed": rng.normal(size=(30, 30)).astype(np.float32),
+        "double": rng.normal(size=(10, 30)),
+        "half": rng.normal(size=(10, 33)).astype(np.float16),
+        "shape": np.arange(400).reshape(20, 20),
+        "bias": rng.normal(size=5).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("allocation", pruning.SPREADS)
+def test_an_onnx_model_keeps_its_graph(
+    tmp_path: Path, arrays: dict[str, np.ndarray], external: bool, allocation: str
+) -> None:
+    path = tmp_path / "m.onnx"
+    if external:
+        onnx.save(
+            onnx_model(arrays, typed=["typed"]), path, save_as_external_data=True,
+            location="data/w.bin" if False else "w.bin", size_threshold=0,
+        )  # fmt: skip
+    else:
+        onnx.save(onnx_model(arrays, typed=["typed", "double"]), path)
+    out = tmp_path / "out" if external else tmp_path / "small.onnx"
+    prune(path, out, allocation=allocation)
+    made = out / "m.onnx" if external else out
+    order = [t.name for t in open_checkpoint(path).tensors]
+    assert set(order) == {"w", "typed", "double", "half", "bias"}
+    tensors = {n: FileTensor(arrays[n], arrays[n].dtype.name) for n in order}
+    expected = in_memory(tensors, allocation=allocation)
+    after = arrays_of(made)
+    for name, array in arrays.items():
+        wanted = np.where(expected[name], array, 0) if name in expected else array
+        assert after[name].tobytes() == wanted.astype(array.dtype).tobytes(), name
+    before, model = (
+        onnx.load(path, load_external_data=False),
+        onnx.load(made, load_external_data=False),
+    )
+    assert (model.producer_name, model.graph.node) == (before.producer_name, before.graph.node)
+    assert made.stat().st_size == path.stat().st_size
+    onnx.checker.check_model(str(made))
+
+
+def test_numbers_that_lie_nowhere_plainly_are_left(tmp_path: Path) -> None:
+    """float16 in `int32_data`: two to five bytes each."""
+    rng = np.random.default_rng(3)
+    arrays = {"w": rng.normal(size=(9, 9)).astype("f4"), "half": rng.random((9, 9)).astype("f2")}
+    onnx.save(onnx_model(arrays, typed=["half"]), tmp_path / "m.onnx")
+    assert [t.name for t in open_checkpoint(tmp_path / "m.onnx").tensors] == ["w"]
+
+
+def test_external_data_outside_the_folder_are_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray]
+) -> None:
+    model = onnx_model({"w": arrays["w"]})
+    (tmp_path / "in").mkdir()
+    onnx.save(
+        model,
+        tmp_path / "in/m.onnx",
+        save_as_external_data=True,
+        location="w.bin",
+        size_threshold=0,
+    )
+    model = onnx.load(tmp_path / "in/m.onnx", load_external_data=False)
+    model.graph.initializer[0].external_data[0].value = "../w.bin"
+    (tmp_path / "in/m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsafePath):
+        open_checkpoint(tmp_path / "in/m.onnx")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_hostile_onnx_bytes_raise_our_errors_only(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(3)
+    raw = bytearray(onnx_model({"w": rng.normal(size=(9, 9)).astype("f4")}).SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("hostile") / "m.onnx"
+    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    try:
+        checkpoint = open_checkpoint(path)
+        for tensor in checkpoint.tensors:
+            assert tensor.offset + tensor.spec.nbytes <= len(raw)
+        prune_checkpoint(checkpoint, default_targets(checkpoint), Pruning(0.5, min_size=1))
+    except FilesError:
+        pass
+
+
+# -- tied weights ---------------------------------------------------------------------------------
+
+
+def tied(tmp_path: Path) -> tuple[Path, Tensors]:
+    rng = np.random.default_rng(4)
+    table = weights(rng, (30, 20), "float32", "ties")
+    tensors = {"head": table, "layer": weights(rng, (20, 20), "float32", "none"), "tokens": table}
+    zeros = FileTensor(np.zeros((20, 20), "f4"), "float32")
+    tensors |= {"z1": zeros, "z2": zeros}
+    write_tensors(tmp_path / "m.safetensors", tensors, {"left_out": "layer"})
+    return tmp_path / "m.safetensors", tensors
+
+
+@pytest.mark.parametrize("allocation", pruning.SPREADS)
+def test_tied_weights_count_once_and_share_a_mask(tmp_path: Path, allocation: str) -> None:
+    path, tensors = tied(tmp_path)
+    result = prune(path, allocation=allocation, exclude=("z*",))
+    masks = read_masks(tmp_path / "m.pruned.masks.safetensors")
+    assert np.array_equal(masks["head"], masks["tokens"])
+    assert result.tensors["tokens"].same_as == "head"
+    assert result.tensors["z2"].same_as == ""
+    assert (result.prunable, result.removed) == (1000, 500)
+    assert_masked(tmp_path / "m.pruned.safetensors", tensors, masks)
+
+
+@pytest.mark.parametrize("exclude", ["head", "tokens", "left_out", "layer"])
+def test_tied_weights_are_not_pruned_apart(tmp_path: Path, exclude: str) -> None:
+    path, _ = tied(tmp_path)
+    with pytest.raises(CannotPrune, match="tied weights would be pruned apart"):
+        prune(path, exclude=(exclude,))
+    prune(path, exclude=("head", "tokens"))
+    assert not list(tmp_path.glob(".*"))
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+def one(tmp_path: Path, values: np.ndarray, name: str = "w") -> Path:
+    write_tensors(tmp_path / "m.safetensors", {name: FileTensor(values, str(values.dtype))})
+    return tmp_path / "m.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity 1 removes all: give one above 0 and below 1"),
+        ({"sparsity": 0.0}, "sparsity 0 removes nothing"),
+        ({"sparsity": float("nan")}, "sparsity nan"),
+        ({"criterion": "taylor"}, "what the criterion 'taylor' needs: choose magnitude or random"),
+        ({"allocation": "any"}, "the allocation 'any' cannot be computed in pieces"),
+        ({"exclude": ("*",)}, "has no tensor that may be pruned"),
+        ({"min_size": 401}, "has no tensor that may be pruned"),
+    ],
+)
+def test_what_cannot_be_is_said(tmp_path: Path, chosen: dict[str, Any], message: str) -> None:
+    path = one(tmp_path, np.random.default_rng(0).normal(size=(20, 20)).astype("f4"))
+    with pytest.raises(CannotPrune, match=message):
+        prune(path, **chosen)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_layer_that_would_vanish_is_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {f"w{i}": weights(rng, (4, 4 + i), "float32", "none") for i in range(5)}
+    write_tensors(tmp_path / "m.safetensors", tensors)
+    with pytest.raises(CannotPrune, match="for 5 tensors, so layers such as 'w0' would vanish"):
+        prune(tmp_path / "m.safetensors", sparsity=0.97, allocation="global")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float, dtype: str) -> None:
+    values = np.ones((20, 20), np.float32 if dtype == "bfloat16" else dtype)
+    values[3, 4] = value
+    bits = values.view(np.uint32) >> 16 if dtype == "bfloat16" else values
+    tensor = FileTensor(bits.astype(np.uint16) if dtype == "bfloat16" else bits, dtype)
+    write_tensors(tmp_path / "m.safetensors", {"w": tensor})
+    with pytest.raises(CannotPrune, match=r"'w' holds NaN or an infinity \(weight 64\)"):
+        prune(tmp_path / "m.safetensors")
+
+
+def test_a_pickle_is_not_read_and_the_remedy_is_named(tmp_path: Path) -> None:
+    for name in ("m.pt", "m.bin", "m.npz", "m.pcc"):
+        (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
+        with pytest.raises(UnknownFormat, match=r"\.safetensors"):
+            open_checkpoint(tmp_path / name)
+    with pytest.raises(UnknownFormat, match=r"safetensors\.torch\.save_file"):
+        open_checkpoint(tmp_path / "m.bin")
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = one(tmp_path, np.random.default_rng(0).normal(size=(20, 20)).astype("f4"))
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(pruning.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CannotPrune, match=r"1\.00 kB free and the pruned checkpoint takes 1\.7"):
+        prune(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_the_checkpoint_itself_is_never_overwritten(tmp_path: Path) -> None:
+    path = one(tmp_path, np.ones((20, 20), np.float32))
+    (tmp_path / "link.safetensors").symlink_to(path)
+    for target in (path, tmp_path / "link.safetensors"):
+        with pytest.raises(CannotPrune, match="is the checkpoint itself"):
+            prune(path, target)
+    with pytest.raises(CannotPrune, match="name it so"):
+        prune(path, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("when", ["reading", "writing"])
+def test_what_is_interrupted_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
+    path = one(tmp_path, np.random.default_rng(0).normal(size=(20, 20)).astype("f4"))
+
+    def run(function: Callable[[Any], Any], jobs: Any) -> Any:
+        if (function.__name__ == "_write_part") is (when == "writing"):
+            function(jobs[0])
+            raise KeyboardInterrupt
+        return map(function, jobs)
+
+    checkpoint = open_checkpoint(path)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(checkpoint, default_targets(checkpoint), Pruning(0.5, min_size=1), run=run)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
+    path = one(tmp_path, np.random.default_rng(0).normal(size=(20, 20)).astype("f4"))
+
+    def run(function: Callable[[Any], Any], jobs: Any) -> Any:
+        if function.__name__ == "_write_part":
+            one(tmp_path, np.random.default_rng(1).normal(size=(20, 20)).astype("f4"))
+        return map(function, jobs)
+
+    checkpoint = open_checkpoint(path)
+    with pytest.raises(UnreadableFile, match="changed while it was read"):
+        prune_checkpoint(checkpoint, default_targets(checkpoint), Pruning(0.5, min_size=1), run=run)
+
+
+def test_masks_that_are_none_are_refused(tmp_path: Path) -> None:
+    path = one(tmp_path, np.ones((20, 20), np.float32))
+    with pytest.raises(UnreadableFile, match="is no file of masks"):
+        read_masks(path)
+    prune(path)
+    masks = tmp_path / "m.pruned.masks.safetensors"
+    masks.write_bytes(masks.read_bytes().replace(b"[20, 20]", b"[20, 99]"))
+    with pytest.raises(UnreadableFile, match="'w' has not the size of its shape"):
+        read_masks(masks)
