@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,7 +128,7 @@ def _document(source: Checkpoint, targets: Targets, result: PruningResult) -> di
         "pruned_file_bytes": sum(path.stat().st_size for path in result.outputs),
         "mask_bytes": targets.masks.stat().st_size,
         "passes": result.passes,
-        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_memory_bytes": _peak_memory(),
         "tensors": [
             {
                 "name": name,
@@ -141,6 +142,16 @@ def _document(source: Checkpoint, targets: Targets, result: PruningResult) -> di
             for name, tensor in result.tensors.items()
         ],
     }
+
+
+def _peak_memory() -> int:
+    """Most bytes that this process has held; where the system tells it, since it began."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, LookupError, ValueError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _show(targets: Targets, result: PruningResult, report: dict[str, Any]) -> None:

@@ -170,7 +170,7 @@ def test_shards_are_pruned_under_one_threshold_and_their_index_goes_along(tmp_pa
     index = {"metadata": {"total_size": 1}, "weight_map": homes}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     for start in (tmp_path, tmp_path / "model.safetensors.index.json"):
-        out = tmp_path / f"out-{start.name}"
+        out = tmp_path / f"out-{start.stem}"
         result = prune(start, out, sparsity=0.8, allocation="global")
         assert json.loads((out / "model.safetensors.index.json").read_text()) == index
         joined: dict[str, FileTensor] = {}

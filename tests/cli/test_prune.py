@@ -1,0 +1,100 @@
+"""prune: a checkpoint in, a pruned one with masks and a report out, refusals in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from prunecast.cli.main import app
+from prunecast.compression.files.formats import open_tensors, write_tensors
+from prunecast.compression.files.mask_files import read_masks
+from prunecast.compression.files.tensors import FileTensor
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run() -> Run:
+    runner = CliRunner()
+
+    def invoke(*arguments: object) -> Any:
+        return runner.invoke(app, ["prune", *map(str, arguments)], prog_name="prunecast")
+
+    return invoke
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(7)
+    path = tmp_path / "net.safetensors"
+    shapes = {"a.weight": (40, 32), "b.weight": (64, 48), "b.bias": (64,)}
+    write_tensors(
+        path,
+        {n: FileTensor(rng.normal(size=s).astype("f4"), "float32") for n, s in shapes.items()},
+        {"format": "pt"},
+    )
+    return path
+
+
+def test_a_checkpoint_its_masks_and_its_report(run: Run, weights: Path, tmp_path: Path) -> None:
+    shown = run(weights, "--sparsity", 0.9, "--allocation", "global")
+    assert shown.exit_code == 0, shown.output
+    pruned, masks = tmp_path / "net.pruned.safetensors", tmp_path / "net.pruned.masks.safetensors"
+    report = json.loads((tmp_path / "net.pruned.report.json").read_text())
+    assert report["removed"] == int(0.9 * 4352) == 3916
+    assert (report["prunable"], report["parameters"]) == (4352, 4416)
+    assert report["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert report["file_bytes"] == report["pruned_file_bytes"] == pruned.stat().st_size
+    assert 10e6 < report["peak_memory_bytes"] < 10e9
+    zeros = {n: int((t.values == 0).sum()) for n, t in open_tensors(pruned).items()}
+    assert zeros == {t["name"]: t["removed"] for t in report["tensors"]}
+    assert {n: int((~m).sum()) for n, m in read_masks(masks).items()} == {
+        n: z for n, z in zeros.items() if z
+    }
+    told = " ".join(shown.output.split())
+    assert "3,916 of 4,416 weights are zero (88.7 %); 1 tensor left whole." in told
+    assert "Peak memory" in told
+    again = run(weights, "--sparsity", 0.9, "--json")
+    assert again.exit_code == 2
+    assert "exists: give --force" in again.output
+    document = json.loads(run(weights, "--sparsity", 0.5, "--json", "-f").stdout)
+    assert document["removed"] == 640 + 1536
+    assert document == json.loads((tmp_path / "net.pruned.report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--sparsity", 1.0], 2, "1 removes all weights"),
+        (["--sparsity", -1], 2, "removes nothing"),
+        ([], 2, "give --sparsity"),
+        (["--sparsity", 0.5, "--criterion", "fisher"], 1, "criterion 'fisher' needs"),
+        (["--sparsity", 0.5, "--exclude", "*"], 1, "has no tensor that may be pruned"),
+        (["--sparsity", 0.5, "--out", "there.onnx"], 1, "name it so"),
+    ],
+)
+def test_refusals_are_one_line(
+    run: Run, weights: Path, tmp_path: Path, arguments: list[object], code: int, said: str
+) -> None:
+    result = run(weights, *arguments)
+    assert result.exit_code == code, result.output
+    text = " ".join(result.output.replace("│", " ").split())
+    assert said in text
+    if code == 1:
+        assert result.output.startswith("error: ")
+        assert result.output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_a_pickle_is_refused_with_the_remedy(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    result = run(tmp_path / "pytorch_model.bin", "--sparsity", 0.5)
+    assert result.exit_code == 1
+    assert "save_file" in result.output
+    assert result.output.count("\n") == 1
