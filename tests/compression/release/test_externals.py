@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from prunecast.compression.release import RuntimeFailure
-from prunecast.compression.release.externals import _FIELDS, check_externals
+from prunecast.compression.release.externals import FIELDS, check_externals
 
 FILE, SIZE = "weights.bin", 64
 
@@ -124,7 +124,7 @@ def test_numbers_of_thousands_of_digits() -> None:
         check(model(BASE + long + field(14, 1)))
 
 
-@pytest.mark.parametrize("message", sorted(_FIELDS))
+@pytest.mark.parametrize("message", sorted(FIELDS))
 def test_the_tables_are_those_of_onnx(message: str) -> None:
     """Of the installed version, whose fields a device must know."""
     fields = getattr(onnx, f"{message}Proto").DESCRIPTOR.fields
@@ -134,7 +134,7 @@ def test_the_tables_are_those_of_onnx(message: str) -> None:
         kind = kinds.get(one.type, "int")
         many = {"one": "many"}.get(kind, f"{kind}s")
         found[one.number] = many if one.is_repeated else kind
-    assert _FIELDS[message] == found
+    assert FIELDS[message] == found
 
 
 def _externals(message: object) -> Iterator[tuple[str, str]]:
