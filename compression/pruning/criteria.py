@@ -249,7 +249,9 @@ def _movement(known: Knowledge) -> Scores:
 
 
 def _moved(known: Knowledge) -> dict[str, NDArray[np.floating]]:
-    return {n: (known.weights[n] - update) * update for n, update in known.update.items()}
+    """In float32, since the server keeps the sums."""
+    before = {name: known.weights[name] - update for name, update in known.update.items()}
+    return {n: np.asarray(before[n] * update, np.float32) for n, update in known.update.items()}
 
 
 # -- by chance ------------------------------------------------------------------------------------
