@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +47,14 @@ def prune(
     ] = "magnitude",
     allocation: Annotated[
         str,
-        typer.Option(help="The same share of every tensor (layer), or one ranking (global)."),
+        typer.Option(
+            help="The same share of every tensor (layer), one ranking (global), or less of tensors "
+            "with few weights for their inputs and outputs (erk)."
+        ),
     ] = "layer",
+    pattern: Annotated[
+        str, typer.Option(help="N of every M along the input channels, such as 2:4.")
+    ] = "",
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Name pattern of tensors that stay whole; may be repeated."),
@@ -85,16 +92,22 @@ def prune(
         default_targets,
         prune_checkpoint,
     )
+    from prunecast.compression.pruning.patterns import parse_pattern
 
+    if sparsity is None and pattern:
+        with suppress(ValueError):
+            sparsity = getattr(parse_pattern(pattern), "sparsity", None)
     if sparsity is None:
-        raise typer.BadParameter("give --sparsity, such as 0.9")
+        raise typer.BadParameter("give --sparsity, such as 0.9, or --pattern, such as 2:4")
     if not 0 < sparsity < 1:
         raise typer.BadParameter(
             f"{sparsity:g} removes {'nothing' if sparsity <= 0 else 'all weights'}: give one above "
             "0 and below 1",
             param_hint="--sparsity",
         )
-    settings = Pruning(sparsity, criterion, allocation, min_size, tuple(exclude or ()), adapters)
+    settings = Pruning(
+        sparsity, criterion, allocation, min_size, tuple(exclude or ()), adapters, pattern=pattern
+    )
     source = open_checkpoint(checkpoint)
     targets = default_targets(source, output)
     for path in targets.all:
@@ -118,6 +131,7 @@ def _document(source: Checkpoint, targets: Targets, result: PruningResult) -> di
         "masks": str(targets.masks),
         "criterion": result.settings.criterion,
         "allocation": result.settings.allocation,
+        "pattern": result.settings.pattern or None,
         "wanted_sparsity": result.settings.sparsity,
         "parameters": result.parameters,
         "prunable": result.prunable,

@@ -30,7 +30,7 @@ __all__ = ["Checkpoint", "Extent", "open_checkpoint"]
 _INDEX = ".safetensors.index.json"
 _MOST_INDEX = 1 << 28  # bytes
 # numbers of fields in onnx.proto
-_GRAPH, _INITIALIZER = 7, 5
+_GRAPH, _NODE, _INITIALIZER = 7, 1, 5
 _DIMS, _TYPE, _FLOATS, _NAME, _RAW, _DOUBLES, _LOCATION = 1, 2, 4, 8, 9, 10, 14
 _FLOATING = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # TensorProto.DataType
 
@@ -44,12 +44,14 @@ class Extent:
         spec: dtype and shape.
         file: number of the file in `Checkpoint.files`.
         offset: of its first byte there.
+        inputs: axis of its input channels: 1, or 0 for a matrix that inputs are multiplied with.
     """
 
     name: str
     spec: FileSpec
     file: int
     offset: int
+    inputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,15 @@ def _onnx(path: Path) -> Checkpoint:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closes with its last view
         whole, reader = memoryview(data), TensorReader(path)
-        for raw in _initializers(whole):
+        before = _multiplied(whole)
+        for raw in _repeated(whole, _INITIALIZER):
             found = _tensor(raw, whole, reader)
             if found is not None:
                 name, spec, home, offset = found
                 if home is not None:
                     files.setdefault(home, _name_beside(path, home))
-                tensors.append(Extent(name, spec, list(files).index(home or path), offset))
+                axis = 0 if name in before and len(spec.shape) == 2 else 1
+                tensors.append(Extent(name, spec, list(files).index(home or path), offset, axis))
     except OSError as error:
         raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
     except (ProtobufError, UnicodeDecodeError, ValueError) as error:
@@ -203,13 +207,34 @@ def _name_beside(path: Path, home: Path) -> str:
     return str(home.relative_to(folder)) if home.is_relative_to(folder) else home.name
 
 
-def _initializers(model: memoryview) -> Iterator[memoryview]:
+def _repeated(model: memoryview, wanted: int) -> Iterator[memoryview]:
+    """Messages in a repeated field of the graph."""
     graphs = [v for n, v in read_fields(model, FIELDS["Model"]) if n == _GRAPH]
     if not graphs or not isinstance(graphs[0], memoryview):
         raise ProtobufError("it has no graph")
     for number, value in read_fields(graphs[0], FIELDS["Graph"]):
-        if number == _INITIALIZER and isinstance(value, memoryview):
+        if number == wanted and isinstance(value, memoryview):
             yield value
+
+
+def _multiplied(model: memoryview) -> set[str]:
+    """Names of matrices whose rows are input channels: of MatMul, and of Gemm as it stands."""
+    found: set[str] = set()
+    for node in _repeated(model, _NODE):
+        inputs, operator, transposed = [], "", False
+        for number, value in read_fields(node, FIELDS["Node"]):
+            if number == 1 and isinstance(value, memoryview):
+                inputs.append(str(value, "utf-8"))
+            elif number == 4 and isinstance(value, memoryview):
+                operator = str(value, "utf-8")
+            elif number == 5 and isinstance(value, memoryview):
+                fields = dict(read_fields(value, FIELDS["Attribute"]))
+                name = fields.get(1)
+                if isinstance(name, memoryview) and bytes(name) == b"transB":
+                    transposed = bool(fields.get(3))
+        if operator in ("MatMul", "Gemm") and len(inputs) > 1 and not transposed:
+            found.add(inputs[1])
+    return found
 
 
 def _tensor(

@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from prunecast.compression.files.selection import (
     CHUNK,
     SCORED,
     Cut,
+    Grouping,
     Part,
     Ranking,
     Run,
@@ -35,6 +36,8 @@ from prunecast.compression.files.selection import (
     stay,
 )
 from prunecast.compression.files.ties import tied_tensors
+from prunecast.compression.pruning.allocation import kernel_numbers
+from prunecast.compression.pruning.patterns import NOfM, parse_pattern
 from prunecast.compression.pruning.plan import PruningPlan
 
 __all__ = [
@@ -47,13 +50,14 @@ __all__ = [
     "prune_checkpoint",
 ]
 
-SPREADS = ("layer", "global")
+SPREADS = ("layer", "global", "erk")
 """Allocations that can be computed in pieces."""
 
 _BLOCK = 1 << 23  # bytes copied at a time
 _MOST_PARTS = 1024
 _SMALLEST_PART = 16 * CHUNK
 _MOST_DIMENSIONS = 32
+_NEAR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Pruning:
         exclude: name patterns (shell style) of tensors that stay whole.
         adapters: whether low-rank factors may be pruned.
         seed: of the criterion "random".
+        pattern: "N:M", such as "2:4", along the input channels; "" for single weights.
 
     Raises:
         CannotPrune: a value outside of its range.
@@ -80,8 +85,29 @@ class Pruning:
     exclude: tuple[str, ...] = ()
     adapters: bool = False
     seed: int = 0
+    pattern: str = ""
 
     def __post_init__(self) -> None:
+        try:
+            pattern = parse_pattern(self.pattern)
+        except ValueError as error:
+            raise CannotPrune(str(error)) from error
+        if isinstance(pattern, NOfM):
+            if self.allocation != "layer":
+                raise CannotPrune(
+                    f"{self.pattern} is the same sparsity for every tensor: choose the allocation "
+                    "layer"
+                )
+            if abs(self.sparsity - pattern.sparsity) > _NEAR:
+                raise CannotPrune(
+                    f"{self.pattern} comes to a sparsity of {pattern.sparsity:g}, not "
+                    f"{self.sparsity:g}: give that, or none"
+                )
+        elif pattern is not None:
+            raise CannotPrune(
+                f"blocks such as {self.pattern} cannot be ranked in pieces: give N:M, or prune the "
+                "module with prune_module"
+            )
         if not 0 < self.sparsity < 1:
             raise CannotPrune(
                 f"sparsity {self.sparsity:g} removes {'nothing' if self.sparsity <= 0 else 'all'}: "
@@ -263,7 +289,9 @@ def prune_checkpoint(
         )
     _refuse_without_room(checkpoint, targets, chosen)
     single = [t for t in chosen if t.name not in ties]
-    parts = _parts(checkpoint, chosen)
+    if settings.pattern:
+        return _by_pattern(checkpoint, targets, settings, chosen, ties, run, on_progress)
+    parts = {t.name: _parts(checkpoint, t, _most(chosen)) for t in chosen}
     rankings = _rankings(single, settings)
     weights = sum(t.spec.nbytes for t in single)
     passes = max(-(-r.bits // 16) for r in rankings.values()) + 1
@@ -285,13 +313,63 @@ def prune_checkpoint(
         for part, cut in zip(parts[t.name], cuts[t.name], strict=True)
     ]
     _write(checkpoint, targets, chosen, jobs, run, progress)
+    return _result(checkpoint, targets, settings, jobs, ties, passes + 1)
+
+
+def _by_pattern(
+    checkpoint: Checkpoint,
+    targets: Targets,
+    settings: Pruning,
+    chosen: Sequence[Extent],
+    ties: Mapping[str, str],
+    run: Run,
+    on_progress: Progress,
+) -> PruningResult:
+    """N of every M: each group by itself, so one pass is enough."""
+    pattern = parse_pattern(settings.pattern)
+    assert isinstance(pattern, NOfM)
+    jobs = []
+    for tensor in chosen:
+        shape = tensor.spec.shape
+        if misfit := pattern.misfit(shape if tensor.inputs == 1 else shape[1::-1]):
+            raise CannotPrune(
+                f"{settings.pattern} does not divide {tensor.name!r} of shape {list(shape)}: "
+                f"{misfit}; leave it out with --exclude {tensor.name!r}"
+            )
+        row = math.prod(shape[1:])
+        rows = 8 if tensor.inputs == 1 else math.lcm(8, pattern.of)
+        step = row * rows
+        chunk = max(step, CHUNK // step * step)
+        ranking = Ranking.of([tensor.spec.dtype], settings.criterion, settings.seed)
+        grouping = Grouping(pattern, shape[1:], tensor.inputs)
+        for part in _parts(checkpoint, tensor, -(-_most(chosen) // chunk) * chunk):
+            size = part.stop - part.start
+            cut = Cut(0, 0, -1, size - size // pattern.of * pattern.kept)
+            jobs.append(_Write(part, ranking, cut, chunk, grouping))
+    weights = sum(t.spec.nbytes for t in chosen)
+    progress = _Progress(on_progress, weights + checkpoint.nbytes)
+    _write(checkpoint, targets, chosen, jobs, run, progress)
+    return _result(checkpoint, targets, settings, jobs, ties, 1)
+
+
+def _result(
+    checkpoint: Checkpoint,
+    targets: Targets,
+    settings: Pruning,
+    jobs: Sequence[_Write],
+    ties: Mapping[str, str],
+    passes: int,
+) -> PruningResult:
+    removed: dict[str, int] = {}
+    for job in jobs:
+        removed[job.part.name] = removed.get(job.part.name, 0) + job.cut.removed
     return PruningResult(
         {
             t.name: PrunedTensor(
                 t.spec.dtype,
                 t.spec.shape,
-                sum(cut.removed for cut in cuts.get(t.name, ())),
-                t.name in cuts,
+                removed.get(t.name, 0),
+                t.name in removed,
                 ties.get(t.name, ""),
             )
             for t in checkpoint.tensors
@@ -299,7 +377,7 @@ def prune_checkpoint(
         settings,
         checkpoint.nbytes,
         list(targets.files.values()),
-        passes + 1,
+        passes,
     )
 
 
@@ -331,16 +409,17 @@ def _refuse_without_room(checkpoint: Checkpoint, targets: Targets, chosen: list[
         )
 
 
-def _parts(checkpoint: Checkpoint, chosen: Sequence[Extent]) -> dict[str, list[Part]]:
-    """Each tensor in runs that are worth a task and are not too many."""
-    most = max(_SMALLEST_PART, -(-sum(t.spec.size for t in chosen) // _MOST_PARTS // 8) * 8)
-    return {
-        t.name: [
-            Part(t.name, t.spec.dtype, checkpoint.file(t), t.offset, start, min(stop, t.spec.size))
-            for start, stop in ((s, s + most) for s in range(0, t.spec.size, most))
-        ]
-        for t in chosen
-    }
+def _most(chosen: Sequence[Extent]) -> int:
+    """Weights of a part, so that parts are worth a task and are not too many; a multiple of 8."""
+    return max(_SMALLEST_PART, -(-sum(t.spec.size for t in chosen) // _MOST_PARTS // 8) * 8)
+
+
+def _parts(checkpoint: Checkpoint, tensor: Extent, most: int) -> list[Part]:
+    path, size = checkpoint.file(tensor), tensor.spec.size
+    return [
+        Part(tensor.name, tensor.spec.dtype, path, tensor.offset, at, min(at + most, size))
+        for at in range(0, size, most)
+    ]
 
 
 def _rankings(single: Sequence[Extent], settings: Pruning) -> dict[str, Ranking]:
@@ -358,6 +437,14 @@ def _groups(single: list[Extent], settings: Pruning) -> Iterator[tuple[list[Exte
     if settings.allocation == "layer":
         for tensor in single:
             yield [tensor], int(settings.sparsity * tensor.spec.size)
+        return
+    if settings.allocation == "erk":
+        try:
+            numbers = kernel_numbers({t.name: t.spec.shape for t in single}, settings.sparsity)
+        except ValueError as error:
+            raise CannotPrune(str(error)) from error
+        for tensor in single:
+            yield [tensor], tensor.spec.size - numbers[tensor.name]
         return
     total = sum(t.spec.size for t in single)
     remove = int(settings.sparsity * total)
@@ -394,6 +481,7 @@ class _Write:
     ranking: Ranking
     cut: Cut
     chunk: int
+    grouping: Grouping | None = None
     target: Path = Path()
     masks: Path = Path()
     mask_offset: int = 0
@@ -421,14 +509,11 @@ def _write(
             held = [(t.offset, t.spec.nbytes) for t in chosen if t.file == number]
             _copy_between(source, made[name], held, progress.add)
         ready = [
-            _Write(
-                job.part,
-                job.ranking,
-                job.cut,
-                job.chunk,
-                by_path[job.part.path],
-                temporary,
-                masks.places[job.part.name] + job.part.start // 8,
+            replace(
+                job,
+                target=by_path[job.part.path],
+                masks=temporary,
+                mask_offset=masks.places[job.part.name] + job.part.start // 8,
             )
             for job in jobs
         ]
@@ -469,7 +554,10 @@ def _write_part(job: _Write) -> int:
     removed, ties = 0, job.cut.ties
     with open(job.target, "r+b") as file, open(job.masks, "r+b") as masks:
         for start, values in read_part(job.part, job.chunk):
-            kept, ties = stay(job.part, start, values, job.ranking, job.cut, ties)
+            if job.grouping is None:
+                kept, ties = stay(job.part, start, values, job.ranking, job.cut, ties)
+            else:
+                kept = job.grouping.stay(job.part, start, values, job.ranking)
             removed += kept.size - int(np.count_nonzero(kept))
             values = values.copy() if not values.flags.writeable else values
             values[~kept] = 0

@@ -22,11 +22,14 @@ from numpy.typing import NDArray
 
 from prunecast.compression.files import CannotPrune, UnreadableFile
 from prunecast.compression.files.tensors import FileTensor, raw_dtype
+from prunecast.compression.pruning.allocation import ALLOCATIONS
+from prunecast.compression.pruning.patterns import NOfM
 
 __all__ = [
     "CHUNK",
     "SCORED",
     "Cut",
+    "Grouping",
     "Part",
     "Ranking",
     "Run",
@@ -262,15 +265,19 @@ def _count_digit(job: _Digit) -> tuple[NDArray[np.int64], int, int]:
             at = int(keys.argmax())
             if int(keys[at]) > highest:
                 highest, number = int(keys[at]), start + at
-            if highest >= job.ranking.infinity:
-                raise CannotPrune(
-                    f"tensor {job.part.name!r} holds NaN or an infinity (weight {number:,}): "
-                    f"repair it, or leave it out with --exclude {job.part.name!r}"
-                )
+            _refuse_infinite(job.part, job.ranking, highest, number)
         else:
             keys = keys[keys >> (job.shift + _DIGIT) == job.prefix]
         counts += np.bincount((keys >> job.shift).astype(np.uint16), minlength=_VALUES)
     return counts, highest, number
+
+
+def _refuse_infinite(part: Part, ranking: Ranking, key: int, number: int) -> None:
+    if key >= ranking.infinity:
+        raise CannotPrune(
+            f"tensor {part.name!r} holds NaN or an infinity (weight {number:,}): repair it, or "
+            f"leave it out with --exclude {part.name!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -316,3 +323,38 @@ def stay(
         kept[spared] = True
     kept[tied[:ties]] = True
     return kept, ties - min(ties, tied.size)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """N of every M along the input channels, whole rows at a time.
+
+    Attributes:
+        pattern: N and M.
+        row: shape of a tensor without its first axis.
+        inputs: axis of the input channels: 1, or 0 for a matrix that inputs are multiplied with.
+    """
+
+    pattern: NOfM
+    row: tuple[int, ...]
+    inputs: int
+
+    def stay(
+        self, part: Part, start: int, values: NDArray[Any], ranking: Ranking
+    ) -> NDArray[np.bool_]:
+        """Which weights of some rows stay; arguments as of `stay`.
+
+        Raises:
+            CannotPrune: a weight is NaN or infinite.
+        """
+        keys = ranking.keys(part, start, values)
+        at = int(keys.argmax())
+        _refuse_infinite(part, ranking, int(keys[at]), start + at)
+        bits = keys if ranking.dtype == "bfloat16" else keys.view(ranking.dtype)
+        scores = FileTensor(bits, ranking.dtype).real().reshape(-1, *self.row)
+        if self.inputs == 0:
+            scores = scores.swapaxes(0, 1)
+        kept = self.pattern.masks({"": scores}, 1.0, ALLOCATIONS["layer"])[""]
+        if self.inputs == 0:
+            kept = kept.swapaxes(0, 1)
+        return np.ascontiguousarray(kept).ravel()

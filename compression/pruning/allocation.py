@@ -6,14 +6,15 @@ of weights that are removed is exact, ties go by position, and no tensor is empt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.pruning.criteria import Scores
 
-__all__ = ["ALLOCATIONS", "Allocation", "keep_highest"]
+__all__ = ["ALLOCATIONS", "Allocation", "keep_highest", "kernel_numbers"]
 
 Allocation = Callable[[Scores, float], dict[str, NDArray[np.bool_]]]
 """From scores of 0 or above and a sparsity, 0 <= sparsity < 1, to a mask per tensor.
@@ -67,14 +68,26 @@ def _per_layer(scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
 
 
 def _by_kernel(scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
-    """Less of tensors that have few weights for their inputs and outputs.
+    """Less of tensors that have few weights for their inputs and outputs, see `kernel_numbers`."""
+    numbers = kernel_numbers({n: score.shape for n, score in scores.items()}, sparsity)
+    return {
+        name: keep_highest(score.ravel(), score.size - numbers.get(name, 0)).reshape(score.shape)
+        for name, score in scores.items()
+    }
 
-    Erdős-Rényi-Kernel (Evci et al. 2020, "Rigging the Lottery", section 3 and appendix): the
-    density of a tensor is in proportion to the sum of its axes over their product. Tensors that
-    would be denser than 1 stay dense, and the others are scaled anew, until none would.
+
+def kernel_numbers(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, int]:
+    """How many weights each tensor keeps under Erdős-Rényi-Kernel; empty tensors are left out.
+
+    Evci et al. 2020, "Rigging the Lottery", section 3 and appendix: the density of a tensor is in
+    proportion to the sum of its axes over their product. Tensors that would be denser than 1 stay
+    dense, and the others are scaled anew, until none would.
+
+    Raises:
+        ValueError: another sparsity than 0 <= sparsity < 1, or fewer weights than tensors are left.
     """
-    shapes = {name: score.shape for name, score in scores.items() if score.size}
-    size = {name: scores[name].size for name in shapes}
+    size = {name: math.prod(shape) for name, shape in shapes.items() if math.prod(shape)}
+    shapes = {name: shapes[name] for name in size}
     kept = sum(size.values()) - _removed(sum(size.values()), sparsity, len(shapes))
     weight = {name: float(sum(shape)) for name, shape in shapes.items()}  # density * size
     dense: set[str] = set()
@@ -86,11 +99,7 @@ def _by_kernel(scores: Scores, sparsity: float) -> dict[str, NDArray[np.bool_]]:
             break
         dense |= over
     shares = {n: float(size[n]) if n in dense else unit * weight[n] for n in shapes}
-    numbers = _whole(shares, size, kept)
-    return {
-        name: keep_highest(score.ravel(), score.size - numbers.get(name, 0)).reshape(score.shape)
-        for name, score in scores.items()
-    }
+    return _whole(shares, size, kept)
 
 
 def _whole(shares: dict[str, float], size: dict[str, int], total: int) -> dict[str, int]:

@@ -68,6 +68,11 @@ def test_a_checkpoint_its_masks_and_its_report(run: Run, weights: Path, tmp_path
     assert document == json.loads((tmp_path / "net.pruned.report.json").read_text())
 
 
+def test_a_pattern_says_its_sparsity_itself(run: Run, weights: Path) -> None:
+    document = json.loads(run(weights, "--pattern", "1:4", "--json").stdout)
+    assert (document["pattern"], document["sparsity"]) == ("1:4", 0.75)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -75,6 +80,7 @@ def test_a_checkpoint_its_masks_and_its_report(run: Run, weights: Path, tmp_path
         (["--sparsity", -1], 2, "removes nothing"),
         ([], 2, "give --sparsity"),
         (["--sparsity", 0.5, "--criterion", "fisher"], 1, "criterion 'fisher' needs"),
+        (["--pattern", "2:5"], 1, "2:5 does not divide 'a.weight' of shape [40, 32]"),
         (["--sparsity", 0.5, "--exclude", "*"], 1, "has no tensor that may be pruned"),
         (["--sparsity", 0.5, "--out", "there.onnx"], 1, "name it so"),
     ],

@@ -35,6 +35,7 @@ from prunecast.compression.files.pruning import (
 from prunecast.compression.files.tensors import FileTensor
 from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.criteria import CRITERIA, Knowledge
+from prunecast.compression.pruning.patterns import parse_pattern
 from prunecast.compression.pruning.plan import PruningPlan
 from support.checkpoints import every_kind
 
@@ -55,6 +56,7 @@ def in_memory(tensors: Tensors, **chosen: Any) -> dict[str, np.ndarray]:
         criterion=CRITERIA[chosen.get("criterion", "magnitude")],
         allocation=ALLOCATIONS[chosen.get("allocation", "layer")],
         min_size=chosen.get("min_size", 1),
+        pattern=parse_pattern(chosen.get("pattern", "")),
     )
     return plan.masks(1, Knowledge(plan.prunable(known)))
 
@@ -126,6 +128,54 @@ def test_pieces_choose_as_memory_does(
         assert np.array_equal(found[name], mask), name
         assert result.tensors[name].removed == mask.size - np.count_nonzero(mask)
     assert_masked(folder / "m.pruned.safetensors", tensors, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:8", 0.875)])
+@pytest.mark.parametrize("criterion", selection.SCORED)
+def test_patterns_are_those_of_memory(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    pattern: str,
+    sparsity: float,
+    criterion: str,
+) -> None:
+    rng = np.random.default_rng(2)
+    shapes = {"linear": (37, 16), "conv": (21, 8, 3, 3), "conv1d": (9, 24, 5)}
+    tensors = {n: weights(rng, s, dtype, "ties") for n, s in shapes.items()}
+    write_tensors(tmp_path / "m.safetensors", tensors)
+    monkeypatch.setattr(pruning, "CHUNK", 256)
+    monkeypatch.setattr(pruning, "_SMALLEST_PART", 512)
+    chosen = {"pattern": pattern, "sparsity": sparsity, "criterion": criterion}
+    result = prune(tmp_path / "m.safetensors", **chosen)
+    expected = in_memory(tensors, **chosen)
+    assert_masked(tmp_path / "m.pruned.safetensors", tensors, expected)
+    assert result.removed == sparsity * result.prunable
+    for name, mask in read_masks(tmp_path / "m.pruned.masks.safetensors").items():
+        assert np.array_equal(mask, expected[name])
+
+
+def test_in_onnx_groups_run_along_what_is_multiplied(tmp_path: Path) -> None:
+    """MatMul and Gemm without transB have input channels in rows, Conv and Gemm with it do not."""
+    rng = np.random.default_rng(2)
+    shapes = {"mat": (8, 6), "gemm": (8, 6), "turned": (6, 8), "conv": (5, 4, 3, 3)}
+    arrays = {n: rng.normal(size=s).astype("f4") for n, s in shapes.items()}
+    nodes = [
+        helper.make_node("MatMul", ["x", "mat"], ["a"]),
+        helper.make_node("Gemm", ["x", "gemm"], ["b"]),
+        helper.make_node("Gemm", ["x", "turned"], ["c"], transB=1),
+        helper.make_node("Conv", ["i", "conv"], ["d"]),
+    ]
+    tensors = [numpy_helper.from_array(a, n) for n, a in arrays.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    prune(tmp_path / "m.onnx", pattern="2:4")
+    after = arrays_of(tmp_path / "m.pruned.onnx")
+    along = {"mat": 0, "gemm": 0, "turned": 1, "conv": 1}
+    for name, axis in along.items():
+        groups = np.moveaxis(after[name] != 0, axis, -1).reshape(-1, 4)
+        assert (groups.sum(1) == 2).all(), name
 
 
 def test_every_other_byte_stays_and_so_does_the_metadata(tmp_path: Path) -> None:
@@ -367,6 +417,11 @@ def one(tmp_path: Path, values: np.ndarray, name: str = "w") -> Path:
         ({"allocation": "any"}, "the allocation 'any' cannot be computed in pieces"),
         ({"exclude": ("*",)}, "has no tensor that may be pruned"),
         ({"min_size": 401}, "has no tensor that may be pruned"),
+        ({"pattern": "2:3"}, "2:3 comes to a sparsity of 0.333333, not 0.5"),
+        ({"pattern": "3:6"}, r"3:6 does not divide 'w' of shape \[20, 20\]: 20 input channels"),
+        ({"pattern": "4x4"}, "blocks such as 4x4 cannot be ranked in pieces"),
+        ({"pattern": "2/4"}, "'2/4' is no pattern"),
+        ({"pattern": "2:4", "allocation": "global"}, "choose the allocation layer"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path: Path, chosen: dict[str, Any], message: str) -> None:
