@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from prunecast.client.training.mod import compression_mod
     from prunecast.compression.pruning.holding import hold_masks
     from prunecast.compression.pruning.masks import current_masks
+    from prunecast.compression.pruning.modules import prune_module
 
-__all__ = ["compression_mod", "current_masks", "hold_masks"]
+__all__ = ["compression_mod", "current_masks", "hold_masks", "prune_module"]
 
 __getattr__, __dir__ = face(
     __name__,
@@ -20,5 +21,6 @@ __getattr__, __dir__ = face(
         "compression_mod": "prunecast.client.training.mod",
         "current_masks": "prunecast.compression.pruning.masks",
         "hold_masks": "prunecast.compression.pruning.holding",
+        "prune_module": "prunecast.compression.pruning.modules",
     },
 )

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunecast.client.training.mod import compression_mod
-from prunecast.client.training.trainer import Batch, Loss, TrainerError, Training, evaluate, train
+from prunecast.client.training.trainer import TrainerError, Training, evaluate, train
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
@@ -37,6 +37,7 @@ from prunecast.compression.pruning.masks import (
     current_masks,
     wanted_statistics,
 )
+from prunecast.compression.pruning.measuring import Batch, Loss
 
 __all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]
 

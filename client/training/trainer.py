@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,8 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunecast.client.training.measuring import StatisticsMeter
 from prunecast.compression.pruning.holding import hold_masks
+from prunecast.compression.pruning.measuring import (
+    Batch,
+    Loss,
+    StatisticsMeter,
+    moved,
+    outputs_of,
+)
 from prunecast.compression.pruning.plan import PlanError
 
 __all__ = [
@@ -24,11 +30,6 @@ __all__ = [
     "evaluate",
     "train",
 ]
-
-Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-"""What a model is called with: one tensor, several in order, or several by name."""
-Loss = Callable[[Tensor, Tensor], Tensor]
-Batch = tuple[Inputs, Tensor]
 
 
 class TrainerError(RuntimeError):
@@ -182,10 +183,10 @@ def train(
             total.zero_()
             examples = 0
             for inputs, targets in loader:
-                targets = _move(targets, target)
+                targets = moved(targets, target)
                 optimiser.zero_grad(set_to_none=True)
                 with torch.autocast(target.type, precision, enabled=precision is not None):
-                    loss = loss_fn(_outputs(model, inputs, target), targets)
+                    loss = loss_fn(outputs_of(model, inputs, target), targets)
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimiser)
                 meter.step()
@@ -235,8 +236,8 @@ def evaluate(
     try:
         with torch.inference_mode():
             for inputs, targets in loader:
-                targets = _move(targets, target)
-                outputs = _outputs(model, inputs, target)
+                targets = moved(targets, target)
+                outputs = outputs_of(model, inputs, target)
                 total += float(loss_fn(outputs, targets)) * len(targets)
                 if targets.ndim != 1 or targets.is_floating_point():
                     labelled = False
@@ -256,19 +257,3 @@ def _precision(device: torch.device, wanted: bool | None) -> torch.dtype | None:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return torch.float16
     return torch.bfloat16
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=device.type == "cuda")
-
-
-def _outputs(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
-    """The model of a batch, its inputs moved to the device."""
-    outputs: Tensor
-    if isinstance(inputs, Tensor):
-        outputs = model(_move(inputs, device))
-    elif isinstance(inputs, Mapping):
-        outputs = model(**{name: _move(tensor, device) for name, tensor in inputs.items()})
-    else:
-        outputs = model(*(_move(tensor, device) for tensor in inputs))
-    return outputs

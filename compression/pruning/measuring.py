@@ -1,8 +1,8 @@
-"""What local training measures for pruning on the side: statistics that criteria ask of nodes."""
+"""What training measures for pruning on the side: statistics that criteria ask for; needs torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from prunecast.compression.pruning.statistics import ACTIVATION, GRADIENT, SENSITIVITY
 
-__all__ = ["StatisticsMeter"]
+__all__ = ["Batch", "Inputs", "Loss", "StatisticsMeter", "moved", "outputs_of"]
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""What a model is called with: one tensor, several in order, or several by name."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of outputs and targets: the mean over a batch."""
+Batch = tuple[Inputs, Tensor]
+"""Inputs and targets."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -106,3 +113,20 @@ class StatisticsMeter:
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
     return {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def outputs_of(model: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
+    """What a model makes of a batch, its inputs moved to the device."""
+    outputs: Tensor
+    if isinstance(inputs, Tensor):
+        outputs = model(moved(inputs, device))
+    elif isinstance(inputs, Mapping):
+        outputs = model(**{name: moved(tensor, device) for name, tensor in inputs.items()})
+    else:
+        outputs = model(*(moved(tensor, device) for tensor in inputs))
+    return outputs
