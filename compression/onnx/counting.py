@@ -71,7 +71,7 @@ class _Counter:
         self._graph, self._body, self._shapes = graph, body, shapes
         self._made = {name: node for node in body.node for name in node.output}
         self._macs: dict[str, int] = {}
-        self._others = self._activations = 0
+        self._others = self._activations = self._largest = 0
 
     def found(self) -> Operations:
         """Everything, node by node."""
@@ -82,7 +82,7 @@ class _Counter:
                 self._move(node)
         sizes = {name: self._size(name) for name in self._macs}
         uses = {name: macs / (sizes[name] or 1) for name, macs in self._macs.items()}
-        return Operations(uses, sizes, self._others, self._activations)
+        return Operations(uses, sizes, self._others, self._activations, self._largest)
 
     def _products(self, node: Any) -> Iterator[tuple[list[str], int]]:
         """What a node multiplies: the names of the factors, weights last, and how often."""
@@ -135,9 +135,10 @@ class _Counter:
         return math.prod(self._graph.parameters[name].shape)
 
     def _move(self, node: Any) -> None:
-        for name in (*node.input[:2], node.output[0]):
-            if name and not self._weights(name):
-                self._activations += math.prod(self._shapes[name])
+        names = [n for n in (*node.input[:2], node.output[0]) if n and not self._weights(n)]
+        moved = sum(math.prod(self._shapes[name]) for name in names)
+        self._activations += moved
+        self._largest = max(self._largest, moved)
 
 
 def _attribute(node: Any, name: str) -> Any:

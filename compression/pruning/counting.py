@@ -69,13 +69,13 @@ class _Counter(TorchFunctionMode):
                 self._names.setdefault(_place(tensor), name)
                 self._sizes[name] = tensor.numel()
         self._macs: dict[str, int] = {}
-        self._others = self._activations = 0
+        self._others = self._activations = self._largest = 0
 
     def found(self) -> Operations:
         """What has been counted."""
         sizes = {name: self._sizes[name] for name in self._macs}
         uses = {name: macs / (sizes[name] or 1) for name, macs in self._macs.items()}
-        return Operations(uses, sizes, self._others, self._activations)
+        return Operations(uses, sizes, self._others, self._activations, self._largest)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -133,7 +133,9 @@ class _Counter(TorchFunctionMode):
         self._add(first if self._name(first) is not None else second, macs)
 
     def _move(self, *tensors: Tensor) -> None:
-        self._activations += sum(t.numel() for t in tensors if self._name(t) is None)
+        moved = sum(t.numel() for t in tensors if self._name(t) is None)
+        self._activations += moved
+        self._largest = max(self._largest, moved)
 
     def _attend(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         given = inspect.signature(func).bind(*args, **kwargs).arguments

@@ -9,10 +9,13 @@ says what hardware or kernels that skip them could save, not that anything here 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+import tracemalloc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-__all__ = ["ENERGY_SOURCE", "FLOAT32", "INT8", "Arithmetic", "Kept", "Operations"]
+__all__ = ["ENERGY_SOURCE", "FLOAT32", "INT8", "Arithmetic", "Kept", "MaskCost", "Operations"]
 
 ENERGY_SOURCE = (
     "Horowitz 2014, “Computing's energy problem”, ISSCC, figure 1.1.9: 45 nm, 0.9 V; each weight "
@@ -34,6 +37,7 @@ class Operations:
         sizes: by tensor, its number of weights.
         others: MACs of two activations, as in attention, or with constants of the graph.
         activations: elements that the counted layers read and write.
+        largest: the most that one of them does.
 
     >>> linear = Operations({"weight": 1.0}, {"weight": 200}, activations=30)
     >>> linear.macs, linear.effective({"weight": 20})
@@ -44,6 +48,7 @@ class Operations:
     sizes: Mapping[str, int] = field(default_factory=dict)
     others: int = 0
     activations: int = 0
+    largest: int = 0
 
     @property
     def macs(self) -> int:
@@ -83,6 +88,15 @@ class Arithmetic:
         moved = self.width * (_DRAM * weights + _CACHE * activations)
         return 1e-12 * (self.mac * macs + moved)
 
+    def memory(self, weights: int, largest: int) -> int:
+        """An *estimate* of the bytes that an inference needs: all weights, and its largest layer.
+
+        Args:
+            weights: that are stored.
+            largest: see `Operations.largest`.
+        """
+        return self.width * (weights + largest)
+
 
 FLOAT32 = Arithmetic(3.7 + 0.9, 4)
 """Products and sums in float32."""
@@ -117,3 +131,35 @@ class Kept:
     def efficiency(self) -> float:
         """Pruning efficiency, (original - pruned) / original: the share that was removed."""
         return (self.original - self.nonzero) / self.original if self.original else 0.0
+
+
+class MaskCost:
+    """What making masks takes of a server, summed over versions.
+
+    Attributes:
+        seconds: wall-clock time.
+        peak_bytes: the most that Python and NumPy allocated at a time while masks were made, beyond
+            what was there before.
+        made: how often they were made.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.peak_bytes, self.made = 0.0, 0, 0
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Count what is done meanwhile; allocations are traced for as long as it takes."""
+        traced = tracemalloc.is_tracing()
+        if traced:
+            tracemalloc.reset_peak()
+        else:
+            tracemalloc.start()
+        before, began = tracemalloc.get_traced_memory()[0], time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
+            self.peak_bytes = max(self.peak_bytes, tracemalloc.get_traced_memory()[1] - before)
+            self.made += 1
+            if not traced:
+                tracemalloc.stop()

@@ -427,6 +427,11 @@ class CompressedGrid(GridWrapper):
             stream = self._streams.stream(self.run.run_id, key)
             stream.pruner.losses.add(loss, held_out=True)
 
+    def mask_cost(self, *, key: str = "arrays") -> dict[str, float]:
+        """What making masks took so far: ``seconds``, ``peak_bytes``, and how often (``made``)."""
+        cost = self._streams.stream(self.run.run_id, key).mask_cost
+        return {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes, "made": cost.made}
+
     def resume(self, checkpoint: Checkpoint) -> ArrayRecord:
         """Continue a stream from a checkpoint; call before the first message.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from logging import INFO, WARNING
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import QuantiseError
 from prunecast.compression.flower import dense_arrays, payload_record, stream_id
 from prunecast.compression.flower.internals import Measured, log
+from prunecast.compression.pruning.operations import MaskCost
 from prunecast.compression.pruning.plan import PruningPlan, low_rank_factors
 from prunecast.compression.pruning.statistics import Statistics
 from prunecast.compression.versions import (
@@ -108,12 +109,14 @@ class Publisher:
 
     Attributes:
         pruner: chooses the masks; told what nodes contribute and measure.
+        mask_cost: what that took so far.
         clock: the pruning schedule's round of the last version, counted from 1.
     """
 
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
         self.policy, self.stream = policy, stream
         self.pruner = Pruner(policy, plan)
+        self.mask_cost = MaskCost()
         self._recent: OrderedDict[str, Version] = OrderedDict()
         self._lattices = Lattices(policy)
         self._latest: PublishedModel | None = None
@@ -253,7 +256,8 @@ class Publisher:
             self.pruner.progress.observe(lattice)
             self._lattices.refine(*self.pruner.fineness)
         first = self._counter == 1
-        masks = self.pruner.masks(lattice, clock, statistics or {}, model=master, first=first)
+        with self.mask_cost.measuring() if self.policy.target else nullcontext():
+            masks = self.pruner.masks(lattice, clock, statistics or {}, model=master, first=first)
         master = self.pruner.rewound(master, clock)
         model = self._latest = self._on_lattice(master, masks)
         known = self._history.pop(short(model.digest), None)

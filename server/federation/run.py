@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -209,6 +210,8 @@ class Run:
             cost = rounds.cost()
             if result.arrays:
                 cost["catching_up"] = self.grid.catching_up(result.arrays, key=self.key)
+            if self.grid.policy.target:
+                cost["pruning"] = self.grid.mask_cost(key=self.key)
             events.write("run-finished", **cost)
         except BaseException as error:
             events.write("run-failed", reason=f"{type(error).__name__}: {error}")
@@ -245,6 +248,7 @@ class _Rounds(GridWrapper):
         self._number, self._asked, self._trained = number, 0, 0
         self._failed: list[dict[str, str]] = []
         self._metrics: dict[str, dict[str, Any]] = {}
+        self._measured: dict[str, list[float]] = {}  # by evaluating nodes, of each metric
         self._run.grid.samples.wanted = samples_round(number, self._rounds)
 
     def send_and_receive(
@@ -269,6 +273,9 @@ class _Rounds(GridWrapper):
             if reply is not None and not reply.has_error():
                 self._trained += _trains(message)
                 self._used.add(kind)
+                if _function(message) == MessageType.EVALUATE:
+                    for name, value in _numbers(reply).items():
+                        self._measured.setdefault(name, []).append(value)
                 continue
             reason = "no reply in time"
             if reply is not None:
@@ -345,6 +352,7 @@ class _Rounds(GridWrapper):
                 "trained": self._trained,
                 "failures": len(self._failed),
                 "failed": self._failed[:_NAMED],
+                "measured": {name: _spread(found) for name, found in self._measured.items()},
             },
             **self.cost(),
         )
@@ -371,6 +379,26 @@ class _Rounds(GridWrapper):
         return {**{name: getattr(totals, name) for name in names}, "seconds": seconds}
 
 
+def _function(message: Message) -> str:
+    """What a message asks for, by a ClientApp's only function for it or a named one."""
+    return message.metadata.message_type.partition(".")[0]
+
+
 def _trains(message: Message) -> bool:
-    """Whether a message asks for training, by a ClientApp's only function for it or a named one."""
-    return message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
+    return _function(message) == MessageType.TRAIN
+
+
+def _numbers(reply: Message) -> dict[str, float]:
+    """The finite metrics of a reply, without what they are weighted by."""
+    return {
+        name: float(value)
+        for record in reply.content.metric_records.values()
+        for name, value in record.items()
+        if isinstance(value, int | float) and math.isfinite(value) and name != "num-examples"
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float | int | None]:
+    """Over nodes, each counting once: mean, standard deviation (None for one), and their number."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "deviation": deviation, "nodes": len(values)}

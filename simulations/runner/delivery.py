@@ -18,7 +18,8 @@ from prunecast.compression.versions import PublishedModel, load_model
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.releasing import recipe_releaser
 from prunecast.server.repository import KeyRing, PublishedRelease, Repository
-from prunecast.server.repository.authoring import ReleaseRecipe
+from prunecast.server.repository.authoring import NewestRelease, ReleaseRecipe, Samples
+from prunecast.server.repository.authoring.gains import gains_of
 from prunecast.server.repository.serving import ReleaseServer
 from prunecast.simulations.data import Examples
 from prunecast.simulations.runner import DeviceMismatch, SimulationError
@@ -29,6 +30,7 @@ from prunecast.simulations.tasks import Task
 __all__ = ["automatic_releases", "deliver", "rule_of"]
 
 _STEPS = ("before", "after"), ("downloads", "patches itself to")
+_SAMPLES = 64  # that activations are measured on, for the figures of int8
 _DEVICE = "prunecast.simulations.runner.device"
 
 
@@ -131,13 +133,18 @@ def deliver(
         for version, when, does in zip(versions, *_STEPS, strict=True):
             on_step(f"signing the release {when} the last round")
             metrics = {task.metric: version.score}
-            release = recipe.release(repository, spec.name, version.model, metrics)
+            newest = NewestRelease(repository, spec.name)
+            contents = recipe.make(version.model, metrics, newest=newest)
+            release = repository.publish(spec.name, contents)
             on_step(f"the device {does} release {release.version}")
             report = _update(prepared, server.url, spec.name)
             _compare(prepared, release.version, version, report, patched=bool(made))
             made.append(release)
             reports.append(report)
     first, second = made
+    on_step("counting and timing what the device runs")
+    samples = Samples(Examples.load(prepared.held_out).take(slice(_SAMPLES)).inputs)
+    gains = gains_of(contents, samples, weights=versions[1].model)
     last, found = versions[1], _answers(prepared, second.version)
     return {
         "name": spec.name,
@@ -160,6 +167,7 @@ def deliver(
             }
             for report in reports
         ],
+        "gains": gains,
         "selftest_difference": reports[1]["difference"],
         "foreign_modules": reports[1]["imported"],
     }

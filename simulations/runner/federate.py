@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from logging import WARNING
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from torch import nn
 from prunecast.client.training.client_app import Loader, build_client_app
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TensorBatches
+from prunecast.common.text import first_line
 from prunecast.compression.flower import dense_arrays
+from prunecast.compression.flower.internals import log
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
 from prunecast.server.federation.events import OnEvent
@@ -28,6 +31,7 @@ from prunecast.server.federation.run import EVENTS, initial_arrays
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.runner import EngineFailed
+from prunecast.simulations.runner.metrics import model_figures
 from prunecast.simulations.runner.nodes import (
     OrderedGrid,
     StoreBound,
@@ -97,8 +101,9 @@ def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[dict[str,
     Returns:
         For each arm its ``name``, the ``seconds`` it took, its ``rounds`` (0 for the initial model;
         the task's metric, loss, sparsity, cumulative bytes in each direction, seconds since it
-        began), the ``releases`` it made meanwhile (round, version, reason, metrics), the ids of
-        the ``nodes`` in the order of their clients, and what these kept, see `StoreBound`.
+        began, what nodes measured), the ``releases`` it made meanwhile (round, version, reason,
+        metrics), the ids of the ``nodes`` in the order of their clients, what these kept, see
+        `StoreBound`, figures of its final ``model``, see `model_figures`, and of making masks.
 
     Raises:
         EngineFailed: clients failed in a round.
@@ -111,10 +116,14 @@ def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[dict[str,
 
 
 class _HeldOut:
-    """Measures models on the held-out examples and keeps the latest two published ones."""
+    """Measures models on the held-out examples and keeps the latest two published ones.
+
+    Attributes:
+        module: has the weights that were measured last.
+    """
 
     def __init__(self, prepared: PreparedRun, module: nn.Module) -> None:
-        self._task, self._module = prepared.scenario.task, module
+        self._task, self.module = prepared.scenario.task, module
         inputs, targets = tensors(prepared.held_out)
         self._targets = targets.numpy()
         self._batches = TensorBatches(inputs, targets, batch_size=250)
@@ -123,12 +132,12 @@ class _HeldOut:
     def measure(self, arrays: ArrayRecord, model: PublishedModel | None) -> tuple[float, float]:
         """The task's metric and the loss of arrays, which are those of `model` if it is given."""
         state = {k: torch.from_numpy(np.array(v)) for k, v in dense_arrays(arrays).items()}
-        self._module.load_state_dict(state)
-        self._module.eval()
+        self.module.load_state_dict(state)
+        self.module.eval()
         parts, total = [], 0.0
         with torch.inference_mode():
             for inputs, targets in self._batches:
-                parts.append(self._module(*inputs))
+                parts.append(self.module(*inputs))
                 total += float(self._task.training_loss(parts[-1], targets)) * len(targets)
         outputs = torch.cat(parts).numpy()
         score = self._task.score(outputs, self._targets)
@@ -160,6 +169,7 @@ def _run_arm(
         arrays = unused.draw_initial(arrays, scenario.seed)
     arrays = arm.initial(arrays, scenario)
     rounds: list[dict[str, Any]] = []
+    original = sum(parameter.numel() for parameter in module.parameters())
     held_out = _HeldOut(prepared, module)
     measured: dict[str, float] = {}
 
@@ -172,7 +182,10 @@ def _run_arm(
     def hear(event: Mapping[str, Any]) -> None:
         if event["event"] == "round-finished":
             same = ("sparsity", "bytes_up", "bytes_down", "seconds")
-            rounds.append({"round": event["round"], **measured, **{k: event[k] for k in same}})
+            row = {"round": event["round"], **measured, **{k: event[k] for k in same}}
+            if found := event["nodes"]["measured"]:
+                row["nodes"] = found
+            rounds.append(row)
             event = {**event, "score": task.text(measured[task.metric])}
         emit(event)
 
@@ -213,4 +226,17 @@ def _run_arm(
     held_out.save(prepared, name)
     releases = [asdict(made) for made in run.releases.made] if run.releases else []
     made = {"name": name, "seconds": seconds, "rounds": rounds, "releases": releases}
+    made["model"] = _counted(held_out.module, tensors(prepared.held_out)[0], original)
+    made["mask_cost"] = compressed.mask_cost() if policy.target else None
     return {**made, "nodes": nodes, "store_bytes": bound.peak, "forgotten": bound.forgotten}
+
+
+def _counted(
+    module: nn.Module, inputs: tuple[torch.Tensor, ...], original: int
+) -> dict[str, Any] | None:
+    """Figures of a model; None for one that cannot be run on a single example."""
+    try:
+        return model_figures(module, inputs, original)
+    except Exception as error:  # of the user's module; what it has learned is not lost for that
+        log(WARNING, "What the model computes is not counted: %s", first_line(error))
+        return None

@@ -20,6 +20,7 @@ from prunecast.simulations.kinds import ScenarioError, written
 from prunecast.simulations.network_profiles.results import add_simulated_time, entries_of
 from prunecast.simulations.runner import ResultError, SimulationError
 from prunecast.simulations.runner.engine import ENVIRONMENT, run_engine
+from prunecast.simulations.runner.metrics import pruning_figures
 from prunecast.simulations.runner.prepared import (
     PartitionedData,
     PreparedRun,
@@ -262,6 +263,7 @@ def build_arms(
             "ledger": path.name,
             "store_bytes": outcome["store_bytes"] if arm.trains else None,
             "forgotten": outcome["forgotten"] if arm.trains else None,
+            "pruning": _pruning(outcome, rounds, prepared) if arm.trains else None,
             "nodes": [str(node) for node in outcome["nodes"]],
             "by_kind": _by_kind(tally),
             "rounds": rounds,
@@ -273,6 +275,15 @@ def build_arms(
             spent = figures["bytes_up"] + figures["bytes_down"]
             figures["reduction"] = round(base / spent, 3)
     return arms
+
+
+def _pruning(
+    outcome: Mapping[str, Any], rounds: list[dict[str, Any]], prepared: PreparedRun
+) -> dict[str, Any] | None:
+    if outcome["model"] is None:
+        return None
+    task = prepared.scenario.task
+    return pruning_figures(outcome["model"], rounds, task, outcome["mask_cost"])
 
 
 def _by_kind(tally: Tally) -> dict[str, dict[str, dict[str, int]]]:

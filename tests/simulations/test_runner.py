@@ -26,6 +26,7 @@ from prunecast.simulations.runner.federate import run_arms, simulated_client
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from prunecast.simulations.runner.prepared import PreparedRun, prepare
 from prunecast.simulations.runner.run import (
+    build_arms,
     check_scenario,
     new_run_folder,
     read_result,
@@ -79,6 +80,52 @@ def test_two_runs_give_the_same_payloads_and_accuracy(tiny, tmp_path):
         assert [r["accuracy"] for r in a["rounds"]] == [r["accuracy"] for r in b["rounds"]]
         assert [r["loss"] for r in a["rounds"]] == [r["loss"] for r in b["rounds"]]
         assert [r["bytes_up"] for r in a["rounds"]] == [r["bytes_up"] for r in b["rounds"]]
+
+
+def test_what_pruning_did_is_counted_and_told_of_before_and_after(tiny, tmp_path):
+    tiny["strategy"] = {"name": "fedavg", "options": {"fraction_evaluate": 1.0}}
+    tiny["rounds"] = 4
+    tiny["arms"]["prunecast"]["policy"] |= {"pruning_begin": 2, "pruning_end": 4}
+    prepared, _, outcomes = run_inline(tiny, tmp_path)
+    arms = build_arms(prepared, outcomes)
+    assert arms["dense-zstd"]["pruning"] is None
+    dense, ours = (arms[name]["pruning"] for name in ("dense", "prunecast"))
+    assert (dense["before"], dense["recovery_ratio"], dense["cost"]) == (None, None, None)
+    assert dense["parameters"]["original"] == dense["parameters"]["stored"] == 409_034
+    assert dense["macs"] == ours["macs"] == 1_420_032
+    layers = ours["layers"]
+    assert sum(layer["parameters"] for layer in layers.values()) == 409_034
+    assert sum(layer["nonzero"] for layer in layers.values()) == ours["parameters"]["nonzero"]
+    assert sum(layer["effective_macs"] for layer in layers.values()) == ours["effective_macs"]
+    assert layers["3.weight"]["macs"] == 196 * 4608
+    assert layers["3.bias"]["macs"] == 0
+    assert ours["effective_macs"] < ours["macs"]
+    assert ours["efficiency"] == pytest.approx(1 - ours["parameters"]["nonzero"] / 409_034)
+    assert ours["compression_ratio"] == pytest.approx(1 / (1 - ours["efficiency"]))
+    # the last round whose model was dense, and the last of all
+    rows = arms["prunecast"]["rounds"]
+    assert [row["sparsity"] > 0 for row in rows] == [False, False, True, True, True]
+    assert (ours["before"]["round"], ours["after"]["round"]) == (1, 4)
+    assert ours["pruning_loss"] == rows[1]["accuracy"] - rows[4]["accuracy"]
+    assert ours["recovery_ratio"] == rows[1]["loss"] / rows[4]["loss"]
+    assert ours["cost"]["made"] == 5
+    assert ours["cost"]["peak_bytes"] > 409_034 // 8
+    inference = ours["inference"]
+    assert inference["per_second"] == pytest.approx(1e3 / inference["ms"])
+    assert inference["estimated_bytes"] == 4 * (409_034 + 784 + 16 * 784)
+    assert inference["estimated_joules"]["int8"] < inference["estimated_joules"]["fp32"]
+    # each of three nodes counts once
+    nodes = ours["after"]["nodes"]["eval-accuracy"]
+    assert nodes["nodes"] == 3
+    assert 0 <= nodes["mean"] <= 1
+    assert nodes["deviation"] >= 0
+
+
+def test_a_model_that_takes_no_single_example_is_not_counted(tiny, tmp_path):
+    tiny["model"] = {"factory": f"{NETS}:together"}
+    tiny["arms"] = {"dense": {"kind": "dense"}}
+    prepared, _, outcomes = run_inline(tiny, tmp_path)
+    assert build_arms(prepared, outcomes)["dense"]["pruning"] is None
 
 
 def test_another_seed_gives_another_run(tiny, tmp_path):
@@ -157,6 +204,10 @@ def test_a_run_from_data_to_device(tiny, tmp_path):
     assert release["patch_bytes"] < release["keyframe_bytes"] < release["onnx_bytes"]
     assert [d["payload"] for d in release["downloads"]] == ["keyframe", "patch"]
     assert release["foreign_modules"] == []
+    gains = release["gains"]
+    assert gains["before"]["macs"] == gains["after"]["macs"] == ours["pruning"]["macs"]
+    assert gains["after"]["nonzero"] < gains["before"]["nonzero"]
+    assert gains["after"]["int8"]["ms"] > 0
     [automatic] = release["automatic"]
     assert (automatic["round"], automatic["version"]) == (2, 1)
     assert automatic["metrics"]["accuracy"] == ours["rounds"][2]["accuracy"]
@@ -174,7 +225,10 @@ def test_a_run_from_data_to_device(tiny, tmp_path):
         assert reached == [row["accuracy"] for row in result["arms"][arm]["rounds"]]
     assert not (folder / "work").exists()
     documented = (Path(__file__).parents[2] / "docs/result.md").read_text()
-    for key in [*result, *dense, *recoded, *release, *dense["rounds"][0]]:
+    pruning = ours["pruning"]
+    layer = next(iter(pruning["layers"].values()))
+    parts = (*pruning, *pruning["inference"], *pruning["cost"], *layer, *pruning["parameters"])
+    for key in [*result, *dense, *recoded, *release, *gains, *dense["rounds"][0], *parts]:
         assert f"`{key}" in documented, key
     figure, page = write_report(folder, result)
     assert (figure.name, page.name) == (FIGURE, PAGE)

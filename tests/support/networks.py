@@ -38,3 +38,19 @@ def number() -> int:
 def fails() -> nn.Module:
     """A factory that raises."""
     raise ZeroDivisionError("division by zero")
+
+
+class _Together(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(784, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1 and not self.training:
+            raise ValueError("one example is no batch")
+        return self.layer(x.flatten(1))
+
+
+def together() -> nn.Module:
+    """A network that answers no single example."""
+    return _Together()
