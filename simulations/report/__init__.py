@@ -12,8 +12,9 @@ from prunecast.common.files import write_atomically
 from prunecast.common.text import bytes_text, duration_text, percent, ratio_text
 from prunecast.simulations.report.charts import score_text
 from prunecast.simulations.report.figure import accuracy_figure
-from prunecast.simulations.report.gathering import Study, gather, study_of
+from prunecast.simulations.report.gathering import gather, study_of
 from prunecast.simulations.report.sections import sections_of
+from prunecast.simulations.report.study import Study
 from prunecast.simulations.report.tables import csv_of, markdown_of
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prunecast.common.text import bytes_text, percent
 
 if TYPE_CHECKING:
-    from prunecast.simulations.report.gathering import Study
+    from prunecast.simulations.report.study import Study
 
 __all__ = [
     "COLOURS",

@@ -6,28 +6,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunecast.common.text import bytes_text, percent
-from prunecast.simulations.report.charts import COLOURS, Chart, heat_map, stacked_bars
-from prunecast.simulations.report.gathering import ArmRun, Study, StudyArm
+from prunecast.simulations.report.charts import COLOURS, Chart, stacked_bars
 from prunecast.simulations.report.messages import bytes_by_kind, layer_bytes, sparsity_by_layer
-from prunecast.simulations.report.sections import MISSING, Section, Table
+from prunecast.simulations.report.parts import MISSING, Section, Table
+from prunecast.simulations.report.pruned import layers_left, mask_changes, thinned, zeros_by_round
+from prunecast.simulations.report.study import ArmRun, Study, StudyArm
 
 __all__ = ["detail_sections"]
 
 _LAYERS = 40  # rows of a table or chart of tensors, the largest
-_ROWS = 40  # of a table of rounds
 
 
 def detail_sections(study: Study) -> list[Section]:
     """A section for each subject, and in it what there is of each arm, of its first seed."""
-    found = [_kinds(study), _layers(study), _sparsity(study), _masks(study), _every_round(study)]
+    found = [
+        *(_kinds(study), _layers(study), layers_left(study), zeros_by_round(study)),
+        *(mask_changes(study), _every_round(study)),
+    ]
     if len(study.seeds) > 1:
         for section in found:
             section.note = f"{section.note} Of the first seed of each arm.".strip()
     return found
-
-
-def _runs(study: Study) -> list[tuple[StudyArm, ArmRun]]:
-    return [(arm, arm.runs[0]) for arm in study.arms.values() if arm.first["trained"]]
 
 
 def _kinds(study: Study) -> Section:
@@ -38,7 +37,7 @@ def _kinds(study: Study) -> Section:
         "others are codings by name.",
         folded=True,
     )
-    for arm, run in _runs(study):
+    for arm, run in study.trained():
         by_kind = arm.first["by_kind"] or _sums(run)
         rows, shares = [], []
         total = sum(s["bytes"] for kinds in by_kind.values() for s in kinds.values()) or 1
@@ -85,7 +84,7 @@ def _layers(study: Study) -> Section:
     section = Section("Layer by layer", "measured, estimated", folded=True)
     unknown = []
     told = []
-    for arm, run in _runs(study):
+    for arm, run in study.trained():
         costs, zeros = layer_bytes(run), sparsity_by_layer(run)
         if costs is None and not zeros:
             unknown.append(arm.label)
@@ -152,75 +151,13 @@ def _estimate(costs: Any, value: float) -> str:
     return MISSING if costs is None else bytes_text(value)
 
 
-def _sparsity(study: Study) -> Section:
-    section = Section(
-        "Zeros in every layer, round by round",
-        note="Fraction of zeros in each tensor of the published model that has pruned weights; the "
-        "fuller the colour, the more.",
-        folded=True,
-    )
-    for arm, run in _runs(study):
-        found = sparsity_by_layer(run)
-        columns = sorted({number for rounds in found.values() for number in rounds})
-        shares = {
-            name: [rounds[n][1] / rounds[n][0] if rounds.get(n, (0,))[0] else None for n in columns]
-            for name, rounds in found.items()
-        }
-        if not any(event.get("masks") for event in run.events):
-            continue
-        pruned = {n: v for n, v in shares.items() if max((x or 0.0) for x in v) > 0.1}
-        size = {name: max(pair[0] for pair in found[name].values()) for name in pruned}
-        kept = sorted(pruned, key=lambda name: -size[name])[:_LAYERS]
-        rows = {name: pruned[name] for name in pruned if name in kept}
-        chart = heat_map(rows, columns, f"{arm.label}: zeros by tensor and round")
-        if chart is not None:
-            section.charts.append((arm.label, chart))
-    return section
-
-
-def _masks(study: Study) -> Section:
-    section = Section(
-        "Pruning",
-        note="Weights of the pruned tensors: how many are kept, how many came back since the round "
-        "before, and how many went. A weight that comes back costs bytes again.",
-        folded=True,
-    )
-    for arm, run in _runs(study):
-        told = [(e["round"], e["masks"]) for e in run.events if e.get("masks")]
-        rows = [
-            [
-                f"round {number}",
-                percent(1 - masks["kept"] / masks["of"]),
-                f"{masks['kept']:,}",
-                f"{masks['grown']:,}",
-                f"{masks['removed']:,}",
-            ]
-            for number, masks in _some(told)
-        ]
-        if arm.first["sparsity"] and not rows:
-            rows = [["every round", *[MISSING] * 4]]
-        if rows:
-            header = [arm.label, "zeros", "kept", "came back", "went"]
-            section.tables.append(Table(header, rows))
-    return section
-
-
-def _some(rows: list[Any]) -> list[Any]:
-    stride = max(1, -(-len(rows) // _ROWS))
-    return (
-        rows[::stride]
-        if not rows or rows[::stride][-1] is rows[-1]
-        else [*rows[::stride], rows[-1]]
-    )
-
-
 def _every_round(study: Study) -> Section:
     section = Section("Every round", note="Bytes are those since the beginning.", folded=True)
     metric = study.metric
-    for arm, run in _runs(study):
+    for arm, run in study.trained():
         simulated = "simulated_seconds" in run.rounds[-1]
         rows = []
-        for row in _some(run.rounds):
+        for row in thinned(run.rounds):
             loss = row.get("loss")
             rows.append(
                 [

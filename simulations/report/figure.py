@@ -9,7 +9,7 @@ from prunecast.common.text import bytes_text
 from prunecast.simulations.report.charts import byte_tick, looks
 
 if TYPE_CHECKING:
-    from prunecast.simulations.report.gathering import Study
+    from prunecast.simulations.report.study import Study
 
 __all__ = ["accuracy_figure", "empty_plot", "png_of"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunecast.simulations.report.gathering import ArmRun, Spread, StudyArm
+from prunecast.simulations.report.study import ArmRun, Spread, StudyArm
 
 __all__ = [
     "Joins",

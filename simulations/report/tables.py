@@ -8,16 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prunecast.simulations.network_profiles.results import SIMULATED
-from prunecast.simulations.report.gathering import ArmRun, Spread, Study, StudyArm
+from prunecast.simulations.report.curves import first_reaching, targets_of
 from prunecast.simulations.report.messages import bytes_by_kind, caught_up, joining
-from prunecast.simulations.report.sections import (
-    Section,
-    Table,
-    arm_numbers,
-    first_reaching,
-    sections_of,
-    targets_of,
-)
+from prunecast.simulations.report.parts import Section, Table
+from prunecast.simulations.report.sections import arm_numbers, sections_of
+from prunecast.simulations.report.study import ArmRun, Spread, Study, StudyArm
 
 __all__ = ["COLUMNS", "csv_of", "markdown_of"]
 
@@ -89,7 +84,11 @@ def csv_of(studies: Sequence[Study], targets: Sequence[float] = ()) -> str:
     return buffer.getvalue()
 
 
-_BASES = {"wire": "estimated", "simulated": "simulated"}
+_BASES = {"wire": "estimated", "estimated": "estimated", "simulated": "simulated"}
+_PLAIN = (
+    *("reduction", "loss", "rounds", "macs", "effective_macs", "parameters", "nonzero"),
+    *("compression_ratio", "recovery_ratio"),
+)
 
 
 def _unit(quantity: str, study: Study) -> str:
@@ -99,7 +98,9 @@ def _unit(quantity: str, study: Study) -> str:
         return "s"
     if quantity == study.metric and not study.result["task"]["percent"]:
         return ""
-    return "" if quantity in ("reduction", "loss", "rounds") else "fraction"
+    if "joules" in quantity:
+        return "J"
+    return "" if quantity in _PLAIN else "fraction"
 
 
 def _number(

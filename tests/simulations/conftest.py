@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,9 @@ def folders(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
         }
         found.append(finished_run(mapping, where / f"run-{seed}"))
     return found
+
+
+@pytest.fixture(name="finished_run")
+def _finished_run() -> Callable[[dict[str, Any], Path], Path]:
+    """Runs a scenario into a folder."""
+    return finished_run

@@ -12,6 +12,7 @@ from prunecast.simulations.report import (
     arm_rows,
     release_rows,
     render_page,
+    sections_of,
     study_of,
     write_report,
 )
@@ -117,6 +118,20 @@ def test_tables_have_a_row_per_arm_and_per_download(result):
     header, rows = release_rows(result)
     assert [row[2] for row in rows] == ["1.00×", "26.9×", "27.3×", "410×", "410×"]
     assert release_rows({**result, "release": None}) == ([], [])
+
+
+def test_what_the_device_gains_stands_with_the_release(result):
+    figures = {"ms": 2.0, "joules": None, "estimated_joules": 3e-6}
+    before = {"parameters": 1000, "nonzero": 1000, "macs": 5000, "effective_macs": 5000}
+    before |= {"onnx_bytes": 4000, "fp32": figures, "int8": None}
+    after = {**before, "nonzero": 100, "effective_macs": 600}
+    gains = {"before": before, "after": after, "int8": "int8", "structured": False}
+    result["release"]["gains"] = gains
+    section = next(s for s in sections_of(study_of(result)) if s.title == "To the edge")
+    table = section.tables[-1]
+    assert ["parameters that are not zero", "1,000", "100", "10.0×"] in table.rows
+    assert ["bytes, patch from 1", "4,000", "4,000", "1.00×"] in table.rows
+    assert "900 zeros lie among other weights: they save bytes alone" in section.note
 
 
 def test_the_picture_is_a_png_and_the_same_every_time(result):

@@ -124,6 +124,44 @@ def test_page_and_markdown_show_the_same_tables(folders) -> None:
     assert f"prunecast simulate {folders[0] / SCENARIO}" in text
 
 
+def test_what_pruning_did_is_told_with_its_basis(folders) -> None:
+    [study] = gather(folders)
+    found = {section.title: section for section in sections_of(study)}
+    did = found["What pruning did"]
+    assert did.basis == "measured, estimated"
+    sizes, recovered, inference = did.tables
+    rows = {row[0]: dict(zip(sizes.header, row, strict=True)) for row in sizes.rows}
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    ours = [result["arms"]["ours"]["pruning"] for result in results]
+    kept = statistics.fmean(figures["parameters"]["nonzero"] for figures in ours)
+    assert rows[study.arms["ours"].label]["kept"] == f"{kept:,.0f}"
+    assert rows[study.arms["dense"].label]["MACs"] == "1,420,032"
+    assert [row[0] for row in recovered.rows] == [study.arms["ours"].label]  # others prune nothing
+    assert "≈ energy, int8" in inference.header
+    # a bar for each tensor: the share of it that is zero
+    [layers] = found["What is left of every layer"].tables
+    matrix = next(i for i, row in enumerate(layers.rows) if row[0] == "7.weight")
+    layer = ours[0]["layers"]["7.weight"]
+    assert layers.bars[3][matrix] == 1 - layer["nonzero"] / layer["parameters"]
+    lines = {(r["arm"], r["quantity"]): r for r in numbers(csv_of([study])) if not r["seed"]}
+    ratio = lines["ours", "compression_ratio"]
+    assert (ratio["unit"], ratio["basis"]) == ("", "measured")
+    energy = lines["ours", "estimated_joules_int8"]
+    assert (energy["unit"], energy["basis"]) == ("J", "estimated")
+    assert lines["ours", "mask_peak_bytes"]["unit"] == "B"
+    assert ("dense", "pruning_loss") not in lines
+
+
+def test_what_nodes_measure_is_told_over_nodes(tiny, tmp_path, finished_run) -> None:
+    tiny["strategy"] = {"name": "fedavg", "options": {"fraction_evaluate": 1.0}}
+    [study] = gather([finished_run(tiny, tmp_path / "run")])
+    did = next(s for s in sections_of(study) if s.title == "What pruning did")
+    table = next(table for table in did.tables if table.caption.startswith("eval-accuracy"))
+    [ours] = [row for row in table.rows if row[0] == study.arms["prunecast"].label]
+    assert ours[1] == "–"  # pruned from the second version on: never dense
+    assert ours[2].endswith("(3 nodes)")
+
+
 def test_what_a_client_costs_that_joins_or_comes_back(folders) -> None:
     [study] = gather(folders)
     [section] = [s for s in sections_of(study) if s.title == "Joining and coming back"]
