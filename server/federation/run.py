@@ -343,6 +343,7 @@ class _Rounds(GridWrapper):
             round=server_round,
             metrics=dict(measured or {}),
             client_metrics=self._metrics,
+            node_metrics={name: _spread(found) for name, found in self._measured.items()},
             sparsity=published.sparsity() if published else 0.0,
             layers=layers_in(arrays, published),
             masks=changed_masks(before, published),
@@ -352,7 +353,6 @@ class _Rounds(GridWrapper):
                 "trained": self._trained,
                 "failures": len(self._failed),
                 "failed": self._failed[:_NAMED],
-                "measured": {name: _spread(found) for name, found in self._measured.items()},
             },
             **self.cost(),
         )

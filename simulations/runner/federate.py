@@ -183,7 +183,7 @@ def _run_arm(
         if event["event"] == "round-finished":
             same = ("sparsity", "bytes_up", "bytes_down", "seconds")
             row = {"round": event["round"], **measured, **{k: event[k] for k in same}}
-            if found := event["nodes"]["measured"]:
+            if found := event["node_metrics"]:
                 row["nodes"] = found
             rounds.append(row)
             event = {**event, "score": task.text(measured[task.metric])}

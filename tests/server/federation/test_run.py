@@ -81,6 +81,14 @@ def test_a_folder_holds_what_the_run_did(inner: InProcessGrid, tmp_path: Path) -
     assert rounds[2]["nodes"] == {"asked": 3, "trained": 3, "failures": 0, "failed": []}
     assert rounds[3]["client_metrics"].keys() == {"train", "evaluate"}
     assert rounds[3]["client_metrics"]["evaluate"] == dict(result.evaluate_metrics_clientapp[3])
+    assert rounds[0]["node_metrics"] == {}
+    for name, over in rounds[3]["node_metrics"].items():
+        assert name in rounds[3]["client_metrics"]["evaluate"]
+        assert over["nodes"] == 3
+        assert over["deviation"] >= 0
+    assert rounds[3]["node_metrics"]
+    assert end["pruning"]["made"] == 4
+    assert end["pruning"]["peak_bytes"] > 0
     assert [event["metrics"] for event in rounds] == [
         dict(result.evaluate_metrics_serverapp[number]) for number in range(4)
     ]
