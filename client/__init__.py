@@ -9,16 +9,24 @@ from prunecast.common.lazy import face
 
 if TYPE_CHECKING:
     from prunecast.client.training.mod import compression_mod
+    from prunecast.compression.pruning.channels import current_channels
     from prunecast.compression.pruning.holding import hold_masks
     from prunecast.compression.pruning.masks import current_masks
     from prunecast.compression.pruning.modules import prune_module
 
-__all__ = ["compression_mod", "current_masks", "hold_masks", "prune_module"]
+__all__ = [
+    "compression_mod",
+    "current_channels",
+    "current_masks",
+    "hold_masks",
+    "prune_module",
+]
 
 __getattr__, __dir__ = face(
     __name__,
     {
         "compression_mod": "prunecast.client.training.mod",
+        "current_channels": "prunecast.compression.pruning.channels",
         "current_masks": "prunecast.compression.pruning.masks",
         "hold_masks": "prunecast.compression.pruning.holding",
         "prune_module": "prunecast.compression.pruning.modules",

@@ -2,6 +2,7 @@
 
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.store import ModError, StoreError
+from prunecast.compression.pruning.channels import current_channels
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
     current_masks,
@@ -13,6 +14,7 @@ __all__ = [
     "StoreError",
     "compression_mod",
     "contribute_statistics",
+    "current_channels",
     "current_masks",
     "wanted_statistics",
 ]

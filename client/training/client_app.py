@@ -32,12 +32,14 @@ from prunecast.client.training.trainer import TrainerError, Training, evaluate, 
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod
+from prunecast.compression.pruning.channels import current_channels
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
     current_masks,
     wanted_statistics,
 )
 from prunecast.compression.pruning.measuring import Batch, Loss
+from prunecast.compression.pruning.narrowing import fit_module
 
 __all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]
 
@@ -203,6 +205,8 @@ def _load(model: ModelFactory, message: Message, context: Context) -> tuple[str,
         raise TrainerError(f"expected one array record, the message has {sorted(records)}")
     key, arrays = next(iter(records.items()))
     module = model(context)
+    if (plan := current_channels()) is not None:
+        module = fit_module(module, plan)
     module.load_state_dict(arrays.to_torch_state_dict())
     return key, module
 

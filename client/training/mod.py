@@ -49,7 +49,9 @@ from prunecast.compression.flower.internals import (
     log,
     make_message,
 )
+from prunecast.compression.pruning.channels import ChannelPlan, holding_channels
 from prunecast.compression.pruning.masks import holding
+from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.pruning.statistics import Statistics, pack_statistics
 from prunecast.compression.schemes import StateError
 from prunecast.compression.schemes.interface import Scheme
@@ -130,12 +132,15 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
                 "compression_mod(max_model_bytes=...), or prunecast-max-model-bytes in the node "
                 "config, to the bytes of the largest model that this node may take"
             ) from error
-        except (VersionsError, CodecError) as error:
+        except (VersionsError, CodecError, PlanError) as error:
             raise ModError(f"message from the server was refused: {error}") from error
         if exchange.missing:
             return Message(pack(exchange.wrap(RecordDict())), reply_to=message)
         try:
-            with holding(exchange.masks(), instruction.statistics) as statistics:
+            with (
+                holding_channels(exchange.channels()),
+                holding(exchange.masks(), instruction.statistics) as statistics,
+            ):
                 reply = call_next(make_message(message.metadata, exchange.content), context)
             if not isinstance(reply, Message):
                 raise TypeError(f"the app returned {type(reply).__name__}, which is no Message")
@@ -175,6 +180,7 @@ class _Exchange:
         rule = instruction.rule
         self._scheme = scheme(rule.name, **rule.options) if isinstance(rule, SchemeRule) else None
         self._models: dict[str, PublishedModel] = {}
+        self._channels = {k: ChannelPlan.from_bytes(p) for k, p in instruction.channels.items()}
         self.missing: list[str] = []
         self.content = RecordDict()
         self._reply = RecordDict()
@@ -209,18 +215,28 @@ class _Exchange:
         return stream_id(self._metadata.run_id, key)
 
     def _reuse(self, key: str, digest: bytes) -> ArrayRecord:
-        held = self._store.held(key)
+        held, _ = self._held(key)
         if held is None or short(held.digest) != digest:
             return self._miss(key, held)
         self._models[key] = held
         return array_record(held.arrays())
+
+    def _held(self, key: str) -> tuple[PublishedModel | None, PublishedModel | None]:
+        """The version on disk, and what a payload builds on: its part, once channels have gone."""
+        held, before = self._store.held(key), self._store.channels(key)
+        plan = self._channels.get(key)
+        if held is None or plan is None:
+            if held is not None and before is not None:
+                self._channels[key] = before
+            return held, held
+        return held, plan.since(before).narrow(held)
 
     def _decode(self, key: str, payload: bytes) -> ArrayRecord:
         info = inspect(payload)
         if info.kind is Kind.PLAIN:
             limits = model_limits(self._most, info.size)
             return array_record(open_plain(payload, stream=self._stream(key), limits=limits))
-        held = self._store.held(key)
+        stored, held = self._held(key)
         known = 0 if held is None else sum(spec.nbytes for spec in held.specs.values())
         limits = model_limits(max(known, self._most), info.size)
         try:
@@ -228,15 +244,15 @@ class _Exchange:
             model = decode(payload, held=held, stream=self._stream(key), limits=limits)
         except BaseMissing:
             if held is None or short(held.digest) != info.digest:
-                return self._miss(key, held)
+                return self._miss(key, stored)
             model = held  # the server does not know that its last reply was lost on the way
         self._models[key] = held if held is not None and held.digest == model.digest else model
-        if held is not self._models[key]:
+        if stored is not self._models[key]:
             try:
-                self._store.keep(key, model)
+                self._store.keep(key, model, self._channels.get(key))
             except StoreError as error:
                 self._in_trouble(error)
-                self._unkept[key] = held
+                self._unkept[key] = stored
         return array_record(model.arrays())
 
     def _miss(self, key: str, held: PublishedModel | None) -> ArrayRecord:
@@ -250,6 +266,10 @@ class _Exchange:
         return {
             name: mask for model in self._models.values() for name, mask in model.masks().items()
         }
+
+    def channels(self) -> ChannelPlan | None:
+        """Which channels remain of the received model; None for all."""
+        return next((plan for key, plan in self._channels.items() if key in self._models), None)
 
     def _in_trouble(self, error: StoreError) -> None:
         """Go on without what cannot be kept: training is worth more than the bytes it saves."""
@@ -308,6 +328,9 @@ class _Exchange:
         base = NOTHING_SENT if base_key is None else self._models[base_key]
         if not self._models:
             rule = replace(rule, step=0.0)  # an answer to a query, a personal model
+        plan = self._channels.get(base_key or key)
+        if plan is not None:
+            self._store.remove(key, plan)
         residual = self._store.residual(key) if rule.error_feedback and self._clip is None else {}
 
         def encoded(residual: Mapping[str, NDArray[Any]]) -> tuple[Coded, bytes]:
@@ -322,15 +345,17 @@ class _Exchange:
             # so many zeros that the server would not believe so few bytes
             arrays.update(dict.fromkeys(coded.unlike))
             coded, payload = encoded(residual)
-        if coded.dropped and not self._stage(key, coded.dropped):
+        if coded.dropped and not self._stage(key, coded.dropped, plan):
             # the residual stays where it is, for a reply that can tell what it leaves
             _, payload = encoded({})
         return coded_record(payload, {n: record[n] for n, a in arrays.items() if a is None})
 
-    def _stage(self, key: str, dropped: Mapping[str, NDArray[Any]]) -> bool:
+    def _stage(
+        self, key: str, dropped: Mapping[str, NDArray[Any]], plan: ChannelPlan | None
+    ) -> bool:
         """Whether what a reply drops could be written."""
         try:
-            self._store.stage(key, self._instruction.tag, dropped)
+            self._store.stage(key, self._instruction.tag, dropped, plan)
         except StoreError as error:
             self._in_trouble(error)
             return False
@@ -352,11 +377,13 @@ class _Exchange:
             payload = encode_clipped(chosen, found.arrays, fresh, clip, rule.key)
         else:
             kept = " ".join((f"{key} by {chosen.name}", *found.own))
-            state = fresh
+            plan, state = self._channels.get(base_key), fresh
+            if plan is not None:
+                self._store.remove(kept, plan)
             with suppress(StateError):  # nothing was kept yet, or of another model
                 state = state_from(self._store.residual(kept), state)
             payload, after = chosen.encode(found.arrays, state, key=rule.key)
-            if not self._stage(kept, state_arrays(after)):
+            if not self._stage(kept, state_arrays(after), plan):
                 payload, _ = chosen.encode(found.arrays, fresh, key=rule.key)
         if not (found.usual and base_key == key):
             payload = describe(base_key, found.heads, _specs(received[base_key])) + payload

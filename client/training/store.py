@@ -38,6 +38,8 @@ from prunecast.common.files import (
     remove_abandoned,
     write_atomically,
 )
+from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,
@@ -61,7 +63,7 @@ _SIGN_OF_LIFE_SECONDS = 24 * 3600
 _TAGS = 64  # that a residual remembers to have been added
 _DAMAGED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
-    *(zipfile.BadZipFile, VersionsError),
+    *(zipfile.BadZipFile, VersionsError, PlanError),
 )
 
 
@@ -155,8 +157,63 @@ class NodeStore:
         except _DAMAGED:
             return None
 
-    def keep(self, key: str, model: PublishedModel) -> None:
+    def channels(self, key: str) -> ChannelPlan | None:
+        """Which channels the version held under a record key has left; None for all."""
+        return self._channels(self._path(key, "model"))
+
+    @staticmethod
+    def _channels(path: Path) -> ChannelPlan | None:
+        with suppress(*_DAMAGED), np.load(path, allow_pickle=False) as file:
+            text = json.loads(bytes(file["meta"])).get("channels", "")
+            return ChannelPlan.from_text(text) if text else None
+        return None
+
+    def remove(self, key: str, plan: ChannelPlan) -> None:
+        """Take the channels that a plan removes out of what updates of a record have dropped.
+
+        Each file says which plan it goes by, so that none is narrowed twice, whatever happens in
+        between. What cannot be narrowed, as it is of something else, is dropped.
+
+        Raises:
+            StoreError: a file cannot be written; it is as it was.
+        """
+        for kind in ("residual", "pending-*", "taken-*"):
+            for path in self._folder.glob(self._path(key, kind).name):
+                self._narrow(path, plan)
+
+    def _narrow(self, path: Path, plan: ChannelPlan) -> None:
+        before = self._channels(path)
+        if _of(before) == _of(plan):
+            return
+        arrays, added = self._residual(path)
+        left: dict[str, NDArray[Any]] = {}
+        for name, array in arrays.items():
+            tensor = name.partition("\0")[0]  # after it, what the residual is of
+            if tensor not in plan.kept:
+                tensor = tensor.partition("/")[2]  # before it, which part of a scheme's state
+            with suppress(PlanError):
+                left[name] = plan.since(before).array(tensor, array)
+        meta = {"names": list(left), "added": added, "channels": plan.to_text()}
+        self._write(path, meta, left.values())
+
+    def _alike(self, one: Path, other: Path) -> bool:
+        """Bring two files to the fewer channels of both; whether they had different ones."""
+        first, second = self._channels(one), self._channels(other)
+        if _of(first) == _of(second):
+            return False
+        for path, before, plan in ((one, first, second), (other, second, first)):
+            with suppress(PlanError):
+                if plan is not None and plan.since(before).kept:
+                    self._narrow(path, plan)
+        return True
+
+    def keep(self, key: str, model: PublishedModel, channels: ChannelPlan | None = None) -> None:
         """Hold a version under a record key.
+
+        Args:
+            key: record key.
+            model: the version.
+            channels: which channels remain in it; None for all.
 
         Raises:
             StoreError: the file cannot be written; the old version stays.
@@ -172,6 +229,7 @@ class NodeStore:
                 heads.append((name, None, False, dtype))
                 arrays.append(tensor.values)
         meta = {"tensors": heads, "counter": model.counter, "digest": model.digest.hex()}
+        meta |= _of(channels)
         self._write(self._path(key, "model"), meta, arrays)
 
     def residual(self, key: str, accepted: str = "") -> dict[str, NDArray[Any]]:
@@ -187,18 +245,26 @@ class NodeStore:
         self.settle([accepted])
         return self._residual(self._path(key, "residual"))[0]
 
-    def stage(self, key: str, tag: str, dropped: Mapping[str, NDArray[Any]]) -> None:
+    def stage(
+        self,
+        key: str,
+        tag: str,
+        dropped: Mapping[str, NDArray[Any]],
+        channels: ChannelPlan | None = None,
+    ) -> None:
         """Write what a reply drops; it takes the residual along.
 
         Args:
             key: record key.
             tag: of the reply; letters and digits.
             dropped: what quantisation dropped, by name.
+            channels: which channels remain in it; None for all.
 
         Raises:
             StoreError: it cannot be written; the residual stays as it was.
         """
-        self._write(self._path(key, f"pending-{tag}"), {"names": list(dropped)}, dropped.values())
+        meta = {"names": list(dropped), **_of(channels)}
+        self._write(self._path(key, f"pending-{tag}"), meta, dropped.values())
         with suppress(FileNotFoundError):  # there was none to take along
             os.replace(self._path(key, "residual"), self._path(key, f"taken-{tag}"))
 
@@ -232,8 +298,11 @@ class NodeStore:
                 return
             before, added_before = self._residual(target)
             if tag not in added_before:
+                if self._alike(path, target):
+                    before = self._residual(target)[0]
                 total = _sum(before, self._residual(path)[0])
                 meta = {"names": list(total), "added": [*added_before[-_TAGS:], tag]}
+                meta |= _of(self._channels(target))
                 self._write(target, meta, total.values())
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -254,6 +323,11 @@ class NodeStore:
             write_atomically(path, buffer.getvalue())
         except StorageError as error:
             raise _unwritable(self._folder, error) from error
+
+
+def _of(channels: ChannelPlan | None) -> dict[str, Any]:
+    """What the head of a file says of the channels that remain."""
+    return {} if channels is None else {"channels": channels.to_text()}
 
 
 def _sum(

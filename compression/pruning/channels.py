@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,15 @@ class ChannelPlan:
             return False
         return True
 
+    def shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """What remains of tensors of these shapes, which the plan `fits`."""
+        sizes = {
+            name: tuple(n if m is None else int(np.count_nonzero(m)) for n, m in pairs)
+            for name, axes in self.kept.items()
+            if name in shapes and (pairs := list(zip(shapes[name], axes, strict=True)))
+        }
+        return {name: sizes.get(name, shape) for name, shape in shapes.items()}
+
     def then(self, later: ChannelPlan) -> ChannelPlan:
         """This plan and one that was made of what it leaves, as one plan.
 
@@ -155,7 +165,8 @@ class ChannelPlan:
             return LatticeTensor(tensor.q[places], tensor.step, tensor.pruned, tensor.dtype)
         return RawTensor(tensor.values[places])
 
-    def to_bytes(self) -> bytes:
+    @cached_property
+    def coded(self) -> bytes:
         """As it travels: the text without `steps`, which only a dependency graph needs; deflated.
 
         Nodes give their modules the shapes that the masks say.
@@ -164,7 +175,7 @@ class ChannelPlan:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ChannelPlan:
-        """Read what `to_bytes` wrote; at most 16 MiB of text.
+        """Read what `coded` is; at most 16 MiB of text.
 
         Raises:
             PlanError: no such plan.

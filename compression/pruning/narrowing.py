@@ -23,7 +23,10 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def choose_channels(
-    module: nn.Module, example: tuple[torch.Tensor, ...], share: float
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    share: float,
+    removed: ChannelPlan | None = None,
 ) -> ChannelPlan:
     """Choose which channels remain, by the norm of their groups in the module's weights.
 
@@ -33,6 +36,7 @@ def choose_channels(
         module: with the weights that the choice is made on; left as it was.
         example: positional inputs that it accepts.
         share: of the channels of every group that remain, 0 < share < 1.
+        removed: which of these are gone from the module already.
 
     Raises:
         PlanError: the module's channels cannot be removed, or none would be.
@@ -50,12 +54,15 @@ def choose_channels(
             pruning_ratio=1 - share,
             ignored_layers=_last_layers(graph) + _recurrent(work),
         )
+        if removed is not None:
+            _count_from_before(pruner, removed)
         pruner.step()
         history = pruner.pruning_history()
     steps = tuple((str(name), bool(out), tuple(sorted(map(int, i)))) for name, out, i in history)
     if not steps:
         raise PlanError(f"{type(module).__name__} has no channels that could be removed")
-    return ChannelPlan(_kept(module, example, steps), steps, share)
+    left = share / removed.share if removed is not None else share
+    return ChannelPlan(_kept(module, example, steps), steps, left)
 
 
 def narrow_module(
@@ -199,6 +206,20 @@ def _failing(module: nn.Module) -> Iterator[None]:
         raise PlanError(
             f"channels of {type(module).__name__} cannot be removed: {first_line(error)}"
         ) from error
+
+
+def _count_from_before(pruner: Any, removed: ChannelPlan) -> None:
+    """Let a pruner take its share of what groups had before channels were removed."""
+    for group in pruner.DG.get_all_groups(
+        ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
+    ):
+        root = group[0][0].source.module
+        name = pruner.DG._module2name[root]
+        axes = removed.kept.get(f"{name}.weight" if name else "weight")
+        mask = None if axes is None else axes[1 if getattr(root, "transposed", False) else 0]
+        if mask is not None:  # as torch-pruning 1.6 counts when it prunes step by step
+            parts = pruner._get_channel_groups(group)
+            pruner._scope_initial_channels[name] = mask.size // parts
 
 
 def _recurrent(module: nn.Module) -> list[nn.Module]:

@@ -132,6 +132,8 @@ class Instruction:
         statistics: names of the statistics that the node may contribute to pruning.
         tag: what server and node call the reply, where there is a rule; the same on all nodes
             that are told the same, another for each message to a node.
+        channels: record key to the plan of which channels remain, as it is coded, where the node
+            does not know it.
     """
 
     rule: UpdateRule | SchemeRule | None
@@ -140,6 +142,7 @@ class Instruction:
     reuse: Mapping[str, bytes] = field(default_factory=dict)
     statistics: tuple[str, ...] = ()
     tag: str = _NO_TAG
+    channels: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
@@ -165,6 +168,9 @@ class Instruction:
                 out.raw(bytes.fromhex(tag))
         out.digests(self.reuse)
         out.texts(self.statistics)
+        for record, plan in self.channels.items():  # as many as there are
+            out.text(record)
+            out.part(plan)
         return bytes(out.data)
 
     @classmethod
@@ -180,9 +186,12 @@ class Instruction:
         accepted, given_up = (
             tuple(found.raw(TAG_BYTES).hex() for _ in range(found.count())) for _ in range(2)
         )
-        read = cls(rule, accepted, given_up, found.digests(), found.texts(), tag)
-        found.end()
-        return read
+        reuse, statistics = found.digests(), found.texts()
+        channels: dict[str, bytes] = {}
+        while found.left:
+            key = found.text()
+            channels[key] = found.part()
+        return cls(rule, accepted, given_up, reuse, statistics, tag, channels)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from prunecast.common.documents import from_document
 from prunecast.common.files import replacing
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.server.federation.errors import CheckpointError
 from prunecast.server.federation.progress import Progress
 from prunecast.server.federation.pruner import MaskState
@@ -42,6 +43,7 @@ class _Metadata:
     stage: float
     masks: tuple[str, ...]
     early: tuple[str, ...]
+    channels: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,7 @@ class Checkpoint:
         masks: those that are held, and what is kept for later events; in the file as tensors whose
             names begin with ``prunecast.``.
         key: record key of the stream.
+        channels: which channels remain of the module that everybody's code makes; None for all.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -66,6 +69,7 @@ class Checkpoint:
     progress: tuple[float, ...] = ()
     masks: MaskState = field(default_factory=MaskState)
     key: str = "arrays"
+    channels: ChannelPlan | None = None
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all.
@@ -78,9 +82,10 @@ class Checkpoint:
 
         steps, order = dict(self.steps), tuple(self.arrays)
         held, early = self.masks.masks, self.masks.early
+        channels = "" if self.channels is None else self.channels.to_text()
         meta = _Metadata(
             *(_SCHEMA, self.counter, steps, self.clock, self.progress, self.key, order),
-            *(self.masks.stage, tuple(held), tuple(early)),
+            *(self.masks.stage, tuple(held), tuple(early), channels),
         )
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         arrays |= {_EARLY + name: np.asarray(array, order="C") for name, array in early.items()}
@@ -115,8 +120,9 @@ class Checkpoint:
                 raise ValueError("a lattice step is not a positive number")
             if meta.progress:
                 Progress(0, 0).resume(meta.progress)
-            state = MaskState(meta.stage, masks, early)
-            return cls(arrays, meta.counter, meta.steps, meta.clock, meta.progress, state, meta.key)
+            channels = ChannelPlan.from_text(meta.channels) if meta.channels else None
+            at = meta.counter, meta.steps, meta.clock, meta.progress
+            return cls(arrays, *at, MaskState(meta.stage, masks, early), meta.key, channels)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "

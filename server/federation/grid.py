@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from prunecast.compression.flower.internals import (
     Measured,
     aggregation_above,
     content_bytes,
+    log,
     objects_in,
     rounds_above,
     serialised_objects,
@@ -26,6 +28,8 @@ from prunecast.compression.flower.internals import (
     uncached,
     unsent,
 )
+from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError
@@ -46,6 +50,9 @@ Recode = Callable[[bytes], int]
 """From the bytes of a message to how many bytes it has under another coding."""
 
 _KEPT = 1000  # entries of a ledger
+_NOT_BY_ITSELF = (
+    "prunecast.server.Run does that; a loop of your own calls grid.remove_channels(arrays, plan)."
+)
 
 
 class CompressedGrid(GridWrapper):
@@ -200,6 +207,8 @@ class CompressedGrid(GridWrapper):
             self._rounds_checked = True
             if rounds := rounds_above(sys._getframe(1)):
                 self._streams.expect(rounds)
+            if self.policy.channels_at:
+                log(WARNING, "No channels will be removed: %s", _NOT_BY_ITSELF)
         kinds = {message.metadata.message_type for message in batch}
         aggregation = aggregation_above(sys._getframe(1), kinds.pop()) if len(kinds) == 1 else None
         sent = [message_id for message_id in self.push_messages(batch) if message_id]
@@ -409,8 +418,51 @@ class CompressedGrid(GridWrapper):
         known, others = set_apart(arrays)
         if others:
             self._notices.unsaved(key, uncodable(arrays))
-        master = stream.master_of(arrays.object_id) or stream.as_published(dense_arrays(known))
-        return Checkpoint(dict(master), *stream.position, key)
+        master = stream.master_of(arrays.object_id)
+        if master is None:
+            master = stream.as_published(stream.narrowed(dense_arrays(known)))
+        return Checkpoint(dict(master), *stream.position, key, stream.channels)
+
+    def channels(self, *, key: str = "arrays") -> ChannelPlan | None:
+        """Which channels remain of the module that everybody's code makes; None for all.
+
+        Narrow such a module by it (`prunecast.compression.pruning.narrowing.fit_module`) before
+        arrays of the model are loaded.
+        """
+        if self.policy.down != "lattice":
+            return None
+        return self._streams.stream(self.run.run_id, key).channels
+
+    def remove_channels(
+        self, arrays: ArrayRecord, plan: ChannelPlan, *, key: str = "arrays"
+    ) -> ArrayRecord:
+        """Go on without the channels that a plan removes: call it between two rounds.
+
+        Nodes are sent the plan with the next version, narrow by it what they hold, and their
+        ClientApp finds it by `current_channels`. A strategy's own state is not reached from here:
+        `Run` narrows it.
+
+        Args:
+            arrays: master weights as the strategy holds them.
+            plan: made of these, such as by `prunecast.compression.pruning.narrowing`.
+            key: key of the record in the strategy's messages.
+
+        Returns:
+            What remains of the arrays, to go on from.
+
+        Raises:
+            PlanError: the plan is of another model; nothing was changed.
+            FederationError: models do not travel as versions.
+        """
+        if self.policy.down != "lattice":
+            raise FederationError("channels are removed where models travel as versions: set "
+                                  "prunecast.down = 'lattice'")  # fmt: skip
+        known, others = set_apart(arrays)
+        narrow = plan.arrays(dense_arrays(known))
+        if missing := [name for name in plan.kept if name not in narrow]:
+            raise PlanError(f"the model lacks tensor {missing[0]!r}: the plan is of another module")
+        self._streams.stream(self.run.run_id, key).remove(plan)
+        return put_back(array_record(narrow), others)
 
     def expect_rounds(self, rounds: int) -> None:
         """Say how many rounds there will be, those before a resume included.
@@ -441,7 +493,7 @@ class CompressedGrid(GridWrapper):
         self._rounds_checked = True  # the schedule goes on, and does not begin
         stream = self._streams.stream(self.run.run_id, checkpoint.key)
         at = checkpoint.counter, checkpoint.steps, checkpoint.clock
-        stream.resume(*at, checkpoint.progress, checkpoint.masks)
+        stream.resume(*at, checkpoint.progress, checkpoint.masks, checkpoint.channels)
         return array_record(checkpoint.arrays)
 
     def evaluate_published(

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,6 +67,7 @@ class Prepared:
         wanted: the statistics that the node is asked to contribute, by name.
         pruned: key of the record that they are of.
         measured: record key to the record of `message` that other messages hold, too.
+        channels: record key to the plan of channels that the node does not know, as it is coded.
         tag: of its reply.
         told: tags of replies that the node is told the end of.
         apart: of array records that do not travel as the policy has it: kind, key and cause.
@@ -86,6 +87,7 @@ class Prepared:
     wanted: tuple[str, ...] = ()
     pruned: str = ""
     measured: dict[str, Measured] = field(default_factory=dict)
+    channels: dict[str, bytes] = field(default_factory=dict)
     tag: str = ""
     told: frozenset[str] = frozenset()
     apart: list[tuple[str, str, str]] = field(default_factory=list)
@@ -240,6 +242,7 @@ class Outbound:
                 content[key] = self._down(prepared, key, record)
         instruction = self._instruction(prepared, self._streams.node(original.metadata.dst_node_id))
         if instruction is not None:
+            instruction = replace(instruction, channels=prepared.channels)
             prepared.rule = instruction.rule
             content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
             prepared.message = make_message(original.metadata, content)
@@ -299,6 +302,8 @@ class Outbound:
             # no payload holds the place: two objects less on every message
             return ArrayRecord({f"={name}": array for name, array in others.items()})
         payload = stream.payload(version, held)
+        if (channels := stream.unknown_channels(held)) is not None:
+            prepared.channels[key] = channels
         prepared.encode_ms += (time.perf_counter() - started) * 1e3
         prepared.kinds.append(payload.kind.name.lower() + also)
         if others:

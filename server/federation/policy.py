@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from logging import WARNING
 from typing import Any
 
@@ -17,7 +18,7 @@ from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.criteria import CRITERIA
 from prunecast.compression.pruning.patterns import parse_pattern
-from prunecast.compression.pruning.plan import PruningPlan
+from prunecast.compression.pruning.plan import ChannelSchedule, PruningPlan
 from prunecast.compression.pruning.schedules import HELD, SCHEDULES, IterativeSchedule
 from prunecast.compression.schemes import SchemeError
 from prunecast.compression.schemes.interface import Option, Scheme
@@ -36,6 +37,7 @@ _UNKNOWN = 25  # round by which it is over where nobody says how many there are
 _MOST = 0.98  # sparsity that a loss budget alone may lead to
 _STEP = "give a number of 0 or above, such as {}; 0 is exact"
 _FEEDBACK = {"error_feedback": bool, "accumulate": bool, "momentum": float}  # of schemes
+_ROUNDS = ("channels_at",)  # lists of numbers; all others are of name patterns
 _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
@@ -68,6 +70,8 @@ class Policy:
     error_feedback: bool = True
     sparsity: float = 0.0
     loss_budget: float = 0.0  # in units of the loss
+    channels: float = 1.0  # share that remains
+    channels_at: tuple[int, ...] = ()  # rounds after which they go
     pruning_begin: int = 2
     pruning_end: int = 0
     pruning_scope: str = "layer"
@@ -154,6 +158,23 @@ class Policy:
                 self.down_step > 0 or not self.target,
                 f"pruning needs a lattice: set {_key('down_step')} above 0, or "
                 f"{_key('sparsity')} = 0" + f" and {_key('pruning_pattern')} = ''" * bool(fixed),
+            ),
+            ("channels", 0 < self.channels <= 1, "give the share that remains, such as 0.5"),
+            ("channels", lattice or self.channels == 1, f"it needs {down} = 'lattice'"),
+            (
+                "channels",
+                self.channels == 1 or bool(self.channels_at),
+                f"say after which rounds channels go: {_key('channels_at')}",
+            ),
+            (
+                "channels_at",
+                self.channels < 1 or not self.channels_at,
+                f"say which share of the channels remains: {_key('channels')}, such as 0.5",
+            ),
+            (
+                "channels_at",
+                all(a < b for a, b in pairwise((0, *self.channels_at))),
+                "give rounds of 1 or more, ascending",
             ),
             ("pruning_seed", self.pruning_seed >= 0, "give 0 or more"),
             ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),
@@ -252,6 +273,7 @@ class Policy:
             self.pruning_records,
             pattern=parse_pattern(self.pruning_pattern),
             seed=self.pruning_seed,
+            channels=ChannelSchedule(self.channels, self.channels_at),
         )
 
     @property
@@ -407,7 +429,10 @@ def _default(knob: dataclasses.Field[Any]) -> Any:
 def _check_type(name: str, value: Any, default: Any) -> None:
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     wanted = type(default)
-    if wanted is tuple:
+    if name in _ROUNDS:
+        if not isinstance(value, tuple) or not all(type(part) is int for part in value):
+            raise _refused(name, value, "give a list of rounds")
+    elif wanted is tuple:
         if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
             raise _refused(name, value, "give a list of name patterns")
     elif wanted is dict:
@@ -422,6 +447,12 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 
 def _coerce(key: str, value: Any, default: Any) -> Any:
     """A value of the run config as the field's type; other types are left to the checks."""
+    if key.removeprefix(_PREFIX).replace("-", "_") in _ROUNDS:
+        parts = [value] if isinstance(value, int) else str(value).split(",")
+        try:
+            return tuple(int(part) for part in parts if str(part).strip())
+        except ValueError:
+            raise PolicyError(f"{key} = {value!r}: give rounds, such as '8' or '6, 12'") from None
     if isinstance(default, tuple | dict):
         what = "name patterns" if isinstance(default, tuple) else "options (name=value)"
         if not isinstance(value, str):

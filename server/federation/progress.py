@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.compression.pruning.channels import ChannelPlan
+
 __all__ = ["Losses", "Progress", "losses_in"]
 
 _HALF, _LITTLE = 0.5, 0.15  # of the largest relative change: pruning begins, and is to be over
@@ -138,6 +140,10 @@ class Progress:
     def jump(self, master: Mapping[str, NDArray[Any]]) -> None:
         """Compare the weights of the next round with these, in place of those observed last."""
         self._before = {n: array for n, array in master.items() if n in self._before}
+
+    def remove(self, plan: ChannelPlan) -> None:
+        """Go on without the channels that a plan removes of the weights observed last."""
+        self._before = plan.arrays(self._before)
 
     def clock(self, number: int, loss: float | None = None) -> float:
         """The schedule's round, `begin` to `end`, at which the weights observed are published.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.flower.internals import log
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.criteria import Knowledge
 from prunecast.compression.pruning.masks import Masks
 from prunecast.compression.pruning.plan import PlanError, PruningPlan, low_rank_factors
@@ -93,6 +94,36 @@ class Pruner:
         if progress:
             self.progress.resume(progress)
         self._state = state
+
+    def remove(self, plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Go on without the channels that a plan removes of the last version.
+
+        Args:
+            plan: of the channels.
+            shapes: of the last version's tensors.
+        """
+
+        def part(tensor: str, array: NDArray[Any]) -> NDArray[Any]:
+            axes = plan.kept.get(tensor)
+            if axes is None or array.shape == shapes[tensor]:
+                return plan.array(tensor, array)
+            inputs = axes[1]  # a statistic of input channels alone
+            return array if inputs is None else array[:, inputs]
+
+        self.progress.remove(plan)
+        self._before = plan.arrays(self._before)
+        self._accumulated = plan.arrays(self._accumulated)
+        masks, early = plan.arrays(self._state.masks), plan.arrays(self._state.early)
+        self._state = replace(self._state, masks=masks, early=early)
+        known = {**self._known, **self.statistics.take()}
+        self._known = {
+            name: {
+                tensor: part(tensor, array)
+                for tensor, array in arrays.items()
+                if tensor in shapes and array.shape == statistic_shape(name, shapes[tensor])
+            }
+            for name, arrays in known.items()
+        }
 
     def expect(self, rounds: int) -> None:
         """Fit the schedule to a number of rounds, those before a resume included."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import QuantiseError
 from prunecast.compression.flower import dense_arrays, payload_record, stream_id
 from prunecast.compression.flower.internals import Measured, log
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.operations import MaskCost
 from prunecast.compression.pruning.plan import PruningPlan, low_rank_factors
 from prunecast.compression.pruning.statistics import Statistics
@@ -111,6 +112,7 @@ class Publisher:
         pruner: chooses the masks; told what nodes contribute and measure.
         mask_cost: what that took so far.
         clock: the pruning schedule's round of the last version, counted from 1.
+        channels: which channels remain of the module that everybody's code makes; None for all.
     """
 
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
@@ -129,6 +131,9 @@ class Publisher:
         self._finite: set[str] = set()
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._seeded: tuple[bytes, Seed] | None = None
+        self.channels: ChannelPlan | None = None
+        self._removals: list[ChannelPlan] = []
+        self._unaware: set[bytes] = set()  # of the history, what nodes hold with more channels
 
     @property
     def position(self) -> tuple[int, dict[str, float], int, tuple[float, ...], MaskState]:
@@ -143,13 +148,54 @@ class Publisher:
         clock: int,
         progress: Sequence[float] = (),
         masks: MaskState = _NONE_HELD,
+        channels: ChannelPlan | None = None,
     ) -> None:
-        """Go on where another publisher's `position` was, with the same master."""
+        """Go on where another publisher's `position` was, with the same master and `channels`."""
+        self.channels = channels
         self._counter, self._lattices.steps = counter, dict(steps)
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
         self.pruner.resume(tuple(progress), masks)
         if progress:
             self._lattices.fineness, self._lattices.early = self.pruner.fineness
+
+    def remove(self, plan: ChannelPlan) -> None:
+        """Go on without the channels that a plan removes of the latest version.
+
+        Whatever is kept of earlier versions goes on with the part that remains, so that payloads
+        build on what nodes hold: they narrow it by the same plan. Masters that are handed over
+        with all of the channels are narrowed, too.
+
+        Raises:
+            PlanError: the plan is of another model; nothing was changed.
+        """
+        shapes = (
+            {} if self._latest is None else {n: t.shape for n, t in self._latest.tensors.items()}
+        )
+        channels = plan if self.channels is None else self.channels.then(plan)
+        history = [(digest, plan.narrow(model)) for digest, model in self._history.items()]
+        latest = None if self._latest is None else plan.narrow(self._latest)
+        self.channels, self._latest, self._history = channels, latest, OrderedDict(history)
+        self._removals.append(plan)
+        self._unaware |= self._history.keys()
+        self.pruner.remove(plan, shapes)
+        self._recent.clear()
+
+    def narrowed(self, arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Arrays of the model without the channels that have gone since they were of it."""
+        for plan in self._removals:
+            if plan.fits({name: array.shape for name, array in arrays.items()}):
+                arrays = plan.arrays(arrays)
+        return arrays
+
+    def unknown_channels(self, held: bytes | None) -> bytes | None:
+        """The plan of channels as it travels, for a node that does not know it; else None.
+
+        Args:
+            held: short digest of the version the node says it holds; None for none.
+        """
+        if self.channels is None or (held in self._history and held not in self._unaware):
+            return None
+        return self.channels.coded
 
     def expect(self, rounds: int) -> None:
         """Fit the schedule of pruning to a number of rounds, those before a resume included."""
@@ -223,7 +269,7 @@ class Publisher:
                     log(WARNING, _NO_ROUND)
             self._occasion = occasion
             statistics = self.pruner.statistics.take()
-            version = self._publish(dense_arrays(record), statistics, clock)
+            version = self._publish(self.narrowed(dense_arrays(record)), statistics, clock)
         self._recent[content_id] = version
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
@@ -263,7 +309,7 @@ class Publisher:
         known = self._history.pop(short(model.digest), None)
         self._history[short(model.digest)] = known or model
         while len(self._history) > self.policy.history:
-            self._history.popitem(last=False)
+            self._unaware.discard(self._history.popitem(last=False)[0])
         seed = None
         if self._seeded is not None and self._seeded[0] == model.digest:
             seed = self._seeded[1]

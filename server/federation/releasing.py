@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunecast.common.references import typed
 from prunecast.compression.flower.internals import log
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation.errors import ReleaseRuleError
 
@@ -22,11 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutomaticReleases",
+    "RecipeReleaser",
     "ReleaseRule",
     "ReleaseWatch",
     "Released",
     "Releaser",
-    "recipe_releaser",
     "releases_from_config",
 ]
 
@@ -150,21 +152,46 @@ Raises ValueError where it could not be published; nothing was, then.
 """
 
 
-def recipe_releaser(recipe: ReleaseRecipe, repository: Repository, name: str) -> Releaser:
+@dataclass(frozen=True)
+class RecipeReleaser:
     """Makes every release by one recipe and publishes it into a repository on this machine.
+
+    Attributes:
+        recipe: how releases are made.
+        repository: where they are published.
+        name: of the releases.
 
     Raises:
         RepositoryError: the keys at hand cannot publish this name.
+        RecipeError, ExportError: the module cannot be exported.
     """
-    repository.check_publishable(name)
 
-    def release(model: PublishedModel, metrics: Mapping[str, float]) -> int:
-        published = recipe.release(repository, name, model, metrics)
+    recipe: ReleaseRecipe
+    repository: Repository
+    name: str
+
+    def __post_init__(self) -> None:
+        self.repository.check_publishable(self.name)
+        self._prepared  # noqa: B018  # what cannot be exported shows before anything is trained
+
+    @cached_property
+    def _prepared(self) -> ReleaseRecipe:
+        return self.recipe.prepared()
+
+    def __call__(self, model: PublishedModel, metrics: Mapping[str, float]) -> int:
+        """Publish a model with its metrics; the number of the release."""
+        published = self._prepared.release(self.repository, self.name, model, metrics)
         for version, why in published.kept.items():
             log(WARNING, "Release %d stays live outside the window: %s", version, why)
         return published.version
 
-    return release
+    def narrow(self, removed: ChannelPlan) -> RecipeReleaser:
+        """The same for models without the channels that a plan removes of the module.
+
+        Raises:
+            RecipeError: the recipe has no module.
+        """
+        return replace(self, recipe=replace(self.recipe, removed=removed))
 
 
 @dataclass(frozen=True)
@@ -214,6 +241,27 @@ class AutomaticReleases:
         self._watch = ReleaseWatch(self.rule, self.held)
         self._owed: str | None = None
         self._digest = b""
+
+    def check_narrow(self) -> None:
+        """See that models of fewer channels can be released.
+
+        Raises:
+            ReleaseRuleError: releases are made of a graph, which has them all.
+        """
+        if isinstance(self.releaser, RecipeReleaser) and self.releaser.recipe.module is None:
+            raise ReleaseRuleError(
+                "channels will be removed, and the graph of the releases has them all: leave out "
+                "release.graph, so that the model is exported"
+            )
+
+    def narrow(self, removed: ChannelPlan) -> None:
+        """Go on with models without the channels that a plan removes of the module.
+
+        A releaser of one's own that has a method `narrow` gives the one to go on with; without, it
+        is given narrower models.
+        """
+        if narrow := getattr(self.releaser, "narrow", None):
+            self.releaser = narrow(removed)
 
     def after_round(
         self, server_round: int, metrics: Mapping[str, float], model: Callable[[], PublishedModel]
@@ -340,7 +388,7 @@ def _open(
                 "calibration", "is missing: nothing else says how far such a variant is off"
             )
         option = "graph"
-        recipe = recipe.prepared()
+        releaser = RecipeReleaser(recipe, repository, given["name"])
         option = "repository"
         newest = NewestRelease(repository, given["name"]).manifest
     except (RepositoryError, ReleaseError, OSError) as error:
@@ -350,4 +398,4 @@ def _open(
             reason = error.message
         raise ReleaseRuleError(f"{_PREFIX}{wrong} = {given.get(wrong, '')!r}: {reason}") from error
     held = newest.metrics.get(rule.metric) if newest else None
-    return AutomaticReleases(rule, recipe_releaser(recipe, repository, given["name"]), held)
+    return AutomaticReleases(rule, releaser, held)

@@ -30,6 +30,7 @@ from prunecast.server.federation.ledger import Ledger
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.progress import losses_in
 from prunecast.server.federation.releasing import AutomaticReleases
+from prunecast.server.federation.shrinking import ChannelChooser, Removals
 from prunecast.server.federation.wrapper import GridWrapper
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class Run:
         stop_on_failure: end the run with `NodesFailed` if a node fails, instead of going on
             without it as Flower does.
         key: key of the model's record in the strategy's messages.
+        channels: chooses which channels go, where the policy removes some while the run trains;
+            see `prunecast.server.federation.shrinking.module_chooser`.
 
     Attributes:
         grid: the compressed grid; `grid.ledger.totals()` tells the bytes so far.
@@ -115,6 +118,7 @@ class Run:
         on_event: OnEvent | None = None,
         stop_on_failure: bool = False,
         key: str = "arrays",
+        channels: ChannelChooser | None = None,
     ) -> None:
         found: Grid = grid
         while isinstance(found, GridWrapper) and not isinstance(found, CompressedGrid):
@@ -128,6 +132,7 @@ class Run:
         self.seed, self.name, self.key = seed, name, key
         self.evaluate_fn, self.releases = evaluate_fn, releases
         self.stop_on_failure = stop_on_failure
+        self.choose_channels = channels
         self.publishes = self.grid.policy.down != "dense"
         if releases is not None and not self.publishes:
             raise FederationError(
@@ -166,13 +171,22 @@ class Run:
                 run could be used; the model diverged; the metric to release by is not measured.
             StorageError: a file cannot be written to begin with, or the final model.
         """
+        passed, removed = 0, None
         if isinstance(initial, Checkpoint):
-            arrays = self.grid.resume(initial)
-            self.grid.expect_rounds(num_rounds + max(0, initial.clock - 1))
+            arrays, removed = self.grid.resume(initial), initial.channels
+            passed = max(0, initial.clock - 1)
+            self.grid.expect_rounds(num_rounds + passed)
         else:
             self.grid.expect_rounds(num_rounds)
             like = initial
             arrays = self.grid.draw_initial(like, self.seed, key=self.key) if drawn else like
+        schedule = self.grid.policy.pruning().channels
+        removals = Removals(schedule, self.choose_channels, passed)
+        if self.releases is not None and (schedule.at or removed is not None):
+            self.releases.check_narrow()
+        if self.releases is not None and removed is not None:
+            self.releases.narrow(removed)
+        removals.check(self.grid, arrays, self.strategy, num_rounds, self.key)
         random.seed(self.seed)  # Flower samples nodes with it
         events = EventLog(
             self._events,
@@ -192,7 +206,7 @@ class Run:
                 self.grid.ledger = Ledger(
                     self._ledger, run=events.run, name=self.name, seed=self.seed
                 )
-            rounds = _Rounds(self, self._outermost, events, num_rounds)
+            rounds = _Rounds(self, self._outermost, events, num_rounds, removals)
             with rounds.observing(self.strategy):
                 result = self.strategy.start(
                     grid=rounds,
@@ -236,9 +250,11 @@ class Run:
 class _Rounds(GridWrapper):
     """The grid as the strategy of a run sees it: tells what a round asks, gets and reaches."""
 
-    def __init__(self, run: Run, grid: Grid, events: EventLog, rounds: int) -> None:
+    def __init__(
+        self, run: Run, grid: Grid, events: EventLog, rounds: int, removals: Removals
+    ) -> None:
         super().__init__(grid)
-        self._run, self._events, self._rounds = run, events, rounds
+        self._run, self._events, self._rounds, self._removals = run, events, rounds, removals
         self._began = time.monotonic()
         self._in_vain: dict[str, str] = {}  # "train" or "other" -> why its first reply failed
         self._used: set[str] = set()  # of these, what had a reply that could be used
@@ -322,9 +338,23 @@ class _Rounds(GridWrapper):
             result = aggregate(server_round, replies)
             metrics = result[1] if kind == "train" else result
             self._metrics[kind] = dict(metrics or {})
+            if kind == "train" and result[0] is not None:
+                return self._left(server_round, result[0]), metrics
             return result
 
         return noted
+
+    def _left(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
+        """What a round arrived at, without the channels that go after it."""
+        run = self._run
+        left, removed = self._removals.after(server_round, run.grid, run.strategy, arrays, run.key)
+        if removed is not None:
+            self._events.write(
+                "channels-removed", round=server_round, **dataclasses.asdict(removed)
+            )
+            if run.releases is not None and (plan := run.grid.channels(key=run.key)) is not None:
+                run.releases.narrow(plan)
+        return left
 
     def after(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """What Flower calls before the first round (0) and at the end of each."""

@@ -28,6 +28,7 @@ from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.releasing import releases_from_config
 from prunecast.server.federation.run import Run, initial_arrays
+from prunecast.server.federation.shrinking import FittedModule, module_chooser
 from prunecast.server.federation.strategies import build_strategy
 
 __all__ = ["app"]
@@ -58,10 +59,14 @@ def main(grid: Grid, context: Context) -> None:
         measure = configured_callable(config, "evaluate", FederationError)
 
         def evaluate(server_round: int, published: ArrayRecord) -> MetricRecord:
-            module.load_state_dict(published.to_torch_state_dict())
-            return MetricRecord(dict(measure(module, context)))
+            held = evaluated.of(run.grid.channels())
+            held.load_state_dict(published.to_torch_state_dict())
+            return MetricRecord(dict(measure(held, context)))
 
-        evaluate_fn = evaluate
+        evaluated, evaluate_fn = FittedModule(model, module), evaluate
+    choose = None
+    if _get(config, "example", ""):
+        choose = module_chooser(model, configured_callable(config, "example", FederationError))
     run = Run(
         grid,
         strategy,
@@ -73,6 +78,7 @@ def main(grid: Grid, context: Context) -> None:
         name=_get(config, "name", ""),
         ledger=_get(config, "ledger", "") or None,
         output=_get(config, "output", "") or None,
+        channels=choose,
     )
     resume = _get(config, "resume", "")
     run.start(
@@ -85,7 +91,10 @@ def main(grid: Grid, context: Context) -> None:
 def _resumed(path: Path, arrays: ArrayRecord) -> Checkpoint:
     checkpoint = Checkpoint.load(path)
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    if {name: array.shape for name, array in checkpoint.arrays.items()} != shapes:
+    found: dict[str, tuple[int, ...]] = {n: a.shape for n, a in checkpoint.arrays.items()}
+    if checkpoint.channels is not None and checkpoint.channels.fits(shapes):
+        shapes = checkpoint.channels.shapes(shapes)
+    if found != shapes:
         raise CheckpointError(
             f"resume = {str(path)!r} in the run config is of another model: its tensors are not "
             "those of the configured one"

@@ -7,16 +7,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.versions import PublishedModel, load_model
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
-from prunecast.server.federation.releasing import recipe_releaser
+from prunecast.server.federation.releasing import RecipeReleaser
 from prunecast.server.repository import KeyRing, PublishedRelease, Repository
 from prunecast.server.repository.authoring import NewestRelease, ReleaseRecipe, Samples
 from prunecast.server.repository.authoring.gains import gains_of
@@ -39,6 +40,7 @@ class _Published:
     """A model as the federation left it, and what the server measured with it."""
 
     model: PublishedModel
+    removed: ChannelPlan | None
     outputs: NDArray[Any]
     score: float
 
@@ -68,8 +70,8 @@ def automatic_releases(prepared: PreparedRun, arm: str) -> AutomaticReleases | N
         return None
     if (rule := rule_of(spec, scenario.task)) is None:
         return None
-    recipe = _recipe(prepared).prepared()
-    return AutomaticReleases(rule, recipe_releaser(recipe, _repository(prepared), spec.name))
+    releaser = RecipeReleaser(_recipe(prepared), _repository(prepared), spec.name)
+    return AutomaticReleases(rule, releaser)
 
 
 def _recipe(prepared: PreparedRun) -> ReleaseRecipe:
@@ -122,7 +124,8 @@ def deliver(
     if versions[0].model.digest == versions[1].model.digest:
         raise SimulationError("the last round changed nothing: train for more rounds")
     on_step("exporting the network to ONNX")
-    recipe = _recipe(prepared).prepared()
+    # channels go before the last round, so that both versions have the same
+    recipe = replace(_recipe(prepared), removed=versions[1].removed).prepared()
     repository = _repository(prepared)  # automatic releases may be there already
     root = prepared.folder / "root.json"
     root.write_bytes(repository.trusted_root())
@@ -178,7 +181,10 @@ def _published(path: Path) -> _Published:
         raise SimulationError("two published models are needed: train for at least one round")
     with np.load(path.with_suffix(".npz")) as file:
         outputs, score = file["outputs"], float(file["score"])
-    return _Published(load_model(path.with_suffix(".model")), outputs, score)
+    removed = None
+    if path.with_suffix(".channels").is_file():
+        removed = ChannelPlan.from_text(path.with_suffix(".channels").read_text(encoding="utf-8"))
+    return _Published(load_model(path.with_suffix(".model")), removed, outputs, score)
 
 
 def _answers(prepared: PreparedRun, version: int) -> NDArray[Any]:

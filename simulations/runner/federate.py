@@ -24,10 +24,12 @@ from prunecast.client.training.trainer import TensorBatches
 from prunecast.common.text import first_line
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.flower.internals import log
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
 from prunecast.server.federation.events import OnEvent
 from prunecast.server.federation.run import EVENTS, initial_arrays
+from prunecast.server.federation.shrinking import FittedModule, module_chooser
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.runner import EngineFailed
@@ -124,13 +126,26 @@ class _HeldOut:
 
     def __init__(self, prepared: PreparedRun, module: nn.Module) -> None:
         self._task, self.module = prepared.scenario.task, module
+        self._fitted = FittedModule(prepared.scenario.model.network(), module)
         inputs, targets = tensors(prepared.held_out)
         self._targets = targets.numpy()
         self._batches = TensorBatches(inputs, targets, batch_size=250)
-        self._latest: list[tuple[PublishedModel, NDArray[Any], float]] = []
+        self._latest: list[tuple[PublishedModel, ChannelPlan | None, NDArray[Any], float]] = []
 
-    def measure(self, arrays: ArrayRecord, model: PublishedModel | None) -> tuple[float, float]:
-        """The task's metric and the loss of arrays, which are those of `model` if it is given."""
+    def measure(
+        self,
+        arrays: ArrayRecord,
+        model: PublishedModel | None,
+        removed: ChannelPlan | None = None,
+    ) -> tuple[float, float]:
+        """The task's metric and the loss of arrays, which are those of `model` if it is given.
+
+        Args:
+            arrays: weights.
+            model: what is published of them.
+            removed: the channels that are gone.
+        """
+        self.module = self._fitted.of(removed)
         state = {k: torch.from_numpy(np.array(v)) for k, v in dense_arrays(arrays).items()}
         self.module.load_state_dict(state)
         self.module.eval()
@@ -142,14 +157,16 @@ class _HeldOut:
         outputs = torch.cat(parts).numpy()
         score = self._task.score(outputs, self._targets)
         if model is not None:
-            self._latest = [*self._latest[-1:], (model, outputs, score)]
+            self._latest = [*self._latest[-1:], (model, removed, outputs, score)]
         return score, total / len(self._targets)
 
     def save(self, prepared: PreparedRun, arm: str) -> None:
         """Leave the latest published models, and what they answered, to the delivery."""
-        for place, (model, outputs, score) in enumerate(self._latest, start=1):
+        for place, (model, removed, outputs, score) in enumerate(self._latest, start=1):
             target = prepared.work / f"{arm}-{place}"
             save_model(model, target.with_suffix(".model"))
+            if removed is not None:
+                target.with_suffix(".channels").write_text(removed.to_text(), encoding="utf-8")
             np.savez(target.with_suffix(".npz"), outputs=outputs, score=score)
 
 
@@ -175,9 +192,13 @@ def _run_arm(
 
     def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:
         weights = arm.weights(received, scenario, server_round)
-        score, loss = held_out.measure(weights, run.published)
+        removed = run.grid.channels()
+        score, loss = held_out.measure(weights, run.published, removed)
         measured.update({task.metric: score, "loss": loss})
         return MetricRecord(dict(measured))
+
+    def example() -> tuple[torch.Tensor, ...]:
+        return tuple(values[:2] for values in tensors(prepared.held_out)[0])
 
     def hear(event: Mapping[str, Any]) -> None:
         if event["event"] == "round-finished":
@@ -212,6 +233,7 @@ def _run_arm(
         ledger=prepared.ledger(name),
         events=prepared.folder / EVENTS,
         on_event=hear,
+        channels=module_chooser(scenario.model.network(), example),
         stop_on_failure=True,  # a client left out silently would make the arms differ
     )
     started = time.monotonic()

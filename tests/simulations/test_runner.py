@@ -394,7 +394,7 @@ def test_one_example_that_differs_is_an_error(tiny, tmp_path):
     prepared = PreparedRun(tmp_path, scenario_from_mapping(tiny), (1,))
     prepared.work.mkdir()
     outputs = np.eye(10, dtype=np.float32)[np.arange(60) % 3]
-    published = _Published(None, outputs, 1.0)  # type: ignore[arg-type]
+    published = _Published(None, None, outputs, 1.0)  # type: ignore[arg-type]
     report = {
         "version": 2,
         "outcome": "updated",

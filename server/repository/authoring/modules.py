@@ -121,7 +121,8 @@ def export_module(
         graph, found = export_cached(module, example, names, cache)
         return Architecture(graph, weights, notes=("the graph was exported before",) * found)
     narrow = None
-    if held is not None and held.share == share:
+    sizes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if held is not None and held.share == share and held.fits(sizes):
         try:
             narrow = narrow_module(module, example, held)
         except PlanError:

@@ -103,6 +103,8 @@ class ReleaseRecipe:
         samples: real inputs that activations and the distance from float32 are measured on.
         variant: one of `VARIANTS`; ``lattice`` is what ``int8`` was called.
         channels: share of the channels that remain of a module, with any variant.
+        removed: channels of the module that are gone already, as the weights were trained without
+            them.
         bits: 2 to 16, puts dense weights on a lattice; None leaves them as they are.
         steps: how its steps are chosen, see `prunecast.compression.onnx.lattice`.
         most_difference: of an ``.onnx`` file's outputs, relative; more is refused.
@@ -125,6 +127,7 @@ class ReleaseRecipe:
     samples: Samples | None = None
     variant: str = "int8"
     channels: float | None = None
+    removed: ChannelPlan | None = None
     bits: int | None = None
     steps: Steps = "held"
     most_difference: float | None = None
@@ -144,6 +147,12 @@ class ReleaseRecipe:
             raise RecipeError("module", "give either a module or a graph, or an .onnx file")
         if self.onnx is None and self.selftest is None and self.samples is None:
             raise RecipeError("selftest", "a release needs inputs for its self-test, or samples")
+        if self.module is None and self.removed is not None:
+            raise RecipeError(
+                "module",
+                "is needed, since the weights were trained without some of its channels: a graph "
+                "or an .onnx file has them all",
+            )
         if self.onnx is not None and self.share is not None:
             raise RecipeError("channels", "are removed from a torch module: give that")
         if self.graph is not None and self.share is not None:
@@ -169,6 +178,16 @@ class ReleaseRecipe:
     def _plan(self) -> ChannelPlan | None:
         return plan_of(self.graph.skeleton) if isinstance(self.graph, ExportedGraph) else None
 
+    def _made(self) -> object:
+        """The module, without the channels that are gone already."""
+        assert self.module is not None
+        made = self.module()
+        if self.removed is None:
+            return made
+        from prunecast.compression.pruning.narrowing import fit_module
+
+        return fit_module(made, self.removed)  # type: ignore[arg-type]
+
     def prepared(self) -> ReleaseRecipe:
         """The same recipe with its module exported, where every release has the same graph.
 
@@ -177,8 +196,8 @@ class ReleaseRecipe:
         """
         if self.module is None or self.share is not None:
             return self
-        made = export_module(self.module, None, self._named_inputs(), cache=self._cache)
-        return replace(self, module=None, graph=made.graph)
+        made = export_module(self._made, None, self._named_inputs(), cache=self._cache)
+        return replace(self, module=None, removed=None, graph=made.graph)
 
     def make(
         self,
@@ -289,7 +308,7 @@ class ReleaseRecipe:
     def _architecture(self, model: PublishedModel, held: bytes | None) -> Architecture:
         if self.module is not None:
             return export_module(
-                self.module,
+                self._made,
                 model,
                 self._named_inputs(),
                 cache=self._cache,

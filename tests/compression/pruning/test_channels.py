@@ -180,7 +180,7 @@ def test_a_module_of_ones_own_is_fitted_without_the_graph(
     module = factory().eval()
     plan = choose_channels(module, (example,), 0.5)
     narrow = narrow_module(module, (example,), plan)
-    fresh = fit_module(factory(), ChannelPlan.from_bytes(plan.to_bytes())).eval()
+    fresh = fit_module(factory(), ChannelPlan.from_bytes(plan.coded)).eval()
     fresh.load_state_dict(narrow.state_dict())  # the same names and shapes
     assert _sizes(fresh) == _sizes(narrow)
     with torch.no_grad():
@@ -281,3 +281,16 @@ def test_recurrent_layers_keep_their_outputs() -> None:
     assert (shapes["lstm.weight_hh_l0"], shapes["head.weight"]) == ((48, 12), (4, 5))
     with torch.no_grad():
         assert torch.equal(fit_module(module, plan)(x), narrow(x))
+
+
+def test_a_second_choice_counts_from_the_channels_there_were() -> None:
+    torch.manual_seed(1)
+    example = (torch.ones(2, 1, 28, 28),)
+    whole = small_resnet_group()
+    first = choose_channels(whole, example, 0.75)
+    narrow = narrow_module(whole, example, first)
+    second = choose_channels(narrow, example, 0.5, first)
+    assert first.then(second).share == pytest.approx(0.5)
+    found = narrow_module(narrow, example, second).state_dict()
+    at_once = narrow_module(whole, example, choose_channels(whole, example, 0.5)).state_dict()
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in at_once.items()}

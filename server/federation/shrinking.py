@@ -1,0 +1,263 @@
+"""Channels that go while a federation trains: who chooses them, and what goes with them.
+
+A *removal* is between two rounds: after the training of one has been aggregated and before anybody
+is sent the result. Channels are chosen on the master; then master, published versions, what
+criteria have kept, and the strategy's own state go on with the part that remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from prunecast.compression.flower import dense_arrays, set_apart
+from prunecast.compression.flower.internals import log
+from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.plan import ChannelSchedule, PlanError
+from prunecast.server.federation.errors import FederationError
+from prunecast.server.federation.grid import CompressedGrid
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = [
+    "ChannelChooser",
+    "FittedModule",
+    "Removals",
+    "Removed",
+    "module_chooser",
+    "narrow_strategy",
+]
+
+Arrays = Mapping[str, NDArray[Any]]
+
+ChannelChooser = Callable[[Arrays, float, ChannelPlan | None], ChannelPlan]
+"""From the master weights, the share of all channels that is to remain, and what remains already of
+the module that everybody's code makes (None for all) to a plan of the master's channels.
+
+Raises PlanError where these cannot be removed."""
+
+
+def module_chooser(
+    factory: Callable[[], nn.Module], example: Callable[[], Tensor | tuple[Tensor, ...]]
+) -> ChannelChooser:
+    """Chooses by the norm of groups in the module's dependency graph; see `choose_channels`.
+
+    Args:
+        factory: makes the module with all of its channels, on any device.
+        example: makes positional inputs that it accepts, or the only one.
+    """
+
+    def choose(master: Arrays, share: float, removed: ChannelPlan | None) -> ChannelPlan:
+        import torch
+
+        from prunecast.compression.pruning.narrowing import choose_channels, fit_module
+
+        with torch.random.fork_rng(devices=[]):
+            module = factory().cpu()
+        if removed is not None:
+            module = fit_module(module, removed)
+        state = {name: torch.from_numpy(np.array(array)) for name, array in master.items()}
+        try:
+            module.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise PlanError(f"the model does not fit {type(module).__name__}: {reason}") from error
+        inputs = example()
+        return choose_channels(
+            module, inputs if isinstance(inputs, tuple) else (inputs,), share, removed
+        )
+
+    return choose
+
+
+class FittedModule:
+    """A module that is kept for models of the same channels, and made anew for those of fewer.
+
+    Args:
+        factory: makes it with all of its channels.
+        module: one that was made already.
+    """
+
+    def __init__(self, factory: Callable[[], nn.Module], module: nn.Module) -> None:
+        self._factory, self._module = factory, module
+        self._removed: ChannelPlan | None = None
+
+    def of(self, removed: ChannelPlan | None) -> nn.Module:
+        """The module for models without the channels that a plan removes."""
+        if removed is not self._removed:
+            from prunecast.compression.pruning.narrowing import fit_module
+
+            module = self._factory()
+            self._module = module if removed is None else fit_module(module, removed)
+            self._removed = removed
+        return self._module
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a removal did.
+
+    Attributes:
+        share: of the channels that remain of all.
+        weights: of the model before and after.
+        plan_bytes: that every node is sent once beside the version.
+    """
+
+    share: float
+    weights: list[int]
+    plan_bytes: int
+
+
+class Removals:
+    """The removals of one run.
+
+    Args:
+        schedule: when channels go, and how many.
+        choose: which; None where nobody says.
+        passed: rounds before those of this run, where it goes on from a checkpoint.
+
+    Raises:
+        FederationError: channels are to go and nobody chooses which.
+    """
+
+    def __init__(
+        self, schedule: ChannelSchedule, choose: ChannelChooser | None, passed: int = 0
+    ) -> None:
+        if schedule.at and choose is None:
+            raise FederationError(
+                "the policy removes channels and nobody says which: give "
+                "Run(channels=module_chooser(model, example)), or in the run config of the ready "
+                "ServerApp example = 'myapp.task:example', () -> inputs of the model"
+            )
+        self._schedule, self._choose, self._passed = schedule, choose, passed
+
+    def check(
+        self, grid: CompressedGrid, arrays: ArrayRecord, strategy: Strategy, rounds: int, key: str
+    ) -> None:
+        """See before anything is trained that the channels can go, and say what they leave behind.
+
+        Raises:
+            FederationError: they would go when no round is left that trains the rest.
+            PlanError: they cannot go.
+        """
+        ahead = [at for at in self._schedule.at if at > self._passed]
+        if not ahead:
+            return
+        last = self._passed + rounds
+        if ahead[-1] >= last:
+            raise FederationError(
+                f"channels go after round {ahead[-1]} of {last}, and no round would train what "
+                "is left: set prunecast.channels-at to earlier rounds, or train longer"
+            )
+        self._plan(grid, arrays, ahead[0], key)
+        _say_what_is_not_reached(strategy)
+
+    def after(
+        self, number: int, grid: CompressedGrid, strategy: Strategy, arrays: ArrayRecord, key: str
+    ) -> tuple[ArrayRecord, Removed | None]:
+        """Remove what is due after a round.
+
+        Args:
+            number: of the round in this run, 1 for the first.
+            grid: of the run.
+            strategy: whose state goes on with what remains.
+            arrays: what the round was aggregated to.
+            key: of the model's record.
+
+        Returns:
+            What the strategy goes on from, and what was done; the same arrays and None for nothing.
+        """
+        number += self._passed
+        if number not in self._schedule.at:
+            return arrays, None
+        plan = self._plan(grid, arrays, number, key)
+        before = {name: array.shape for name, array in dense_arrays(set_apart(arrays)[0]).items()}
+        narrow = grid.remove_channels(arrays, plan, key=key)
+        narrow_strategy(strategy, plan, before)
+        channels = grid.channels(key=key)
+        assert channels is not None
+        weights = [
+            sum(int(np.prod(array.shape)) for array in record.values())
+            for record in (arrays, narrow)
+        ]
+        done = Removed(self._schedule.after(number), weights, len(channels.coded))
+        log(
+            INFO,
+            "After round %d %.0f%% of the channels remain: %d of %d weights.",
+            *(number, 100 * done.share, weights[1], weights[0]),
+        )
+        return narrow, done
+
+    def _plan(
+        self, grid: CompressedGrid, arrays: ArrayRecord, number: int, key: str
+    ) -> ChannelPlan:
+        assert self._choose is not None
+        master = dense_arrays(set_apart(arrays)[0])
+        return self._choose(master, self._schedule.after(number), grid.channels(key=key))
+
+
+def narrow_strategy(
+    strategy: object, plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Take the channels that a plan removes out of what a strategy keeps from round to round.
+
+    Found are attributes that are arrays of the model by name (records or mappings, such as the
+    moments of FedAdam) or in its order (lists, such as the momentum of FedAvgM), and those of a
+    strategy that it wraps. What else a strategy of one's own keeps, it must bring to the new
+    shapes itself.
+
+    Args:
+        strategy: changed in place.
+        plan: of the channels.
+        shapes: of the model's tensors before, in their order.
+    """
+    for name, value in list(vars(strategy).items()):
+        if isinstance(value, Strategy):
+            narrow_strategy(value, plan, shapes)
+        elif (found := _narrowed(value, plan, shapes)) is not None:
+            setattr(strategy, name, found)
+
+
+def _say_what_is_not_reached(strategy: object) -> None:
+    """Warn of a strategy whose state may not be found by `narrow_strategy`."""
+    if isinstance(strategy, Strategy) and type(strategy).__module__.startswith("flwr."):
+        for value in vars(strategy).values():
+            if isinstance(value, Strategy):
+                _say_what_is_not_reached(value)
+        return
+    log(
+        WARNING,
+        "Channels will be removed. Of what %s keeps from round to round, arrays of the model by "
+        "name or in its order are narrowed; anything else it must bring to the new shapes itself.",
+        type(strategy).__name__,
+    )
+
+
+def _narrowed(value: Any, plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """The part of something that remains, where it is arrays of the model; else None."""
+    if isinstance(value, ArrayRecord):
+        if any(tuple(a.shape) != shapes.get(n) for n, a in value.items() if n in plan.kept):
+            return None
+        return ArrayRecord(
+            {n: Array(plan.array(n, a.numpy())) if n in plan.kept else a for n, a in value.items()}
+        )
+    numbers = np.ndarray, np.generic  # differences of single numbers are no arrays
+    if isinstance(value, dict):
+        arrays: dict[str, Any] = {n: a for n, a in value.items() if isinstance(a, numbers)}
+        if not arrays or any(a.shape != shapes.get(n) for n, a in arrays.items()):
+            return None
+        return {**value, **plan.arrays(arrays)}
+    if isinstance(value, list) and len(value) == len(shapes):
+        pairs = list(zip(shapes, value, strict=True))
+        if any(not isinstance(a, numbers) or a.shape != shapes[n] for n, a in pairs):
+            return None
+        return [plan.array(name, array) for name, array in pairs]
+    return None
