@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,15 @@ class Federation:
             for entry in self.ledger.entries
             if (entry.node, entry.round, entry.direction) == (node, number, "down")
         ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a network trains no faster on several, and much slower where others compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -520,3 +529,27 @@ def test_the_ready_server_app_goes_on_from_fewer_channels(federation: Federation
     other = InProcessGrid(apps, 2, run_id=RUN_ID + 1)
     server_app.app(other, Context(RUN_ID + 1, 0, {}, RecordDict(), again))
     assert shapes(load_model(folder / "final.model").tensors) == NARROW
+
+
+@pytest.mark.parametrize(
+    ("criterion", "masks"),
+    [("taylor", "dpf"), ("fisher", "held"), ("movement", "held"), ("activation", "dpf")],
+)
+def test_channels_go_amid_the_pruning_of_weights(
+    federation: Federation, criterion: str, masks: str
+) -> None:
+    hybrid = policy(
+        3,
+        sparsity=0.5,
+        pruning_begin=1,
+        pruning_end=5,
+        pruning_min_size=32,
+        pruning_criterion=criterion,
+        pruning_masks=masks,
+    )
+    federation.run(hybrid, 6, output=federation.folder / "final.model")
+    published = load_model(federation.folder / "final.model")
+    assert shapes(published.tensors) == NARROW
+    assert published.sparsity() >= 0.5 - 0.02
+    assert len({federation.held(n).held("arrays").digest for n in (1, 2, 3)}) == 1  # type: ignore[union-attr]
+    assert not [e for e in federation.ledger.entries if e.kind in ("error", "base-missing")]
