@@ -168,7 +168,10 @@ def test_top_folders_without_a_face_are_namespaces(folder: str) -> None:
     ("face", "names"),
     [
         ("server", ["Checkpoint", "CompressedGrid", "Ledger", "Policy", "Run"]),
-        ("client", ["compression_mod", "current_channels", "current_masks", "hold_masks", "prune_module"]),
+        (
+            "client",
+            ["compression_mod", "current_channels", "current_masks", "hold_masks", "prune_module"],
+        ),
     ],
 )
 def test_public_names(face: str, names: list[str]) -> None:
