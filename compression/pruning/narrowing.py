@@ -284,7 +284,8 @@ def _kept(
 
 
 def _axes(name: str, places: NDArray[np.float64], shape: tuple[int, ...]) -> Axes:
-    indices = np.unravel_index(places.astype(np.int64), shape)
+    # flat: of an array of several axes, some of them 1, NumPy 2.4 repeats what is behind 8192
+    indices = np.unravel_index(places.astype(np.int64).ravel(), shape)
     masks = []
     for size, index in zip(shape, indices, strict=True):
         mask = np.zeros(size, np.bool_)

@@ -11,6 +11,7 @@ module           factories                                              inputs
                  ``conv4``, ``normalised_cnn4``, ``sensor_cnn``
 `residual`       ``ResNet``, ``small_resnet_group``,                    images
                  ``small_resnet_batch``
+`mobile`         ``mobile_net``                                         images
 `recurrent`      ``Lstm``, ``small_lstm``, ``lstm_language_model``      images by row, tokens
 `attention`      ``Transformer``, ``small_transformer``,                images by row, tokens
                  ``language_model``, ``lora_language_model``

@@ -22,6 +22,7 @@ SIZES = {
     "convolutional:conv4": 1_933_258,
     "convolutional:normalised_cnn4": 390_880,
     "convolutional:sensor_cnn": 35_270,
+    "mobile:mobile_net": 23_955_018,
     "residual:small_resnet_group": 151_738,
     "residual:small_resnet_batch": 151_738,
     "residual:ResNet": 2_797_034,

@@ -294,3 +294,23 @@ def test_a_second_choice_counts_from_the_channels_there_were() -> None:
     found = narrow_module(narrow, example, second).state_dict()
     at_once = narrow_module(whole, example, choose_channels(whole, example, 0.5)).state_dict()
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in at_once.items()}
+
+
+def test_large_kernels_of_one_pixel_are_narrowed_with_the_depthwise_ones_behind() -> None:
+    torch.manual_seed(1)
+    made = nn.Sequential(  # 128 x 96 weights: more than NumPy looks at in one go
+        *(nn.Conv2d(1, 96, 3), nn.Conv2d(96, 128, 1), nn.BatchNorm2d(128), nn.ReLU()),
+        *(nn.Conv2d(128, 128, 3, groups=128), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(128, 10),
+    ).eval()
+    example = (torch.rand(2, 1, 12, 12),)
+    plan = choose_channels(made, example, 0.75)
+    narrow = narrow_module(made, example, plan)
+    state = {name: tuple(tensor.shape) for name, tensor in narrow.state_dict().items()}
+    assert state["1.weight"] == (96, 72, 1, 1)
+    assert state["4.weight"] == (96, 1, 3, 3)
+    outputs, inputs, *_ = plan.kept["1.weight"]
+    assert outputs is not None
+    assert inputs is not None
+    kept = made[1].weight.detach().numpy()[np.ix_(outputs, inputs)]
+    assert np.array_equal(kept, narrow[1].weight.detach().numpy())
