@@ -112,10 +112,15 @@ class StatisticsMean:
             share = np.float32(weight / (before + weight))
             self._means[place] = (mean + (values - mean) * share, before + weight)
 
-    def take(self) -> dict[str, dict[str, NDArray[np.float32]]]:
-        """The mean so far, by statistic and tensor; begins anew."""
-        taken: dict[str, dict[str, NDArray[np.float32]]] = {}
+    def so_far(self) -> dict[str, dict[str, NDArray[np.float32]]]:
+        """The mean so far, by statistic and tensor."""
+        found: dict[str, dict[str, NDArray[np.float32]]] = {}
         for (name, tensor), (mean, _) in self._means.items():
-            taken.setdefault(name, {})[tensor] = mean
+            found.setdefault(name, {})[tensor] = mean
+        return found
+
+    def take(self) -> dict[str, dict[str, NDArray[np.float32]]]:
+        """The mean so far; begins anew."""
+        taken = self.so_far()
         self._means.clear()
         return taken

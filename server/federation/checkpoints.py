@@ -27,8 +27,10 @@ from prunecast.server.federation.pruner import MaskState
 __all__ = ["Checkpoint"]
 
 _METADATA = "prunecast"
-_SCHEMA = 4
+_SCHEMA = 5
 _MASK, _EARLY = "prunecast.mask.", "prunecast.early."  # before names of tensors
+_KNOWN, _SUM = "prunecast.statistic.", "prunecast.sum."
+_OF = "/"  # between a statistic and its tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class _Metadata:
     stage: float
     masks: tuple[str, ...]
     early: tuple[str, ...]
+    known: tuple[str, ...]
+    accumulated: tuple[str, ...]
     channels: str
 
 
@@ -81,14 +85,17 @@ class Checkpoint:
         from safetensors.numpy import save_file
 
         steps, order = dict(self.steps), tuple(self.arrays)
-        held, early = self.masks.masks, self.masks.early
+        held, early, sums = self.masks.masks, self.masks.early, self.masks.accumulated
+        known = {s + _OF + n: a for s, found in self.masks.known.items() for n, a in found.items()}
         channels = "" if self.channels is None else self.channels.to_text()
         meta = _Metadata(
             *(_SCHEMA, self.counter, steps, self.clock, self.progress, self.key, order),
-            *(self.masks.stage, tuple(held), tuple(early), channels),
+            *(self.masks.stage, tuple(held), tuple(early), tuple(known), tuple(sums), channels),
         )
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         arrays |= {_EARLY + name: np.asarray(array, order="C") for name, array in early.items()}
+        arrays |= {_KNOWN + name: np.asarray(array, order="C") for name, array in known.items()}
+        arrays |= {_SUM + name: np.asarray(array, order="C") for name, array in sums.items()}
         arrays |= {_MASK + name: np.packbits(mask) for name, mask in held.items()}
         with replacing(Path(path)) as temporary:
             try:
@@ -114,6 +121,12 @@ class Checkpoint:
                     name: _mask(name, file.get_tensor(_MASK + name), arrays[name])
                     for name in meta.masks
                 }
+                known: dict[str, dict[str, NDArray[Any]]] = {}
+                for name in meta.known:
+                    statistic, _, tensor = name.partition(_OF)
+                    found = known.setdefault(statistic, {})
+                    found[tensor] = _finite(name, file.get_tensor(_KNOWN + name))
+                sums = {n: _finite(n, file.get_tensor(_SUM + n)) for n in meta.accumulated}
             if meta.schema != _SCHEMA or meta.counter < 0 or meta.clock < 0:
                 raise ValueError(f"schema {meta.schema} or counter {meta.counter} is not supported")
             if not all(math.isfinite(step) and step > 0 for step in meta.steps.values()):
@@ -122,7 +135,8 @@ class Checkpoint:
                 Progress(0, 0).resume(meta.progress)
             channels = ChannelPlan.from_text(meta.channels) if meta.channels else None
             at = meta.counter, meta.steps, meta.clock, meta.progress
-            return cls(arrays, *at, MaskState(meta.stage, masks, early), meta.key, channels)
+            state = MaskState(meta.stage, masks, early, known, sums)
+            return cls(arrays, *at, state, meta.key, channels)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "
@@ -134,3 +148,9 @@ def _mask(name: str, packed: NDArray[Any], array: NDArray[Any]) -> NDArray[np.bo
     if packed.dtype != np.uint8 or packed.ndim != 1 or packed.size != -(-array.size // 8):
         raise ValueError(f"the mask of {name!r} is not of its shape")
     return np.unpackbits(packed, count=array.size).astype(bool).reshape(array.shape)
+
+
+def _finite(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise ValueError(f"what pruning knows of {name!r} is not finite")
+    return array

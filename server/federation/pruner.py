@@ -35,17 +35,21 @@ _OTHER_CRITERIA = 0.25  # part of the lattice's step where masks do not follow f
 
 @dataclass(frozen=True, eq=False)
 class MaskState:
-    """Masks that are held, and what is kept for later events.
+    """Masks that are held, and what is kept for later events and versions.
 
     Attributes:
         stage: of the schedule that they were chosen in, see `PruningPlan.stage`.
         masks: by tensor; empty while nothing is pruned, or where masks are not held.
         early: the master weights that events rewind to; empty for none.
+        known: statistics that nodes contributed, those since the last version included.
+        accumulated: what the criterion sums over versions, by tensor.
     """
 
     stage: float = 0.0
     masks: Masks = field(default_factory=dict)
     early: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    known: Statistics = field(default_factory=dict)
+    accumulated: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class Pruner:
@@ -83,7 +87,8 @@ class Pruner:
     @property
     def state(self) -> MaskState:
         """What a resumed run needs beside `progress`."""
-        return self._state
+        known = self._with(self.statistics.so_far())
+        return replace(self._state, known=known, accumulated=self._accumulated)
 
     def resume(self, progress: tuple[float, ...], state: MaskState) -> None:
         """Go on where another pruner was.
@@ -93,7 +98,7 @@ class Pruner:
         """
         if progress:
             self.progress.resume(progress)
-        self._state = state
+        self._state, self._known, self._accumulated = state, state.known, state.accumulated
 
     def remove(self, plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Go on without the channels that a plan removes of the last version.
@@ -174,8 +179,7 @@ class Pruner:
         self._rewound = None
         if self.plan is None:
             return {}
-        if not (self.plan.criterion.once and self._known):  # what comes late changes nothing
-            self._known = {**self._known, **statistics}
+        self._known = self._with(statistics)
         self._versions += 1
         weights = self.plan.prunable(lattice)
         self._at = clock
@@ -187,12 +191,18 @@ class Pruner:
         if self.policy.target and weights and self._versions <= 2:
             self._check(lattice, trained=self._versions == 2)
         known = self._knowledge(weights, lattice if model is None else model)
-        if self.plan.criterion.once and self._versions == 1:
-            return {}  # nobody has been asked yet
+        asked = self._versions > 1 or self._known or self._state.masks
+        if self.plan.criterion.once and not asked:
+            return {}
         try:
             return self._held(known) if self.holds else self.plan.masks(self._at, known)
         except PlanError as error:
             raise PolicyError(f"the model cannot be pruned as the policy says: {error}") from error
+
+    def _with(self, statistics: Statistics) -> Statistics:
+        """What is known with what nodes contributed since; too late where they are asked once."""
+        once = self.plan is not None and self.plan.criterion.once
+        return self._known if once and self._known else {**self._known, **statistics}
 
     def _check(self, lattice: Mapping[str, NDArray[Any]], *, trained: bool) -> None:
         """Before the first round, and again for ties, once weights that were only copied differ."""

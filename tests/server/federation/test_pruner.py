@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
 
+from prunecast.compression.pruning.statistics import pack_statistics, statistic_shape
 from prunecast.server.federation import Checkpoint, Policy, PolicyError
 from prunecast.server.federation.publisher import Publisher
 from support.federation import initial_arrays, to_record
@@ -183,6 +184,61 @@ def test_masks_and_weights_go_on_after_a_resume_as_if_nothing_had_been(
             n: m.tolist() for n, m in other.masks().items()
         }
         assert all((a == other.arrays()[n]).all() for n, a in one.arrays().items())
+
+
+@pytest.mark.parametrize("criterion", ["snip", "fisher", "activation", "movement"])
+def test_what_pruning_knows_goes_on_after_a_resume(
+    criterion: str, federation: Any, tmp_path: Any
+) -> None:
+    """Statistics of the last round, too, that no version was made with yet."""
+    policy = Policy(**SMALL, pruning_criterion=criterion, pruning_schedule="linear", hysteresis=0.5)
+    shapes = {name: array.shape for name, array in initial_arrays().items()}
+    rng = np.random.default_rng(2)
+    given = [to_record(initial_arrays(seed)) for seed in range(6)]
+
+    def pruner(grid: Any) -> Any:
+        return grid._streams.stream(grid.run.run_id, "arrays").pruner
+
+    whole, _, _ = federation(policy)
+    for record in given[:4]:
+        whole.published(record)
+        for wanted in pruner(whole).wanted:  # as nodes answer
+            found = {n: rng.normal(size=statistic_shape(wanted, s)) for n, s in shapes.items()
+                     if len(s) > 1}  # fmt: skip
+            pruner(whole).statistics.add(pack_statistics({wanted: found}), (wanted,), shapes)
+    whole.checkpoint(given[3]).save(tmp_path / "checkpoint.safetensors")
+    resumed, _, _ = federation(policy, run_id=77)
+    master = resumed.resume(Checkpoint.load(tmp_path / "checkpoint.safetensors"))
+    before, after = pruner(whole).state, pruner(resumed).state
+    for one, other in ((before.accumulated, after.accumulated), *(
+        (before.known[name], after.known[name]) for name in before.known
+    )):  # fmt: skip
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(array, other[name]) for name, array in one.items())
+    assert before.known or before.accumulated
+    resumed.published(master)
+    if criterion != "movement":  # which lacks the last round's update
+        masks = [grid.published(given[4]).masks() for grid in (whole, resumed)]
+        assert masks[0].keys() == masks[1].keys() == {"conv.weight", "fc.weight"}
+        assert all((mask == masks[1][name]).all() for name, mask in masks[0].items())
+
+
+def test_a_resumed_static_mask_of_snip_is_not_dense_again(federation: Any, tmp_path: Any) -> None:
+    policy = Policy(
+        sparsity=0.5, pruning_schedule="static", pruning_criterion="snip", pruning_min_size=100
+    )
+    first, _, _ = federation(policy)
+    record = to_record(initial_arrays())
+    first.published(record)
+    pruned = first.published(to_record(initial_arrays(1)))
+    assert pruned.masks()
+    first.checkpoint(to_record(initial_arrays(1))).save(tmp_path / "checkpoint.safetensors")
+    resumed, _, _ = federation(policy, run_id=77)
+    master = resumed.resume(Checkpoint.load(tmp_path / "checkpoint.safetensors"))
+    again = resumed.published(master).masks()
+    assert {n: m.tolist() for n, m in again.items()} == {
+        n: m.tolist() for n, m in pruned.masks().items()
+    }
 
 
 def test_a_federation_holds_its_masks_and_nodes_train_what_is_kept_alone(federation: Any) -> None:
