@@ -28,10 +28,10 @@ class StatisticsMeter:
     """Measures statistics while a model trains; changes nothing of what it learns.
 
     `GRADIENT` is the root mean square over all steps, pruned weights included. `SENSITIVITY` is of
-    the first step alone, whose weights are those that the node was sent: one mini-batch, as in Lee
-    et al. 2019, on every node. `ACTIVATION` comes from hooks on linear and convolutional layers;
-    a layer that computes without calling its module, as the output of torch's
-    `nn.MultiheadAttention`, has none.
+    the first step alone (that float16 does not overflow in), whose weights are those that the node
+    was sent: one mini-batch, as in Lee et al. 2019, on every node. `ACTIVATION` comes from hooks on
+    linear and convolutional layers; a layer that computes without calling its module, as the output
+    of torch's `nn.MultiheadAttention`, has none.
 
     Args:
         model: on its device already.
@@ -71,18 +71,20 @@ class StatisticsMeter:
     def step(self) -> None:
         """Look at the gradients of a step, unscaled and before any of them is set to zero."""
         self._steps += 1
-        first = SENSITIVITY in self._wanted and self._steps == 1
-        if not first and not self._squares:
+        sent = SENSITIVITY in self._wanted and not self._sensitivities
+        if not sent and not self._squares:
             return
+        products: dict[str, Tensor] = {}
         for name, parameter in self._trained.items():
             if parameter.grad is None:
                 continue
             gradient = parameter.grad
             if name in self._squares:  # float16 overflows
                 self._squares[name] += gradient.square().nan_to_num_(0.0, posinf=0.0)
-            if first:
-                product = parameter.detach() * gradient
-                self._sensitivities[name] = product.nan_to_num_(0.0, posinf=0.0, neginf=0.0)
+            if sent:
+                products[name] = parameter.detach() * gradient
+        if all(bool(product.isfinite().all()) for product in products.values()):
+            self._sensitivities.update(products)  # else the scaler leaves the weights as they are
 
     def found(self) -> dict[str, dict[str, NDArray[np.float32]]]:
         """The wanted statistics by name and tensor, float32, as `statistic_shape` says."""

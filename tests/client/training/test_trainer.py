@@ -11,6 +11,7 @@ from torch import nn
 
 from prunecast.client.training import trainer
 from prunecast.client.training.trainer import TensorBatches, TrainerError, evaluate, train
+from prunecast.compression.pruning.measuring import StatisticsMeter
 from prunecast.compression.pruning.statistics import ACTIVATION, GRADIENT, SENSITIVITY
 
 
@@ -108,6 +109,18 @@ def test_sensitivities_are_of_the_first_mini_batch_at_the_weights_that_came():
     expected = (start.weight.detach() * start.weight.grad).numpy()
     np.testing.assert_allclose(found[SENSITIVITY]["weight"], expected, rtol=1e-4, atol=1e-9)
     assert (found[SENSITIVITY]["weight"] < 0).any()  # the sign is for the mean over nodes
+
+
+def test_a_step_that_overflows_measures_no_sensitivity():
+    """A gradient scaler leaves the weights as they are then, and the next step is of these."""
+    model = nn.Linear(2, 1, bias=False)
+    with StatisticsMeter(model, [SENSITIVITY, GRADIENT]) as meter:
+        for gradient in ([torch.inf, 1.0], [3.0, -1.0], [9.0, 9.0]):
+            model.weight.grad = torch.tensor([gradient])
+            meter.step()
+    expected = model.weight.detach() * torch.tensor([[3.0, -1.0]])
+    assert torch.equal(torch.from_numpy(meter.found()[SENSITIVITY]["weight"]), expected)
+    assert np.isfinite(meter.found()[GRADIENT]["weight"]).all()
 
 
 def test_activations_are_the_mean_sizes_of_the_inputs_of_layers():
