@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,8 +24,8 @@ from prunecast.cli.console import (
 from prunecast.common.text import bytes_text, count_text, percent
 
 if TYPE_CHECKING:
-    from prunecast.compression.files.checkpoints import Checkpoint
-    from prunecast.compression.files.pruning import PruningResult, Targets
+    from prunecast.compression.files.pruned import PruningResult
+    from prunecast.compression.files.zeroing import Targets
 
 __all__ = ["prune"]
 
@@ -48,8 +48,9 @@ def prune(
     allocation: Annotated[
         str,
         typer.Option(
-            help="The same share of every tensor (layer), one ranking (global), or less of tensors "
-            "with few weights for their inputs and outputs (erk)."
+            help="The same share of every tensor (layer), one ranking (global), less of tensors "
+            "with few weights for their inputs and outputs (erk), or by a weight's share of its "
+            "tensor (lamp, sensitivity)."
         ),
     ] = "layer",
     pattern: Annotated[
@@ -74,6 +75,16 @@ def prune(
             "NAME.pruned.SUFFIX, or pruned/ beside it.",
         ),
     ] = None,
+    memory: Annotated[
+        int, typer.Option(min=1, help="Most bytes of memory to take; default 1 GiB.")
+    ] = 1 << 30,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Work on all machines of a Ray cluster, HOST:PORT or auto; they see the files "
+            "under the same paths."
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")
     ] = False,
@@ -87,11 +98,13 @@ def prune(
     """
     from prunecast.common.files import write_atomically
     from prunecast.compression.files.checkpoints import open_checkpoint
+    from prunecast.compression.files.cluster import ray_cluster
     from prunecast.compression.files.pruning import (
         Pruning,
         default_targets,
         prune_checkpoint,
     )
+    from prunecast.compression.files.selection import one_after_the_other
     from prunecast.compression.pruning.patterns import parse_pattern
 
     if sparsity is None and pattern:
@@ -106,56 +119,42 @@ def prune(
             param_hint="--sparsity",
         )
     settings = Pruning(
-        sparsity, criterion, allocation, min_size, tuple(exclude or ()), adapters, pattern=pattern
+        sparsity,
+        criterion,
+        allocation,
+        min_size,
+        tuple(exclude or ()),
+        adapters,
+        pattern=pattern,
+        memory=memory,
     )
     source = open_checkpoint(checkpoint)
     targets = default_targets(source, output)
     for path in targets.all:
         if path.exists() and not force:
             raise typer.BadParameter(f"{path} exists: give --force to overwrite it")
-    with file_progress() as progress:
-        result = prune_checkpoint(source, targets, settings, on_progress=progress)
-    report = _document(source, targets, result)
+    with ExitStack() as opened:
+        run = one_after_the_other if ray is None else opened.enter_context(ray_cluster(ray))
+        progress = opened.enter_context(file_progress())
+        result = prune_checkpoint(source, targets, settings, run=run, on_progress=progress)
+    report = {
+        "checkpoint": str(source.path),
+        "output": str(next(iter(targets.files.values()))),
+        "masks": str(targets.masks),
+        "criterion": criterion,
+        "allocation": allocation,
+        "pattern": pattern or None,
+        "wanted_sparsity": sparsity,
+        **result.document(),
+        "pruned_file_bytes": sum(path.stat().st_size for path in targets.files.values()),
+        "mask_bytes": targets.masks.stat().st_size,
+        "peak_memory_bytes": _peak_memory(),
+    }
     write_atomically(targets.report, (json.dumps(report, indent=1) + "\n").encode())
     if as_json:
         show(report)
     else:
         _show(targets, result, report)
-
-
-def _document(source: Checkpoint, targets: Targets, result: PruningResult) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "checkpoint": str(source.path),
-        "output": str(result.outputs[0]),
-        "masks": str(targets.masks),
-        "criterion": result.settings.criterion,
-        "allocation": result.settings.allocation,
-        "pattern": result.settings.pattern or None,
-        "wanted_sparsity": result.settings.sparsity,
-        "parameters": result.parameters,
-        "prunable": result.prunable,
-        "removed": result.removed,
-        "sparsity": result.removed / max(1, result.prunable),
-        "sparsity_of_all": result.removed / max(1, result.parameters),
-        "file_bytes": result.nbytes,
-        "pruned_file_bytes": sum(path.stat().st_size for path in result.outputs),
-        "mask_bytes": targets.masks.stat().st_size,
-        "passes": result.passes,
-        "peak_memory_bytes": _peak_memory(),
-        "tensors": [
-            {
-                "name": name,
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "prunable": tensor.prunable,
-                "removed": tensor.removed,
-                "sparsity": tensor.sparsity,
-                "same_as": tensor.same_as or None,
-            }
-            for name, tensor in result.tensors.items()
-        ],
-    }
 
 
 def _peak_memory() -> int:
@@ -196,10 +195,11 @@ def _show(targets: Targets, result: PruningResult, report: dict[str, Any]) -> No
     print_table(make_console(), columns, rows, total=total)
     whole = len(result.tensors) - len(rows)
     say(
-        f"{result.outputs[0]}: {result.removed:,} of {result.parameters:,} weights are zero "
+        f"{report['output']}: {result.removed:,} of {result.parameters:,} weights are zero "
         f"({percent(report['sparsity_of_all'])}); {count_text(whole, 'tensor')} left whole.",
         f"{targets.masks}: {bytes_text(report['mask_bytes'])}. {targets.report}: every tensor.",
         f"The file is as large as before ({bytes_text(report['pruned_file_bytes'])}): prunecast "
-        f"compress {result.outputs[0]} makes the zeros pay.",
-        f"Peak memory {bytes_text(report['peak_memory_bytes'])}.",
+        f"compress {report['output']} makes the zeros pay.",
+        f"Peak memory {bytes_text(report['peak_memory_bytes'])}, bounded by "
+        f"{bytes_text(result.memory)} whatever the checkpoint's size.",
     )

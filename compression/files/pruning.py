@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
-from prunecast.common.files import StorageError, replacing
 from prunecast.common.text import bytes_text
-from prunecast.compression.files import CannotPrune, UnreadableFile
+from prunecast.compression.files import CannotPrune
 from prunecast.compression.files.checkpoints import Checkpoint, Extent
 from prunecast.compression.files.inspection import Progress
-from prunecast.compression.files.mask_files import MaskFile
+from prunecast.compression.files.pruned import PrunedTensor, PruningResult
 from prunecast.compression.files.selection import (
     CHUNK,
     SCORED,
@@ -31,11 +27,18 @@ from prunecast.compression.files.selection import (
     Ranking,
     Run,
     one_after_the_other,
-    read_part,
     select,
-    stay,
 )
+from prunecast.compression.files.shares import MOST_GATHERED, SHARED, removed_by_share
+from prunecast.compression.files.tensors import raw_dtype
 from prunecast.compression.files.ties import tied_tensors
+from prunecast.compression.files.zeroing import (
+    Targets,
+    Zeroed,
+    default_targets,
+    refuse_without_room,
+    write_pruned,
+)
 from prunecast.compression.pruning.allocation import kernel_numbers
 from prunecast.compression.pruning.patterns import NOfM, parse_pattern
 from prunecast.compression.pruning.plan import PruningPlan
@@ -50,10 +53,11 @@ __all__ = [
     "prune_checkpoint",
 ]
 
-SPREADS = ("layer", "global", "erk")
+SPREADS = ("layer", "global", "erk", *SHARED)
 """Allocations that can be computed in pieces."""
 
-_BLOCK = 1 << 23  # bytes copied at a time
+_PROGRAM = 192 << 20  # bytes of Python, NumPy and onnx
+_A_WEIGHT = 48  # bytes that are held for each weight of a chunk
 _MOST_PARTS = 1024
 _SMALLEST_PART = 16 * CHUNK
 _MOST_DIMENSIONS = 32
@@ -73,6 +77,8 @@ class Pruning:
         adapters: whether low-rank factors may be pruned.
         seed: of the criterion "random".
         pattern: "N:M", such as "2:4", along the input channels; "" for single weights.
+        memory: most bytes that a process may take; LAMP and the allocation by sensitivity sort one
+            tensor at a time, and a row of a pattern is looked at whole.
 
     Raises:
         CannotPrune: a value outside of its range.
@@ -86,6 +92,7 @@ class Pruning:
     adapters: bool = False
     seed: int = 0
     pattern: str = ""
+    memory: int = 1 << 30
 
     def __post_init__(self) -> None:
         try:
@@ -136,123 +143,6 @@ class Pruning:
         return [t for t in checkpoint.tensors if t.name in names and t.spec.floating]
 
 
-@dataclass(frozen=True)
-class PrunedTensor:
-    """What became of one tensor.
-
-    Attributes:
-        dtype: by name.
-        shape: of the tensor.
-        removed: how many of its weights are zero now; 0 where it was left whole.
-        prunable: whether it could lose any.
-        same_as: the tensor that it is tied with, which counts instead of it; "" for none.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    removed: int
-    prunable: bool
-    same_as: str = ""
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def sparsity(self) -> float:
-        """Share of its weights that went."""
-        return self.removed / max(1, self.size)
-
-
-@dataclass(frozen=True)
-class PruningResult:
-    """What was written.
-
-    Attributes:
-        tensors: by name, in the order of the checkpoint.
-        settings: that it was pruned by.
-        nbytes: of the files, before and after: zeros take as much as other weights.
-        outputs: the files of the checkpoint, the one that names the others first.
-        passes: how often the prunable weights were read to choose, and once more to write.
-    """
-
-    tensors: Mapping[str, PrunedTensor]
-    settings: Pruning
-    nbytes: int
-    outputs: Sequence[Path] = field(default_factory=list)
-    passes: int = 0
-
-    @property
-    def prunable(self) -> int:
-        """Weights that could be removed, tied ones once."""
-        return sum(t.size for t in self.tensors.values() if t.prunable and not t.same_as)
-
-    @property
-    def removed(self) -> int:
-        """Weights that were removed, tied ones once."""
-        return sum(t.removed for t in self.tensors.values() if not t.same_as)
-
-    @property
-    def parameters(self) -> int:
-        """Weights of all tensors, tied ones once."""
-        return sum(t.size for t in self.tensors.values() if not t.same_as)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Where it is written.
-
-    Attributes:
-        files: name of a file of the checkpoint to where its pruned copy goes.
-        masks: the file of masks.
-        report: the JSON that the caller writes.
-    """
-
-    files: Mapping[str, Path]
-    masks: Path
-    report: Path
-
-    @property
-    def all(self) -> list[Path]:
-        """Every path, the file that names the others first."""
-        return [*self.files.values(), self.masks, self.report]
-
-
-def default_targets(checkpoint: Checkpoint, output: Path | None = None) -> Targets:
-    """Where a pruned checkpoint goes.
-
-    Args:
-        checkpoint: one file, or several that keep their names in a folder of their own.
-        output: the file, or for several files the folder; by default ``NAME.pruned.SUFFIX`` beside
-            the checkpoint, or ``pruned/``.
-
-    Raises:
-        CannotPrune: it would overwrite the checkpoint itself, or is of another format.
-    """
-    path = checkpoint.path
-    if len(checkpoint.files) == 1:
-        whole = output or path.with_name(f"{path.stem}.pruned{path.suffix}")
-        if whole.suffix.lower() != path.suffix.lower():
-            raise CannotPrune(f"{whole}: a pruned {path.suffix} file is one again, name it so")
-        files = {path.name: whole}
-        masks, report = (whole.with_suffix(s) for s in (".masks.safetensors", ".report.json"))
-    else:
-        folder = output or path.parent / "pruned"
-        if folder.suffix.lower() in (".safetensors", ".onnx", ".json"):
-            raise CannotPrune(
-                f"{folder}: the checkpoint has {len(checkpoint.files)} files, which keep their "
-                "names: give a folder"
-            )
-        files = {name: folder / name for name in checkpoint.files}
-        masks, report = folder / "pruning.masks.safetensors", folder / "pruning.report.json"
-    own = {p.resolve() for p in checkpoint.files.values()}
-    for target in (*files.values(), masks, report):
-        if target.resolve() in own:
-            raise CannotPrune(f"{target} is the checkpoint itself: give another --out")
-    return Targets(files, masks, report)
-
-
 def prune_checkpoint(
     checkpoint: Checkpoint,
     targets: Targets,
@@ -287,33 +177,53 @@ def prune_checkpoint(
             f"{checkpoint.path} has no tensor that may be pruned: none is a matrix or kernel of "
             f"floats with at least {settings.min_size} elements that no pattern excludes"
         )
-    _refuse_without_room(checkpoint, targets, chosen)
-    single = [t for t in chosen if t.name not in ties]
+    refuse_without_room(checkpoint, targets, chosen)
     if settings.pattern:
         return _by_pattern(checkpoint, targets, settings, chosen, ties, run, on_progress)
+    single = [t for t in chosen if t.name not in ties]
+    memory = _memory(single, settings)
     parts = {t.name: _parts(checkpoint, t, _most(chosen)) for t in chosen}
     rankings = _rankings(single, settings)
-    weights = sum(t.spec.nbytes for t in single)
-    passes = max(-(-r.bits // 16) for r in rankings.values()) + 1
-    progress = _Progress(on_progress, weights * passes + checkpoint.nbytes)
+    passes = max(-(-r.bits // 16) for r in rankings.values()) + 2
+    sorting = 3 if settings.allocation in SHARED else 0
+    read = sum(t.spec.nbytes for t in single) * (passes - 1 + sorting)
+    progress = _Progress(on_progress, read + checkpoint.nbytes)
     cuts: dict[str, list[Cut]] = {}
-    for group, remove in _groups(single, settings):
+    for group, remove in _groups(checkpoint, single, rankings, settings, run, progress.add):
         joined = [part for tensor in group for part in parts[tensor.name]]
         progress.what = f"ranking {group[0].name}" if len(group) == 1 else "ranking all weights"
         found = iter(select(joined, remove, rankings[group[0].name], run, progress.add))
         for tensor in group:
             cuts[tensor.name] = [next(found) for _ in parts[tensor.name]]
-    for copy, first in ties.items():
+    for twin, first in ties.items():
         if first in cuts:
-            cuts[copy] = cuts[first]
-            rankings[copy] = rankings[first]
+            cuts[twin], rankings[twin] = cuts[first], rankings[first]
     jobs = [
-        _Write(part, rankings[t.name], cut, CHUNK)
+        Zeroed(part, rankings[t.name], cut, CHUNK)
         for t in chosen
         for part, cut in zip(parts[t.name], cuts[t.name], strict=True)
     ]
-    _write(checkpoint, targets, chosen, jobs, run, progress)
-    return _result(checkpoint, targets, settings, jobs, ties, passes + 1)
+    write_pruned(checkpoint, targets, chosen, jobs, run, progress.add)
+    return _result(checkpoint, jobs, ties, passes + sorting, memory)
+
+
+def _memory(single: Sequence[Extent], settings: Pruning, chunk: int = CHUNK) -> int:
+    """Bytes that a process takes at most.
+
+    Raises:
+        CannotPrune: they are more than is allowed.
+    """
+    memory, largest = _PROGRAM + _A_WEIGHT * chunk, max(single, key=lambda t: t.spec.size)
+    if settings.allocation in SHARED:
+        itemsize = raw_dtype(_ranking([largest], settings).dtype).itemsize
+        memory += 2 * 8 * MOST_GATHERED + itemsize * largest.spec.size
+    if memory > settings.memory:
+        raise CannotPrune(
+            f"tensor {largest.name!r} of shape {list(largest.spec.shape)} takes "
+            f"{bytes_text(memory)} of memory, more than {bytes_text(settings.memory)}: allow more "
+            "with --memory, or choose the allocation layer, global or erk"
+        )
+    return memory
 
 
 def _by_pattern(
@@ -328,7 +238,7 @@ def _by_pattern(
     """N of every M: each group by itself, so one pass is enough."""
     pattern = parse_pattern(settings.pattern)
     assert isinstance(pattern, NOfM)
-    jobs = []
+    jobs, memory = [], 0
     for tensor in chosen:
         shape = tensor.spec.shape
         if misfit := pattern.misfit(shape if tensor.inputs == 1 else shape[1::-1]):
@@ -340,45 +250,40 @@ def _by_pattern(
         rows = 8 if tensor.inputs == 1 else math.lcm(8, pattern.of)
         step = row * rows
         chunk = max(step, CHUNK // step * step)
-        ranking = Ranking.of([tensor.spec.dtype], settings.criterion, settings.seed)
+        memory = max(memory, _memory([tensor], settings, chunk))
+        ranking = _ranking([tensor], settings)
         grouping = Grouping(pattern, shape[1:], tensor.inputs)
         for part in _parts(checkpoint, tensor, -(-_most(chosen) // chunk) * chunk):
             size = part.stop - part.start
             cut = Cut(0, 0, -1, size - size // pattern.of * pattern.kept)
-            jobs.append(_Write(part, ranking, cut, chunk, grouping))
+            jobs.append(Zeroed(part, ranking, cut, chunk, grouping))
     weights = sum(t.spec.nbytes for t in chosen)
     progress = _Progress(on_progress, weights + checkpoint.nbytes)
-    _write(checkpoint, targets, chosen, jobs, run, progress)
-    return _result(checkpoint, targets, settings, jobs, ties, 1)
+    write_pruned(checkpoint, targets, chosen, jobs, run, progress.add)
+    return _result(checkpoint, jobs, ties, 1, memory)
 
 
 def _result(
     checkpoint: Checkpoint,
-    targets: Targets,
-    settings: Pruning,
-    jobs: Sequence[_Write],
+    jobs: Sequence[Zeroed],
     ties: Mapping[str, str],
     passes: int,
+    memory: int,
 ) -> PruningResult:
     removed: dict[str, int] = {}
     for job in jobs:
         removed[job.part.name] = removed.get(job.part.name, 0) + job.cut.removed
-    return PruningResult(
-        {
-            t.name: PrunedTensor(
-                t.spec.dtype,
-                t.spec.shape,
-                removed.get(t.name, 0),
-                t.name in removed,
-                ties.get(t.name, ""),
-            )
-            for t in checkpoint.tensors
-        },
-        settings,
-        checkpoint.nbytes,
-        list(targets.files.values()),
-        passes,
-    )
+    tensors = {
+        t.name: PrunedTensor(
+            t.spec.dtype,
+            t.spec.shape,
+            removed.get(t.name, 0),
+            t.name in removed,
+            ties.get(t.name, ""),
+        )
+        for t in checkpoint.tensors
+    }
+    return PruningResult(tensors, checkpoint.nbytes, passes, memory)
 
 
 # -- before anything is written -------------------------------------------------------------------
@@ -398,17 +303,6 @@ def _refuse_apart(settings: Pruning, chosen: set[str], ties: Mapping[str, str]) 
             )
 
 
-def _refuse_without_room(checkpoint: Checkpoint, targets: Targets, chosen: list[Extent]) -> None:
-    folder = next(p for p in targets.masks.absolute().parents if p.exists())
-    needed = checkpoint.nbytes + sum(-(-t.spec.size // 8) for t in chosen)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CannotPrune(
-            f"{folder} has {bytes_text(free)} free and the pruned checkpoint takes "
-            f"{bytes_text(needed)}: make room, or name another place with --out"
-        )
-
-
 def _most(chosen: Sequence[Extent]) -> int:
     """Weights of a part, so that parts are worth a task and are not too many; a multiple of 8."""
     return max(_SMALLEST_PART, -(-sum(t.spec.size for t in chosen) // _MOST_PARTS // 8) * 8)
@@ -422,43 +316,52 @@ def _parts(checkpoint: Checkpoint, tensor: Extent, most: int) -> list[Part]:
     ]
 
 
+def _ranking(tensors: Sequence[Extent], settings: Pruning) -> Ranking:
+    return Ranking.of((t.spec.dtype for t in tensors), settings.criterion, settings.seed)
+
+
 def _rankings(single: Sequence[Extent], settings: Pruning) -> dict[str, Ranking]:
-    together = Ranking.of((t.spec.dtype for t in single), settings.criterion, settings.seed)
     if settings.allocation == "global":
-        return {t.name: together for t in single}
-    return {t.name: Ranking.of([t.spec.dtype], settings.criterion, settings.seed) for t in single}
+        return dict.fromkeys((t.name for t in single), _ranking(single, settings))
+    return {t.name: _ranking([t], settings) for t in single}
 
 
-def _groups(single: list[Extent], settings: Pruning) -> Iterator[tuple[list[Extent], int]]:
+def _groups(
+    checkpoint: Checkpoint,
+    single: list[Extent],
+    rankings: Mapping[str, Ranking],
+    settings: Pruning,
+    run: Run,
+    tick: Callable[[int, str], None],
+) -> Iterator[tuple[list[Extent], int]]:
     """Tensors that are ranked together, and how many of their weights go.
 
     As `prunecast.compression.pruning.allocation` has it.
     """
+    sizes = [t.spec.size for t in single]
+    remove = int(settings.sparsity * sum(sizes))
     if settings.allocation == "layer":
-        for tensor in single:
-            yield [tensor], int(settings.sparsity * tensor.spec.size)
-        return
-    if settings.allocation == "erk":
-        try:
-            numbers = kernel_numbers({t.name: t.spec.shape for t in single}, settings.sparsity)
-        except ValueError as error:
-            raise CannotPrune(str(error)) from error
-        for tensor in single:
-            yield [tensor], tensor.spec.size - numbers[tensor.name]
-        return
-    total = sum(t.spec.size for t in single)
-    remove = int(settings.sparsity * total)
-    if total - remove < len(single):
+        numbers = [int(settings.sparsity * size) for size in sizes]
+    elif sum(sizes) - remove < len(single):
         smallest = min(single, key=lambda t: t.spec.size)
         raise CannotPrune(
-            f"sparsity {settings.sparsity:g} leaves {total - remove:,} of {total:,} weights for "
-            f"{len(single)} tensors, so layers such as {smallest.name!r} would vanish: lower it, "
-            "or exclude them"
+            f"sparsity {settings.sparsity:g} leaves {sum(sizes) - remove:,} of {sum(sizes):,} "
+            f"weights for {len(single)} tensors, so layers such as {smallest.name!r} would vanish: "
+            "lower it, or exclude them"
         )
-    yield single, remove
-
-
-# -- writing --------------------------------------------------------------------------------------
+    elif settings.allocation == "global":
+        yield single, remove
+        return
+    elif settings.allocation == "erk":
+        kept = kernel_numbers({t.name: t.spec.shape for t in single}, settings.sparsity)
+        numbers = [t.spec.size - kept[t.name] for t in single]
+    else:
+        whole = [(_parts(checkpoint, t, t.spec.size)[0], rankings[t.name]) for t in single]
+        numbers = removed_by_share(
+            whole, settings.allocation, remove, run, lambda count: tick(count, "sorting tensors")
+        )
+    for tensor, number in zip(single, numbers, strict=True):
+        yield [tensor], number
 
 
 @dataclass
@@ -470,99 +373,7 @@ class _Progress:
     done: int = 0
     what: str = ""
 
-    def add(self, count: int) -> None:
+    def add(self, count: int, what: str = "") -> None:
         self.done += count
+        self.what = what or self.what
         self.tell(self.done, self.total, self.what)
-
-
-@dataclass(frozen=True)
-class _Write:
-    part: Part
-    ranking: Ranking
-    cut: Cut
-    chunk: int
-    grouping: Grouping | None = None
-    target: Path = Path()
-    masks: Path = Path()
-    mask_offset: int = 0
-
-
-def _write(
-    checkpoint: Checkpoint,
-    targets: Targets,
-    chosen: Sequence[Extent],
-    jobs: Sequence[_Write],
-    run: Run,
-    progress: _Progress,
-) -> None:
-    masks = MaskFile({t.name: t.spec.shape for t in chosen})
-    with ExitStack() as files:
-        # the first that is opened is the last to appear: the one that names the others
-        made = {
-            name: files.enter_context(replacing(target)) for name, target in targets.files.items()
-        }
-        temporary = files.enter_context(replacing(targets.masks))
-        masks.begin(temporary)
-        by_path = {checkpoint.files[name]: path for name, path in made.items()}
-        for number, (name, source) in enumerate(checkpoint.files.items()):
-            progress.what = f"writing {name}"
-            held = [(t.offset, t.spec.nbytes) for t in chosen if t.file == number]
-            _copy_between(source, made[name], held, progress.add)
-        ready = [
-            replace(
-                job,
-                target=by_path[job.part.path],
-                masks=temporary,
-                mask_offset=masks.places[job.part.name] + job.part.start // 8,
-            )
-            for job in jobs
-        ]
-        for job, removed in zip(ready, run(_write_part, ready), strict=True):
-            if removed != job.cut.removed:
-                raise UnreadableFile(f"{job.part.path} changed while it was read: try again")
-            progress.what = f"writing {job.part.name}"
-            progress.add(job.part.nbytes)
-
-
-def _copy_between(
-    source: Path, target: Path, held: list[tuple[int, int]], tick: Callable[[int], None]
-) -> None:
-    """Copy a file but for some places, which are left empty."""
-    size, at = source.stat().st_size, 0
-    try:
-        with open(source, "rb") as read, open(target, "r+b") as write:
-            write.truncate(size)
-            for offset, length in [*sorted(set(held)), (size, 0)]:
-                if offset < at:
-                    raise UnreadableFile(f"tensors of {source} overlap: it is damaged")
-                read.seek(at)
-                write.seek(at)
-                while at < offset:
-                    block = read.read(min(_BLOCK, offset - at))
-                    if not block:
-                        raise UnreadableFile(f"{source} became shorter while it was read")
-                    write.write(block)
-                    at += len(block)
-                    tick(len(block))
-                at = offset + length
-    except OSError as error:
-        raise StorageError(f"cannot copy {source}: {error.strerror or error}") from error
-
-
-def _write_part(job: _Write) -> int:
-    """Write a part of a tensor with zeros, and its bits of the mask; returns how many went."""
-    removed, ties = 0, job.cut.ties
-    with open(job.target, "r+b") as file, open(job.masks, "r+b") as masks:
-        for start, values in read_part(job.part, job.chunk):
-            if job.grouping is None:
-                kept, ties = stay(job.part, start, values, job.ranking, job.cut, ties)
-            else:
-                kept = job.grouping.stay(job.part, start, values, job.ranking)
-            removed += kept.size - int(np.count_nonzero(kept))
-            values = values.copy() if not values.flags.writeable else values
-            values[~kept] = 0
-            file.seek(job.part.offset + start * values.itemsize)
-            values.astype(values.dtype.newbyteorder("<"), copy=False).tofile(file)
-            masks.seek(job.mask_offset + (start - job.part.start) // 8)
-            np.packbits(kept).tofile(masks)
-    return removed

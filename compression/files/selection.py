@@ -35,6 +35,7 @@ __all__ = [
     "Run",
     "one_after_the_other",
     "read_part",
+    "refuse_infinite",
     "select",
     "stay",
 ]
@@ -265,14 +266,15 @@ def _count_digit(job: _Digit) -> tuple[NDArray[np.int64], int, int]:
             at = int(keys.argmax())
             if int(keys[at]) > highest:
                 highest, number = int(keys[at]), start + at
-            _refuse_infinite(job.part, job.ranking, highest, number)
+            refuse_infinite(job.part, job.ranking, highest, number)
         else:
             keys = keys[keys >> (job.shift + _DIGIT) == job.prefix]
         counts += np.bincount((keys >> job.shift).astype(np.uint16), minlength=_VALUES)
     return counts, highest, number
 
 
-def _refuse_infinite(part: Part, ranking: Ranking, key: int, number: int) -> None:
+def refuse_infinite(part: Part, ranking: Ranking, key: int, number: int) -> None:
+    """Raise `CannotPrune` where a key is that of NaN or an infinity; `number` is its weight's."""
     if key >= ranking.infinity:
         raise CannotPrune(
             f"tensor {part.name!r} holds NaN or an infinity (weight {number:,}): repair it, or "
@@ -349,7 +351,7 @@ class Grouping:
         """
         keys = ranking.keys(part, start, values)
         at = int(keys.argmax())
-        _refuse_infinite(part, ranking, int(keys[at]), start + at)
+        refuse_infinite(part, ranking, int(keys[at]), start + at)
         bits = keys if ranking.dtype == "bfloat16" else keys.view(ranking.dtype)
         scores = FileTensor(bits, ranking.dtype).real().reshape(-1, *self.row)
         if self.inputs == 0:

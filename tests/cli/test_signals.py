@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -71,6 +72,23 @@ def test_a_command_that_is_ended_leaves_no_temporary(
     _, said = process.communicate(timeout=30)
     assert process.returncode in (128 + number, -number), said.decode()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_pruning_that_is_ended_leaves_no_temporary(tmp_path: Path, number: signal.Signals) -> None:
+    size = 300_000_000  # zeros, which the file system need not hold
+    header = json.dumps(
+        {"w": {"dtype": "F32", "shape": [size // 400, 100], "data_offsets": [0, size]}}
+    ).encode()
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    process = start("prune", "a.safetensors", "--sparsity", 0.5, folder=tmp_path)
+    until(lambda: list(tmp_path.glob(".a.pruned.*")), process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (128 + number, -number), said.decode()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 @pytest.mark.parametrize(("raised", "status"), [(SystemExit(143), 143), (KeyboardInterrupt(), 130)])

@@ -22,6 +22,8 @@ from prunecast.compression.files import (
     UnsafePath,
     pruning,
     selection,
+    shares,
+    zeroing,
 )
 from prunecast.compression.files.checkpoints import open_checkpoint
 from prunecast.compression.files.formats import open_tensors, write_tensors
@@ -84,7 +86,7 @@ def assert_masked(path: Path, before: Tensors, masks: dict[str, np.ndarray]) -> 
         assert after[name].values.tobytes() == wanted.tobytes(), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     sparsity=st.sampled_from([0.01, 0.3, 0.5, 0.75, 0.9]),
@@ -95,6 +97,7 @@ def assert_masked(path: Path, before: Tensors, masks: dict[str, np.ndarray]) -> 
     allocation=st.sampled_from(pruning.SPREADS),
     criterion=st.sampled_from(selection.SCORED),
     chunk=st.sampled_from([8, 64, 1 << 20]),
+    gathered=st.sampled_from([0, 20, 1 << 20]),
 )
 def test_pieces_choose_as_memory_does(
     tmp_path_factory: pytest.TempPathFactory,
@@ -105,6 +108,7 @@ def test_pieces_choose_as_memory_does(
     allocation: str,
     criterion: str,
     chunk: int,
+    gathered: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("pruned")
     rng = np.random.default_rng(seed)
@@ -115,8 +119,9 @@ def test_pieces_choose_as_memory_does(
     write_tensors(folder / "m.safetensors", tensors)
     chosen = {"sparsity": sparsity, "allocation": allocation, "criterion": criterion}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (selection, pruning):
+        for module in (selection, shares, pruning):
             patch.setattr(module, "CHUNK", chunk)
+        patch.setattr(shares, "MOST_GATHERED", gathered)
         patch.setattr(pruning, "_SMALLEST_PART", max(chunk, 16))
         patch.setattr(pruning, "_MOST_PARTS", 1 << 30)
         result = prune(folder / "m.safetensors", **chosen)
@@ -460,12 +465,21 @@ def test_a_pickle_is_not_read_and_the_remedy_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "m.bin")
 
 
+def test_memory_that_is_not_enough_is_told(tmp_path: Path) -> None:
+    path = one(tmp_path, np.ones((20, 20), np.float32))
+    with pytest.raises(CannotPrune, match=r"'w' of shape \[20, 20\] takes 252 MB of memory, more"):
+        prune(path, memory=200_000_000)
+    with pytest.raises(CannotPrune, match="allow more with --memory"):
+        prune(path, memory=300_000_000, allocation="lamp")
+    assert prune(path, memory=300_000_000).memory < 300_000_000
+
+
 def test_a_disk_without_room_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = one(tmp_path, np.random.default_rng(0).normal(size=(20, 20)).astype("f4"))
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(pruning.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(zeroing.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CannotPrune, match=r"1\.00 kB free and the pruned checkpoint takes 1\.7"):
         prune(path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]

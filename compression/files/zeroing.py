@@ -1,0 +1,208 @@
+"""Write a pruned copy of a checkpoint: every byte as it was, but for the weights that go.
+
+All files of it and of its masks appear together, once everything is written and synced.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from prunecast.common.files import StorageError, replacing
+from prunecast.common.text import bytes_text
+from prunecast.compression.files import CannotPrune, UnreadableFile
+from prunecast.compression.files.checkpoints import Checkpoint, Extent
+from prunecast.compression.files.mask_files import MaskFile
+from prunecast.compression.files.selection import Cut, Grouping, Part, Ranking, Run, read_part, stay
+
+__all__ = ["Targets", "Zeroed", "default_targets", "refuse_without_room", "write_pruned"]
+
+_BLOCK = 1 << 23  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where it is written.
+
+    Attributes:
+        files: name of a file of the checkpoint to where its pruned copy goes.
+        masks: the file of masks.
+        report: the JSON that the caller writes.
+    """
+
+    files: Mapping[str, Path]
+    masks: Path
+    report: Path
+
+    @property
+    def all(self) -> list[Path]:
+        """Every path, the file that names the others first."""
+        return [*self.files.values(), self.masks, self.report]
+
+
+def default_targets(checkpoint: Checkpoint, output: Path | None = None) -> Targets:
+    """Where a pruned checkpoint goes.
+
+    Args:
+        checkpoint: one file, or several that keep their names in a folder of their own.
+        output: the file, or for several files the folder; by default ``NAME.pruned.SUFFIX`` beside
+            the checkpoint, or ``pruned/``.
+
+    Raises:
+        CannotPrune: it would overwrite the checkpoint itself, or is of another format.
+    """
+    path = checkpoint.path
+    if len(checkpoint.files) == 1:
+        whole = output or path.with_name(f"{path.stem}.pruned{path.suffix}")
+        if whole.suffix.lower() != path.suffix.lower():
+            raise CannotPrune(f"{whole}: a pruned {path.suffix} file is one again, name it so")
+        files = {path.name: whole}
+        masks, report = (whole.with_suffix(s) for s in (".masks.safetensors", ".report.json"))
+    else:
+        folder = output or path.parent / "pruned"
+        if folder.suffix.lower() in (".safetensors", ".onnx", ".json"):
+            raise CannotPrune(
+                f"{folder}: the checkpoint has {len(checkpoint.files)} files, which keep their "
+                "names: give a folder"
+            )
+        files = {name: folder / name for name in checkpoint.files}
+        masks, report = folder / "pruning.masks.safetensors", folder / "pruning.report.json"
+    own = {p.resolve() for p in checkpoint.files.values()}
+    for target in (*files.values(), masks, report):
+        if target.resolve() in own:
+            raise CannotPrune(f"{target} is the checkpoint itself: give another --out")
+    return Targets(files, masks, report)
+
+
+def refuse_without_room(checkpoint: Checkpoint, targets: Targets, chosen: Sequence[Extent]) -> None:
+    """Raise `CannotPrune` where the disk has no room for the pruned checkpoint and its masks."""
+    folder = next(p for p in targets.masks.absolute().parents if p.exists())
+    needed = checkpoint.nbytes + sum(-(-t.spec.size // 8) for t in chosen)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CannotPrune(
+            f"{folder} has {bytes_text(free)} free and the pruned checkpoint takes "
+            f"{bytes_text(needed)}: make room, or name another place with --out"
+        )
+
+
+@dataclass(frozen=True)
+class Zeroed:
+    """One part of a tensor, and what goes of it.
+
+    Attributes:
+        part: the weights.
+        ranking: what they were ranked by.
+        cut: what goes.
+        chunk: weights that are looked at together.
+        grouping: of a pattern, which decides instead of the cut's threshold; None without.
+        target: the file that it is written into; set when there is one, as are those that follow.
+        masks: the file of masks.
+        mask_offset: where the part's bits begin there.
+    """
+
+    part: Part
+    ranking: Ranking
+    cut: Cut
+    chunk: int
+    grouping: Grouping | None = None
+    target: Path = Path()
+    masks: Path = Path()
+    mask_offset: int = 0
+
+
+def write_pruned(
+    checkpoint: Checkpoint,
+    targets: Targets,
+    chosen: Sequence[Extent],
+    jobs: Sequence[Zeroed],
+    run: Run,
+    tick: Callable[[int, str], None],
+) -> None:
+    """Write the files and the masks of a checkpoint.
+
+    Args:
+        checkpoint: what is copied.
+        targets: where it goes.
+        chosen: the tensors of the jobs.
+        jobs: every part of these.
+        run: how the work on parts is done.
+        tick: told the bytes that were done, and what was.
+
+    Raises:
+        FilesError: the checkpoint is damaged or changes meanwhile; nothing was written.
+        StorageError: the file system refuses; nothing was written.
+    """
+    masks = MaskFile({t.name: t.spec.shape for t in chosen})
+    with ExitStack() as files:
+        # the first that is opened is the last to appear: the one that names the others
+        made = {
+            name: files.enter_context(replacing(target)) for name, target in targets.files.items()
+        }
+        temporary = files.enter_context(replacing(targets.masks))
+        masks.begin(temporary)
+        by_path = {checkpoint.files[name]: path for name, path in made.items()}
+        for number, (name, source) in enumerate(checkpoint.files.items()):
+            held = [(t.offset, t.spec.nbytes) for t in chosen if t.file == number]
+            for count in _copy_between(source, made[name], held):
+                tick(count, f"copying {name}")
+        ready = [
+            replace(
+                job,
+                target=by_path[job.part.path],
+                masks=temporary,
+                mask_offset=masks.places[job.part.name] + job.part.start // 8,
+            )
+            for job in jobs
+        ]
+        for job, removed in zip(ready, run(_write_part, ready), strict=True):
+            if removed != job.cut.removed:
+                raise UnreadableFile(f"{job.part.path} changed while it was read: try again")
+            tick(job.part.nbytes, f"writing {job.part.name}")
+
+
+def _copy_between(source: Path, target: Path, held: list[tuple[int, int]]) -> Iterator[int]:
+    """Copy a file but for some places, which are left empty; yields the bytes of each step."""
+    size, at = source.stat().st_size, 0
+    try:
+        with open(source, "rb") as read, open(target, "r+b") as write:
+            write.truncate(size)
+            for offset, length in [*sorted(set(held)), (size, 0)]:
+                if offset < at:
+                    raise UnreadableFile(f"tensors of {source} overlap: it is damaged")
+                read.seek(at)
+                write.seek(at)
+                while at < offset:
+                    block = read.read(min(_BLOCK, offset - at))
+                    if not block:
+                        raise UnreadableFile(f"{source} became shorter while it was read")
+                    write.write(block)
+                    at += len(block)
+                    yield len(block)
+                at = offset + length
+    except OSError as error:
+        raise StorageError(f"cannot copy {source}: {error.strerror or error}") from error
+
+
+def _write_part(job: Zeroed) -> int:
+    """Write a part of a tensor with zeros, and its bits of the mask; returns how many went."""
+    removed, ties = 0, job.cut.ties
+    with open(job.target, "r+b") as file, open(job.masks, "r+b") as masks:
+        for start, values in read_part(job.part, job.chunk):
+            if job.grouping is None:
+                kept, ties = stay(job.part, start, values, job.ranking, job.cut, ties)
+            else:
+                kept = job.grouping.stay(job.part, start, values, job.ranking)
+            removed += kept.size - int(np.count_nonzero(kept))
+            values = values.copy() if not values.flags.writeable else values
+            values[~kept] = 0
+            file.seek(job.part.offset + start * values.itemsize)
+            values.astype(values.dtype.newbyteorder("<"), copy=False).tofile(file)
+            masks.seek(job.mask_offset + (start - job.part.start) // 8)
+            np.packbits(kept).tofile(masks)
+    return removed
