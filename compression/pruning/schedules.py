@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = [
+    "AUTOMATIC",
     "HELD",
     "NEVER",
     "SCHEDULES",
@@ -197,6 +198,9 @@ SCHEDULES: dict[str, Callable[[float, int, int], Schedule]] = {
     "layer-by-layer": LayerSchedule,
 }
 """What makes a schedule of final sparsity, begin and end, by the name `pruning_schedule` has."""
+
+AUTOMATIC = "automatic"
+"""How a policy names no schedule, but the search of `prunecast.compression.pruning.automatic`."""
 
 HELD = frozenset({"static", "iterative"})
 """Schedules whose masks are held between their steps, unless a policy says otherwise."""

@@ -47,6 +47,7 @@ class _Metadata:
     early: tuple[str, ...]
     known: tuple[str, ...]
     accumulated: tuple[str, ...]
+    searched: tuple[float, ...]
     channels: str
 
 
@@ -62,6 +63,7 @@ class Checkpoint:
         progress: of pruning that follows learning, see `Progress.position`; empty for none.
         masks: those that are held, and what is kept for later events; in the file as tensors whose
             names begin with ``prunecast.``.
+        searched: where automatic pruning stands; empty for none.
         key: record key of the stream.
         channels: which channels remain of the module that everybody's code makes; None for all.
     """
@@ -72,6 +74,7 @@ class Checkpoint:
     clock: int = 0
     progress: tuple[float, ...] = ()
     masks: MaskState = field(default_factory=MaskState)
+    searched: tuple[float, ...] = ()
     key: str = "arrays"
     channels: ChannelPlan | None = None
 
@@ -90,7 +93,8 @@ class Checkpoint:
         channels = "" if self.channels is None else self.channels.to_text()
         meta = _Metadata(
             *(_SCHEMA, self.counter, steps, self.clock, self.progress, self.key, order),
-            *(self.masks.stage, tuple(held), tuple(early), tuple(known), tuple(sums), channels),
+            *(self.masks.stage, tuple(held), tuple(early), tuple(known), tuple(sums)),
+            *(self.searched, channels),
         )
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         arrays |= {_EARLY + name: np.asarray(array, order="C") for name, array in early.items()}
@@ -136,7 +140,7 @@ class Checkpoint:
             channels = ChannelPlan.from_text(meta.channels) if meta.channels else None
             at = meta.counter, meta.steps, meta.clock, meta.progress
             state = MaskState(meta.stage, masks, early, known, sums)
-            return cls(arrays, *at, state, meta.key, channels)
+            return cls(arrays, *at, state, meta.searched, meta.key, channels)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "

@@ -32,7 +32,7 @@ from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.checkpoints import Checkpoint
-from prunecast.server.federation.errors import FederationError
+from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.inbound import up_of
 from prunecast.server.federation.layers import LayerSamples
 from prunecast.server.federation.ledger import Entry, Ledger
@@ -40,6 +40,7 @@ from prunecast.server.federation.notices import Notices, uncodable
 from prunecast.server.federation.outbound import Batch, Outbound, Prepared
 from prunecast.server.federation.packing import pack_together
 from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.progress import measured_in
 from prunecast.server.federation.publisher import Streams
 from prunecast.server.federation.receiving import Received, Receiver, refuse
 from prunecast.server.federation.wrapper import GridWrapper
@@ -473,11 +474,28 @@ class CompressedGrid(GridWrapper):
         self._rounds_checked = True
         self._streams.expect(rounds)
 
-    def note_loss(self, loss: float, *, key: str = "arrays") -> None:
-        """Tell a loss budget what the server measured of the last version on held-out examples."""
+    def note_metrics(self, metrics: Mapping[str, Any], *, key: str = "arrays") -> None:
+        """Tell automatic pruning what the server measured of the last version, held out.
+
+        Args:
+            metrics: name to number; those whose name ends as `pruning_metric` says count.
+            key: key of the record in the strategy's messages.
+        """
         if self.policy.down == "lattice":
             stream = self._streams.stream(self.run.run_id, key)
-            stream.pruner.losses.add(loss, held_out=True)
+            for value in measured_in(metrics, self.policy.pruning_metric):
+                stream.pruner.measured.add(value, held_out=True)
+
+    def pruned(self, *, key: str = "arrays") -> list[dict[str, Any]]:
+        """What pruning did to the versions published since this was asked before.
+
+        Returns:
+            For every version whose masks an event changed, and every level that a search chose: the
+            fields of the run's event ``pruning`` (docs/run.md).
+        """
+        if self.policy.down == "dense":
+            return []
+        return self._streams.stream(self.run.run_id, key).pruner.take_events()
 
     def mask_cost(self, *, key: str = "arrays") -> dict[str, float]:
         """What making masks took so far: ``seconds``, ``peak_bytes``, and how often (``made``)."""
@@ -489,11 +507,26 @@ class CompressedGrid(GridWrapper):
 
         Returns:
             The master weights, to be given to the strategy as `initial_arrays`.
+
+        Raises:
+            CheckpointError: its search for a sparsity is of other knobs than the policy's.
         """
         self._rounds_checked = True  # the schedule goes on, and does not begin
         stream = self._streams.stream(self.run.run_id, checkpoint.key)
         at = checkpoint.counter, checkpoint.steps, checkpoint.clock
-        stream.resume(*at, checkpoint.progress, checkpoint.masks, checkpoint.channels)
+        try:
+            stream.resume(
+                *at,
+                checkpoint.progress,
+                checkpoint.masks,
+                checkpoint.searched,
+                checkpoint.channels,
+            )
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit the policy ({error}): go on with the policy of the "
+                "run that wrote it"
+            ) from error
         return array_record(checkpoint.arrays)
 
     def evaluate_published(

@@ -16,10 +16,17 @@ import numpy as np
 
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.allocation import ALLOCATIONS
+from prunecast.compression.pruning.automatic import KNOBS, Search
 from prunecast.compression.pruning.criteria import CRITERIA
 from prunecast.compression.pruning.patterns import parse_pattern
 from prunecast.compression.pruning.plan import ChannelSchedule, PruningPlan
-from prunecast.compression.pruning.schedules import HELD, SCHEDULES, IterativeSchedule
+from prunecast.compression.pruning.schedules import (
+    AUTOMATIC,
+    HELD,
+    NEVER,
+    SCHEDULES,
+    IterativeSchedule,
+)
 from prunecast.compression.schemes import SchemeError
 from prunecast.compression.schemes.interface import Option, Scheme
 from prunecast.compression.schemes.registry import SCHEMES, scheme
@@ -34,14 +41,16 @@ _PART = 0.7  # of the rounds, by which pruning is over where it follows learning
 _NEAR = 1e-6  # a sparsity to that of a pattern
 _LEAST = 3  # rounds from the last dense model to the sparsest
 _UNKNOWN = 25  # round by which it is over where nobody says how many there are
-_MOST = 0.98  # sparsity that a loss budget alone may lead to
+_MOST = 0.98  # sparsity that the automatic schedule goes up to at most, unless one is given
+_SEARCHED = 0.85  # of the rounds, by which it tries no more
 _STEP = "give a number of 0 or above, such as {}; 0 is exact"
+_LOWER = ("loss", "error", "perplexity", "mse", "rmse", "mae")  # metrics of which less is better
 _FEEDBACK = {"error_feedback": bool, "accumulate": bool, "momentum": float}  # of schemes
 _ROUNDS = ("channels_at",)  # lists of numbers; all others are of name patterns
 _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
-    "pruning_schedule": SCHEDULES,
+    "pruning_schedule": {**SCHEDULES, AUTOMATIC: None},
     "pruning_masks": dict.fromkeys(("auto", "dpf", "held")),
 }
 
@@ -69,7 +78,6 @@ class Policy:
     dead_zone: float = 0.7
     error_feedback: bool = True
     sparsity: float = 0.0
-    loss_budget: float = 0.0  # in units of the loss
     channels: float = 1.0  # share that remains
     channels_at: tuple[int, ...] = ()  # rounds after which they go
     pruning_begin: int = 2
@@ -78,6 +86,10 @@ class Policy:
     pruning_criterion: str = "magnitude"
     pruning_schedule: str = "cubic"
     pruning_steps: int = 4  # of the schedule "iterative"
+    pruning_tolerance: float = 0.005  # of the schedule "automatic", in units of the metric
+    pruning_patience: int = 3  # models
+    pruning_metric: str = "accuracy"
+    pruning_knobs: tuple[str, ...] = ("sparsity",)
     pruning_masks: str = "auto"
     pruning_pattern: str = ""
     pruning_seed: int = 0  # of the criterion "random"
@@ -121,12 +133,10 @@ class Policy:
             ),
             ("pruning_pattern", lattice or not fixed, f"pruning needs {down} = 'lattice'"),
             ("sparsity", lattice or not self.sparsity, f"pruning needs {down} = 'lattice'"),
-            ("loss_budget", lattice or not self.loss_budget, f"pruning needs {down} = 'lattice'"),
-            ("loss_budget", 0 <= self.loss_budget < math.inf, "give 0 or more; 0 is no goal"),
             (
-                "loss_budget",
-                not (self.loss_budget and self.pruning_end),
-                f"the budget says when pruning goes on: leave {_key('pruning_end')} at 0",
+                "pruning_schedule",
+                lattice or not self.is_automatic,
+                f"it needs {down} = 'lattice'",
             ),
             (
                 "up_options",
@@ -180,6 +190,24 @@ class Policy:
             ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),
             ("pruning_min_size", self.pruning_min_size >= 0, "give 0 or more"),
             ("pruning_steps", self.pruning_steps >= 1, "give 1 or more"),
+            ("pruning_tolerance", 0 <= self.pruning_tolerance < math.inf, "give 0 or more"),
+            ("pruning_patience", self.pruning_patience >= 1, "give 1 or more"),
+            ("pruning_metric", bool(self.pruning_metric), "name what evaluation measures"),
+            (
+                "pruning_knobs",
+                0 < len(self.pruning_knobs) == len(set(self.pruning_knobs) & set(KNOBS)),
+                f"choose among {', '.join(map(repr, KNOBS))}, each at most once",
+            ),
+            (
+                "pruning_pattern",
+                not (fixed and self.is_automatic),
+                f"what it removes is fixed: choose blocks, or another {_key('pruning_schedule')}",
+            ),
+            (
+                "pruning_knobs",
+                self.down_step > 0 or not self.is_automatic,
+                f"a search needs a lattice: set {_key('down_step')} above 0",
+            ),
             (
                 "pruning_rewind",
                 0 <= self.pruning_rewind <= self.pruning_begin,
@@ -220,8 +248,28 @@ class Policy:
 
     @property
     def target(self) -> float:
-        """The sparsity that pruning arrives at; with a loss budget alone, at most."""
-        return self._fixed or self.sparsity or (_MOST if self.loss_budget else 0.0)
+        """The sparsity that pruning arrives at; under the automatic schedule, at most."""
+        if not self.is_automatic:
+            return self._fixed or self.sparsity
+        return (self.sparsity or _MOST) if "sparsity" in self.pruning_knobs else 0.0
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether how much is pruned is found while training."""
+        return self.pruning_schedule == AUTOMATIC
+
+    def search(self) -> Search | None:
+        """What finds it, at its beginning; None where a schedule says how much."""
+        if not self.is_automatic:
+            return None
+        knobs = [KNOBS[name] for name in self.pruning_knobs]
+        most = -math.log2(1 - self.target)
+        return Search(
+            [dataclasses.replace(k, most=most) if k.name == "sparsity" else k for k in knobs],
+            self.pruning_tolerance,
+            self.pruning_patience,
+            higher=not self.pruning_metric.lower().endswith(_LOWER),
+        )
 
     @property
     def _fixed(self) -> float:
@@ -249,7 +297,8 @@ class Policy:
             return 0, 1
         if self.pruning_end:
             return self.pruning_begin, self.pruning_end
-        end = int(_PART * rounds) if rounds else max(_UNKNOWN, self.pruning_begin + _LEAST)
+        part = _SEARCHED if self.is_automatic else _PART
+        end = int(part * rounds) if rounds else max(_UNKNOWN, self.pruning_begin + _LEAST)
         return (self.pruning_begin, end) if end - self.pruning_begin >= _LEAST else (0, 0)
 
     def pruning(self, rounds: int = 0) -> PruningPlan:
@@ -260,7 +309,9 @@ class Policy:
         """
         begin, end = self.bounds(rounds)
         target = self.target if end else 0.0
-        schedule = SCHEDULES[self.pruning_schedule](target, begin, max(end, 1))
+        make = SCHEDULES.get(self.pruning_schedule)
+        # what is automatic begins with nothing
+        schedule = make(target, begin, max(end, 1)) if make is not None else NEVER
         if isinstance(schedule, IterativeSchedule):
             schedule = dataclasses.replace(schedule, steps=self.pruning_steps)
         return PruningPlan(
@@ -337,7 +388,7 @@ class Policy:
                 f"will be: train {math.ceil((self.pruning_begin + _LEAST) / _PART)} or more, or "
                 f"set {_key('pruning_end')} to the round by which pruning is over."
             )
-        elif reached < self.target:
+        elif reached < self.target and not self.is_automatic:
             _say_once(
                 f"Pruning ends in round {end}, after the last of {rounds}: the model "
                 f"will have {reached:.0%} of zeros instead of {self.target:.0%}. Set "

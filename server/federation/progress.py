@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from prunecast.compression.pruning.channels import ChannelPlan
 
-__all__ = ["Losses", "Progress", "losses_in"]
+__all__ = ["SUMS", "Measurements", "Progress", "measured_in"]
 
 _HALF, _LITTLE = 0.5, 0.15  # of the largest relative change: pruning begins, and is to be over
 _CHUNK = 1 << 16  # weights that are wide at a time
@@ -21,17 +21,21 @@ _FINENESS = (1.0, 0.5, 0.25, 0.125)
 _FROM_SCRATCH, _TUNED = 0.25, 0.03  # largest relative change of what learns, of what is tuned
 
 
-def losses_in(metrics: Mapping[str, Any]) -> list[float]:
-    """The numbers of a record of metrics whose names end in "loss", in any case."""
+def measured_in(metrics: Mapping[str, Any], ending: str) -> list[float]:
+    """The numbers of a record of metrics whose names end so, in any case."""
     return [
         float(value)
         for name, value in metrics.items()
-        if name.lower().endswith("loss") and isinstance(value, int | float)
+        if name.lower().endswith(ending.lower()) and isinstance(value, int | float)
     ]
 
 
-class Losses:
-    """The loss of one version: the mean of what nodes, or the server, measured of it.
+SUMS = 4
+"""Numbers in a position of `Measurements`."""
+
+
+class Measurements:
+    """A metric of one version: the mean of what nodes, or the server, measured of it.
 
     What was measured on examples that nobody trains on counts alone where there is any.
     """
@@ -39,17 +43,40 @@ class Losses:
     def __init__(self) -> None:
         self._sums: dict[bool, tuple[float, float]] = {}
 
-    def add(self, loss: float, weight: float = 1.0, *, held_out: bool) -> None:
+    def add(self, value: float, weight: float = 1.0, *, held_out: bool) -> None:
         """Count what was measured; what is not finite, or of no weight, is passed over.
 
         Args:
-            loss: mean over some examples.
+            value: mean over some examples.
             weight: their number.
             held_out: whether nobody trains on them.
         """
-        if math.isfinite(loss) and math.isfinite(weight) and weight > 0:
+        if math.isfinite(value) and math.isfinite(weight) and weight > 0:
             total, of = self._sums.get(held_out, (0.0, 0.0))
-            self._sums[held_out] = total + loss * weight, of + weight
+            self._sums[held_out] = total + value * weight, of + weight
+
+    @property
+    def position(self) -> tuple[float, ...]:
+        """Sum and weight of what was held out, and of the rest: `SUMS` numbers."""
+        return *self._sums.get(True, (0.0, 0.0)), *self._sums.get(False, (0.0, 0.0))
+
+    def resume(self, position: Sequence[float]) -> None:
+        """Go on where another's `position` was.
+
+        Raises:
+            ValueError: it is no position.
+        """
+        if (
+            len(position) != SUMS
+            or not all(map(math.isfinite, position))
+            or min(position[1::2]) < 0
+        ):
+            raise ValueError("what was measured is not what `Measurements.position` gives")
+        self._sums = {
+            is_held_out: (total, weight)
+            for is_held_out, (total, weight) in ((True, position[:2]), (False, position[2:]))
+            if weight > 0
+        }
 
     def take(self) -> float | None:
         """The mean so far, None for nothing; begins anew."""
@@ -66,13 +93,9 @@ class Progress:
     fall before are bad ones, and cost accuracy for good. So pruning begins once the change has
     fallen to half of its peak, and is over when it has fallen to 15 %; within bounds in rounds.
 
-    With a budget, it stands still while the loss is further above its lowest than that, even
-    beyond those bounds.
-
     Args:
         begin: last round that is dense in any case.
         end: first round by which pruning is over in any case; `begin` where nothing is pruned.
-        budget: units of the loss; 0 for none.
 
     Attributes:
         peak: the largest relative change so far; 0 while none is known.
@@ -85,19 +108,17 @@ class Progress:
             of a model of which nobody knows what it has learned.
     """
 
-    def __init__(self, begin: int, end: int, budget: float = 0.0) -> None:
-        self.begin, self.end, self.budget = begin, end, budget
+    def __init__(self, begin: int, end: int) -> None:
+        self.begin, self.end = begin, end
         self.peak = self._done = 0.0
         self.fineness, self.early = 1.0, False
         self._pace = 1.0  # the last relative change as a part of the largest
-        self._lowest = math.inf
         self._before: Mapping[str, NDArray[Any]] = {}
 
     @property
     def position(self) -> tuple[float, ...]:
-        """What is done of pruning, peak, fineness, whether it is early, lowest loss if known."""
-        known = () if math.isinf(self._lowest) else (self._lowest,)
-        return (self._done, self.peak, self.fineness, float(self.early), *known)
+        """What is done of pruning, peak, fineness, whether it is early."""
+        return self._done, self.peak, self.fineness, float(self.early)
 
     def resume(self, position: Sequence[float]) -> None:
         """Go on where another's `position` was.
@@ -105,13 +126,18 @@ class Progress:
         Raises:
             ValueError: it is no position.
         """
-        known = len(position) in (4, 5) and all(map(math.isfinite, position))
+        known = len(position) == 4 and all(map(math.isfinite, position))
         if not known or not (
             0 <= position[0] <= 1 and position[1] >= 0 and position[2] in _FINENESS
         ):
             raise ValueError("the progress of learning is not what `Progress.position` gives")
-        self._done, self.peak, self.fineness, early, self._lowest = (*position, math.inf)[:5]
+        self._done, self.peak, self.fineness, early = position
         self.early = bool(early)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether learning has come as far as pruning is to begin at, or the bounds say so."""
+        return self._done > 0
 
     def observe(self, master: Mapping[str, NDArray[Any]]) -> None:
         """Take in the weights of a round; they are kept until the next."""
@@ -145,12 +171,11 @@ class Progress:
         """Go on without the channels that a plan removes of the weights observed last."""
         self._before = plan.arrays(self._before)
 
-    def clock(self, number: int, loss: float | None = None) -> float:
+    def clock(self, number: int) -> float:
         """The schedule's round, `begin` to `end`, at which the weights observed are published.
 
         Args:
             number: their round.
-            loss: of the version before; None where nobody measures it.
         """
         length = self.end - self.begin
         if not length:
@@ -159,13 +184,7 @@ class Progress:
         shortest = min(max(_SHORTEST, round(_SLOWLY * length)), length)
         wanted = min(self._done + 1 / shortest, (_HALF - self._pace) / (_HALF - _LITTLE))
         due = (number - (self.end - shortest)) / shortest
-        if number > self.begin and not self._is_spent(loss):
+        if number > self.begin:
             self._done = min(1.0, max(self._done, wanted, due))
         self.early = self.early and self._done < 1 and number < self.end
         return self.begin + self._done * length
-
-    def _is_spent(self, loss: float | None) -> bool:
-        if not self.budget or loss is None:
-            return False
-        self._lowest = min(self._lowest, loss)
-        return loss > self._lowest + self.budget

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from typing import Any
@@ -15,6 +16,7 @@ from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.criteria import Knowledge
 from prunecast.compression.pruning.masks import Masks
 from prunecast.compression.pruning.plan import PlanError, PruningPlan, low_rank_factors
+from prunecast.compression.pruning.schedules import StaticSchedule
 from prunecast.compression.pruning.statistics import (
     Statistics,
     StatisticsMean,
@@ -22,7 +24,7 @@ from prunecast.compression.pruning.statistics import (
 )
 from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.progress import Losses, Progress
+from prunecast.server.federation.progress import SUMS, Measurements, Progress
 
 __all__ = ["MaskState", "Pruner"]
 
@@ -31,6 +33,7 @@ _WHY = (
     "all are adapters"
 )
 _OTHER_CRITERIA = 0.25  # part of the lattice's step where masks do not follow from sizes
+_EVENTS = 100  # that are kept where nobody asks for them
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,22 +70,29 @@ class Pruner:
     Attributes:
         plan: as given, its schedule fitted to the number of rounds.
         statistics: what nodes contributed since the last version.
-        losses: what was measured of the last version.
+        measured: the policy's `pruning_metric` of the last version.
+        search: what finds how much to prune; None where a schedule says it.
         holds: whether masks are held.
     """
 
     def __init__(self, policy: Policy, plan: PruningPlan | None) -> None:
         self.policy, self.plan = policy, plan
-        self.statistics, self.losses = StatisticsMean(), Losses()
+        self.statistics, self.measured = StatisticsMean(), Measurements()
         self.holds = policy.mask_rule != "dpf"
-        self.progress = Progress(*policy.bounds(), policy.loss_budget)
+        self.progress = Progress(*policy.bounds())
+        self.search = policy.search() if plan is not None else None
         self._at = 0.0  # where the schedule stands; the clock, unless it follows learning
         self._before: Mapping[str, NDArray[Any]] = {}
         self._known: Statistics = {}
         self._accumulated: Mapping[str, NDArray[Any]] = {}
         self._versions = 0  # that masks were asked for
         self._state = MaskState()
+        self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         self._rewound: dict[str, NDArray[Any]] | None = None
+        self._said_unmeasured = False
+        # whether the next version is the one that was published before a resume, so that what was
+        # measured is of itself
+        self._is_known = False
 
     @property
     def state(self) -> MaskState:
@@ -90,14 +100,28 @@ class Pruner:
         known = self._with(self.statistics.so_far())
         return replace(self._state, known=known, accumulated=self._accumulated)
 
-    def resume(self, progress: tuple[float, ...], state: MaskState) -> None:
+    @property
+    def searched(self) -> tuple[float, ...]:
+        """Where the search stands: `Measurements.position`, then `Search.position`; () for none."""
+        if self.search is None:
+            return ()
+        return (*self.measured.position, *self.search.position)
+
+    def resume(
+        self, progress: Sequence[float], state: MaskState, searched: Sequence[float] = ()
+    ) -> None:
         """Go on where another pruner was.
 
         Raises:
-            ValueError: the progress is none.
+            ValueError: one of them is of no such pruner.
         """
         if progress:
             self.progress.resume(progress)
+        if searched and self.search is not None:
+            self.measured.resume(searched[:SUMS])
+            self.search.resume(searched[SUMS:])
+            self._search_says()
+            self._is_known = True
         self._state, self._known, self._accumulated = state, state.known, state.accumulated
 
     def remove(self, plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -134,7 +158,8 @@ class Pruner:
         """Fit the schedule to a number of rounds, those before a resume included."""
         if self.plan is None:
             return
-        self.plan = replace(self.plan, schedule=self.policy.pruning(rounds).schedule)
+        if self.search is None:
+            self.plan = replace(self.plan, schedule=self.policy.pruning(rounds).schedule)
         self.progress.begin, self.progress.end = self.policy.bounds(rounds)
 
     @property
@@ -143,6 +168,8 @@ class Pruner:
         # a kept weight that rounds to zero is lost: right only where the smallest go first
         by_size = not self.policy.target or self.by_size
         part = 1.0 if by_size else _OTHER_CRITERIA
+        if self.search is not None:
+            part *= 2.0 ** self.search.level("lattice")
         return self.progress.fineness * part, self.progress.early and by_size and not self.holds
 
     @property
@@ -153,7 +180,59 @@ class Pruner:
     @property
     def wanted(self) -> tuple[str, ...]:
         """Statistics to ask of the nodes that train from the last version."""
-        return self.plan.wanted(self._at, self._known) if self.plan is not None else ()
+        if self.plan is None:
+            return ()
+        if self.search is not None and not self.search.done:  # every next model may have less
+            return self.plan.criterion.statistics if self.progress.has_begun else ()
+        return self.plan.wanted(self._at, self._known)
+
+    def observe(self, lattice: Mapping[str, NDArray[Any]], clock: int) -> None:
+        """Take in the weights of the next version, and what was measured of the last one.
+
+        Args:
+            lattice: the tensors of the master that lie on a lattice.
+            clock: the round of the next version.
+        """
+        if self.plan is None:
+            return
+        self.progress.observe(lattice)
+        known, self._is_known = self._is_known, False
+        if self.search is None or known:
+            return
+        value = self.measured.take()
+        begin, end = self.progress.begin, self.progress.end
+        begun = clock > begin if self.policy.pruning_end else self.progress.has_begun
+        if value is None:
+            if begun and self.search.reference is None:
+                self._say_unmeasured()
+            return
+        before = self.levels
+        self.search.observe(value, may_rise=begun and begin < clock < end)
+        if self.levels == before:
+            return
+        self._search_says()
+        rises = any(self.levels[name] > level for name, level in before.items())
+        self._note("raised" if rises else "lowered", metric=value, reference=self.search.reference)
+
+    def _search_says(self) -> None:
+        if self.search is not None and self.plan is not None:
+            sparsity = min(1 - 2.0 ** -self.search.level("sparsity"), self.policy.target)
+            self.plan = replace(self.plan, schedule=StaticSchedule(sparsity))
+
+    @property
+    def levels(self) -> dict[str, float]:
+        """Levels of what the search turns."""
+        search = self.search
+        return {k: search.level(k) for k in self.policy.pruning_knobs} if search is not None else {}
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """What happened to masks and levels since this was asked before."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def _note(self, what: str, **more: Any) -> None:
+        self._events.append({"what": what, "levels": self.levels, **more})
 
     def masks(
         self,
@@ -183,7 +262,7 @@ class Pruner:
         self._versions += 1
         weights = self.plan.prunable(lattice)
         self._at = clock
-        learned = self.progress.clock(clock, self.losses.take())
+        learned = self.progress.clock(clock)
         if not self.policy.pruning_end:
             self._at = learned
         if first and self.policy.target:
@@ -195,7 +274,12 @@ class Pruner:
         if self.plan.criterion.once and not asked:
             return {}
         try:
-            return self._held(known) if self.holds else self.plan.masks(self._at, known)
+            if self.holds:
+                return self._held(known)
+            stage = self.plan.stage(self._at, len(weights))
+            if stage != self._state.stage:
+                self._changed(stage)
+            return self.plan.masks(self._at, known)
         except PlanError as error:
             raise PolicyError(f"the model cannot be pruned as the policy says: {error}") from error
 
@@ -245,9 +329,14 @@ class Pruner:
         waits = missing and self._versions == 1
         if stage != self._state.stage and not waits:
             kept = plan.masks(self._at, known, kept if stage > self._state.stage else None)
-            self._state = replace(self._state, stage=stage, masks=kept)
+            self._changed(stage, kept)
             self._rewound = dict(self._state.early) or None
         return kept
+
+    def _changed(self, stage: float, masks: Masks | None = None) -> None:
+        """Note a pruning event."""
+        self._note("pruned" if stage > self._state.stage else "regrown", stage=stage)
+        self._state = replace(self._state, stage=stage, masks=masks or {})
 
     def _knowledge(
         self, weights: Mapping[str, NDArray[Any]], model: Mapping[str, NDArray[Any]]
@@ -293,4 +382,15 @@ class Pruner:
         if not plan.prunable(lattice):
             log(
                 WARNING, "The model has no tensor that may be pruned, so nothing will be: %s.", _WHY
+            )
+
+    def _say_unmeasured(self) -> None:
+        if not self._said_unmeasured:
+            self._said_unmeasured = True
+            log(
+                WARNING,
+                "Nobody measures a metric named *%s of the published model, so automatic pruning "
+                "waits: let nodes evaluate, give Run an evaluate_fn, or name another as "
+                "prunecast.pruning-metric.",
+                self.policy.pruning_metric,
             )

@@ -136,10 +136,16 @@ class Publisher:
         self._unaware: set[bytes] = set()  # of the history, what nodes hold with more channels
 
     @property
-    def position(self) -> tuple[int, dict[str, float], int, tuple[float, ...], MaskState]:
-        """Number of the last version, step of every lattice tensor, clock, progress, and masks."""
+    def position(
+        self,
+    ) -> tuple[int, dict[str, float], int, tuple[float, ...], MaskState, tuple[float, ...]]:
+        """Number of the last version, step of every lattice tensor, clock, progress, masks, search.
+
+        The last three as `Pruner.resume` takes them.
+        """
         steps, pruner = dict(self._lattices.steps), self.pruner
-        return self._counter, steps, self.clock, pruner.progress.position, pruner.state
+        pruned = pruner.progress.position, pruner.state, pruner.searched
+        return self._counter, steps, self.clock, *pruned
 
     def resume(
         self,
@@ -148,13 +154,14 @@ class Publisher:
         clock: int,
         progress: Sequence[float] = (),
         masks: MaskState = _NONE_HELD,
+        searched: Sequence[float] = (),
         channels: ChannelPlan | None = None,
     ) -> None:
         """Go on where another publisher's `position` was, with the same master and `channels`."""
         self.channels = channels
         self._counter, self._lattices.steps = counter, dict(steps)
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
-        self.pruner.resume(tuple(progress), masks)
+        self.pruner.resume(progress, masks, searched)
         if progress:
             self._lattices.fineness, self._lattices.early = self.pruner.fineness
 
@@ -299,7 +306,7 @@ class Publisher:
         lattice = {name: array for name, array in master.items() if not self._is_exact(name, array)}
         self._counter += 1
         if self.pruner.plan is not None:
-            self.pruner.progress.observe(lattice)
+            self.pruner.observe(lattice, clock)
             self._lattices.refine(*self.pruner.fineness)
         first = self._counter == 1
         with self.mask_cost.measuring() if self.policy.target else nullcontext():

@@ -41,7 +41,7 @@ from prunecast.server.federation.lazy import LazyArray
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.notices import Notices, uncodable
 from prunecast.server.federation.outbound import Prepared
-from prunecast.server.federation.progress import losses_in
+from prunecast.server.federation.progress import measured_in
 from prunecast.server.federation.publisher import Streams
 
 __all__ = ["Received", "Receiver", "refuse"]
@@ -283,16 +283,17 @@ class Receiver:
         )
 
     def _count(self, item: Received) -> None:
-        """Add what a node contributes to pruning: statistics, and the loss it measured."""
+        """Add what a node contributes to pruning: statistics, and the metric it measured."""
         sent, metadata = item.sent, item.message.metadata
         records = item.message.content.metric_records.values()
         stated = [record.get(EXAMPLES) for record in records]
         weight = next((n for n in stated if isinstance(n, int | float)), 1.0)
         held_out = metadata.message_type.partition(".")[0] != MessageType.TRAIN
-        for loss in (loss for record in records for loss in losses_in(record)):
+        ending = self._streams.policy.pruning_metric
+        for value in (value for record in records for value in measured_in(record, ending)):
             for key in sent.versions:
                 stream = self._streams.stream(metadata.run_id, key)
-                stream.pruner.losses.add(loss, weight, held_out=held_out)
+                stream.pruner.measured.add(value, weight, held_out=held_out)
         if item.statistics is None:
             return
         shapes = {n: t.shape for n, t in sent.versions[sent.pruned].model.tensors.items()}

@@ -28,7 +28,7 @@ from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.layers import changed_masks, layers_in, samples_round
 from prunecast.server.federation.ledger import Ledger
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.progress import losses_in
+from prunecast.server.federation.recovery import Recoveries
 from prunecast.server.federation.releasing import AutomaticReleases
 from prunecast.server.federation.shrinking import ChannelChooser, Removals
 from prunecast.server.federation.wrapper import GridWrapper
@@ -226,7 +226,7 @@ class Run:
                 cost["catching_up"] = self.grid.catching_up(result.arrays, key=self.key)
             if self.grid.policy.target:
                 cost["pruning"] = self.grid.mask_cost(key=self.key)
-            events.write("run-finished", **cost)
+            events.write("run-finished", recoveries=rounds.recoveries.all(), **cost)
         except BaseException as error:
             events.write("run-failed", reason=f"{type(error).__name__}: {error}")
             raise
@@ -258,6 +258,7 @@ class _Rounds(GridWrapper):
         self._began = time.monotonic()
         self._in_vain: dict[str, str] = {}  # "train" or "other" -> why its first reply failed
         self._used: set[str] = set()  # of these, what had a reply that could be used
+        self.recoveries = Recoveries(run.grid.policy.pruning_metric)
         self._begin(0)
 
     def _begin(self, number: int) -> None:
@@ -366,8 +367,12 @@ class _Rounds(GridWrapper):
         if run.evaluate_fn is not None:
             given = array_record(published.arrays()) if published else arrays
             measured = run.evaluate_fn(server_round, given)
-            for loss in losses_in(measured or {}):
-                run.grid.note_loss(loss, key=run.key)
+            run.grid.note_metrics(measured or {}, key=run.key)
+        pruning = run.grid.pruned(key=run.key)
+        known = {**self._metrics.get("evaluate", {}), **(measured or {})}
+        self.recoveries.note(
+            server_round, known, pruned=any(e["what"] == "pruned" for e in pruning)
+        )
         self._events.write(
             "round-finished",
             round=server_round,
@@ -377,6 +382,7 @@ class _Rounds(GridWrapper):
             sparsity=published.sparsity() if published else 0.0,
             layers=layers_in(arrays, published),
             masks=changed_masks(before, published),
+            pruning=pruning,
             sampled=run.grid.samples.take(),
             nodes={
                 "asked": self._asked,
@@ -392,7 +398,6 @@ class _Rounds(GridWrapper):
             except StorageError as error:
                 log(WARNING, "No checkpoint of round %d: %s", server_round, error)
         if run.releases is not None and published is not None:
-            known = {**self._metrics.get("evaluate", {}), **(measured or {})}
             numbers = {n: float(v) for n, v in known.items() if isinstance(v, int | float)}
             metrics = {name: value for name, value in numbers.items() if math.isfinite(value)}
             made = run.releases.after_round(server_round, metrics, lambda: published)

@@ -20,7 +20,7 @@ from prunecast.compression.versions import (
 )
 from prunecast.server.federation import Policy, PolicyError
 from prunecast.server.federation.lattices import Lattices
-from prunecast.server.federation.progress import Losses, Progress, losses_in
+from prunecast.server.federation.progress import Measurements, Progress, measured_in
 from prunecast.server.federation.publisher import Publisher
 
 LARGE_ONE = (256, 256)
@@ -259,7 +259,7 @@ def test_updates_of_a_small_model_are_finer_unless_nothing_makes_up_for_what_is_
 
 @pytest.mark.parametrize(
     ("knob", "value"), [("hysteresis", 0.4), ("hysteresis", 1.1), ("vector_step", 0.0),
-                        ("up_floor", -1.0), ("loss_budget", -0.1)]
+                        ("up_floor", -1.0), ("pruning_tolerance", -0.1)]
 )  # fmt: skip
 def test_knobs_outside_their_range_are_named(knob, value):
     with pytest.raises(PolicyError, match=knob):
@@ -397,7 +397,7 @@ def sparsities(publisher, masters, losses=()):
     found = []
     for number, master in enumerate(masters):
         if number and losses:
-            publisher.pruner.losses.add(losses[number - 1], held_out=True)
+            publisher.pruner.measured.add(losses[number - 1], held_out=True)
         found.append(publisher.publish({"w": master["w"].reshape(40, 25)}).model.sparsity())
     return found
 
@@ -432,20 +432,28 @@ def test_what_follows_progress_goes_on_after_a_resume():
     assert found[-1] == expected[-1]
 
 
-def test_pruning_stands_still_while_the_loss_is_above_its_budget():
+def test_automatic_pruning_stands_still_and_goes_back_while_the_loss_is_too_high():
     masters = list(steady(0.3, [0.3] * 2 + [0.04] * 20))
     losses = [2.0, 1.0, 0.5, 0.4] + [0.4] * 3 + [0.46] * 4 + [0.44] * 20
-    policy = Policy(loss_budget=0.05, **FOLLOWING)
+    policy = Policy(
+        pruning_schedule="automatic",
+        pruning_metric="loss",
+        pruning_tolerance=0.05,
+        pruning_patience=5,
+        **FOLLOWING,
+    )
     found = sparsities(Publisher(policy, b"s", policy.pruning()), masters, losses)
     assert found == sorted(found)
-    assert 0 < found[8] == found[11] < found[12]
+    assert 0 < found[7] == found[11] < found[12]
     assert found[-1] == pytest.approx(0.98, abs=0.01)
     spent = sparsities(Publisher(policy, b"s", policy.pruning()), masters, [0.4] * 7 + [0.5] * 20)
-    assert spent[-1] == spent[8] < 0.98  # not even to the bound in rounds
+    assert 0 < spent[7] == spent[11] > spent[12]  # its patience is over
+    assert spent[12:] == sorted(spent[12:], reverse=True)
+    assert spent[-1] < spent[12] < 0.98  # lower levels do not hold, either
 
 
 def test_losses_that_were_measured_on_held_out_examples_count_alone():
-    losses = Losses()
+    losses = Measurements()
     losses.add(1.0, 10, held_out=False)
     losses.add(2.0, 30, held_out=False)
     for nothing in (float("nan"), float("inf")):
@@ -456,7 +464,9 @@ def test_losses_that_were_measured_on_held_out_examples_count_alone():
     losses.add(1.0, held_out=False)
     losses.add(0.5, held_out=True)
     assert losses.take() == 0.5
-    assert losses_in({"train-loss": 1, "Eval_Loss": 2.5, "accuracy": 0.5, "loss": [1.0]}) == [
+    assert measured_in(
+        {"train-loss": 1, "Eval_Loss": 2.5, "accuracy": 0.5, "loss": [1.0]}, "loss"
+    ) == [
         1,
         2.5,
     ]
@@ -469,6 +479,11 @@ def test_bounds_follow_from_the_number_of_rounds(rounds, bounds):
     assert Policy.preset("small", pruning_end=9).bounds(rounds) == (2, 9)
 
 
-def test_a_budget_and_a_fixed_end_contradict_each_other():
-    with pytest.raises(PolicyError, match=r"loss-budget.*leave prunecast.pruning-end at 0"):
-        Policy(loss_budget=0.1, pruning_end=9)
+def test_a_search_within_fixed_bounds_begins_after_the_one_and_tries_no_more_at_the_other():
+    policy = Policy(
+        pruning_schedule="automatic", pruning_begin=2, pruning_end=6, pruning_min_size=1
+    )
+    publisher = Publisher(policy, b"s", policy.pruning())
+    found = sparsities(publisher, steady(0.3, [0.3] * 11), [0.9] * 11)
+    assert found[:2] == [0, 0]
+    assert found == pytest.approx([0, 0, 0.5, 0.75, 0.875, *[0.875] * 7], abs=0.03)
