@@ -50,9 +50,16 @@ from prunecast.compression.flower.internals import (
     make_message,
 )
 from prunecast.compression.pruning.channels import ChannelPlan, holding_channels
+from prunecast.compression.pruning.growing import strongest
 from prunecast.compression.pruning.masks import holding
 from prunecast.compression.pruning.plan import PlanError
-from prunecast.compression.pruning.statistics import Statistics, pack_statistics
+from prunecast.compression.pruning.statistics import (
+    GROWTH,
+    VOTES,
+    Statistics,
+    asked,
+    pack_statistics,
+)
 from prunecast.compression.schemes import StateError
 from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.schemes.layout import layout_of, state_arrays, state_from
@@ -139,7 +146,7 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
         try:
             with (
                 holding_channels(exchange.channels()),
-                holding(exchange.masks(), instruction.statistics) as statistics,
+                holding(exchange.masks(), tuple(asked(instruction.statistics))) as statistics,
             ):
                 reply = call_next(make_message(message.metadata, exchange.content), context)
             if not isinstance(reply, Message):
@@ -309,9 +316,18 @@ class _Exchange:
             except CodecError as error:
                 raise ModError(f"the update was not sent: {error}") from error
             content[key] = coded
-        if statistics and self._clip is None:  # no clip bounds what they say of the data
-            content[STATISTICS_RECORD] = payload_record(pack_statistics(statistics))
+        found = self._thinned(statistics)
+        if found and self._clip is None:  # no clip bounds what they say of the data
+            content[STATISTICS_RECORD] = payload_record(pack_statistics(found))
         return self.wrap(content, (time.perf_counter() - started) * 1e3)
+
+    def _thinned(self, statistics: Statistics) -> dict[str, Mapping[str, NDArray[Any]]]:
+        """Statistics without the weights that the server did not ask for."""
+        shares = asked(self._instruction.statistics)
+        found = dict(statistics)
+        for name in {GROWTH, VOTES} & found.keys():
+            found[name] = strongest(name, found[name], self.masks(), shares[name])
+        return {name: arrays for name, arrays in found.items() if arrays}
 
     def _coded(self, key: str, record: ArrayRecord) -> ArrayRecord:
         rule = self._instruction.rule

@@ -10,7 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunecast.compression.pruning.statistics import ACTIVATION, GRADIENT, SENSITIVITY
+from prunecast.compression.pruning.statistics import (
+    ACTIVATION,
+    GRADIENT,
+    GROWTH,
+    SENSITIVITY,
+    VOTES,
+)
 
 __all__ = ["Batch", "Inputs", "Loss", "StatisticsMeter", "moved", "outputs_of"]
 
@@ -27,7 +33,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class StatisticsMeter:
     """Measures statistics while a model trains; changes nothing of what it learns.
 
-    `GRADIENT` is the root mean square over all steps, pruned weights included. `SENSITIVITY` is of
+    `GRADIENT` is the root mean square over all steps, pruned weights included; of `GROWTH` and
+    `VOTES` it is the mean, of which the mod sends what they say. `SENSITIVITY` is of
     the first step alone (that float16 does not overflow in), whose weights are those that the node
     was sent: one mini-batch, as in Lee et al. 2019, on every node. `ACTIVATION` comes from hooks on
     linear and convolutional layers; a layer that computes without calling its module, as the output
@@ -43,6 +50,7 @@ class StatisticsMeter:
     def __init__(self, model: nn.Module, wanted: Collection[str]) -> None:
         self._steps = 0
         self._squares: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
         self._sensitivities: dict[str, Tensor] = {}
         self._sizes: dict[str, Tensor] = {}  # sums over positions of a channel's size
         self._positions: dict[str, int] = {}
@@ -51,6 +59,8 @@ class StatisticsMeter:
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if GRADIENT in wanted:
             self._squares = {n: torch.zeros_like(p.detach()) for n, p in self._trained.items()}
+        if GROWTH in wanted or VOTES in wanted:
+            self._sums = {n: torch.zeros_like(p.detach()) for n, p in self._trained.items()}
         if ACTIVATION in wanted:
             for prefix, module in model.named_modules():
                 name = f"{prefix}.weight" if prefix else "weight"
@@ -72,7 +82,7 @@ class StatisticsMeter:
         """Look at the gradients of a step, unscaled and before any of them is set to zero."""
         self._steps += 1
         sent = SENSITIVITY in self._wanted and not self._sensitivities
-        if not sent and not self._squares:
+        if not (sent or self._squares or self._sums):
             return
         products: dict[str, Tensor] = {}
         for name, parameter in self._trained.items():
@@ -81,6 +91,8 @@ class StatisticsMeter:
             gradient = parameter.grad
             if name in self._squares:  # float16 overflows
                 self._squares[name] += gradient.square().nan_to_num_(0.0, posinf=0.0)
+            if name in self._sums:
+                self._sums[name] += gradient.nan_to_num(0.0, posinf=0.0, neginf=0.0)
             if sent:
                 products[name] = parameter.detach() * gradient
         if all(bool(product.isfinite().all()) for product in products.values()):
@@ -88,7 +100,10 @@ class StatisticsMeter:
 
     def found(self) -> dict[str, dict[str, NDArray[np.float32]]]:
         """The wanted statistics by name and tensor, float32, as `statistic_shape` says."""
+        means = {n: s / max(1, self._steps) for n, s in self._sums.items()}
         measured = {
+            GROWTH: means,
+            VOTES: means,
             GRADIENT: {n: (s / max(1, self._steps)).sqrt() for n, s in self._squares.items()},
             SENSITIVITY: self._sensitivities,
             ACTIVATION: {n: s / self._positions[n] for n, s in self._sizes.items()},

@@ -7,7 +7,7 @@ travel with one bit of mantissa: within 20 %, and five to six bits each after th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,13 @@ from prunecast.compression.versions import BadPayload, encode_plain, open_plain,
 __all__ = [
     "ACTIVATION",
     "GRADIENT",
+    "GROWTH",
     "SENSITIVITY",
+    "VOTES",
     "Statistics",
     "StatisticsMean",
+    "asked",
+    "named",
     "pack_statistics",
     "statistic_shape",
 ]
@@ -32,12 +36,44 @@ SENSITIVITY = "sensitivity"
 """*Weight times gradient* of the mean loss, at the weights a node was sent; with its sign."""
 ACTIVATION = "activation"
 """*Mean absolute input* of a linear or convolutional layer, one value per input channel."""
+GROWTH = "growth"
+"""The statistic *mean gradient over steps*, with its sign, of pruned weights; 0 for all but few."""
+VOTES = "votes"
+"""The signs of `GROWTH`: 1, -1, and 0 for all but few."""
 
 Statistics = Mapping[str, Mapping[str, NDArray[Any]]]
 """Name of a statistic to tensor to values."""
 _LARGEST = 1e30  # a mean of such is finite
 _BITS = 1  # of mantissa
 _OF = "\0"
+_SHARE = "@"
+
+
+def named(statistic: str, share: float) -> str:
+    """How a server asks for one of the two: with the share of the kept weights that is to grow.
+
+    >>> named(VOTES, 0.25)
+    'votes@0.25'
+    """
+    return f"{statistic}{_SHARE}{share:.4g}"
+
+
+def asked(names: Iterable[str]) -> dict[str, float]:
+    """The statistics that a server asks for, and of which share; 1 for all weights of a tensor.
+
+    >>> asked(["gradient", "votes@0.25", "votes@much"])
+    {'gradient': 1.0, 'votes': 0.25}
+    """
+    found: dict[str, float] = {}
+    for name in names:
+        statistic, told, share = name.partition(_SHARE)
+        try:
+            value = float(share) if told else 1.0
+        except ValueError:
+            continue
+        if 0 < value <= 1:
+            found[statistic] = value
+    return found
 
 
 def statistic_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -82,21 +118,22 @@ class StatisticsMean:
 
         Args:
             payload: of `pack_statistics`; what it may allocate is bounded by the next two.
-            wanted: names of the statistics that it was asked for.
+            wanted: names of the statistics that it was asked for, as of `named`.
             shapes: of the tensors of the model that it has.
             weight: how often it counts; once unless that is finite and above 0.
 
         Raises:
             BadPayload: damaged, not finite, or not what was asked for; nothing was counted.
         """
-        size = 4 * len(wanted) * sum(math.prod(shape) for shape in shapes.values())
+        shares = asked(wanted)
+        size = 4 * len(shares) * sum(math.prod(shape) for shape in shapes.values())
         opened = open_plain(payload, limits=Limits(decoded_bytes=size, free_bytes=size))
         found: dict[tuple[str, str], NDArray[np.float32]] = {}
         for key, spec in opened.specs.items():
             name, _, tensor = key.partition(_OF)
-            asked = name in wanted and tensor in shapes
-            asked = asked and spec.shape == statistic_shape(name, shapes[tensor])
-            if not asked or spec.dtype != np.float32:
+            fits = name in shares and tensor in shapes
+            fits = fits and spec.shape == statistic_shape(name, shapes[tensor])
+            if not fits or spec.dtype != np.float32:
                 raise BadPayload(f"nobody asked for the statistic {name[:80]!r} of {tensor[:80]!r}")
             try:
                 found[name, tensor] = opened[key]
@@ -104,6 +141,11 @@ class StatisticsMean:
                 raise BadPayload(f"a statistic cannot be decoded: {error}") from error
             if not (np.abs(found[name, tensor]) <= 2 * _LARGEST).all():
                 raise BadPayload(f"statistic {name!r} of {tensor!r} holds NaN or infinity")
+            most = math.ceil(shares[name] * spec.size)
+            if np.count_nonzero(found[name, tensor]) > most:
+                raise BadPayload(f"statistic {name!r} of {tensor!r} has more than {most} values")
+            if name == VOTES and (np.abs(found[name, tensor]) > 1).any():
+                raise BadPayload(f"a vote on {tensor!r} counts more than once")
         weight = weight if math.isfinite(weight) and weight > 0 else 1.0
         for place, values in found.items():
             mean, before = self._means.get(place, (values, 0.0))

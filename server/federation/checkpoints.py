@@ -47,6 +47,7 @@ class _Metadata:
     early: tuple[str, ...]
     known: tuple[str, ...]
     accumulated: tuple[str, ...]
+    moved: int
     searched: tuple[float, ...]
     channels: str
 
@@ -94,6 +95,7 @@ class Checkpoint:
         meta = _Metadata(
             *(_SCHEMA, self.counter, steps, self.clock, self.progress, self.key, order),
             *(self.masks.stage, tuple(held), tuple(early), tuple(known), tuple(sums)),
+            self.masks.moved,
             *(self.searched, channels),
         )
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
@@ -139,7 +141,7 @@ class Checkpoint:
                 Progress(0, 0).resume(meta.progress)
             channels = ChannelPlan.from_text(meta.channels) if meta.channels else None
             at = meta.counter, meta.steps, meta.clock, meta.progress
-            state = MaskState(meta.stage, masks, early, known, sums)
+            state = MaskState(meta.stage, masks, early, known, sums, meta.moved)
             return cls(arrays, *at, state, meta.searched, meta.key, channels)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(

@@ -27,6 +27,7 @@ from prunecast.compression.pruning.schedules import (
     SCHEDULES,
     IterativeSchedule,
 )
+from prunecast.compression.pruning.statistics import GROWTH, VOTES
 from prunecast.compression.schemes import SchemeError
 from prunecast.compression.schemes.interface import Option, Scheme
 from prunecast.compression.schemes.registry import SCHEMES, scheme
@@ -34,7 +35,10 @@ from prunecast.compression.versions import UpdateRule, is_statistic
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 from prunecast.server.federation.errors import PolicyError
 
-__all__ = ["PRESETS", "Policy"]
+__all__ = ["GROWN_BY", "PRESETS", "Policy"]
+
+GROWN_BY = {"rigl": GROWTH, "feddst": VOTES}
+"""Ways in which masks move between pruning events, and the statistic that each asks nodes for."""
 
 _PREFIX = "prunecast."
 _PART = 0.7  # of the rounds, by which pruning is over where it follows learning
@@ -51,7 +55,7 @@ _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
     "pruning_schedule": {**SCHEDULES, AUTOMATIC: None},
-    "pruning_masks": dict.fromkeys(("auto", "dpf", "held")),
+    "pruning_masks": dict.fromkeys(("auto", "dpf", "held", *GROWN_BY)),
 }
 
 
@@ -91,6 +95,8 @@ class Policy:
     pruning_metric: str = "accuracy"
     pruning_knobs: tuple[str, ...] = ("sparsity",)
     pruning_masks: str = "auto"
+    pruning_interval: int = 5  # rounds from one drop-and-grow to the next
+    pruning_regrow: float = 0.3  # share of the kept weights that the first one moves
     pruning_pattern: str = ""
     pruning_seed: int = 0  # of the criterion "random"
     pruning_rewind: int = 0  # round whose weights pruning events go back to; 0 for none
@@ -190,6 +196,13 @@ class Policy:
             ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),
             ("pruning_min_size", self.pruning_min_size >= 0, "give 0 or more"),
             ("pruning_steps", self.pruning_steps >= 1, "give 1 or more"),
+            ("pruning_interval", self.pruning_interval >= 1, "give 1 or more"),
+            ("pruning_regrow", 0 < self.pruning_regrow <= 0.5, "give a share up to 0.5, above 0"),
+            (
+                "pruning_pattern",
+                not self.pruning_pattern or self.mask_rule not in GROWN_BY,
+                f"single weights move: set {_key('pruning_masks')} = 'held' or 'dpf'",
+            ),
             ("pruning_tolerance", 0 <= self.pruning_tolerance < math.inf, "give 0 or more"),
             ("pruning_patience", self.pruning_patience >= 1, "give 1 or more"),
             ("pruning_metric", bool(self.pruning_metric), "name what evaluation measures"),
@@ -283,6 +296,14 @@ class Policy:
         if self.pruning_masks != "auto":
             return self.pruning_masks
         return "held" if self.pruning_schedule in HELD else "dpf"
+
+    def moving_until(self, rounds: int = 0) -> int:
+        """The first round in which masks do not drop and grow weights any more.
+
+        Args:
+            rounds: how many there will be in all; 0 where nobody knows.
+        """
+        return self.pruning_end or (int(_PART * rounds) if rounds else _UNKNOWN)
 
     def bounds(self, rounds: int = 0) -> tuple[int, int]:
         """Last round that is dense in any case, first round in which pruning is over in any case.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,16 +15,18 @@ from numpy.typing import NDArray
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.criteria import Knowledge
+from prunecast.compression.pruning.growing import readjusted
 from prunecast.compression.pruning.masks import Masks
 from prunecast.compression.pruning.plan import PlanError, PruningPlan, low_rank_factors
 from prunecast.compression.pruning.schedules import StaticSchedule
 from prunecast.compression.pruning.statistics import (
     Statistics,
     StatisticsMean,
+    named,
     statistic_shape,
 )
 from prunecast.server.federation.errors import PolicyError
-from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.policy import GROWN_BY, Policy
 from prunecast.server.federation.progress import SUMS, Measurements, Progress
 
 __all__ = ["MaskState", "Pruner"]
@@ -43,6 +46,7 @@ class MaskState:
     Attributes:
         stage: of the schedule that they were chosen in, see `PruningPlan.stage`.
         masks: by tensor; empty while nothing is pruned, or where masks are not held.
+        moved: round in which weights were dropped and grown last, or could have been first.
         early: the master weights that events rewind to; empty for none.
         known: statistics that nodes contributed, those since the last version included.
         accumulated: what the criterion sums over versions, by tensor.
@@ -53,6 +57,7 @@ class MaskState:
     early: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     known: Statistics = field(default_factory=dict)
     accumulated: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    moved: int = 0
 
 
 class Pruner:
@@ -60,8 +65,9 @@ class Pruner:
 
     Where the policy holds masks they change at pruning events alone: versions in which the schedule
     removes more. What an event removes stays removed, and what it keeps is published as a
-    value other than zero. Else ("dpf") they follow the master from version to version, as in
-    dynamic pruning with feedback (Lin et al. 2020).
+    value other than zero. Under "rigl" and "feddst" some weights are dropped, and as many grown, in
+    between, see `prunecast.compression.pruning.growing`. Else ("dpf") they follow the master from
+    version to version, as in dynamic pruning with feedback (Lin et al. 2020).
 
     Args:
         policy: of the run.
@@ -81,6 +87,7 @@ class Pruner:
         self.holds = policy.mask_rule != "dpf"
         self.progress = Progress(*policy.bounds())
         self.search = policy.search() if plan is not None else None
+        self._clock = 0  # of the last version
         self._at = 0.0  # where the schedule stands; the clock, unless it follows learning
         self._before: Mapping[str, NDArray[Any]] = {}
         self._known: Statistics = {}
@@ -88,7 +95,11 @@ class Pruner:
         self._versions = 0  # that masks were asked for
         self._state = MaskState()
         self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
+        self._votes: Mapping[str, NDArray[Any]] = {}  # since the last version
+        self._votes_by = GROWN_BY.get(policy.mask_rule, "")  # name of the statistic
+        self._until = policy.moving_until()
         self._rewound: dict[str, NDArray[Any]] | None = None
+        self._grown: dict[str, NDArray[np.float32]] = {}
         self._said_unmeasured = False
         # whether the next version is the one that was published before a resume, so that what was
         # measured is of itself
@@ -97,7 +108,8 @@ class Pruner:
     @property
     def state(self) -> MaskState:
         """What a resumed run needs beside `progress`."""
-        known = self._with(self.statistics.so_far())
+        waiting = self.statistics.so_far()
+        known = self._with({name: a for name, a in waiting.items() if name != self._votes_by})
         return replace(self._state, known=known, accumulated=self._accumulated)
 
     @property
@@ -145,6 +157,7 @@ class Pruner:
         masks, early = plan.arrays(self._state.masks), plan.arrays(self._state.early)
         self._state = replace(self._state, masks=masks, early=early)
         known = {**self._known, **self.statistics.take()}
+        known.pop(self._votes_by, None)  # they are asked for again
         self._known = {
             name: {
                 tensor: part(tensor, array)
@@ -161,6 +174,7 @@ class Pruner:
         if self.search is None:
             self.plan = replace(self.plan, schedule=self.policy.pruning(rounds).schedule)
         self.progress.begin, self.progress.end = self.policy.bounds(rounds)
+        self._until = self.policy.moving_until(rounds)
 
     @property
     def fineness(self) -> tuple[float, bool]:
@@ -184,7 +198,23 @@ class Pruner:
             return ()
         if self.search is not None and not self.search.done:  # every next model may have less
             return self.plan.criterion.statistics if self.progress.has_begun else ()
-        return self.plan.wanted(self._at, self._known)
+        names = self.plan.wanted(self._at, self._known)
+        if self._moves(self._clock + 1):
+            share = self._share(self._clock + 1)
+            names = (*names, named(GROWN_BY[self.policy.mask_rule], share))
+        return names
+
+    def _moves(self, clock: int) -> bool:
+        """Whether weights are to be dropped and grown in the version of a round."""
+        if self.policy.mask_rule not in GROWN_BY or not self._state.masks:
+            return False
+        due = clock >= self._state.moved + self.policy.pruning_interval
+        return due and clock < self._until and self._share(clock) > 0
+
+    def _share(self, clock: int) -> float:
+        """Of the kept weights, decayed by a cosine (Evci et al. 2020, section 3)."""
+        turn = math.cos(math.pi * min(1.0, clock / self._until))
+        return float(f"{self.policy.pruning_regrow / 2 * (1 + turn):.4g}")  # as it is asked for
 
     def observe(self, lattice: Mapping[str, NDArray[Any]], clock: int) -> None:
         """Take in the weights of the next version, and what was measured of the last one.
@@ -258,6 +288,9 @@ class Pruner:
         self._rewound = None
         if self.plan is None:
             return {}
+        statistics = dict(statistics)
+        self._votes = statistics.pop(self._votes_by, {})
+        self._clock = clock
         self._known = self._with(statistics)
         self._versions += 1
         weights = self.plan.prunable(lattice)
@@ -296,24 +329,36 @@ class Pruner:
         except PlanError as error:
             raise PolicyError(f"the model cannot be pruned as the policy says: {error}") from error
 
-    def rewound(self, master: Mapping[str, NDArray[Any]], clock: int) -> Mapping[str, NDArray[Any]]:
-        """The master weights to publish: those given, or the early ones that an event rewinds to.
+    def adjusted(
+        self, master: Mapping[str, NDArray[Any]], clock: int
+    ) -> Mapping[str, NDArray[Any]]:
+        """The master weights to publish, after `masks`.
+
+        Those given, but for what an event did: all go back to the early ones that it rewinds to,
+        and weights that were grown begin as near to zero as their sign can be told.
 
         Args:
             master: all of them, as they came from the strategy.
             clock: the round of the version.
         """
-        if self.plan is None or not self.policy.pruning_rewind:
-            return master
-        if not self._state.early and clock >= self.policy.pruning_rewind and not self._state.masks:
-            self._state = replace(self._state, early=dict(master))
+        if self.policy.pruning_rewind and self.plan is not None:
+            rewinds = clock >= self.policy.pruning_rewind and not self._state.masks
+            if rewinds and not self._state.early:
+                self._state = replace(self._state, early=dict(master))
         early, self._rewound = self._rewound, None
-        if early is None or {n: a.shape for n, a in early.items()} != {
-            n: a.shape for n, a in master.items()
-        }:
+        if early is not None and _shapes(early) == _shapes(master):
+            self.progress.jump(early)
+            return early
+        grown, self._grown = self._grown, {}
+        if not grown:
             return master
-        self.progress.jump(early)
-        return early
+        small = {
+            name: np.where(
+                directions, directions * np.finfo(master[name].dtype).tiny, master[name]
+            ).astype(master[name].dtype)
+            for name, directions in grown.items()
+        }
+        return {**master, **small}
 
     def _held(self, known: Knowledge) -> dict[str, NDArray[np.bool_]]:
         plan, weights = self.plan, known.weights
@@ -330,7 +375,14 @@ class Pruner:
         if stage != self._state.stage and not waits:
             kept = plan.masks(self._at, known, kept if stage > self._state.stage else None)
             self._changed(stage, kept)
+            self._state = replace(self._state, moved=self._clock)
             self._rewound = dict(self._state.early) or None
+        elif self._moves(self._clock) and self._votes:
+            scores, share = plan.criterion.scores(known), self._share(self._clock)
+            kept, self._grown = readjusted(kept, scores, self._votes, share)
+            self._state = replace(self._state, masks=kept, moved=self._clock)
+            weights_grown = sum(int(np.count_nonzero(g)) for g in self._grown.values())
+            self._note("moved", share=share, grown=weights_grown)
         return kept
 
     def _changed(self, stage: float, masks: Masks | None = None) -> None:
@@ -394,3 +446,7 @@ class Pruner:
                 "prunecast.pruning-metric.",
                 self.policy.pruning_metric,
             )
+
+
+def _shapes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}

@@ -311,7 +311,7 @@ class Publisher:
         first = self._counter == 1
         with self.mask_cost.measuring() if self.policy.target else nullcontext():
             masks = self.pruner.masks(lattice, clock, statistics or {}, model=master, first=first)
-        master = self.pruner.rewound(master, clock)
+        master = self.pruner.adjusted(master, clock)
         model = self._latest = self._on_lattice(master, masks)
         known = self._history.pop(short(model.digest), None)
         self._history[short(model.digest)] = known or model

@@ -107,6 +107,6 @@ def test_it_contributes_gradients_where_they_are_asked_for(tmp_path, monkeypatch
     content = RecordDict({"arrays": ArrayRecord(tiny_model().state_dict())})
     messages = [Message(content, node, "train") for node in inner.get_node_ids()]
     assert not any(reply.has_error() for reply in grid.send_and_receive(messages))
-    found = grid._streams.stream(grid.run.run_id, "arrays").statistics.take()
+    found = grid._streams.stream(grid.run.run_id, "arrays").pruner.statistics.take()
     assert found["gradient"]["weight"].shape == (2, 4)
     assert (found["gradient"]["weight"] > 0).all()
