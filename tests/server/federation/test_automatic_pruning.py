@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,10 @@ def accuracy(server_round: int, arrays: ArrayRecord) -> MetricRecord:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Any:
+def trained(tmp_path: Path) -> Iterator[Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so little to do that several would wait for each other
+
     def start(
         policy: Policy, rounds: int, *, by_server: bool = True, start: Any = None, name: str = "run"
     ) -> list[dict[str, Any]]:
@@ -82,7 +86,8 @@ def trained(tmp_path: Path) -> Any:
         run.start(start or ArrayRecord(network().state_dict()), num_rounds=rounds)
         return list(read_events(tmp_path / name / "events.jsonl"))
 
-    return start
+    yield start
+    torch.set_num_threads(threads)
 
 
 def rounds_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
