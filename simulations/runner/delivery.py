@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.pruning.channels import ChannelPlan
-from prunecast.compression.versions import PublishedModel, load_model
+from prunecast.compression.versions import PublishedModel, RawTensor, load_model
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.releasing import RecipeReleaser
 from prunecast.server.repository import KeyRing, PublishedRelease, Repository
@@ -87,6 +88,14 @@ def _recipe(prepared: PreparedRun) -> ReleaseRecipe:
     )
 
 
+def _whole(prepared: PreparedRun) -> tuple[ExportedGraph, PublishedModel]:
+    """The network with all of its channels, and some weights of it."""
+    graph = _recipe(prepared).prepared().graph
+    assert isinstance(graph, ExportedGraph)
+    state = prepared.scenario.model.network()().state_dict()
+    return graph, PublishedModel({n: RawTensor(t.numpy()) for n, t in state.items()})
+
+
 def _repository(prepared: PreparedRun) -> Repository:
     """The run's own repository, with keys beside it; made by the first call."""
     path, keys = prepared.folder / "repository", prepared.folder / "keys"
@@ -147,7 +156,8 @@ def deliver(
     first, second = made
     on_step("counting and timing what the device runs")
     samples = Samples(Examples.load(prepared.held_out).take(slice(_SAMPLES)).inputs)
-    gains = gains_of(contents, samples, weights=versions[1].model)
+    whole = None if versions[1].removed is None else _whole(prepared)
+    gains = gains_of(contents, samples, weights=versions[1].model, whole=whole)
     last, found = versions[1], _answers(prepared, second.version)
     return {
         "name": spec.name,

@@ -15,7 +15,7 @@ from prunecast.simulations.runner.delivery import deliver
 from prunecast.simulations.runner.federate import run_arms, simulated_client
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from prunecast.simulations.runner.prepared import prepare
-from prunecast.simulations.runner.run import check_scenario
+from prunecast.simulations.runner.run import build_arms, check_scenario
 from prunecast.simulations.scenarios import (
     ScenarioError,
     load_scenario,
@@ -200,3 +200,30 @@ def test_a_network_that_does_not_fit_is_refused_before_training(name, options, s
     mapping["model"]["options"] = options
     with pytest.raises(DataError, match=said):
         check_scenario(scenario_from_mapping(mapping))
+
+
+@pytest.mark.engine
+def test_channels_that_went_are_told_of_the_result_and_of_the_device(digits, tmp_path):
+    mapping = load_scenario("mobile").to_mapping()
+    mapping |= {
+        "data": {"source": "npz", "path": str(digits), "held_out": 60},
+        "rounds": ROUNDS,
+        "clients": {"count": CLIENTS},
+        "engine": {"backend": "inline"},
+    }
+    mapping["model"]["options"] = {"width": 0.25, "classes": 3}
+    mapping["arms"]["mobile"]["policy"] |= {"channels_at": [1], "pruning_begin": 1}
+    scenario = scenario_from_mapping(mapping)
+    prepared = prepare(scenario, tmp_path, check_scenario(scenario))
+    grid = InProcessGrid(simulated_client(prepared), CLIENTS, run_id=RUN_ID)
+    outcomes = run_arms(grid, prepared, lambda event: None)
+    pruning = build_arms(prepared, outcomes)["mobile"]["pruning"]
+    parameters = pruning["parameters"]
+    assert parameters["stored"] < 0.25 * parameters["original"]  # of two fifths of the channels
+    assert pruning["efficiency"] > 0.75
+    gains = deliver(prepared)["gains"]
+    before, after = gains["before"], gains["after"]
+    assert gains["structured"]
+    assert after["macs"] == pruning["macs"] < 0.3 * before["macs"]
+    assert after["onnx_bytes"] < 0.4 * before["onnx_bytes"]
+    assert after["int8"]["ms"] > 0
