@@ -153,8 +153,8 @@ def prune_checkpoint(
 ) -> PruningResult:
     """Write a checkpoint with its least important weights set to zero, and their masks.
 
-    All files appear together, after everything was written and synced; the one that names the
-    others comes last. What fails or is interrupted leaves nothing behind.
+    Files appear once all of them are written and synced, the one that names the others last. What
+    fails or is interrupted leaves nothing behind.
 
     Args:
         checkpoint: the files; left as they are.

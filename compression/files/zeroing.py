@@ -1,6 +1,6 @@
 """Write a pruned copy of a checkpoint: every byte as it was, but for the weights that go.
 
-All files of it and of its masks appear together, once everything is written and synced.
+Files appear once all of them are written and synced, the one that names the others last.
 """
 
 from __future__ import annotations

@@ -68,6 +68,15 @@ def test_a_checkpoint_its_masks_and_its_report(run: Run, weights: Path, tmp_path
     assert document == json.loads((tmp_path / "net.pruned.report.json").read_text())
 
 
+def test_what_compressing_makes_of_it_is_measured(run: Run, weights: Path, tmp_path: Path) -> None:
+    report = json.loads(run(weights, "--sparsity", 0.9, "--coded", "--json").stdout)
+    for key, file in (("coded_bytes", weights), ("pruned_coded_bytes", report["output"])):
+        packed = tmp_path / "packed.pcc"
+        CliRunner().invoke(app, ["compress", str(file), "-o", str(packed), "--force"])
+        assert report[key] == packed.stat().st_size
+    assert report["pruned_coded_bytes"] < 0.2 * report["coded_bytes"]
+
+
 def test_a_pattern_says_its_sparsity_itself(run: Run, weights: Path) -> None:
     document = json.loads(run(weights, "--pattern", "1:4", "--json").stdout)
     assert (document["pattern"], document["sparsity"]) == ("1:4", 0.75)

@@ -233,10 +233,11 @@ def test_a_plan_of_channels_alone_and_one_of_another_architecture() -> None:
     channels = choose_channels(module, example, 0.5)
     pruned = prune_module(module, channels, example)
     assert (pruned.masks, pruned.channels) == ({}, channels)
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match="of another architecture: Sequential has no tensor"):
         prune_module(seeded(convolutional.narrow_lenet), channels, example)
-    with pytest.raises(PlanError):
-        prune_module(nn.Linear(4, 4), ChannelPlan({}, (("conv", True, (0,)),)), (torch.rand(1, 4),))
+    wide = ChannelPlan({"weight": (np.array([True, False, True]), None)})
+    with pytest.raises(PlanError, match=r"Linear has 'weight' of shape \[4, 4\]"):
+        prune_module(nn.Linear(4, 4), wide, (torch.rand(1, 4),))
 
 
 class Tied(nn.Module):
