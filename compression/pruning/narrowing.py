@@ -30,7 +30,8 @@ def choose_channels(
 ) -> ChannelPlan:
     """Choose which channels remain, by the norm of their groups in the module's weights.
 
-    Layers whose outputs are the module's outputs keep all of them, and recurrent ones theirs.
+    Layers whose outputs are the module's outputs keep all of them, and recurrent ones theirs. The
+    heads of `torch.nn.MultiheadAttention` stay as many, and become narrower by the same.
 
     Args:
         module: with the weights that the choice is made on; left as it was.
@@ -47,12 +48,19 @@ def choose_channels(
     work = _copy(module)
     with _failing(module), torch.enable_grad():
         graph = tp.DependencyGraph().build_dependency(work, example_inputs=example)
+        heads = {
+            layer: layer.num_heads
+            for layer in work.modules()
+            if isinstance(layer, nn.MultiheadAttention)
+        }  # each gives the same of its dimensions, and stays a head
         pruner = tp.pruner.BasePruner(
             work,
             example,
             importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=1 - share,
             ignored_layers=_last_layers(graph) + _recurrent(work),
+            in_channel_groups=dict(heads),
+            out_channel_groups=dict(heads),
         )
         if removed is not None:
             _count_from_before(pruner, removed)

@@ -246,6 +246,33 @@ def test_flowers_engine_gives_what_the_inline_grid_gives(tiny, tmp_path):
 
 
 @pytest.mark.engine
+def test_channels_go_in_flowers_engine_then_weights_and_the_device_runs_what_is_left(
+    tiny, tmp_path
+):
+    events = []
+    policy = {"channels": 0.5, "channels_at": [1], "pruning_begin": 1, "pruning_end": 3}
+    resnet = "prunecast.simulations.networks.residual:small_resnet_batch"
+    mapping = {
+        **tiny,
+        "model": {"factory": resnet, "initial": "drawn"},
+        "engine": {"backend": "ray"},
+        "arms": {"hybrid": {"kind": "prunecast", "preset": "small", "policy": policy}},
+        "release": {"name": "narrow", "every": 1},
+    }
+    folder = new_run_folder(tmp_path, "tiny")
+    result = run_scenario(scenario_from_mapping(mapping), folder, on_event=events.append)
+    (removed,) = [event for event in events if event["event"] == "channels-removed"]
+    assert removed["weights"][1] < 0.27 * removed["weights"][0]
+    arm, release = result["arms"]["hybrid"], result["release"]
+    assert arm["sparsity"] == pytest.approx(0.8, abs=0.02)
+    assert release["identical_examples"] == release["examples"] == 60
+    assert [made["round"] for made in release["automatic"]] == [1, 2, 3]
+    assert release["weights_bytes"] < 4 * 1.1 * removed["weights"][1]
+    kinds = [e.kind for e in Ledger.read(folder / "ledger.jsonl") if e.direction == "down"]
+    assert sorted(kinds) == ["delta"] * 6 + ["keyframe"] * 3
+
+
+@pytest.mark.engine
 def test_a_failing_engine_names_its_log(tiny, tmp_path):
     mapping = {**tiny, "training": {**tiny["training"], "learning_rate": 1e30}}
     folder = new_run_folder(tmp_path, "tiny")

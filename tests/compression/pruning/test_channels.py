@@ -314,3 +314,19 @@ def test_large_kernels_of_one_pixel_are_narrowed_with_the_depthwise_ones_behind(
     assert inputs is not None
     kept = made[1].weight.detach().numpy()[np.ix_(outputs, inputs)]
     assert np.array_equal(kept, narrow[1].weight.detach().numpy())
+
+
+def test_heads_of_attention_stay_as_many_and_give_the_same_dimensions() -> None:
+    torch.manual_seed(0)
+    example = (torch.ones(2, 1, 28, 28),)
+    first = choose_channels(small_transformer(), example, 0.75)
+    narrow = fit_module(small_transformer(), first)
+    plan = first.then(choose_channels(narrow, example, 0.5, first))
+    for found, each in ((first, 12), (plan, 8)):
+        rows, columns = found.kept["layers.layers.0.self_attn.in_proj_weight"]
+        assert rows is not None
+        assert columns is not None
+        by_head = columns.reshape(4, 16)
+        assert by_head.sum(1).tolist() == [each] * 4
+        assert (by_head == by_head[0]).all()
+        assert (rows.reshape(3, 64) == columns).all()
