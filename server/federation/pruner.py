@@ -156,8 +156,9 @@ class Pruner:
         self._accumulated = plan.arrays(self._accumulated)
         masks, early = plan.arrays(self._state.masks), plan.arrays(self._state.early)
         self._state = replace(self._state, masks=masks, early=early)
-        known = {**self._known, **self.statistics.take()}
-        known.pop(self._votes_by, None)  # they are asked for again
+        waiting = self.statistics.take()
+        waiting.pop(self._votes_by, None)  # they are asked for again
+        known = self._with(waiting)
         self._known = {
             name: {
                 tensor: part(tensor, array)

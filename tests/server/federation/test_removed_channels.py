@@ -533,7 +533,7 @@ def test_the_ready_server_app_goes_on_from_fewer_channels(federation: Federation
 
 @pytest.mark.parametrize(
     ("criterion", "masks"),
-    [("taylor", "dpf"), ("fisher", "held"), ("movement", "held"), ("activation", "dpf")],
+    [("taylor", "dpf"), ("fisher", "held"), ("movement", "rigl"), ("activation", "dpf")],
 )
 def test_channels_go_amid_the_pruning_of_weights(
     federation: Federation, criterion: str, masks: str
