@@ -44,7 +44,7 @@ def prune(
         typer.Option(help="Share of the prunable weights that becomes zero, such as 0.9."),
     ] = None,
     criterion: Annotated[
-        str, typer.Option(help="What goes first: magnitude, or random as a control.")
+        str, typer.Option(help="What goes first: magnitude, l2 (of whole rows) or random.")
     ] = "magnitude",
     allocation: Annotated[
         str,

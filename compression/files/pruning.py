@@ -122,8 +122,8 @@ class Pruning:
             )
         if self.criterion not in SCORED:
             raise CannotPrune(
-                f"a file does not hold what the criterion {self.criterion!r} needs: choose "
-                f"{' or '.join(SCORED)}, or prune the module with prune_module and a loader"
+                f"a file does not hold what the criterion {self.criterion!r} looks at: choose one "
+                f"of {', '.join(SCORED)}, or prune the module with prune_module and a loader"
             )
         if self.allocation not in SPREADS:
             raise CannotPrune(
@@ -181,8 +181,8 @@ def prune_checkpoint(
     if settings.pattern:
         return _by_pattern(checkpoint, targets, settings, chosen, ties, run, on_progress)
     single = [t for t in chosen if t.name not in ties]
-    memory = _memory(single, settings)
-    parts = {t.name: _parts(checkpoint, t, _most(chosen)) for t in chosen}
+    parts = {t.name: _parts(checkpoint, t, _most(chosen), _step(t, settings)) for t in chosen}
+    memory = _memory(single, settings, max(p.chunk for each in parts.values() for p in each))
     rankings = _rankings(single, settings)
     passes = max(-(-r.bits // 16) for r in rankings.values()) + 2
     sorting = 3 if settings.allocation in SHARED else 0
@@ -199,7 +199,7 @@ def prune_checkpoint(
         if first in cuts:
             cuts[twin], rankings[twin] = cuts[first], rankings[first]
     jobs = [
-        Zeroed(part, rankings[t.name], cut, CHUNK)
+        Zeroed(part, rankings[t.name], cut)
         for t in chosen
         for part, cut in zip(parts[t.name], cuts[t.name], strict=True)
     ]
@@ -207,7 +207,7 @@ def prune_checkpoint(
     return _result(checkpoint, jobs, ties, passes + sorting, memory)
 
 
-def _memory(single: Sequence[Extent], settings: Pruning, chunk: int = CHUNK) -> int:
+def _memory(single: Sequence[Extent], settings: Pruning, chunk: int) -> int:
     """Bytes that a process takes at most.
 
     Raises:
@@ -246,17 +246,15 @@ def _by_pattern(
                 f"{settings.pattern} does not divide {tensor.name!r} of shape {list(shape)}: "
                 f"{misfit}; leave it out with --exclude {tensor.name!r}"
             )
-        row = math.prod(shape[1:])
-        rows = 8 if tensor.inputs == 1 else math.lcm(8, pattern.of)
-        step = row * rows
-        chunk = max(step, CHUNK // step * step)
-        memory = max(memory, _memory([tensor], settings, chunk))
+        step = math.prod(shape[1:]) * 8 * (1 if tensor.inputs == 1 else pattern.of)
+        parts = _parts(checkpoint, tensor, _most(chosen), step)
+        memory = max(memory, _memory([tensor], settings, parts[0].chunk))
         ranking = _ranking([tensor], settings)
         grouping = Grouping(pattern, shape[1:], tensor.inputs)
-        for part in _parts(checkpoint, tensor, -(-_most(chosen) // chunk) * chunk):
+        for part in parts:
             size = part.stop - part.start
             cut = Cut(0, 0, -1, size - size // pattern.of * pattern.kept)
-            jobs.append(Zeroed(part, ranking, cut, chunk, grouping))
+            jobs.append(Zeroed(part, ranking, cut, grouping))
     weights = sum(t.spec.nbytes for t in chosen)
     progress = _Progress(on_progress, weights + checkpoint.nbytes)
     write_pruned(checkpoint, targets, chosen, jobs, run, progress.add)
@@ -308,11 +306,17 @@ def _most(chosen: Sequence[Extent]) -> int:
     return max(_SMALLEST_PART, -(-sum(t.spec.size for t in chosen) // _MOST_PARTS // 8) * 8)
 
 
-def _parts(checkpoint: Checkpoint, tensor: Extent, most: int) -> list[Part]:
-    path, size = checkpoint.file(tensor), tensor.spec.size
+def _step(tensor: Extent, settings: Pruning) -> int:
+    """Weights that are looked at together at least: what the criterion looks at, eightfold."""
+    return 8 * (1 if settings.criterion != "l2" else math.prod(tensor.spec.shape[1:]))
+
+
+def _parts(checkpoint: Checkpoint, tensor: Extent, most: int, step: int) -> list[Part]:
+    path, spec, most = checkpoint.file(tensor), tensor.spec, -(-most // step) * step
+    row = math.prod(spec.shape[1:])
     return [
-        Part(tensor.name, tensor.spec.dtype, path, tensor.offset, at, min(at + most, size))
-        for at in range(0, size, most)
+        Part(tensor.name, spec.dtype, path, tensor.offset, at, min(at + most, spec.size), row, step)
+        for at in range(0, spec.size, most)
     ]
 
 
@@ -356,7 +360,10 @@ def _groups(
         kept = kernel_numbers({t.name: t.spec.shape for t in single}, settings.sparsity)
         numbers = [t.spec.size - kept[t.name] for t in single]
     else:
-        whole = [(_parts(checkpoint, t, t.spec.size)[0], rankings[t.name]) for t in single]
+        whole = [
+            (_parts(checkpoint, t, t.spec.size, _step(t, settings))[0], rankings[t.name])
+            for t in single
+        ]
         numbers = removed_by_share(
             whole, settings.allocation, remove, run, lambda count: tick(count, "sorting tensors")
         )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from prunecast.compression.files import CannotPrune, UnreadableFile
 from prunecast.compression.files.tensors import FileTensor, raw_dtype
 from prunecast.compression.pruning.allocation import ALLOCATIONS
+from prunecast.compression.pruning.criteria import CRITERIA, Knowledge
 from prunecast.compression.pruning.patterns import NOfM
 
 __all__ = [
@@ -42,8 +43,8 @@ __all__ = [
 
 CHUNK = 1 << 20
 """Weights that are looked at together; some 40 bytes of each are held meanwhile."""
-SCORED = ("magnitude", "random")
-"""Criteria that score a weight by itself."""
+SCORED = ("magnitude", "l2", "random")
+"""Criteria that look at no more than the row that a weight is in."""
 
 _DIGIT = 16
 _VALUES = 1 << _DIGIT
@@ -69,6 +70,8 @@ class Part:
         offset: of the tensor's first byte there.
         start: number of the first weight of the part, a multiple of 8.
         stop: number of the first weight behind it.
+        row: weights of one position of the tensor's first axis.
+        step: chunks and parts hold a multiple of so many weights: 8, or 8 rows or more.
     """
 
     name: str
@@ -77,6 +80,13 @@ class Part:
     offset: int
     start: int
     stop: int
+    row: int = 1
+    step: int = 8
+
+    @property
+    def chunk(self) -> int:
+        """Weights that are looked at together."""
+        return max(self.step, CHUNK // self.step * self.step)
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +112,7 @@ class Ranking:
     def of(cls, dtypes: Iterable[str], criterion: str = "magnitude", seed: int = 0) -> Ranking:
         """The narrowest for weights of these dtypes, as NumPy joins them."""
         kinds = set(dtypes)
-        if criterion == "random":
+        if criterion != "magnitude":
             return cls("float64", criterion, seed)
         if len(kinds) == 1:
             return cls(kinds.pop(), criterion, seed)
@@ -132,6 +142,10 @@ class Ranking:
             drawn = np.random.PCG64(np.random.SeedSequence([self.seed, _number(part.name)]))
             scores = np.random.Generator(drawn.advance(start)).random(values.size)
             return scores.view(np.uint64)
+        if self.criterion == "l2":
+            rows = FileTensor(values, part.dtype).real().reshape(-1, part.row)
+            scored = CRITERIA["l2"].scores(Knowledge({"": rows}))[""]
+            return np.ascontiguousarray(scored, np.float64).ravel().view(np.uint64)
         if part.dtype != self.dtype:
             values = FileTensor(values, part.dtype).real().astype(self.dtype)
         bits = values.view(_INTEGERS[values.itemsize])
@@ -160,7 +174,7 @@ class Cut:
     removed: int
 
 
-def read_part(part: Part, chunk: int = CHUNK) -> Iterator[tuple[int, NDArray[Any]]]:
+def read_part(part: Part) -> Iterator[tuple[int, NDArray[Any]]]:
     """The weights of a part in chunks, each with the number of its first weight in the tensor.
 
     Raises:
@@ -170,8 +184,8 @@ def read_part(part: Part, chunk: int = CHUNK) -> Iterator[tuple[int, NDArray[Any
     try:
         with open(part.path, "rb") as file:
             file.seek(part.offset + part.start * dtype.itemsize)
-            for start in range(part.start, part.stop, chunk):
-                count = min(chunk, part.stop - start)
+            for start in range(part.start, part.stop, part.chunk):
+                count = min(part.chunk, part.stop - start)
                 values = np.fromfile(file, dtype, count)
                 if values.size != count:
                     raise UnreadableFile(f"{part.path} became shorter while it was read")
@@ -201,7 +215,7 @@ def select(
     highest: list[tuple[int, int]] = []
     for shift in range(ranking.bits - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(_VALUES, np.int64)
-        jobs = [_Digit(part, ranking, shift, prefix, CHUNK) for part in parts]
+        jobs = [_Digit(part, ranking, shift, prefix) for part in parts]
         for part, (found, key, number) in zip(parts, run(_count_digit, jobs), strict=True):
             counts += found
             if len(highest) < len(parts):
@@ -219,7 +233,7 @@ def select(
     if not remove:
         return [Cut(0, part.stop - part.start, -1, 0) for part in parts]
     found_at = []
-    jobs_at = [_Threshold(part, ranking, prefix, CHUNK) for part in parts]
+    jobs_at = [_Threshold(part, ranking, prefix) for part in parts]
     for index, (part, (lower, tied)) in enumerate(zip(parts, run(_count_at, jobs_at), strict=True)):
         key = highest[index][0] if spared[part.name] == index else prefix + 1
         found_at.append((lower - (key < prefix), tied - (key == prefix)))
@@ -250,7 +264,6 @@ class _Digit:
     ranking: Ranking
     shift: int
     prefix: int
-    chunk: int
 
 
 def _count_digit(job: _Digit) -> tuple[NDArray[np.int64], int, int]:
@@ -260,7 +273,7 @@ def _count_digit(job: _Digit) -> tuple[NDArray[np.int64], int, int]:
     """
     counts, highest, number = np.zeros(_VALUES, np.int64), -1, 0
     first = job.shift + _DIGIT == job.ranking.bits
-    for start, values in read_part(job.part, job.chunk):
+    for start, values in read_part(job.part):
         keys = job.ranking.keys(job.part, start, values)
         if first:
             at = int(keys.argmax())
@@ -287,13 +300,12 @@ class _Threshold:
     part: Part
     ranking: Ranking
     threshold: int
-    chunk: int
 
 
 def _count_at(job: _Threshold) -> tuple[int, int]:
     """How many weights of a part lie below a threshold, and how many at it."""
     below = tied = 0
-    for start, values in read_part(job.part, job.chunk):
+    for start, values in read_part(job.part):
         keys = job.ranking.keys(job.part, start, values)
         below += int(np.count_nonzero(keys < job.threshold))
         tied += int(np.count_nonzero(keys == job.threshold))

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.files.selection import (
-    CHUNK,
     Part,
     Ranking,
     Run,
@@ -47,7 +46,6 @@ class _Job:
     lost: bool
     shift: int
     prefix: int
-    chunk: int
 
 
 def removed_by_share(
@@ -73,7 +71,7 @@ def removed_by_share(
 
     def jobs() -> list[_Job]:
         lost = allocation == "sensitivity"
-        return [_Job(p, ranking, lost, shift, prefix, CHUNK) for p, ranking in tensors]
+        return [_Job(p, ranking, lost, shift, prefix) for p, ranking in tensors]
 
     while shift:
         shift -= _DIGIT
@@ -157,17 +155,17 @@ def _keys(job: _Job) -> Iterator[NDArray[np.uint64]]:
     size = ascending.size
     if job.lost:
         total = 0.0
-        for at in range(0, size, job.chunk):
-            total = float(_carried(total, squares(at, at + job.chunk))[-1])
+        for at in range(0, size, job.part.chunk):
+            total = float(_carried(total, squares(at, at + job.part.chunk))[-1])
         total, carry = max(total, float(_TINY)), 0.0
-        for at in range(0, size - 1, job.chunk):
-            sums = _carried(carry, squares(at, min(at + job.chunk, size - 1)))
+        for at in range(0, size - 1, job.part.chunk):
+            sums = _carried(carry, squares(at, min(at + job.part.chunk, size - 1)))
             carry = float(sums[-1])
             yield (sums / total).view(np.uint64)
         return
     carry = 0.0
-    for behind in range(size, 0, -job.chunk):
-        falling = squares(max(0, behind - job.chunk), behind)[::-1]
+    for behind in range(size, 0, -job.part.chunk):
+        falling = squares(max(0, behind - job.part.chunk), behind)[::-1]
         sums = _carried(carry, falling)
         carry = float(sums[-1])
         shares = falling / np.maximum(sums, _TINY)
@@ -181,7 +179,7 @@ def _carried(carry: float, values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _sorted(job: _Job) -> NDArray[np.unsignedinteger]:
     keys: NDArray[np.unsignedinteger] | None = None
-    for start, values in read_part(job.part, job.chunk):
+    for start, values in read_part(job.part):
         found = job.ranking.keys(job.part, start, values)
         at = int(found.argmax())
         refuse_infinite(job.part, job.ranking, int(found[at]), start + at)

@@ -99,7 +99,6 @@ class Zeroed:
         part: the weights.
         ranking: what they were ranked by.
         cut: what goes.
-        chunk: weights that are looked at together.
         grouping: of a pattern, which decides instead of the cut's threshold; None without.
         target: the file that it is written into; set when there is one, as are those that follow.
         masks: the file of masks.
@@ -109,7 +108,6 @@ class Zeroed:
     part: Part
     ranking: Ranking
     cut: Cut
-    chunk: int
     grouping: Grouping | None = None
     target: Path = Path()
     masks: Path = Path()
@@ -193,7 +191,7 @@ def _write_part(job: Zeroed) -> int:
     """Write a part of a tensor with zeros, and its bits of the mask; returns how many went."""
     removed, ties = 0, job.cut.ties
     with open(job.target, "r+b") as file, open(job.masks, "r+b") as masks:
-        for start, values in read_part(job.part, job.chunk):
+        for start, values in read_part(job.part):
             if job.grouping is None:
                 kept, ties = stay(job.part, start, values, job.ranking, job.cut, ties)
             else:

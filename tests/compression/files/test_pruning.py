@@ -119,8 +119,7 @@ def test_pieces_choose_as_memory_does(
     write_tensors(folder / "m.safetensors", tensors)
     chosen = {"sparsity": sparsity, "allocation": allocation, "criterion": criterion}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (selection, shares, pruning):
-            patch.setattr(module, "CHUNK", chunk)
+        patch.setattr(selection, "CHUNK", chunk)
         patch.setattr(shares, "MOST_GATHERED", gathered)
         patch.setattr(pruning, "_SMALLEST_PART", max(chunk, 16))
         patch.setattr(pruning, "_MOST_PARTS", 1 << 30)
@@ -150,7 +149,7 @@ def test_patterns_are_those_of_memory(
     shapes = {"linear": (37, 16), "conv": (21, 8, 3, 3), "conv1d": (9, 24, 5)}
     tensors = {n: weights(rng, s, dtype, "ties") for n, s in shapes.items()}
     write_tensors(tmp_path / "m.safetensors", tensors)
-    monkeypatch.setattr(pruning, "CHUNK", 256)
+    monkeypatch.setattr(selection, "CHUNK", 256)
     monkeypatch.setattr(pruning, "_SMALLEST_PART", 512)
     chosen = {"pattern": pattern, "sparsity": sparsity, "criterion": criterion}
     result = prune(tmp_path / "m.safetensors", **chosen)
@@ -161,7 +160,8 @@ def test_patterns_are_those_of_memory(
         assert np.array_equal(mask, expected[name])
 
 
-def test_in_onnx_groups_run_along_what_is_multiplied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("criterion", selection.SCORED)
+def test_in_onnx_groups_run_along_what_is_multiplied(tmp_path: Path, criterion: str) -> None:
     """MatMul and Gemm without transB have input channels in rows, Conv and Gemm with it do not."""
     rng = np.random.default_rng(2)
     shapes = {"mat": (8, 6), "gemm": (8, 6), "turned": (6, 8), "conv": (5, 4, 3, 3)}
@@ -175,12 +175,16 @@ def test_in_onnx_groups_run_along_what_is_multiplied(tmp_path: Path) -> None:
     tensors = [numpy_helper.from_array(a, n) for n, a in arrays.items()]
     model = helper.make_model(helper.make_graph(nodes, "g", [], [], tensors))
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    prune(tmp_path / "m.onnx", pattern="2:4")
+    prune(tmp_path / "m.onnx", pattern="2:4", criterion=criterion)
     after = arrays_of(tmp_path / "m.pruned.onnx")
     along = {"mat": 0, "gemm": 0, "turned": 1, "conv": 1}
     for name, axis in along.items():
         groups = np.moveaxis(after[name] != 0, axis, -1).reshape(-1, 4)
         assert (groups.sum(1) == 2).all(), name
+        if criterion == "l2" and axis == 0:  # of four rows the two with the larger norms stay
+            norms = np.square(arrays[name]).sum(1).reshape(-1, 4)
+            stays = np.sort(norms.argsort(1)[:, 2:], axis=1) + 4 * np.arange(len(norms))[:, None]
+            assert after[name].any(1).nonzero()[0].tolist() == stays.ravel().tolist()
 
 
 def test_every_other_byte_stays_and_so_does_the_metadata(tmp_path: Path) -> None:
@@ -418,7 +422,10 @@ def one(tmp_path: Path, values: np.ndarray, name: str = "w") -> Path:
         ({"sparsity": 1.0}, "sparsity 1 removes all: give one above 0 and below 1"),
         ({"sparsity": 0.0}, "sparsity 0 removes nothing"),
         ({"sparsity": float("nan")}, "sparsity nan"),
-        ({"criterion": "taylor"}, "what the criterion 'taylor' needs: choose magnitude or random"),
+        (
+            {"criterion": "taylor"},
+            "what the criterion 'taylor' looks at: choose one of magnitude, l2",
+        ),
         ({"allocation": "any"}, "the allocation 'any' cannot be computed in pieces"),
         ({"exclude": ("*",)}, "has no tensor that may be pruned"),
         ({"min_size": 401}, "has no tensor that may be pruned"),
