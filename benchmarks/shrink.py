@@ -3,10 +3,10 @@
     python benchmarks/shrink.py [--folder RUN] [--repeat N] [--json FILE]
 
 Runs the packaged scenario ``shrink`` in this process (or takes ``--folder`` of a run of it): plain
-Flower, the preset ``small`` (single weights), half of the channels after round 4, and channels,
-then weights. Then the released narrow model and one of the whole network are measured by
-onnxruntime with one thread, by turns, after 50 runs that do not count, an image at a time:
-the median of 400 runs, ``--repeat`` times. Takes some ten minutes an arm on one idle core.
+Flower, the preset ``small`` (single weights), half of the channels after round 2, and channels,
+then weights. Then the whole network and the narrow one that the scenario's device runs are measured
+by onnxruntime with one thread, by turns, an image at a time, after 50 runs that do not count:
+the median of 400 runs, ``--repeat`` times. Takes some minutes an arm on one idle core.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # started by its path: the repository's folder is not where Python looks
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 _WARM, _RUNS = 50, 400
 
 
@@ -32,24 +35,18 @@ def latencies(files: dict[str, Path], repeat: int) -> dict[str, Any]:
         repeat: measurements, each of new sessions.
     """
     import numpy as np
-    import onnxruntime
+
+    from benchmarks.variants import session as open_session
 
     found: dict[str, list[float]] = {name: [] for name in files}
     for _ in range(repeat):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        sessions = {
-            name: onnxruntime.InferenceSession(
-                str(file), options, providers=["CPUExecutionProvider"]
-            )
-            for name, file in files.items()
-        }
-        feed = {"input": np.full((1, 1, 28, 28), 0.5, np.float32)}
+        sessions = {name: open_session(file, False) for name, file in files.items()}
+        image = np.full((1, 1, 28, 28), 0.5, np.float32)
         times: dict[str, list[float]] = {name: [] for name in files}
         for number in range(_WARM + _RUNS):
             for name, session in sessions.items():  # by turns: what disturbs one disturbs all
                 began = time.perf_counter()
-                session.run(None, feed)
+                session.run(None, {session.get_inputs()[0].name: image})
                 if number >= _WARM:
                     times[name].append(1e3 * (time.perf_counter() - began))
         for name, taken in times.items():
@@ -60,27 +57,19 @@ def latencies(files: dict[str, Path], repeat: int) -> dict[str, Any]:
 
 
 def models(run: Path, scratch: Path) -> dict[str, Path]:
-    """The whole network and the released narrow one, as files that onnxruntime opens."""
+    """The whole network, exported, and the file that the run's device computes with."""
     import torch
 
-    from prunecast.compression.pruning.channels import ChannelPlan
-    from prunecast.compression.pruning.narrowing import fit_module
-    from prunecast.compression.versions import load_model
+    from prunecast.client.edge.state import read_status
     from prunecast.simulations.scenarios import load_scenario
 
-    factory = load_scenario("shrink").model.network()
-    found = {}
-    for name in ("dense", "channels", "hybrid"):
-        module = factory()
-        if name != "dense":
-            plan = (run / "work" / f"{name}-2.channels").read_text(encoding="utf-8")
-            module = fit_module(module, ChannelPlan.from_text(plan))
-            arrays = load_model(run / "work" / f"{name}-2.model").arrays()
-            module.load_state_dict({n: torch.tensor(a) for n, a in arrays.items()})
-        found[name] = scratch / f"{name}.onnx"
-        example = (torch.zeros(1, 1, 28, 28),)
-        torch.onnx.export(module.eval(), example, str(found[name]), input_names=["input"])
-    return found
+    module = load_scenario("shrink").model.network()().eval()
+    whole = scratch / "whole.onnx"
+    example = (torch.zeros(1, 1, 28, 28),)
+    torch.onnx.export(module, example, str(whole), input_names=["input"])
+    device = run / "device"
+    slot = device / "slots" / read_status(device)["active"]["slot"]
+    return {"whole": whole, "narrow": slot / "model.onnx"}
 
 
 def train(folder: Path) -> None:

@@ -186,6 +186,7 @@ def create(
             onnx=source,
             selftest=selftest,
             calibration=calibration,
+            removed=_removed(model) if module is not None else None,
             variant=variant,
             channels=channels,
             bits=bits,
@@ -257,6 +258,14 @@ def _factory(reference: str) -> Callable[[], Any]:
         return load_callable(reference)
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error), param_hint="--module") from error
+
+
+def _removed(model: Path | None) -> Path | None:
+    """The plan beside a model that a run trained without some of its channels; None for none."""
+    from prunecast.compression.pruning.channels import channels_beside
+
+    beside = None if model is None else channels_beside(model)
+    return beside if beside is not None and beside.is_file() else None
 
 
 def _metric(text: str) -> tuple[str, float]:

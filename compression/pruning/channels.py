@@ -22,17 +22,26 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.common.files import write_atomically
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.frame import inflate
 
-__all__ = ["Axes", "ChannelPlan", "Steps", "current_channels", "holding_channels"]
+__all__ = [
+    "Axes",
+    "ChannelPlan",
+    "Steps",
+    "channels_beside",
+    "current_channels",
+    "holding_channels",
+]
 
 _SCHEMA = 1
 Axes = tuple[NDArray[np.bool_] | None, ...]
@@ -165,6 +174,27 @@ class ChannelPlan:
             return LatticeTensor(tensor.q[places], tensor.step, tensor.pruned, tensor.dtype)
         return RawTensor(tensor.values[places])
 
+    def save(self, path: Path) -> None:
+        """Write the text to a file, whole or not at all.
+
+        Raises:
+            StorageError: the file system refuses; an old file is untouched.
+        """
+        write_atomically(path, self.to_text().encode())
+
+    @classmethod
+    def load(cls, path: Path) -> ChannelPlan:
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: it cannot be read.
+            PlanError: no such plan.
+        """
+        try:
+            return cls.from_text(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise PlanError(f"the plan of channels is damaged: {error}") from error
+
     @cached_property
     def coded(self) -> bytes:
         """As it travels: the text without `steps`, which only a dependency graph needs; deflated.
@@ -231,6 +261,11 @@ class ChannelPlan:
         except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise PlanError(f"the plan of channels is damaged: {error}") from error
         return cls(kept, steps, share)
+
+
+def channels_beside(model: Path) -> Path:
+    """Where the plan of a file's model lies that has fewer channels than its module: beside it."""
+    return model.with_suffix(".channels")
 
 
 _current: ContextVar[ChannelPlan | None] = ContextVar("prunecast_channels", default=None)

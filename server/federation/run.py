@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from prunecast.common.files import StorageError
 from prunecast.compression.flower import array_record, node_reason
 from prunecast.compression.flower.internals import log
+from prunecast.compression.pruning.channels import channels_beside
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError, NodesFailed
@@ -220,6 +221,11 @@ class Run:
             rounds.check()
             if self._output is not None and self.publishes and result.arrays:
                 save_model(self.grid.published(result.arrays, key=self.key), self._output)
+                left, beside = self.grid.channels(key=self.key), channels_beside(self._output)
+                if left is not None:
+                    left.save(beside)
+                else:
+                    beside.unlink(missing_ok=True)  # of a run before in the same folder
             self.grid.ledger.flush()
             cost = rounds.cost()
             if result.arrays:

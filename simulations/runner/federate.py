@@ -24,7 +24,7 @@ from prunecast.client.training.trainer import TensorBatches
 from prunecast.common.text import first_line
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.channels import ChannelPlan, channels_beside
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
 from prunecast.server.federation.events import OnEvent
@@ -166,7 +166,7 @@ class _HeldOut:
             target = prepared.work / f"{arm}-{place}"
             save_model(model, target.with_suffix(".model"))
             if removed is not None:
-                target.with_suffix(".channels").write_text(removed.to_text(), encoding="utf-8")
+                removed.save(channels_beside(target.with_suffix(".model")))
             np.savez(target.with_suffix(".npz"), outputs=outputs, score=score)
 
 

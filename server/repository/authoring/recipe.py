@@ -371,6 +371,7 @@ def read_recipe(
     graph: Path | None = None,
     selftest: Path | None = None,
     calibration: Path | None = None,
+    removed: Path | None = None,
     max_bytes: int | None = None,
     **options: Any,
 ) -> ReleaseRecipe:
@@ -380,6 +381,7 @@ def read_recipe(
         graph: that `save_graph` wrote.
         selftest: ``.npz``, one array per input.
         calibration: ``.npz`` with samples, one array per input, and ``labels`` where known.
+        removed: that `ChannelPlan.save` wrote.
         max_bytes: most bytes that the arrays of a file may take, see
             `prunecast.common.bounds.byte_limit`; and so for the graph or the ``.onnx`` file.
         options: the other fields of `ReleaseRecipe`.
@@ -397,6 +399,7 @@ def read_recipe(
         graph=_read("graph", graph, lambda file: look_at_graph(file, max_bytes)),
         selftest=_read("selftest", selftest, arrays),
         samples=_read("calibration", calibration, lambda file: split_samples(arrays(file))),
+        removed=_read("model", removed, ChannelPlan.load),
         max_bytes=max_bytes,
         **options,
     )

@@ -22,12 +22,15 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from torch import nn
+from typer.testing import CliRunner
 
+from prunecast.cli.main import app
 from prunecast.client.edge import Agent, AgentConfig
 from prunecast.client.training import compression_mod, current_channels
 from prunecast.client.training.client_app import LocalTraining, build_client_app
 from prunecast.client.training.store import NodeStore
 from prunecast.client.training.trainer import TensorBatches
+from prunecast.compression.pruning.channels import ChannelPlan, channels_beside
 from prunecast.compression.pruning.narrowing import fit_module
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import load_model
@@ -167,6 +170,8 @@ def test_half_of_the_channels_go_while_everybody_goes_on(federation: Federation)
     assert shapes(result.arrays) == NARROW
     published = load_model(federation.folder / "final.model")
     assert shapes(published.tensors) == NARROW
+    beside = ChannelPlan.load(channels_beside(federation.folder / "final.model"))
+    assert beside.coded == run.grid.channels().coded  # type: ignore[union-attr]
     for node in (1, 2, 3):
         held, plan = federation.held(node).held("arrays"), federation.held(node).channels("arrays")
         assert held is not None
@@ -503,6 +508,28 @@ def test_what_is_released_of_fewer_channels_is_a_narrow_graph(tmp_path: Path) ->
     releases = AutomaticReleases(ReleaseRule(every=1), RecipeReleaser(graph, repository, "narrow"))
     with pytest.raises(ReleaseRuleError, match=r"leave out release\.graph"):
         federation.run(policy(1), 3, releases=releases)
+
+
+def test_the_final_model_is_released_with_the_plan_beside_it(tmp_path: Path) -> None:
+    federation = Federation(tmp_path)
+    federation.run(policy(1), 2, output=tmp_path / "final.model")
+    np.savez(tmp_path / "selftest.npz", input=example().numpy())
+    Repository.create(tmp_path / "repository", KeyRing.create(tmp_path / "keys"))
+    create = [
+        *("release", "create", str(tmp_path / "repository"), "narrow"),
+        *("--keys", str(tmp_path / "keys"), "--model", str(tmp_path / "final.model")),
+        *("--module", f"{__name__}:network", "--selftest", str(tmp_path / "selftest.npz")),
+        *("--graph-cache", str(tmp_path / "graphs")),
+    ]
+    result = CliRunner().invoke(app, create)
+    assert result.exit_code == 0, result.output
+    (tmp_path / "final.channels").unlink()
+    result = CliRunner().invoke(app, create)
+    assert result.exit_code != 0
+    (tmp_path / "final.channels").write_text("no plan")
+    result = CliRunner().invoke(app, create)
+    assert result.exit_code == 2
+    assert "the plan of channels is damaged" in " ".join(result.output.split())
 
 
 def spread(module: nn.Module, context: Context) -> dict[str, float]:

@@ -393,12 +393,17 @@ def test_records_of_the_wire():
         Instruction(UpdateRule(3.0, 0.6, True, 1.5, 23)),
         Instruction(None, statistics=("gradient",)),
         Instruction(None),
+        Instruction(UpdateRule(3.0), channels={"arrays": b"a plan", "other": b""}),
     ):
         assert Instruction.from_bytes(instruction.to_bytes()) == instruction
     plain, rounds = (Instruction(UpdateRule(3.0, 0.6, True, 0.0, b)).to_bytes() for b in (0, 6))
     assert len(rounds) == len(plain)
     with pytest.raises(BadPayload, match="statistics of 24 bits"):  # the byte before the tag
         Instruction.from_bytes(rounds.replace(b"\x06" + bytes(4), b"\x18" + bytes(4)))
+    whole = Instruction(None, channels={"arrays": b"a plan"}).to_bytes()
+    for cut in range(1, 14):
+        with pytest.raises(BadPayload, match="ends too early"):
+            Instruction.from_bytes(whole[:-cut])
     report = NodeReport({"arrays": bytes(16)}, ("control",), 1.25)
     assert NodeReport.from_bytes(report.to_bytes()) == report
     assert len(NodeReport(encode_ms=0.0).to_bytes()) == len(NodeReport(encode_ms=1e9).to_bytes())
