@@ -101,9 +101,9 @@ def _recovered(study: Study, arms: list[StudyArm]) -> Table:
     for arm in arms:
         found = pruning_numbers(study, arm)
         before, lost = found[f"{metric}_before_pruning"], found["pruning_loss"]
-        if found["mask_seconds"] is None:
-            continue
         seconds, peak = found["mask_seconds"], found["mask_peak_bytes"]
+        if seconds is None and before is None:
+            continue
         recovery = mean_of(found["recovery_ratio"])
         rows.append(
             [
@@ -112,8 +112,8 @@ def _recovered(study: Study, arms: list[StudyArm]) -> Table:
                 spread_text(arm.pruning("after", metric), study.text),
                 study.text(lost.mean) if lost else "–",
                 f"{recovery:.3g}" if recovery is not None else "–",
-                duration_text(seconds.mean),
-                bytes_text(mean_of(peak)),
+                duration_text(seconds.mean) if seconds else "–",
+                bytes_text(mean_of(peak)) if peak else "–",
             ]
         )
     header = ["arm", f"{metric} before", "after", "pruning loss", "recovery ratio"]

@@ -79,13 +79,18 @@ def _recipe(prepared: PreparedRun) -> ReleaseRecipe:
     """How a scenario's releases are made, during the run and after it."""
     spec = prepared.scenario.release
     assert spec is not None
-    inputs = Examples.load(prepared.held_out).take(slice(spec.selftest_images)).inputs
+    inputs = Examples.load(prepared.held_out).take(slice(spec.selftest_images))
     return ReleaseRecipe(
         module=prepared.scenario.model.network(),
-        # the graph of a single input calls it "input", whatever the data do
-        selftest=dict(inputs) if len(inputs) > 1 else next(iter(inputs.values())),
+        selftest=_named(inputs),
         cache=prepared.work / "graphs",
     )
+
+
+def _named(examples: Examples) -> dict[str, NDArray[Any]]:
+    """Inputs by the graph's names; it calls a single one "input", whatever the data do."""
+    inputs = dict(examples.inputs)
+    return inputs if len(inputs) > 1 else {"input": next(iter(inputs.values()))}
 
 
 def _whole(prepared: PreparedRun) -> tuple[ExportedGraph, PublishedModel]:
@@ -155,7 +160,7 @@ def deliver(
             reports.append(report)
     first, second = made
     on_step("counting and timing what the device runs")
-    samples = Samples(Examples.load(prepared.held_out).take(slice(_SAMPLES)).inputs)
+    samples = Samples(_named(Examples.load(prepared.held_out).take(slice(_SAMPLES))))
     whole = None if versions[1].removed is None else _whole(prepared)
     gains = gains_of(contents, samples, weights=versions[1].model, whole=whole)
     last, found = versions[1], _answers(prepared, second.version)

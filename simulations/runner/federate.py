@@ -186,7 +186,7 @@ def _run_arm(
         arrays = unused.draw_initial(arrays, scenario.seed)
     arrays = arm.initial(arrays, scenario)
     rounds: list[dict[str, Any]] = []
-    original = sum(parameter.numel() for parameter in module.parameters())
+    original = _parameters(module)
     held_out = _HeldOut(prepared, module)
     measured: dict[str, float] = {}
 
@@ -204,6 +204,7 @@ def _run_arm(
         if event["event"] == "round-finished":
             same = ("sparsity", "bytes_up", "bytes_down", "seconds")
             row = {"round": event["round"], **measured, **{k: event[k] for k in same}}
+            row["parameters"] = _parameters(held_out.module)
             if found := event["node_metrics"]:
                 row["nodes"] = found
             rounds.append(row)
@@ -251,6 +252,10 @@ def _run_arm(
     made["model"] = _counted(held_out.module, tensors(prepared.held_out)[0], original)
     made["mask_cost"] = compressed.mask_cost() if policy.target else None
     return {**made, "nodes": nodes, "store_bytes": bound.peak, "forgotten": bound.forgotten}
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _counted(

@@ -89,14 +89,19 @@ def pruning_figures(
 
     Args:
         model: of `model_figures`.
-        rounds: of the arm; *before* is the last one whose model was dense after training, *after*
-            is the last one.
+        rounds: of the arm; *before* is the last one after training whose model had all weights and
+            channels, *after* is the last one.
         task: says whether its metric is an error.
         cost: what making masks took; None where nothing was to be pruned.
     """
     after = rounds[-1]
-    dense = [row for row in rounds if row["round"] and not row["sparsity"]]
-    before = dense[-1] if dense and after["sparsity"] else None
+    original = model["parameters"]["original"]
+    dense = [
+        row
+        for row in rounds
+        if row["round"] and not row["sparsity"] and row["parameters"] == original
+    ]
+    before = dense[-1] if dense and dense[-1] is not after else None
     figures: dict[str, Any] = {
         **model,
         "before": _reached(before, task.metric),

@@ -212,7 +212,7 @@ def test_channels_that_went_are_told_of_the_result_and_of_the_device(digits, tmp
         "engine": {"backend": "inline"},
     }
     mapping["model"]["options"] = {"width": 0.25, "classes": 3}
-    mapping["arms"]["mobile"]["policy"] |= {"channels_at": [1], "pruning_begin": 1}
+    mapping["arms"]["mobile"]["policy"] |= {"channels_at": [2], "pruning_begin": 2}
     scenario = scenario_from_mapping(mapping)
     prepared = prepare(scenario, tmp_path, check_scenario(scenario))
     grid = InProcessGrid(simulated_client(prepared), CLIENTS, run_id=RUN_ID)
@@ -226,4 +226,6 @@ def test_channels_that_went_are_told_of_the_result_and_of_the_device(digits, tmp
     assert gains["structured"]
     assert after["macs"] == pruning["macs"] < 0.3 * before["macs"]
     assert after["onnx_bytes"] < 0.4 * before["onnx_bytes"]
-    assert after["int8"]["ms"] > 0
+    assert gains["int8"] == "int8-qdq"
+    assert min(before["int8"]["ms"], after["int8"]["ms"]) > 0
+    assert (pruning["before"]["round"], pruning["after"]["round"]) == (1, ROUNDS)

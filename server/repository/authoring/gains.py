@@ -63,17 +63,16 @@ def gains_of(
     """
     graph = made.exported or made.graph
     inputs = _named(graph, made.inputs)
-    after = _figures(graph, weights, inputs, samples, made)
-    if whole is None:
-        # the same operations on other numbers
-        before = {**after, "nonzero": after["parameters"], "effective_macs": after["macs"]}
-    else:
-        before = _figures(*whole, inputs, samples)
+    kind = "int8-qdq" if samples is not None or "int8-qdq" in made.kind else "int8"
+    after = _figures(graph, weights, inputs, samples, made if kind in made.kind else None)
+    # with all channels or not: before pruning there were the same operations and no zeros
+    before = dict(after) if whole is None else _figures(*whole, inputs, samples)
+    before |= {"nonzero": before["parameters"], "effective_macs": before["macs"]}
     kept = Kept(before["parameters"], after["parameters"], after["nonzero"])
     return {
         "before": before,
         "after": after,
-        "int8": "int8-qdq" if samples is not None or "int8-qdq" in made.kind else "int8",
+        "int8": kind,
         "structured": whole is not None,
         "compression_ratio": kept.compression_ratio,
         "efficiency": kept.efficiency,
@@ -117,7 +116,7 @@ def _figures(
     plain = ReleaseContents(weights, graph, inputs, "fp32", kind="fp32")
     small = None
     with suppress(ReleaseError):  # nothing in it can be integers, or not with its opset
-        if made is not None and "int8" in made.kind:
+        if made is not None:
             small = _timed(replace(made, inputs=inputs))
         elif samples is not None:
             small = _timed(make_variant(plain, "int8-qdq", samples))

@@ -66,7 +66,8 @@ def test_fewer_channels_save_operations_too(tmp_path: Path) -> None:
     before, after = gains["before"], gains["after"]
     assert gains["structured"]
     assert before["parameters"] > after["parameters"]
-    assert before["macs"] > after["macs"] >= after["effective_macs"]
+    assert before["macs"] == before["effective_macs"] > after["macs"] >= after["effective_macs"]
+    assert before["parameters"] == before["nonzero"]
     assert before["onnx_bytes"] > after["onnx_bytes"]
     header, rows = gain_rows(gains, 500, {"3": 100})
     assert header == ["to a device", "before", "after", "gain"]
