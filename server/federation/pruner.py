@@ -17,7 +17,12 @@ from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.criteria import Knowledge
 from prunecast.compression.pruning.growing import readjusted
 from prunecast.compression.pruning.masks import Masks
-from prunecast.compression.pruning.plan import PlanError, PruningPlan, low_rank_factors
+from prunecast.compression.pruning.plan import (
+    PlanError,
+    PruningPlan,
+    low_rank_factors,
+    tied_weights,
+)
 from prunecast.compression.pruning.schedules import StaticSchedule
 from prunecast.compression.pruning.statistics import (
     Statistics,
@@ -379,8 +384,12 @@ class Pruner:
             self._state = replace(self._state, moved=self._clock)
             self._rewound = dict(self._state.early) or None
         elif self._moves(self._clock) and self._votes:
-            scores, share = plan.criterion.scores(known), self._share(self._clock)
-            kept, self._grown = readjusted(kept, scores, self._votes, share)
+            scores, votes = dict(plan.criterion.scores(known)), dict(self._votes)
+            for name, first in tied_weights(weights).items():  # nodes vote under one name
+                scores[name] = scores[first]
+                votes |= {name: votes[first]} if first in votes else {}
+            share = self._share(self._clock)
+            kept, self._grown = readjusted(kept, scores, votes, share)
             self._state = replace(self._state, masks=kept, moved=self._clock)
             weights_grown = sum(int(np.count_nonzero(g)) for g in self._grown.values())
             self._note("moved", share=share, grown=weights_grown)

@@ -119,6 +119,21 @@ def test_nothing_moves_where_nobody_votes_and_they_are_asked_again(federation: A
     assert all((mask == models[0]).all() for mask in models)
 
 
+def test_tied_weights_move_as_one() -> None:
+    """Nodes vote under the first of their names; a draw would drop others under the second."""
+    policy = Policy(**POLICY, pruning_masks="rigl", pruning_criterion="random")
+    publisher, rng = Publisher(policy, b"s", policy.pruning()), np.random.default_rng(3)
+    masks = []
+    for version in range(4):
+        table = rng.normal(size=(40, 40)).astype("f4")
+        votes = {"growth": {"tokens": rng.normal(size=(40, 40)).astype("f4")}} if version else {}
+        model = publisher.publish({"tokens": table, "head": table.copy()}, votes).model
+        masks.append(model.masks())
+        assert (masks[-1]["tokens"] == masks[-1]["head"]).all()
+        assert (model.arrays()["tokens"] == model.arrays()["head"]).all()
+    assert any((mask["tokens"] != masks[0]["tokens"]).any() for mask in masks)
+
+
 def test_moves_go_on_after_a_resume(federation: Any, tmp_path: Path) -> None:
     policy = Policy(**POLICY, pruning_masks="rigl", hysteresis=0.5)
     rng = np.random.default_rng(2)
