@@ -6,6 +6,7 @@ from prunecast.compression.pruning.channels import current_channels
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
     current_masks,
+    current_teacher,
     wanted_statistics,
 )
 
@@ -16,5 +17,6 @@ __all__ = [
     "contribute_statistics",
     "current_channels",
     "current_masks",
+    "current_teacher",
     "wanted_statistics",
 ]

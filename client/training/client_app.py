@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ from prunecast.compression.pruning.channels import current_channels
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
     current_masks,
+    current_teacher,
     wanted_statistics,
 )
 from prunecast.compression.pruning.measuring import Batch, Loss
@@ -61,6 +63,9 @@ class LocalTraining:
         device: "auto" (CUDA where present), or a torch device.
         mixed_precision: "auto" (on CUDA), "on" or "off".
         seed: local training is a function of it, the round and the partition.
+        distillation: part of the loss, 0 to 1, that the last dense version is the teacher of once
+            the model is pruned; nodes that never held one train without.
+        distillation_temperature: see `prunecast.client.training.trainer.train`.
     """
 
     local_epochs: int = 1
@@ -71,8 +76,16 @@ class LocalTraining:
     device: str = "auto"
     mixed_precision: str = "auto"
     seed: int = 0
+    distillation: float = 0.0
+    distillation_temperature: float = 4.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.distillation <= 1:
+            raise TrainerError(f"distillation must be from 0 to 1, not {self.distillation}")
+        if not self.distillation_temperature > 0:
+            raise TrainerError(
+                f"distillation-temperature must be above 0, not {self.distillation_temperature}"
+            )
         if self.mixed_precision not in ("auto", "on", "off"):
             raise TrainerError(
                 f"mixed-precision must be 'auto', 'on' or 'off', not {self.mixed_precision!r}"
@@ -107,6 +120,7 @@ class LocalTraining:
         loss_fn: Loss,
         masks: Mapping[str, NDArray[np.bool_]] | None = None,
         statistics: Collection[str] = (),
+        teacher: nn.Module | None = None,
     ) -> Training:
         """Train a module in place as the node of `context` does in a round.
 
@@ -125,6 +139,9 @@ class LocalTraining:
             seed=training_seed(self.seed, server_round, context),
             statistics=statistics,
             loss_fn=loss_fn,
+            teacher=teacher,
+            distillation=self.distillation,
+            temperature=self.distillation_temperature,
         )
 
 
@@ -153,9 +170,11 @@ def build_client_app(
         data: loaders of the node whose context it is given; cache what is costly.
         settings: of local training; None reads the run config.
         loss_fn: of (outputs, targets), the mean over the batch.
-        mods: Flower mods; default ``[compression_mod()]``.
+        mods: Flower mods; default ``[compression_mod()]``, which keeps the teacher that `settings`
+            distil from.
     """
-    client = ClientApp(mods=[compression_mod()] if mods is None else list(mods))
+    distils = None if settings is None else settings.distillation > 0
+    client = ClientApp(mods=[compression_mod(teacher=distils)] if mods is None else list(mods))
 
     def _settings(context: Context) -> LocalTraining:
         return settings or LocalTraining.from_run_config(context.run_config)
@@ -173,6 +192,7 @@ def build_client_app(
             loss_fn=loss_fn,
             masks=current_masks(),
             statistics=wanted_statistics(),
+            teacher=_teacher(model, context) if chosen.distillation else None,
         )
         for name, measured in outcome.statistics.items():
             contribute_statistics(name, measured)
@@ -209,6 +229,16 @@ def _load(model: ModelFactory, message: Message, context: Context) -> tuple[str,
         module = fit_module(module, plan)
     module.load_state_dict(arrays.to_torch_state_dict())
     return key, module
+
+
+def _teacher(model: ModelFactory, context: Context) -> nn.Module | None:
+    """The last dense version as a module."""
+    arrays = current_teacher()
+    if arrays is None:
+        return None
+    module = model(context)
+    module.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
+    return module
 
 
 def _model_from_run_config(context: Context) -> nn.Module:

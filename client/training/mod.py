@@ -89,10 +89,16 @@ from prunecast.compression.versions import (
 
 __all__ = ["compression_mod"]
 
+_TEACHER = "prunecast-teacher "  # before the key of the record whose dense version it was
 _LONGEST = 10_000  # characters of the reason of an error
 
 
-def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | None = None) -> Mod:
+def compression_mod(
+    store: Path | str | None = None,
+    *,
+    max_model_bytes: int | None = None,
+    teacher: bool | None = None,
+) -> Mod:
     """A Flower mod that decodes what `CompressedGrid` sends and encodes the reply.
 
     Put it first, outside mods that look at arrays::
@@ -106,6 +112,9 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
         store: directory for held models and residuals. Default: ``prunecast-store`` of the node
             config, else ``$PRUNECAST_STORE``, else ``prunecast/nodes`` in the user's cache
             directory. Simulations that span machines need one that all of them see.
+        max_model_bytes: of the largest model that this node may take.
+        teacher: keep the last dense version on disk once the model is pruned, for
+            `current_teacher()`; None: where the run config has `distillation` above 0.
 
     An exception of the ClientApp, or of a mod inside, is logged and reported to the server together
     with what the node holds; strategies see Flower's error reply.
@@ -132,7 +141,9 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
             control = message.content.config_records.get(CONTROL_RECORD) or ConfigRecord()
             instruction = Instruction.from_bytes(control.get("instruction"))
             node.settle(instruction.accepted, instruction.given_up)
-            exchange = _Exchange(message, instruction, node, _most(max_model_bytes, context))
+            keeps = _distils(context) if teacher is None else teacher
+            most = _most(max_model_bytes, context)
+            exchange = _Exchange(message, instruction, node, most, keeps_teacher=keeps)
         except TooLarge as error:
             raise ModError(
                 f"message from the server was refused: {error}: set "
@@ -146,7 +157,9 @@ def compression_mod(store: Path | str | None = None, *, max_model_bytes: int | N
         try:
             with (
                 holding_channels(exchange.channels()),
-                holding(exchange.masks(), tuple(asked(instruction.statistics))) as statistics,
+                holding(
+                    exchange.masks(), tuple(asked(instruction.statistics)), exchange.teacher
+                ) as statistics,
             ):
                 reply = call_next(make_message(message.metadata, exchange.content), context)
             if not isinstance(reply, Message):
@@ -175,13 +188,25 @@ def _most(stated: int | None, context: Context) -> int:
     return most
 
 
+def _distils(context: Context) -> bool:
+    share = context.run_config.get("distillation", 0.0)
+    return isinstance(share, int | float) and share > 0
+
+
 class _Exchange:
     """One message and its reply."""
 
     def __init__(
-        self, message: Message, instruction: Instruction, store: NodeStore, most: int
+        self,
+        message: Message,
+        instruction: Instruction,
+        store: NodeStore,
+        most: int,
+        *,
+        keeps_teacher: bool = False,
     ) -> None:
         self._metadata, self._most = message.metadata, most
+        self._keeps_teacher = keeps_teacher
         self._instruction = instruction
         self._store = store
         rule = instruction.rule
@@ -256,6 +281,8 @@ class _Exchange:
         self._models[key] = held if held is not None and held.digest == model.digest else model
         if stored is not self._models[key]:
             try:
+                if stored is not None and self._is_teacher(stored, model, key):
+                    self._store.keep(_TEACHER + key, stored)
                 self._store.keep(key, model, self._channels.get(key))
             except StoreError as error:
                 self._in_trouble(error)
@@ -273,6 +300,19 @@ class _Exchange:
         return {
             name: mask for model in self._models.values() for name, mask in model.masks().items()
         }
+
+    def _is_teacher(self, held: PublishedModel, model: PublishedModel, key: str) -> bool:
+        """Whether the version held is the last dense one before a pruned one."""
+        whole = self._keeps_teacher and key not in self._channels
+        return whole and bool(model.masks()) and not held.masks()
+
+    def teacher(self) -> dict[str, NDArray[Any]] | None:
+        """The last dense version before the received one was pruned, as far as it was kept."""
+        for key, model in self._models.items():
+            if self._keeps_teacher and model.masks():
+                held = self._store.held(_TEACHER + key)
+                return None if held is None else held.arrays()
+        return None
 
     def channels(self) -> ChannelPlan | None:
         """Which channels remain of the received model; None for all."""

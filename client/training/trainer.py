@@ -132,6 +132,9 @@ def train(
     seed: int,
     loss_fn: Loss = nn.functional.cross_entropy,
     statistics: Collection[str] = (),
+    teacher: nn.Module | None = None,
+    distillation: float = 0.5,
+    temperature: float = 4.0,
 ) -> Training:
     """Train `model` in place with SGD.
 
@@ -154,9 +157,15 @@ def train(
             state is put back afterwards.
         loss_fn: of (outputs, targets), the mean over the batch.
         statistics: names of what to measure on the side, which some pruning criteria need.
+        teacher: a model of the same classes whose soft outputs are learnt beside the targets
+            (Hinton et al. 2015, section 2), such as the one before pruning; moved to `device`. None
+            for none.
+        distillation: part of the loss that the teacher has, 0 to 1.
+        temperature: that outputs are divided by before they are compared with the teacher's.
 
     Raises:
-        TrainerError: a mask does not fit, the loader is empty, or the loss is not finite.
+        TrainerError: a mask does not fit, the loader is empty, the loss is not finite, or a teacher
+            is given where outputs are no classes.
     """
     if epochs < 1:
         raise TrainerError(f"epochs must be at least 1, not {epochs}")
@@ -170,6 +179,8 @@ def train(
         held = hold_masks(optimiser, masks or {}, model, dense_gradients=bool(statistics))
     except PlanError as error:
         raise TrainerError(str(error)) from error
+    if teacher is not None:
+        teacher.to(target).eval()
     scaler = torch.amp.GradScaler(target.type, enabled=precision is torch.float16)
     steps, total, examples = 0, torch.zeros((), device=target), 0
     devices = [target] if target.type == "cuda" else []
@@ -186,8 +197,14 @@ def train(
                 targets = moved(targets, target)
                 optimiser.zero_grad(set_to_none=True)
                 with torch.autocast(target.type, precision, enabled=precision is not None):
-                    loss = loss_fn(outputs_of(model, inputs, target), targets)
-                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                    outputs = outputs_of(model, inputs, target)
+                    whole = loss = loss_fn(outputs, targets)
+                    if teacher is not None:
+                        with torch.no_grad():
+                            known = outputs_of(teacher, inputs, target)
+                        soft = _divergence(outputs, known, temperature)
+                        whole = (1 - distillation) * loss + distillation * soft
+                scaler.scale(whole).backward()  # type: ignore[no-untyped-call]
                 scaler.unscale_(optimiser)
                 meter.step()
                 scaler.step(optimiser)
@@ -209,6 +226,21 @@ def train(
         str(precision or torch.float32).removeprefix("torch."),
         meter.found(),
     )
+
+
+def _divergence(outputs: Tensor, known: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence from a teacher's classes, times the temperature squared.
+
+    The factor keeps gradients as large as those of the targets (Hinton et al. 2015, section 2).
+    """
+    if outputs.ndim < 2 or outputs.shape[1] < 2:
+        raise TrainerError(
+            f"outputs of shape {list(outputs.shape)} are no classes to distil: set distillation = 0"
+        )
+    learnt = nn.functional.log_softmax(outputs.float() / temperature, dim=1)
+    told = nn.functional.log_softmax(known.float() / temperature, dim=1)
+    divergence = nn.functional.kl_div(learnt, told, reduction="none", log_target=True).sum(1)
+    return divergence.mean() * temperature**2
 
 
 def evaluate(

@@ -9,7 +9,7 @@ statistics that the ClientApp contributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,13 +20,17 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Masks",
+    "Teacher",
     "contribute_statistics",
     "current_masks",
+    "current_teacher",
     "holding",
     "wanted_statistics",
 ]
 
 Masks = Mapping[str, NDArray[np.bool_]]
+Teacher = Callable[[], Mapping[str, NDArray[Any]] | None]
+"""What reads the arrays of a dense version from where they are kept; None for none."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class _Handled:
     masks: Masks = field(default_factory=dict)
     wanted: tuple[str, ...] = ()
     contributed: dict[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    teacher: Teacher = lambda: None
 
 
 _current: ContextVar[_Handled] = ContextVar("prunecast_pruning", default=_Handled())  # noqa: B039
@@ -49,6 +54,17 @@ def current_masks() -> dict[str, NDArray[np.bool_]]:
         while nothing is pruned yet.
     """
     return dict(_current.get().masks)
+
+
+def current_teacher() -> dict[str, NDArray[Any]] | None:
+    """The last dense version that this node held before the model of the message was pruned.
+
+    Returns:
+        Arrays by name, to distil from; None while nothing is pruned, where the node never held a
+        dense version, or unless the mod was asked to keep it (`compression_mod(teacher=True)`).
+    """
+    found = _current.get().teacher()
+    return None if found is None else dict(found)
 
 
 def wanted_statistics() -> tuple[str, ...]:
@@ -70,18 +86,19 @@ def contribute_statistics(name: str, arrays: Mapping[str, NDArray[Any]]) -> None
 
 @contextmanager
 def holding(
-    masks: Masks, wanted: tuple[str, ...] = ()
+    masks: Masks, wanted: tuple[str, ...] = (), teacher: Teacher = lambda: None
 ) -> Iterator[dict[str, Mapping[str, NDArray[Any]]]]:
     """Make `masks` the current ones for the duration of a ClientApp's function.
 
     Args:
         masks: of the model that it is given.
         wanted: names of the statistics that the server asked for.
+        teacher: reads the last dense version.
 
     Yields:
         What has been contributed, by statistic and tensor.
     """
-    token = _current.set(handled := _Handled(masks, wanted))
+    token = _current.set(handled := _Handled(masks, wanted, teacher=teacher))
     try:
         yield handled.contributed
     finally:

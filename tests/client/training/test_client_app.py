@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
+from prunecast.client.training import client_app
 from prunecast.client.training.client_app import LocalTraining, app, training_seed
 from prunecast.client.training.trainer import TensorBatches, TrainerError
 from prunecast.server.federation import CompressedGrid, Policy
@@ -110,3 +112,44 @@ def test_it_contributes_gradients_where_they_are_asked_for(tmp_path, monkeypatch
     found = grid._streams.stream(grid.run.run_id, "arrays").pruner.statistics.take()
     assert found["gradient"]["weight"].shape == (2, 4)
     assert (found["gradient"]["weight"] > 0).all()
+
+
+def test_once_the_model_is_pruned_the_last_dense_version_is_its_teacher(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNECAST_STORE", str(tmp_path))
+    taught = []
+    learn = client_app.train
+
+    def noting(module, loader, **options):
+        teacher = options["teacher"]
+        taught.append(None if teacher is None else teacher.weight.detach().clone())
+        return learn(module, loader, **options)
+
+    monkeypatch.setattr(client_app, "train", noting)
+    inner = InProcessGrid(app, 1)
+    for context in inner._contexts.values():
+        context.run_config.update({**CONFIG, "distillation": 0.5})
+    knobs = {"sparsity": 0.5, "pruning_begin": 2, "pruning_end": 4, "pruning_min_size": 1}
+    grid = CompressedGrid(inner, Policy(**knobs), poll_interval=0.01)
+    FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1).start(
+        grid=grid, initial_arrays=ArrayRecord(tiny_model().state_dict()), num_rounds=5
+    )
+    dense = grid._streams.stream(grid.run.run_id, "arrays")._history
+    versions = {model.counter: model for model in dense.values()}
+    assert [teacher is not None for teacher in taught] == [False, False, True, True, True]
+    assert not versions[2].masks()
+    for teacher in taught[2:]:
+        assert teacher.numpy() == pytest.approx(versions[2].arrays()["weight"])
+    down = [entry.payload_bytes for entry in grid.ledger.entries if entry.direction == "down"]
+    assert max(down[1:]) < down[0]  # the node had it: nothing was sent
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("distillation", 1.5, "distillation must be from 0 to 1"),
+        ("distillation-temperature", 0.0, "distillation-temperature must be above 0"),
+    ],
+)
+def test_impossible_distillation_is_refused(key, value, message):
+    with pytest.raises(TrainerError, match=message):
+        LocalTraining.from_run_config({key: value})

@@ -12,7 +12,7 @@ from torch import nn
 from prunecast.client.training import trainer
 from prunecast.client.training.trainer import TensorBatches, TrainerError, evaluate, train
 from prunecast.compression.pruning.measuring import StatisticsMeter
-from prunecast.compression.pruning.statistics import ACTIVATION, GRADIENT, SENSITIVITY
+from prunecast.compression.pruning.statistics import ACTIVATION, GRADIENT, GROWTH, SENSITIVITY
 
 
 def network() -> nn.Module:
@@ -335,3 +335,61 @@ def test_batches_check_their_arguments():
     loader = TensorBatches(inputs, targets, batch_size=4)
     assert len(loader) == 3
     assert [len(y) for _, y in loader] == [4, 4, 2]
+
+
+def test_growth_is_the_mean_gradient_with_its_sign():
+    model = seeded_network()
+    gradients = []
+    for inputs, targets in batches(shuffle=False):
+        fresh = seeded_network()  # as nothing is learnt at a rate of 0
+        nn.functional.cross_entropy(fresh(inputs), targets).backward()
+        gradients.append(fresh[0].weight.grad.numpy())
+    found = train(model, batches(shuffle=False), epochs=1, lr=0.0, seed=0, statistics=(GROWTH,))
+    np.testing.assert_allclose(
+        found.statistics[GROWTH]["0.weight"], np.mean(gradients, axis=0), rtol=1e-4, atol=1e-6
+    )
+
+
+# -- distillation --------------------------------------------------------------------------------
+
+
+def sharp_teacher() -> nn.Module:
+    teacher = seeded_network(9)
+    train(teacher, batches(), epochs=20, lr=0.05, seed=1)
+    return teacher
+
+
+def disagreement(model: nn.Module, teacher: nn.Module) -> float:
+    inputs, _ = examples(200, seed=5)
+    with torch.no_grad():
+        model.eval(), teacher.eval()
+        return float((model(inputs).softmax(1) - teacher(inputs).softmax(1)).abs().mean())
+
+
+def test_a_student_comes_nearer_to_its_teacher_by_distillation():
+    teacher = sharp_teacher()
+    before = state(teacher)
+    found = {}
+    for share in (0.0, 1.0):
+        student = seeded_network()
+        outcome = train(
+            student, batches(), epochs=3, lr=0.05, seed=2, teacher=teacher, distillation=share
+        )
+        assert outcome.loss > 0  # of the targets, whatever the teacher says
+        found[share] = disagreement(student, teacher)
+    assert found[1.0] < 0.8 * found[0.0]
+    assert state(teacher) == before
+    alone = seeded_network()
+    train(alone, batches(), epochs=3, lr=0.05, seed=2)
+    taught = seeded_network()
+    train(taught, batches(), epochs=3, lr=0.05, seed=2, teacher=teacher, distillation=0.0)
+    np.testing.assert_allclose(*(m[0].weight.detach().numpy() for m in (alone, taught)), rtol=1e-5)
+
+
+def test_what_the_teacher_says_is_weighted_as_in_the_paper():
+    outputs, known = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[0.0, 3.0, 1.0]])
+    p, q = (known / 2).softmax(1), (outputs / 2).softmax(1)
+    expected = float((p * (p / q).log()).sum()) * 4
+    assert float(trainer._divergence(outputs, known, 2.0)) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(TrainerError, match="no classes to distil"):
+        trainer._divergence(torch.ones(4), torch.ones(4), 2.0)
