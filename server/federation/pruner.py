@@ -41,6 +41,7 @@ _WHY = (
     "all are adapters"
 )
 _OTHER_CRITERIA = 0.25  # part of the lattice's step where masks do not follow from sizes
+_HARDLY = 0.05  # of the share that a model keeps: a layer that keeps less passes nothing on
 _EVENTS = 100  # that are kept where nobody asks for them
 
 
@@ -379,7 +380,10 @@ class Pruner:
         missing = any(not known.statistics.get(name) for name in plan.criterion.statistics)
         waits = missing and self._versions == 1
         if stage != self._state.stage and not waits:
+            first = not kept
             kept = plan.masks(self._at, known, kept if stage > self._state.stage else None)
+            if first:
+                _say_emptied(kept)
             self._changed(stage, kept)
             self._state = replace(self._state, moved=self._clock)
             self._rewound = dict(self._state.early) or None
@@ -460,3 +464,18 @@ class Pruner:
 
 def _shapes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in arrays.items()}
+
+
+def _say_emptied(masks: Masks) -> None:
+    """Warn of tensors that keep hardly any weights, though masks that are held bring none back."""
+    kept = {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
+    share = sum(kept.values()) / max(1, sum(mask.size for mask in masks.values()))
+    emptied = [n for n, mask in masks.items() if kept[n] < _HARDLY * share * mask.size]
+    if emptied:
+        log(
+            WARNING,
+            "%d layers such as %r, of which %d of %d weights are kept, are as good as gone, and "
+            "held masks bring nothing back: one ranking over layers of different scale does that. "
+            "Set prunecast.pruning-scope = 'erk' or 'layer'.",
+            *(len(emptied), emptied[0], kept[emptied[0]], masks[emptied[0]].size),
+        )

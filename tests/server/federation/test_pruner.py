@@ -108,6 +108,22 @@ def test_a_run_of_few_rounds_is_pruned_where_masks_are_chosen_at_its_start() -> 
     assert int((~kept(publisher.publish(master).model)).sum()) == 1500
 
 
+def test_layers_that_a_held_mask_leaves_next_to_nothing_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rng = np.random.default_rng(0)
+    weights = {"wide": rng.uniform(-0.01, 0.01, (40, 50)), "narrow": rng.uniform(-1, 1, (40, 50))}
+    for scope, said in (("layer", 0), ("global", 1)):
+        policy = Policy(
+            sparsity=0.9, pruning_schedule="static", pruning_scope=scope, pruning_min_size=1
+        )
+        publisher = Publisher(policy, b"s", policy.pruning())
+        for _ in range(2):
+            publisher.publish({name: array.astype("f4") for name, array in weights.items()})
+        assert caplog.text.count("1 layers such as 'wide'") == said
+        assert caplog.text.count("of 2000 weights are kept") == said
+
+
 def test_layers_are_pruned_one_after_the_other() -> None:
     policy = Policy(
         sparsity=0.5, pruning_schedule="layer-by-layer", pruning_masks="held",
