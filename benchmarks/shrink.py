@@ -4,9 +4,9 @@
 
 Runs the packaged scenario ``shrink`` in this process (or takes ``--folder`` of a run of it): plain
 Flower, the preset ``small`` (single weights), half of the channels after round 2, and channels,
-then weights. Then the whole network and the narrow one that the scenario's device runs are measured
-by onnxruntime with one thread, by turns, an image at a time, after 50 runs that do not count:
-the median of 400 runs, ``--repeat`` times. Takes some minutes an arm on one idle core.
+then weights. Then a release of the whole network and the narrow one, as devices hold them, are
+measured by onnxruntime with one thread, by turns, an image at a time, after 50 runs that do not
+count: the median of 400 runs, ``--repeat`` times. Takes some minutes an arm on one idle core.
 """
 
 from __future__ import annotations
@@ -57,19 +57,33 @@ def latencies(files: dict[str, Path], repeat: int) -> dict[str, Any]:
 
 
 def models(run: Path, scratch: Path) -> dict[str, Path]:
-    """The whole network, exported, and the file that the run's device computes with."""
-    import torch
+    """The whole network and the narrow one, both as a device holds them that was sent a release."""
+    import numpy as np
 
-    from prunecast.client.edge.state import read_status
+    from prunecast.client.edge import Agent, AgentConfig
+    from prunecast.server.repository import KeyRing, Repository
+    from prunecast.server.repository.authoring import ReleaseRecipe
+    from prunecast.server.repository.authoring.sources import from_arrays
+    from prunecast.server.repository.serving import ReleaseServer
     from prunecast.simulations.scenarios import load_scenario
 
-    module = load_scenario("shrink").model.network()().eval()
-    whole = scratch / "whole.onnx"
-    example = (torch.zeros(1, 1, 28, 28),)
-    torch.onnx.export(module, example, str(whole), input_names=["input"])
-    device = run / "device"
-    slot = device / "slots" / read_status(device)["active"]["slot"]
-    return {"whole": whole, "narrow": slot / "model.onnx"}
+    factory = load_scenario("shrink").model.network()
+    weights = {name: tensor.numpy() for name, tensor in factory().state_dict().items()}
+    images = np.zeros((2, 1, 28, 28), np.float32)
+    recipe = ReleaseRecipe(module=factory, selftest=images, cache=scratch / "graphs")
+    repository = Repository.create(scratch / "repository", KeyRing.create(scratch / "keys"))
+    recipe.release(repository, "whole", from_arrays(weights, bits=8))
+    with ReleaseServer(repository.path) as server:
+        root = repository.trusted_root()
+        with Agent(AgentConfig(scratch / "device", server.url, "whole", root)) as agent:
+            agent.update_once()
+    return {"whole": _held(scratch / "device"), "narrow": _held(run / "device")}
+
+
+def _held(device: Path) -> Path:
+    from prunecast.client.edge.state import read_status
+
+    return device / "slots" / str(read_status(device)["active"]["slot"]) / "model.onnx"
 
 
 def train(folder: Path) -> None:
