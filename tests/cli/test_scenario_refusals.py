@@ -46,7 +46,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     ),
     "unknown knob": (
         {"arms": {"a": {**SMALL, "policy": {"up_stride": 3}}}}, {},
-        "arms.a: unknown knob 'up_stride'", "choose one of dead_zone,",
+        "arms.a: unknown knob 'up_stride'", "choose one of channels, channels_at, dead_zone,",
     ),
     "missing file": (
         {"data": {"path": "none.npz"}}, {}, "data.path: cannot read the data", "name an .npz file"
