@@ -389,9 +389,9 @@ class Pruner:
             self._rewound = dict(self._state.early) or None
         elif self._moves(self._clock) and self._votes:
             scores, votes = dict(plan.criterion.scores(known)), dict(self._votes)
-            for name, first in tied_weights(weights).items():  # nodes vote under one name
-                scores[name] = scores[first]
-                votes |= {name: votes[first]} if first in votes else {}
+            for name, voted in tied_weights(weights).items():  # nodes vote under one name
+                scores[name] = scores[voted]
+                votes |= {name: votes[voted]} if voted in votes else {}
             share = self._share(self._clock)
             kept, self._grown = readjusted(kept, scores, votes, share)
             self._state = replace(self._state, masks=kept, moved=self._clock)
