@@ -18,11 +18,9 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,10 +29,10 @@ from typing import Any
 if not __package__:  # started by its path: the repository's folder is not where Python looks
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.harness.federation import digest_of
+from benchmarks.harness.comparisons import fill, forget_stale, teller, write_page
 from benchmarks.harness.headline import draw, report_lines, verdict
-from benchmarks.harness.report import machine
 from prunecast.common.files import write_atomically
+from prunecast.compression.pruning.counting import parameter_count
 from prunecast.simulations.comparison import Comparison, finished
 from prunecast.simulations.kinds import DataError, ScenarioError
 from prunecast.simulations.runner import SimulationError
@@ -64,7 +62,6 @@ _FULL: dict[str, Any] = {
     "seeds": [1, 2, 3],
     "out": Path(__file__).parent.parent / "docs" / "results",
 }
-_SOURCES = "sources.json"  # in the cache: what the code was when a run was begun
 _DOCUMENT = "headline.json"  # in the cache: what a scenario's process measured
 
 
@@ -88,60 +85,35 @@ def comparison_of(name: str, arguments: argparse.Namespace) -> Comparison:
     return found
 
 
-def forget_stale(comparison: Comparison) -> None:
-    """Remove runs that other code than this one made, and note the code of those to come."""
-    path = comparison.folder / _SOURCES
-    known: dict[str, str] = {}
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-    now = dict(known)
-    for scenario, folder in comparison.runs():
-        trained = {n: arm for n, arm in scenario.arms.items() if arm.trains}
-        alone = dataclasses.replace(scenario, arms=trained, output="")
-        key = str(folder.relative_to(comparison.folder))
-        now[key] = digest_of(json.loads(json.dumps(alone.to_mapping())))
-        if known.get(key) != now[key]:
-            shutil.rmtree(folder, ignore_errors=True)
-    comparison.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(now, indent=1) + "\n").encode())
-
-
 def measured(comparison: Comparison, tolerance: float) -> dict[str, Any]:
     """The document of a comparison, with what is needed to judge it; trains what is not kept."""
     scenario = comparison.scenario
-
-    def hear(event: Mapping[str, Any]) -> None:
-        if event["event"] in ("kept", "step") and event["text"].startswith("seed "):
-            print(f"{scenario.name}: {event['text']}", flush=True)
-
-    document = comparison.run(hear)
+    document = comparison.run(teller(scenario.name))
+    wire = _wire(comparison)
     for name, arm in document["arms"].items():
-        arm["wire"] = _wire(comparison, name)
-    module = scenario.model.network()()
-    document["parameters"] = sum(parameter.numel() for parameter in module.parameters())
+        arm["wire"] = wire.get(name)
+    document["parameters"] = parameter_count(scenario.model.network()())
     document["family"] = FAMILIES.get(scenario.name, scenario.name)
     document["verdict"] = verdict(document, tolerance)
     return document
 
 
-def _wire(comparison: Comparison, name: str) -> int | None:
-    """Estimated bytes on the wire, the mean over seeds; None where ledgers cannot say."""
+def _wire(comparison: Comparison) -> dict[str, int]:
+    """Estimated bytes on the wire by arm, means over seeds, where ledgers can say."""
     from prunecast.server.federation import Tally
     from prunecast.simulations.network_profiles.results import entries_of
     from prunecast.simulations.runner.run import read_result
 
-    found = []
+    found: dict[str, list[int | None]] = {}
     for _, folder in comparison.runs():
-        arm = read_result(folder)["arms"].get(name)
-        if arm is None:
-            continue
-        totals = Tally(
-            entries_of(folder / arm["ledger"], None if arm["trained"] else name)
-        ).totals()
-        if totals.wire_up is None or totals.wire_down is None:
-            return None
-        found.append(totals.wire_up + totals.wire_down)
-    return round(statistics.fmean(found))
+        for name, arm in read_result(folder)["arms"].items():
+            entries = entries_of(folder / arm["ledger"], None if arm["trained"] else name)
+            totals = Tally(entries).totals()
+            known = totals.wire_up is not None and totals.wire_down is not None
+            both = (totals.wire_up or 0) + (totals.wire_down or 0) if known else None
+            found.setdefault(name, []).append(both)
+    sums = {name: [size for size in sizes if size is not None] for name, sizes in found.items()}
+    return {n: round(statistics.fmean(sums[n])) for n, sizes in found.items() if None not in sizes}
 
 
 def _arguments(given: list[str] | None) -> argparse.Namespace:
@@ -161,9 +133,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="FOLDER", help="(default: docs/results)")
     add("--one", metavar="NAME", help=argparse.SUPPRESS)  # of the process of a scenario
     chosen = parser.parse_args(given)
-    for name, value in (_SMOKE if chosen.smoke else _FULL).items():
-        if getattr(chosen, name) is None:
-            setattr(chosen, name, value)
+    fill(chosen, _SMOKE if chosen.smoke else _FULL)
     return chosen
 
 
@@ -187,8 +157,11 @@ def main(given: list[str] | None = None) -> int:
         folders = [comparison.folder for comparison in comparisons]
         work = pool.map(partial(_in_process, arguments), arguments.scenarios, folders)
         documents = list(work)
-    _write(documents, arguments, " ".join(["python benchmarks/headline.py", *given]))
-    print(f"\n{arguments.out / 'headline.md'}")
+    command = " ".join(["python benchmarks/headline.py", *given])
+    page = list(report_lines(documents, arguments.tolerance, command))
+    page += ["", "![What every arm reached against its bytes](headline.png)"]
+    facts = {"tolerance": arguments.tolerance, "scenarios": documents}
+    write_page(arguments.out, "headline", page, command, facts, partial(draw, documents))
     return 0
 
 
@@ -214,19 +187,6 @@ def _check(comparisons: list[Comparison]) -> None:
     for comparison in comparisons:
         if any(finished(*run) is None for run in comparison.runs()):
             check_scenario(comparison.scenario)
-
-
-def _write(documents: list[dict[str, Any]], arguments: argparse.Namespace, command: str) -> None:
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    page = list(report_lines(documents, arguments.tolerance, command))
-    page += ["", "![What every arm reached against its bytes](headline.png)"]
-    facts = {"machine": machine(), "command": command, "tolerance": arguments.tolerance}
-    text = json.dumps({**facts, "scenarios": documents}, indent=1) + "\n"
-    draw(documents, out / "headline.png")
-    write_atomically(out / "headline.json", text.encode())
-    write_atomically(out / "headline.md", ("\n".join(page) + "\n").encode())
-    print("\n".join(page))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Prune a checkpoint that is made on the fly, and say what it takes: seconds and peak memory.
 
     python benchmarks/prune_checkpoint.py [--gigabytes 3] [--memory-gigabytes 1] [--shards 1]
-        [--dtype float32] [--allocation global] [--pattern 2:4] [--folder /tmp] [--json FILE]
+        [--dtype float32] [--allocation global] [--pattern 2:4] [--folder FOLDER] [--json FILE]
 
 The checkpoint holds blocks of a transformer, drawn at random, in a temporary folder that is removed
 afterwards (twice its size has to be free). `prunecast prune` runs in a process of its own whose

@@ -17,10 +17,9 @@ writes into runs/pruning-smoke.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,7 @@ if not __package__:  # started by its path: the repository's folder is not where
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import pruning as harness
-from benchmarks.harness.report import machine
-from benchmarks.headline import forget_stale
-from prunecast.common.files import write_atomically
+from benchmarks.harness.comparisons import fill, forget_stale, teller, write_page
 from prunecast.server.federation import FederationError
 from prunecast.simulations.comparison import Comparison
 from prunecast.simulations.kinds import DataError, ScenarioError
@@ -85,12 +82,7 @@ def comparison_of(task: str, arguments: argparse.Namespace) -> Comparison:
 def measured(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, Any]:
     """What a task's comparison gave, with what is known to hold; trains what is not kept."""
     name = comparison.scenario.name
-
-    def hear(event: Mapping[str, Any]) -> None:
-        if event["event"] in ("kept", "step") and event["text"].startswith("seed "):
-            print(f"{name}: {event['text']}", flush=True)
-
-    document = comparison.run(hear)
+    document = comparison.run(teller(name))
     zeros: dict[str, list[float]] = {}
     for scenario, folder in comparison.runs():
         arm = next(iter(scenario.arms))
@@ -131,9 +123,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     add("--cache", type=Path, default=Path("runs/pruning"), metavar="FOLDER")
     add("--out", type=Path, metavar="FOLDER", help="(default: docs/results)")
     chosen = parser.parse_args(given)
-    for name, value in (_SMOKE if chosen.smoke else _FULL).items():
-        if getattr(chosen, name) is None:
-            setattr(chosen, name, value)
+    fill(chosen, _SMOKE if chosen.smoke else _FULL)
     return chosen
 
 
@@ -148,16 +138,10 @@ def main(given: list[str] | None = None) -> int:
         tasks = [measured(comparison, arguments) for comparison in comparisons]
     except (DataError, FederationError, ScenarioError, SimulationError) as error:
         raise SystemExit(f"pruning.py: {error}") from error
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python benchmarks/pruning.py", *given])
     page = [*harness.report_lines(tasks, command), "", "![Accuracy against sparsity](pruning.png)"]
-    facts = {"machine": machine(), "command": command, "tasks": tasks}
-    harness.draw(tasks, out / "pruning.png")
-    write_atomically(out / "pruning.json", (json.dumps(facts, indent=1) + "\n").encode())
-    write_atomically(out / "pruning.md", ("\n".join(page) + "\n").encode())
-    print("\n".join(page))
-    print(f"\n{out / 'pruning.md'}")
+    draw = partial(harness.draw, tasks)
+    write_page(arguments.out, "pruning", page, command, {"tasks": tasks}, draw)
     return 0
 
 

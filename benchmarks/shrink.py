@@ -104,24 +104,39 @@ def _tell(event: Any) -> None:
 
 def main() -> None:
     """Train unless a run is given, measure, print, and write what was found."""
+    from benchmarks.harness.report import machine
+    from prunecast.common.files import write_atomically
+    from prunecast.simulations.runner.run import read_result
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         run = arguments.folder or Path(scratch) / "run"
         if not run.is_dir():
             train(run)
-        found = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = read_result(run)
         found = {
-            "arms": found["arms"],
+            "scenario": result["scenario"]["name"],
+            "seed": result["scenario"]["seed"],
+            "machine": machine(),
+            "arms": {name: _figures(arm) for name, arm in result["arms"].items()},
+            "gains": result["release"]["gains"],
             "latency": latencies(models(run, Path(scratch)), arguments.repeat),
         }
-    text = json.dumps(found, indent=1)
+    text = json.dumps(found, indent=1) + "\n"
     print(text)
     if arguments.json is not None:
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write_atomically(arguments.json, text.encode())
+
+
+def _figures(arm: dict[str, Any]) -> dict[str, Any]:
+    rounds = arm["rounds"]
+    figures = {name: arm[name] for name in ("bytes_down", "bytes_up")}
+    accuracy = [row["accuracy"] for row in rounds]
+    return {**figures, "parameters": rounds[-1]["parameters"], "accuracy_by_round": accuracy}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunecast.compression.pruning.operations import Operations
 
-__all__ = ["count_operations"]
+__all__ = ["count_operations", "parameter_count"]
 
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 _TRANSPOSED = (
@@ -32,6 +32,11 @@ _RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "
 _CELLS = {
     getattr(torch._VF, name) for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 }
+
+
+def parameter_count(module: nn.Module) -> int:
+    """How many parameters a module has; tied ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_operations(module: nn.Module, example: tuple[Tensor, ...]) -> Operations:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunecast.compression.pruning.channels import ChannelPlan
-from prunecast.compression.pruning.counting import count_operations
+from prunecast.compression.pruning.counting import count_operations, parameter_count
 from prunecast.compression.pruning.criteria import Knowledge
 from prunecast.compression.pruning.holding import HeldMasks, hold_masks
 from prunecast.compression.pruning.measuring import Batch, Loss, StatisticsMeter, outputs_of
@@ -142,7 +142,7 @@ class PrunedModule:
         self.module, self.channels = module, channels
         self.masks: dict[str, NDArray[np.bool_]] = {}
         self._plan, self._example, self._measure, self._every = plan, example, measure, every
-        self._wide = (_parameters(wide), count_operations(wide, example).macs)
+        self._wide = (parameter_count(wide), count_operations(wide, example).macs)
         self._steps, self._stage = 0, 0.0
         self._held: HeldMasks | None = None
         self._hook: Any = None
@@ -175,7 +175,7 @@ class PrunedModule:
             {name: float(1 - mask.mean()) for name, mask in self.masks.items()},
             sum(parameters[name].numel() for name in prunable if name in parameters),
             sum(int((~mask).sum()) for name, mask in self.masks.items() if name in parameters),
-            (self._wide[0], _parameters(self.module)),
+            (self._wide[0], parameter_count(self.module)),
             (self._wide[1], operations.macs),
             operations.effective({name: int(mask.sum()) for name, mask in self.masks.items()}),
         )
@@ -257,10 +257,6 @@ def _arrays(module: nn.Module) -> Arrays:
 def _array(tensor: torch.Tensor) -> NDArray[Any]:
     found = tensor.detach().cpu()
     return found.float().numpy() if found.dtype == torch.bfloat16 else found.numpy()
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunecast.common.text import bytes_text, duration_text
+from prunecast.simulations.network_profiles.results import SIMULATED
 from prunecast.simulations.report.charts import Axis, Chart, Line, byte_tick, line_chart, looks
 from prunecast.simulations.report.parts import MISSING, Section, Table, seconds_of, spread_text
 from prunecast.simulations.report.study import Spread, Study, StudyArm
@@ -15,6 +16,7 @@ __all__ = [
     "against_time",
     "bytes_in_rounds",
     "bytes_to_targets",
+    "cost_to",
     "first_reaching",
     "pareto_front",
     "targets_of",
@@ -153,16 +155,23 @@ def bytes_to_targets(study: Study, targets: Sequence[tuple[float, str]]) -> Sect
     return section
 
 
+def cost_to(
+    found: Sequence[Mapping[str, Any] | None],
+) -> tuple[list[Mapping[str, Any]], Spread | None, Spread | None]:
+    """Of what `first_reaching` gave: the rounds that there are, bytes and simulated seconds."""
+    known = [row for row in found if row is not None]
+    spent = Spread.of(row["bytes_up"] + row["bytes_down"] for row in known)
+    return known, spent, Spread.of(row.get(SIMULATED) for row in known)
+
+
 def _target_cells(
     arm: StudyArm, found: Sequence[Mapping[str, Any] | None], simulated: bool
 ) -> list[str]:
-    known = [row for row in found if row is not None]
+    known, spent, times = cost_to(found)
     seeds = f"{len(known)} of {len(found)}"
     if not known:
         return ["not reached", "–", *(["–"] if simulated else []), seeds]
-    spent = Spread.of(row["bytes_up"] + row["bytes_down"] for row in known)
     rounds = Spread.of(row["round"] for row in known)
-    times = Spread.of(row.get("simulated_seconds") for row in known)
     return [
         spread_text(spent, bytes_text),
         f"{rounds.mean:.3g}" if rounds else MISSING,

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prunecast.common.text import bytes_text, percent
+from prunecast.common.text import bytes_text, duration_text, percent
+from prunecast.simulations.network_profiles.results import SIMULATED
 from prunecast.simulations.report.charts import COLOURS, Chart, stacked_bars
 from prunecast.simulations.report.messages import bytes_by_kind, layer_bytes, sparsity_by_layer
 from prunecast.simulations.report.parts import MISSING, Section, Table
-from prunecast.simulations.report.pruned import layers_left, mask_changes, thinned, zeros_by_round
+from prunecast.simulations.report.pruned import (
+    LAYERS,
+    layers_left,
+    mask_changes,
+    thinned,
+    zeros_by_round,
+)
 from prunecast.simulations.report.study import ArmRun, Study, StudyArm
 
 __all__ = ["detail_sections"]
-
-_LAYERS = 40  # rows of a table or chart of tensors, the largest
 
 
 def detail_sections(study: Study) -> list[Section]:
@@ -112,8 +117,8 @@ def _layer_table(arm: StudyArm, costs: Any, zeros: Mapping[str, Mapping[int, Any
     whole = sum(down.values()) + sum(up.values()) or 1.0
     spent = {name: down.get(name, 0.0) + up.get(name, 0.0) for name in names}
     chosen = names
-    if len(names) > _LAYERS:
-        kept = set(sorted(names, key=lambda n: -spent[n])[: _LAYERS - 1])
+    if len(names) > LAYERS:
+        kept = set(sorted(names, key=lambda n: -spent[n])[: LAYERS - 1])
         chosen = [name for name in names if name in kept]
     rows, shares = [], []
     for name in chosen:
@@ -155,7 +160,7 @@ def _every_round(study: Study) -> Section:
     section = Section("Every round", note="Bytes are those since the beginning.", folded=True)
     metric = study.metric
     for arm, run in study.trained():
-        simulated = "simulated_seconds" in run.rounds[-1]
+        simulated = SIMULATED in run.rounds[-1]
         rows = []
         for row in thinned(run.rounds):
             loss = row.get("loss")
@@ -167,15 +172,9 @@ def _every_round(study: Study) -> Section:
                     percent(row["sparsity"]) if row["sparsity"] else "–",
                     bytes_text(row["bytes_up"]),
                     bytes_text(row["bytes_down"]),
-                    *([_simulated(row)] if simulated else []),
+                    *([duration_text(row[SIMULATED])] if simulated else []),
                 ]
             )
         header = [arm.label, metric, "loss", "zeros", "bytes up", "bytes down"]
         section.tables.append(Table([*header, *(["simulated time"] if simulated else [])], rows))
     return section
-
-
-def _simulated(row: Mapping[str, Any]) -> str:
-    from prunecast.common.text import duration_text
-
-    return duration_text(row["simulated_seconds"])

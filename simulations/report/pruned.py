@@ -19,7 +19,7 @@ __all__ = [
     "zeros_by_round",
 ]
 
-_LAYERS = 40  # rows of a table or chart of tensors, the largest
+LAYERS = 40  # rows of a table or chart of tensors, the largest
 _ROWS = 40  # of a table of rounds
 
 
@@ -188,7 +188,7 @@ def layers_left(study: Study) -> Section:
         layers = (run.figures.get("pruning") or {}).get("layers") or {}
         if not arm.first["sparsity"]:
             continue
-        largest = sorted(layers, key=lambda name: -layers[name]["parameters"])[:_LAYERS]
+        largest = sorted(layers, key=lambda name: -layers[name]["parameters"])[:LAYERS]
         rows, shares = [], []
         for name in (n for n in layers if n in largest):
             layer = layers[name]
@@ -222,7 +222,7 @@ def zeros_by_round(study: Study) -> Section:
             continue
         pruned = {n: v for n, v in shares.items() if max((x or 0.0) for x in v) > 0.1}
         size = {name: max(pair[0] for pair in found[name].values()) for name in pruned}
-        kept = sorted(pruned, key=lambda name: -size[name])[:_LAYERS]
+        kept = sorted(pruned, key=lambda name: -size[name])[:LAYERS]
         rows = {name: pruned[name] for name in pruned if name in kept}
         chart = heat_map(rows, columns, f"{arm.label}: zeros by tensor and round")
         if chart is not None:

@@ -100,10 +100,6 @@ class ArmRun:
         """Its last event, if it was recorded."""
         return next((e for e in self.events if e["event"] == "run-finished"), {})
 
-    def spent(self, row: Mapping[str, Any]) -> int:
-        """Bytes of both directions until the end of a round."""
-        return int(row["bytes_up"]) + int(row["bytes_down"])
-
 
 @dataclass(frozen=True)
 class Curve:

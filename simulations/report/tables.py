@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prunecast.simulations.network_profiles.results import SIMULATED
-from prunecast.simulations.report.curves import first_reaching, targets_of
+from prunecast.simulations.report.curves import cost_to, first_reaching, targets_of
 from prunecast.simulations.report.messages import bytes_by_kind, caught_up, joining
 from prunecast.simulations.report.parts import Section, Table
 from prunecast.simulations.report.sections import arm_numbers, sections_of
 from prunecast.simulations.report.study import ArmRun, Spread, Study, StudyArm
 
-__all__ = ["COLUMNS", "csv_of", "markdown_of"]
+__all__ = ["COLUMNS", "csv_of", "markdown_of", "unit_of"]
 
 COLUMNS = (
     *("scenario", "arm", "seed", "round", "direction", "kind", "tensor", "quantity"),
@@ -91,12 +91,15 @@ _PLAIN = (
 )
 
 
-def _unit(quantity: str, study: Study) -> str:
+def unit_of(quantity: str, study: Study) -> str:
+    """The unit of a number of the CSV; "" for none."""
     if "bytes" in quantity:
         return "B"
     if "seconds" in quantity:
         return "s"
-    if quantity == study.metric and not study.result["task"]["percent"]:
+    metric = study.metric
+    scores = (metric, f"{metric}_before_pruning", "pruning_loss")
+    if quantity in scores and not study.result["task"]["percent"]:
         return ""
     if "joules" in quantity:
         return "J"
@@ -110,7 +113,7 @@ def _number(
         return
     spread = value if isinstance(value, Spread) else Spread(value, None, 1)
     basis = _BASES.get(quantity.partition("_")[0], "measured")
-    row = {"quantity": quantity, "value": f"{spread.mean:.10g}", "unit": _unit(quantity, study)}
+    row = {"quantity": quantity, "value": f"{spread.mean:.10g}", "unit": unit_of(quantity, study)}
     if spread.deviation is not None:
         row["deviation"] = f"{spread.deviation:.10g}"
     yield {**row, "basis": basis, **more}
@@ -122,9 +125,7 @@ def _whole(study: Study, arm: StudyArm, targets: Sequence[float]) -> Iterator[Ro
         yield from _number(study, quantity, value)
     for target, _ in targets_of(study, targets):
         kind = f"{study.metric} {target:.6g}"
-        known = [row for row in first_reaching(study, arm, target) if row is not None]
-        spent = Spread.of(row["bytes_up"] + row["bytes_down"] for row in known)
-        times = Spread.of(row.get(SIMULATED) for row in known)
+        known, spent, times = cost_to(first_reaching(study, arm, target))
         reached = len(known) / len(arm.runs)
         yield from _number(study, "reached_target", reached, kind=kind)
         yield from _number(study, "bytes_to_target", spent, kind=kind)

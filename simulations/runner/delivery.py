@@ -93,9 +93,9 @@ def _named(examples: Examples) -> dict[str, NDArray[Any]]:
     return inputs if len(inputs) > 1 else {"input": next(iter(inputs.values()))}
 
 
-def _whole(prepared: PreparedRun) -> tuple[ExportedGraph, PublishedModel]:
+def _whole(recipe: ReleaseRecipe, prepared: PreparedRun) -> tuple[ExportedGraph, PublishedModel]:
     """The network with all of its channels, and some weights of it."""
-    graph = _recipe(prepared).prepared().graph
+    graph = recipe.prepared().graph
     assert isinstance(graph, ExportedGraph)
     state = prepared.scenario.model.network()().state_dict()
     return graph, PublishedModel({n: RawTensor(t.numpy()) for n, t in state.items()})
@@ -139,7 +139,8 @@ def deliver(
         raise SimulationError("the last round changed nothing: train for more rounds")
     on_step("exporting the network to ONNX")
     # channels go before the last round, so that both versions have the same
-    recipe = replace(_recipe(prepared), removed=versions[1].removed).prepared()
+    wide = _recipe(prepared)
+    recipe = replace(wide, removed=versions[1].removed).prepared()
     repository = _repository(prepared)  # automatic releases may be there already
     root = prepared.folder / "root.json"
     root.write_bytes(repository.trusted_root())
@@ -160,10 +161,10 @@ def deliver(
             reports.append(report)
     first, second = made
     on_step("counting and timing what the device runs")
-    samples = Samples(_named(Examples.load(prepared.held_out).take(slice(_SAMPLES))))
-    whole = None if versions[1].removed is None else _whole(prepared)
-    gains = gains_of(contents, samples, weights=versions[1].model, whole=whole)
+    samples = Samples(_named(held_out.take(slice(_SAMPLES))))
     last, found = versions[1], _answers(prepared, second.version)
+    whole = None if last.removed is None else _whole(wide, prepared)
+    gains = gains_of(contents, samples, weights=last.model, whole=whole)
     return {
         "name": spec.name,
         "arm": arm,

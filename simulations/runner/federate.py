@@ -25,6 +25,7 @@ from prunecast.common.text import first_line
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.channels import ChannelPlan, channels_beside
+from prunecast.compression.pruning.counting import parameter_count
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
 from prunecast.server.federation.events import OnEvent
@@ -186,7 +187,7 @@ def _run_arm(
         arrays = unused.draw_initial(arrays, scenario.seed)
     arrays = arm.initial(arrays, scenario)
     rounds: list[dict[str, Any]] = []
-    original = _parameters(module)
+    original = parameter_count(module)
     held_out = _HeldOut(prepared, module)
     measured: dict[str, float] = {}
 
@@ -204,7 +205,7 @@ def _run_arm(
         if event["event"] == "round-finished":
             same = ("sparsity", "bytes_up", "bytes_down", "seconds")
             row = {"round": event["round"], **measured, **{k: event[k] for k in same}}
-            row["parameters"] = _parameters(held_out.module)
+            row["parameters"] = parameter_count(held_out.module)
             if found := event["node_metrics"]:
                 row["nodes"] = found
             rounds.append(row)
@@ -252,10 +253,6 @@ def _run_arm(
     made["model"] = _counted(held_out.module, tensors(prepared.held_out)[0], original)
     made["mask_cost"] = compressed.mask_cost() if policy.target else None
     return {**made, "nodes": nodes, "store_bytes": bound.peak, "forgotten": bound.forgotten}
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _counted(

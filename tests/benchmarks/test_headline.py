@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import headline as command
+from benchmarks.harness import comparisons
 from benchmarks.harness.headline import draw, report_lines, reproduced, target_of, verdict
 from prunecast.simulations.scenarios import load_scenario
 
@@ -137,20 +138,20 @@ def test_what_other_code_made_is_forgotten_but_not_what_is_dense(
     given = ["--cache", str(tmp_path), "--arms", "dense", "dense-zstd", "stc", "small"]
     arguments = command._arguments([*given, "--seeds", "1"])
     chosen = command.comparison_of("mlp", arguments)
-    command.forget_stale(chosen)
+    comparisons.forget_stale(chosen)
     for _, folder in chosen.runs():
         folder.mkdir(parents=True)
-    command.forget_stale(chosen)
+    comparisons.forget_stale(chosen)
     folders = {folder.name: folder for _, folder in chosen.runs()}
     assert all(folder.is_dir() for folder in folders.values())
-    digest = command.digest_of
+    digest = comparisons.digest_of
 
     def other(mapping: dict[str, Any]) -> str:
         dense = all(made["kind"] == "dense" for made in mapping["arms"].values())
         return digest(mapping) if dense else "of other code"
 
-    monkeypatch.setattr(command, "digest_of", other)
-    command.forget_stale(chosen)
+    monkeypatch.setattr(comparisons, "digest_of", other)
+    comparisons.forget_stale(chosen)
     assert {name for name, folder in folders.items() if folder.is_dir()} == {"dense"}
 
 

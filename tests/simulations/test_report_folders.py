@@ -25,6 +25,7 @@ from prunecast.simulations.report import (
     write_studies,
 )
 from prunecast.simulations.report.messages import layer_bytes, sparsity_by_layer
+from prunecast.simulations.report.tables import unit_of
 from prunecast.simulations.runner import ResultError
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from prunecast.simulations.runner.run import SCENARIO
@@ -150,6 +151,11 @@ def test_what_pruning_did_is_told_with_its_basis(folders) -> None:
     assert (energy["unit"], energy["basis"]) == ("J", "estimated")
     assert lines["ours", "mask_peak_bytes"]["unit"] == "B"
     assert ("dense", "pruning_loss") not in lines
+    scores = ("accuracy", "accuracy_before_pruning", "pruning_loss")
+    assert [unit_of(name, study) for name in scores] == ["fraction"] * 3
+    study.result = {**study.result, "task": {**study.result["task"], "percent": False}}
+    assert [unit_of(name, study) for name in scores] == [""] * 3
+    assert unit_of("sparsity", study) == "fraction"
 
 
 def test_what_nodes_measure_is_told_over_nodes(tiny, tmp_path, finished_run) -> None:
