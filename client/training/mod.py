@@ -90,6 +90,7 @@ from prunecast.compression.versions import (
 __all__ = ["compression_mod"]
 
 _TEACHER = "prunecast-teacher "  # before the key of the record whose dense version it was
+_MOST_PLANS = 64  # of channels, in a message
 _LONGEST = 10_000  # characters of the reason of an error
 
 
@@ -212,7 +213,7 @@ class _Exchange:
         rule = instruction.rule
         self._scheme = scheme(rule.name, **rule.options) if isinstance(rule, SchemeRule) else None
         self._models: dict[str, PublishedModel] = {}
-        self._channels = {k: ChannelPlan.from_bytes(p) for k, p in instruction.channels.items()}
+        self._channels = self._plans(message.content)
         self.missing: list[str] = []
         self.content = RecordDict()
         self._reply = RecordDict()
@@ -235,6 +236,13 @@ class _Exchange:
         records = self.content.array_records.values()
         self._received = sum(len(a.data) for record in records for a in record.values())
         self._arrived = {k: ArrayRecord(dict(r)) for k, r in self.content.array_records.items()}
+
+    def _plans(self, records: RecordDict) -> dict[str, ChannelPlan]:
+        """Plans of the records that came; those of others are left unread."""
+        coded = {k: plan for k, plan in self._instruction.channels.items() if k in records}
+        if len(coded) > _MOST_PLANS:
+            raise BadPayload(f"plans of channels for {len(coded)} records, above {_MOST_PLANS}")
+        return {key: ChannelPlan.from_bytes(plan, self._most) for key, plan in coded.items()}
 
     @staticmethod
     def _whole(known: ArrayRecord, others: Mapping[str, Array]) -> ArrayRecord:

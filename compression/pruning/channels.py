@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 _SCHEMA = 1
+_MOST_TEXT = 1 << 24  # bytes, inflated
+_NAMES = 1 << 16  # bytes of text that even a plan of the smallest model may have
+_DAMAGES = (LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
 Axes = tuple[NDArray[np.bool_] | None, ...]
 Steps = tuple[tuple[str, bool, tuple[int, ...]], ...]
 
@@ -204,16 +207,26 @@ class ChannelPlan:
         return zlib.compress(ChannelPlan(self.kept, (), self.share).to_text().encode(), 9)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> ChannelPlan:
+    def from_bytes(cls, data: bytes, most: int | None = None) -> ChannelPlan:
         """Read what `coded` is; at most 16 MiB of text.
 
+        Args:
+            data: of whoever sent it.
+            most: bytes of the largest model that the plan may be of: its masks have no more places
+                together, and its text is not longer but for some names. None for any model.
+
         Raises:
-            PlanError: no such plan.
+            PlanError: no such plan, one of a larger model, or one with `steps`.
         """
         try:
-            return cls.from_text(inflate(data).decode())
+            bound = _MOST_TEXT if most is None else min(_MOST_TEXT, most + _NAMES)
+            text = inflate(data, bound).decode()
         except (BadPayload, UnicodeDecodeError) as error:
             raise PlanError(f"the plan of channels is damaged: {error}") from error
+        plan = cls.from_text(text, most)
+        if plan.steps:
+            raise PlanError("the plan of channels is damaged: it travels without steps")
+        return plan
 
     def to_text(self) -> str:
         """JSON; masks in hexadecimal, each written once."""
@@ -236,29 +249,38 @@ class ChannelPlan:
         return json.dumps(document, separators=(",", ":"))
 
     @classmethod
-    def from_text(cls, text: str) -> ChannelPlan:
+    def from_text(cls, text: str, most: int | None = None) -> ChannelPlan:
         """Read what `to_text` wrote.
 
+        Args:
+            text: of a file, or of whoever sent it.
+            most: places that its masks may have together; None for any number.
+
         Raises:
-            PlanError: no such plan.
+            PlanError: no such plan, or one under which a layer would vanish.
         """
         try:
             document: Any = json.loads(text)
             if document["schema"] != _SCHEMA:
                 raise PlanError(f"the plan is of schema {document['schema']}, not {_SCHEMA}")
-            masks = [_mask(str(entry)) for entry in document["masks"]]
+            masks = _masks(document["masks"], most)
             kept = {
-                str(name): tuple(None if i is None else masks[i] for i in axes)
+                name: tuple(None if i is None else masks[_count(i)] for i in axes)
                 for name, axes in document["kept"].items()
             }
+            used = {i for axes in document["kept"].values() for i in axes if i is not None}
+            if len(used) < len(masks):
+                raise ValueError(f"no tensor has {len(masks) - len(used)} of its masks")
             steps = tuple(
-                (str(layer), bool(outputs), tuple(int(i) for i in gone))
+                (str(layer), bool(outputs), tuple(map(_count, gone)))
                 for layer, outputs, gone in document["steps"]
             )
             share = float(document["share"])
+            if not 0 < share <= 1:
+                raise ValueError(f"the share of channels that remains lies in (0, 1], not {share}")
         except PlanError:
             raise
-        except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except _DAMAGES as error:
             raise PlanError(f"the plan of channels is damaged: {error}") from error
         return cls(kept, steps, share)
 
@@ -326,9 +348,35 @@ def _beyond(
     return None if left.all() else left
 
 
-def _mask(entry: str) -> NDArray[np.bool_]:
-    size, _, digits = entry.partition(":")
+def _masks(entries: list[str], most: int | None) -> list[NDArray[np.bool_]]:
+    """Masks of a plan's text, none of which is made before their places have been counted."""
+    if len(set(entries)) < len(entries):
+        raise ValueError("a mask is written twice")
+    parts = [entry.partition(":") for entry in entries]
+    places = sum(_places_of(size, digits) for size, _, digits in parts)
+    if most is not None and places > most:
+        raise ValueError(f"masks of {places} places are of no model of at most {most} bytes")
+    return [_mask(int(size), digits) for size, _, digits in parts]
+
+
+def _places_of(size: str, digits: str) -> int:
+    places, packed = int(size), len(digits) // 2
+    if places < 1 or not 0 <= 8 * packed - places < 8:  # NumPy would pad with any number of zeros
+        raise ValueError(f"a mask of {places} places in {packed} bytes")
+    return places
+
+
+def _mask(size: int, digits: str) -> NDArray[np.bool_]:
     packed = np.frombuffer(bytes.fromhex(digits), np.uint8)
-    if not 0 <= 8 * packed.size - int(size) < 8:  # NumPy would pad with any number of zeros
+    if 8 * packed.size < size:  # there was space between the digits
         raise ValueError(f"a mask of {size} places in {packed.size} bytes")
-    return np.unpackbits(packed, count=int(size)).astype(np.bool_)
+    mask = np.unpackbits(packed, count=size).astype(np.bool_)
+    if not mask.any():
+        raise ValueError(f"a layer would vanish: a mask keeps none of {size} places")
+    return mask
+
+
+def _count(number: object) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"{number!r} counts nothing")
+    return number

@@ -142,19 +142,25 @@ def unpack(payload: bytes, *, stream: bytes | None) -> Frame:
     )
 
 
-def inflate(deflated: bytes) -> bytes:
-    """Inverse of zlib's compression, within the bound of a layout; nothing is made of nothing.
+def inflate(deflated: bytes, most: int = _MAX_LAYOUT) -> bytes:
+    """Inverse of zlib's compression, within a bound; nothing is made of nothing.
+
+    Args:
+        deflated: a layout section, or other text that travels.
+        most: bytes that it may come to; as many as a layout may have, unless told otherwise.
 
     Raises:
-        BadPayload: damaged, or longer than a layout may be.
+        BadPayload: damaged, or longer than that.
     """
     if not deflated:
         return b""
     inflater = zlib.decompressobj()
     try:
-        layout = inflater.decompress(deflated, _MAX_LAYOUT)
+        inflated = inflater.decompress(deflated, most + 1)
     except zlib.error as error:
-        raise BadPayload(f"layout section is damaged: {error}") from error
+        raise BadPayload(f"what was deflated is damaged: {error}") from error
+    if len(inflated) > most:
+        raise BadPayload(f"what was deflated comes to more than {most} bytes")
     if not inflater.eof or inflater.unused_data:
-        raise BadPayload(f"layout section is damaged or above {_MAX_LAYOUT} bytes")
-    return layout
+        raise BadPayload("what was deflated ends too early or has trailing bytes")
+    return inflated

@@ -50,9 +50,13 @@ def seed_of(message: Message, context: Context) -> int:
     return int(context.node_id) * 1000 + int(config.get("server-round", 0))
 
 
-def make_app(store: Path | None, seen: list[tuple[int, str, dict[str, np.ndarray]]] | None = None):
+def make_app(
+    store: Path | None,
+    seen: list[tuple[int, str, dict[str, np.ndarray]]] | None = None,
+    most: int | None = None,
+):
     """Train, evaluate and query functions; with `store=None` without the mod."""
-    app = ClientApp(mods=[] if store is None else [compression_mod(store)])
+    app = ClientApp(mods=[] if store is None else [compression_mod(store, max_model_bytes=most)])
 
     def note(message: Message, context: Context) -> dict[str, np.ndarray]:
         arrays = to_arrays(message.content["arrays"])

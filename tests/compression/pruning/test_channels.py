@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import tracemalloc
 import zlib
 from collections.abc import Callable
 
@@ -250,6 +253,62 @@ def test_a_plan_of_another_architecture_is_refused_by_name(plan: ChannelPlan) ->
 def test_bytes_that_are_no_plan_are_refused(data: bytes) -> None:
     with pytest.raises(PlanError):
         ChannelPlan.from_bytes(data)
+
+
+def _text(**changed: object) -> str:
+    """Of a plan that keeps two of three rows, but for what is changed."""
+    document = {"schema": 1, "share": 0.5, "kept": {"w": [0, None]}, "masks": ["3:a0"], "steps": []}
+    return json.dumps({**document, **changed})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (_text().replace("0.5", "1" + "0" * 400), "too large"),
+        *((_text(share=share), r"lies in \(0, 1\]") for share in (-2, 0, 1.5, math.inf, math.nan)),
+        *((_text(steps=[["w", True, [gone]]]), "counts nothing") for gone in (math.inf, -1, 1.5)),
+        *((_text(kept={"w": [place]}), "counts nothing") for place in (-1, True, "0", 0.0)),
+        (_text(kept={"w": [1]}), "out of range"),
+        (_text(masks=["3:00"]), "a layer would vanish: a mask keeps none of 3 places"),
+        (_text(masks=["3:1f"]), "a layer would vanish"),  # what is kept is behind the end
+        (_text(masks=["0:"]), "a mask of 0 places in 0 bytes"),
+        (_text(masks=["-3:"]), "a mask of -3 places in 0 bytes"),
+        (_text(masks=["9:a0"]), "a mask of 9 places in 1 bytes"),
+        (_text(masks=["9:a0  "]), "a mask of 9 places in 1 bytes"),
+        (_text(masks=["3:a0", "3:c0"]), "no tensor has 1 of its masks"),
+        (_text(masks=["3:a0", "3:a0"], kept={"w": [0, 1]}), "written twice"),
+    ],
+)
+def test_a_text_that_no_plan_is_written_as_is_refused(text: str, said: str) -> None:
+    assert ChannelPlan.from_text(_text()).kept["w"][0].tolist() == [True, False, True]  # type: ignore[union-attr]
+    with pytest.raises(PlanError, match=f"the plan of channels is damaged: .*{said}"):
+        ChannelPlan.from_text(text)
+    with pytest.raises(PlanError, match=said):
+        ChannelPlan.from_bytes(zlib.compress(text.encode()))
+
+
+def test_a_plan_that_travels_is_of_no_larger_model_than_may_come() -> None:
+    mask = np.arange(4000) < 7
+    coded = ChannelPlan({"w": (mask, None), "b": (mask,)}, share=0.5).coded
+    assert np.array_equal(ChannelPlan.from_bytes(coded, 4000).kept["b"][0], mask)
+    with pytest.raises(PlanError, match="masks of 4000 places are of no model of at most 3999 b"):
+        ChannelPlan.from_bytes(coded, 3999)
+    # 15 kB that came to 60 MiB of mask
+    bomb = zlib.compress(_text(masks=[f"{60 << 20}:80" + "00" * ((60 << 17) - 1)]).encode(), 9)
+    many = zlib.compress(_text(masks=["0:"] * 10_000).encode(), 9)  # masks of nothing
+    assert len(bomb) < 20_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(PlanError, match="was deflated comes to more than 1065536"):
+            ChannelPlan.from_bytes(bomb, 1_000_000)
+        with pytest.raises(PlanError, match="written twice"):
+            ChannelPlan.from_bytes(many, 1000)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    steps = ChannelPlan({"w": (mask,)}, (("layer", True, (9,)),)).to_text()
+    with pytest.raises(PlanError, match="it travels without steps"):
+        ChannelPlan.from_bytes(zlib.compress(steps.encode()))
 
 
 def test_the_plan_of_a_message_is_the_current_one_while_it_is_handled(plan: ChannelPlan) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from prunecast.client.training import compression_mod
-from prunecast.compression.flower import payload_of, payload_record
+from prunecast.compression.flower import CONTROL_RECORD, payload_of, payload_record
 from prunecast.compression.flower.internals import make_message
-from prunecast.compression.versions import NodeReport
+from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.versions import Instruction, NodeReport
 from prunecast.server.federation import FederationError, NonFiniteModel, Policy, PolicyError
 from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record
 
@@ -127,6 +129,55 @@ def test_a_truncated_message_to_the_node(federation):
 
     inner.push_messages = truncate
     assert refused(send(grid), "message from the server was refused")
+
+
+BOMB = ChannelPlan({"w": (np.arange(30_000) < 7,)}, share=0.5).coded
+
+
+@pytest.mark.parametrize(
+    ("plans", "said"),
+    [
+        ({"arrays": b"damaged"}, "the plan of channels is damaged: what was deflated is damaged"),
+        ({"arrays": BOMB}, "masks of 30000 places are of no model of at most 20000 bytes"),
+        ({"elsewhere": BOMB, "control": b"", "z": b"damaged"}, None),  # records that did not come
+    ],
+)
+@pytest.mark.usefixtures("unpacked")
+def test_plans_of_channels_that_a_message_brings(federation, tmp_path, plans, said):
+    grid, inner, _ = federation("small", app=make_app(tmp_path / "store", most=20_000))
+    push = inner.push_messages
+
+    def bring(messages):
+        messages = list(messages)
+        for message in messages:
+            control = message.content[CONTROL_RECORD]
+            told = replace(Instruction.from_bytes(control["instruction"]), channels=plans)
+            control["instruction"] = told.to_bytes()
+        return push(messages)
+
+    inner.push_messages = bring
+    reply = send(grid)
+    assert refused(reply, "from the server was refused", said) if said else not reply.has_error()
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_plans_of_channels_of_too_many_records(federation):
+    grid, inner, _ = federation("small")
+    push, names = inner.push_messages, [f"more-{n}" for n in range(65)]
+
+    def bring(messages):
+        messages = list(messages)
+        for message in messages:
+            control = message.content[CONTROL_RECORD]
+            plans = dict.fromkeys(names, BOMB)
+            told = replace(Instruction.from_bytes(control["instruction"]), channels=plans)
+            control["instruction"] = told.to_bytes()
+            for name in names:
+                message.content[name] = ConfigRecord()
+        return push(messages)
+
+    inner.push_messages = bring
+    assert refused(send(grid), "plans of channels for 65 records, above 64")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
