@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.onnx.graph import ExportedGraph
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.channels import ChannelPlan, channels_beside
 from prunecast.compression.versions import PublishedModel, RawTensor, load_model
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.releasing import RecipeReleaser
@@ -197,9 +197,8 @@ def _published(path: Path) -> _Published:
         raise SimulationError("two published models are needed: train for at least one round")
     with np.load(path.with_suffix(".npz")) as file:
         outputs, score = file["outputs"], float(file["score"])
-    removed = None
-    if path.with_suffix(".channels").is_file():
-        removed = ChannelPlan.from_text(path.with_suffix(".channels").read_text(encoding="utf-8"))
+    beside = channels_beside(path)
+    removed = ChannelPlan.load(beside) if beside.is_file() else None
     return _Published(load_model(path.with_suffix(".model")), removed, outputs, score)
 
 
