@@ -132,6 +132,8 @@ class StatisticsMean:
         for key, spec in opened.specs.items():
             name, _, tensor = key.partition(_OF)
             fits = name in shares and tensor in shapes
+            # a bias has no input channels
+            fits = fits and (name != ACTIVATION or len(shapes[tensor]) > 1)
             fits = fits and spec.shape == statistic_shape(name, shapes[tensor])
             if not fits or spec.dtype != np.float32:
                 raise BadPayload(f"nobody asked for the statistic {name[:80]!r} of {tensor[:80]!r}")

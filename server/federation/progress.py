@@ -44,7 +44,9 @@ class Measurements:
         self._sums: dict[bool, tuple[float, float]] = {}
 
     def add(self, value: float, weight: float = 1.0, *, held_out: bool) -> None:
-        """Count what was measured; what is not finite, or of no weight, is passed over.
+        """Count what was measured.
+
+        What is not finite, or of no weight, is passed over, and what would make the sum infinite.
 
         Args:
             value: mean over some examples.
@@ -53,7 +55,9 @@ class Measurements:
         """
         if math.isfinite(value) and math.isfinite(weight) and weight > 0:
             total, of = self._sums.get(held_out, (0.0, 0.0))
-            self._sums[held_out] = total + value * weight, of + weight
+            total, of = total + value * weight, of + weight
+            if math.isfinite(total) and math.isfinite(of):
+                self._sums[held_out] = total, of
 
     @property
     def position(self) -> tuple[float, ...]:

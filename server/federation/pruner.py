@@ -154,7 +154,8 @@ class Pruner:
             axes = plan.kept.get(tensor)
             if axes is None or array.shape == shapes[tensor]:
                 return plan.array(tensor, array)
-            inputs = axes[1]  # a statistic of input channels alone
+            # a statistic of input channels alone, which only matrices and kernels have
+            inputs = axes[1] if array.ndim > 1 else None
             return array if inputs is None else array[:, inputs]
 
         self.progress.remove(plan)
@@ -164,14 +165,9 @@ class Pruner:
         self._state = replace(self._state, masks=masks, early=early)
         waiting = self.statistics.take()
         waiting.pop(self._votes_by, None)  # they are asked for again
-        known = self._with(waiting)
         self._known = {
-            name: {
-                tensor: part(tensor, array)
-                for tensor, array in arrays.items()
-                if tensor in shapes and array.shape == statistic_shape(name, shapes[tensor])
-            }
-            for name, arrays in known.items()
+            name: {tensor: part(tensor, array) for tensor, array in arrays.items()}
+            for name, arrays in _fitting(self._with(waiting), shapes).items()
         }
 
     def expect(self, rounds: int) -> None:
@@ -416,14 +412,7 @@ class Pruner:
             if array.shape == shapes.get(name)
         }
         self._before = weights if plan.criterion.uses_update else {}
-        fitting = {
-            name: {
-                tensor: array
-                for tensor, array in arrays.items()
-                if tensor in shapes and array.shape == statistic_shape(name, shapes[tensor])
-            }
-            for name, arrays in self._known.items()
-        }
+        fitting = _fitting(self._known, shapes)
         known = Knowledge(weights, update, fitting, {}, model, plan.seed)
         if plan.criterion.accumulates is None:
             return known
@@ -464,6 +453,18 @@ class Pruner:
 
 def _shapes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in arrays.items()}
+
+
+def _fitting(known: Statistics, shapes: Mapping[str, tuple[int, ...]]) -> Statistics:
+    """Of statistics those that tensors of these shapes have."""
+    return {
+        name: {
+            tensor: array
+            for tensor, array in arrays.items()
+            if tensor in shapes and array.shape == statistic_shape(name, shapes[tensor])
+        }
+        for name, arrays in known.items()
+    }
 
 
 def _say_emptied(masks: Masks) -> None:

@@ -440,6 +440,18 @@ def _numbers(reply: Message) -> dict[str, float]:
 
 
 def _spread(values: list[float]) -> dict[str, float | int | None]:
-    """Over nodes, each counting once: mean, standard deviation (None for one), and their number."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "deviation": deviation, "nodes": len(values)}
+    """Over nodes, each counting once: mean, standard deviation (None for one), and their number.
+
+    None, too, is what no float can tell: nodes may say 1e308.
+    """
+    mean = _finite(statistics.fmean, values)
+    deviation = _finite(statistics.stdev, values) if len(values) > 1 else None
+    return {"mean": mean, "deviation": deviation, "nodes": len(values)}
+
+
+def _finite(of: Callable[[list[float]], float], values: list[float]) -> float | None:
+    try:
+        found = of(values)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None

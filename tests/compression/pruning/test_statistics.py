@@ -11,6 +11,7 @@ from prunecast.compression.pruning.statistics import (
     ACTIVATION,
     StatisticsMean,
     pack_statistics,
+    statistic_shape,
 )
 from prunecast.compression.versions import BadPayload, VersionsError, encode_plain
 
@@ -140,3 +141,16 @@ def test_the_mean_is_weighted_and_begins_anew():
     add({"b": np.ones(3)}, {"b": (3,)})  # the model changed under way
     assert mean.take()["g"]["b"].tolist() == [1.0, 1.0, 1.0]
     assert mean.take() == {}
+
+
+def test_a_bias_has_no_activations():
+    mean, shapes = StatisticsMean(), {"w": (3, 2), "b": (3,), "scale": ()}
+    for name in ("b", "scale"):
+        shape = statistic_shape("activation", shapes[name])
+        payload = pack_statistics({"activation": {name: np.ones(shape)}})
+        with pytest.raises(
+            BadPayload, match=f"nobody asked for the statistic 'activation' of '{name}'"
+        ):
+            mean.add(payload, ("activation",), shapes)
+    mean.add(pack_statistics({"activation": {"w": np.ones((1, 2))}}), ("activation",), shapes)
+    assert mean.take()["activation"].keys() == {"w"}

@@ -472,6 +472,18 @@ def test_losses_that_were_measured_on_held_out_examples_count_alone():
     ]
 
 
+def test_what_would_make_a_sum_infinite_is_passed_over():
+    losses = Measurements()
+    losses.add(1e308, 10, held_out=False)  # 1e309
+    losses.add(1e308, held_out=False)
+    losses.add(1e308, held_out=False)
+    losses.add(1.0, 1e308, held_out=True)
+    losses.add(1.0, 1e308, held_out=True)
+    assert losses.position == (1e308, 1e308, 1e308, 1.0)
+    Measurements().resume(losses.position)
+    assert losses.take() == 1.0
+
+
 @pytest.mark.parametrize(("rounds", "bounds"), [(0, (2, 25)), (50, (2, 35)), (16, (2, 11)),
                                                 (8, (2, 5)), (7, (0, 0)), (3, (0, 0))])  # fmt: skip
 def test_bounds_follow_from_the_number_of_rounds(rounds, bounds):

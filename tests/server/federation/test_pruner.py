@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
 
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.statistics import pack_statistics, statistic_shape
 from prunecast.server.federation import Checkpoint, Policy, PolicyError
+from prunecast.server.federation.pruner import MaskState
 from prunecast.server.federation.publisher import Publisher
 from support.federation import initial_arrays, to_record
 
@@ -266,3 +268,17 @@ def test_a_federation_holds_its_masks_and_nodes_train_what_is_kept_alone(federat
     held = itertools.pairwise(rounds[2:])  # before, lattice and mask cannot be told apart
     assert [n for n, (a, b) in enumerate(held, 4) if (a != b).any()] == [6]
     assert int((~rounds[-1]).sum()) == int(0.75 * rounds[-1].size)
+
+
+def test_channels_go_whatever_nodes_said_of_a_bias() -> None:
+    """One that was kept before a bias's activations were refused narrows nothing, and ends none."""
+    policy = Policy(**SMALL, pruning_criterion="activation")
+    publisher = Publisher(policy, b"s", policy.pruning())
+    publisher.publish(next(masters(1)))
+    known = {"activation": {"b": np.ones(1), "w": np.arange(50.0).reshape(1, 50)}}
+    publisher.pruner.resume((), MaskState(known=known))
+    rows, columns = np.arange(40) % 2 == 0, np.arange(50) < 20
+    publisher.remove(ChannelPlan({"w": (rows, columns), "b": (rows,)}))
+    left = publisher.pruner.state.known["activation"]
+    assert left["b"].tolist() == [1]
+    assert left["w"].tolist() == [list(range(20))]

@@ -386,6 +386,36 @@ def test_numbers_that_json_lacks_become_null(inner: InProcessGrid, tmp_path: Pat
     assert last["metrics"] == {"loss": None, "per class": [1.0, None]}
 
 
+@pytest.mark.parametrize(
+    ("values", "mean", "deviation"),
+    [
+        ((1e308, 1e308), None, 0.0),
+        ((-1e308, 1e308), 0.0, pytest.approx(2**0.5 * 1e308)),
+        ((-1.7e308, 1.7e308), 0.0, None),
+    ],
+)
+def test_huge_metrics_of_two_nodes_end_no_run(
+    tmp_path: Path, values: tuple[float, float], mean: Any, deviation: Any
+) -> None:
+    app = make_app(tmp_path / "store")
+    other = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @other.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        metrics = MetricRecord({"num-examples": 1, "huge": values[context.node_id % 2], "one": 1.0})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    @other.train()
+    def train(message: Message, context: Context) -> Message:
+        return app(message, context)
+
+    Run(InProcessGrid(other, 2, run_id=RUN_ID), FedAvg(), folder=tmp_path).start(arrays(), 1)
+    [*_, last, _] = read_events(tmp_path / "events.jsonl")
+    found = last["node_metrics"]
+    assert found["huge"] == {"mean": mean, "deviation": deviation, "nodes": 2}
+    assert found["one"] == {"mean": 1.0, "deviation": 0.0, "nodes": 2}
+
+
 def test_events_of_a_newer_schema_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(json.dumps({"schema": 2, "event": "run-started"}) + "\n")
