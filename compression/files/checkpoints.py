@@ -21,9 +21,10 @@ from prunecast.compression.files import FilesError, UnknownFormat, UnreadableFil
 from prunecast.compression.files.contents import CONVERSIONS, content_hint
 from prunecast.compression.files.formats import open_tensors
 from prunecast.compression.files.onnx_files import TensorReader
-from prunecast.compression.files.tensors import FileSpec
-from prunecast.compression.release.externals import FIELDS
-from prunecast.compression.release.protobuf import ProtobufError, read_fields
+from prunecast.compression.files.tensors import MOST_DIMENSIONS, FileSpec
+from prunecast.compression.release import RuntimeFailure
+from prunecast.compression.release.externals import FIELDS, external_tensors
+from prunecast.compression.release.protobuf import ProtobufError, read_fields, read_varint
 
 __all__ = ["Checkpoint", "Extent", "open_checkpoint"]
 
@@ -61,8 +62,10 @@ class Checkpoint:
     Attributes:
         path: the file that names the others, or the only one.
         kind: ``safetensors``, ``sharded`` or ``onnx``.
-        files: all of its files by the name that `path`'s folder has for them; `path` comes first.
+        files: all of its files by the name that `path`'s folder has for them, links not followed;
+            `path` comes first.
         tensors: those that lie plainly in a file, in the order of files and offsets.
+        left: names of those that are no floats, or lie nowhere plainly.
         aliases: name of a tied tensor that was not written to the tensor that was.
     """
 
@@ -70,6 +73,7 @@ class Checkpoint:
     kind: str
     files: Mapping[str, Path]
     tensors: tuple[Extent, ...]
+    left: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def file(self, extent: Extent) -> Path:
@@ -90,8 +94,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
             of one with an index.
 
     Raises:
-        FilesError: missing, damaged, of another format, or naming files outside its folder.
+        FilesError: missing, damaged, of another format, naming files outside its folder, or two
+            tensors alike.
     """
+    checkpoint = _open(path)
+    seen: set[str] = set()
+    for name in (*(t.name for t in checkpoint.tensors), *checkpoint.left):
+        if name in seen:
+            raise UnreadableFile(
+                f"{checkpoint.path} holds two tensors {name[:200]!r}: it is damaged, or its files "
+                "belong to different checkpoints"
+            )
+        seen.add(name)
+    return checkpoint
+
+
+def _open(path: Path) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         found = sorted(path.glob(f"*{_INDEX}")) or sorted(path.glob("*.safetensors"))
@@ -121,7 +139,7 @@ def _safetensors(path: Path) -> Checkpoint:
         for alias, name in source.metadata.items()
         if name in source.specs and alias not in source.specs
     }
-    return Checkpoint(path, "safetensors", {path.name: path}, tensors, aliases)
+    return Checkpoint(path, "safetensors", {path.name: path}, tensors, aliases=aliases)
 
 
 def _sharded(path: Path) -> Checkpoint:
@@ -140,30 +158,33 @@ def _sharded(path: Path) -> Checkpoint:
     for name in homes.values():
         if not name or name != PurePosixPath(name).name or name != PureWindowsPath(name).name:
             raise UnsafePath(f"{path} names a shard {name[:200]!r}: shards lie beside the index")
+        if not name.lower().endswith(".safetensors"):
+            raise UnknownFormat(
+                f"{path} names a shard {name[:200]!r}: shards are .safetensors files"
+                f"{CONVERSIONS.get(PurePosixPath(name).suffix.lower(), '')}"
+            )
         files[name] = path.with_name(name)
     tensors: list[Extent] = []
     aliases: dict[str, str] = {}
+    stated: dict[str, list[str]] = {}
+    for tensor_name, home in homes.items():
+        stated.setdefault(home, []).append(tensor_name)
     for number, (name, file) in enumerate(files.items()):
         if number == 0:
             continue
         shard = _safetensors(file)
         aliases |= shard.aliases
         tensors += [Extent(t.name, t.spec, number, t.offset) for t in shard.tensors]
-        lost = [n for n, home in homes.items() if home == name and n not in _names(shard)]
+        held = {t.name for t in shard.tensors}
+        lost = [n for n in stated[name] if n not in held]
         if lost:
             raise UnreadableFile(
                 f"{file} lacks the tensor {lost[0]!r}, which {path.name} says is in it: they "
                 "belong to different checkpoints"
             )
-    names = [t.name for t in tensors]
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise UnreadableFile(f"two shards of {path} hold a tensor {twice!r}")
-    return Checkpoint(path, "sharded", files, tuple(tensors), aliases)
-
-
-def _names(checkpoint: Checkpoint) -> set[str]:
-    return {t.name for t in checkpoint.tensors}
+    names = {t.name for t in tensors}
+    aliases = {alias: name for alias, name in aliases.items() if alias not in names}
+    return Checkpoint(path, "sharded", files, tuple(tensors), aliases=aliases)
 
 
 # -- .onnx ----------------------------------------------------------------------------------------
@@ -174,37 +195,60 @@ def _onnx(path: Path) -> Checkpoint:
 
     Numbers that protobuf spreads out (float16 in ``int32_data``) lie nowhere plainly and are left.
     """
-    files: dict[Path, str] = {path: path.name}
+    from google.protobuf.message import DecodeError
+
     tensors: list[Extent] = []
+    left: list[str] = []
     try:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closes with its last view
         whole, reader = memoryview(data), TensorReader(path)
+        files = {path.name: path, **_beside(path, whole, reader)}
+        numbers = {name: number for number, name in enumerate(files)}
         before = _multiplied(whole)
         for raw in _repeated(whole, _INITIALIZER):
-            found = _tensor(raw, whole, reader)
-            if found is not None:
-                name, spec, home, offset = found
-                if home is not None:
-                    files.setdefault(home, _name_beside(path, home))
-                axis = 0 if name in before and len(spec.shape) == 2 else 1
-                tensors.append(Extent(name, spec, list(files).index(home or path), offset, axis))
+            name, found = _tensor(raw, whole, reader)
+            if found is None:
+                left.append(name)
+                continue
+            spec, home, offset = found
+            axis = 0 if name in before and len(spec.shape) == 2 else 1
+            tensors.append(Extent(name, spec, numbers[home] if home else 0, offset, axis))
     except OSError as error:
         raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
-    except (ProtobufError, UnicodeDecodeError, ValueError) as error:
+    except (RuntimeFailure, DecodeError, ValueError) as error:
         if isinstance(error, FilesError):
             raise
         raise UnreadableFile(
             f"{path} is not a readable .onnx model: {error}{content_hint(path)}"
         ) from error
     tensors.sort(key=lambda t: (t.file, t.offset))
-    return Checkpoint(path, "onnx", {name: p for p, name in files.items()}, tuple(tensors))
+    return Checkpoint(path, "onnx", files, tuple(tensors), tuple(left))
 
 
-def _name_beside(path: Path, home: Path) -> str:
-    """What a model calls a file of external data, below its own folder."""
-    folder = path.parent.resolve()
-    return str(home.relative_to(folder)) if home.is_relative_to(folder) else home.name
+def _beside(path: Path, model: memoryview, reader: TensorReader) -> dict[str, Path]:
+    """Files of external data of all tensors, inner graphs and `Constant` nodes included.
+
+    By the model's name for them, below its own folder: a runtime looks for them there, whatever
+    links they are.
+    """
+    import onnx
+
+    files: dict[str, Path] = {}
+    for name, entries, external in external_tensors(model):
+        if not external:
+            continue
+        proto = onnx.TensorProto(name=name)
+        for key, value in entries:
+            proto.external_data.add(key=key, value=value)
+        location = str(reader.location(proto))
+        if reader.place(proto)[0] == path.resolve():
+            raise UnreadableFile(
+                f"{path}: tensor {name[:80]!r} has its external data in the model itself: it is "
+                "damaged, or was renamed over them"
+            )
+        files[location] = path.parent / location
+    return files
 
 
 def _repeated(model: memoryview, wanted: int) -> Iterator[memoryview]:
@@ -239,45 +283,43 @@ def _multiplied(model: memoryview) -> set[str]:
 
 def _tensor(
     raw: memoryview, whole: memoryview, reader: TensorReader
-) -> tuple[str, FileSpec, Path | None, int] | None:
-    """Name, spec, external file and offset of a floating tensor that lies plainly somewhere."""
+) -> tuple[str, tuple[FileSpec, str, int] | None]:
+    """Name, and spec, external file ("" for none) and offset where it is a float that lies plainly.
+
+    Raises:
+        UnreadableFile, UnsafePath: damaged, or external data that cannot be read.
+    """
     fields: dict[int, Any] = {}
     dims: list[int] = []
     for number, value in read_fields(raw, FIELDS["Tensor"]):
-        if number == _DIMS:
-            dims += [value] if isinstance(value, int) else _packed(value)
-        else:  # numbers one by one instead of packed lie nowhere plainly
+        if number != _DIMS:  # numbers one by one instead of packed lie nowhere plainly
             fields[number] = None if number in fields else value
-    dtype = _FLOATING.get(fields.get(_TYPE, 0))
-    if dtype is None or any(n < 0 or n >= 1 << 62 for n in dims) or math.prod(dims) >= 1 << 62:
-        return None
-    name = str(fields.get(_NAME) or b"", "utf-8")
+            continue
+        packed, at = value, 0
+        while isinstance(packed, memoryview) and at < len(packed) and len(dims) <= MOST_DIMENSIONS:
+            value, at = read_varint(packed, at, 10)
+            dims.append(value)
+        if not isinstance(packed, memoryview):
+            dims.append(packed)
+        if len(dims) > MOST_DIMENSIONS:
+            raise UnreadableFile(f"a tensor has more than {MOST_DIMENSIONS} dimensions")
+    name, dtype = str(fields.get(_NAME) or b"", "utf-8"), _FLOATING.get(fields.get(_TYPE, 0))
+    if dtype is None or any(n >= 1 << 62 for n in dims) or math.prod(dims) >= 1 << 62:
+        return name, None
     spec = FileSpec(dtype, tuple(dims))
     if fields.get(_LOCATION) == 1:
         import onnx
 
-        home, offset = reader.place(onnx.TensorProto.FromString(bytes(raw)), spec.nbytes)
-        return name, spec, home, offset
+        proto = onnx.TensorProto.FromString(bytes(raw))
+        return name, (spec, str(reader.location(proto)), reader.place(proto, spec.nbytes)[1])
     plain = {"float32": _FLOATS, "float64": _DOUBLES}.get(dtype, _RAW)
     values = fields.get(_RAW, fields.get(plain))
     if not isinstance(values, memoryview) or not spec.size:
-        return None
+        return name, None
     if len(values) != spec.nbytes:
         raise UnreadableFile(f"tensor {name[:80]!r} has not the size of its shape")
-    return name, spec, None, _address(values) - _address(whole)
+    return name, (spec, "", _address(values) - _address(whole))
 
 
 def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).ctypes.data)
-
-
-def _packed(data: memoryview) -> list[int]:
-    """Packed varints; a shape has few of them."""
-    values, value, shift = [], 0, 0
-    for byte in bytes(data):
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            values.append(value)
-            value = shift = 0
-    return values

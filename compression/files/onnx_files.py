@@ -318,14 +318,13 @@ class TensorReader:
         del proto.external_data[:]
         proto.data_location = 0  # in the graph
 
-    def place(self, proto: Any, nbytes: int | None = None) -> tuple[Path, int]:
-        """File and offset of external data, of `nbytes` bytes where that is known.
+    def location(self, proto: Any) -> PurePosixPath:
+        """Where external data lie below the model's folder, as it says; no link is followed.
 
         Raises:
-            UnreadableFile, UnsafePath: see `array`.
+            UnsafePath: not below the folder.
         """
-        entries = {str(entry.key): str(entry.value) for entry in proto.external_data}
-        location = entries.get("location", "")
+        location = _entries(proto).get("location", "")
         parts = PurePosixPath(location).parts
         foreign = {*parts, *PureWindowsPath(location).parts}
         rooted = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
@@ -334,7 +333,16 @@ class TensorReader:
                 f"{self._label(proto)} names external data at {location[:200]!r}; only relative "
                 "paths below the model's folder are read"
             )
-        named = self._folder.joinpath(*parts)
+        return PurePosixPath(location)
+
+    def place(self, proto: Any, nbytes: int | None = None) -> tuple[Path, int]:
+        """File and offset of external data, of `nbytes` bytes where that is known.
+
+        Raises:
+            UnreadableFile, UnsafePath: see `array`.
+        """
+        entries, location = _entries(proto), str(self.location(proto))
+        named = self._folder / location
         where = named.resolve()
         beside = self._path.is_symlink() and where.parent == self._home
         if where != named and not (where.is_relative_to(self._folder) or beside):
@@ -369,6 +377,11 @@ class TensorReader:
 
     def _label(self, proto: Any) -> str:
         return f"{self._path}: tensor {str(proto.name)[:80]!r}"
+
+
+def _entries(proto: Any) -> dict[str, str]:
+    """What a tensor says of its external data."""
+    return {str(entry.key): str(entry.value) for entry in proto.external_data}
 
 
 def _dtype(proto: Any) -> np.dtype[Any] | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.protobuf import Field, ProtobufError, read_fields
 
-__all__ = ["FIELDS", "check_externals"]
+__all__ = ["FIELDS", "check_externals", "external_tensors"]
 
 _MOST_DEPTH = 64
 _MOST_DIGITS = 19
@@ -86,10 +86,24 @@ def check_externals(model: bytes, *, file: str, size: int) -> None:
     if model[4:8] == b"ORTM":
         raise RuntimeFailure("model.onnx is in onnxruntime's own format, which is not accepted")
     try:
-        for name, entries in _externals(memoryview(model), "Model", 0):
+        for name, entries, _ in external_tensors(memoryview(model)):
             _check_entries(name, entries, file, size)
     except (ProtobufError, UnicodeDecodeError) as error:
         raise RuntimeFailure(f"model.onnx is damaged or no ONNX model: {error}") from error
+
+
+def external_tensors(model: memoryview) -> Iterator[tuple[str, list[tuple[str, str]], bool]]:
+    """Every tensor of an ONNX model that describes a file, wherever in the model it is.
+
+    Yields:
+        Its name, keys and values of the description, and whether its data are to be read there.
+
+    Raises:
+        RuntimeFailure: graphs nested too deep.
+        ProtobufError: damaged, or not written in the usual way.
+        UnicodeDecodeError: a name that is not UTF-8.
+    """
+    return _externals(model, "Model", 0)
 
 
 def _check_entries(name: str, entries: list[tuple[str, str]], file: str, size: int) -> None:
@@ -111,7 +125,7 @@ def _check_entries(name: str, entries: list[tuple[str, str]], file: str, size: i
 
 def _externals(
     data: memoryview, kind: str, depth: int
-) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+) -> Iterator[tuple[str, list[tuple[str, str]], bool]]:
     if depth > _MOST_DEPTH:
         raise RuntimeFailure(f"model.onnx nests graphs more than {_MOST_DEPTH} deep")
     if kind == "Tensor":
@@ -131,7 +145,7 @@ def _externals(
                     raise ProtobufError(f"a tensor's data location is {value}")
                 external = value == 1
         if entries or external:
-            yield name, entries
+            yield name, entries, external
         return
     nested = _NESTED[kind]
     for number, value in read_fields(data, FIELDS[kind]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-__all__ = ["Field", "ProtobufError", "read_fields"]
+__all__ = ["Field", "ProtobufError", "read_fields", "read_varint"]
 
 _MOST_BYTES = 2**31 - 1  # of a message, as everywhere
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -48,7 +48,7 @@ def read_fields(
     """
     at, seen = 0, set()
     while at < len(data):
-        tag, at = _varint(data, at, 5)
+        tag, at = read_varint(data, at, 5)
         number, wire = tag >> 3, tag & 7
         kind = fields.get(number)
         if kind is None or wire not in _WIRES[kind]:
@@ -58,11 +58,11 @@ def read_fields(
                 raise ProtobufError(f"it has the field {number} twice")
             seen.add(number)
         if wire == _VARINT:
-            value, at = _varint(data, at, 10)
+            value, at = read_varint(data, at, 10)
             yield number, value
             continue
         if wire == _BYTES:
-            length, at = _varint(data, at, 5)
+            length, at = read_varint(data, at, 5)
         else:
             length = 8 if wire == _FIXED64 else 4
         if length > min(_MOST_BYTES, len(data) - at):
@@ -71,8 +71,12 @@ def read_fields(
         at += length
 
 
-def _varint(data: memoryview, at: int, most: int) -> tuple[int, int]:
-    """An integer of at most so many bytes (5: 32 bits, 10: 64 bits), and where it ends."""
+def read_varint(data: memoryview, at: int, most: int) -> tuple[int, int]:
+    """An integer of at most so many bytes (5: 32 bits, 10: 64 bits), and where it ends.
+
+    Raises:
+        ProtobufError: cut off, longer, or not in its shortest form.
+    """
     value = 0
     for size in range(most):
         if at + size >= len(data):
