@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -28,6 +28,7 @@ __all__ = [
     "make_folder",
     "remove_abandoned",
     "replacing",
+    "replacing_all",
     "sync",
     "take_lock",
     "write_atomically",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}")
 
 
 class StorageError(ValueError):
@@ -102,22 +103,58 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the file system refuses; the old file is untouched.
     """
-    path = Path(path)
+    with replacing_all([path]) as (temporary,):
+        yield temporary
+
+
+@contextmanager
+def replacing_all(paths: Sequence[Path], outdated: Collection[Path] = ()) -> Iterator[list[Path]]:
+    """Replace several files together, as `replacing` does one: no rename before the last fsync.
+
+    Args:
+        paths: in the order in which they appear. The last one, which is to say that the others are
+            there, appears once their names are durable.
+        outdated: files beside them that are removed before the first appears, if they are there:
+            what would make old and new files look whole when the renames are cut off.
+
+    Yields:
+        An empty file beside each path, to be written.
+
+    Raises:
+        StorageError: the file system refuses; the old files are untouched unless it was a rename.
+    """
+    paths = [Path(path) for path in paths]
+    path, made = paths[-1], []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary, handle = _temporary(path)
         try:
-            yield temporary
-            sync(temporary)
-            os.replace(temporary, path)
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                made.append(_temporary(path))
+            yield [temporary for temporary, _ in made]
+            for temporary, _ in made:
+                sync(temporary)
+            for path in outdated:
+                path.unlink(missing_ok=True)
+            _sync_folders(outdated)
+            for path, (temporary, _) in zip(paths, made, strict=True):
+                if path == paths[-1]:
+                    _sync_folders(paths[:-1])
+                os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            for temporary, _ in made:
+                temporary.unlink(missing_ok=True)
             raise
         finally:
-            os.close(handle)
-        sync(path.parent)
+            for _, handle in made:
+                os.close(handle)
+        _sync_folders(paths[-1:])
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _sync_folders(paths: Collection[Path]) -> None:
+    for folder in {path.parent for path in paths}:
+        sync(folder)
 
 
 def _temporary(path: Path) -> tuple[Path, int]:
@@ -138,10 +175,16 @@ def _temporary(path: Path) -> tuple[Path, int]:
         os.close(handle)
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Remove what `replacing` left in a folder when it was killed; what is being written stays."""
+def remove_abandoned(folder: Path, names: Collection[str] | None = None) -> None:
+    """Remove what `replacing` left in a folder when it was killed; what is being written stays.
+
+    Args:
+        folder: need not be there.
+        names: of the files that were to be replaced; None for a folder that is the caller's alone.
+    """
     for path in folder.glob(".*"):
-        if _TEMPORARY.fullmatch(path.name) is None:
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or not (names is None or found[1] in names):
             continue
         with suppress(OSError):
             handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)

@@ -30,13 +30,14 @@ from prunecast.compression.files.selection import (
     select,
 )
 from prunecast.compression.files.shares import MOST_GATHERED, SHARED, removed_by_share
-from prunecast.compression.files.tensors import raw_dtype
+from prunecast.compression.files.tensors import MOST_DIMENSIONS, raw_dtype
 from prunecast.compression.files.ties import tied_tensors
 from prunecast.compression.files.zeroing import (
     Targets,
     Zeroed,
     default_targets,
     refuse_without_room,
+    remove_left_over,
     write_pruned,
 )
 from prunecast.compression.pruning.allocation import kernel_numbers
@@ -60,7 +61,6 @@ _PROGRAM = 192 << 20  # bytes of Python, NumPy and onnx
 _A_WEIGHT = 48  # bytes that are held for each weight of a chunk
 _MOST_PARTS = 1024
 _SMALLEST_PART = 16 * CHUNK
-_MOST_DIMENSIONS = 32
 _NEAR = 1e-6
 
 
@@ -137,7 +137,7 @@ class Pruning:
         shapes = {
             t.name: np.broadcast_to(np.float32(0), t.spec.shape)  # takes no memory
             for t in checkpoint.tensors
-            if len(t.spec.shape) <= _MOST_DIMENSIONS
+            if len(t.spec.shape) <= MOST_DIMENSIONS
         }
         names = plan.prunable(shapes)
         return [t for t in checkpoint.tensors if t.name in names and t.spec.floating]
@@ -153,12 +153,13 @@ def prune_checkpoint(
 ) -> PruningResult:
     """Write a checkpoint with its least important weights set to zero, and their masks.
 
-    Files appear once all of them are written and synced, the one that names the others last. What
-    fails or is interrupted leaves nothing behind.
+    Files appear once all of them are written and synced, the one that names the others last; see
+    `write_pruned`. What fails or is interrupted before that leaves everything as it was.
 
     Args:
         checkpoint: the files; left as they are.
-        targets: where the copies and the masks go. `Targets.report` is left to the caller.
+        targets: where the copies and the masks go. `Targets.report` is left to the caller; what is
+            there is removed.
         settings: what goes.
         run: how the work on parts of tensors is done, here or on other machines.
         on_progress: told bytes read and to be read.
@@ -171,12 +172,14 @@ def prune_checkpoint(
     """
     chosen = settings.prunable(checkpoint)
     ties = tied_tensors(checkpoint, settings.min_size)
-    _refuse_apart(settings, {t.name for t in chosen}, ties)
+    held = {t.name for t in checkpoint.tensors}
+    _refuse_apart(settings, {t.name for t in chosen}, held, ties)
     if not chosen:
         raise CannotPrune(
             f"{checkpoint.path} has no tensor that may be pruned: none is a matrix or kernel of "
             f"floats with at least {settings.min_size} elements that no pattern excludes"
         )
+    remove_left_over(targets)
     refuse_without_room(checkpoint, targets, chosen)
     if settings.pattern:
         return _by_pattern(checkpoint, targets, settings, chosen, ties, run, on_progress)
@@ -287,7 +290,9 @@ def _result(
 # -- before anything is written -------------------------------------------------------------------
 
 
-def _refuse_apart(settings: Pruning, chosen: set[str], ties: Mapping[str, str]) -> None:
+def _refuse_apart(
+    settings: Pruning, chosen: set[str], held: set[str], ties: Mapping[str, str]
+) -> None:
     """Tied weights keep one mask, so all of their names are pruned or none is."""
     for copy, first in ties.items():
         excluded = [
@@ -298,6 +303,13 @@ def _refuse_apart(settings: Pruning, chosen: set[str], ties: Mapping[str, str]) 
             raise CannotPrune(
                 f"tied weights would be pruned apart: {first!r} and {copy!r} are the same, and "
                 "only one of them is excluded; exclude both or neither"
+            )
+        if copy in held and (copy in chosen) != (first in chosen):
+            stays = copy if first in chosen else first
+            raise CannotPrune(
+                f"tied weights would be pruned apart: {first!r} and {copy!r} are the same, and "
+                f"{stays!r} stays whole as an adapter does; leave out both with --exclude "
+                f"{first!r} --exclude {copy!r}, or prune low-rank factors too with --adapters"
             )
 
 

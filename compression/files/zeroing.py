@@ -1,26 +1,34 @@
 """Write a pruned copy of a checkpoint: every byte as it was, but for the weights that go.
 
-Files appear once all of them are written and synced, the one that names the others last.
+Files appear once all of them are written and synced, the one that names the others last. One of
+that name and a report that were there are removed just before: whatever ends the renames between
+two files, no file is left that would name both old and new ones.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from prunecast.common.files import StorageError, replacing
+from prunecast.common.files import StorageError, remove_abandoned, replacing_all
 from prunecast.common.text import bytes_text
 from prunecast.compression.files import CannotPrune, UnreadableFile
 from prunecast.compression.files.checkpoints import Checkpoint, Extent
 from prunecast.compression.files.mask_files import MaskFile
 from prunecast.compression.files.selection import Cut, Grouping, Part, Ranking, Run, read_part, stay
 
-__all__ = ["Targets", "Zeroed", "default_targets", "refuse_without_room", "write_pruned"]
+__all__ = [
+    "Targets",
+    "Zeroed",
+    "default_targets",
+    "refuse_without_room",
+    "remove_left_over",
+    "write_pruned",
+]
 
 _BLOCK = 1 << 23  # bytes copied at a time
 
@@ -54,7 +62,8 @@ def default_targets(checkpoint: Checkpoint, output: Path | None = None) -> Targe
             the checkpoint, or ``pruned/``.
 
     Raises:
-        CannotPrune: it would overwrite the checkpoint itself, or is of another format.
+        CannotPrune: it would overwrite the checkpoint itself, is of another format, or two files
+            would have one name.
     """
     path = checkpoint.path
     if len(checkpoint.files) == 1:
@@ -73,10 +82,25 @@ def default_targets(checkpoint: Checkpoint, output: Path | None = None) -> Targe
         files = {name: folder / name for name in checkpoint.files}
         masks, report = folder / "pruning.masks.safetensors", folder / "pruning.report.json"
     own = {p.resolve() for p in checkpoint.files.values()}
-    for target in (*files.values(), masks, report):
+    targets = Targets(files, masks, report)
+    seen: set[Path] = set()
+    folders = {folder for name in files for folder in files[name].parents}
+    for target in targets.all:
         if target.resolve() in own:
             raise CannotPrune(f"{target} is the checkpoint itself: give another --out")
-    return Targets(files, masks, report)
+        if target in seen or target in folders:
+            raise CannotPrune(
+                f"{target} would be both a file of the checkpoint and one that is made beside it: "
+                "rename the checkpoint's"
+            )
+        seen.add(target)
+    return targets
+
+
+def remove_left_over(targets: Targets) -> None:
+    """Remove temporary files of these targets that a killed process left; no others."""
+    for target in targets.all:
+        remove_abandoned(target.parent, {target.name})
 
 
 def refuse_without_room(checkpoint: Checkpoint, targets: Targets, chosen: Sequence[Extent]) -> None:
@@ -124,6 +148,10 @@ def write_pruned(
 ) -> None:
     """Write the files and the masks of a checkpoint.
 
+    Nothing that was there is touched before all are written and synced. Then the old file that
+    names the others and the old report go, and the new files appear, the one that names the others
+    last; so where that is there, all that it names are the new ones.
+
     Args:
         checkpoint: what is copied.
         targets: where it goes.
@@ -134,15 +162,16 @@ def write_pruned(
 
     Raises:
         FilesError: the checkpoint is damaged or changes meanwhile; nothing was written.
-        StorageError: the file system refuses; nothing was written.
+        StorageError: the file system refuses; nothing was written, but where it refuses a rename
+            the file that names the others is missing.
     """
     masks = MaskFile({t.name: t.spec.shape for t in chosen})
-    with ExitStack() as files:
-        # the first that is opened is the last to appear: the one that names the others
-        made = {
-            name: files.enter_context(replacing(target)) for name, target in targets.files.items()
-        }
-        temporary = files.enter_context(replacing(targets.masks))
+    naming, *others = targets.files.values()
+    with replacing_all(
+        [targets.masks, *others, naming], outdated=[naming, targets.report]
+    ) as temporaries:
+        temporary = temporaries[0]
+        made = dict(zip(targets.files, [temporaries[-1], *temporaries[1:-1]], strict=True))
         masks.begin(temporary)
         by_path = {checkpoint.files[name]: path for name, path in made.items()}
         for number, (name, source) in enumerate(checkpoint.files.items()):

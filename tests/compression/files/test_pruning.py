@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from prunecast.common.files import StorageError
 from prunecast.compression.files import (
     CannotPrune,
     FilesError,
@@ -253,10 +255,71 @@ def test_an_index_that_names_other_places_or_lost_tensors_is_refused(tmp_path: P
     path.write_text(json.dumps({"weight_map": {"v": "a.safetensors"}}))
     with pytest.raises(UnreadableFile, match="lacks the tensor 'v'"):
         open_checkpoint(path)
+    for name, said in {
+        "a.npz": "shards are .safetensors files",
+        "a.onnx": "shards are .safetensors files",
+        "a.bin": r"safetensors\.torch\.save_file",
+    }.items():
+        (tmp_path / name).write_bytes((tmp_path / "a.safetensors").read_bytes())
+        path.write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(UnknownFormat, match=said) as refused:
+            open_checkpoint(path)
+        assert name in str(refused.value)
     for text in ("[]", "{}", '{"weight_map": []}', "\x00"):
         path.write_text(text)
         with pytest.raises(UnreadableFile, match="no index of shards"):
             open_checkpoint(path)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Of two, one would be written with the mask of the other."""
+    tensor = FileTensor(np.ones((4, 4), "f4"), "float32")
+    for name in ("a", "b"):
+        write_tensors(tmp_path / f"{name}.safetensors", {"w": tensor, name: tensor})
+    homes = {name: f"{name}.safetensors" for name in ("a", "b")}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
+    array = np.ones((4, 4), "f4")
+    for other in (array, array.astype("i8")):
+        model = onnx_model({"w": array})
+        model.graph.initializer.append(numpy_helper.from_array(other, "w"))
+        (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+        for path in (tmp_path / "m.safetensors.index.json", tmp_path / "m.onnx"):
+            with pytest.raises(UnreadableFile, match="holds two tensors 'w'"):
+                open_checkpoint(path)
+
+
+def test_what_one_shard_left_out_and_another_holds_is_no_alias(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    tensors = {n: weights(rng, (4, 4 + len(n)), "float32", "none") for n in ("w", "own")}
+    write_tensors(tmp_path / "a.safetensors", {"w": tensors["w"]}, {"own": "w", "tied": "w"})
+    write_tensors(tmp_path / "b.safetensors", {"own": tensors["own"]})
+    homes = {"w": "a.safetensors", "own": "b.safetensors"}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
+    assert open_checkpoint(tmp_path / "m.safetensors.index.json").aliases == {"tied": "w"}
+    result = prune(tmp_path / "m.safetensors.index.json")
+    assert {n: t.removed for n, t in result.tensors.items()} == {"w": 10, "own": 14}
+
+
+@pytest.mark.parametrize("shard", ["pruning.masks.safetensors", "pruning.masks.safetensors/w"])
+def test_a_file_of_the_checkpoint_is_not_written_over_by_the_masks(
+    tmp_path: Path, shard: str
+) -> None:
+    if shard.endswith("/w"):
+        (tmp_path / shard).parent.mkdir()
+        path = tmp_path / "m.onnx"
+        onnx.save(
+            onnx_model({"w": np.ones((40, 30), "f4")}), path, save_as_external_data=True,
+            location="w", size_threshold=0,
+        )  # fmt: skip
+        (tmp_path / "w").rename(tmp_path / shard)
+        relocate(path, {"w": shard})
+    else:
+        write_tensors(tmp_path / shard, {"w": FileTensor(np.ones((4, 4), "f4"), "float32")})
+        path = tmp_path / "m.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": {"w": shard}}))
+    with pytest.raises(CannotPrune, match=r"pruning\.masks\.safetensors would be both"):
+        prune(path)
+    assert not (tmp_path / "pruned").exists()
 
 
 # -- .onnx ----------------------------------------------------------------------------------------
@@ -354,6 +417,123 @@ def test_external_data_outside_the_folder_are_refused(
         open_checkpoint(tmp_path / "in/m.onnx")
 
 
+def relocate(path: Path, locations: dict[str, str]) -> None:
+    """Have a model call its files of external data otherwise, by the names of the tensors."""
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = locations.get(tensor.name, entry.value)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_external_data_keep_the_names_that_the_model_has_for_them(
+    tmp_path: Path, arrays: dict[str, np.ndarray]
+) -> None:
+    """Links, as in a cache of huggingface_hub; two files of one name; one that holds no floats."""
+    snapshot, blobs = tmp_path / "snapshots/main", tmp_path / "blobs"
+    for folder in (snapshot / "a", snapshot / "b", blobs):
+        folder.mkdir(parents=True)
+    names = ["w", "half", "shape"]
+    onnx.save(
+        onnx_model({n: arrays[n] for n in names}), blobs / "m", save_as_external_data=True,
+        all_tensors_to_one_file=False, size_threshold=0,
+    )  # fmt: skip
+    locations = {"w": "a/data", "half": "b/data", "shape": "m.onnx_data"}
+    relocate(blobs / "m", locations)
+    for name, location in {**locations, "m": "m.onnx"}.items():
+        up = "../../../blobs" if "/" in location else "../../blobs"
+        (snapshot / location).symlink_to(f"{up}/{name}")
+    out = tmp_path / "out"
+    result = prune(snapshot / "m.onnx", out)
+    made = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert made == {"m.onnx", *locations.values(), "pruning.masks.safetensors"}
+    after = arrays_of(out / "m.onnx")
+    expected = in_memory({n: FileTensor(arrays[n], arrays[n].dtype.name) for n in ("w", "half")})
+    for name in names:
+        wanted = np.where(expected[name], arrays[name], 0) if name in expected else arrays[name]
+        assert after[name].tobytes() == wanted.astype(arrays[name].dtype).tobytes(), name
+    assert result.removed == 600 + 165
+
+
+def test_two_names_of_one_file_stay_two(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(
+        onnx_model({n: arrays[n] for n in ("w", "half")}), path, save_as_external_data=True,
+        location="w.bin", size_threshold=0,
+    )  # fmt: skip
+    (tmp_path / "half.bin").symlink_to("w.bin")
+    relocate(path, {"half": "half.bin"})
+    prune(path)
+    after = arrays_of(tmp_path / "pruned/m.onnx")
+    assert {n: int((a == 0).sum()) for n, a in after.items()} == {"w": 600, "half": 165}
+
+
+def test_external_data_of_a_constant_go_along(tmp_path: Path) -> None:
+    array = np.ones((4, 4), "f4")
+    model = onnx_model({"w": array + np.arange(4, dtype="f4")})
+    constant = numpy_helper.from_array(array, "c")
+    constant.ClearField("raw_data")
+    constant.data_location = onnx.TensorProto.EXTERNAL
+    constant.external_data.add(key="location", value="c.bin")
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], value=constant))
+    (tmp_path / "c.bin").write_bytes(array.tobytes())
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    prune(tmp_path / "m.onnx")
+    assert (tmp_path / "pruned/c.bin").read_bytes() == array.tobytes()
+    assert np.count_nonzero(arrays_of(tmp_path / "pruned/m.onnx")["w"]) == 8
+
+
+@pytest.mark.parametrize("location", ["m.onnx", "link.bin"])
+def test_external_data_in_the_model_itself_are_refused(tmp_path: Path, location: str) -> None:
+    path = tmp_path / "m.onnx"
+    model = onnx_model({"w": np.ones((4, 4), "f4")})
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    (tmp_path / "link.bin").symlink_to("m.onnx")
+    relocate(path, {"w": location})
+    with pytest.raises(UnreadableFile, match="'w' has its external data in the model itself"):
+        open_checkpoint(path)
+
+
+def framed(number: int, data: bytes) -> bytes:
+    """A field of protobuf that holds bytes."""
+    length, head = len(data), [number << 3 | 2]
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([*head, length]) + data
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (framed(1, b"\xff" * 2_000_000 + b"\x01"), "a number is too long"),
+        (framed(1, b"\x80\x00"), "not written in its shortest form"),
+        (framed(1, b"\xff"), "ends inside a number"),
+        (framed(1, b"\x01" * 2_000_000), "more than 32 dimensions"),
+        (b"\x08\x01" * 1_000_000, "more than 32 dimensions"),
+        (framed(1, b"\x01" * 33), "more than 32 dimensions"),
+    ],
+)
+def test_shapes_that_would_cost_without_bounds_are_refused(
+    tmp_path: Path, tensor: bytes, said: str
+) -> None:
+    named = b"\x10\x01" + framed(8, b"w")
+    (tmp_path / "m.onnx").write_bytes(framed(7, framed(5, tensor + named)))
+    with pytest.raises(UnreadableFile, match=said):
+        open_checkpoint(tmp_path / "m.onnx")
+
+
+def test_a_tensor_that_protobuf_does_not_read_is_refused(tmp_path: Path) -> None:
+    """Packed floats of three bytes: the fields are sound, what is in them is not."""
+    entry = framed(13, framed(1, b"location") + framed(2, b"w.bin"))
+    tensor = b"\x10\x01" + framed(8, b"w") + b"\x70\x01" + entry + framed(4, b"abc")
+    (tmp_path / "m.onnx").write_bytes(framed(7, framed(5, tensor)))
+    (tmp_path / "w.bin").write_bytes(b"abcd")
+    with pytest.raises(UnreadableFile, match=r"is not a readable \.onnx model"):
+        open_checkpoint(tmp_path / "m.onnx")
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_hostile_onnx_bytes_raise_our_errors_only(
@@ -406,6 +586,26 @@ def test_tied_weights_are_not_pruned_apart(tmp_path: Path, exclude: str) -> None
         prune(path, exclude=(exclude,))
     prune(path, exclude=("head", "tokens"))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("other", ["zz.weight", "a.weight"])
+@pytest.mark.parametrize("allocation", ["layer", "global"])
+def test_weights_that_are_tied_with_an_adapter_are_not_pruned_apart(
+    tmp_path: Path, other: str, allocation: str
+) -> None:
+    """Whichever of the two comes first."""
+    rng = np.random.default_rng(6)
+    factor = weights(rng, (8, 40), "float32", "none")
+    tensors = {"a.lora_A.weight": factor, "a.lora_B.weight": weights(rng, (40, 8), "float32", "")}
+    tensors |= {other: factor, "layer": weights(rng, (20, 20), "float32", "none")}
+    write_tensors(tmp_path / "m.safetensors", tensors)
+    with pytest.raises(CannotPrune, match=r"pruned apart.*'a\.lora_A\.weight' stays whole") as told:
+        prune(tmp_path / "m.safetensors", allocation=allocation)
+    assert repr(other) in str(told.value)
+    both = ("a.lora_A.weight", other)
+    assert all(f"--exclude {name!r}" in str(told.value) for name in both)
+    assert prune(tmp_path / "m.safetensors", allocation=allocation, exclude=both).removed == 200
+    assert prune(tmp_path / "m.safetensors", allocation=allocation, adapters=True).removed == 520
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -516,6 +716,71 @@ def test_what_is_interrupted_leaves_nothing_behind(tmp_path: Path, when: str) ->
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(checkpoint, default_targets(checkpoint), Pruning(0.5, min_size=1), run=run)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def sharded(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(8)
+    homes = {f"w{i}": f"{i}.safetensors" for i in range(3)}
+    for name, home in homes.items():
+        write_tensors(tmp_path / home, {name: weights(rng, (20, 20), "float32", "none")})
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
+    return tmp_path / "m.safetensors.index.json"
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_leaves_no_mixture_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool, call: str
+) -> None:
+    """At each fsync all is as it was; at a rename the file that names the others is missing."""
+    source = sharded(tmp_path) if several else one(tmp_path, np.arange(400.0).reshape(20, 20))
+    checkpoint = open_checkpoint(source)
+    targets = default_targets(checkpoint, tmp_path / ("out" if several else "n.safetensors"))
+    naming, files = targets.all[0], targets.all[:-1]
+    real, refused = getattr(os, call), 0
+    for fails_at in range(100):
+        monkeypatch.setattr(os, call, real)
+        prune_checkpoint(checkpoint, targets, Pruning(0.5, min_size=1))
+        targets.report.write_text("old")
+        old = {path: path.read_bytes() for path in targets.all}
+        calls = iter(range(100))
+
+        def failing(*arguments: Any, at: int = fails_at, calls: Any = calls) -> None:
+            if next(calls) == at:
+                raise OSError(5, "Input/output error")
+            real(*arguments)
+
+        monkeypatch.setattr(os, call, failing)
+        try:
+            prune_checkpoint(checkpoint, targets, Pruning(0.9, min_size=1))
+        except StorageError:
+            refused += 1
+        else:
+            break
+        if call == "fsync" and fails_at < len(files):
+            assert {path: path.read_bytes() for path in targets.all} == old
+        elif naming.exists():  # only the sync of the last name is missing
+            assert fails_at == len(files) + 2
+            shards = [p for p in targets.files.values() if p.suffix == ".safetensors"]
+            assert not any(path.read_bytes() == old[path] for path in shards)
+        assert not targets.report.exists() or targets.report.read_text() == "old"
+        assert not list(naming.parent.glob(".*"))
+    assert refused == (len(files) if call == "replace" else len(files) + 3)
+    assert not targets.report.exists()
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    path = one(tmp_path, np.random.default_rng(0).normal(size=(20, 20)).astype("f4"))
+    left = [
+        tmp_path / f".{name}.0123456789abcdef"
+        for name in ("m.pruned.safetensors", "m.pruned.masks.safetensors", "m.pruned.report.json")
+    ]
+    others = [tmp_path / ".other.0123456789abcdef", tmp_path / ".m.pruned.safetensors.txt"]
+    for file in (*left, *others):
+        file.write_bytes(b"x")
+    prune(path)
+    assert not any(file.exists() for file in left)
+    assert all(file.exists() for file in others)
 
 
 def test_a_checkpoint_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
