@@ -453,11 +453,18 @@ class CompressedGrid(GridWrapper):
 
         Raises:
             PlanError: the plan is of another model; nothing was changed.
-            FederationError: models do not travel as versions.
+            FederationError: models do not travel as versions, or channels of another record have
+                gone: a ClientApp is told one plan.
         """
         if self.policy.down != "lattice":
             raise FederationError("channels are removed where models travel as versions: set "
                                   "prunecast.down = 'lattice'")  # fmt: skip
+        other = self._streams.narrowed_beside(self.run.run_id, key)
+        if other is not None:
+            raise FederationError(
+                f"channels of record {other!r} have gone, and nodes are told one plan: those of "
+                f"{key!r} stay"
+            )
         known, others = set_apart(arrays)
         narrow = plan.arrays(dense_arrays(known))
         if missing := [name for name in plan.kept if name not in narrow]:

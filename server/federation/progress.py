@@ -172,7 +172,11 @@ class Progress:
         self._before = {n: array for n, array in master.items() if n in self._before}
 
     def remove(self, plan: ChannelPlan) -> None:
-        """Go on without the channels that a plan removes of the weights observed last."""
+        """Go on without the channels that a plan removes of the weights observed last.
+
+        Raises:
+            PlanError: the plan is of another model; nothing was changed.
+        """
         self._before = plan.arrays(self._before)
 
     def clock(self, number: int) -> float:

@@ -148,6 +148,9 @@ class Pruner:
         Args:
             plan: of the channels.
             shapes: of the last version's tensors.
+
+        Raises:
+            PlanError: the plan is of another model; nothing was changed.
         """
 
         def part(tensor: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -158,17 +161,18 @@ class Pruner:
             inputs = axes[1] if array.ndim > 1 else None
             return array if inputs is None else array[:, inputs]
 
-        self.progress.remove(plan)
-        self._before = plan.arrays(self._before)
-        self._accumulated = plan.arrays(self._accumulated)
+        before, accumulated = plan.arrays(self._before), plan.arrays(self._accumulated)
         masks, early = plan.arrays(self._state.masks), plan.arrays(self._state.early)
-        self._state = replace(self._state, masks=masks, early=early)
-        waiting = self.statistics.take()
+        waiting = self.statistics.so_far()
         waiting.pop(self._votes_by, None)  # they are asked for again
-        self._known = {
+        known = {
             name: {tensor: part(tensor, array) for tensor, array in arrays.items()}
             for name, arrays in _fitting(self._with(waiting), shapes).items()
         }
+        self.progress.remove(plan)  # the last that may raise
+        self._before, self._accumulated, self._known = before, accumulated, known
+        self._state = replace(self._state, masks=masks, early=early)
+        self.statistics.take()
 
     def expect(self, rounds: int) -> None:
         """Fit the schedule to a number of rounds, those before a resume included."""

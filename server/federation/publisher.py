@@ -181,10 +181,10 @@ class Publisher:
         channels = plan if self.channels is None else self.channels.then(plan)
         history = [(digest, plan.narrow(model)) for digest, model in self._history.items()]
         latest = None if self._latest is None else plan.narrow(self._latest)
+        self.pruner.remove(plan, shapes)  # the last that may raise
         self.channels, self._latest, self._history = channels, latest, OrderedDict(history)
         self._removals.append(plan)
         self._unaware |= self._history.keys()
-        self.pruner.remove(plan, shapes)
         self._recent.clear()
 
     def narrowed(self, arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
@@ -227,9 +227,8 @@ class Publisher:
         """
         if self._counter:
             raise FederationError("a model can only be drawn before the first version is published")
-        self.pruner.progress.early = (
-            self.pruner.plan is not None
-        )  # nothing drawn has learned anything yet
+        # nothing drawn has learned anything yet
+        self.pruner.progress.early = self.pruner.plan is not None
         self._lattices.refine(*self.pruner.fineness)
         model, source = draw_like(self._on_lattice(like, {}), seed)
         for name, tensor in model.tensors.items():
@@ -528,6 +527,11 @@ class Streams:
             made.expect(self._rounds)
             self._streams[run_id, key] = made
         return self._streams[run_id, key]
+
+    def narrowed_beside(self, run_id: int, key: str) -> str | None:
+        """Another record key of a run whose model has fewer channels already; None for none."""
+        others = (place for place in self._streams if place[0] == run_id and place[1] != key)
+        return next((p[1] for p in others if self._streams[p].channels is not None), None)
 
     def expect(self, rounds: int) -> None:
         """Fit the pruning of every stream to a number of rounds; warn if it cannot arrive."""

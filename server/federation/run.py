@@ -219,6 +219,7 @@ class Run:
                     evaluate_fn=rounds.after,
                 )
             rounds.check()
+            removals.say_owed(num_rounds, self.grid, self.key)
             if self._output is not None and self.publishes and result.arrays:
                 save_model(self.grid.published(result.arrays, key=self.key), self._output)
                 left, beside = self.grid.channels(key=self.key), channels_beside(self._output)

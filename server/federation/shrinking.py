@@ -2,13 +2,15 @@
 
 A *removal* is between two rounds: after the training of one has been aggregated and before anybody
 is sent the result. Channels are chosen on the master; then master, published versions, what
-criteria have kept, and the strategy's own state go on with the part that remains.
+criteria have kept, and the strategy's own state go on with the part that remains. After a round of
+which no reply could be used nothing goes: it is *owed*, and goes after the next that trained.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,8 @@ __all__ = [
     "module_chooser",
     "narrow_strategy",
 ]
+
+_NEAR = 1e-6  # relative: what rounding makes of a share
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -138,6 +142,7 @@ class Removals:
                 "ServerApp example = 'myapp.task:example', () -> inputs of the model"
             )
         self._schedule, self._choose, self._passed = schedule, choose, passed
+        self._last: float = math.inf  # round of this run
 
     def check(
         self, grid: CompressedGrid, arrays: ArrayRecord, strategy: Strategy, rounds: int, key: str
@@ -149,9 +154,11 @@ class Removals:
             PlanError: they cannot go.
         """
         ahead = [at for at in self._schedule.at if at > self._passed]
+        self._last = last = self._passed + rounds
+        if self._owed(self._passed, grid, key):
+            ahead.insert(0, self._passed)
         if not ahead:
             return
-        last = self._passed + rounds
         if ahead[-1] >= last:
             raise FederationError(
                 f"channels go after round {ahead[-1]} of {last}, and no round would train what "
@@ -163,7 +170,9 @@ class Removals:
     def after(
         self, number: int, grid: CompressedGrid, strategy: Strategy, arrays: ArrayRecord, key: str
     ) -> tuple[ArrayRecord, Removed | None]:
-        """Remove what is due after a round.
+        """Remove what is due after a round that trained, or has been since an earlier one.
+
+        After the last round nothing goes, as none would train what is left.
 
         Args:
             number: of the round in this run, 1 for the first.
@@ -176,9 +185,12 @@ class Removals:
             What the strategy goes on from, and what was done; the same arrays and None for nothing.
         """
         number += self._passed
-        if number not in self._schedule.at:
+        if number >= self._last or not self._owed(number, grid, key):
             return arrays, None
         plan = self._plan(grid, arrays, number, key)
+        share = self._schedule.after(number) / self._share(grid, key)
+        if not math.isclose(plan.share, share, rel_tol=_NEAR):
+            plan = replace(plan, share=share)  # what is owed later is told from it
         before = {name: array.shape for name, array in dense_arrays(set_apart(arrays)[0]).items()}
         narrow = grid.remove_channels(arrays, plan, key=key)
         narrow_strategy(strategy, plan, before)
@@ -195,6 +207,28 @@ class Removals:
             *(number, 100 * done.share, weights[1], weights[0]),
         )
         return narrow, done
+
+    def say_owed(self, number: int, grid: CompressedGrid, key: str) -> None:
+        """Warn after the last round of this run if channels remain that were to go."""
+        number += self._passed
+        if self._owed(number, grid, key):
+            log(
+                WARNING,
+                "%.0f%% of the channels remain, not %.0f%%: in rounds after which some were to go, "
+                "and all since, no reply could be used. Go on from the checkpoint for two rounds "
+                "or more.",
+                *(100 * self._share(grid, key), 100 * self._schedule.after(number)),
+            )
+
+    def _owed(self, number: int, grid: CompressedGrid, key: str) -> bool:
+        """Whether more channels remain than are to after a round."""
+        if not self._schedule.at:
+            return False
+        return self._schedule.after(number) < self._share(grid, key) * (1 - _NEAR)
+
+    def _share(self, grid: CompressedGrid, key: str) -> float:
+        removed = grid.channels(key=key)
+        return 1.0 if removed is None else removed.share
 
     def _plan(
         self, grid: CompressedGrid, arrays: ArrayRecord, number: int, key: str

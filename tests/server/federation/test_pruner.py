@@ -11,6 +11,7 @@ import pytest
 from flwr.serverapp.strategy import FedAvg
 
 from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.pruning.statistics import pack_statistics, statistic_shape
 from prunecast.server.federation import Checkpoint, Policy, PolicyError
 from prunecast.server.federation.pruner import MaskState
@@ -282,3 +283,31 @@ def test_channels_go_whatever_nodes_said_of_a_bias() -> None:
     left = publisher.pruner.state.known["activation"]
     assert left["b"].tolist() == [1]
     assert left["w"].tolist() == [list(range(20))]
+
+
+@pytest.mark.parametrize("kept", ["early", "masks", "accumulated", "known"])
+def test_a_plan_that_cannot_be_followed_changes_nothing(kept: str) -> None:
+    policy = Policy(**SMALL, pruning_criterion="fisher")
+    publisher = Publisher(policy, b"s", policy.pruning())
+    publisher.publish(next(masters(1)))
+    pruner, odd = publisher.pruner, {"w": np.ones((3, 3), bool)}
+    plan = ChannelPlan({"w": (np.arange(40) % 2 == 0, None)}, share=0.5)
+    good = {"gradient": {"w": np.ones((40, 50))}}
+    pruner.statistics.add(pack_statistics(good), ("gradient",), {"w": (40, 50), "b": (40,)})
+    if kept == "known":
+        pruner.progress._before = odd  # the last of all
+        pruner.resume((), MaskState())
+    else:
+        pruner.resume((), MaskState(**{kept: odd}))
+    before, held = pruner.state, publisher.held(next(iter(publisher._history)))
+    with pytest.raises(PlanError, match="another shape"):
+        publisher.remove(plan)
+    assert publisher.channels is None
+    assert publisher.unknown_channels(None) is None
+    assert publisher.held(next(iter(publisher._history))) is held
+    assert publisher.narrowed({"w": np.ones((40, 50))})["w"].shape == (40, 50)
+    after = pruner.state
+    assert after.known["gradient"]["w"] is before.known["gradient"]["w"]
+    assert (after.early, after.masks, after.accumulated) == (
+        before.early, before.masks, before.accumulated
+    )  # fmt: skip

@@ -264,6 +264,77 @@ def test_a_server_restarts_from_a_checkpoint_between_two_removals(tmp_path: Path
     assert run.grid.channels().share == pytest.approx(0.5)  # type: ignore[union-attr]
 
 
+def broken() -> ClientApp:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        raise RuntimeError("out of memory")
+
+    return app
+
+
+def breaking(federation: Federation, *rounds: int) -> None:
+    """Let no node train in these rounds."""
+    whole = dict(federation.apps)
+    for number in rounds:
+        federation.before[number] = lambda: federation.apps.update(dict.fromkeys(whole, broken()))
+        if number + 1 not in rounds:
+            federation.before[number + 1] = lambda: federation.apps.update(whole)
+
+
+def removals(federation: Federation) -> list[tuple[int, float]]:
+    found = [e for e in federation.events if e["event"] == "channels-removed"]
+    return [(event["round"], event["share"]) for event in found]
+
+
+@pytest.mark.parametrize(
+    ("at", "lost", "removed"),
+    [
+        ((2,), (2,), [(3, 0.5)]),
+        ((2, 3), (2,), [(3, 0.5)]),  # both at once
+        ((2, 3), (2, 3), [(4, 0.5)]),
+        ((2, 4), (3,), [(2, 0.5**0.5), (4, 0.5)]),
+    ],
+)
+def test_a_removal_due_in_a_round_that_failed_is_made_up_for(
+    federation: Federation,
+    at: tuple[int, ...],
+    lost: tuple[int, ...],
+    removed: list[tuple[int, float]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    breaking(federation, *lost)
+
+    def unsaid(*given: Any) -> ChannelPlan:  # a chooser of one's own may say no share
+        return replace(module_chooser(network, example)(*given), share=1.0)
+
+    run, result = federation.run(policy(*at), 5, channels=unsaid)
+    assert removals(federation) == removed
+    assert shapes(result.arrays) == NARROW
+    assert run.grid.channels().share == pytest.approx(0.5)  # type: ignore[union-attr]
+    assert "of the channels remain, not" not in caplog.text
+
+
+def test_a_removal_that_is_still_owed_is_told_and_made_after_a_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation = Federation(tmp_path / "one")
+    breaking(federation, 2)
+    _, result = federation.run(policy(2), 3, folder=tmp_path / "run")
+    assert removals(federation) == []  # nothing would have trained what is left
+    assert shapes(result.arrays) == WIDE
+    assert "100% of the channels remain, not 50%" in caplog.text
+    caplog.clear()
+    checkpoint = Checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")
+    again = Federation(tmp_path / "again")
+    again.inner = InProcessGrid(again.apps, 3, run_id=RUN_ID + 1)
+    _, result = again.run(policy(2), 2, initial=checkpoint)
+    assert removals(again) == [(1, 0.5)]
+    assert shapes(result.arrays) == NARROW
+    assert "of the channels remain, not" not in caplog.text
+
+
 class Interrupt(FedAvg):
     """Ends the run after its third round, as a crash does."""
 
@@ -424,6 +495,9 @@ def test_an_app_of_ones_own_is_told_and_a_loop_of_ones_own_tells(tmp_path: Path)
         grid.remove_channels(initial_arrays(wider, seed=3)[1], plan)
     assert grid.channels() is None
     narrow = grid.remove_channels(wide, plan)
+    with pytest.raises(FederationError, match=r"of record 'arrays' have gone.*those of 'other'"):
+        grid.remove_channels(wide, plan, key="other")
+    assert grid.channels(key="other") is None
     assert shapes(ask(narrow)) == NARROW
     assert shapes(ask(wide)) == NARROW  # handed over whole, it goes as what remains of it
     assert told[0] is None
