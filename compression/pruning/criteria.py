@@ -68,6 +68,7 @@ class Criterion:
             stays. The first version is dense then, whatever the schedule says.
         accumulates: made of what is known at a version, and summed over versions by tensor; needs
             `uses_update` if it is made of the update.
+        uses_model: whether its scores look at `Knowledge.model`, which may be empty otherwise.
     """
 
     scores: Callable[[Knowledge], Scores]
@@ -75,6 +76,7 @@ class Criterion:
     statistics: tuple[str, ...] = ()
     once: bool = False
     accumulates: Callable[[Knowledge], Mapping[str, NDArray[np.floating]]] | None = None
+    uses_model: bool = False
 
 
 # -- by size --------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def _random(known: Knowledge) -> Scores:
 CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(_magnitude),
     "l2": Criterion(_group_l2),
-    "batch-norm": Criterion(_batch_norm),
+    "batch-norm": Criterion(_batch_norm, uses_model=True),
     "taylor": Criterion(_taylor, uses_update=True),
     "fisher": Criterion(_fisher, statistics=(GRADIENT,)),
     "movement": Criterion(_movement, uses_update=True, accumulates=_moved),

@@ -25,10 +25,10 @@ from prunecast.compression.pruning.holding import HeldMasks, hold_masks
 from prunecast.compression.pruning.measuring import Batch, Loss, StatisticsMeter, outputs_of
 from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
 from prunecast.compression.pruning.plan import PlanError, PruningPlan
+from prunecast.compression.pruning.schedules import AT_LAST
 
 __all__ = ["ModuleReport", "PrunedModule", "prune_module"]
 
-_AT_LAST = 1e9  # a version after the end of every schedule
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -149,13 +149,15 @@ class PrunedModule:
         self._statistics: Mapping[str, Mapping[str, NDArray[Any]]] = {}
         self._accumulated: Arrays = {}
         self._before: Arrays = {}
-        if not plan.schedule(_AT_LAST):
+        if not plan.schedule(AT_LAST):
             return
         plan.check(_arrays(module))
+        self._count = len(self._weights())
+        self._last = plan.stage(AT_LAST, self._count)
         if plan.criterion.once:
             self._statistics, _ = measure(module, plan.criterion.statistics)
         if optimizer is None:
-            self._prune(_AT_LAST)
+            self._prune(AT_LAST, self._weights(), at_all=True)
             with torch.no_grad():
                 parameters = dict(module.named_parameters(remove_duplicate=False))
                 for name, mask in self.masks.items():
@@ -193,27 +195,39 @@ class PrunedModule:
             self._event(1 + self._steps // self._every)
 
     def _event(self, version: float) -> None:
-        """Prune where the schedule removes more at this version than it has."""
-        stage = self._plan.stage(version, len(self._weights()))
+        """Prune where the schedule removes more at this version than it has.
+
+        Optimiser steps come here, so weights are fetched only where something is made of them.
+        """
+        criterion = self._plan.criterion
+        stage = self._plan.stage(version, self._count)
         more = stage > self._stage
-        if more or self._plan.criterion.accumulates is not None:
-            self._prune(version, at_all=more)
+        gathers = criterion.uses_update or criterion.accumulates is not None
+        if not more and (not gathers or self._stage >= self._last):
+            return
+        weights = self._weights()
+        self._prune(version, weights, at_all=more)
         if more and self._held is not None:
             self._stage = stage
             self._held.update(self.masks)
-        if self._plan.criterion.uses_update:
-            self._before = {name: array.copy() for name, array in self._weights().items()}
+        if criterion.uses_update:  # what was pruned just now is zero in the module
+            self._before = {
+                n: np.where(self.masks[n], w, 0) if n in self.masks else w.copy()
+                for n, w in weights.items()
+            }
 
-    def _prune(self, version: float, at_all: bool = True) -> None:
-        criterion, weights = self._plan.criterion, self._weights()
+    def _prune(self, version: float, weights: Arrays, *, at_all: bool) -> None:
+        criterion = self._plan.criterion
         update = {n: weights[n] - self._before[n] for n in weights if n in self._before}
         statistics = self._statistics
-        needs_gradient = criterion.uses_update and not update and version >= _AT_LAST
+        needs_gradient = criterion.uses_update and not update and version >= AT_LAST
         if at_all and (needs_gradient or (criterion.statistics and not criterion.once)):
             statistics, gradients = self._measure(self.module, criterion.statistics)
             if needs_gradient:  # a step of plain gradient descent is the update that there is
                 update = {n: -gradients[n] for n in weights if n in gradients}
-        model = {n: _array(t) for n, t in self.module.state_dict().items()}
+        model: Arrays = {}
+        if at_all and criterion.uses_model:
+            model = {n: _array(t) for n, t in self.module.state_dict().items()}
         known = Knowledge(weights, update, statistics, self._accumulated, model, self._plan.seed)
         if criterion.accumulates is not None:
             for name, more in criterion.accumulates(known).items():

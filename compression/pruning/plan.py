@@ -20,7 +20,7 @@ from prunecast.compression.pruning.allocation import ALLOCATIONS, Allocation
 from prunecast.compression.pruning.criteria import CRITERIA, Criterion, Knowledge
 from prunecast.compression.pruning.masks import Masks
 from prunecast.compression.pruning.patterns import Blocks, Pattern
-from prunecast.compression.pruning.schedules import NEVER, LayerSchedule, Schedule
+from prunecast.compression.pruning.schedules import AT_LAST, NEVER, LayerSchedule, Schedule
 
 __all__ = [
     "ChannelSchedule",
@@ -79,7 +79,6 @@ _ADAPTER = re.compile(
     re.IGNORECASE,
 )
 _FACTORS = ({"a", "b"}, {"down", "up"}, {"left", "right"}, {"u", "v"})
-_AT_LAST = 1e9  # a version after the end of every schedule
 _NEAR = 1e-6
 _LOW_RANK = 4  # times smaller than the matrix's sides is the rank of its factors
 
@@ -231,7 +230,7 @@ class PruningPlan:
                 "tied weights would be pruned apart: {!r} and {!r} are the same, and only one of "
                 "them is excluded; exclude both or neither".format(*apart[0])
             )
-        final = self.schedule(_AT_LAST)
+        final = self.schedule(AT_LAST)
         single = {name: array for name, array in weights.items() if name not in ties}
         unit = 1
         if self.pattern is not None:
@@ -319,7 +318,7 @@ class PruningPlan:
         what is not `known` yet. A criterion that asks once does so as long as it knows nothing.
         """
         if self.criterion.once:
-            asked = self.criterion.statistics if self.schedule(_AT_LAST) > 0 else ()
+            asked = self.criterion.statistics if self.schedule(AT_LAST) > 0 else ()
             return tuple(name for name in asked if name not in known)
         now, then = self.schedule(version), self.schedule(version + 1)
         return tuple(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = [
+    "AT_LAST",
     "AUTOMATIC",
     "HELD",
     "NEVER",
@@ -31,6 +32,9 @@ __all__ = [
 
 Schedule = Callable[[float], float]
 """When to prune: sparsity, 0 <= sparsity < 1, of a version by its number, which counts from 1."""
+
+AT_LAST = 1e9
+"""A version after the end of every schedule."""
 
 _ROUNDING = 1e-9  # of a share of the way, so that a step falls on the version it is meant for
 
@@ -170,17 +174,13 @@ class IterativeSchedule(GradualSchedule):
         return self.final if done >= self.steps else 1 - (1 - self.final) ** (done / self.steps)
 
 
-class LayerSchedule(GradualSchedule):
+class LayerSchedule(LinearSchedule):
     """One tensor after the other, from the input side: in the order that the model has them in.
 
     Each goes to its final mask at once and the rounds until the next one's turn are there to
     recover, so that a layer is chosen while those before it are pruned already (He et al. 2017 and
     Luo et al. 2017, for channels). Called, it gives the mean over tensors of one size.
     """
-
-    def curve(self, progress: float) -> float:
-        """As the class says."""
-        return self.final * progress
 
     def due(self, version: float, tensors: int) -> int:
         """How many of so many tensors have had their turn by a version."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunecast.client import prune_module
 from prunecast.client.training.trainer import TensorBatches, evaluate
+from prunecast.compression.pruning import modules
 from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.criteria import CRITERIA
@@ -226,6 +227,43 @@ def test_channels_then_weights() -> None:
     optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
     with pytest.raises(PlanError, match="remove channels first"):
         prune_module(module, chosen, example, optimizer=optimiser)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "fetched"),
+    [
+        ("magnitude", [0, 5, 0, 0, 0]),  # one event, at the second step
+        ("batch-norm", [0, 5 + 6, 0, 0, 0]),  # all of the model, too, buffers included
+        # what looks at updates fetches at every version, but no longer than anything can go
+        ("movement", [5, 5, 0, 0, 0]),
+    ],
+)
+def test_no_parameter_is_fetched_where_nothing_happens(
+    criterion: str, fetched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 48, bias=False), nn.Linear(48, 3))
+    module.register_buffer("free", torch.ones(3))
+    count = [0]
+
+    def counting(tensor: Tensor) -> np.ndarray[Any, Any]:
+        count[0] += 1
+        return array(tensor)
+
+    array = modules._array
+    monkeypatch.setattr(modules, "_array", counting)
+    sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+    how = plan(0.5, schedule=OneShotSchedule(0.5, 2, 4), criterion=CRITERIA[criterion])
+    pruned = prune_module(module, how, (torch.rand(1, 32),), optimizer=sgd)
+    found = []
+    for _ in fetched:
+        before = count[0]
+        module(torch.rand(4, 32)).square().sum().backward()
+        sgd.step()
+        found.append(count[0] - before)
+    assert found == fetched
+    assert {n: float(m.mean()) for n, m in pruned.masks.items()} == dict.fromkeys(
+        ("0.weight", "1.weight", "2.weight"), 0.5
+    )
 
 
 def test_a_plan_of_channels_alone_and_one_of_another_architecture() -> None:
