@@ -12,8 +12,8 @@ from onnx import ModelProto, helper
 
 from prunecast.compression.onnx.bind import bind_weights
 from prunecast.compression.onnx.graph import ExportedGraph, initialisers
-from prunecast.compression.pruning.operations import Operations
-from prunecast.compression.release.runtime import fit_inputs, open_session
+from prunecast.compression.pruning.operations import Operations, Tally, contracted
+from prunecast.compression.release.runtime import one_example, open_session
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel
 
@@ -46,20 +46,19 @@ def count_graph(graph: ExportedGraph, model: PublishedModel, inputs: Arrays) -> 
     with tempfile.TemporaryDirectory() as folder:
         file = bind_weights(graph, model, Path(folder), variant="fp32").model
         proto = ModelProto.FromString(file.read_bytes())
-        outside = {tensor.name for tensor in (*proto.graph.input, *proto.graph.output)}
+        known = {tensor.name for tensor in (*proto.graph.input, *proto.graph.output)}
+        known |= initialisers(proto.graph)
         wanted = dict.fromkeys(
             name
             for node in proto.graph.node
             if node.op_type in _COUNTED
             for name in (*node.input, *node.output[:1])
-            if name and name not in initialisers(proto.graph) | outside
+            if name and name not in known
         )
         proto.graph.output.extend(map(helper.make_empty_tensor_value_info, wanted))
         file.write_bytes(proto.SerializeToString())
         session = open_session(file, threads=1, optimise=False)
-        free = {s.name for s in session.inputs if s.shape and isinstance(s.shape[0], str)}
-        example = {name: a[:1] if name in free else a for name, a in inputs.items()}
-        given = fit_inputs(example, {s.name: s.dtype for s in session.inputs})
+        given = one_example(session, inputs)
         found = {**given, **session.run(given)}
     shapes = {name: values.shape for name, values in found.items()}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
@@ -70,8 +69,7 @@ class _Counter:
     def __init__(self, body: Any, graph: ExportedGraph, shapes: Mapping[str, Shape]) -> None:
         self._graph, self._body, self._shapes = graph, body, shapes
         self._made = {name: node for node in body.node for name in node.output}
-        self._macs: dict[str, int] = {}
-        self._others = self._activations = self._largest = 0
+        self._tally = Tally()
 
     def found(self) -> Operations:
         """Everything, node by node."""
@@ -80,9 +78,7 @@ class _Counter:
                 self._add(factors, macs)
             if node.op_type in _COUNTED:
                 self._move(node)
-        sizes = {name: self._size(name) for name in self._macs}
-        uses = {name: macs / (sizes[name] or 1) for name, macs in self._macs.items()}
-        return Operations(uses, sizes, self._others, self._activations, self._largest)
+        return self._tally.found(self._size)
 
     def _products(self, node: Any) -> Iterator[tuple[list[str], int]]:
         """What a node multiplies: the names of the factors, weights last, and how often."""
@@ -100,7 +96,7 @@ class _Counter:
             yield [*node.input[:2]], math.prod(self._shapes[node.output[0]]) * inner
         elif kind == "Einsum" and len(node.input) == 2:
             equation = _attribute(node, "equation").decode()
-            pairs = _contracted(equation, [self._shapes[name] for name in node.input])
+            pairs = contracted(equation, [self._shapes[name] for name in node.input])
             yield [*node.input], math.prod(self._shapes[node.output[0]]) * pairs
         elif kind in ("LSTM", "GRU", "RNN"):
             steps = math.prod(self._shapes[node.input[0]][:2])
@@ -113,10 +109,9 @@ class _Counter:
             if names:
                 total = sum(map(self._size, names))
                 for name in names:  # weights that were joined share by their sizes
-                    part = round(macs * self._size(name) / total)
-                    self._macs[name] = self._macs.get(name, 0) + part
+                    self._tally.add(name, round(macs * self._size(name) / total))
                 return
-        self._others += macs
+        self._tally.add(None, macs)
 
     def _weights(self, name: str) -> list[str]:
         """The parameters that a value is rearranged from; none for any other value."""
@@ -136,22 +131,8 @@ class _Counter:
 
     def _move(self, node: Any) -> None:
         names = [n for n in (*node.input[:2], node.output[0]) if n and not self._weights(n)]
-        moved = sum(math.prod(self._shapes[name]) for name in names)
-        self._activations += moved
-        self._largest = max(self._largest, moved)
+        self._tally.move(sum(math.prod(self._shapes[name]) for name in names))
 
 
 def _attribute(node: Any, name: str) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
-
-
-def _contracted(equation: str, shapes: list[Shape]) -> int:
-    """Over how many pairs each output of an einsum sums."""
-    left, _, right = equation.replace(" ", "").partition("->")
-    sizes: dict[str, int] = {}
-    for letters, shape in zip(left.split(","), shapes, strict=False):
-        before, dots, after = letters.partition("...")
-        sizes.update(zip(before, shape, strict=False))
-        if dots:
-            sizes.update(zip(reversed(after), reversed(shape), strict=False))
-    return math.prod(size for letter, size in sizes.items() if letter not in right)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from prunecast.compression.pruning.operations import Operations
+from prunecast.compression.pruning.operations import Operations, Tally, contracted
 
 __all__ = ["count_operations", "parameter_count"]
 
@@ -22,12 +21,15 @@ _TRANSPOSED = (
     functional.conv_transpose2d,
     functional.conv_transpose3d,
 )
-_PRODUCTS: dict[Any, int] = {
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot), 0),
-    **dict.fromkeys((Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.__matmul__), 0),
-    **dict.fromkeys((torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm), 1),
+_PRODUCTS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), ("input", "other")),
+    **dict.fromkeys((torch.mm, torch.bmm, Tensor.mm, Tensor.bmm), ("input", "mat2")),
+    **dict.fromkeys((torch.mv, Tensor.mv), ("input", "vec")),
+    **dict.fromkeys((torch.dot, Tensor.dot), ("input", "tensor")),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), ("input", "mat1", "mat2")),
+    **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), ("input", "batch1", "batch2")),
 }
-"""Products of matrices, and the position of the first factor among their arguments."""
+"""Products of matrices, and their arguments, the factors last."""
 _RECURRENT = {getattr(torch._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 _CELLS = {
     getattr(torch._VF, name) for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
@@ -73,14 +75,11 @@ class _Counter(TorchFunctionMode):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 self._names.setdefault(_place(tensor), name)
                 self._sizes[name] = tensor.numel()
-        self._macs: dict[str, int] = {}
-        self._others = self._activations = self._largest = 0
+        self._tally = Tally()
 
     def found(self) -> Operations:
         """What has been counted."""
-        sizes = {name: self._sizes[name] for name in self._macs}
-        uses = {name: macs / (sizes[name] or 1) for name, macs in self._macs.items()}
-        return Operations(uses, sizes, self._others, self._activations, self._largest)
+        return self._tally.found(self._sizes.__getitem__)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -89,31 +88,32 @@ class _Counter(TorchFunctionMode):
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
         if func is functional.linear:
-            given, weight = _arguments(func, args, kwargs, "input", "weight")
+            given, weight = _arguments(args, kwargs, "input", "weight")
             self._add(weight, weight.numel() * (given.numel() // weight.shape[-1]))
             self._move(given, made)
         elif func in _CONVOLUTIONS or func in _TRANSPOSED:
-            given, weight = _arguments(None, args, kwargs, "input", "weight")
+            given, weight = _arguments(args, kwargs, "input", "weight")
+            # a kernel is used at every place of what has its channels next to the places
             last = given if func in _TRANSPOSED else made
-            channels = 1 if func in _TRANSPOSED else 0
-            width = given.shape[-(weight.dim() - 1)] if channels else weight.shape[0]
+            width = last.shape[-(weight.dim() - 1)]
             self._add(weight, weight.numel() * (last.numel() // width))
             self._move(given, made)
         elif func in _PRODUCTS:
-            first, second = args[_PRODUCTS[func] : _PRODUCTS[func] + 2]
+            first, second = _arguments(args, kwargs, *_PRODUCTS[func])[-2:]
             self._multiply(first, second, made.numel() * first.shape[-1])
             self._move(first, second, made)
         elif func is torch.einsum and len(args) >= 3 and isinstance(args[1], Tensor):
-            self._multiply(args[1], args[2], made.numel() * _contracted(args[0], args[1:3]))
+            pairs = contracted(args[0], [factor.shape for factor in args[1:3]])
+            self._multiply(args[1], args[2], made.numel() * pairs)
             self._move(*args[1:3], made)
         elif func is functional.scaled_dot_product_attention:
-            query, key, value = args[:3]
+            query, key, value = _arguments(args, kwargs, "query", "key", "value")
             pairs = query.numel() // query.shape[-1] * key.shape[-2]
-            self._others += pairs * (query.shape[-1] + value.shape[-1])
+            self._tally.add(None, pairs * (query.shape[-1] + value.shape[-1]))
             self._move(query, key, value, made)
         elif func is functional.multi_head_attention_forward:
             self._attend(func, args, kwargs)
-            self._move(*args[:3], made[0])
+            self._move(*_arguments(args, kwargs, "query", "key", "value"), made[0])
         elif func in _RECURRENT:
             self._recur(args)
             self._move(args[0], made[0])
@@ -128,19 +128,13 @@ class _Counter(TorchFunctionMode):
         return self._names.get(_place(tensor))
 
     def _add(self, weight: Tensor, macs: int) -> None:
-        name = self._name(weight)
-        if name is None:  # a constant, or computed of several
-            self._others += macs
-        else:
-            self._macs[name] = self._macs.get(name, 0) + macs
+        self._tally.add(self._name(weight), macs)  # a constant, or computed of several, has none
 
     def _multiply(self, first: Tensor, second: Tensor, macs: int) -> None:
         self._add(first if self._name(first) is not None else second, macs)
 
     def _move(self, *tensors: Tensor) -> None:
-        moved = sum(t.numel() for t in tensors if self._name(t) is None)
-        self._activations += moved
-        self._largest = max(self._largest, moved)
+        self._tally.move(sum(t.numel() for t in tensors if self._name(t) is None))
 
     def _attend(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         given = inspect.signature(func).bind(*args, **kwargs).arguments
@@ -154,7 +148,7 @@ class _Counter(TorchFunctionMode):
             self._add(given["in_proj_weight"], width * width * sum(rows))
         weight = given["out_proj_weight"]
         self._add(weight, weight.numel() * rows[0])
-        self._others += 2 * rows[0] * key.shape[0] * width  # steps come first here
+        self._tally.add(None, 2 * rows[0] * key.shape[0] * width)  # steps come first here
 
     def _recur(self, args: tuple[Any, ...]) -> None:
         packed = isinstance(args[3], tuple | list)  # else it is whether there are biases
@@ -169,17 +163,6 @@ def _place(tensor: Tensor) -> tuple[int, int]:
     return tensor.untyped_storage().data_ptr(), tensor.numel()
 
 
-def _arguments(func: Any, args: tuple[Any, ...], kwargs: Any, *names: str) -> list[Any]:
+def _arguments(args: tuple[Any, ...], kwargs: Any, *names: str) -> list[Any]:
+    """The first arguments of a function, by whatever way they were given."""
     return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
-
-
-def _contracted(equation: str, tensors: tuple[Tensor, ...]) -> int:
-    """Over how many pairs each output of an einsum sums."""
-    left, _, right = equation.replace(" ", "").partition("->")
-    sizes: dict[str, int] = {}
-    for letters, tensor in zip(left.split(","), tensors, strict=False):
-        before, dots, after = letters.partition("...")
-        sizes.update(zip(before, tensor.shape, strict=False))
-        if dots:
-            sizes.update(zip(reversed(after), reversed(tensor.shape), strict=False))
-    return math.prod(size for letter, size in sizes.items() if letter not in right)

@@ -9,19 +9,26 @@ says what hardware or kernels that skip them could save, not that anything here 
 
 from __future__ import annotations
 
+import math
 import time
 import tracemalloc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-__all__ = ["ENERGY_SOURCE", "FLOAT32", "INT8", "Arithmetic", "Kept", "MaskCost", "Operations"]
+__all__ = [
+    "FLOAT32",
+    "INT8",
+    "Arithmetic",
+    "Kept",
+    "MaskCost",
+    "Operations",
+    "Tally",
+    "contracted",
+]
 
-ENERGY_SOURCE = (
-    "Horowitz 2014, “Computing's energy problem”, ISSCC, figure 1.1.9: 45 nm, 0.9 V; each weight "
-    "read once from DRAM, activations from a cache of 32 kB"
-)
-"""Where the constants of `FLOAT32` and `INT8` are from, for whoever shows figures."""
+# Horowitz 2014, "Computing's energy problem", ISSCC, figure 1.1.9: 45 nm, 0.9 V; each weight read
+# once from DRAM, activations from a cache of 32 kB
 _DRAM, _CACHE = 160.0, 2.5  # picojoules a byte: 1.3 nJ and 20 pJ for each 64 bits
 
 
@@ -65,9 +72,59 @@ class Operations:
         return round(sum(products)) + self.others
 
 
+class Tally:
+    """Sums up `Operations`, whatever it is that is counted."""
+
+    def __init__(self) -> None:
+        self._macs: dict[str, int] = {}
+        self._others = self._activations = self._largest = 0
+
+    def add(self, name: str | None, macs: int) -> None:
+        """Count MACs of a tensor of weights; None of two activations, or with constants."""
+        if name is None:
+            self._others += macs
+        else:
+            self._macs[name] = self._macs.get(name, 0) + macs
+
+    def move(self, elements: int) -> None:
+        """Count what a layer reads and writes."""
+        self._activations += elements
+        self._largest = max(self._largest, elements)
+
+    def found(self, size: Callable[[str], int]) -> Operations:
+        """What has been counted.
+
+        Args:
+            size: number of weights of a tensor that was counted.
+        """
+        sizes = {name: size(name) for name in self._macs}
+        uses = {name: macs / (sizes[name] or 1) for name, macs in self._macs.items()}
+        return Operations(uses, sizes, self._others, self._activations, self._largest)
+
+
+def contracted(equation: str, shapes: Sequence[Sequence[int]]) -> int:
+    """Over how many pairs each output of an einsum sums.
+
+    Args:
+        equation: with an output, as in "bi,ji->bj".
+        shapes: of the operands.
+
+    >>> contracted("bi,...ji->...bj", [(2, 5), (7, 3, 5)])
+    5
+    """
+    left, _, right = equation.replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for letters, shape in zip(left.split(","), shapes, strict=False):
+        before, dots, after = letters.partition("...")
+        sizes.update(zip(before, shape, strict=False))
+        if dots:
+            sizes.update(zip(reversed(after), reversed(shape), strict=False))
+    return math.prod(size for letter, size in sizes.items() if letter not in right)
+
+
 @dataclass(frozen=True)
 class Arithmetic:
-    """What one kind of numbers costs, see `ENERGY_SOURCE`.
+    """What one kind of numbers costs, after Horowitz 2014 ("Computing's energy problem", ISSCC).
 
     Attributes:
         mac: picojoules of a multiplication and an addition.

@@ -30,6 +30,7 @@ __all__ = [
     "computes_in_integers",
     "fit_inputs",
     "import_onnxruntime",
+    "one_example",
     "open_session",
     "settings_text",
 ]
@@ -197,6 +198,20 @@ def fit_inputs(
                 array = array.astype(dtype, copy=False)
         fitted[name] = array
     return fitted
+
+
+def one_example(
+    session: InferenceSession, inputs: Mapping[str, NDArray[np.generic]]
+) -> dict[str, NDArray[np.generic]]:
+    """What a session takes of the first example alone, in the model's own dtypes.
+
+    Args:
+        session: of the model.
+        inputs: of any examples, by name; the first is taken where the batch is free.
+    """
+    free = {s.name for s in session.inputs if s.shape and isinstance(s.shape[0], str)}
+    one = {name: array[:1] if name in free else array for name, array in inputs.items()}
+    return fit_inputs(one, {s.name: s.dtype for s in session.inputs})
 
 
 def import_onnxruntime() -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.release.runtime import fit_inputs, open_session
+from prunecast.compression.release.runtime import one_example, open_session
 
 __all__ = ["Inference", "joules_so_far", "measure_inference", "median_seconds"]
 
@@ -54,9 +54,7 @@ def measure_inference(path: Path, inputs: Mapping[str, NDArray[np.generic]]) -> 
     """
     before = _resident()
     session = open_session(path, threads=1)
-    free = {s.name for s in session.inputs if s.shape and isinstance(s.shape[0], str)}
-    one = {name: a[:1] if name in free else a for name, a in inputs.items()}
-    given = fit_inputs(one, {s.name: s.dtype for s in session.inputs})
+    given = one_example(session, inputs)
     seconds, joules = median_seconds(lambda: session.run(given))
     after = _resident()
     grown = None if before is None or after is None else max(0, after - before)

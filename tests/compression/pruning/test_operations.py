@@ -108,6 +108,39 @@ def test_other_layers_and_functions_count_and_tied_weights_are_one() -> None:
     assert found.others == 16  # one pair of eight numbers each way
 
 
+class _Named(nn.Module):
+    """Functions whose arguments are given by name, by position, or by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.rand(8, 8))
+        self.heads = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.matmul(input=x, other=self.w)
+        x = x[0].mm(mat2=self.w) + torch.mm(x[0], mat2=self.w) + x[0].matmul(other=self.w)
+        x = torch.addmm(x, mat1=x, mat2=self.w) + x.addmm(x, self.w)
+        x = nn.functional.linear(weight=self.w, input=x)
+        x = nn.functional.conv1d(x.T[None], weight=self.w[..., None])[0].T
+        x = torch.baddbmm(input=x[None], batch1=x[None], batch2=self.w[None])
+        x = torch.bmm(x, mat2=self.w[None])
+        x = nn.functional.scaled_dot_product_attention(query=x, value=x, key=x)
+        x = x + torch.mv(x[0], vec=self.w[0]).sum() + torch.dot(x[0, 0], tensor=self.w[0])
+        return self.heads(key=x, value=x, query=x)[0]
+
+
+def test_arguments_count_by_whatever_way_they_are_given() -> None:
+    rows, matrix = 3, 8 * 8
+    found = count_operations(_Named(), (torch.rand(1, rows, 8),))
+    whole = 10  # products with all of the matrix, its views among them
+    assert found.uses["heads.in_proj_weight"] == found.uses["heads.out_proj.weight"] == rows
+    pairs = rows * rows * 2 * 8  # of attention, scores and sums; twice
+    vectors = rows * 8 + 8  # with a row of the matrix, which is no tensor of its own
+    assert found.uses["w"] == whole * rows
+    assert found.others == 2 * pairs + vectors
+    assert found.macs == whole * rows * matrix + rows * 4 * matrix + 2 * pairs + vectors
+
+
 def test_the_module_stays_as_it_was() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.5))
     module[2].eval()
