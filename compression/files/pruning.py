@@ -6,9 +6,8 @@ the weights that go become zero on the way. What is held at a time is a chunk of
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from prunecast.compression.files.inspection import Progress
 from prunecast.compression.files.pruned import PrunedTensor, PruningResult
 from prunecast.compression.files.selection import (
     CHUNK,
+    DIGIT,
     SCORED,
     Cut,
     Grouping,
@@ -31,7 +31,7 @@ from prunecast.compression.files.selection import (
 )
 from prunecast.compression.files.shares import MOST_GATHERED, SHARED, removed_by_share
 from prunecast.compression.files.tensors import MOST_DIMENSIONS, raw_dtype
-from prunecast.compression.files.ties import tied_tensors
+from prunecast.compression.files.ties import refuse_apart, tied_tensors
 from prunecast.compression.files.zeroing import (
     Targets,
     Zeroed,
@@ -172,8 +172,7 @@ def prune_checkpoint(
     """
     chosen = settings.prunable(checkpoint)
     ties = tied_tensors(checkpoint, settings.min_size)
-    held = {t.name for t in checkpoint.tensors}
-    _refuse_apart(settings, {t.name for t in chosen}, held, ties)
+    refuse_apart(checkpoint, {t.name for t in chosen}, ties, settings.exclude)
     if not chosen:
         raise CannotPrune(
             f"{checkpoint.path} has no tensor that may be pruned: none is a matrix or kernel of "
@@ -187,12 +186,13 @@ def prune_checkpoint(
     parts = {t.name: _parts(checkpoint, t, _most(chosen), _step(t, settings)) for t in chosen}
     memory = _memory(single, settings, max(p.chunk for each in parts.values() for p in each))
     rankings = _rankings(single, settings)
-    passes = max(-(-r.bits // 16) for r in rankings.values()) + 2
-    sorting = 3 if settings.allocation in SHARED else 0
-    read = sum(t.spec.nbytes for t in single) * (passes - 1 + sorting)
-    progress = _Progress(on_progress, read + checkpoint.nbytes)
+    passes = {t.name: rankings[t.name].bits // DIGIT + 1 for t in single}  # before the writing
+    read = sum(t.spec.nbytes * passes[t.name] for t in single)
+    progress = _Progress(on_progress, read + checkpoint.nbytes, sum(t.spec.nbytes for t in single))
     cuts: dict[str, list[Cut]] = {}
-    for group, remove in _groups(checkpoint, single, rankings, settings, run, progress.add):
+    for group, remove in _groups(checkpoint, single, rankings, settings, run, progress):
+        if not remove:  # no threshold, at which ties would be counted
+            passes |= {t.name: passes[t.name] - 1 for t in group}
         joined = [part for tensor in group for part in parts[tensor.name]]
         progress.what = f"ranking {group[0].name}" if len(group) == 1 else "ranking all weights"
         found = iter(select(joined, remove, rankings[group[0].name], run, progress.add))
@@ -207,7 +207,7 @@ def prune_checkpoint(
         for part, cut in zip(parts[t.name], cuts[t.name], strict=True)
     ]
     write_pruned(checkpoint, targets, chosen, jobs, run, progress.add)
-    return _result(checkpoint, jobs, ties, passes + sorting, memory)
+    return _result(checkpoint, jobs, ties, max(passes.values()) + progress.sortings + 1, memory)
 
 
 def _memory(single: Sequence[Extent], settings: Pruning, chunk: int) -> int:
@@ -290,29 +290,6 @@ def _result(
 # -- before anything is written -------------------------------------------------------------------
 
 
-def _refuse_apart(
-    settings: Pruning, chosen: set[str], held: set[str], ties: Mapping[str, str]
-) -> None:
-    """Tied weights keep one mask, so all of their names are pruned or none is."""
-    for copy, first in ties.items():
-        excluded = [
-            any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.exclude)
-            for name in (copy, first)
-        ]
-        if excluded[0] != excluded[1] and (first in chosen or copy in chosen or excluded[1]):
-            raise CannotPrune(
-                f"tied weights would be pruned apart: {first!r} and {copy!r} are the same, and "
-                "only one of them is excluded; exclude both or neither"
-            )
-        if copy in held and (copy in chosen) != (first in chosen):
-            stays = copy if first in chosen else first
-            raise CannotPrune(
-                f"tied weights would be pruned apart: {first!r} and {copy!r} are the same, and "
-                f"{stays!r} stays whole as an adapter does; leave out both with --exclude "
-                f"{first!r} --exclude {copy!r}, or prune low-rank factors too with --adapters"
-            )
-
-
 def _most(chosen: Sequence[Extent]) -> int:
     """Weights of a part, so that parts are worth a task and are not too many; a multiple of 8."""
     return max(_SMALLEST_PART, -(-sum(t.spec.size for t in chosen) // _MOST_PARTS // 8) * 8)
@@ -348,7 +325,7 @@ def _groups(
     rankings: Mapping[str, Ranking],
     settings: Pruning,
     run: Run,
-    tick: Callable[[int, str], None],
+    progress: _Progress,
 ) -> Iterator[tuple[list[Extent], int]]:
     """Tensors that are ranked together, and how many of their weights go.
 
@@ -377,7 +354,7 @@ def _groups(
             for t in single
         ]
         numbers = removed_by_share(
-            whole, settings.allocation, remove, run, lambda count: tick(count, "sorting tensors")
+            whole, settings.allocation, remove, run, progress.add, progress.begin_sorting
         )
     for tensor, number in zip(single, numbers, strict=True):
         yield [tensor], number
@@ -385,12 +362,19 @@ def _groups(
 
 @dataclass
 class _Progress:
-    """Bytes that were read, of all that will be."""
+    """Bytes that were read, of all that will be; passes that sort count once they begin."""
 
     tell: Progress
     total: int
+    sorted_bytes: int = 0
+    sortings: int = 0
     done: int = 0
     what: str = ""
+
+    def begin_sorting(self) -> None:
+        self.sortings += 1
+        self.total += self.sorted_bytes
+        self.what = "sorting tensors"
 
     def add(self, count: int, what: str = "") -> None:
         self.done += count

@@ -28,12 +28,16 @@ from prunecast.compression.pruning.patterns import NOfM
 
 __all__ = [
     "CHUNK",
+    "DIGIT",
     "SCORED",
+    "VALUES",
     "Cut",
     "Grouping",
     "Part",
     "Ranking",
     "Run",
+    "keep_ties",
+    "next_digit",
     "one_after_the_other",
     "read_part",
     "refuse_infinite",
@@ -46,8 +50,8 @@ CHUNK = 1 << 20
 SCORED = ("magnitude", "l2", "random")
 """Criteria that look at no more than the row that a weight is in."""
 
-_DIGIT = 16
-_VALUES = 1 << _DIGIT
+DIGIT, VALUES = 16, 1 << 16
+"""Bits of a key that are counted in one pass, and values that they have."""
 _INTEGERS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -205,7 +209,7 @@ def select(
         remove: how many weights go, so that each tensor can keep one.
         ranking: what they are ranked by.
         run: how the work on parts is done.
-        tick: told the bytes that were read, after each part.
+        tick: told the bytes that were read, or need not be, after each part.
 
     Raises:
         CannotPrune: a weight is NaN or infinite.
@@ -213,8 +217,8 @@ def select(
     """
     prefix, left = 0, remove
     highest: list[tuple[int, int]] = []
-    for shift in range(ranking.bits - _DIGIT, -1, -_DIGIT):
-        counts = np.zeros(_VALUES, np.int64)
+    for shift in range(ranking.bits - DIGIT, -1, -DIGIT):
+        counts = np.zeros(VALUES, np.int64)
         jobs = [_Digit(part, ranking, shift, prefix) for part in parts]
         for part, (found, key, number) in zip(parts, run(_count_digit, jobs), strict=True):
             counts += found
@@ -224,13 +228,13 @@ def select(
         spared = _spared(parts, highest)
         for index in spared.values():
             key = highest[index][0] >> shift
-            if key >> _DIGIT == prefix:
-                counts[key & (_VALUES - 1)] -= 1  # it ranks above all others
-        below = np.cumsum(counts)
-        digit = int(np.searchsorted(below, max(left, 1), side="left"))
-        left -= int(below[digit - 1]) if digit else 0
-        prefix = (prefix << _DIGIT) | min(digit, _VALUES - 1)
+            if key >> DIGIT == prefix:
+                counts[key & (VALUES - 1)] -= 1  # it ranks above all others
+        digit, left = next_digit(counts, left)
+        prefix = (prefix << DIGIT) | digit
     if not remove:
+        for part in parts:
+            tick(part.nbytes)
         return [Cut(0, part.stop - part.start, -1, 0) for part in parts]
     found_at = []
     jobs_at = [_Threshold(part, ranking, prefix) for part in parts]
@@ -238,14 +242,37 @@ def select(
         key = highest[index][0] if spared[part.name] == index else prefix + 1
         found_at.append((lower - (key < prefix), tied - (key == prefix)))
         tick(part.nbytes)
-    keep = sum(tied for _, tied in found_at) - (remove - sum(lower for lower, _ in found_at))
+    stays = keep_ties([lower for lower, _ in found_at], [tied for _, tied in found_at], remove)
     cuts = []
-    for index, (part, (lower, tied)) in enumerate(zip(parts, found_at, strict=True)):
-        ties = min(tied, keep)
-        keep -= ties
+    for index, (part, (lower, tied), ties) in enumerate(zip(parts, found_at, stays, strict=True)):
         number = highest[index][1] if spared[part.name] == index else -1
         cuts.append(Cut(prefix, ties, number, lower + tied - ties))
     return cuts
+
+
+def next_digit(counts: NDArray[np.int64], left: int) -> tuple[int, int]:
+    """In which value of a digit a threshold lies, and how many keys with that value go.
+
+    `counts`, int64 of shape (65536,), says how many keys have each; the `left` lowest go.
+    """
+    below = np.cumsum(counts)
+    digit = min(int(np.searchsorted(below, max(left, 1), side="left")), VALUES - 1)
+    return digit, left - (int(below[digit - 1]) if digit else 0)
+
+
+def keep_ties(lower: Sequence[int], tied: Sequence[int], remove: int) -> list[int]:
+    """How many stay of each piece's keys at a threshold: the earliest ones.
+
+    Args:
+        lower: by piece, how many keys lie below the threshold: these go.
+        tied: by piece, how many lie at it.
+        remove: how many go of all.
+    """
+    keep, stays = sum(tied) - (remove - sum(lower)), []
+    for ties in tied:
+        stays.append(min(ties, keep))
+        keep -= stays[-1]
+    return stays
 
 
 def _spared(parts: Sequence[Part], highest: Sequence[tuple[int, int]]) -> dict[str, int]:
@@ -271,8 +298,8 @@ def _count_digit(job: _Digit) -> tuple[NDArray[np.int64], int, int]:
 
     And the highest key of all, with the number of the first weight that has it.
     """
-    counts, highest, number = np.zeros(_VALUES, np.int64), -1, 0
-    first = job.shift + _DIGIT == job.ranking.bits
+    counts, highest, number = np.zeros(VALUES, np.int64), -1, 0
+    first = job.shift + DIGIT == job.ranking.bits
     for start, values in read_part(job.part):
         keys = job.ranking.keys(job.part, start, values)
         if first:
@@ -281,8 +308,8 @@ def _count_digit(job: _Digit) -> tuple[NDArray[np.int64], int, int]:
                 highest, number = int(keys[at]), start + at
             refuse_infinite(job.part, job.ranking, highest, number)
         else:
-            keys = keys[keys >> (job.shift + _DIGIT) == job.prefix]
-        counts += np.bincount((keys >> job.shift).astype(np.uint16), minlength=_VALUES)
+            keys = keys[keys >> (job.shift + DIGIT) == job.prefix]
+        counts += np.bincount((keys >> job.shift).astype(np.uint16), minlength=VALUES)
     return counts, highest, number
 
 

@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.files.selection import (
+    DIGIT,
+    VALUES,
     Part,
     Ranking,
     Run,
+    keep_ties,
+    next_digit,
     read_part,
     refuse_infinite,
 )
@@ -29,8 +33,6 @@ __all__ = ["MOST_GATHERED", "SHARED", "removed_by_share"]
 SHARED = ("lamp", "sensitivity")
 """Allocations that rank shares."""
 
-_DIGIT = 16
-_VALUES = 1 << _DIGIT
 _BITS = 64
 MOST_GATHERED = 1 << 23
 """Shares, of 8 bytes, that are held together."""
@@ -54,6 +56,7 @@ def removed_by_share(
     remove: int,
     run: Run,
     tick: Callable[[int], None],
+    begin: Callable[[], None] = lambda: None,
 ) -> list[int]:
     """How many weights of each tensor go when the lowest so many shares of all go.
 
@@ -63,6 +66,7 @@ def removed_by_share(
         remove: how many weights go, so that each tensor can keep one.
         run: how the work on tensors is done.
         tick: told the bytes that were read, after each tensor.
+        begin: called before each pass over the tensors; how many it takes depends on the shares.
 
     Raises:
         FilesError: a file cannot be read, or a weight is NaN or infinite.
@@ -74,20 +78,20 @@ def removed_by_share(
         return [_Job(p, ranking, lost, shift, prefix) for p, ranking in tensors]
 
     while shift:
-        shift -= _DIGIT
-        counts = np.zeros(_VALUES, np.int64)
+        begin()
+        shift -= DIGIT
+        counts = np.zeros(VALUES, np.int64)
         for (part, _), found in zip(tensors, run(_count_shares, jobs()), strict=True):
             counts += found
             tick(part.nbytes)
-        below = np.cumsum(counts)
-        digit = int(np.searchsorted(below, max(left, 1), side="left"))
-        left -= int(below[digit - 1]) if digit else 0
-        prefix = (prefix << _DIGIT) | min(digit, _VALUES - 1)
-        if counts[min(digit, _VALUES - 1)] <= MOST_GATHERED:
+        digit, left = next_digit(counts, left)
+        prefix = (prefix << DIGIT) | digit
+        if counts[digit] <= MOST_GATHERED:
             break
     lower: list[int] = []
     gathered: list[NDArray[np.uint64]] = []
     same: list[int] = []
+    begin()
     for (part, _), (under, keys, number) in zip(tensors, run(_gather_shares, jobs()), strict=True):
         lower.append(under)
         gathered.append(keys)
@@ -108,22 +112,17 @@ def removed_by_share(
 
 def _split(under: list[int], tied: list[int], remove: int) -> list[int]:
     """Numbers by tensor: all below a threshold go, and of those at it the last ones."""
-    keep = sum(tied) - (remove - sum(under))
-    numbers = []
-    for below, ties in zip(under, tied, strict=True):
-        stay = min(ties, keep)
-        keep -= stay
-        numbers.append(below + ties - stay)
-    return numbers
+    stays = keep_ties(under, tied, remove)
+    return [below + ties - stay for below, ties, stay in zip(under, tied, stays, strict=True)]
 
 
 def _count_shares(job: _Job) -> NDArray[np.int64]:
     """How many of a tensor's shares have each value of a digit."""
-    counts = np.zeros(_VALUES, np.int64)
+    counts = np.zeros(VALUES, np.int64)
     for keys in _keys(job):
-        if job.shift + _DIGIT < _BITS:
-            keys = keys[keys >> np.uint64(job.shift + _DIGIT) == job.prefix]
-        counts += np.bincount((keys >> np.uint64(job.shift)).astype(np.uint16), minlength=_VALUES)
+        if job.shift + DIGIT < _BITS:
+            keys = keys[keys >> np.uint64(job.shift + DIGIT) == job.prefix]
+        counts += np.bincount((keys >> np.uint64(job.shift)).astype(np.uint16), minlength=VALUES)
     return counts
 
 

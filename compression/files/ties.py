@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from prunecast.compression.files import UnreadableFile
+from prunecast.compression.files import CannotPrune, UnreadableFile
 from prunecast.compression.files.checkpoints import Checkpoint, Extent
 
-__all__ = ["tied_tensors"]
+__all__ = ["refuse_apart", "tied_tensors"]
 
 _SAMPLE = 1 << 16  # bytes from the beginning, the middle and the end tell nearly all apart
 _BLOCK = 1 << 22
@@ -42,6 +44,39 @@ def tied_tensors(checkpoint: Checkpoint, min_size: int) -> dict[str, str]:
         else:
             found[tensor.name] = first.name
     return {**found, **checkpoint.aliases}
+
+
+def refuse_apart(
+    checkpoint: Checkpoint, chosen: Collection[str], ties: Mapping[str, str], exclude: Sequence[str]
+) -> None:
+    """Tied weights keep one mask, so all of their names are pruned or none is.
+
+    Args:
+        checkpoint: the files.
+        chosen: names of tensors that may be pruned.
+        ties: as `tied_tensors` finds them.
+        exclude: name patterns (shell style) of tensors that stay whole.
+
+    Raises:
+        CannotPrune: one of two names would be pruned, and the other would not.
+    """
+    held = {t.name for t in checkpoint.tensors}
+    for copy, first in ties.items():
+        excluded = [
+            any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude) for name in (copy, first)
+        ]
+        if excluded[0] != excluded[1] and (first in chosen or copy in chosen or excluded[1]):
+            raise CannotPrune(
+                f"tied weights would be pruned apart: {first!r} and {copy!r} are the same, and "
+                "only one of them is excluded; exclude both or neither"
+            )
+        if copy in held and (copy in chosen) != (first in chosen):
+            stays = copy if first in chosen else first
+            raise CannotPrune(
+                f"tied weights would be pruned apart: {first!r} and {copy!r} are the same, and "
+                f"{stays!r} stays whole as an adapter does; leave out both with --exclude "
+                f"{first!r} --exclude {copy!r}, or prune low-rank factors too with --adapters"
+            )
 
 
 def _sample(path: Path, tensor: Extent) -> bytes:
