@@ -19,6 +19,7 @@ from rich.text import Text
 __all__ = [
     "AsJson",
     "Column",
+    "Force",
     "MaxBytes",
     "MaxSeconds",
     "explain",
@@ -27,6 +28,7 @@ __all__ = [
     "make_console",
     "print_table",
     "printable",
+    "refuse_to_overwrite",
     "say",
     "shape_text",
     "short_dtype",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
 MaxBytes = Annotated[
     int | None,
     typer.Option(
@@ -182,6 +185,16 @@ def file_progress() -> Iterator[Callable[[int, int, str], None]]:
             bars.update(task, completed=done, total=max(total, 1), description=printable(what))
 
         yield update
+
+
+def refuse_to_overwrite(path: Path, force: bool) -> None:
+    """A usage error where a file would be lost.
+
+    Raises:
+        typer.BadParameter: it is there, and `force` is not given.
+    """
+    if path.exists() and not force:
+        raise typer.BadParameter(f"{path} exists: give --force to overwrite it")
 
 
 # -- errors ---------------------------------------------------------------------------------------

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecast.cli.console import (
+    AsJson,
     Column,
+    Force,
     MaxBytes,
     file_progress,
     make_console,
     print_table,
+    refuse_to_overwrite,
     say,
     shape_text,
     short_dtype,
@@ -28,9 +31,6 @@ if TYPE_CHECKING:
     from prunecast.compression.files.tensors import TensorFile
 
 __all__ = ["compress", "decompress", "inspect"]
-
-Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def compress(
@@ -77,7 +77,7 @@ def compress(
     lossy = _lossy(step, error, bits, common, dead_zone, keep or [])
     target = output or file.with_suffix(".pcc")
     source = open_tensors(file, max_bytes=max_bytes)
-    _refuse_to_overwrite(target, force)
+    refuse_to_overwrite(target, force)
     with file_progress() as progress:
         result = compress_file(source, target, lossy=lossy, on_progress=progress)
     if as_json:
@@ -105,7 +105,7 @@ def decompress(
 
     suffix = writable_format(output)
     archive = open_archive(file, max_bytes=max_bytes)
-    _refuse_to_overwrite(output, force)
+    refuse_to_overwrite(output, force)
     with file_progress() as progress:
         restore_file(archive, output, on_progress=progress)
     dropped = sorted(archive.metadata) if suffix == ".npz" else []
@@ -129,12 +129,6 @@ def decompress(
         say(f"Note: .npz has no place for the metadata {', '.join(dropped)}.")
     if without:
         say("Note: the graph of the .onnx file is left out; --output FILE.onnx writes the model.")
-
-
-def _refuse_to_overwrite(path: Path, force: bool) -> None:
-    """A usage error where a file would be lost."""
-    if path.exists() and not force:
-        raise typer.BadParameter(f"{path} exists: give --force to overwrite it")
 
 
 def _lossy(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
@@ -13,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunecast.cli.console import (
+    AsJson,
     Column,
+    Force,
     file_progress,
     make_console,
     print_table,
+    refuse_to_overwrite,
     say,
     shape_text,
     short_dtype,
@@ -94,10 +96,8 @@ def prune(
             "with as much memory, as compressing it twice.",
         ),
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Overwrite the output if it exists.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Set the least important weights of a checkpoint to zero, whatever its size.
 
@@ -140,12 +140,15 @@ def prune(
     source = open_checkpoint(checkpoint)
     targets = default_targets(source, output)
     for path in targets.all:
-        if path.exists() and not force:
-            raise typer.BadParameter(f"{path} exists: give --force to overwrite it")
+        refuse_to_overwrite(path, force)
     with ExitStack() as opened:
         run = one_after_the_other if ray is None else opened.enter_context(ray_cluster(ray))
         progress = opened.enter_context(file_progress())
         result = prune_checkpoint(source, targets, settings, run=run, on_progress=progress)
+
+    def write_report(document: dict[str, Any]) -> None:
+        write_atomically(targets.report, (json.dumps(document, indent=1) + "\n").encode())
+
     report = {
         "checkpoint": str(source.path),
         "output": str(next(iter(targets.files.values()))),
@@ -159,10 +162,11 @@ def prune(
         "mask_bytes": targets.masks.stat().st_size,
         "peak_memory_bytes": _peak_memory(),
     }
-    if coded:
+    write_report(report)
+    if coded:  # which may fail where pruning does not: it reads whole files
         report["coded_bytes"] = _coded(source.files.values())
         report["pruned_coded_bytes"] = _coded(targets.files.values())
-    write_atomically(targets.report, (json.dumps(report, indent=1) + "\n").encode())
+        write_report(report)
     if as_json:
         show(report)
     else:
@@ -185,6 +189,8 @@ def _peak_memory() -> int:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     except (OSError, LookupError, ValueError):
+        import resource  # of POSIX alone
+
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

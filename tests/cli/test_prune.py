@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
+from prunecast.compression.files import FileTooLarge
 from prunecast.compression.files.formats import open_tensors, write_tensors
 from prunecast.compression.files.mask_files import read_masks
 from prunecast.compression.files.tensors import FileTensor
@@ -75,6 +78,28 @@ def test_what_compressing_makes_of_it_is_measured(run: Run, weights: Path, tmp_p
         CliRunner().invoke(app, ["compress", str(file), "-o", str(packed), "--force"])
         assert report[key] == packed.stat().st_size
     assert report["pruned_coded_bytes"] < 0.2 * report["coded_bytes"]
+
+
+def test_a_report_is_there_when_measuring_fails(
+    run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compressing takes memory that pruning does not."""
+
+    def failing(*arguments: Any, **named: Any) -> None:
+        raise FileTooLarge("its tensors take more than memory has")
+
+    monkeypatch.setattr("prunecast.compression.files.inspection.inspect_tensors", failing)
+    shown = run(weights, "--sparsity", 0.9, "--coded")
+    assert shown.exit_code == 1
+    assert shown.output == "error: its tensors take more than memory has\n"
+    report = json.loads((tmp_path / "net.pruned.report.json").read_text())
+    assert report["removed"] == int(0.9 * 1280) + int(0.9 * 3072)
+    assert "coded_bytes" not in report
+
+
+def test_the_command_can_be_imported_where_there_is_no_resource_module() -> None:
+    code = "import sys; sys.modules['resource'] = None; import prunecast.cli.prune"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_pattern_says_its_sparsity_itself(run: Run, weights: Path) -> None:

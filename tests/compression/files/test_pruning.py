@@ -136,6 +136,46 @@ def test_pieces_choose_as_memory_does(
     assert_masked(folder / "m.pruned.safetensors", tensors, expected)
 
 
+@pytest.mark.parametrize("allocation", pruning.SPREADS)
+@pytest.mark.parametrize("gathered", [0, 1 << 20])
+@pytest.mark.parametrize("sparsity", [0.001, 0.5])
+@pytest.mark.parametrize("dtypes", [["float32"], ["bfloat16"], ["float64", "float16"]])
+def test_passes_and_progress_are_those_that_were_made(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    allocation: str,
+    gathered: int,
+    sparsity: float,
+    dtypes: list[str],
+) -> None:
+    monkeypatch.setattr(shares, "MOST_GATHERED", gathered)
+    rng = np.random.default_rng(2)
+    tensors = {f"w{i}": weights(rng, (20, 20), d, "ties") for i, d in enumerate(dtypes)}
+    write_tensors(tmp_path / "m.safetensors", tensors)
+    checkpoint = open_checkpoint(tmp_path / "m.safetensors")
+    passes: dict[str, int] = {}
+    told: list[tuple[int, int]] = []
+
+    def run(function: Callable[[Any], Any], jobs: Any) -> Any:
+        for name in {job.part.name for job in jobs}:
+            passes[name] = passes.get(name, 0) + 1
+        return map(function, jobs)
+
+    result = prune_checkpoint(
+        checkpoint,
+        default_targets(checkpoint),
+        Pruning(sparsity, allocation=allocation, min_size=1),
+        run=run,
+        on_progress=lambda done, total, what: told.append((done, total)),
+    )
+    assert all(done <= total for done, total in told)
+    assert told[-1][0] == told[-1][1]
+    assert result.passes == max(passes.values())
+    if allocation in shares.SHARED and gathered and sparsity == 0.5:
+        digits = {"float32": 2, "bfloat16": 1, "float64": 4}[dtypes[0]]
+        assert result.passes == digits + 2 + 2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:8", 0.875)])
 @pytest.mark.parametrize("criterion", selection.SCORED)
