@@ -124,28 +124,33 @@ def replacing_all(paths: Sequence[Path], outdated: Collection[Path] = ()) -> Ite
         StorageError: the file system refuses; the old files are untouched unless it was a rename.
     """
     paths = [Path(path) for path in paths]
-    path, made = paths[-1], []
+    path = paths[-1]
+    made: list[Path] = []
+    temporaries: list[Path] = []
+    handles: list[int] = []
     try:
         try:
             for path in paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                made.append(_temporary(path))
-            yield [temporary for temporary, _ in made]
-            for temporary, _ in made:
+                ours, handle = _temporary(path, made)
+                handles.append(handle)
+                temporaries.append(ours)
+            yield temporaries
+            for temporary in temporaries:
                 sync(temporary)
             for path in outdated:
                 path.unlink(missing_ok=True)
             _sync_folders(outdated)
-            for path, (temporary, _) in zip(paths, made, strict=True):
+            for path, temporary in zip(paths, temporaries, strict=True):
                 if path == paths[-1]:
                     _sync_folders(paths[:-1])
                 os.replace(temporary, path)
         except BaseException:
-            for temporary, _ in made:
+            for temporary in made:
                 temporary.unlink(missing_ok=True)
             raise
         finally:
-            for _, handle in made:
+            for handle in handles:
                 os.close(handle)
         _sync_folders(paths[-1:])
     except OSError as error:
@@ -157,11 +162,15 @@ def _sync_folders(paths: Collection[Path]) -> None:
         sync(folder)
 
 
-def _temporary(path: Path) -> tuple[Path, int]:
-    """A new file beside `path`, and a handle that holds its lock as long as it is written."""
+def _temporary(path: Path, made: list[Path]) -> tuple[Path, int]:
+    """A new file beside `path`, and a handle that holds its lock as long as it is written.
+
+    Its name is in `made` before it is there: a signal may end the command at any moment.
+    """
     while True:
         # opened by hand and not by tempfile, so that the file gets the user's usual permissions
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        made.append(temporary)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             take_lock(handle)

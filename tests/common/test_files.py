@@ -16,6 +16,7 @@ from prunecast.common.files import (
     lock_file,
     make_folder,
     replacing,
+    replacing_all,
     write_atomically,
     write_new,
     write_synced,
@@ -122,3 +123,47 @@ def test_a_lock_excludes_others_until_its_holder_ends(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", program, path], timeout=60).returncode == 3
     assert not is_locked(path)
+
+
+def test_a_signal_as_a_temporary_is_made_leaves_none(tmp_path, monkeypatch):
+    real, opened = os.open, []
+
+    def ended(path, flags, mode=0o777):
+        handle = real(path, flags, mode)
+        if flags & os.O_EXCL:
+            opened.append(handle)
+            if len(opened) == 2:
+                raise SystemExit(143)
+        return handle
+
+    monkeypatch.setattr(os, "open", ended)
+    with pytest.raises(SystemExit), replacing_all([tmp_path / "one", tmp_path / "two"]):
+        pass
+    os.close(opened[1])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_power_cut_leaves_no_mixture_of_files_that_belong_together(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    names = ("one", "two", "index")
+
+    def write(content: bytes) -> None:
+        paths = [folder / name for name in names]
+        with replacing_all(paths, outdated=[paths[-1]]) as temporaries:
+            for temporary in temporaries:
+                temporary.write_bytes(content)
+
+    write(b"old" * 1000)
+    recorder, found = Recorder(folder), set()
+    with pytest.MonkeyPatch.context() as patch:
+        recorder.install(patch)
+        write(b"new" * 1000)
+    recorder.close()
+    for number, disk in enumerate(recorder.moments):
+        for variant in VARIANTS:
+            (target := tmp_path / f"{number} {variant}").mkdir()
+            disk.restore(target, variant)
+            if (target / "index").exists():
+                found.add(tuple((target / name).read_bytes() for name in names))
+    assert found == {(b"old" * 1000,) * 3, (b"new" * 1000,) * 3}
