@@ -78,7 +78,7 @@ class ChannelPlan:
         >>> plan.narrow(wide)["w"].q.tolist()
         [[1], [3]]
         """
-        self._check_names(model.tensors)
+        self.check({name: tensor.shape for name, tensor in model.tensors.items()})
         tensors = {name: self._narrow(name, tensor) for name, tensor in model.tensors.items()}
         return PublishedModel(tensors, model.counter)
 
@@ -103,13 +103,31 @@ class ChannelPlan:
 
     def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether tensors of these shapes, all of a model's, are what the plan narrows."""
-        try:
-            self._check_names(shapes)
-            for name, axes in self.kept.items():
-                _places(name, shapes[name], axes)
-        except PlanError:
-            return False
-        return True
+        return self.misfit(shapes) is None
+
+    def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """The first tensor that is missing, or else of another shape; None where the plan fits."""
+        for name in self.kept:
+            if name not in shapes:
+                return name
+        return next((n for n, axes in self.kept.items() if not _is_of(axes, shapes[n])), None)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], owner: str = "the model") -> None:
+        """Refuse tensors, all of a model's, that are not what the plan narrows.
+
+        Args:
+            shapes: of the tensors, by name.
+            owner: what the error calls whoever has them.
+
+        Raises:
+            PlanError: a tensor is missing, or of another shape.
+        """
+        name = self.misfit(shapes)
+        if name is None:
+            return
+        if name not in shapes:
+            raise PlanError(f"{owner} lacks tensor {name!r}: the plan is of another module")
+        raise _of_another_shape(name, shapes[name])
 
     def shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """What remains of tensors of these shapes, which the plan `fits`."""
@@ -133,10 +151,7 @@ class ChannelPlan:
         """
         kept = dict(self.kept)
         for name, axes in later.kept.items():
-            before = self.kept.get(name, (None,) * len(axes))
-            if len(before) != len(axes):
-                raise PlanError(f"of tensor {name!r} both plans have another number of axes")
-            kept[name] = tuple(_composed(name, *pair) for pair in zip(before, axes, strict=True))
+            kept[name] = tuple(_composed(name, *pair) for pair in self._beside(name, axes))
         return ChannelPlan(kept, (*self.steps, *later.steps), self.share * later.share)
 
     def since(self, earlier: ChannelPlan | None) -> ChannelPlan:
@@ -155,18 +170,19 @@ class ChannelPlan:
             raise PlanError(f"the plan keeps channels of tensor {gone[0]!r} that are gone")
         kept: dict[str, Axes] = {}
         for name, axes in self.kept.items():
-            before = earlier.kept.get(name, (None,) * len(axes))
-            if len(before) != len(axes):
-                raise PlanError(f"of tensor {name!r} both plans have another number of axes")
-            left = tuple(_beyond(name, *pair) for pair in zip(before, axes, strict=True))
+            left = tuple(_beyond(name, *pair) for pair in earlier._beside(name, axes))
             if any(mask is not None for mask in left):
                 kept[name] = left
         return ChannelPlan(kept, (), self.share / earlier.share if earlier.share else 1.0)
 
-    def _check_names(self, names: Mapping[str, Any]) -> None:
-        missing = [name for name in self.kept if name not in names]
-        if missing:
-            raise PlanError(f"the model lacks tensor {missing[0]!r}: the plan is of another module")
+    def _beside(
+        self, name: str, axes: Axes
+    ) -> Iterator[tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]]:
+        """This plan's mask and another's, axis by axis."""
+        own = self.kept.get(name, (None,) * len(axes))
+        if len(own) != len(axes):
+            raise PlanError(f"of tensor {name!r} both plans have another number of axes")
+        return zip(own, axes, strict=True)
 
     def _narrow(self, name: str, tensor: Tensor) -> Tensor:
         axes = self.kept.get(name)
@@ -316,13 +332,21 @@ def holding_channels(plan: ChannelPlan | None) -> Iterator[None]:
 
 def _places(name: str, shape: tuple[int, ...], axes: Axes) -> tuple[NDArray[np.intp], ...]:
     """Where what remains of a tensor lies."""
-    sizes = tuple(n if mask is None else mask.size for n, mask in zip(shape, axes, strict=False))
-    if len(axes) != len(shape) or sizes != shape:
-        raise PlanError(f"tensor {name!r} is {list(shape)}, the plan was made for another shape")
+    if not _is_of(axes, shape):
+        raise _of_another_shape(name, shape)
     return np.ix_(*(
         np.arange(n) if mask is None else np.flatnonzero(mask)
         for n, mask in zip(shape, axes, strict=True)
     ))  # fmt: skip
+
+
+def _is_of(axes: Axes, shape: tuple[int, ...]) -> bool:
+    sizes = tuple(n if mask is None else mask.size for n, mask in zip(shape, axes, strict=False))
+    return len(axes) == len(shape) and sizes == shape
+
+
+def _of_another_shape(name: str, shape: tuple[int, ...]) -> PlanError:
+    return PlanError(f"tensor {name!r} is {list(shape)}, the plan was made for another shape")
 
 
 def _composed(

@@ -244,16 +244,16 @@ def _channels(
 ) -> ChannelPlan | None:
     if isinstance(plan, ChannelPlan):
         state = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-        for name, axes in plan.kept.items():
-            wanted = tuple(None if mask is None else mask.size for mask in axes)
-            shape = state.get(name, ())
-            if len(shape) != len(wanted) or any(
-                n is not None and n != size for n, size in zip(wanted, shape, strict=True)
-            ):
-                raise PlanError(
-                    f"the plan of channels is of another architecture: {type(module).__name__} has "
-                    + (f"{name!r} of shape {list(shape)}" if shape else f"no tensor {name!r}")
+        name = plan.misfit(state)
+        if name is not None:
+            raise PlanError(
+                f"the plan of channels is of another architecture: {type(module).__name__} has "
+                + (
+                    f"{name!r} of shape {list(state[name])}"
+                    if name in state
+                    else f"no tensor {name!r}"
                 )
+            )
         return plan
     share = plan.channels.share
     return choose_channels(module, example, share) if share < 1 else None

@@ -114,11 +114,7 @@ def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
     """
     state = module.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in plan.kept:
-        if name not in shapes:
-            raise PlanError(
-                f"{type(module).__name__} lacks tensor {name!r}: the plan is of another module"
-            )
+    plan.check(shapes, type(module).__name__)
     parts: dict[str, torch.Tensor] = {}
     for name in plan.kept:
         index = plan.array(name, np.arange(state[name].numel()).reshape(shapes[name]))

@@ -31,6 +31,10 @@ class Pattern(Protocol):
     def sparsity(self) -> float | None:
         """What it comes to in the end; None where that is a free choice."""
 
+    @property
+    def unit(self) -> int:
+        """How many weights stay or go as one."""
+
     def misfit(self, shape: tuple[int, ...]) -> str:
         """Why it does not divide a tensor of two axes or more; "" where it does."""
 
@@ -66,6 +70,11 @@ class NOfM:
     def sparsity(self) -> float:
         """1 - N / M."""
         return 1 - self.kept / self.of
+
+    @property
+    def unit(self) -> int:
+        """1: of every M weights any may go."""
+        return 1
 
     def misfit(self, shape: tuple[int, ...]) -> str:
         """Why it does not divide a tensor; "" where it does."""
@@ -124,6 +133,11 @@ class Blocks:
     def sparsity(self) -> None:
         """A free choice."""
         return
+
+    @property
+    def unit(self) -> int:
+        """All of a block."""
+        return self.rows * self.columns
 
     def misfit(self, shape: tuple[int, ...]) -> str:
         """Why it does not divide a tensor; "" where it does."""

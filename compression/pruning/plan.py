@@ -11,7 +11,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,20 +19,16 @@ from numpy.typing import NDArray
 from prunecast.compression.pruning.allocation import ALLOCATIONS, Allocation
 from prunecast.compression.pruning.criteria import CRITERIA, Criterion, Knowledge
 from prunecast.compression.pruning.masks import Masks
-from prunecast.compression.pruning.patterns import Blocks, Pattern
+from prunecast.compression.pruning.patterns import Pattern
 from prunecast.compression.pruning.schedules import AT_LAST, NEVER, LayerSchedule, Schedule
 
 __all__ = [
     "ChannelSchedule",
     "PlanError",
     "PruningPlan",
-    "Structure",
     "low_rank_factors",
     "tied_weights",
 ]
-
-Structure = Literal["weights", "channels"]
-"""What is removed as one: single weights, or whole channels with all that is coupled to them."""
 
 
 class PlanError(ValueError):
@@ -184,15 +180,6 @@ class PruningPlan:
                 "'layer'"
             )
 
-    def structures(self, rounds: int) -> tuple[Structure, ...]:
-        """What such a plan removes as one within so many rounds: channels, weights, both or none.
-
-        >>> PruningPlan(channels=ChannelSchedule(0.5, (4,))).structures(10)
-        ('channels',)
-        """
-        found: list[Structure] = ["channels"] if self.channels.after(rounds) < 1 else []
-        return (*found, "weights") if self.schedule(rounds + 1) else tuple(found)
-
     def prunable(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The tensors that may be pruned: matrices and kernels of some size, and no adapters."""
         left = set() if self.adapters else low_rank_factors({n: a.shape for n, a in arrays.items()})
@@ -247,9 +234,7 @@ class PruningPlan:
                 raise PlanError(
                     f"the pattern comes to a sparsity of {comes_to:g}, not {final:g}: give that"
                 )
-            unit = (
-                self.pattern.rows * self.pattern.columns if isinstance(self.pattern, Blocks) else 1
-            )
+            unit = self.pattern.unit
         units = sum(array.size // unit for array in single.values())
         left = units - int(final * units)
         if left < len(single) and self.allocation is not ALLOCATIONS["layer"]:

@@ -222,6 +222,19 @@ def test_plans_compose_and_a_later_one_is_told_apart_from_an_earlier(
     assert plan.fits(shapes)
     assert not second.fits(shapes)
     assert not plan.fits({"other": (3,)})
+    # the one check, and what it says: what is missing before what is of another shape
+    plan.check(shapes)
+    assert plan.misfit(shapes) is None
+    with pytest.raises(PlanError, match=r"^tensor 'fc.bias' is \[7\], the plan was made for anot"):
+        plan.check({**shapes, "fc.bias": (7,)})
+    less = {n: (7,) if n == "fc.bias" else s for n, s in shapes.items() if n != "norm.weight"}
+    assert plan.misfit(less) == "norm.weight"
+    with pytest.raises(PlanError, match=r"^Net lacks tensor 'norm.weight': the plan is of another"):
+        plan.check(less, "Net")
+    with pytest.raises(PlanError, match="both plans have another number of axes"):
+        plan.then(ChannelPlan({"fc.bias": (None, None)}))
+    with pytest.raises(PlanError, match="both plans have another number of axes"):
+        plan.since(ChannelPlan({"fc.bias": (None, None)}))
 
 
 def test_arrays_are_narrowed_by_name(module: nn.Module, plan: ChannelPlan) -> None:

@@ -120,6 +120,28 @@ def test_a_tensor_that_it_does_not_divide_is_named_with_the_remedy(text, said):
     PruningPlan(schedule, exclude=("conv", "odd"), **given).check(normal(shapes))
 
 
+@pytest.mark.parametrize(
+    ("text", "unit", "left"),
+    [("", 1, 8), ("4x4", 16, 1), ("4x1", 4, 2)],  # of 128 weights, as so many units
+)
+def test_layers_that_would_vanish_are_told_by_what_goes_as_one(text, unit, left):
+    pattern = parse_pattern(text)
+    assert pattern is None or pattern.unit == unit
+    arrays = normal({f"{n}.weight": (4, 16) for n in range(2)})
+    plan = PruningPlan(
+        StaticSchedule(0.94), allocation=ALLOCATIONS["global"], min_size=16, pattern=pattern
+    )
+    if left >= 2:
+        plan.check(arrays)
+        return
+    with pytest.raises(PlanError, match=f"sparsity 0.94 leaves {left} of {128 // unit} for 2 tens"):
+        plan.check(arrays)
+
+
+def test_n_of_m_goes_one_by_one():
+    assert NOfM(2, 4).unit == 1
+
+
 def test_a_pattern_that_fixes_the_sparsity_goes_with_that_alone():
     pattern = parse_pattern("2:4")
     with pytest.raises(PlanError, match=r"comes to a sparsity of 0\.5, not 0\.9: give that"):

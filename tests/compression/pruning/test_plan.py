@@ -303,12 +303,12 @@ def test_what_is_asked_once_is_asked_until_it_is_known_and_only_where_pruning_co
 def test_channels_go_in_rounds_by_the_same_factor_each_time():
     plan = PruningPlan(CubicSchedule(0.5, 6, 9), channels=ChannelSchedule(0.25, (2, 4)))
     assert [plan.channels.after(n) for n in (1, 2, 3, 4, 9)] == [1.0, 0.5, 0.5, 0.25, 0.25]
-    assert [plan.structures(n) for n in (1, 5, 9)] == [
-        (),
-        ("channels",),
-        ("channels", "weights"),
+    assert [(plan.channels.after(n) < 1, plan.schedule(n + 1) > 0) for n in (1, 5, 9)] == [
+        (False, False),
+        (True, False),
+        (True, True),
     ]
-    assert PruningPlan().structures(50) == ()
+    assert (PruningPlan().channels.after(50), PruningPlan().schedule(51)) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(
