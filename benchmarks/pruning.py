@@ -1,17 +1,18 @@
-"""Accuracy against sparsity, by criterion, allocation and schedule, on two tasks.
+"""Accuracy against sparsity, by criterion, allocation and schedule, on three tasks.
 
-    prunecast data get fashion-mnist && prunecast data get activity
+    prunecast data get fashion-mnist && prunecast data get activity && prunecast data get cora
     python benchmarks/pruning.py [--smoke] [--tasks NAME ...] [--ways NAME ...] [--seeds N ...]
                                  [--sparsities X ...] [--rounds N] [--cache FOLDER] [--out FOLDER]
 
 Trains each task with three seeds at each sparsity under every way of pruning, one thread and one
-run after the other, and writes pruning.md, pruning.json and pruning.png into docs/results. Each
-task takes about two hours on a core. Finished runs are kept in ``--cache``, so that a command that
-was interrupted goes on where it was: a dense run by its scenario, others by the code, too.
-Two commands, each with one of the ``--tasks``, may run at the same time; a third one without then
-writes both. A way is one of those of benchmarks/harness/pruning.py, or
-criterion:allocation:schedule by their names in a policy. ``--smoke`` takes a minute or two and
-writes into runs/pruning-smoke.
+run after the other, and writes pruning.md, pruning.json and pruning.png into docs/results. The
+third task, cora, has one way only, beside the automatic one that finds its sparsity by itself. Each
+of the others takes about two hours on a core. Finished runs are kept in ``--cache``, so that a
+command that was interrupted goes on where it was: a dense run by its scenario, others by the code,
+too. Two commands, each with one of the ``--tasks``, may run at the same time; a third one without
+then writes both. A way is one of those of benchmarks/harness/pruning.py, or
+criterion:allocation:schedule by their names in a policy; a task also any packaged scenario whose
+metric is an accuracy. ``--smoke`` takes a minute or two and writes into runs/pruning-smoke.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ if not __package__:  # started by its path: the repository's folder is not where
 
 from benchmarks.harness import pruning as harness
 from benchmarks.harness.comparisons import fill, forget_stale, teller, write_page
+from benchmarks.harness.pruning_tasks import TASKS, task_named
 from prunecast.server.federation import FederationError
 from prunecast.simulations.comparison import Comparison
 from prunecast.simulations.kinds import DataError, ScenarioError
 from prunecast.simulations.runner import SimulationError
 from prunecast.simulations.runner.run import read_result
-from prunecast.simulations.scenarios import scenario_from_mapping
+from prunecast.simulations.scenarios import packaged_scenarios, scenario_from_mapping
 
 _SMOKE: dict[str, Any] = {
+    "tasks": ["fashion", "activity"],
     "ways": ["uniform", "global"],
     "seeds": [1],
     "sparsities": [0.9],
@@ -43,11 +46,16 @@ _SMOKE: dict[str, Any] = {
     "out": Path("runs/pruning-smoke"),
 }
 _FULL: dict[str, Any] = {
-    "ways": list(harness.WAYS),
+    "tasks": ["fashion", "activity", "cora"],
     "seeds": [1, 2, 3],
     "sparsities": list(harness.SPARSITIES),
     "out": Path(__file__).parent.parent / "docs" / "results",
 }
+
+
+def _ways(task: str, arguments: argparse.Namespace) -> list[str]:
+    """Those that were asked for; or else all, of tasks that are there for them."""
+    return arguments.ways or (list(harness.WAYS) if task in TASKS else [harness.FIXED])
 
 
 def comparison_of(task: str, arguments: argparse.Namespace) -> Comparison:
@@ -56,12 +64,12 @@ def comparison_of(task: str, arguments: argparse.Namespace) -> Comparison:
     Raises:
         ScenarioError: there is no such task or way, or it cannot be a scenario.
     """
-    if task not in harness.TASKS:
-        raise ScenarioError("tasks", f"is {task!r}", f"choose of {', '.join(harness.TASKS)}")
-    table = dict(harness.TASKS[task])
+    if task not in TASKS and task not in packaged_scenarios():
+        raise ScenarioError("tasks", f"is {task!r}", f"choose of {', '.join(_FULL['tasks'])}")
+    table = task_named(task)
     rounds = arguments.rounds or table["rounds"]
     try:
-        arms = harness.arms_of(arguments.ways, arguments.sparsities, rounds)
+        arms = harness.arms_of(_ways(task, arguments), arguments.sparsities, rounds)
     except ValueError as error:
         raise ScenarioError("ways", str(error), "correct it") from error
     scenario = scenario_from_mapping(
@@ -75,6 +83,10 @@ def comparison_of(task: str, arguments: argparse.Namespace) -> Comparison:
             "arms": arms,
         }
     )
+    if scenario.task.metric != "accuracy":
+        raise ScenarioError(
+            "tasks", f"{task} measures {scenario.task.metric}", "choose one that has an accuracy"
+        )
     names, folder = list(arms), arguments.cache / task
     return Comparison.of(scenario, names=names, seeds=arguments.seeds, folder=folder)
 
@@ -88,7 +100,7 @@ def measured(comparison: Comparison, arguments: argparse.Namespace) -> dict[str,
         arm = next(iter(scenario.arms))
         zeros.setdefault(arm, []).append(read_result(folder)["arms"][arm]["sparsity"])
     reached = {arm: statistics.fmean(values) for arm, values in zeros.items()}
-    rows = harness.rows_of(document, arguments.ways, arguments.sparsities, reached)
+    rows = harness.rows_of(document, _ways(name, arguments), arguments.sparsities, reached)
     metric = document["task"]["metric"]
 
     def figures(arm: str) -> dict[str, Any]:
@@ -105,6 +117,7 @@ def measured(comparison: Comparison, arguments: argparse.Namespace) -> dict[str,
         "rows": rows,
         "orderings": harness.compare_orderings(rows),
         "limits": harness.within_limits(rows),
+        "automatic": harness.compare_automatic(document, rows, reached),
     }
 
 
@@ -114,7 +127,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--smoke", action="store_true", help="two ways, one sparsity, four rounds, one seed")
-    add("--tasks", nargs="+", metavar="NAME", default=list(harness.TASKS))
+    add("--tasks", nargs="+", metavar="NAME", help="(default: fashion activity cora)")
     names = f"names, or criterion:allocation:schedule (default: {' '.join(harness.WAYS)})"
     add("--ways", nargs="+", metavar="NAME", help=names)
     add("--seeds", type=int, nargs="+", metavar="N", help="(default: 1 2 3)")

@@ -12,122 +12,39 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from prunecast.simulations.data import Examples
+from typing import Any
 
 __all__ = [
+    "AUTOMATIC",
     "DENSE",
+    "FIXED",
     "LIMITS",
     "SPARSITIES",
-    "TASKS",
+    "TOLERANCE",
     "UNPRUNED",
     "WAYS",
     "Way",
-    "activity",
     "arms_of",
+    "compare_automatic",
     "compare_orderings",
     "draw",
-    "fashion",
-    "fashion_apart",
     "report_lines",
     "rows_of",
     "way_named",
     "within_limits",
 ]
 
-DENSE, UNPRUNED = "dense", "unpruned"
+DENSE, UNPRUNED, AUTOMATIC = "dense", "unpruned", "automatic"
+FIXED = "global"
+"""The way that differs from the automatic one in nothing but that its sparsity is given."""
+TOLERANCE = 0.005
+"""What the automatic way may cost, of an accuracy between 0 and 1."""
+_SPARED = 0.02  # how much less than the best fixed sparsity the automatic one may reach
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 LIMITS = {0.9: 0.5, 0.95: 1.5, 0.98: 4.0}
 """Points of accuracy that a sparsity may cost at most."""
 _BEGIN, _END = 2, 0.5  # last dense round of gradual pruning; part of the rounds by which it is over
 _COLUMNS = ("way", "sparsity", "accuracy", "points lost", "by seed", "zeros", "MB", "seconds")
-
-
-def fashion(count: int = 4000, apart: int = 2000) -> tuple[Any, Any]:
-    """The first `count` images of Fashion-MNIST, and their classes."""
-    return _images(False, count)
-
-
-def fashion_apart(count: int = 4000, apart: int = 2000) -> tuple[Any, Any]:
-    """The first `apart` images of those that Fashion-MNIST sets apart."""
-    return _images(True, apart)
-
-
-def _images(apart: bool, count: int) -> tuple[Any, Any]:
-    found = _named("fashion-mnist", apart).take(slice(count))
-    return dict(found.inputs), found.targets
-
-
-def _named(name: str, apart: bool = False) -> Examples:
-    from prunecast.simulations.data.named import Named
-
-    source = Named(name=name)
-    found = source.read_test() if apart else source.read()
-    assert found is not None
-    return found
-
-
-def activity() -> tuple[Any, Any, Any]:
-    """Windows of sensors at 25 Hz, each channel of mean 0 and deviation 1; and whose they are."""
-    found = _named("activity")
-    [windows] = found.inputs.values()
-    halved = windows.reshape(*windows.shape[:2], -1, 2).mean(3)
-    middle, spread = (f((0, 2), keepdims=True) for f in (halved.mean, halved.std))
-    return ((halved - middle) / spread).astype(windows.dtype), found.targets, found.identities
-
-
-TASKS: dict[str, dict[str, Any]] = {
-    "fashion": {
-        "description": "4,000 images of Fashion-MNIST, 5 clients, Dirichlet(0.5); a CNN of 409,034",
-        "rounds": 30,
-        "data": {
-            "source": "function",
-            "function": "benchmarks.harness.pruning:fashion",
-            "test": "benchmarks.harness.pruning:fashion_apart",
-            "held_out": "test",
-        },
-        "partition": {"kind": "dirichlet", "alpha": 0.5},
-        "clients": {"count": 5},
-        "model": {
-            "factory": "prunecast.simulations.networks.convolutional:digits_cnn",
-            "initial": "drawn",
-        },
-        "training": {
-            "epochs": 1,
-            "batch_size": 16,
-            "learning_rate": 0.03,
-            "learning_rate_decay": 0.96,
-            "momentum": 0.9,
-        },
-    },
-    "activity": {
-        "description": "Exercises from wearable sensors, 5 clients of two subjects each; "
-        "convolutions along time, 136,071",
-        "rounds": 30,
-        "data": {
-            "source": "function",
-            "function": "benchmarks.harness.pruning:activity",
-            "held_out": 600,
-        },
-        "partition": {"kind": "natural"},
-        "clients": {"count": 5},
-        "model": {
-            "factory": "prunecast.simulations.networks.convolutional:sensor_cnn",
-            "initial": "drawn",
-            "options": {"channels": 6, "classes": 7, "width": 128},
-        },
-        "training": {
-            "epochs": 2,
-            "batch_size": 16,
-            "learning_rate": 0.02,
-            "learning_rate_decay": 0.97,
-            "momentum": 0.9,
-        },
-    },
-}
-"""What is trained, as a scenario has it; both need `prunecast data get`."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +131,10 @@ def _arm(name: str, sparsity: float) -> str:
 
 
 def arms_of(ways: Sequence[str], sparsities: Sequence[float], rounds: int) -> dict[str, Any]:
-    """The arms of a scenario: plain Flower, the policy that prunes nothing, and every way."""
+    """The arms of a scenario: plain Flower, the policy that prunes nothing, and every way.
+
+    The automatic way is there as well where `FIXED` is, with which it is compared.
+    """
     arms: dict[str, Any] = {
         DENSE: {"kind": "dense"},
         UNPRUNED: {"kind": "prunecast", "preset": "balanced"},
@@ -224,6 +144,15 @@ def arms_of(ways: Sequence[str], sparsities: Sequence[float], rounds: int) -> di
             policy = way_named(name).policy(sparsity, rounds)
             arm = {"kind": "prunecast", "preset": "balanced", "policy": policy}
             arms[_arm(name, sparsity)] = arm
+    if FIXED in ways:
+        policy = {
+            "pruning_criterion": WAYS[FIXED].criterion,
+            "pruning_scope": WAYS[FIXED].allocation,
+            "pruning_schedule": AUTOMATIC,
+            "pruning_begin": _BEGIN,
+            "pruning_tolerance": TOLERANCE,
+        }
+        arms[AUTOMATIC] = {"kind": "prunecast", "preset": "balanced", "policy": policy}
     return arms
 
 
@@ -315,6 +244,43 @@ def within_limits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def compare_automatic(
+    document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], zeros: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """The automatic way beside the sweep of fixed sparsities that differs in nothing else.
+
+    Args:
+        document, zeros: as of `rows_of`.
+        rows: of all ways.
+
+    Returns:
+        ``accuracy``, ``spread``, ``lost`` and ``lost_by_seed`` in points against the policy that
+        prunes nothing, ``zeros``, ``bytes``; ``fixed``, the highest sparsity of the sweep that lost
+        no more than the tolerance, 0.0 where none did; ``tolerated``, whether the automatic one
+        lost no more, and ``as_sparse``, whether it reached as much, less two points. None where
+        it was not trained.
+    """
+    if AUTOMATIC not in document["arms"]:
+        return None
+    arm = document["arms"][AUTOMATIC]
+    without = document["arms"][UNPRUNED]["by_seed"]
+    lost = [100 * (a - b) for a, b in zip(without, arm["by_seed"], strict=True)]
+    sweep = [row for row in rows if row["way"] == FIXED]
+    held = [row["sparsity"] for row in sweep if row["lost"] <= 100 * TOLERANCE]
+    fixed = max(held, default=0.0)
+    return {
+        "accuracy": arm[document["task"]["metric"]],
+        "spread": arm["spread"],
+        "lost": statistics.fmean(lost),
+        "lost_by_seed": lost,
+        "zeros": zeros[AUTOMATIC],
+        "bytes": arm["bytes_down"] + arm["bytes_up"],
+        "fixed": fixed,
+        "tolerated": statistics.fmean(lost) <= 100 * TOLERANCE,
+        "as_sparse": zeros[AUTOMATIC] >= fixed - _SPARED,
+    }
+
+
 # -- for people -----------------------------------------------------------------------------------
 
 
@@ -340,6 +306,8 @@ def report_lines(tasks: Sequence[Mapping[str, Any]], command: str) -> Iterator[s
             yield f"| {' | '.join(_cells(row))} |"
         yield ""
         yield from _verdicts(task)
+        if task["automatic"] is not None:
+            yield _automatic_line(task["automatic"])
 
 
 def _percent(figures: Mapping[str, Any]) -> str:
@@ -384,6 +352,18 @@ def _verdicts(task: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def _automatic_line(found: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{lost:+.2f}" for lost in found["lost_by_seed"])
+    tolerated = "within" if found["tolerated"] else "MISSED"
+    as_sparse = "met" if found["as_sparse"] else "MISSED"
+    return (
+        f"- automatic, as many rounds: {100 * found['zeros']:.1f} % of zeros in "
+        f"{found['bytes'] / 1e6:.2f} MB, {found['lost']:+.2f} points lost ({told}), its tolerance "
+        f"{100 * TOLERANCE:g}: {tolerated}; the highest of the fixed sparsities of `{FIXED}` that "
+        f"lost no more is {100 * found['fixed']:g} %, no more than 2 points above: {as_sparse}"
+    )
+
+
 def draw(tasks: Sequence[Mapping[str, Any]], target: Path) -> None:
     """A PNG: for each task accuracy against the weights that are kept, on a scale of logarithms."""
     import matplotlib
@@ -418,6 +398,10 @@ def draw(tasks: Sequence[Mapping[str, Any]], target: Path) -> None:
                 color=colours[number % len(colours)],
                 linestyle="-" if number < len(colours) else "--",
             )
+        if task["automatic"] is not None:
+            found = task["automatic"]
+            place = (1 - found["zeros"], 100 * found["accuracy"])
+            axis.plot(*place, "*", markersize=11, color="#000000", label=AUTOMATIC)
         axis.axhline(100 * task["dense"]["accuracy"], color="#555555", linewidth=0.8, dashes=(4, 3))
         axis.annotate(
             "plain Flower",

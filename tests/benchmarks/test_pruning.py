@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import pruning as command
 from benchmarks.harness import pruning as harness
+from benchmarks.harness import pruning_tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,15 +39,23 @@ def test_arms_are_policies_by_the_names_of_the_registries() -> None:
     assert (policy["sparsity"], policy["pruning_criterion"]) == (0.98, "taylor")
     assert (policy["pruning_scope"], policy["pruning_schedule"]) == ("lamp", "cubic")
     assert policy["pruning_begin"] < policy["pruning_end"] == 10  # rounds are left to recover
+    # the sweep that the automatic way is compared with brings that way along
+    assert list(harness.arms_of(["global"], [0.5], 20))[2:] == ["global-50", "automatic"]
+    automatic = harness.arms_of(["global"], [0.5], 20)["automatic"]["policy"]
+    assert automatic["pruning_schedule"] == "automatic"
+    assert "sparsity" not in automatic
 
 
 def test_every_way_and_task_can_be_run(tmp_path: Path) -> None:
     arguments = command._arguments(["--cache", str(tmp_path)])
     assert arguments.sparsities == [0.5, 0.8, 0.9, 0.95, 0.98]
     assert (arguments.seeds, arguments.out) == ([1, 2, 3], ROOT / "docs/results")
-    for task in harness.TASKS:
+    assert arguments.tasks == [*pruning_tasks.TASKS, "cora"]
+    for task in arguments.tasks:
         chosen = command.comparison_of(task, arguments)
         assert chosen.scenario.engine.backend == "inline"
+        assert "automatic" in chosen.arms
+        assert ("static-90" in chosen.arms) == (task != "cora")
         for found in chosen.arms.values():
             found.grid_policy()  # every name is in its registry
     smoke = command._arguments(["--smoke"])
@@ -75,6 +84,35 @@ def test_orderings_compare_ways_seed_by_seed(monkeypatch: pytest.MonkeyPatch) ->
     assert found[0]["error"] == pytest.approx(0.5)  # of the differences, not of what was reached
 
 
+@pytest.mark.parametrize(
+    ("lost", "zeros", "fixed", "tolerated", "as_sparse"),
+    [
+        (0.004, 0.93, 0.95, True, True),  # two points less are spared
+        (0.004, 0.92, 0.95, True, False),
+        (0.006, 0.96, 0.95, False, True),
+    ],
+)
+def test_the_automatic_way_is_judged_by_the_sweep(
+    lost: float, zeros: float, fixed: float, tolerated: bool, as_sparse: bool
+) -> None:
+    figures = {"unpruned": arm(0.9), "global-80": arm(0.89), "global-95": arm(0.896)}
+    figures |= {"global-98": arm(0.88), "automatic": arm(0.9 - lost)}
+    document = {"task": {"metric": "accuracy"}, "arms": figures}
+    reached = {**dict.fromkeys(figures, 0.5), "automatic": zeros}
+    measured = harness.rows_of(document, ["global"], [0.8, 0.95, 0.98], reached)
+    found = harness.compare_automatic(document, measured, reached)
+    assert found is not None
+    assert (found["fixed"], found["tolerated"]) == (fixed, tolerated)
+    assert found["as_sparse"] == as_sparse
+    assert found["lost"] == pytest.approx(100 * lost)
+    none_held = [row for row in measured if row["sparsity"] != 0.95]
+    other = harness.compare_automatic(document, none_held, reached)
+    assert other is not None
+    assert other["fixed"] == 0
+    figures.pop("automatic")
+    assert harness.compare_automatic(document, measured, reached) is None
+
+
 def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
     measured = rows(unpruned=arm(0.9, 0.9), uniform=arm(0.89, 0.88), **{"global": arm(0.85, 0.87)})
     task = {
@@ -92,6 +130,10 @@ def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
              "error": None, "met": False},
         ],
         "limits": harness.within_limits(measured),
+        "automatic": {
+            "accuracy": 0.896, "lost": 0.4, "lost_by_seed": [0.3, 0.5], "zeros": 0.964,
+            "bytes": 1_500_000, "fixed": 0.95, "tolerated": True, "as_sparse": False,
+        },
     }  # fmt: skip
     text = "\n".join(harness.report_lines([task], "the command"))
     assert "Written by `the command`" in text
@@ -101,14 +143,21 @@ def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
     assert "- one at 95 % (`b`, `a`): met, +0.50 ± 0.10 points" in text
     assert "- two at 95 % (`b`, `c`): MISSED, -0.50 points" in text
     assert "- no more than 1.5 points lost at 95 %" in text
-    harness.draw([task, {**task, "name": "activity"}], tmp_path / "picture.png")
+    assert "- automatic, as many rounds: 96.4 % of zeros in 1.50 MB, +0.40 points lost" in text
+    assert "(+0.30, +0.50), its tolerance 0.5: within; the highest" in text
+    assert "of `global` that lost no more is 95 %, no more than 2 points above: MISSED" in text
+    harness.draw([task, {**task, "name": "activity", "automatic": None}], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["--tasks", "nope"], "tasks: is 'nope'; choose of fashion, activity"),
+        (["--tasks", "nope"], "tasks: is 'nope'; choose of fashion, activity, cora"),
+        (
+            ["--tasks", "movielens"],
+            "tasks: movielens measures rmse; choose one that has an accuracy",
+        ),
         (["--ways", "nope"], "'nope' is no way of pruning: name one of uniform"),
         (["--ways", "no:layer:cubic"], "pruning_criterion"),
     ],
@@ -125,12 +174,12 @@ def test_the_command_writes_its_page_and_keeps_what_it_trained(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = {
-        **harness.TASKS["activity"],
+        **pruning_tasks.TASKS["activity"],
         "data": {"source": "synthetic", "shape": "sensors", "count": 300, "held_out": 100},
         "partition": {"kind": "iid"},
         "model": {"factory": "prunecast.simulations.networks.convolutional:sensor_cnn"},
     }
-    monkeypatch.setattr(harness, "TASKS", {"small": table})
+    monkeypatch.setitem(pruning_tasks.TASKS, "small", table)
     given = ["--tasks", "small", "--smoke", "--ways", "uniform", "--sparsities", "0.9", "0.95"]
     given += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     assert command.main(given) == 0
