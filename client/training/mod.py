@@ -22,6 +22,7 @@ from prunecast.client.training.store import (
     NonFiniteUpdate,
     StoreError,
     default_root,
+    plan_of,
 )
 from prunecast.compression.codec import CodecError, NonFiniteError, TensorSpec
 from prunecast.compression.flower import (
@@ -71,6 +72,7 @@ from prunecast.compression.versions import (
     BaseMissing,
     Instruction,
     Kind,
+    LatticeTensor,
     NodeReport,
     PublishedModel,
     SchemeRule,
@@ -263,13 +265,15 @@ class _Exchange:
 
     def _held(self, key: str) -> tuple[PublishedModel | None, PublishedModel | None]:
         """The version on disk, and what a payload builds on: its part, once channels have gone."""
-        held, before = self._store.held(key), self._store.channels(key)
-        plan = self._channels.get(key)
-        if held is None or plan is None:
-            if held is not None and before is not None:
-                self._channels[key] = before
+        (held, text), plan = self._store.version(key), self._channels.get(key)
+        if held is None or text == ("" if plan is None else plan.to_text()):
             return held, held
-        return held, plan.since(before).narrow(held)
+        before = plan_of(text)
+        if plan is not None:
+            return held, plan.since(before).narrow(held)
+        if before is not None:
+            self._channels[key] = before
+        return held, held
 
     def _decode(self, key: str, payload: bytes) -> ArrayRecord:
         info = inspect(payload)
@@ -312,12 +316,12 @@ class _Exchange:
     def _is_teacher(self, held: PublishedModel, model: PublishedModel, key: str) -> bool:
         """Whether the version held is the last dense one before a pruned one."""
         whole = self._keeps_teacher and key not in self._channels
-        return whole and bool(model.masks()) and not held.masks()
+        return whole and _is_pruned(model) and not _is_pruned(held)
 
     def teacher(self) -> dict[str, NDArray[Any]] | None:
         """The last dense version before the received one was pruned, as far as it was kept."""
         for key, model in self._models.items():
-            if self._keeps_teacher and model.masks():
+            if self._keeps_teacher and _is_pruned(model):
                 held = self._store.held(_TEACHER + key)
                 return None if held is None else held.arrays()
         return None
@@ -393,9 +397,8 @@ class _Exchange:
         if not self._models:
             rule = replace(rule, step=0.0)  # an answer to a query, a personal model
         plan = self._channels.get(base_key or key)
-        if plan is not None:
-            self._store.remove(key, plan)
-        residual = self._store.residual(key) if rule.error_feedback and self._clip is None else {}
+        feeds_back = rule.error_feedback and self._clip is None
+        residual = self._residual(key, plan) if feeds_back else {}
 
         def encoded(residual: Mapping[str, NDArray[Any]]) -> tuple[Coded, bytes]:
             coded = compress_reply(base, arrays, residual, rule, clip=self._clip)
@@ -403,16 +406,31 @@ class _Exchange:
             payload = encode_update(base, coded.changes, stream=stream, tensors=coded.tensors)
             return coded, payload
 
-        coded, payload = encoded(residual)
+        coded, payload = encoded(residual or {})
         sent = self._received if base_key is None else sum(s.nbytes for s in base.specs.values())
         if sum(coded.unlike.values()) > allowed_beside(sent, len(payload)):
             # so many zeros that the server would not believe so few bytes
             arrays.update(dict.fromkeys(coded.unlike))
-            coded, payload = encoded(residual)
-        if coded.dropped and not self._stage(key, coded.dropped, plan):
+            coded, payload = encoded(residual or {})
+        stages = coded.dropped and residual is not None
+        if stages and not self._stage(key, coded.dropped, plan):
             # the residual stays where it is, for a reply that can tell what it leaves
             _, payload = encoded({})
         return coded_record(payload, {n: record[n] for n, a in arrays.items() if a is None})
+
+    def _residual(self, key: str, plan: ChannelPlan | None) -> dict[str, NDArray[Any]] | None:
+        """What updates of a record have dropped, of the channels that remain.
+
+        None where the store is in trouble: a reply goes without it then, and stages nothing, so
+        that what is there stays.
+        """
+        try:
+            if plan is not None:
+                self._store.remove(key, plan)
+            return self._store.residual(key)
+        except StoreError as error:
+            self._in_trouble(error)
+            return None
 
     def _stage(
         self, key: str, dropped: Mapping[str, NDArray[Any]], plan: ChannelPlan | None
@@ -442,12 +460,11 @@ class _Exchange:
         else:
             kept = " ".join((f"{key} by {chosen.name}", *found.own))
             plan, state = self._channels.get(base_key), fresh
-            if plan is not None:
-                self._store.remove(kept, plan)
+            residual = self._residual(kept, plan)
             with suppress(StateError):  # nothing was kept yet, or of another model
-                state = state_from(self._store.residual(kept), state)
+                state = state_from(residual or {}, state)
             payload, after = chosen.encode(found.arrays, state, key=rule.key)
-            if not self._stage(kept, state_arrays(after), plan):
+            if residual is not None and not self._stage(kept, state_arrays(after), plan):
                 payload, _ = chosen.encode(found.arrays, fresh, key=rule.key)
         if not (found.usual and base_key == key):
             payload = describe(base_key, found.heads, _specs(received[base_key])) + payload
@@ -475,6 +492,10 @@ class _Exchange:
             and sum(len(specs.keys() & r.keys()) * 2 > len(r) for r in replied.values()) < 2
         ]
         return found[0] if len(found) == 1 else None
+
+
+def _is_pruned(model: PublishedModel) -> bool:
+    return any(isinstance(t, LatticeTensor) and t.pruned for t in model.tensors.values())
 
 
 def _known(record: ArrayRecord) -> dict[str, NDArray[Any] | None]:

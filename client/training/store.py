@@ -16,6 +16,7 @@ every residual counts once, however many replies are under way, are lost or arri
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -56,6 +57,7 @@ __all__ = [
     "default_root",
     "forget",
     "kept_bytes",
+    "plan_of",
 ]
 
 _STALE_SECONDS = 30 * 24 * 3600
@@ -76,7 +78,7 @@ class NonFiniteUpdate(ModError):
 
 
 class StoreError(ModError):
-    """The node's store cannot be written."""
+    """The node's store cannot be written, or not be read for now."""
 
 
 def default_root() -> Path:
@@ -144,6 +146,10 @@ class NodeStore:
 
     def held(self, key: str) -> PublishedModel | None:
         """The version held under a record key; None when there is none or its file is damaged."""
+        return self.version(key)[0]
+
+    def version(self, key: str) -> tuple[PublishedModel | None, str]:
+        """`held`, and the text of the plan of its channels, see `plan_of`; of one file opened."""
         try:
             meta, arrays = _read(self._path(key, "model"))
             tensors: dict[str, Tensor] = {}
@@ -153,20 +159,38 @@ class NodeStore:
                 else:
                     tensors[name] = LatticeTensor(values, step, pruned, np.dtype(dtype))
             model = PublishedModel(tensors, meta["counter"])
-            return model if model.digest.hex() == meta["digest"] else None
+            if model.digest.hex() == meta["digest"]:
+                return model, str(meta.get("channels", ""))
         except _DAMAGED:
-            return None
+            pass
+        return None, ""
 
     def channels(self, key: str) -> ChannelPlan | None:
         """Which channels the version held under a record key has left; None for all."""
-        return self._channels(self._path(key, "model"))
+        return plan_of(self._plan(self._path(key, "model")))
 
-    @staticmethod
-    def _channels(path: Path) -> ChannelPlan | None:
-        with suppress(*_DAMAGED), np.load(path, allow_pickle=False) as file:
-            text = json.loads(bytes(file["meta"])).get("channels", "")
-            return ChannelPlan.from_text(text) if text else None
-        return None
+    def _plan(self, path: Path) -> str:
+        """The text of the plan that a file goes by."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return str(json.loads(bytes(file["meta"])).get("channels", ""))
+        except _DAMAGED as error:
+            self._pass_over(error)
+            return ""
+
+    def _pass_over(self, error: Exception) -> None:
+        """Take a file that is missing or damaged for an empty one.
+
+        Raises:
+            StoreError: it cannot be read for now, so that nothing may take its place.
+        """
+        if not isinstance(error, OSError):
+            return
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return
+        # NumPy's own has no number, and a damaged archive leads to places that no file has
+        if error.errno not in (None, errno.EINVAL):
+            raise _unreadable(self._folder, error) from error
 
     def remove(self, key: str, plan: ChannelPlan) -> None:
         """Take the channels that a plan removes out of what updates of a record have dropped.
@@ -175,17 +199,17 @@ class NodeStore:
         between. What cannot be narrowed, as it is of something else, is dropped.
 
         Raises:
-            StoreError: a file cannot be written; it is as it was.
+            StoreError: a file cannot be written, or not be read for now; it is as it was.
         """
         for kind in ("residual", "pending-*", "taken-*"):
             for path in self._folder.glob(self._path(key, kind).name):
                 self._narrow(path, plan)
 
     def _narrow(self, path: Path, plan: ChannelPlan) -> None:
-        before = self._channels(path)
-        if _of(before) == _of(plan):
+        if self._plan(path) == plan.to_text():
             return
-        arrays, added = self._residual(path)
+        arrays, added, text = self._residual(path)
+        before = plan_of(text)
         left: dict[str, NDArray[Any]] = {}
         for name, array in arrays.items():
             tensor = name.partition("\0")[0]  # after it, what the residual is of
@@ -196,16 +220,13 @@ class NodeStore:
         meta = {"names": list(left), "added": added, "channels": plan.to_text()}
         self._write(path, meta, left.values())
 
-    def _alike(self, one: Path, other: Path) -> bool:
-        """Bring two files to the fewer channels of both; whether they had different ones."""
-        first, second = self._channels(one), self._channels(other)
-        if _of(first) == _of(second):
-            return False
+    def _alike(self, plans: Mapping[Path, str]) -> None:
+        """Bring two files, given with the texts of their plans, to the fewer channels of both."""
+        (one, first), (other, second) = ((path, plan_of(text)) for path, text in plans.items())
         for path, before, plan in ((one, first, second), (other, second, first)):
             with suppress(PlanError):
                 if plan is not None and plan.since(before).kept:
                     self._narrow(path, plan)
-        return True
 
     def keep(self, key: str, model: PublishedModel, channels: ChannelPlan | None = None) -> None:
         """Hold a version under a record key.
@@ -240,7 +261,7 @@ class NodeStore:
             accepted: tag of a reply to settle first; "" for none.
 
         Raises:
-            StoreError: a file cannot be written.
+            StoreError: a file cannot be written, or not be read for now.
         """
         self.settle([accepted])
         return self._residual(self._path(key, "residual"))[0]
@@ -277,7 +298,7 @@ class NodeStore:
             given_up: tags of replies that will not be applied: what they took along is added.
 
         Raises:
-            StoreError: a file cannot be written.
+            StoreError: a file cannot be written, or not be read for now.
         """
         for tags, added, removed in (
             (accepted, "pending", "taken"),
@@ -296,24 +317,28 @@ class NodeStore:
             if not target.exists():
                 os.replace(path, target)
                 return
-            before, added_before = self._residual(target)
-            if tag not in added_before:
-                if self._alike(path, target):
-                    before = self._residual(target)[0]
-                total = _sum(before, self._residual(path)[0])
-                meta = {"names": list(total), "added": [*added_before[-_TAGS:], tag]}
-                meta |= _of(self._channels(target))
+            before, added, text = self._residual(target)
+            if tag not in added:
+                more, _, other = self._residual(path)
+                if text != other:
+                    self._alike({path: other, target: text})
+                    (before, _, text), (more, _, _) = map(self._residual, (target, path))
+                total = _sum(before, more)
+                meta = {"names": list(total), "added": [*added[-_TAGS:], tag], "channels": text}
                 self._write(target, meta, total.values())
             path.unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(self._folder, error) from error
 
-    def _residual(self, path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    def _residual(self, path: Path) -> tuple[dict[str, NDArray[Any]], list[str], str]:
+        """The arrays of a file, the tags it remembers, and the text of its plan."""
         try:
             meta, arrays = _read(path)
-            return dict(zip(meta["names"], arrays, strict=True)), meta.get("added", [])
-        except _DAMAGED:
-            return {}, []
+            named = dict(zip(meta["names"], arrays, strict=True))
+            return named, meta.get("added", []), str(meta.get("channels", ""))
+        except _DAMAGED as error:
+            self._pass_over(error)
+            return {}, [], ""
 
     def _write(self, path: Path, meta: Any, arrays: Iterable[NDArray[Any]]) -> None:
         buffer = io.BytesIO()
@@ -323,6 +348,13 @@ class NodeStore:
             write_atomically(path, buffer.getvalue())
         except StorageError as error:
             raise _unwritable(self._folder, error) from error
+
+
+def plan_of(text: str) -> ChannelPlan | None:
+    """The plan of channels that a file's head tells; None for all, and for one that is damaged."""
+    with suppress(PlanError):
+        return ChannelPlan.from_text(text) if text else None
+    return None
 
 
 def _of(channels: ChannelPlan | None) -> dict[str, Any]:
@@ -355,6 +387,13 @@ def _unwritable(folder: Path, error: Exception) -> StoreError:
         f"the node's store cannot be written ({getattr(cause, 'strerror', None) or cause}): make "
         f"room in {folder}, or set PRUNECAST_STORE, or compression_mod(store=...), to a directory "
         "that this user owns"
+    )
+
+
+def _unreadable(folder: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"the node's store cannot be read ({error.strerror or error}), and is left as it is: see "
+        f"to the disk of {folder}, or to how many files this process may open"
     )
 
 

@@ -190,7 +190,10 @@ class RecipeReleaser:
 
         Raises:
             RecipeError: the recipe has no module.
+            ExportError: it cannot be exported without them.
         """
+        if removed is self.recipe.removed:
+            return self
         return replace(self, recipe=replace(self.recipe, removed=removed))
 
 
@@ -241,6 +244,7 @@ class AutomaticReleases:
         self._watch = ReleaseWatch(self.rule, self.held)
         self._owed: str | None = None
         self._digest = b""
+        self._removed: ChannelPlan | None = None  # that the releaser is not told of yet
 
     def check_narrow(self) -> None:
         """See that models of fewer channels can be released.
@@ -258,10 +262,10 @@ class AutomaticReleases:
         """Go on with models without the channels that a plan removes of the module.
 
         A releaser of one's own that has a method `narrow` gives the one to go on with; without, it
-        is given narrower models.
+        is given narrower models. It is asked when a release is due, so that what fails is tried
+        again as a release is.
         """
-        if narrow := getattr(self.releaser, "narrow", None):
-            self.releaser = narrow(removed)
+        self._removed = removed
 
     def after_round(
         self, server_round: int, metrics: Mapping[str, float], model: Callable[[], PublishedModel]
@@ -290,6 +294,9 @@ class AutomaticReleases:
             return None  # nothing has changed since the last release
         self._owed = reason
         try:
+            if self._removed is not None and (narrow := getattr(self.releaser, "narrow", None)):
+                self.releaser = narrow(self._removed)
+            self._removed = None
             version = self.releaser(published, metrics)
         except (ValueError, OSError) as error:
             log(WARNING, "No release after round %d, trying again: %s", server_round, error)
@@ -312,7 +319,9 @@ _TYPES: dict[str, type] = {
 
 
 def releases_from_config(
-    config: Mapping[str, Any], model: Callable[[], nn.Module]
+    config: Mapping[str, Any],
+    model: Callable[[], nn.Module],
+    removed: ChannelPlan | None = None,
 ) -> AutomaticReleases | None:
     """Read ``release.*`` keys of the run config; None where there is no ``release.repository``.
 
@@ -321,6 +330,7 @@ def releases_from_config(
     Args:
         config: Flower's run config.
         model: makes the module, to export it if no graph is given.
+        removed: channels of the module that are gone already; None for none.
 
     Raises:
         ReleaseRuleError: a key is unknown, missing or unusable; names it and the remedy.
@@ -353,11 +363,14 @@ def releases_from_config(
         improve=given.get("improve"),
         lower_is_better=given.get("lower-is-better", False),
     )
-    return _open(given, rule, model)
+    return _open(given, rule, model, removed)
 
 
 def _open(
-    given: Mapping[str, Any], rule: ReleaseRule, model: Callable[[], nn.Module]
+    given: Mapping[str, Any],
+    rule: ReleaseRule,
+    model: Callable[[], nn.Module],
+    removed: ChannelPlan | None,
 ) -> AutomaticReleases:
     from prunecast.compression.release import ReleaseError
     from prunecast.server.repository import KeyRing, RecipeError, Repository, RepositoryError
@@ -387,6 +400,8 @@ def _open(
             raise RecipeError(
                 "calibration", "is missing: nothing else says how far such a variant is off"
             )
+        if recipe.module is not None:  # else `check_narrow` says that there must be one
+            recipe = replace(recipe, removed=removed)
         option = "graph"
         releaser = RecipeReleaser(recipe, repository, given["name"])
         option = "repository"

@@ -67,22 +67,24 @@ def main(grid: Grid, context: Context) -> None:
     choose = None
     if _get(config, "example", ""):
         choose = module_chooser(model, configured_callable(config, "example", FederationError))
+    resume = _get(config, "resume", "")
+    initial = _resumed(Path(resume), arrays) if resume else arrays
+    removed = initial.channels if isinstance(initial, Checkpoint) else None
     run = Run(
         grid,
         strategy,
         policy=Policy.from_run_config(config),
         folder=_get(config, "folder", "") or None,
         evaluate_fn=evaluate_fn,
-        releases=releases_from_config(config, model),
+        releases=releases_from_config(config, model, removed),
         seed=seed,
         name=_get(config, "name", ""),
         ledger=_get(config, "ledger", "") or None,
         output=_get(config, "output", "") or None,
         channels=choose,
     )
-    resume = _get(config, "resume", "")
     run.start(
-        _resumed(Path(resume), arrays) if resume else arrays,
+        initial,
         num_rounds=_get(config, "num-server-rounds", 3),
         timeout=_get(config, "timeout", 3600.0),
     )

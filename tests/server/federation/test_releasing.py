@@ -14,7 +14,9 @@ import pytest
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
+from prunecast.compression.onnx import ExportError
 from prunecast.compression.onnx.graph import ExportedGraph, save_graph
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.release.selftest import pack_arrays
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation import (
@@ -393,3 +395,31 @@ def test_a_model_that_cannot_be_exported_is_refused_before_training(
     config |= {"release.graph": "", "release.graph-cache": str(tmp_path / "graphs")}
     with pytest.raises(ReleaseRuleError, match="makes a dict, not a torch module"):
         releases_from_config(config, dict)  # type: ignore[arg-type]
+
+
+class _Narrowing(_Recorder):
+    """Cannot be told of fewer channels the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[ChannelPlan] = []
+
+    def narrow(self, removed: ChannelPlan) -> _Narrowing:
+        if self.fail:
+            self.fail -= 1
+            raise ExportError("cannot be exported")
+        self.told.append(removed)
+        return self
+
+
+def test_a_narrow_module_that_cannot_be_exported_is_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recorder, plan = _Narrowing(), ChannelPlan({}, share=0.5)
+    releases = AutomaticReleases(ReleaseRule(every=1), recorder)
+    recorder.fail = 1
+    releases.narrow(plan)  # nothing yet
+    made = [releases.after_round(n, {}, partial(_narrowable, n)) for n in (1, 2, 3)]
+    assert [found.version if found else None for found in made] == [None, 1, 2]
+    assert "No release after round 1, trying again: cannot be exported" in caplog.text
+    assert recorder.told == [plan]

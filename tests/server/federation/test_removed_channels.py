@@ -632,6 +632,41 @@ def test_the_ready_server_app_goes_on_from_fewer_channels(federation: Federation
     assert shapes(load_model(folder / "final.model").tensors) == NARROW
 
 
+def test_a_resumed_server_app_exports_no_module_with_all_channels(federation: Federation) -> None:
+    folder = federation.folder
+    repository = Repository.create(folder / "repository", KeyRing.create(folder / "keys"))
+    np.savez(folder / "selftest.npz", input=example().numpy())
+    config: dict[str, Any] = {
+        "model": f"{__name__}:network",
+        "example": f"{__name__}:example",
+        "num-server-rounds": 2,
+        "folder": str(folder / "run"),
+        "prunecast.channels": 0.5,
+        "prunecast.channels-at": 1,
+        "release.repository": str(folder / "repository"),
+        "release.keys": str(folder / "keys"),
+        "release.name": "narrow",
+        "release.selftest": str(folder / "selftest.npz"),
+        "release.graph-cache": str(folder / "graphs"),
+        "release.every": 1,
+    }
+    server_app.app(federation.inner, Context(RUN_ID, 0, {}, RecordDict(), config))
+    again = {
+        **config,
+        "resume": str(folder / "run" / "checkpoint.safetensors"),
+        "num-server-rounds": 1,
+        "release.graph-cache": str(folder / "again"),
+    }
+    apps = {n: client(folder / f"again-{n}") for n in (1, 2)}
+    other = InProcessGrid(apps, 2, run_id=RUN_ID + 1)
+    server_app.app(other, Context(RUN_ID + 1, 0, {}, RecordDict(), again))
+    both, one = (list((folder / name).iterdir()) for name in ("graphs", "again"))
+    assert len(both) == 2 * len(one) > 0
+    manifests = [repository.show("narrow", n) for n in (1, 2, 3)]
+    graphs = [manifest.files["model.onnx"] for manifest in manifests]
+    assert graphs[0] == graphs[1] == graphs[2]
+
+
 @pytest.mark.parametrize(
     ("criterion", "masks"),
     [("taylor", "dpf"), ("fisher", "held"), ("movement", "rigl"), ("activation", "dpf")],
