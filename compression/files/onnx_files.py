@@ -12,15 +12,22 @@ from numpy.typing import NDArray
 
 from prunecast.common.bounds import byte_limit, disk_bytes, too_large
 from prunecast.compression.files import (
+    FilesError,
     FileTooLarge,
     UnreadableFile,
     UnsafePath,
     UnsupportedTensor,
 )
 from prunecast.compression.files.contents import content_hint
-from prunecast.compression.files.onnx_skeleton import Place, places, subgraphs
+from prunecast.compression.files.onnx_skeleton import (
+    Place,
+    numpy_dtype,
+    places,
+    subgraphs,
+)
 from prunecast.compression.files.tensors import (
     FOREIGN,
+    MOST_DIMENSIONS,
     NATIVE,
     FileSpec,
     FileTensor,
@@ -47,13 +54,10 @@ def open_onnx(path: Path, max_bytes: int | None = None) -> TensorFile:
         UnsafePath: external data outside the model's folder.
     """
     model, reader = read_proto(path), TensorReader(path, max_bytes)
-    names = [proto.name for proto in model.graph.initializer]
-    if len(set(names)) != len(names):
-        raise UnreadableFile(f"{path} names an initialiser twice")
     try:
         found = places(model)
-    except TypeError as error:  # protobuf hands out bytes instead
-        raise UnreadableFile(f"{path} holds a name that is not UTF-8: it is damaged") from error
+    except FilesError as error:
+        raise type(error)(f"{path}: {error}") from error
     specs: dict[str, FileSpec] = {}
     held: dict[str, Callable[[], FileTensor]] = {}
     for place in found:
@@ -188,17 +192,17 @@ class TensorReader:
         Raises:
             UnreadableFile: a negative or absurd shape.
         """
-        dtype = _dtype(proto)
+        dtype = numpy_dtype(proto)
         return 0 if dtype is None or dtype.hasobject else self.size(proto) * dtype.itemsize
 
     def plain(self, proto: Any) -> bool:
         """Whether the tensor has a dtype of numpy's that can be coded."""
-        dtype = _dtype(proto)
+        dtype = numpy_dtype(proto)
         return dtype is not None and dtype.name in NATIVE
 
     def codable(self, proto: Any) -> bool:
         """Whether the tensor has a dtype that can be coded, numpy's or another."""
-        dtype = _dtype(proto)
+        dtype = numpy_dtype(proto)
         return dtype is not None and dtype.name in (*NATIVE, *FOREIGN)
 
     def spec(self, proto: Any) -> FileSpec:
@@ -208,7 +212,7 @@ class TensorReader:
             UnreadableFile, UnsafePath: as `array`, but for values that are too few.
             UnsupportedTensor: a type that cannot be coded.
         """
-        dtype = _dtype(proto)
+        dtype = numpy_dtype(proto)
         if dtype is None or dtype.name not in (*NATIVE, *FOREIGN):
             from onnx import TensorProto
 
@@ -217,8 +221,7 @@ class TensorReader:
                 f"{self._label(proto)} is {known.get(proto.data_type, proto.data_type)}, which "
                 "cannot be coded"
             )
-        if any(n < 0 for n in proto.dims):
-            raise UnreadableFile(f"{self._label(proto)} has a negative dimension")
+        self.size(proto)
         spec = FileSpec(dtype.name, tuple(proto.dims))
         if proto.data_location == _EXTERNAL:
             self.place(proto, spec.nbytes)
@@ -245,8 +248,13 @@ class TensorReader:
         return self._size(proto, proto.dims)
 
     def _size(self, proto: Any, shape: Sequence[int]) -> int:
+        if len(shape) > MOST_DIMENSIONS:  # before they are multiplied, which takes their square
+            raise UnsupportedTensor(
+                f"{self._label(proto)} has {len(shape):,} dimensions, more than "
+                f"{MOST_DIMENSIONS}: reshape it"
+            )
         size = math.prod(shape)
-        if any(n < 0 for n in shape) or size > _MOST_ELEMENTS:
+        if any(n < 0 for n in shape) or max(size, *shape, 0) > _MOST_ELEMENTS:
             raise UnreadableFile(
                 f"{self._label(proto)} is damaged: the impossible shape {list(shape)}"
             )
@@ -287,9 +295,10 @@ class TensorReader:
         """
         values, indices = self.array(sparse.values).ravel(), self.array(sparse.indices)
         shape = tuple(sparse.dims)
-        self._made += math.prod(shape) * values.itemsize if all(n >= 0 for n in shape) else 0
+        size = self._size(sparse.values, shape)
+        self._made += size * values.itemsize
         self.check(self._made)
-        out = np.zeros(self._size(sparse.values, shape), values.dtype)
+        out = np.zeros(size, values.dtype)
         try:
             if indices.ndim == 2:
                 indices = np.ravel_multi_index(tuple(indices.T), shape)
@@ -312,9 +321,12 @@ class TensorReader:
         where, offset = self.place(proto, length)
         self._made += length
         self.check(self._made)
-        with open(where, "rb") as file:
-            file.seek(offset)
-            proto.raw_data = file.read(length)
+        try:
+            with open(where, "rb") as file:
+                file.seek(offset)
+                proto.raw_data = file.read(length)
+        except OSError as error:
+            raise UnreadableFile(f"cannot read {where}: {error.strerror or error}") from error
         del proto.external_data[:]
         proto.data_location = 0  # in the graph
 
@@ -343,14 +355,21 @@ class TensorReader:
         """
         entries, location = _entries(proto), str(self.location(proto))
         named = self._folder / location
-        where = named.resolve()
+        try:
+            where = named.resolve()
+            there = where.is_file()
+        except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+            raise UnreadableFile(
+                f"{self._label(proto)}: external data at {location[:200]!r} cannot be looked up: "
+                "get them from where the model is from"
+            ) from error
         beside = self._path.is_symlink() and where.parent == self._home
         if where != named and not (where.is_relative_to(self._folder) or beside):
             raise UnsafePath(
                 f"{self._label(proto)}: {named} is a symbolic link to {where}, which is out of the "
                 "model's folder; put the file itself there"
             )
-        if not where.is_file():
+        if not there:
             raise UnreadableFile(
                 f"{self._path} needs {location[:200]!r} beside it: not there, get it "
                 "from where the model is from"
@@ -360,9 +379,13 @@ class TensorReader:
             length = int(entries.get("length", str(0 if nbytes is None else nbytes)))
         except ValueError as error:
             raise UnreadableFile(f"{self._label(proto)}: {error}") from error
-        self._disk.setdefault(where, disk_bytes(where))
+        try:
+            self._disk.setdefault(where, disk_bytes(where))
+            held = where.stat().st_size
+        except OSError as error:
+            raise UnreadableFile(f"cannot read {where}: {error.strerror or error}") from error
         wrong = nbytes is not None and length != nbytes
-        if offset < 0 or length < 0 or wrong or offset + length > where.stat().st_size:
+        if offset < 0 or length < 0 or wrong or offset + length > held:
             raise UnreadableFile(
                 f"{self._label(proto)} does not fit where it should lie in {location[:200]!r}: "
                 "the external data are cut short or belong to another model"
@@ -370,7 +393,7 @@ class TensorReader:
         return where, offset
 
     def _known(self, proto: Any) -> np.dtype[Any]:
-        dtype = _dtype(proto)
+        dtype = numpy_dtype(proto)
         if dtype is None:
             raise UnreadableFile(f"{self._label(proto)} is damaged: no type {proto.data_type}")
         return dtype
@@ -382,13 +405,3 @@ class TensorReader:
 def _entries(proto: Any) -> dict[str, str]:
     """What a tensor says of its external data."""
     return {str(entry.key): str(entry.value) for entry in proto.external_data}
-
-
-def _dtype(proto: Any) -> np.dtype[Any] | None:
-    """numpy's or ml_dtypes' dtype of a tensor, None for a number that onnx does not know."""
-    from onnx import helper
-
-    try:
-        return np.dtype(helper.tensor_dtype_to_np_dtype(proto.data_type))
-    except (KeyError, TypeError, ValueError):
-        return None

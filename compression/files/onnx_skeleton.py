@@ -8,6 +8,7 @@ stays in the skeleton, so that both together are the model again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from prunecast.common.files import replacing
+from prunecast.common.files import remove_abandoned, replacing
 from prunecast.compression.files import FileTooLarge, UnreadableFile
 from prunecast.compression.files.tensors import FOREIGN, FileTensor, raw_dtype
 
-__all__ = ["Place", "places", "subgraphs", "write_onnx"]
+__all__ = ["Place", "numpy_dtype", "places", "subgraphs", "write_onnx"]
 
 _PROTOBUF_LIMIT = 2**31 - 1
+_MOST_NAMES = 1 << 26  # bytes, of all places together
 _LISTS = {"value_floats": ("floats", "float32"), "value_ints": ("ints", "int64")}
 """Lists in ``Constant`` nodes: their field, and the dtype that ONNX gives the constant."""
 
@@ -72,23 +74,48 @@ def places(model: Any) -> list[Place]:
     """Every place of a model that may hold values, in an order that depends on the model alone.
 
     The initialisers of the graph come first, under their own names.
+
+    Raises:
+        UnreadableFile: two initialisers of the graph have one name, or a name is not UTF-8.
+        FileTooLarge: the names take more than 64 MiB; those of inner graphs repeat outer ones.
     """
     found: list[Place] = []
     names: set[str] = set()
+    next_count: dict[str, int] = {}  # of a name, so that many alike take no search each
+    held = 0
 
     def add(wanted: str, holder: Any, values: tuple[str, str] | None = None) -> None:
-        name, count = wanted, 2
+        nonlocal held
+        name, count = wanted, next_count.get(wanted, 2)
         while name in names:
             name, count = f"{wanted}_{count}", count + 1
+        next_count[wanted] = count
         names.add(name)
+        held += len(name)
+        if held > _MOST_NAMES:
+            raise FileTooLarge(
+                f"the names of what the graph holds take more than {_MOST_NAMES:,} bytes: give "
+                f"shorter ones to nodes with inner graphs, such as that of {name[:80]!r}"
+            )
         found.append(Place(name, holder, values))
 
-    _of_graph(model.graph, "", add)
-    for function in model.functions:
-        _of_graph(function, f"{function.name}/", add)
-    for info in model.training_info:
-        _of_graph(info.initialization, "initialization/", add)
-        _of_graph(info.algorithm, "algorithm/", add)
+    own = [tensor.name for tensor in model.graph.initializer]
+    own += [sparse.values.name for sparse in model.graph.sparse_initializer]
+    if len(set(own)) != len(own):
+        twice = next(name for name, number in Counter(own).items() if number > 1)
+        raise UnreadableFile(
+            f"the graph has two initialisers named {str(twice)[:200]!r}: it is damaged, export the "
+            "model again"
+        )
+    try:
+        _of_graph(model.graph, "", add)
+        for function in model.functions:
+            _of_graph(function, f"{function.name}/", add)
+        for info in model.training_info:
+            _of_graph(info.initialization, "initialization/", add)
+            _of_graph(info.algorithm, "algorithm/", add)
+    except TypeError as error:  # protobuf hands out bytes instead
+        raise UnreadableFile("the graph holds a name that is not UTF-8: it is damaged") from error
     return found
 
 
@@ -127,6 +154,16 @@ def _of_sparse(sparse: Any, name: str, add: Callable[..., None]) -> None:
     add(f"{name}.indices", sparse.indices)
 
 
+def numpy_dtype(proto: Any) -> np.dtype[Any] | None:
+    """numpy's or ml_dtypes' dtype of a tensor, None for a number that onnx does not know."""
+    from onnx import helper
+
+    try:
+        return np.dtype(helper.tensor_dtype_to_np_dtype(proto.data_type))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def write_onnx(path: Path, tensors: Mapping[str, FileTensor], skeleton: bytes) -> None:
     """Write a model from its skeleton and its tensors, as one file, atomically.
 
@@ -158,21 +195,21 @@ def write_onnx(path: Path, tensors: Mapping[str, FileTensor], skeleton: bytes) -
         data = model.SerializeToString(deterministic=True)
     except (EncodeError, ValueError) as error:
         raise UnreadableFile(f"the graph that the file holds is damaged: {error}") from error
+    remove_abandoned(Path(path).parent, {Path(path).name})
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(data)
 
 
 def _check(place: Place, tensor: FileTensor) -> None:
     """UnreadableFile where a tensor is not what the skeleton says of it."""
-    from onnx import helper
-
     if place.values is not None:
         fits = tensor.dtype == place.values[1] and tensor.values.ndim == 1
     else:
-        try:
-            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(place.holder.data_type)).name
-        except (KeyError, TypeError, ValueError):
-            dtype = ""
-        fits = dtype == tensor.dtype and tuple(place.holder.dims) == tensor.values.shape
+        dtype = numpy_dtype(place.holder)
+        fits = (
+            dtype is not None
+            and dtype.name == tensor.dtype
+            and tuple(place.holder.dims) == tensor.values.shape
+        )
     if not fits:
         raise UnreadableFile(f"tensor {place.name!r} is not what the graph says: it is damaged")

@@ -11,8 +11,16 @@ import onnx
 import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from prunecast.compression.files import FilesError, UnreadableFile, compressing
+from prunecast.compression.files import (
+    FilesError,
+    FileTooLarge,
+    UnreadableFile,
+    UnsupportedTensor,
+    compressing,
+    onnx_skeleton,
+)
 from prunecast.compression.files.archive import open_archive
+from prunecast.compression.files.checkpoints import open_checkpoint
 from prunecast.compression.files.compressing import Lossy, compress_file, restore_file
 from prunecast.compression.files.formats import open_tensors
 from prunecast.compression.files.onnx_skeleton import write_onnx
@@ -202,3 +210,104 @@ def test_a_graph_that_does_not_belong_to_the_tensors_is_refused(tmp_path: Path) 
         with pytest.raises(FilesError, match="damaged"):
             write_onnx(tmp_path / "x.onnx", tensors, graph)
     assert not (tmp_path / "x.onnx").exists()
+
+
+def test_two_initialisers_of_one_name_are_refused_by_name(tmp_path: Path) -> None:
+    """Which of them a runtime would take, nothing says."""
+    tensor = numpy_helper.from_array(weights(3), "w")
+    twice = helper.make_model(helper.make_graph([], "g", [], [], [tensor, tensor]))
+    mixed = helper.make_model(helper.make_graph([], "g", [], [], [tensor]))
+    mixed.graph.sparse_initializer.append(sparse("w"))
+    for model in (twice, mixed):
+        data = save(model, tmp_path / "m.onnx")
+        with pytest.raises(UnreadableFile, match=r"m\.onnx.* two initialisers named 'w'.* again"):
+            open_tensors(tmp_path / "m.onnx")
+        with pytest.raises(UnreadableFile, match="two initialisers named 'w'"):
+            write_onnx(tmp_path / "n.onnx", {}, data)
+
+
+def test_names_of_inner_graphs_shadow_outer_ones_and_come_back(tmp_path: Path) -> None:
+    tensors = [numpy_helper.from_array(weights(3), "w") for _ in range(3)]
+    inner = helper.make_graph([], "then", [], [], tensors[1:])
+    node = helper.make_node("If", ["c"], ["y"], "if", then_branch=inner)
+    data = save(
+        helper.make_model(helper.make_graph([node], "g", [], [], tensors[:1])), tmp_path / "m.onnx"
+    )
+    source = open_tensors(tmp_path / "m.onnx")
+    assert list(source) == ["w", "if.then_branch/w", "if.then_branch/w_2"]
+    for name, tensor in zip(source, tensors, strict=True):
+        assert source[name].values.tobytes() == tensor.raw_data
+    compress_file(source, tmp_path / "m.pcc")
+    restore_file(open_archive(tmp_path / "m.pcc"), tmp_path / "n.onnx")
+    assert (tmp_path / "n.onnx").read_bytes() == data
+
+
+def test_many_places_of_one_name_take_no_search_each() -> None:
+    value = numpy_helper.from_array(np.ones(1, np.float32))
+    model = helper.make_model(helper.make_graph([], "g", [], []))
+    taken = [helper.make_node("Constant", [], [n], value=value) for n in ("c", "c_3", "c_7")]
+    model.graph.node.extend([*taken, *[taken[0]] * 20_000])
+    found = [place.name for place in onnx_skeleton.places(model)]
+    assert found[:9] == ["c", "c_3", "c_7", "c_2", "c_4", "c_5", "c_6", "c_8", "c_9"]
+    assert found[-1] == "c_20003"
+    assert len(set(found)) == 20_003
+
+
+def test_names_that_inner_graphs_repeat_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of outer nodes begins that of everything inside."""
+    tensors = [numpy_helper.from_array(weights(1), str(i)) for i in range(100)]
+    inner = helper.make_graph([], "then", [], [], tensors)
+    node = helper.make_node("If", ["c"], ["y"], "n" * 1000, then_branch=inner)
+    model = helper.make_model(helper.make_graph([node], "g", [], []))
+    assert len(onnx_skeleton.places(model)) == 100
+    monkeypatch.setattr(onnx_skeleton, "_MOST_NAMES", 100_000)
+    with pytest.raises(FileTooLarge, match=r"more than 100,000 bytes: give shorter ones"):
+        onnx_skeleton.places(model)
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    model = helper.make_model(
+        helper.make_graph([], "g", [], [], [numpy_helper.from_array(weights(3), "name")])
+    )
+    data = save(model, tmp_path / "m.onnx").replace(b"name", b"\xff\xffme")
+    (tmp_path / "m.onnx").write_bytes(data)
+    with pytest.raises(UnreadableFile, match=r"m\.onnx.* not UTF-8"):
+        open_tensors(tmp_path / "m.onnx")
+    with pytest.raises(UnreadableFile, match="not UTF-8"):
+        write_onnx(tmp_path / "n.onnx", {}, data)
+    assert not (tmp_path / "n.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("dims", "error", "said"),
+    [
+        ([2**62] * 100_000, UnsupportedTensor, "'w' has 100,000 dimensions, more than 32"),
+        ([1] * 33, UnsupportedTensor, "'w' has 33 dimensions, more than 32"),
+        ([0, 2**62, 2**62], UnreadableFile, "'w' is damaged: the impossible shape"),
+        ([2**62, 2**62], UnreadableFile, "'w' is damaged: the impossible shape"),
+        ([-1, -1], UnreadableFile, "'w' is damaged: the impossible shape"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused_before_they_are_multiplied(
+    tmp_path: Path, dims: list[int], error: type[FilesError], said: str
+) -> None:
+    tensor = numpy_helper.from_array(weights(1), "w")
+    tensor.dims[:] = dims
+    save(helper.make_model(helper.make_graph([], "g", [], [], [tensor])), tmp_path / "m.onnx")
+    with pytest.raises(error, match=said):
+        open_tensors(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("location", ["a" * 5000, "circle"])
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.INT4])
+def test_external_data_that_cannot_be_looked_up_are_refused(
+    tmp_path: Path, location: str, dtype: int
+) -> None:
+    """A name that no file can have, and links in a circle."""
+    (tmp_path / "circle").symlink_to("circle")
+    tensor = TensorProto(name="w", dims=[4], data_type=dtype, data_location=1)
+    tensor.external_data.add(key="location", value=location)
+    save(helper.make_model(helper.make_graph([], "g", [], [], [tensor])), tmp_path / "m.onnx")
+    for read in (open_tensors, open_checkpoint):
+        with pytest.raises(UnreadableFile, match=r"'w': external data at .* cannot be looked up"):
+            read(tmp_path / "m.onnx")
