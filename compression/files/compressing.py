@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.common.files import replacing
+from prunecast.common.files import remove_abandoned, replacing
 from prunecast.compression.codec import (
     relative_error,
     spread,
@@ -187,6 +187,7 @@ def compress_file(
         steps = _choose_steps(source, lossy, measure)
     dead_zone = lossy.dead_zone if lossy else 0.5
     result, done = Inspection(), 0
+    remove_abandoned(Path(path).parent, {Path(path).name})
     with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
         for number, names in enumerate(plan):
             coded: dict[str, Coded] = {}

@@ -6,6 +6,7 @@ its library; ``.onnx`` by `prunecast.compression.files.onnx_files`, and it is re
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from prunecast.common.bounds import byte_limit, disk_bytes, too_large
-from prunecast.common.files import replacing
+from prunecast.common.files import remove_abandoned, replacing
 from prunecast.common.npz import NpzArchive, NpzError, NpzTooLarge
 from prunecast.compression.files import (
     FileTooLarge,
@@ -35,12 +36,15 @@ from prunecast.compression.files.tensors import (
 )
 
 __all__ = [
+    "lay_out",
     "open_tensors",
     "writable_format",
     "write_tensors",
 ]
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same tensors give the same bytes
+_MOST_MEMBER = 60_000  # bytes of a name in a zip archive, which ends at a NUL besides
+_MOST_HEADER = 100_000_000  # bytes, that the library of safetensors reads
 
 
 def _open_npz(path: Path, max_bytes: int | None) -> TensorFile:
@@ -93,6 +97,10 @@ def _write_npz(path: Path, tensors: Mapping[str, FileTensor]) -> None:
         if tensor.dtype in FOREIGN:
             raise UnsupportedTensor(
                 f"tensor {name!r} is {tensor.dtype}, which .npz cannot hold: write .safetensors"
+            )
+        if "\0" in name or len(name.encode("utf-8", "replace")) > _MOST_MEMBER:
+            raise UnsupportedTensor(
+                f"an .npz file can hold no tensor {name[:200]!r}: write .safetensors"
             )
     with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
         for name, tensor in tensors.items():
@@ -170,29 +178,61 @@ def _open_safetensors(path: Path, max_bytes: int | None) -> TensorFile:
     return TensorFile(path, "safetensors", specs, load, metadata=metadata, offsets=places)
 
 
+def lay_out(
+    specs: Mapping[str, FileSpec], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The header of a ``.safetensors`` file, and where each tensor begins in the file.
+
+    Args:
+        specs: name to dtype and shape, in the order of the file.
+        metadata: texts.
+
+    Raises:
+        UnsupportedTensor: a name that the format cannot hold, or too many of them.
+    """
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at, places = 0, {}
+    for name, spec in specs.items():
+        if name == "__metadata__":
+            raise UnsupportedTensor(f"a .safetensors file can hold no tensor {name!r}: rename it")
+        places[name] = at
+        document[name] = {
+            "dtype": codes[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [at, at := at + spec.nbytes],
+        }
+    try:
+        header = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedTensor(
+            f"a .safetensors file can hold no name or text with lone surrogates: {error}"
+        ) from error
+    header += b" " * (-len(header) % 8)
+    if len(header) > _MOST_HEADER:
+        raise UnsupportedTensor(
+            f"the names and texts of a .safetensors file take up to {_MOST_HEADER:,} bytes: "
+            "shorten them"
+        )
+    start = 8 + len(header)
+    return len(header).to_bytes(8, "little") + header, {n: start + p for n, p in places.items()}
+
+
 def _write_safetensors(
     path: Path, tensors: Mapping[str, FileTensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write into an existing file; the caller replaces files atomically."""
-    from safetensors import SafetensorError, TensorSpec, serialize_file
+    """Write into an existing file; the caller replaces files atomically.
 
-    # The library takes addresses, so the arrays must outlive the call.
-    flat = {name: np.ascontiguousarray(t.values, raw_dtype(t.dtype)) for name, t in tensors.items()}
-    entries = {
-        name: TensorSpec(
-            dtype=tensors[name].dtype,
-            shape=tensors[name].values.shape,
-            data_ptr=array.ctypes.data,
-            data_len=array.nbytes,
-        )
-        for name, array in flat.items()
-    }
-    try:
-        mode = path.stat().st_mode
-        serialize_file(entries, path, metadata=dict(metadata) or None)
-        path.chmod(mode)  # the library replaces the file by one that only its owner may read
-    except SafetensorError as error:
-        raise UnreadableFile(f"cannot write {path}: {error}") from error
+    The library would write a file of a name of its own, which nobody finds after a crash, and put
+    it in the place of the locked one.
+    """
+    order = sorted(tensors, key=lambda n: (-raw_dtype(tensors[n].dtype).itemsize, n))
+    header, _ = lay_out({name: tensors[name].spec for name in order}, metadata)
+    with open(path, "r+b") as file:
+        file.write(header)
+        for name in order:
+            values = np.ascontiguousarray(tensors[name].values, raw_dtype(tensors[name].dtype))
+            values.tofile(file)
 
 
 _READERS = {".safetensors": _open_safetensors, ".npz": _open_npz, ".onnx": open_onnx}
@@ -221,13 +261,16 @@ def open_tensors(path: Path, *, max_bytes: int | None = None) -> TensorFile:
             f"{path}: the suffix {path.suffix!r} is none of {known}"
             + CONVERSIONS.get(path.suffix.lower(), "")
         )
-    if path.is_dir():
-        raise UnreadableFile(f"{path} is a folder: name the file in it")
-    if not path.exists():
-        lost = f", it is a link to {path.readlink()}" if path.is_symlink() else ""
-        raise UnreadableFile(f"cannot read {path}: there is no such file{lost}")
-    if not path.is_file():
-        raise UnreadableFile(f"cannot read {path}: it is no regular file")
+    try:
+        if path.is_dir():
+            raise UnreadableFile(f"{path} is a folder: name the file in it")
+        if not path.exists():
+            lost = f", it is a link to {path.readlink()}" if path.is_symlink() else ""
+            raise UnreadableFile(f"cannot read {path}: there is no such file{lost}")
+        if not path.is_file():
+            raise UnreadableFile(f"cannot read {path}: it is no regular file")
+    except OSError as error:  # of a name that is too long, a folder that may not be entered
+        raise UnreadableFile(f"cannot read {str(path)[:300]}: {error.strerror}") from error
     return reader(path, max_bytes)
 
 
@@ -259,6 +302,7 @@ def write_tensors(
     suffix = writable_format(path)
     if suffix == ".onnx":
         raise UnknownFormat(f"{path}: tensors alone are no .onnx model: write .safetensors or .npz")
+    remove_abandoned(Path(path).parent, {Path(path).name})
     with replacing(Path(path)) as temporary:
         if suffix == ".npz":
             _write_npz(temporary, tensors)

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.files import UnreadableFile
-from prunecast.compression.files.formats import open_tensors
+from prunecast.compression.files.formats import lay_out, open_tensors
+from prunecast.compression.files.tensors import FileSpec
 
 __all__ = ["MaskFile", "read_masks"]
 
@@ -31,20 +32,10 @@ class MaskFile:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        document: dict[str, object] = {
-            "__metadata__": {_SHAPES: json.dumps({n: list(s) for n, s in shapes.items()})}
-        }
-        at, places = 0, {}
-        for name, shape in shapes.items():
-            length = -(-math.prod(shape) // 8)
-            places[name] = at
-            document[name] = {"dtype": "U8", "shape": [length], "data_offsets": [at, at + length]}
-            at += length
-        header = json.dumps(document, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self._header = len(header).to_bytes(8, "little") + header
-        self.places = {name: len(self._header) + place for name, place in places.items()}
-        self._size = len(self._header) + at
+        texts = {_SHAPES: json.dumps({n: list(s) for n, s in shapes.items()})}
+        specs = {n: FileSpec("uint8", (-(-math.prod(s) // 8),)) for n, s in shapes.items()}
+        self._header, self.places = lay_out(specs, texts)
+        self._size = len(self._header) + sum(spec.nbytes for spec in specs.values())
 
     def begin(self, path: Path) -> None:
         """Write the header into a file, and make room for the bits."""

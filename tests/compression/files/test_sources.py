@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from prunecast.common.files import is_locked, remove_abandoned
 from prunecast.compression.files import (
     FilesError,
     FileTooLarge,
@@ -31,6 +32,7 @@ from prunecast.compression.files import (
 )
 from prunecast.compression.files.compressing import compress_file
 from prunecast.compression.files.formats import open_tensors, write_tensors
+from prunecast.compression.files.onnx_skeleton import write_onnx
 from prunecast.compression.files.tensors import FileTensor
 from support.checkpoints import FLOAT8, assert_same, every_kind
 
@@ -68,6 +70,78 @@ def test_written_safetensors_are_read_by_the_library(checkpoint: Path) -> None:
     with safetensors.safe_open(checkpoint, "np") as opened:
         assert np.array_equal(opened.get_tensor("int16"), every_kind()["int16"].values)
         assert opened.get_slice("bfloat16").get_dtype() == "BF16"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".onnx", ".pcc"])
+def test_what_a_killed_writer_left_goes_with_the_next(
+    tmp_path: Path, kinds: dict[str, FileTensor], suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And while one writes, nothing lies beside its file that the next would not know."""
+    path, seen = tmp_path / f"m{suffix}", set()
+    tensors = {n: t for n, t in kinds.items() if t.dtype not in FOREIGN}
+    left, other = tmp_path / f".m{suffix}.0123456789abcdef", tmp_path / ".n.npz.0123456789abcdef"
+    for file in (left, other):
+        file.write_bytes(b"x")
+    skeleton = helper.make_model(helper.make_graph([], "g", [], [])).SerializeToString()
+    source = None
+    if suffix == ".pcc":
+        write_tensors(tmp_path / "source.npz", tensors)
+        source = open_tensors(tmp_path / "source.npz")
+    sync = os.fsync
+
+    def look(handle: int) -> None:
+        seen.update(p.name for p in tmp_path.glob(".*"))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", look)
+    if suffix == ".onnx":
+        write_onnx(path, {}, skeleton)
+    elif source is not None:
+        compress_file(source, path)
+    else:
+        write_tensors(path, tensors)
+    assert path.is_file()
+    assert left.name not in seen
+    assert all(name == other.name or name.startswith(f".m{suffix}.") for name in seen)
+    assert [p.name for p in tmp_path.glob(".*")] == [other.name]
+
+
+def test_a_file_of_safetensors_stays_the_locked_one_while_it_is_written(
+    tmp_path: Path, kinds: dict[str, FileTensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose lock is gone is taken for abandoned, and removed by the next writer."""
+    replace = os.replace
+
+    def look(temporary: Path, path: Path) -> None:
+        assert is_locked(temporary)
+        remove_abandoned(tmp_path)
+        replace(temporary, path)
+
+    monkeypatch.setattr(os, "replace", look)
+    write_tensors(tmp_path / "m.safetensors", kinds)
+    assert set(open_tensors(tmp_path / "m.safetensors")) == set(kinds)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"),
+    [("__metadata__", {}), ("\ud800", {}), ("w", {"a": "\udfff"}), ("w", {"\udc80": "a"})],
+)
+def test_names_and_texts_that_safetensors_cannot_hold_are_refused(
+    tmp_path: Path, name: str, metadata: dict[str, str]
+) -> None:
+    tensor = FileTensor(np.ones(4, "f4"), "float32")
+    with pytest.raises(UnsupportedTensor, match=r"a \.safetensors file can hold no"):
+        write_tensors(tmp_path / "m.safetensors", {name: tensor}, metadata)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\0b", "n" * 65_000])
+def test_names_that_an_archive_would_cut_off_are_refused(tmp_path: Path, name: str) -> None:
+    tensors = {name: FileTensor(np.ones(4, "f4"), "float32")}
+    with pytest.raises(UnsupportedTensor, match=r"an \.npz file can hold no tensor .*safetensors"):
+        write_tensors(tmp_path / "m.npz", tensors)
+    write_tensors(tmp_path / "m.safetensors", tensors)
+    assert list(open_tensors(tmp_path / "m.safetensors")) == [name]
 
 
 def safetensors_file(header: Any, body: bytes = b"") -> bytes:
