@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -31,7 +33,7 @@ __all__ = ["Checkpoint", "Extent", "open_checkpoint"]
 _INDEX = ".safetensors.index.json"
 _MOST_INDEX = 1 << 28  # bytes
 # numbers of fields in onnx.proto
-_GRAPH, _NODE, _INITIALIZER = 7, 1, 5
+_GRAPH, _NODE, _INITIALIZER, _SPARSE = 7, 1, 5, 15
 _DIMS, _TYPE, _FLOATS, _NAME, _RAW, _DOUBLES, _LOCATION = 1, 2, 4, 8, 9, 10, 14
 _FLOATING = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # TensorProto.DataType
 
@@ -67,6 +69,8 @@ class Checkpoint:
         tensors: those that lie plainly in a file, in the order of files and offsets.
         left: names of those that are no floats, or lie nowhere plainly.
         aliases: name of a tied tensor that was not written to the tensor that was.
+        others: of an ``.onnx`` model, what else lies in its files of external data: number of the
+            file, offsets of the first byte and behind the last, and name.
     """
 
     path: Path
@@ -75,6 +79,7 @@ class Checkpoint:
     tensors: tuple[Extent, ...]
     left: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[tuple[int, int, int, str], ...] = ()
 
     def file(self, extent: Extent) -> Path:
         """The file that a tensor lies in."""
@@ -103,7 +108,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if name in seen:
             raise UnreadableFile(
                 f"{checkpoint.path} holds two tensors {name[:200]!r}: it is damaged, or its files "
-                "belong to different checkpoints"
+                "belong to different checkpoints; export it again, or get its files together"
             )
         seen.add(name)
     return checkpoint
@@ -111,7 +116,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open(path: Path) -> Checkpoint:
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = sorted(path.glob(f"*{_INDEX}")) or sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             raise UnknownFormat(
@@ -203,7 +208,8 @@ def _onnx(path: Path) -> Checkpoint:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closes with its last view
         whole, reader = memoryview(data), TensorReader(path)
-        files = {path.name: path, **_beside(path, whole, reader)}
+        beside = _beside(path, whole, reader)
+        files = {path.name: path, **{span[0]: path.parent / span[0] for span in beside}}
         numbers = {name: number for number, name in enumerate(files)}
         before = _multiplied(whole)
         for raw in _repeated(whole, _INITIALIZER):
@@ -214,6 +220,10 @@ def _onnx(path: Path) -> Checkpoint:
             spec, home, offset = found
             axis = 0 if name in before and len(spec.shape) == 2 else 1
             tensors.append(Extent(name, spec, numbers[home] if home else 0, offset, axis))
+        for sparse in _repeated(whole, _SPARSE):
+            for number, value in read_fields(sparse, FIELDS["SparseTensor"]):
+                if number == 1 and isinstance(value, memoryview):
+                    left.append(_name(value))
     except OSError as error:
         raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
     except (RuntimeFailure, DecodeError, ValueError) as error:
@@ -223,32 +233,46 @@ def _onnx(path: Path) -> Checkpoint:
             f"{path} is not a readable .onnx model: {error}{content_hint(path)}"
         ) from error
     tensors.sort(key=lambda t: (t.file, t.offset))
-    return Checkpoint(path, "onnx", files, tuple(tensors), tuple(left))
+    own = Counter((t.file, t.offset, t.name) for t in tensors)
+    others = []
+    for home, start, stop, name in beside:
+        if own[numbers[home], start, name] > 0:
+            own[numbers[home], start, name] -= 1
+        else:
+            others.append((numbers[home], start, stop, name))
+    return Checkpoint(path, "onnx", files, tuple(tensors), tuple(left), others=tuple(others))
 
 
-def _beside(path: Path, model: memoryview, reader: TensorReader) -> dict[str, Path]:
-    """Files of external data of all tensors, inner graphs and `Constant` nodes included.
+def _beside(path: Path, model: memoryview, reader: TensorReader) -> list[tuple[str, int, int, str]]:
+    """External data of all tensors, inner graphs and `Constant` nodes included.
 
-    By the model's name for them, below its own folder: a runtime looks for them there, whatever
-    links they are.
+    The model's name for the file, below its own folder (a runtime looks for it there, whatever link
+    it is), where they begin and end as far as that is stated, and the tensor's name.
     """
     import onnx
 
-    files: dict[str, Path] = {}
+    found: list[tuple[str, int, int, str]] = []
+    whole = path.resolve()
     for name, entries, external in external_tensors(model):
         if not external:
             continue
         proto = onnx.TensorProto(name=name)
         for key, value in entries:
             proto.external_data.add(key=key, value=value)
-        location = str(reader.location(proto))
-        if reader.place(proto)[0] == path.resolve():
+        where, offset = reader.place(proto)
+        if where == whole:
             raise UnreadableFile(
                 f"{path}: tensor {name[:80]!r} has its external data in the model itself: it is "
                 "damaged, or was renamed over them"
             )
-        files[location] = path.parent / location
-    return files
+        length = int(dict(entries).get("length", "1"))
+        found.append((str(reader.location(proto)), offset, offset + length, name))
+    return found
+
+
+def _name(tensor: memoryview) -> str:
+    fields = read_fields(tensor, FIELDS["Tensor"])
+    return next((str(v, "utf-8") for n, v in fields if n == _NAME and not isinstance(v, int)), "")
 
 
 def _repeated(model: memoryview, wanted: int) -> Iterator[memoryview]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from prunecast.compression.files.selection import (
 )
 from prunecast.compression.files.shares import MOST_GATHERED, SHARED, removed_by_share
 from prunecast.compression.files.tensors import MOST_DIMENSIONS, raw_dtype
-from prunecast.compression.files.ties import refuse_apart, tied_tensors
+from prunecast.compression.files.ties import refuse_apart, refuse_shared, tied_tensors
 from prunecast.compression.files.zeroing import (
     Targets,
     Zeroed,
@@ -172,7 +172,9 @@ def prune_checkpoint(
     """
     chosen = settings.prunable(checkpoint)
     ties = tied_tensors(checkpoint, settings.min_size)
-    refuse_apart(checkpoint, {t.name for t in chosen}, ties, settings.exclude)
+    names = {t.name for t in chosen}
+    refuse_apart(checkpoint, names, ties, settings.exclude)
+    refuse_shared(checkpoint, names)
     if not chosen:
         raise CannotPrune(
             f"{checkpoint.path} has no tensor that may be pruned: none is a matrix or kernel of "
@@ -183,7 +185,11 @@ def prune_checkpoint(
     if settings.pattern:
         return _by_pattern(checkpoint, targets, settings, chosen, ties, run, on_progress)
     single = [t for t in chosen if t.name not in ties]
-    parts = {t.name: _parts(checkpoint, t, _most(chosen), _step(t, settings)) for t in chosen}
+    most = _most(chosen)
+    parts = {
+        t.name: _parts(checkpoint, t, most, _step(t, settings), ties.get(t.name, ""))
+        for t in chosen
+    }
     memory = _memory(single, settings, max(p.chunk for each in parts.values() for p in each))
     rankings = _rankings(single, settings)
     passes = {t.name: rankings[t.name].bits // DIGIT + 1 for t in single}  # before the writing
@@ -241,16 +247,23 @@ def _by_pattern(
     """N of every M: each group by itself, so one pass is enough."""
     pattern = parse_pattern(settings.pattern)
     assert isinstance(pattern, NOfM)
-    jobs, memory = [], 0
+    jobs, memory, most = [], 0, _most(chosen)
+    along = {t.name: t.inputs for t in chosen}
     for tensor in chosen:
-        shape = tensor.spec.shape
+        shape, twin = tensor.spec.shape, ties.get(tensor.name, "")
+        if twin and along[twin] != tensor.inputs:
+            raise CannotPrune(
+                f"tied weights would be pruned apart: {twin!r} and {tensor.name!r} are the same, "
+                f"and {settings.pattern} runs along other axes of them; leave out both with "
+                f"--exclude {twin!r} --exclude {tensor.name!r}"
+            )
         if misfit := pattern.misfit(shape if tensor.inputs == 1 else shape[1::-1]):
             raise CannotPrune(
                 f"{settings.pattern} does not divide {tensor.name!r} of shape {list(shape)}: "
                 f"{misfit}; leave it out with --exclude {tensor.name!r}"
             )
         step = math.prod(shape[1:]) * 8 * (1 if tensor.inputs == 1 else pattern.of)
-        parts = _parts(checkpoint, tensor, _most(chosen), step)
+        parts = _parts(checkpoint, tensor, most, step, twin)
         memory = max(memory, _memory([tensor], settings, parts[0].chunk))
         ranking = _ranking([tensor], settings)
         grouping = Grouping(pattern, shape[1:], tensor.inputs)
@@ -300,12 +313,23 @@ def _step(tensor: Extent, settings: Pruning) -> int:
     return 8 * (1 if settings.criterion != "l2" else math.prod(tensor.spec.shape[1:]))
 
 
-def _parts(checkpoint: Checkpoint, tensor: Extent, most: int, step: int) -> list[Part]:
-    path, spec, most = checkpoint.file(tensor), tensor.spec, -(-most // step) * step
-    row = math.prod(spec.shape[1:])
+def _parts(
+    checkpoint: Checkpoint, tensor: Extent, most: int, step: int, twin: str = ""
+) -> list[Part]:
+    spec, most = tensor.spec, -(-most // step) * step
+    whole = Part(
+        tensor.name,
+        spec.dtype,
+        checkpoint.file(tensor),
+        tensor.offset,
+        0,
+        spec.size,
+        math.prod(spec.shape[1:]),
+        step,
+        twin,
+    )
     return [
-        Part(tensor.name, spec.dtype, path, tensor.offset, at, min(at + most, spec.size), row, step)
-        for at in range(0, spec.size, most)
+        replace(whole, start=at, stop=min(at + most, spec.size)) for at in range(0, spec.size, most)
     ]
 
 

@@ -76,6 +76,7 @@ class Part:
         stop: number of the first weight behind it.
         row: weights of one position of the tensor's first axis.
         step: chunks and parts hold a multiple of so many weights: 8, or 8 rows or more.
+        twin: the tensor that it is tied with, whose random numbers it gets; "" for none.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Part:
     stop: int
     row: int = 1
     step: int = 8
+    twin: str = ""
 
     @property
     def chunk(self) -> int:
@@ -143,7 +145,9 @@ class Ranking:
             values: as `raw_dtype` has them.
         """
         if self.criterion == "random":  # as the criterion of that name draws a whole tensor
-            drawn = np.random.PCG64(np.random.SeedSequence([self.seed, _number(part.name)]))
+            drawn = np.random.PCG64(
+                np.random.SeedSequence([self.seed, _number(part.twin or part.name)])
+            )
             scores = np.random.Generator(drawn.advance(start)).random(values.size)
             return scores.view(np.uint64)
         if self.criterion == "l2":

@@ -10,7 +10,7 @@ from pathlib import Path
 from prunecast.compression.files import CannotPrune, UnreadableFile
 from prunecast.compression.files.checkpoints import Checkpoint, Extent
 
-__all__ = ["refuse_apart", "tied_tensors"]
+__all__ = ["refuse_apart", "refuse_shared", "tied_tensors"]
 
 _SAMPLE = 1 << 16  # bytes from the beginning, the middle and the end tell nearly all apart
 _BLOCK = 1 << 22
@@ -77,6 +77,35 @@ def refuse_apart(
                 f"{stays!r} stays whole as an adapter does; leave out both with --exclude "
                 f"{first!r} --exclude {copy!r}, or prune low-rank factors too with --adapters"
             )
+
+
+def refuse_shared(checkpoint: Checkpoint, chosen: Collection[str]) -> None:
+    """What loses weights has its bytes for itself, or for tensors of its dtype and shape alone.
+
+    Files of external data may lie in one another as an ``.onnx`` model likes; what is zeroed there
+    would be zero in all of them.
+
+    Raises:
+        CannotPrune: bytes of a chosen tensor are another's too.
+    """
+    spans: dict[tuple[object, ...], tuple[int, int, int, str, bool]] = {}
+    for t in checkpoint.tensors:
+        key, before = (t.file, t.offset, t.spec), spans.get((t.file, t.offset, t.spec))
+        loses = t.name in chosen or (before is not None and before[4])
+        spans[key] = (t.file, t.offset, t.offset + t.spec.nbytes, t.name, loses)
+    others = [(file, start, stop, name, False) for file, start, stop, name in checkpoint.others]
+    last: dict[bool, tuple[int, int, str]] = {}  # whether it is chosen: file, end, name
+    for file, start, stop, name, loses in sorted([*spans.values(), *others]):
+        for other in (True, False):
+            at, end, neighbour = last.get(other, (-1, 0, ""))
+            if at == file and start < min(end, stop) and (loses or other):
+                raise CannotPrune(
+                    f"{neighbour!r} and {name!r} share bytes of {checkpoint.path.name}'s external "
+                    "data, so both would be pruned: export them apart, or leave out the one with "
+                    f"--exclude {name if loses else neighbour!r}"
+                )
+        if last.get(loses, (-1, 0, ""))[:2] < (file, stop):
+            last[loses] = (file, stop, name)
 
 
 def _sample(path: Path, tensor: Extent) -> bytes:

@@ -22,6 +22,7 @@ from prunecast.compression.files import (
     UnknownFormat,
     UnreadableFile,
     UnsafePath,
+    UnsupportedTensor,
     pruning,
     selection,
     shares,
@@ -292,6 +293,10 @@ def test_an_index_that_names_other_places_or_lost_tensors_is_refused(tmp_path: P
         path.write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(UnsafePath, match="shards lie beside the index"):
             open_checkpoint(path)
+    for name in (f"{'a' * 5000}.safetensors", "a\0.safetensors", "\ud800.safetensors"):
+        path.write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(UnreadableFile, match="cannot read"):
+            open_checkpoint(path)
     path.write_text(json.dumps({"weight_map": {"v": "a.safetensors"}}))
     with pytest.raises(UnreadableFile, match="lacks the tensor 'v'"):
         open_checkpoint(path)
@@ -324,8 +329,29 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
         model.graph.initializer.append(numpy_helper.from_array(other, "w"))
         (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
         for path in (tmp_path / "m.safetensors.index.json", tmp_path / "m.onnx"):
-            with pytest.raises(UnreadableFile, match="holds two tensors 'w'"):
+            with pytest.raises(UnreadableFile, match=r"holds two tensors 'w'.*export it again"):
                 open_checkpoint(path)
+    model = onnx_model({"w": array})
+    sparse = helper.make_sparse_tensor(
+        numpy_helper.from_array(array[0], "w"), numpy_helper.from_array(np.arange(4)), [9]
+    )
+    model.graph.sparse_initializer.append(sparse)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnreadableFile, match="holds two tensors 'w'"):
+        open_checkpoint(tmp_path / "m.onnx")
+
+
+def test_an_inner_graph_has_its_own_tensor_of_an_outer_name(tmp_path: Path) -> None:
+    array = np.random.default_rng(2).normal(size=(8, 8)).astype("f4")
+    model = onnx_model({"w": array})
+    inner = helper.make_graph([], "then", [], [], [numpy_helper.from_array(array + 1, "w")])
+    model.graph.node.append(helper.make_node("If", ["c"], ["z"], then_branch=inner))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    assert prune(tmp_path / "m.onnx").removed == 32
+    after = onnx.load(tmp_path / "m.pruned.onnx").graph
+    (left,) = after.node[1].attribute[0].g.initializer
+    assert np.array_equal(numpy_helper.to_array(left), array + 1)
+    assert np.count_nonzero(numpy_helper.to_array(after.initializer[0])) == 32
 
 
 def test_what_one_shard_left_out_and_another_holds_is_no_alias(tmp_path: Path) -> None:
@@ -535,6 +561,64 @@ def test_external_data_in_the_model_itself_are_refused(tmp_path: Path, location:
         open_checkpoint(path)
 
 
+def beside(
+    name: str, dims: list[int], at: int, length: int | None = None, dtype: int = 1
+) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, dims=dims, data_type=dtype, data_location=1)
+    entries = {"location": "w.bin", "offset": at, "length": length}
+    for key, value in entries.items():
+        if value is not None:
+            tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+@pytest.mark.parametrize("length", [None, 256])
+@pytest.mark.parametrize(
+    ("dims", "at", "dtype", "inner"),
+    [
+        ([64], 0, 1, False),
+        ([8, 8], 128, 1, False),
+        ([64], 0, 6, False),
+        ([8, 8], 0, 1, True),
+    ],
+)
+def test_bytes_that_another_tensor_shares_are_not_zeroed(
+    tmp_path: Path, dims: list[int], at: int, dtype: int, inner: bool, length: int | None
+) -> None:
+    """Another shape, a part, integers, and a tensor of an inner graph."""
+    array = np.random.default_rng(2).normal(size=200).astype("f4")
+    (tmp_path / "w.bin").write_bytes(array.tobytes())
+    model = onnx_model({"w": array[:4].reshape(2, 2)})
+    model.graph.initializer[0].CopyFrom(beside("w", [8, 8], 0, length))
+    model.graph.initializer.append(beside("free", [4, 4], 400, length and 64))
+    other = beside("other", dims, at, length, dtype)
+    if inner:
+        graph = helper.make_graph([], "then", [], [], [other])
+        model.graph.node.append(helper.make_node("If", ["c"], ["z"], then_branch=graph))
+    else:
+        model.graph.initializer.append(other)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(CannotPrune, match=r"share bytes of m\.onnx's external data.*--exclude"):
+        prune(path)
+    assert not (tmp_path / "pruned").exists()
+    result = prune(path, exclude=("w", "other"))
+    assert result.removed == 8
+    assert (tmp_path / "pruned/w.bin").read_bytes()[:400] == array.tobytes()[:400]
+
+
+def test_two_tensors_that_are_one_in_the_file_are_tied(tmp_path: Path) -> None:
+    array = np.random.default_rng(2).normal(size=(8, 8)).astype("f4")
+    (tmp_path / "w.bin").write_bytes(array.tobytes())
+    model = onnx_model({"w": array})
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([beside("w", [8, 8], 0), beside("v", [8, 8], 0)])
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    result = prune(tmp_path / "m.onnx")
+    assert (result.prunable, result.removed, result.tensors["v"].same_as) == (64, 32, "w")
+    assert np.count_nonzero(arrays_of(tmp_path / "pruned/m.onnx")["v"]) == 32
+
+
 def framed(number: int, data: bytes) -> bytes:
     """A field of protobuf that holds bytes."""
     length, head = len(data), [number << 3 | 2]
@@ -646,6 +730,37 @@ def test_weights_that_are_tied_with_an_adapter_are_not_pruned_apart(
     assert all(f"--exclude {name!r}" in str(told.value) for name in both)
     assert prune(tmp_path / "m.safetensors", allocation=allocation, exclude=both).removed == 200
     assert prune(tmp_path / "m.safetensors", allocation=allocation, adapters=True).removed == 520
+
+
+@pytest.mark.parametrize("pattern", ["", "2:4"])
+@pytest.mark.parametrize("criterion", selection.SCORED)
+def test_tied_weights_share_a_mask_by_every_criterion(
+    tmp_path: Path, criterion: str, pattern: str
+) -> None:
+    """What is drawn is drawn for the first of them, as a publisher does."""
+    path, tensors = tied(tmp_path)
+    chosen = {"criterion": criterion, "pattern": pattern}
+    result = prune(path, exclude=("z*",), **chosen)
+    masks = read_masks(tmp_path / "m.pruned.masks.safetensors")
+    expected = in_memory({n: tensors[n] for n in ("head", "layer")}, **chosen)
+    for name, first in {"head": "head", "tokens": "head", "layer": "layer"}.items():
+        assert np.array_equal(masks[name], expected[first]), name
+    assert result.removed == 500
+    assert_masked(tmp_path / "m.pruned.safetensors", tensors, masks)
+
+
+def test_tied_weights_whose_patterns_run_along_other_axes_are_not_pruned_apart(
+    tmp_path: Path,
+) -> None:
+    array = np.random.default_rng(2).normal(size=(8, 8)).astype("f4")
+    model = onnx_model({"w": array, "v": array})
+    model.graph.node.append(helper.make_node("Gemm", ["x", "v"], ["z"], transB=1))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        CannotPrune, match=r"pruned apart: 'w' and 'v' .* 2:4 runs along other axes"
+    ):
+        prune(tmp_path / "m.onnx", pattern="2:4")
+    assert prune(tmp_path / "m.onnx").removed == 32
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -821,6 +936,14 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
     prune(path)
     assert not any(file.exists() for file in left)
     assert all(file.exists() for file in others)
+
+
+def test_a_tensor_that_a_file_of_masks_cannot_name_is_refused(tmp_path: Path) -> None:
+    model = onnx_model({"__metadata__": np.ones((4, 4), "f4")})
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsupportedTensor, match="can hold no tensor '__metadata__': rename it"):
+        prune(tmp_path / "m.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
 def test_a_checkpoint_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
