@@ -21,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -89,7 +90,7 @@ def measured(comparison: Comparison, tolerance: float) -> dict[str, Any]:
     """The document of a comparison, with what is needed to judge it; trains what is not kept."""
     scenario = comparison.scenario
     document = comparison.run(teller(scenario.name))
-    wire = _wire(comparison)
+    wire = _wire(comparison, document)
     for name, arm in document["arms"].items():
         arm["wire"] = wire.get(name)
     document["parameters"] = parameter_count(scenario.model.network()())
@@ -98,14 +99,16 @@ def measured(comparison: Comparison, tolerance: float) -> dict[str, Any]:
     return document
 
 
-def _wire(comparison: Comparison) -> dict[str, int]:
+def _wire(comparison: Comparison, document: Mapping[str, Any]) -> dict[str, int]:
     """Estimated bytes on the wire by arm, means over seeds, where ledgers can say."""
     from prunecast.server.federation import Tally
     from prunecast.simulations.network_profiles.results import entries_of
     from prunecast.simulations.runner.run import read_result
 
     found: dict[str, list[int | None]] = {}
-    for _, folder in comparison.runs():
+    for scenario, folder in comparison.runs():
+        if document["left_out"].keys() & scenario.arms:
+            continue
         for name, arm in read_result(folder)["arms"].items():
             entries = entries_of(folder / arm["ledger"], None if arm["trained"] else name)
             totals = Tally(entries).totals()

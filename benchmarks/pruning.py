@@ -98,6 +98,8 @@ def measured(comparison: Comparison, arguments: argparse.Namespace) -> dict[str,
     zeros: dict[str, list[float]] = {}
     for scenario, folder in comparison.runs():
         arm = next(iter(scenario.arms))
+        if arm in document["left_out"]:
+            continue
         zeros.setdefault(arm, []).append(read_result(folder)["arms"][arm]["sparsity"])
     reached = {arm: statistics.fmean(values) for arm, values in zeros.items()}
     rows = harness.rows_of(document, _ways(name, arguments), arguments.sparsities, reached)
@@ -117,6 +119,7 @@ def measured(comparison: Comparison, arguments: argparse.Namespace) -> dict[str,
         "rows": rows,
         "orderings": harness.compare_orderings(rows),
         "limits": harness.within_limits(rows),
+        "left_out": document["left_out"],
         "automatic": harness.compare_automatic(document, rows, reached),
     }
 

@@ -73,7 +73,7 @@ def compare(
     with Told(loggers_of(log or ()), comparison.folder) as listener, progress:
 
         def hear(event: Mapping[str, Any]) -> None:
-            progress({**event, "event": "step"} if event["event"] == "kept" else event)
+            progress({**event, "event": "step"} if event["event"] in ("kept", "failed") else event)
             listener(event)
 
         document = comparison.run(hear)

@@ -31,7 +31,8 @@ def teller(name: str) -> Callable[[Mapping[str, Any]], None]:
     """Prints which run of a comparison is begun, or kept."""
 
     def hear(event: Mapping[str, Any]) -> None:
-        if event["event"] in ("kept", "step") and event["text"].startswith("seed "):
+        told = event["event"] in ("kept", "step") and event["text"].startswith("seed ")
+        if told or event["event"] == "failed":
             print(f"{name}: {event['text']}", flush=True)
 
     return hear

@@ -199,6 +199,8 @@ def _scenario_lines(document: Document, tolerance: float) -> Iterator[str]:
     told += "." if found["within"] else ": no preset comes within the tolerance of dense."
     yield told + _target(found)
     yield _peer_line(document)
+    for name, why in document["left_out"].items():
+        yield f"- `{name}` was left out: {why}."
     for name, line in zip(document["published"], published_lines(document), strict=True):
         met = reproduced(document, name)
         end = "" if met is None else ": reproduced" if met else ": NOT reproduced within the spread"

@@ -178,6 +178,8 @@ def rows_of(
     rows = []
     for name in ways:
         for sparsity in sparsities:
+            if _arm(name, sparsity) in document["left_out"]:
+                continue
             arm = arms[_arm(name, sparsity)]
             lost = [100 * (a - b) for a, b in zip(without, arm["by_seed"], strict=True)]
             rows.append(
@@ -308,6 +310,8 @@ def report_lines(tasks: Sequence[Mapping[str, Any]], command: str) -> Iterator[s
         yield from _verdicts(task)
         if task["automatic"] is not None:
             yield _automatic_line(task["automatic"])
+        for name, why in task["left_out"].items():
+            yield f"- `{name}` was left out: {why}."
 
 
 def _percent(figures: Mapping[str, Any]) -> str:

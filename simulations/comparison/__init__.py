@@ -22,7 +22,7 @@ from prunecast.simulations.arms import ARMS, Arm
 from prunecast.simulations.kinds import ScenarioError, choice, written
 from prunecast.simulations.network_profiles import NetworkSpec
 from prunecast.simulations.network_profiles.results import add_simulated_time
-from prunecast.simulations.runner import ResultError, SimulationError
+from prunecast.simulations.runner import EngineFailed, ResultError, SimulationError
 from prunecast.simulations.scenarios import PublishedSpec, Scenario, save_scenario
 
 __all__ = ["DOCUMENT", "Comparison", "compared_rows", "last_rounds", "peers", "published_lines"]
@@ -145,23 +145,29 @@ class Comparison:
     def run(self, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
         """Do what is not done yet, one run after the other, and write the document.
 
+        An arm that fails where others were trained, as one that diverges does, is left out of the
+        document, which says why.
+
         Args:
             on_event: told what `run_scenario` tells, and of ``kept`` (``text``) where a run was
-                finished before.
+                finished before; of ``failed`` (``text``) where an arm is left out.
 
         Returns:
             The document, see docs/compare.md.
 
         Raises:
-            DataError, FederationError, ScenarioError, SimulationError: as of `run_scenario`; what
-                was finished before is kept.
+            DataError, FederationError, ScenarioError, SimulationError: as of `run_scenario`, but
+                for an arm that is left out; what was finished before is kept.
         """
         from prunecast.simulations.runner.run import SCENARIO, check_scenario, run_scenario
 
         results: dict[int, dict[str, dict[str, Any]]] = {seed: {} for seed in self.seeds}
         checked, task = False, {}
+        failed: dict[str, str] = {}
         for scenario, folder in self.runs():
             name = next(iter(scenario.arms))
+            if name in failed:
+                continue
             result = finished(scenario, folder)
             if result is not None:
                 on_event({"event": "kept", "text": f"seed {scenario.seed}, {name}: kept"})
@@ -172,18 +178,29 @@ class Comparison:
                 on_event({"event": "step", "text": f"seed {scenario.seed}, {name}"})
                 shutil.rmtree(folder, ignore_errors=True)
                 _make(folder)
-                result = run_scenario(scenario, folder, on_event=on_event)
+                try:
+                    result = run_scenario(scenario, folder, on_event=on_event)
+                except EngineFailed as error:
+                    if not task or self.arms[name].baseline:
+                        raise  # nothing to compare with, or no telling whose fault it is
+                    why = f"seed {scenario.seed}: {error}"
+                    on_event({"event": "failed", "text": f"{name} is left out: {why}"})
+                    failed |= dict.fromkeys(scenario.arms, why)
+                    continue
             if self.network is not None:
                 add_simulated_time(result, folder, self.network)
             results[scenario.seed].update(result["arms"])
             task = result["task"]
         save_scenario(self.scenario, self.folder / SCENARIO)
-        text = json.dumps(self._document(results, task), indent=2) + "\n"
+        text = json.dumps(self._document(results, task, failed), indent=2) + "\n"
         write_atomically(self.folder / DOCUMENT, text.encode())
         return json.loads(text)  # type: ignore[no-any-return]
 
     def _document(
-        self, results: Mapping[int, Mapping[str, Mapping[str, Any]]], task: Mapping[str, Any]
+        self,
+        results: Mapping[int, Mapping[str, Mapping[str, Any]]],
+        task: Mapping[str, Any],
+        failed: Mapping[str, str],
     ) -> dict[str, Any]:
         scenario = self.scenario
         arms = {
@@ -193,6 +210,7 @@ class Comparison:
                 **_figures([results[seed][name] for seed in self.seeds], task),
             }
             for name, arm in self.arms.items()
+            if name not in failed
         }
         base = next((n for n, arm in self.arms.items() if arm.baseline), None)
         for figures in arms.values():
@@ -207,7 +225,7 @@ class Comparison:
             "last_rounds": last_rounds(scenario.rounds),
             "task": dict(task),
             "arms": arms,
-            "left_out": dict(self.left_out),
+            "left_out": {**self.left_out, **failed},
             "network": self.network and written(self.network),
             "published": {name: written(figure) for name, figure in self.published.items()},
         }

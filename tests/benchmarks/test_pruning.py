@@ -24,7 +24,11 @@ def arm(*values: float, mean: float | None = None) -> dict[str, Any]:
 def rows(**arms: dict[str, Any]) -> list[dict[str, Any]]:
     ways = [name for name in arms if name != "unpruned"]
     found = {f"{name}-95": figures for name, figures in arms.items() if name != "unpruned"}
-    document = {"task": {"metric": "accuracy"}, "arms": {**found, "unpruned": arms["unpruned"]}}
+    document = {
+        "task": {"metric": "accuracy"},
+        "arms": {**found, "unpruned": arms["unpruned"]},
+        "left_out": {},
+    }
     return harness.rows_of(document, ways, [0.95], dict.fromkeys(found, 0.949))
 
 
@@ -97,7 +101,7 @@ def test_the_automatic_way_is_judged_by_the_sweep(
 ) -> None:
     figures = {"unpruned": arm(0.9), "global-80": arm(0.89), "global-95": arm(0.896)}
     figures |= {"global-98": arm(0.88), "automatic": arm(0.9 - lost)}
-    document = {"task": {"metric": "accuracy"}, "arms": figures}
+    document: dict[str, Any] = {"task": {"metric": "accuracy"}, "arms": figures, "left_out": {}}
     reached = {**dict.fromkeys(figures, 0.5), "automatic": zeros}
     measured = harness.rows_of(document, ["global"], [0.8, 0.95, 0.98], reached)
     found = harness.compare_automatic(document, measured, reached)
@@ -110,6 +114,10 @@ def test_the_automatic_way_is_judged_by_the_sweep(
     assert other is not None
     assert other["fixed"] == 0
     figures.pop("automatic")
+    document["left_out"] = {"global-80": "it diverged"}
+    figures.pop("global-80")
+    rest = harness.rows_of(document, ["global"], [0.8, 0.95, 0.98], reached)
+    assert [row["sparsity"] for row in rest] == [0.95, 0.98]
     assert harness.compare_automatic(document, measured, reached) is None
 
 
@@ -130,6 +138,7 @@ def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
              "error": None, "met": False},
         ],
         "limits": harness.within_limits(measured),
+        "left_out": {"random-98": "seed 2: it diverged"},
         "automatic": {
             "accuracy": 0.896, "lost": 0.4, "lost_by_seed": [0.3, 0.5], "zeros": 0.964,
             "bytes": 1_500_000, "fixed": 0.95, "tolerated": True, "as_sparse": False,
@@ -143,6 +152,7 @@ def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
     assert "- one at 95 % (`b`, `a`): met, +0.50 ± 0.10 points" in text
     assert "- two at 95 % (`b`, `c`): MISSED, -0.50 points" in text
     assert "- no more than 1.5 points lost at 95 %" in text
+    assert "- `random-98` was left out: seed 2: it diverged." in text
     assert "- automatic, as many rounds: 96.4 % of zeros in 1.50 MB, +0.40 points lost" in text
     assert "(+0.30, +0.50), its tolerance 0.5: within; the highest" in text
     assert "of `global` that lost no more is 95 %, no more than 2 points above: MISSED" in text

@@ -23,6 +23,7 @@ from prunecast.simulations.comparison import (
     published_lines,
 )
 from prunecast.simulations.kinds import written
+from prunecast.simulations.runner import EngineFailed
 from prunecast.simulations.runner.run import read_result
 from prunecast.simulations.scenarios import (
     PublishedSpec,
@@ -113,6 +114,32 @@ def test_the_command_refuses_in_a_line(tmp_path: Path, arguments: list[str], say
     assert result.exit_code == 2
     assert says in " ".join(result.output.replace("│", " ").split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.engine
+def test_an_arm_that_diverges_is_left_out_and_the_others_are_compared(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    mapping = copy.deepcopy({**tiny, "rounds": 2})
+    mapping["arms"] = {
+        "dense": {"kind": "dense"},
+        "wild": {"kind": "masks", "learning_rate": 1e38},
+        "coarse": {"kind": "scheme", "scheme": "fp16"},
+    }
+    scenario = scenario_from_mapping(mapping)
+    events: list[dict[str, Any]] = []
+    chosen = Comparison.of(scenario, names=["dense", "wild", "coarse"], folder=tmp_path)
+    document = chosen.run(lambda event: events.append(dict(event)))
+    assert list(document["arms"]) == ["dense", "coarse"]
+    [told] = [e["text"] for e in events if e["event"] == "failed"]
+    assert told.startswith("wild is left out: seed 3: the simulation failed: arm 'wild'")
+    assert document["left_out"] == {"wild": told.removeprefix("wild is left out: ")}
+    _, rows = compared_rows(document)
+    assert [row[0] for row in rows] == ["dense", "coarse"]
+
+    # what fails first has nothing to be left out of
+    with pytest.raises(EngineFailed, match="arm 'wild'"):
+        Comparison.of(scenario, names=["wild"], folder=tmp_path / "alone").run()
 
 
 @pytest.mark.engine
