@@ -108,6 +108,9 @@ def compression_mod(
 
         app = ClientApp(mods=[compression_mod()])
 
+    A node whose config has ``prunecast-width`` says so to the server, which may then send it a
+    slice of the model, see docs/pruning.md.
+
     How arrays come and go is the server's choice, told with every message. With a server that does
     not compress, messages pass through unchanged, so the same client serves both.
 
@@ -146,7 +149,11 @@ def compression_mod(
             node.settle(instruction.accepted, instruction.given_up)
             keeps = _distils(context) if teacher is None else teacher
             most = _most(max_model_bytes, context)
-            exchange = _Exchange(message, instruction, node, most, keeps_teacher=keeps)
+            exchange = _Exchange(
+                *(message, instruction, node, most),
+                keeps_teacher=keeps,
+                width=str(context.node_config.get("prunecast-width", "")),
+            )
         except TooLarge as error:
             raise ModError(
                 f"message from the server was refused: {error}: set "
@@ -207,8 +214,9 @@ class _Exchange:
         most: int,
         *,
         keeps_teacher: bool = False,
+        width: str = "",
     ) -> None:
-        self._metadata, self._most = message.metadata, most
+        self._metadata, self._most, self._width = message.metadata, most, width
         self._keeps_teacher = keeps_teacher
         self._instruction = instruction
         self._store = store
@@ -264,13 +272,20 @@ class _Exchange:
         return array_record(held.arrays())
 
     def _held(self, key: str) -> tuple[PublishedModel | None, PublishedModel | None]:
-        """The version on disk, and what a payload builds on: its part, once channels have gone."""
+        """The version on disk, and what a payload builds on: its part, once channels have gone.
+
+        None for the latter where the node is to have channels that it does not hold, as its class
+        is another now.
+        """
         (held, text), plan = self._store.version(key), self._channels.get(key)
         if held is None or text == ("" if plan is None else plan.to_text()):
             return held, held
         before = plan_of(text)
         if plan is not None:
-            return held, plan.since(before).narrow(held)
+            try:
+                return held, plan.since(before).narrow(held)
+            except PlanError:
+                return held, None
         if before is not None:
             self._channels[key] = before
         return held, held
@@ -340,7 +355,7 @@ class _Exchange:
         kept = {**self._models, **self._unkept} if self._unkept else {}
         held = {key: short(model.digest) for key, model in kept.items() if model is not None}
         missing, as_sent = tuple(self.missing), not self._unkept
-        report = NodeReport(held, missing, encode_ms, self._trouble, as_sent)
+        report = NodeReport(held, missing, encode_ms, self._trouble, as_sent, self._width)
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content
 

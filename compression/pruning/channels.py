@@ -101,6 +101,15 @@ class ChannelPlan:
         axes = self.kept.get(name)
         return array if axes is None else array[_places(name, array.shape, axes)]
 
+    def places(self, name: str, shape: tuple[int, ...]) -> Any:
+        """Where what remains lies in a tensor, as an index of it.
+
+        Raises:
+            PlanError: it has another shape than the plan's.
+        """
+        axes = self.kept.get(name)
+        return ... if axes is None else _places(name, shape, axes)
+
     def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether tensors of these shapes, all of a model's, are what the plan narrows."""
         return self.misfit(shapes) is None

@@ -27,6 +27,8 @@ def choose_channels(
     example: tuple[torch.Tensor, ...],
     share: float,
     removed: ChannelPlan | None = None,
+    *,
+    leading: bool = False,
 ) -> ChannelPlan:
     """Choose which channels remain, by the norm of their groups in the module's weights.
 
@@ -38,6 +40,10 @@ def choose_channels(
         example: positional inputs that it accepts.
         share: of the channels of every group that remain, 0 < share < 1.
         removed: which of these are gone from the module already.
+        leading: the first channels of every group remain (of every part of it, as of a head or of
+            what GroupNorm normalises together), whatever their weights: then what remains of a
+            smaller share is contained in what remains of a larger one, as in HeteroFL (Diao et al.
+            2021) and the ordered dropout of FjORD (Horvath et al. 2021).
 
     Raises:
         PlanError: the module's channels cannot be removed, or none would be.
@@ -56,7 +62,7 @@ def choose_channels(
         pruner = tp.pruner.BasePruner(
             work,
             example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            importance=_first if leading else tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=1 - share,
             ignored_layers=_last_layers(graph) + _recurrent(work),
             in_channel_groups=dict(heads),
@@ -210,6 +216,11 @@ def _failing(module: nn.Module) -> Iterator[None]:
         raise PlanError(
             f"channels of {type(module).__name__} cannot be removed: {first_line(error)}"
         ) from error
+
+
+def _first(group: Any, **_: Any) -> torch.Tensor:
+    """The earlier a channel, the more it is worth."""
+    return torch.arange(len(group[0].idxs), 0, -1, dtype=torch.float32)
 
 
 def _count_from_before(pruner: Any, removed: ChannelPlan) -> None:

@@ -23,12 +23,13 @@ __all__ = ["TAG_BYTES", "Instruction", "NodeReport", "SchemeRule", "UpdateRule",
 
 _MAX_BYTES = 1 << 20
 _LONGEST = 300  # characters of a node's trouble
+_LONGEST_NAME = 64  # characters of the name of a class
 TAG_BYTES = 4
 """Of a reply's tag, which is written in hexadecimal digits elsewhere."""
 _NO_TAG = "00" * TAG_BYTES
 _FORMAT = b"\x01"  # first byte
 _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
-_AS_SENT, _HELD, _MISSING, _TROUBLE = 1, 2, 4, 8
+_AS_SENT, _HELD, _MISSING, _TROUBLE, _WIDTH = 1, 2, 4, 8, 16
 _MOST_MICROSECONDS = (1 << 32) - 1
 
 
@@ -206,6 +207,8 @@ class NodeReport:
             fixed width, so that timing never changes the number of bytes.
         trouble: why the node could not keep on disk what it should, 300 characters at most; ""
             when it could. It then holds what it held before.
+        width: the class of nodes that it belongs to, by which the server decides how wide a part of
+            the model it trains, 64 characters at most; "" for none.
     """
 
     held: Mapping[str, bytes] = field(default_factory=dict)
@@ -213,6 +216,7 @@ class NodeReport:
     encode_ms: float = 0.0
     trouble: str = ""
     as_sent: bool = False
+    width: str = ""
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
@@ -223,6 +227,7 @@ class NodeReport:
             | _HELD * bool(self.held)
             | _MISSING * bool(self.missing)
             | _TROUBLE * bool(self.trouble)
+            | _WIDTH * bool(self.width)
         )
         if self.held:
             out.digests(self.held)
@@ -231,6 +236,8 @@ class NodeReport:
         if self.trouble:
             # names of files may be no text
             out.part(self.trouble[:_LONGEST].encode("utf-8", "replace"))
+        if self.width:
+            out.text(self.width[:_LONGEST_NAME])
         return bytes(out.data)
 
     @classmethod
@@ -246,8 +253,10 @@ class NodeReport:
         held = found.digests() if says & _HELD else {}
         missing = found.texts() if says & _MISSING else ()
         trouble = found.text() if says & _TROUBLE else ""
+        width = found.text()[:_LONGEST_NAME] if says & _WIDTH else ""
         found.end()
-        return cls(held, missing, micros / 1e3, trouble[:_LONGEST], bool(says & _AS_SENT))
+        as_sent = bool(says & _AS_SENT)
+        return cls(held, missing, micros / 1e3, trouble[:_LONGEST], as_sent, width)
 
 
 def _rule(found: FieldReader) -> UpdateRule | SchemeRule | None:

@@ -27,10 +27,11 @@ from prunecast.server.federation.pruner import MaskState
 __all__ = ["Checkpoint"]
 
 _METADATA = "prunecast"
-_SCHEMA = 5
+_SCHEMA = 6
 _MASK, _EARLY = "prunecast.mask.", "prunecast.early."  # before names of tensors
 _KNOWN, _SUM = "prunecast.statistic.", "prunecast.sum."
-_OF = "/"  # between a statistic and its tensor
+_WIDTH = "prunecast.width."
+_OF = "/"  # between a statistic or class and its tensor
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class _Metadata:
     moved: int
     searched: tuple[float, ...]
     channels: str
+    widths: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,7 @@ class Checkpoint:
         searched: where automatic pruning stands; empty for none.
         key: record key of the stream.
         channels: which channels remain of the module that everybody's code makes; None for all.
+        widths: running statistics of each width class, by class and tensor.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -78,6 +81,7 @@ class Checkpoint:
     searched: tuple[float, ...] = ()
     key: str = "arrays"
     channels: ChannelPlan | None = None
+    widths: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all.
@@ -90,18 +94,19 @@ class Checkpoint:
 
         steps, order = dict(self.steps), tuple(self.arrays)
         held, early, sums = self.masks.masks, self.masks.early, self.masks.accumulated
-        known = {s + _OF + n: a for s, found in self.masks.known.items() for n, a in found.items()}
+        known, widths = _joined(self.masks.known), _joined(self.widths)
         channels = "" if self.channels is None else self.channels.to_text()
         meta = _Metadata(
             *(_SCHEMA, self.counter, steps, self.clock, self.progress, self.key, order),
             *(self.masks.stage, tuple(held), tuple(early), tuple(known), tuple(sums)),
             self.masks.moved,
-            *(self.searched, channels),
+            *(self.searched, channels, tuple(widths)),
         )
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         arrays |= {_EARLY + name: np.asarray(array, order="C") for name, array in early.items()}
         arrays |= {_KNOWN + name: np.asarray(array, order="C") for name, array in known.items()}
         arrays |= {_SUM + name: np.asarray(array, order="C") for name, array in sums.items()}
+        arrays |= {_WIDTH + name: np.asarray(array, order="C") for name, array in widths.items()}
         arrays |= {_MASK + name: np.packbits(mask) for name, mask in held.items()}
         with replacing(Path(path)) as temporary:
             try:
@@ -127,11 +132,8 @@ class Checkpoint:
                     name: _mask(name, file.get_tensor(_MASK + name), arrays[name])
                     for name in meta.masks
                 }
-                known: dict[str, dict[str, NDArray[Any]]] = {}
-                for name in meta.known:
-                    statistic, _, tensor = name.partition(_OF)
-                    found = known.setdefault(statistic, {})
-                    found[tensor] = _finite(name, file.get_tensor(_KNOWN + name))
+                known = _parted({n: file.get_tensor(_KNOWN + n) for n in meta.known})
+                widths = _parted({n: file.get_tensor(_WIDTH + n) for n in meta.widths})
                 sums = {n: _finite(n, file.get_tensor(_SUM + n)) for n in meta.accumulated}
             if meta.schema != _SCHEMA or meta.counter < 0 or meta.clock < 0:
                 raise ValueError(f"schema {meta.schema} or counter {meta.counter} is not supported")
@@ -142,12 +144,24 @@ class Checkpoint:
             channels = ChannelPlan.from_text(meta.channels) if meta.channels else None
             at = meta.counter, meta.steps, meta.clock, meta.progress
             state = MaskState(meta.stage, masks, early, known, sums, meta.moved)
-            return cls(arrays, *at, state, meta.searched, meta.key, channels)
+            return cls(arrays, *at, state, meta.searched, meta.key, channels, widths)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "
                 "Checkpoint.save wrote"
             ) from error
+
+
+def _joined(found: Mapping[str, Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    return {of + _OF + name: a for of, arrays in found.items() for name, a in arrays.items()}
+
+
+def _parted(arrays: Mapping[str, NDArray[Any]]) -> dict[str, dict[str, NDArray[Any]]]:
+    parted: dict[str, dict[str, NDArray[Any]]] = {}
+    for joined, array in arrays.items():
+        of, _, name = joined.partition(_OF)
+        parted.setdefault(of, {})[name] = _finite(joined, array)
+    return parted
 
 
 def _mask(name: str, packed: NDArray[Any], array: NDArray[Any]) -> NDArray[np.bool_]:
@@ -158,5 +172,5 @@ def _mask(name: str, packed: NDArray[Any], array: NDArray[Any]) -> NDArray[np.bo
 
 def _finite(name: str, array: NDArray[Any]) -> NDArray[Any]:
     if array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise ValueError(f"what pruning knows of {name!r} is not finite")
+        raise ValueError(f"what is known of {name!r} is not finite")
     return array

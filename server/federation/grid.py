@@ -43,6 +43,7 @@ from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.progress import measured_in
 from prunecast.server.federation.publisher import Streams
 from prunecast.server.federation.receiving import Received, Receiver, refuse
+from prunecast.server.federation.widths import Slices
 from prunecast.server.federation.wrapper import GridWrapper
 
 __all__ = ["CompressedGrid", "Recode"]
@@ -160,8 +161,10 @@ class CompressedGrid(GridWrapper):
                     encode_ms=item.encode_ms,
                     alternatives=alternatives,
                     objects=objects,
+                    width=self._streams.node(metadata.dst_node_id).width or "",
                 )
             )
+            item.entry = entry
             self.samples.note(entry, item.message.content, self._streams.held)
         return ids
 
@@ -281,6 +284,7 @@ class CompressedGrid(GridWrapper):
             dense_bytes=size,
             alternatives=alternatives,
             objects=objects,
+            width=self._streams.node(sent.original.metadata.dst_node_id).width or "",
         )
         self.ledger.add(entry)
         self._notices.counted(replies=1)
@@ -422,7 +426,8 @@ class CompressedGrid(GridWrapper):
         master = stream.master_of(arrays.object_id)
         if master is None:
             master = stream.as_published(stream.narrowed(dense_arrays(known)))
-        return Checkpoint(dict(master), *stream.position, key, stream.channels)
+        widths = {} if stream.slices is None else stream.slices.statistics
+        return Checkpoint(dict(master), *stream.position, key, stream.channels, widths)
 
     def channels(self, *, key: str = "arrays") -> ChannelPlan | None:
         """Which channels remain of the module that everybody's code makes; None for all.
@@ -456,6 +461,8 @@ class CompressedGrid(GridWrapper):
             FederationError: models do not travel as versions, or channels of another record have
                 gone: a ClientApp is told one plan.
         """
+        if self.policy.widths:
+            raise FederationError("prunecast.widths slices a model that keeps all of its channels")
         if self.policy.down != "lattice":
             raise FederationError("channels are removed where models travel as versions: set "
                                   "prunecast.down = 'lattice'")  # fmt: skip
@@ -471,6 +478,47 @@ class CompressedGrid(GridWrapper):
             raise PlanError(f"the model lacks tensor {missing[0]!r}: the plan is of another module")
         self._streams.stream(self.run.run_id, key).remove(plan)
         return put_back(array_record(narrow), others)
+
+    def use_widths(self, plans: Mapping[str, ChannelPlan], *, key: str = "arrays") -> None:
+        """Say which slice of the model each class of nodes trains; call before the first message.
+
+        A node states its class by ``prunecast-width`` in its node config; one that states none
+        trains the whole model. `Run` calls this with what `widths.leading_slices` chooses.
+
+        Args:
+            plans: of every class that the policy names, which channels of the whole model remain.
+            key: key of the record in the strategy's messages.
+
+        Raises:
+            PlanError: a slice is not contained in the wider ones.
+            FederationError: these are not the policy's classes.
+        """
+        if plans.keys() != self.policy.widths.keys():
+            raise FederationError(
+                f"slices of {', '.join(map(repr, plans)) or 'no class'} were given, and "
+                f"prunecast.widths has {', '.join(map(repr, self.policy.widths)) or 'none'}"
+            )
+        stream = self._streams.stream(self.run.run_id, key)
+        stream.slices = Slices(plans, self.policy.history)
+
+    def sliced(
+        self, arrays: ArrayRecord, width: str, *, key: str = "arrays"
+    ) -> tuple[PublishedModel, ChannelPlan]:
+        """What nodes of a class get when `arrays` is sent under `key`, and its channels.
+
+        Raises:
+            NonFiniteModel: an array holds NaN or infinity.
+            FederationError: there is no such class.
+        """
+        stream = self._streams.stream(self.run.run_id, key)
+        if stream.slices is None or width not in stream.slices.plans:
+            raise FederationError(f"prunecast.widths has no class {width!r}")
+        version = stream.version_of(set_apart(arrays)[0], arrays.object_id)
+        return stream.slice_of(version, width).model, stream.slices.plans[width]
+
+    def nodes_of(self, width: str) -> int:
+        """How many nodes said that they are of a class; "" for those that state none."""
+        return self._streams.nodes_of(width)
 
     def expect_rounds(self, rounds: int) -> None:
         """Say how many rounds there will be, those before a resume included.
@@ -529,6 +577,8 @@ class CompressedGrid(GridWrapper):
                 checkpoint.searched,
                 checkpoint.channels,
             )
+            if stream.slices is not None:
+                stream.slices.resume(checkpoint.widths, checkpoint.arrays)
         except ValueError as error:
             raise CheckpointError(
                 f"the checkpoint does not fit the policy ({error}): go on with the policy of the "

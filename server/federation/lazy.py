@@ -241,7 +241,7 @@ class WholeSum(_Sum):
         if dtype.kind == "b":
             return np.asarray(self._values + beside >= 1)
         if not beside.any():
-            return self._values.copy()
+            return np.array(self._values)  # also of a single number, which may be no array
         info = np.iinfo(dtype)
         high = float(info.max)
         if int(high) > info.max:  # float64 does not have the end of 64 bits' range

@@ -31,8 +31,8 @@ class Entry:
         round: number of the version the message carries or answers (0: none).
         node: node id.
         direction: "down" is server to node, "up" node to server.
-        kind: keyframe, delta, reuse, update, values, mixed, plain, verbatim, base-missing, error
-            or none, see docs/run.md; several, joined by "+", where a message has several array
+        kind: keyframe, delta, reuse, update, values, mixed, plain, verbatim, base-missing, error,
+            ask or none, see docs/run.md; several, joined by "+", where a message has several array
             records.
         message_type: Flower's message type.
         payload_bytes: bytes of the message as Flower serialises it, every object it consists of
@@ -44,6 +44,7 @@ class Entry:
         reason: why a reply is an error or was refused; "" for one that is neither.
         objects: how many of Flower's objects the message consists of, each of which is a request;
             0 in ledgers of before they were counted.
+        width: the width class that the node states; "" for none.
     """
 
     round: int
@@ -58,6 +59,7 @@ class Entry:
     alternatives: dict[str, int] = field(default_factory=dict)
     reason: str = ""
     objects: int = 0
+    width: str = ""
 
 
 # What HTTP adds between SuperNodes and a SuperLink of Flower 1.42, in bytes for each object and for
@@ -110,17 +112,17 @@ class Totals:
 
 
 class Tally:
-    """Sums of entries per round, direction and kind; takes memory for these alone."""
+    """Sums of entries per round, direction, kind and class; takes memory for these alone."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._sums: dict[tuple[int, Direction, str], Totals] = {}
+        self._sums: dict[tuple[int, Direction, str, str], Totals] = {}
         self._all = Totals()
         for entry in entries:
             self.add(entry)
 
     def add(self, entry: Entry) -> None:
         """Count a message."""
-        key = entry.round, entry.direction, entry.kind
+        key = entry.round, entry.direction, entry.kind, entry.width
         size, dense = entry.payload_bytes, entry.dense_bytes
         up = entry.direction == "up"
         bytes_ = (size, 0, dense, 0) if up else (0, size, 0, dense)
@@ -137,26 +139,28 @@ class Tally:
         rounds: range | None = None,
         direction: Direction | None = None,
         kind: str | None = None,
+        width: str | None = None,
     ) -> Totals:
-        """Sums over all messages, or over those of some rounds, a direction or a kind.
+        """Sums over all messages, or over those of some rounds, a direction, kind or class.
 
         Args:
             rounds: their numbers, such as ``range(3, 4)``; None for all.
             direction: "down" or "up"; None for both.
             kind: see `Entry`; None for all.
+            width: class of the nodes, "" for those that state none; None for all.
         """
-        if rounds is None and direction is None and kind is None:
+        if rounds is None and direction is None and kind is None and width is None:
             return self._all
         found = Totals()
-        for (number, way, what), part in self._sums.items():
-            wanted = direction in (None, way) and kind in (None, what)
+        for (number, way, what, whose), part in self._sums.items():
+            wanted = direction in (None, way) and kind in (None, what) and width in (None, whose)
             if wanted and (rounds is None or number in rounds):
                 found += part
         return found
 
     def kinds(self, direction: Direction) -> list[str]:
         """Kinds of message that were counted in a direction, in the order they came."""
-        return list(dict.fromkeys(kind for _, way, kind in self._sums if way == direction))
+        return list(dict.fromkeys(kind for _, way, kind, _ in self._sums if way == direction))
 
 
 class Ledger:
@@ -231,7 +235,7 @@ class Ledger:
         if self._journal is not None:
             lines = [dict(vars(entry)) for entry in done]
             for line in lines:
-                for name in ("alternatives", "reason", "objects"):
+                for name in ("alternatives", "reason", "objects", "width"):
                     if not line[name]:
                         del line[name]
             try:
@@ -252,10 +256,16 @@ class Ledger:
         rounds: range | None = None,
         direction: Direction | None = None,
         kind: str | None = None,
+        width: str | None = None,
     ) -> Totals:
         """Sums so far, as `Tally.totals` gives them."""
-        done = self._tally.totals(rounds=rounds, direction=direction, kind=kind)
-        return done + Tally(self._pending).totals(rounds=rounds, direction=direction, kind=kind)
+        wanted: dict[str, Any] = {
+            "rounds": rounds,
+            "direction": direction,
+            "kind": kind,
+            "width": width,
+        }
+        return self._tally.totals(**wanted) + Tally(self._pending).totals(**wanted)
 
     @staticmethod
     def read(path: Path, run: str | None = None) -> Iterator[Entry]:

@@ -33,6 +33,7 @@ from prunecast.compression.flower.internals import (
     own_bytes,
 )
 from prunecast.compression.versions import (
+    NOTHING_SENT,
     TAG_BYTES,
     Instruction,
     SchemeRule,
@@ -42,7 +43,9 @@ from prunecast.compression.versions import (
 )
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.lazy import largest_of
+from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.notices import uncodable
+from prunecast.server.federation.overlap import Overlap
 from prunecast.server.federation.publisher import NodeState, Streams, Version
 
 __all__ = ["Batch", "Down", "Outbound", "Prepared"]
@@ -71,6 +74,7 @@ class Prepared:
         tag: of its reply.
         told: tags of replies that the node is told the end of.
         apart: of array records that do not travel as the policy has it: kind, key and cause.
+        entry: its line in the ledger, once it was sent.
     """
 
     batch: Batch
@@ -91,6 +95,7 @@ class Prepared:
     tag: str = ""
     told: frozenset[str] = frozenset()
     apart: list[tuple[str, str, str]] = field(default_factory=list)
+    entry: Entry | None = None
 
     @property
     def has_arrays(self) -> bool:
@@ -109,6 +114,10 @@ _PERSONAL = (
     "it is of this node alone, so it travels exactly and not as a version; what several nodes are "
     "sent together does"
 )
+_ONE_MODEL = (
+    "prunecast.widths slices the one model that all nodes share, and record {}: send it under one "
+    "key, after Run or grid.use_widths(plans) said what each class trains, or set no widths"
+)
 
 
 class Batch:
@@ -120,6 +129,10 @@ class Batch:
     Args:
         messages: as the strategy built them; not changed.
         legacy: let arrays state their dtype and shape where Flower's legacy API left them out.
+
+    Attributes:
+        occasion: one for all of them.
+        overlap: of the replies, where nodes train slices of the model.
     """
 
     def __init__(self, messages: Iterable[Message], *, legacy: bool = True) -> None:
@@ -128,6 +141,7 @@ class Batch:
         self._largest: dict[int, tuple[object, float]] = {}
         self.messages = self._stated(messages) if legacy else list(messages)
         self.occasion = object()  # a round, where messages state none
+        self.overlap = Overlap()
         self._tags: list[str] = []
         self._tagged: Counter[int] = Counter()
 
@@ -274,6 +288,8 @@ class Outbound:
         also = "/verbatim" if others else ""
         started = time.perf_counter()
         if not batch.is_shared(key, record):
+            if self._policy.widths:
+                raise FederationError(_ONE_MODEL.format(f"{key!r} is another one on every node"))
             data = encode_plain(dense_arrays(known), stream=stream_id(metadata.run_id, key))
             prepared.encode_ms += (time.perf_counter() - started) * 1e3
             prepared.kinds.append("plain" + also)
@@ -289,10 +305,19 @@ class Outbound:
             training=metadata.message_type.partition(".")[0] != MessageType.EVALUATE,
             occasion=batch.occasion,
         )
-        node, digest = self._streams.node(metadata.dst_node_id), short(version.model.digest)
-        held = node.held.get(key)
+        node, asks = self._streams.node(metadata.dst_node_id), False
+        if self._policy.widths:
+            if stream.slices is None:
+                raise FederationError(_ONE_MODEL.format(f"{key!r} has none"))
+            asks = node.width is None
+            version = stream.slice_of(version, node.width or "")
+        held, digest = node.held.get(key), short(version.model.digest)
         prepared.versions[key] = version
-        if stream.wanted and not prepared.wanted:
+        if asks:  # by what nobody holds: what it lacks is answered together with its class
+            prepared.reuse[key] = short(NOTHING_SENT.digest)
+            prepared.kinds.append("ask")
+            return ArrayRecord()
+        if stream.wanted and not prepared.wanted and not version.width:
             prepared.wanted, prepared.pruned = stream.wanted, key
         # what fails before the mod reads it, such as where there is no function for that type, will
         # again; else the node says that it does not hold the version, and gets it at once
@@ -302,7 +327,7 @@ class Outbound:
             # no payload holds the place: two objects less on every message
             return ArrayRecord({f"={name}": array for name, array in others.items()})
         payload = stream.payload(version, held)
-        if (channels := stream.unknown_channels(held)) is not None:
+        if (channels := stream.unknown_channels(version, held)) is not None:
             prepared.channels[key] = channels
         prepared.encode_ms += (time.perf_counter() - started) * 1e3
         prepared.kinds.append(payload.kind.name.lower() + also)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -35,7 +36,10 @@ from prunecast.compression.versions import UpdateRule, is_statistic
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 from prunecast.server.federation.errors import PolicyError
 
-__all__ = ["GROWN_BY", "PRESETS", "Policy"]
+__all__ = ["GROWN_BY", "PRESETS", "WHOLE", "Policy"]
+
+WHOLE = "whole"
+"""What nodes are called together that state no width class: they train all of the model."""
 
 GROWN_BY = {"rigl": GROWTH, "feddst": VOTES}
 """Ways in which masks move between pruning events, and the statistic that each asks nodes for."""
@@ -50,6 +54,7 @@ _SEARCHED = 0.85  # of the rounds, by which it tries no more
 _STEP = "give a number of 0 or above, such as {}; 0 is exact"
 _LOWER = ("loss", "error", "perplexity", "mse", "rmse", "mae")  # metrics of which less is better
 _FEEDBACK = {"error_feedback": bool, "accumulate": bool, "momentum": float}  # of schemes
+_CLASS = "[a-z0-9_-]{1,64}"
 _ROUNDS = ("channels_at",)  # lists of numbers; all others are of name patterns
 _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
@@ -84,6 +89,7 @@ class Policy:
     sparsity: float = 0.0
     channels: float = 1.0  # share that remains
     channels_at: tuple[int, ...] = ()  # rounds after which they go
+    widths: Mapping[str, Option] = field(default_factory=dict)  # class to share of the channels
     pruning_begin: int = 2
     pruning_end: int = 0
     pruning_scope: str = "layer"
@@ -191,6 +197,31 @@ class Policy:
                 "channels_at",
                 all(a < b for a, b in pairwise((0, *self.channels_at))),
                 "give rounds of 1 or more, ascending",
+            ),
+            ("widths", lattice or not self.widths, f"it needs {down} = 'lattice'"),
+            (
+                "widths",
+                not self.widths or self.up in ("lattice", "dense"),
+                f"slices come back as updates of theirs: set {_key('up')} = 'lattice'",
+            ),
+            (
+                "widths",
+                not self.widths or self.channels == 1,
+                f"slices are of the whole model: set {_key('channels')} = 1, or no widths",
+            ),
+            (
+                "widths",
+                all(
+                    isinstance(share, int | float) and 0 < share < 1
+                    for share in self.widths.values()
+                ),
+                "give each class the share of the channels that it trains, above 0 and below 1: "
+                "small=0.25, medium=0.5",
+            ),
+            (
+                "widths",
+                all(re.fullmatch(_CLASS, name) and name != WHOLE for name in self.widths),
+                f"name classes by a-z 0-9 _ -, and none {WHOLE!r}: so are called the nodes of none",
             ),
             ("pruning_seed", self.pruning_seed >= 0, "give 0 or more"),
             ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),

@@ -42,6 +42,7 @@ from prunecast.server.federation.errors import FederationError, NonFiniteModel
 from prunecast.server.federation.lattices import Lattices
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.pruner import MaskState, Pruner
+from prunecast.server.federation.widths import Slices
 
 __all__ = ["EncodedPayload", "NodeState", "Publisher", "Streams", "Version"]
 
@@ -53,6 +54,7 @@ _NO_ROUND = (
 )
 _TAGS = 64  # of replies that a node that never answers is told of
 _NONE_HELD = MaskState()
+_ALL = ChannelPlan({})
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,23 @@ class EncodedPayload:
 
 @dataclass
 class Version:
-    """A published model, the master weights it was published from, the seed it was drawn from."""
+    """A published model, the master weights it was published from, the seed it was drawn from.
+
+    Attributes:
+        width: the class of nodes that it is the slice of; "" for all of the model.
+        plan: which channels this leaves; None for all.
+        whole: master weights of all of the model.
+        slices: of this version, by class.
+    """
 
     model: PublishedModel
     master: Mapping[str, NDArray[Any]]
     seed: Seed | None = None
     payloads: dict[bytes | None, EncodedPayload] = field(default_factory=dict)
+    width: str = ""
+    plan: ChannelPlan | None = None
+    whole: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    slices: dict[str, Version] = field(default_factory=dict)
     _reader: weakref.ref[UpdateReader] | None = field(default=None, init=False, repr=False)
 
     def reader(self, stream: bytes) -> UpdateReader:
@@ -113,6 +126,7 @@ class Publisher:
         mask_cost: what that took so far.
         clock: the pruning schedule's round of the last version, counted from 1.
         channels: which channels remain of the module that everybody's code makes; None for all.
+        slices: what nodes of other width classes than the whole model's train; None for no classes.
     """
 
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
@@ -132,6 +146,7 @@ class Publisher:
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._seeded: tuple[bytes, Seed] | None = None
         self.channels: ChannelPlan | None = None
+        self.slices: Slices | None = None
         self._removals: list[ChannelPlan] = []
         self._unaware: set[bytes] = set()  # of the history, what nodes hold with more channels
 
@@ -194,12 +209,18 @@ class Publisher:
                 arrays = plan.arrays(arrays)
         return arrays
 
-    def unknown_channels(self, held: bytes | None) -> bytes | None:
+    def unknown_channels(self, version: Version, held: bytes | None) -> bytes | None:
         """The plan of channels as it travels, for a node that does not know it; else None.
 
         Args:
+            version: that the node is sent.
             held: short digest of the version the node says it holds; None for none.
         """
+        if self.slices is not None:
+            if held in self._bases(version) or (held is None and version.plan is None):
+                return None
+            # of a node whose class was another, all channels may be what is new to it
+            return (version.plan or _ALL).coded
         if self.channels is None or (held in self._history and held not in self._unaware):
             return None
         return self.channels.coded
@@ -276,10 +297,38 @@ class Publisher:
             self._occasion = occasion
             statistics = self.pruner.statistics.take()
             version = self._publish(self.narrowed(dense_arrays(record)), statistics, clock)
+            version.whole = version.master
         self._recent[content_id] = version
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
         return version
+
+    def slice_of(self, version: Version, width: str) -> Version:
+        """The part of a version that a class of nodes trains; all of it for "".
+
+        Raises:
+            PlanError: the version is of another model than the slices.
+        """
+        if not width or self.slices is None:
+            return version
+        if width not in version.slices:
+            last = self.slices.latest(width)
+            model = self.slices.model(
+                width, version.model, lambda name, array: self._off_lattice(name, array, last)
+            )
+            version.slices[width] = Version(
+                *(model, self.slices.master(width, version.master)),
+                width=width,
+                plan=self.slices.plans[width],
+                whole=version.whole,
+            )
+        return version.slices[width]
+
+    def _bases(self, version: Version) -> Mapping[bytes, PublishedModel]:
+        """What payloads to a version can build on, by short digest."""
+        if version.width and self.slices is not None:
+            return self.slices.history(version.width)
+        return self._history
 
     def publish(
         self, master: Mapping[str, NDArray[Any]], statistics: Statistics | None = None
@@ -406,14 +455,16 @@ class Publisher:
                     continue
                 except QuantiseError as error:
                     self._travels_exactly(name, str(error))
-            tensors[name] = self._off_lattice(name, array)
+            tensors[name] = self._off_lattice(name, array, self._latest)
         return PublishedModel(tensors, self._counter)
 
-    def _off_lattice(self, name: str, array: NDArray[Any]) -> RawTensor:
+    def _off_lattice(
+        self, name: str, array: NDArray[Any], latest: PublishedModel | None
+    ) -> RawTensor:
         bits = self.policy.mantissa_bits(name, array.dtype, array.size)
         if not bits:
             return RawTensor(array)
-        held = self._latest.tensors.get(name) if self._latest is not None else None
+        held = latest.tensors.get(name) if latest is not None else None
         last = None
         if isinstance(held, RawTensor) and (held.shape, held.dtype) == (array.shape, array.dtype):
             last = held.values
@@ -431,7 +482,7 @@ class Publisher:
             A delta from whichever version is held, or a keyframe where that is not possible.
             Encoded once and shared.
         """
-        base = self._history.get(held) if held is not None else None
+        base = self._bases(version).get(held) if held is not None else None
         key = held if base is not None else None
         if key not in version.payloads:
             version.payloads[key] = self._encode(version, base)
@@ -439,7 +490,8 @@ class Publisher:
 
     def held(self, digest: bytes) -> PublishedModel | None:
         """The version of a short digest, as long as payloads can build on it."""
-        return self._history.get(digest)
+        found = self._history.get(digest)
+        return self.slices.held(digest) if found is None and self.slices is not None else found
 
     def earlier(self, version: Version) -> list[bytes]:
         """Short digests of the versions that payloads to one can build on, newest first."""
@@ -468,6 +520,7 @@ class NodeState:
         given_up: likewise of those that were refused, or are not waited for any more.
         troubled: whether it said, the last time, that it cannot keep what it should.
         unread: types of messages that failed there, the last time, before the mod could read them.
+        width: the class that it states; "" for none, None as long as it said nothing.
     """
 
     held: dict[str, bytes] = field(default_factory=dict)
@@ -475,6 +528,7 @@ class NodeState:
     given_up: list[str] = field(default_factory=list)
     troubled: bool = False
     unread: set[str] = field(default_factory=set)
+    width: str | None = None
 
     def settled(self, tag: str, *, accepted: bool) -> None:
         """Tell the node with its next messages what became of a reply; given up is so for good."""
@@ -532,6 +586,10 @@ class Streams:
         """Another record key of a run whose model has fewer channels already; None for none."""
         others = (place for place in self._streams if place[0] == run_id and place[1] != key)
         return next((p[1] for p in others if self._streams[p].channels is not None), None)
+
+    def nodes_of(self, width: str) -> int:
+        """How many nodes state a class; "" for none."""
+        return sum(node.width == width for node in self._nodes.values())
 
     def expect(self, rounds: int) -> None:
         """Fit the pruning of every stream to a number of rounds; warn if it cannot arrive."""

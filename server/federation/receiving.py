@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 
 from prunecast.compression.codec import CodecError
 from prunecast.compression.flower import (
@@ -41,8 +41,9 @@ from prunecast.server.federation.lazy import LazyArray
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.notices import Notices, uncodable
 from prunecast.server.federation.outbound import Prepared
+from prunecast.server.federation.overlap import Overlap
 from prunecast.server.federation.progress import measured_in
-from prunecast.server.federation.publisher import Streams
+from prunecast.server.federation.publisher import NodeState, Publisher, Streams, Version
 
 __all__ = ["Received", "Receiver", "refuse"]
 
@@ -78,6 +79,7 @@ class Received:
         entry: its line in the ledger.
         update: whether it staged something.
         statistics: what the node contributes to pruning; None for nothing.
+        part: its content as it came, of a node that trains a slice of the model or might.
     """
 
     message: Message
@@ -85,6 +87,7 @@ class Received:
     entry: Entry
     update: bool = False
     statistics: bytes | None = None
+    part: RecordDict | None = None
 
 
 class Receiver:
@@ -145,6 +148,11 @@ class Receiver:
         for item in taken:
             if not item.message.has_error():
                 self._count(item)
+        if policy.widths:
+            self._overlap(
+                [item for item in taken if not item.message.has_error()],
+                EXAMPLES if aggregation is None else aggregation.weight,
+            )
         for item in received:
             if item.message.has_error():
                 self.give_up(item.sent)
@@ -152,6 +160,26 @@ class Receiver:
                 self._streams.node(item.entry.node).settled(item.sent.tag, accepted=True)
             elif item.update:
                 self._accept_when_decoded(item)
+
+    def _overlap(self, taken: Sequence[Received], weight: str) -> None:
+        """Let replies to slices be whole ones by what they have in common, weighted by a metric."""
+        sliced: dict[tuple[int, str], tuple[Overlap, Version, Publisher]] = {}
+        for item in taken:
+            if item.part is None:
+                continue
+            overlap = item.sent.batch.overlap
+            records = item.part.metric_records.values()
+            stated = next((r[weight] for r in records if weight in r), 1.0)
+            number = float(stated) if isinstance(stated, int | float) else 1.0
+            key, version = next(iter(item.sent.versions.items()))
+            overlap.join(item.sent.message.metadata.message_id, item.part, version, number)
+            if version.width:
+                stream = self._streams.stream(item.message.metadata.run_id, key)
+                sliced[id(overlap), version.width] = overlap, version, stream
+        for overlap, version, stream in sliced.values():
+            if stream.slices is not None:
+                found = overlap.statistics(version)
+                stream.slices.statistics.setdefault(version.width, {}).update(found)
 
     def _watch(self, taken: Sequence[Received]) -> None:
         """Hold replies to each other if and when Flower's own aggregation is given them."""
@@ -191,6 +219,7 @@ class Receiver:
 
     def give_up(self, sent: Prepared) -> None:
         """The reply to a message moves nothing: let the node take back what it sent along."""
+        sent.batch.overlap.leave(sent.message.metadata.message_id)
         if sent.rule is not None:
             node = self._streams.node(sent.original.metadata.dst_node_id)
             node.settled(sent.tag, accepted=False)
@@ -214,6 +243,7 @@ class Receiver:
             node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
             if report.as_sent:
                 node.held.update({k: short(v.model.digest) for k, v in sent.versions.items()})
+            self._note_width(node, report.width, received)
             node.knows(sent.told)
             if report.trouble and not node.troubled:
                 self._notices.unkept(entry.node, report.trouble)
@@ -242,8 +272,29 @@ class Receiver:
         self._note(reply, sent, entry)
         if sent.wanted:
             received.statistics = payload_of(reply.content.get(STATISTICS_RECORD))
+        if self._streams.policy.widths and sent.versions and content.array_records:
+            received.part = content
+            version = next(iter(sent.versions.values()))
+            if version.width:
+                content = sent.batch.overlap.whole(content, version, entry)
         received.message = make_message(reply.metadata, content)
         return True
+
+    def _note_width(self, node: NodeState, stated: str, received: Received) -> None:
+        """Know the class of a node from now on, and whose bytes this exchange was."""
+        widths = self._streams.policy.widths
+        if not widths:
+            return
+        if stated and stated not in widths:
+            raise ReplyRefused(
+                f"it states the width class {stated!r}, and prunecast.widths has "
+                f"{', '.join(map(repr, widths))}: name it there, or correct prunecast-width in its "
+                "node config"
+            )
+        node.width = stated
+        received.entry.width = stated
+        if received.sent.entry is not None:
+            received.sent.entry.width = stated
 
     def _note(self, reply: Message, sent: Prepared, entry: Entry) -> None:
         """Say which array records did not come back as the policy has it."""
@@ -291,7 +342,7 @@ class Receiver:
         held_out = metadata.message_type.partition(".")[0] != MessageType.TRAIN
         ending = self._streams.policy.pruning_metric
         for value in (value for record in records for value in measured_in(record, ending)):
-            for key in sent.versions:
+            for key in (key for key, version in sent.versions.items() if not version.width):
                 stream = self._streams.stream(metadata.run_id, key)
                 stream.pruner.measured.add(value, weight, held_out=held_out)
         if item.statistics is None:

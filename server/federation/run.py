@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from prunecast.common.files import StorageError
 from prunecast.compression.flower import array_record, node_reason
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.channels import channels_beside
+from prunecast.compression.pruning.channels import channels_beside, holding_channels
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import FederationError, NodesFailed
@@ -28,10 +28,11 @@ from prunecast.server.federation.events import EventLog, OnEvent
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.layers import changed_masks, layers_in, samples_round
 from prunecast.server.federation.ledger import Ledger
-from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.policy import WHOLE, Policy
 from prunecast.server.federation.recovery import Recoveries
 from prunecast.server.federation.releasing import AutomaticReleases
 from prunecast.server.federation.shrinking import ChannelChooser, Removals
+from prunecast.server.federation.widths import SliceChooser, check_strategy
 from prunecast.server.federation.wrapper import GridWrapper
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ class Run:
         stop_on_failure: end the run with `NodesFailed` if a node fails, instead of going on
             without it as Flower does.
         key: key of the model's record in the strategy's messages.
+        slices: chooses what the policy's width classes train of the model; see
+            `prunecast.server.federation.widths.leading_slices`. `evaluate_fn` is then called for
+            each of them, too, and finds its channels by `current_channels`.
         channels: chooses which channels go, where the policy removes some while the run trains;
             see `prunecast.server.federation.shrinking.module_chooser`.
 
@@ -120,6 +124,7 @@ class Run:
         stop_on_failure: bool = False,
         key: str = "arrays",
         channels: ChannelChooser | None = None,
+        slices: SliceChooser | None = None,
     ) -> None:
         found: Grid = grid
         while isinstance(found, GridWrapper) and not isinstance(found, CompressedGrid):
@@ -133,7 +138,7 @@ class Run:
         self.seed, self.name, self.key = seed, name, key
         self.evaluate_fn, self.releases = evaluate_fn, releases
         self.stop_on_failure = stop_on_failure
-        self.choose_channels = channels
+        self.choose_channels, self.choose_slices = channels, slices
         self.publishes = self.grid.policy.down != "dense"
         if releases is not None and not self.publishes:
             raise FederationError(
@@ -173,7 +178,13 @@ class Run:
             StorageError: a file cannot be written to begin with, or the final model.
         """
         passed, removed = 0, None
+        self._slice()
         if isinstance(initial, Checkpoint):
+            if initial.channels is not None and self.grid.policy.widths:
+                raise FederationError(
+                    "prunecast.widths slices a model that keeps all of its channels, and from that "
+                    "of the checkpoint some were removed"
+                )
             arrays, removed = self.grid.resume(initial), initial.channels
             passed = max(0, initial.clock - 1)
             self.grid.expect_rounds(num_rounds + passed)
@@ -247,6 +258,21 @@ class Run:
         dense = "%(dense_bytes_down)d down, %(dense_bytes_up)d up"
         log(INFO, f"Prunecast: {sent}; plain Flower: {dense}", rounds.cost())
         return result
+
+    def _slice(self) -> None:
+        """Say what the policy's width classes train, and see that the strategy suits them."""
+        widths = self.grid.policy.widths
+        if not widths:
+            return
+        if self.choose_slices is None:
+            raise FederationError(
+                "the policy has width classes and nobody says what they train: give "
+                "Run(slices=leading_slices(model, example)), or in the run config of the ready "
+                "ServerApp example = 'myapp.task:example', () -> inputs of the model"
+            )
+        check_strategy(self.strategy)
+        plans = {name: self.choose_slices(float(share)) for name, share in widths.items()}
+        self.grid.use_widths(plans, key=self.key)
 
     def _file(self, name: str, instead: Path | str | None = None) -> Path | None:
         if instead is not None:
@@ -375,6 +401,7 @@ class _Rounds(GridWrapper):
             given = array_record(published.arrays()) if published else arrays
             measured = run.evaluate_fn(server_round, given)
             run.grid.note_metrics(measured or {}, key=run.key)
+        widths = self._of_widths(server_round, arrays, published, measured)
         pruning = run.grid.pruned(key=run.key)
         known = {**self._metrics.get("evaluate", {}), **(measured or {})}
         self.recoveries.note(
@@ -391,6 +418,7 @@ class _Rounds(GridWrapper):
             masks=changed_masks(before, published),
             pruning=pruning,
             sampled=run.grid.samples.take(),
+            **({"widths": widths} if widths else {}),
             nodes={
                 "asked": self._asked,
                 "trained": self._trained,
@@ -412,6 +440,37 @@ class _Rounds(GridWrapper):
                 self._events.write("release", **dataclasses.asdict(made))
         self._begin(server_round + 1)
         return measured
+
+    def _of_widths(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        published: PublishedModel | None,
+        measured: MetricRecord | None,
+    ) -> dict[str, dict[str, Any]]:
+        """What each width class trains, costs so far, and is worth; empty without classes."""
+        run, found = self._run, {}
+        policy = run.grid.policy
+        if not policy.widths or published is None:
+            return {}
+        for name, share in {WHOLE: 1.0, **policy.widths}.items():
+            model, metrics, width = published, measured, "" if name == WHOLE else name
+            if width:
+                model, plan = run.grid.sliced(arrays, width, key=run.key)
+                metrics = None
+                if run.evaluate_fn is not None:
+                    with holding_channels(plan):
+                        metrics = run.evaluate_fn(server_round, array_record(model.arrays()))
+            spent = run.grid.ledger.totals(width=width)
+            found[name] = {
+                "share": share,
+                "nodes": run.grid.nodes_of(width),
+                "weights": sum(spec.size for spec in model.specs.values()),
+                "metrics": dict(metrics or {}),
+                "bytes_down": spent.bytes_down,
+                "bytes_up": spent.bytes_up,
+            }
+        return found
 
     def cost(self) -> dict[str, Any]:
         """Bytes of the run so far, and its seconds."""

@@ -23,6 +23,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from prunecast.common.references import configured_callable, typed
+from prunecast.compression.pruning.channels import current_channels
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.policy import Policy
@@ -30,6 +31,7 @@ from prunecast.server.federation.releasing import releases_from_config
 from prunecast.server.federation.run import Run, initial_arrays
 from prunecast.server.federation.shrinking import FittedModule, module_chooser
 from prunecast.server.federation.strategies import build_strategy
+from prunecast.server.federation.widths import leading_slices
 
 __all__ = ["app"]
 
@@ -59,14 +61,16 @@ def main(grid: Grid, context: Context) -> None:
         measure = configured_callable(config, "evaluate", FederationError)
 
         def evaluate(server_round: int, published: ArrayRecord) -> MetricRecord:
-            held = evaluated.of(run.grid.channels())
+            plan = current_channels()
+            held = evaluated.of(plan if plan is not None else run.grid.channels())
             held.load_state_dict(published.to_torch_state_dict())
             return MetricRecord(dict(measure(held, context)))
 
         evaluated, evaluate_fn = FittedModule(model, module), evaluate
-    choose = None
+    choose = slices = None
     if _get(config, "example", ""):
-        choose = module_chooser(model, configured_callable(config, "example", FederationError))
+        example = configured_callable(config, "example", FederationError)
+        choose, slices = module_chooser(model, example), leading_slices(model, example)
     resume = _get(config, "resume", "")
     initial = _resumed(Path(resume), arrays) if resume else arrays
     removed = initial.channels if isinstance(initial, Checkpoint) else None
@@ -82,6 +86,7 @@ def main(grid: Grid, context: Context) -> None:
         ledger=_get(config, "ledger", "") or None,
         output=_get(config, "output", "") or None,
         channels=choose,
+        slices=slices,
     )
     run.start(
         initial,

@@ -38,6 +38,7 @@ __all__ = [
     "narrow_strategy",
 ]
 
+_MOST_MODULES = 8  # of other channels each, that are kept
 _NEAR = 1e-6  # relative: what rounding makes of a share
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -83,7 +84,7 @@ def module_chooser(
 
 
 class FittedModule:
-    """A module that is kept for models of the same channels, and made anew for those of fewer.
+    """A module that is kept for models of the same channels, and made anew for those of others.
 
     Args:
         factory: makes it with all of its channels.
@@ -91,18 +92,19 @@ class FittedModule:
     """
 
     def __init__(self, factory: Callable[[], nn.Module], module: nn.Module) -> None:
-        self._factory, self._module = factory, module
-        self._removed: ChannelPlan | None = None
+        self._factory = factory
+        self._made: dict[int, tuple[ChannelPlan | None, nn.Module]] = {id(None): (None, module)}
 
     def of(self, removed: ChannelPlan | None) -> nn.Module:
         """The module for models without the channels that a plan removes."""
-        if removed is not self._removed:
+        if id(removed) not in self._made:
             from prunecast.compression.pruning.narrowing import fit_module
 
             module = self._factory()
-            self._module = module if removed is None else fit_module(module, removed)
-            self._removed = removed
-        return self._module
+            self._made[id(removed)] = removed, fit_module(module, removed) if removed else module
+            while len(self._made) > _MOST_MODULES:
+                del self._made[next(iter(self._made))]
+        return self._made[id(removed)][1]
 
 
 @dataclass(frozen=True)

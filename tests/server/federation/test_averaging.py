@@ -326,6 +326,13 @@ def test_integers_that_differ_a_little_are_averaged_beyond_float64():
     assert mean_of([np.array([True, False]), np.array([True, True])], [1, 3]).tolist() == [True] * 2
 
 
+def test_a_sum_of_single_numbers_is_an_array():
+    total = WholeSum(np.int64(7)) * 0.5  # an average in floats becomes such a number again
+    total += WholeSum(np.int64(7)) * 0.5
+    assert isinstance(total.array(), np.ndarray)
+    assert np.asarray(total) == 7
+
+
 def test_whole_sums_behave_as_arrays_elsewhere():
     whole = WholeSum(np.array([1, 2, 3]))
     assert (whole + 1).tolist() == [2, 3, 4]
