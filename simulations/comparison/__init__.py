@@ -162,7 +162,8 @@ class Comparison:
         from prunecast.simulations.runner.run import SCENARIO, check_scenario, run_scenario
 
         results: dict[int, dict[str, dict[str, Any]]] = {seed: {} for seed in self.seeds}
-        checked, task = False, {}
+        checked = False
+        task: dict[str, Any] = {}
         failed: dict[str, str] = {}
         for scenario, folder in self.runs():
             name = next(iter(scenario.arms))
