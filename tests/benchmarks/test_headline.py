@@ -34,7 +34,14 @@ def document(arms: dict[str, Any], *, lower: bool = False, **others: Any) -> dic
     scenario = {"name": "x", "description": "x on y", "model": {"factory": "nets:lenet"}}
     task = {"metric": "accuracy", "percent": not lower, "lower_is_better": lower}
     made = {"scenario": scenario, "task": task, "arms": arms, "seeds": [1, 2], "rounds": 20}
-    return {**made, "parameters": 44_426, "family": "LeNet", "published": {}, **others}
+    return {
+        **made,
+        "parameters": 44_426,
+        "family": "LeNet",
+        "published": {},
+        "left_out": {},
+        **others,
+    }
 
 
 ARMS = {
