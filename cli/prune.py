@@ -107,13 +107,12 @@ def prune(
     """
     from prunecast.common.files import write_atomically
     from prunecast.compression.files.checkpoints import open_checkpoint
-    from prunecast.compression.files.cluster import ray_cluster
     from prunecast.compression.files.pruning import (
         Pruning,
         default_targets,
         prune_checkpoint,
     )
-    from prunecast.compression.files.selection import one_after_the_other
+    from prunecast.compression.files.workers import one_after_the_other, ray_cluster
     from prunecast.compression.pruning.patterns import parse_pattern
 
     if sparsity is None and pattern:

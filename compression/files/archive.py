@@ -16,7 +16,7 @@ from prunecast.compression.codec import (
     payload_length,
 )
 from prunecast.compression.files import FileTooLarge, UnreadableFile
-from prunecast.compression.files.contents import content_hint
+from prunecast.compression.files.contents import content_hint, reading
 from prunecast.compression.files.parts import ESCAPED, MOST_NAME, FilePart, open_part
 from prunecast.compression.files.tensors import FileSpec, FileTensor, TensorFile
 
@@ -59,12 +59,9 @@ class Archive(TensorFile):
         if self._last is None or self._last[0] != number:
             self._last = None  # before another is read
             offset, nbytes = self.places[number]
-            try:
-                with open(self.path, "rb") as file:
-                    file.seek(offset)
-                    payload = file.read(nbytes)
-            except OSError as error:
-                raise UnreadableFile(f"cannot read {self.path}: {error.strerror}") from error
+            with reading(self.path), open(self.path, "rb") as file:
+                file.seek(offset)
+                payload = file.read(nbytes)
             self._last = (number, self._open(payload))
         try:
             return self._last[1].load(name)
@@ -116,15 +113,12 @@ def read_payloads(path: Path) -> Iterator[bytes]:
     Raises:
         UnreadableFile: missing, empty, cut off, or no compressed file.
     """
-    try:
+    with reading(path), open(path, "rb") as file:
         size = path.stat().st_size
-        with open(path, "rb") as file:
-            if not size:
-                raise UnreadableFile(f"{path} is empty")
-            while file.tell() < size:
-                yield _next(path, file, size)
-    except OSError as error:
-        raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
+        if not size:
+            raise UnreadableFile(f"{path} is empty")
+        while file.tell() < size:
+            yield _next(path, file, size)
 
 
 def _next(path: Path, file: IO[bytes], size: int) -> bytes:
@@ -173,10 +167,8 @@ def open_archive(path: Path, *, max_bytes: int | None = None) -> Archive:
 
 
 def _limits(path: Path, max_bytes: int | None) -> Limits:
-    try:
+    with reading(path):
         size = path.stat().st_size
-    except OSError as error:
-        raise UnreadableFile(f"cannot read {path}: {error.strerror}") from error
     most = byte_limit(size, max_bytes)
     free = Limits().free_bytes if max_bytes is None else max_bytes
     return Limits(

@@ -1,11 +1,14 @@
-"""What files are that are not what is asked for, and what to do with them."""
+"""What is said of files that cannot be read or are not what is asked for, and what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["CONVERSIONS", "content_hint"]
+from prunecast.compression.files import UnreadableFile
+
+__all__ = ["CONVERSIONS", "content_hint", "reading"]
 
 _TORCH = (
     ": a file of torch's is a pickle and is not read; load it where you trust it, with "
@@ -39,6 +42,15 @@ _CONTENTS = (
     (b"\x80", "a pickle, of torch perhaps, which is never loaded: save a .safetensors file of it"),
 )
 _ZIP = b"PK\x03\x04"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise `UnreadableFile` where the block meets an `OSError`: what it does is to read `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {str(path)[:300]}: {error.strerror or error}") from error
 
 
 def content_hint(path: Path) -> str:

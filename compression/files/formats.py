@@ -23,7 +23,7 @@ from prunecast.compression.files import (
     UnreadableFile,
     UnsupportedTensor,
 )
-from prunecast.compression.files.contents import CONVERSIONS, content_hint
+from prunecast.compression.files.contents import CONVERSIONS, content_hint, reading
 from prunecast.compression.files.onnx_files import open_onnx
 from prunecast.compression.files.tensors import (
     FOREIGN,
@@ -166,10 +166,8 @@ def _open_safetensors(path: Path, max_bytes: int | None) -> TensorFile:
     def load(name: str) -> FileTensor:
         spec = specs[name]
         dtype = raw_dtype(spec.dtype)
-        try:
+        with reading(path):
             flat = np.fromfile(path, dtype, spec.size, offset=places[name])
-        except OSError as error:
-            raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
         if flat.size != spec.size:
             raise UnreadableFile(f"{path} became shorter while it was read")
         values = flat.astype(dtype.newbyteorder("="), copy=False).reshape(spec.shape)
@@ -261,7 +259,7 @@ def open_tensors(path: Path, *, max_bytes: int | None = None) -> TensorFile:
             f"{path}: the suffix {path.suffix!r} is none of {known}"
             + CONVERSIONS.get(path.suffix.lower(), "")
         )
-    try:
+    with reading(path):  # a name may be too long, or a folder not to be entered
         if path.is_dir():
             raise UnreadableFile(f"{path} is a folder: name the file in it")
         if not path.exists():
@@ -269,8 +267,6 @@ def open_tensors(path: Path, *, max_bytes: int | None = None) -> TensorFile:
             raise UnreadableFile(f"cannot read {path}: there is no such file{lost}")
         if not path.is_file():
             raise UnreadableFile(f"cannot read {path}: it is no regular file")
-    except OSError as error:  # of a name that is too long, a folder that may not be entered
-        raise UnreadableFile(f"cannot read {str(path)[:300]}: {error.strerror}") from error
     return reader(path, max_bytes)
 
 

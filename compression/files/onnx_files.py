@@ -18,8 +18,9 @@ from prunecast.compression.files import (
     UnsafePath,
     UnsupportedTensor,
 )
-from prunecast.compression.files.contents import content_hint
+from prunecast.compression.files.contents import content_hint, reading
 from prunecast.compression.files.onnx_skeleton import (
+    PROTOBUF_LIMIT,
     Place,
     numpy_dtype,
     places,
@@ -38,7 +39,6 @@ from prunecast.compression.files.tensors import (
 __all__ = ["TensorReader", "inner_graphs", "open_onnx", "read_proto"]
 
 _MOST_ELEMENTS = 2**33  # of one tensor
-_PROTOBUF_LIMIT = 2**31 - 1
 _EXTERNAL = 1  # TensorProto.DataLocation; onnx itself is imported when there is a file to read
 _IN_A_BYTE = {"uint4": 2, "int4": 2, "float4_e2m1fn": 2, "uint2": 4, "int2": 4}
 
@@ -127,7 +127,7 @@ def read_proto(path: Path) -> Any:
 
     try:
         size = path.stat().st_size
-        if size > _PROTOBUF_LIMIT:
+        if size > PROTOBUF_LIMIT:
             raise UnreadableFile(
                 f"{path} has {size} bytes and protobuf reads 2 GiB: save it with external data"
             )
@@ -239,15 +239,14 @@ class TensorReader:
                 )
         return spec
 
-    def size(self, proto: Any) -> int:
-        """Number of elements.
+    def size(self, proto: Any, dims: Sequence[int] | None = None) -> int:
+        """Number of elements; of a sparse tensor's values, with its `dims`.
 
         Raises:
             UnreadableFile: a negative or absurd shape.
+            UnsupportedTensor: more than `MOST_DIMENSIONS` dimensions.
         """
-        return self._size(proto, proto.dims)
-
-    def _size(self, proto: Any, shape: Sequence[int]) -> int:
+        shape = proto.dims if dims is None else dims
         if len(shape) > MOST_DIMENSIONS:  # before they are multiplied, which takes their square
             raise UnsupportedTensor(
                 f"{self._label(proto)} has {len(shape):,} dimensions, more than "
@@ -295,7 +294,7 @@ class TensorReader:
         """
         values, indices = self.array(sparse.values).ravel(), self.array(sparse.indices)
         shape = tuple(sparse.dims)
-        size = self._size(sparse.values, shape)
+        size = self.size(sparse.values, shape)
         self._made += size * values.itemsize
         self.check(self._made)
         out = np.zeros(size, values.dtype)
@@ -321,12 +320,9 @@ class TensorReader:
         where, offset = self.place(proto, length)
         self._made += length
         self.check(self._made)
-        try:
-            with open(where, "rb") as file:
-                file.seek(offset)
-                proto.raw_data = file.read(length)
-        except OSError as error:
-            raise UnreadableFile(f"cannot read {where}: {error.strerror or error}") from error
+        with reading(where), open(where, "rb") as file:
+            file.seek(offset)
+            proto.raw_data = file.read(length)
         del proto.external_data[:]
         proto.data_location = 0  # in the graph
 
@@ -379,11 +375,9 @@ class TensorReader:
             length = int(entries.get("length", str(0 if nbytes is None else nbytes)))
         except ValueError as error:
             raise UnreadableFile(f"{self._label(proto)}: {error}") from error
-        try:
+        with reading(where):
             self._disk.setdefault(where, disk_bytes(where))
             held = where.stat().st_size
-        except OSError as error:
-            raise UnreadableFile(f"cannot read {where}: {error.strerror or error}") from error
         wrong = nbytes is not None and length != nbytes
         if offset < 0 or length < 0 or wrong or offset + length > held:
             raise UnreadableFile(

@@ -20,9 +20,10 @@ from prunecast.common.files import remove_abandoned, replacing
 from prunecast.compression.files import FileTooLarge, UnreadableFile
 from prunecast.compression.files.tensors import FOREIGN, FileTensor, raw_dtype
 
-__all__ = ["Place", "numpy_dtype", "places", "subgraphs", "write_onnx"]
+__all__ = ["PROTOBUF_LIMIT", "Place", "numpy_dtype", "places", "subgraphs", "write_onnx"]
 
-_PROTOBUF_LIMIT = 2**31 - 1
+PROTOBUF_LIMIT = 2**31 - 1
+"""Bytes of a message."""
 _MOST_NAMES = 1 << 26  # bytes, of all places together
 _LISTS = {"value_floats": ("floats", "float32"), "value_ints": ("ints", "int64")}
 """Lists in ``Constant`` nodes: their field, and the dtype that ONNX gives the constant."""
@@ -188,7 +189,7 @@ def write_onnx(path: Path, tensors: Mapping[str, FileTensor], skeleton: bytes) -
     if left:
         raise UnreadableFile(f"the graph has no place for tensor {min(left)!r}: it is damaged")
     try:
-        if model.ByteSize() > _PROTOBUF_LIMIT:
+        if model.ByteSize() > PROTOBUF_LIMIT:
             raise FileTooLarge(
                 f"{path} would exceed the 2 GiB of an .onnx file: write .safetensors instead"
             )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from prunecast.compression.files.checkpoints import Checkpoint
+from prunecast.compression.files.zeroing import Zeroed
 
 __all__ = ["PrunedTensor", "PruningResult"]
 
@@ -56,6 +59,31 @@ class PruningResult:
     nbytes: int
     passes: int
     memory: int
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        jobs: Sequence[Zeroed],
+        ties: Mapping[str, str],
+        passes: int,
+        memory: int,
+    ) -> PruningResult:
+        """What the jobs made of a checkpoint, with the name that each tied tensor follows."""
+        removed: dict[str, int] = {}
+        for job in jobs:
+            removed[job.part.name] = removed.get(job.part.name, 0) + job.cut.removed
+        tensors = {
+            t.name: PrunedTensor(
+                t.spec.dtype,
+                t.spec.shape,
+                removed.get(t.name, 0),
+                t.name in removed,
+                ties.get(t.name, ""),
+            )
+            for t in checkpoint.tensors
+        }
+        return cls(tensors, checkpoint.nbytes, passes, memory)
 
     @property
     def prunable(self) -> int:

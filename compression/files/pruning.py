@@ -22,17 +22,16 @@ from prunecast.compression.files.selection import (
     DIGIT,
     SCORED,
     Cut,
-    Grouping,
     Part,
     Ranking,
-    Run,
-    one_after_the_other,
     select,
 )
 from prunecast.compression.files.shares import MOST_GATHERED, SHARED, removed_by_share
 from prunecast.compression.files.tensors import MOST_DIMENSIONS, raw_dtype
 from prunecast.compression.files.ties import refuse_apart, refuse_shared, tied_tensors
+from prunecast.compression.files.workers import Run, one_after_the_other
 from prunecast.compression.files.zeroing import (
+    Grouping,
     Targets,
     Zeroed,
     default_targets,
@@ -213,7 +212,9 @@ def prune_checkpoint(
         for part, cut in zip(parts[t.name], cuts[t.name], strict=True)
     ]
     write_pruned(checkpoint, targets, chosen, jobs, run, progress.add)
-    return _result(checkpoint, jobs, ties, max(passes.values()) + progress.sortings + 1, memory)
+    return PruningResult.of(
+        checkpoint, jobs, ties, max(passes.values()) + progress.sortings + 1, memory
+    )
 
 
 def _memory(single: Sequence[Extent], settings: Pruning, chunk: int) -> int:
@@ -274,30 +275,7 @@ def _by_pattern(
     weights = sum(t.spec.nbytes for t in chosen)
     progress = _Progress(on_progress, weights + checkpoint.nbytes)
     write_pruned(checkpoint, targets, chosen, jobs, run, progress.add)
-    return _result(checkpoint, jobs, ties, 1, memory)
-
-
-def _result(
-    checkpoint: Checkpoint,
-    jobs: Sequence[Zeroed],
-    ties: Mapping[str, str],
-    passes: int,
-    memory: int,
-) -> PruningResult:
-    removed: dict[str, int] = {}
-    for job in jobs:
-        removed[job.part.name] = removed.get(job.part.name, 0) + job.cut.removed
-    tensors = {
-        t.name: PrunedTensor(
-            t.spec.dtype,
-            t.spec.shape,
-            removed.get(t.name, 0),
-            t.name in removed,
-            ties.get(t.name, ""),
-        )
-        for t in checkpoint.tensors
-    }
-    return PruningResult(tensors, checkpoint.nbytes, passes, memory)
+    return PruningResult.of(checkpoint, jobs, ties, 1, memory)
 
 
 # -- before anything is written -------------------------------------------------------------------

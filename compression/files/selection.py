@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.files import CannotPrune, UnreadableFile
+from prunecast.compression.files.contents import reading
 from prunecast.compression.files.tensors import FileTensor, raw_dtype
-from prunecast.compression.pruning.allocation import ALLOCATIONS
+from prunecast.compression.files.workers import Run
 from prunecast.compression.pruning.criteria import CRITERIA, Knowledge
-from prunecast.compression.pruning.patterns import NOfM
 
 __all__ = [
     "CHUNK",
@@ -32,17 +32,13 @@ __all__ = [
     "SCORED",
     "VALUES",
     "Cut",
-    "Grouping",
     "Part",
     "Ranking",
-    "Run",
+    "highest_key",
     "keep_ties",
     "next_digit",
-    "one_after_the_other",
     "read_part",
-    "refuse_infinite",
     "select",
-    "stay",
 ]
 
 CHUNK = 1 << 20
@@ -53,14 +49,6 @@ SCORED = ("magnitude", "l2", "random")
 DIGIT, VALUES = 16, 1 << 16
 """Bits of a key that are counted in one pass, and values that they have."""
 _INTEGERS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
-"""Results of a function of one argument, in the order of the arguments; where, it decides."""
-
-
-def one_after_the_other(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterable[Any]:
-    """Do the work here."""
-    return map(function, jobs)
 
 
 @dataclass(frozen=True)
@@ -146,7 +134,7 @@ class Ranking:
         """
         if self.criterion == "random":  # as the criterion of that name draws a whole tensor
             drawn = np.random.PCG64(
-                np.random.SeedSequence([self.seed, _number(part.twin or part.name)])
+                np.random.SeedSequence([self.seed, zlib.crc32((part.twin or part.name).encode())])
             )
             scores = np.random.Generator(drawn.advance(start)).random(values.size)
             return scores.view(np.uint64)
@@ -160,9 +148,10 @@ class Ranking:
         magnitude: NDArray[Any] = bits & bits.dtype.type((1 << (self.bits - 1)) - 1)
         return magnitude
 
-
-def _number(name: str) -> int:
-    return zlib.crc32(name.encode())
+    def magnitudes(self, keys: NDArray[Any]) -> NDArray[Any]:
+        """The scores whose keys these are; of bfloat16 as float32."""
+        bits = keys if self.dtype == "bfloat16" else keys.view(self.dtype)
+        return FileTensor(bits, self.dtype).real()
 
 
 @dataclass(frozen=True)
@@ -189,17 +178,14 @@ def read_part(part: Part) -> Iterator[tuple[int, NDArray[Any]]]:
         UnreadableFile: the file became shorter, or cannot be read from this machine.
     """
     dtype = raw_dtype(part.dtype)
-    try:
-        with open(part.path, "rb") as file:
-            file.seek(part.offset + part.start * dtype.itemsize)
-            for start in range(part.start, part.stop, part.chunk):
-                count = min(part.chunk, part.stop - start)
-                values = np.fromfile(file, dtype, count)
-                if values.size != count:
-                    raise UnreadableFile(f"{part.path} became shorter while it was read")
-                yield start, values.astype(dtype.newbyteorder("="), copy=False)
-    except OSError as error:
-        raise UnreadableFile(f"cannot read {part.path}: {error.strerror or error}") from error
+    with reading(part.path), open(part.path, "rb") as file:
+        file.seek(part.offset + part.start * dtype.itemsize)
+        for start in range(part.start, part.stop, part.chunk):
+            count = min(part.chunk, part.stop - start)
+            values = np.fromfile(file, dtype, count)
+            if values.size != count:
+                raise UnreadableFile(f"{part.path} became shorter while it was read")
+            yield start, values.astype(dtype.newbyteorder("="), copy=False)
 
 
 def select(
@@ -307,23 +293,31 @@ def _count_digit(job: _Digit) -> tuple[NDArray[np.int64], int, int]:
     for start, values in read_part(job.part):
         keys = job.ranking.keys(job.part, start, values)
         if first:
-            at = int(keys.argmax())
-            if int(keys[at]) > highest:
-                highest, number = int(keys[at]), start + at
-            refuse_infinite(job.part, job.ranking, highest, number)
+            found = highest_key(job.part, job.ranking, start, keys)
+            if found[0] > highest:
+                highest, number = found
         else:
             keys = keys[keys >> (job.shift + DIGIT) == job.prefix]
         counts += np.bincount((keys >> job.shift).astype(np.uint16), minlength=VALUES)
     return counts, highest, number
 
 
-def refuse_infinite(part: Part, ranking: Ranking, key: int, number: int) -> None:
-    """Raise `CannotPrune` where a key is that of NaN or an infinity; `number` is its weight's."""
+def highest_key(
+    part: Part, ranking: Ranking, start: int, keys: NDArray[np.unsignedinteger]
+) -> tuple[int, int]:
+    """The highest key of a chunk, and the number of the first weight that has it.
+
+    Raises:
+        CannotPrune: it is that of NaN or an infinity.
+    """
+    at = int(keys.argmax())
+    key, number = int(keys[at]), start + at
     if key >= ranking.infinity:
         raise CannotPrune(
             f"tensor {part.name!r} holds NaN or an infinity (weight {number:,}): repair it, or "
             f"leave it out with --exclude {part.name!r}"
         )
+    return key, number
 
 
 @dataclass(frozen=True)
@@ -341,65 +335,3 @@ def _count_at(job: _Threshold) -> tuple[int, int]:
         below += int(np.count_nonzero(keys < job.threshold))
         tied += int(np.count_nonzero(keys == job.threshold))
     return below, tied
-
-
-def stay(
-    part: Part, start: int, values: NDArray[Any], ranking: Ranking, cut: Cut, ties: int
-) -> tuple[NDArray[np.bool_], int]:
-    """Which weights of a chunk stay.
-
-    Args:
-        part: that they are of.
-        start: number of the first of them in their tensor.
-        values: as `raw_dtype` has them.
-        ranking: what they were ranked by.
-        cut: of the part.
-        ties: how many at the threshold may still stay.
-
-    Returns:
-        One boolean a weight, and how many at the threshold may stay behind the chunk.
-    """
-    keys = ranking.keys(part, start, values)
-    kept = keys > cut.threshold
-    tied = np.flatnonzero(keys == cut.threshold)
-    spared = cut.spared - start
-    if 0 <= spared < kept.size:
-        tied = tied[tied != spared]
-        kept[spared] = True
-    kept[tied[:ties]] = True
-    return kept, ties - min(ties, tied.size)
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """N of every M along the input channels, whole rows at a time.
-
-    Attributes:
-        pattern: N and M.
-        row: shape of a tensor without its first axis.
-        inputs: axis of the input channels: 1, or 0 for a matrix that inputs are multiplied with.
-    """
-
-    pattern: NOfM
-    row: tuple[int, ...]
-    inputs: int
-
-    def stay(
-        self, part: Part, start: int, values: NDArray[Any], ranking: Ranking
-    ) -> NDArray[np.bool_]:
-        """Which weights of some rows stay; arguments as of `stay`.
-
-        Raises:
-            CannotPrune: a weight is NaN or infinite.
-        """
-        keys = ranking.keys(part, start, values)
-        at = int(keys.argmax())
-        refuse_infinite(part, ranking, int(keys[at]), start + at)
-        bits = keys if ranking.dtype == "bfloat16" else keys.view(ranking.dtype)
-        scores = FileTensor(bits, ranking.dtype).real().reshape(-1, *self.row)
-        if self.inputs == 0:
-            scores = scores.swapaxes(0, 1)
-        kept = self.pattern.masks({"": scores}, 1.0, ALLOCATIONS["layer"])[""]
-        if self.inputs == 0:
-            kept = kept.swapaxes(0, 1)
-        return np.ascontiguousarray(kept).ravel()

@@ -20,13 +20,12 @@ from prunecast.compression.files.selection import (
     VALUES,
     Part,
     Ranking,
-    Run,
+    highest_key,
     keep_ties,
     next_digit,
     read_part,
-    refuse_infinite,
 )
-from prunecast.compression.files.tensors import FileTensor
+from prunecast.compression.files.workers import Run
 
 __all__ = ["MOST_GATHERED", "SHARED", "removed_by_share"]
 
@@ -145,10 +144,10 @@ def _gather_shares(job: _Job) -> tuple[int, NDArray[np.uint64], int]:
 def _keys(job: _Job) -> Iterator[NDArray[np.uint64]]:
     """Bits of the shares of a tensor's weights but for the highest, which stays in any case."""
     ascending = _sorted(job)
-    largest = float(_magnitudes(ascending[-1:], job.ranking)[0]) or 1.0
+    largest = float(job.ranking.magnitudes(ascending[-1:])[0]) or 1.0
 
     def squares(first: int, behind: int) -> NDArray[np.float64]:
-        chunk = _magnitudes(ascending[first:behind], job.ranking).astype(np.float64)
+        chunk = job.ranking.magnitudes(ascending[first:behind]).astype(np.float64)
         return np.square(chunk / largest)
 
     size = ascending.size
@@ -180,17 +179,10 @@ def _sorted(job: _Job) -> NDArray[np.unsignedinteger]:
     keys: NDArray[np.unsignedinteger] | None = None
     for start, values in read_part(job.part):
         found = job.ranking.keys(job.part, start, values)
-        at = int(found.argmax())
-        refuse_infinite(job.part, job.ranking, int(found[at]), start + at)
+        highest_key(job.part, job.ranking, start, found)
         if keys is None:
             keys = np.empty(job.part.stop - job.part.start, found.dtype)
         keys[start - job.part.start :][: found.size] = found
     assert keys is not None
     keys.sort()
     return keys
-
-
-def _magnitudes(keys: NDArray[np.unsignedinteger], ranking: Ranking) -> NDArray[np.floating]:
-    bits = keys if ranking.dtype == "bfloat16" else keys.view(ranking.dtype)
-    found: NDArray[np.floating] = FileTensor(bits, ranking.dtype).real()
-    return found

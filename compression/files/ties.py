@@ -7,8 +7,9 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from prunecast.compression.files import CannotPrune, UnreadableFile
+from prunecast.compression.files import CannotPrune
 from prunecast.compression.files.checkpoints import Checkpoint, Extent
+from prunecast.compression.files.contents import reading
 
 __all__ = ["refuse_apart", "refuse_shared", "tied_tensors"]
 
@@ -110,26 +111,24 @@ def refuse_shared(checkpoint: Checkpoint, chosen: Collection[str]) -> None:
 
 def _sample(path: Path, tensor: Extent) -> bytes:
     size, digest = tensor.spec.nbytes, hashlib.blake2b()
-    try:
-        with open(path, "rb") as file:
-            for at in (0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)):
-                file.seek(tensor.offset + at)
-                digest.update(file.read(min(_SAMPLE, size)))
-    except OSError as error:
-        raise UnreadableFile(f"cannot read {path}: {error.strerror or error}") from error
+    with reading(path), open(path, "rb") as file:
+        for at in (0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)):
+            file.seek(tensor.offset + at)
+            digest.update(file.read(min(_SAMPLE, size)))
     return digest.digest()
 
 
 def _same(checkpoint: Checkpoint, one: Extent, other: Extent) -> bool:
     """Whether every byte is the same, and not all are zero."""
-    with open(checkpoint.file(one), "rb") as first, open(checkpoint.file(other), "rb") as second:
+    here, there = checkpoint.file(one), checkpoint.file(other)
+    with reading(here), open(here, "rb") as first, reading(there), open(there, "rb") as second:
         first.seek(one.offset)
         second.seek(other.offset)
         left, some = one.spec.nbytes, False
         while left:
-            here, there = (file.read(min(_BLOCK, left)) for file in (first, second))
-            if here != there or not here:
+            block = first.read(min(_BLOCK, left))
+            if block != second.read(len(block)) or not block:
                 return False
-            some = some or here.count(0) != len(here)
-            left -= len(here)
+            some = some or block.count(0) != len(block)
+            left -= len(block)
     return some

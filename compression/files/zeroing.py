@@ -11,17 +11,29 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunecast.common.files import StorageError, remove_abandoned, replacing_all
 from prunecast.common.text import bytes_text
 from prunecast.compression.files import CannotPrune, UnreadableFile
 from prunecast.compression.files.checkpoints import Checkpoint, Extent
 from prunecast.compression.files.mask_files import MaskFile
-from prunecast.compression.files.selection import Cut, Grouping, Part, Ranking, Run, read_part, stay
+from prunecast.compression.files.selection import (
+    Cut,
+    Part,
+    Ranking,
+    highest_key,
+    read_part,
+)
+from prunecast.compression.files.workers import Run
+from prunecast.compression.pruning.allocation import ALLOCATIONS
+from prunecast.compression.pruning.patterns import NOfM
 
 __all__ = [
+    "Grouping",
     "Targets",
     "Zeroed",
     "default_targets",
@@ -113,6 +125,66 @@ def refuse_without_room(checkpoint: Checkpoint, targets: Targets, chosen: Sequen
             f"{folder} has {bytes_text(free)} free and the pruned checkpoint takes "
             f"{bytes_text(needed)}: make room, or name another place with --out"
         )
+
+
+def _stay(
+    part: Part, start: int, values: NDArray[Any], ranking: Ranking, cut: Cut, ties: int
+) -> tuple[NDArray[np.bool_], int]:
+    """Which weights of a chunk stay.
+
+    Args:
+        part: that they are of.
+        start: number of the first of them in their tensor.
+        values: as `raw_dtype` has them.
+        ranking: what they were ranked by.
+        cut: of the part.
+        ties: how many at the threshold may still stay.
+
+    Returns:
+        One boolean a weight, and how many at the threshold may stay behind the chunk.
+    """
+    keys = ranking.keys(part, start, values)
+    kept = keys > cut.threshold
+    tied = np.flatnonzero(keys == cut.threshold)
+    spared = cut.spared - start
+    if 0 <= spared < kept.size:
+        tied = tied[tied != spared]
+        kept[spared] = True
+    kept[tied[:ties]] = True
+    return kept, ties - min(ties, tied.size)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """N of every M along the input channels, whole rows at a time.
+
+    Attributes:
+        pattern: N and M.
+        row: shape of a tensor without its first axis.
+        inputs: axis of the input channels: 1, or 0 for a matrix that inputs are multiplied with.
+    """
+
+    pattern: NOfM
+    row: tuple[int, ...]
+    inputs: int
+
+    def stay(
+        self, part: Part, start: int, values: NDArray[Any], ranking: Ranking
+    ) -> NDArray[np.bool_]:
+        """Which weights of some rows stay; arguments as of `_stay`.
+
+        Raises:
+            CannotPrune: a weight is NaN or infinite.
+        """
+        keys = ranking.keys(part, start, values)
+        highest_key(part, ranking, start, keys)
+        scores = ranking.magnitudes(keys).reshape(-1, *self.row)
+        if self.inputs == 0:
+            scores = scores.swapaxes(0, 1)
+        kept = self.pattern.masks({"": scores}, 1.0, ALLOCATIONS["layer"])[""]
+        if self.inputs == 0:
+            kept = kept.swapaxes(0, 1)
+        return np.ascontiguousarray(kept).ravel()
 
 
 @dataclass(frozen=True)
@@ -220,7 +292,7 @@ def _write_part(job: Zeroed) -> int:
     with open(job.target, "r+b") as file, open(job.masks, "r+b") as masks:
         for start, values in read_part(job.part):
             if job.grouping is None:
-                kept, ties = stay(job.part, start, values, job.ranking, job.cut, ties)
+                kept, ties = _stay(job.part, start, values, job.ranking, job.cut, ties)
             else:
                 kept = job.grouping.stay(job.part, start, values, job.ranking)
             removed += kept.size - int(np.count_nonzero(kept))

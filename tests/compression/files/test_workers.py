@@ -9,10 +9,10 @@ import pytest
 
 from prunecast.compression.files import CannotPrune
 from prunecast.compression.files.checkpoints import open_checkpoint
-from prunecast.compression.files.cluster import ClusterUnavailable, ray_cluster
 from prunecast.compression.files.formats import write_tensors
 from prunecast.compression.files.pruning import Pruning, prune_checkpoint
 from prunecast.compression.files.tensors import FileTensor
+from prunecast.compression.files.workers import ClusterUnavailable, ray_cluster
 from prunecast.compression.files.zeroing import default_targets
 
 pytestmark = pytest.mark.engine

@@ -1,4 +1,4 @@
-"""Work on parts of files on the machines of a Ray cluster, which see the files by their paths."""
+"""Where parts of files are worked on: here, or on the machines of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from prunecast.compression.files import FilesError
-from prunecast.compression.files.selection import Run
 
-__all__ = ["ClusterUnavailable", "ray_cluster"]
+__all__ = ["ClusterUnavailable", "Run", "one_after_the_other", "ray_cluster"]
 
 _CONNECT_SECONDS = 5
 _AHEAD = 2  # tasks that wait for each processor, so that none is idle
+
+Run = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""Results of a function of one argument, in the order of the arguments; where, it decides."""
+
+
+def one_after_the_other(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterable[Any]:
+    """Do the work here."""
+    return map(function, jobs)
 
 
 class ClusterUnavailable(FilesError):
