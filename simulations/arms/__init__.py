@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,6 +43,19 @@ class Arm(Kind):
 
     def check(self, key: str, arms: Mapping[str, Arm]) -> None:
         """Raise `ScenarioError` for what is wrong below `key` of this arm, among all arms."""
+
+    def check_widths(self, key: str, classes: Sequence[str]) -> None:
+        """Raise `ScenarioError` for what does not go with the width classes of the clients.
+
+        Args:
+            key: of this arm.
+            classes: of every client, in their order; "" for none.
+        """
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """Width classes whose clients take no part in it."""
+        return ()
 
     def grid_policy(self) -> Policy:
         """How its messages travel, if it trains: those of plain Flower, if no kind says otherwise.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prunecast.simulations.arms import Arm
+from prunecast.simulations.kinds import ScenarioError
 
 if TYPE_CHECKING:
     from prunecast.server.federation import Policy
@@ -21,10 +22,36 @@ class Prunecast(Arm):
     Attributes:
         preset: of the policy.
         policy: ``[arms.<name>.policy]``, knobs that replace those of the preset.
+        left_out: width classes whose clients take no part, so that it shows what they are worth.
     """
 
     preset: str = "balanced"
     policy: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def check_widths(self, key: str, classes: Sequence[str]) -> None:
+        """See that the policy knows the classes of clients that take part, and that some do."""
+        stated = set(classes) - {""}
+        for name in self.left_out:
+            if name not in stated:
+                raise ScenarioError(
+                    f"{key}.left_out", f"{name!r} is the class of no client", "see clients.widths"
+                )
+        if set(classes) <= set(self.left_out):
+            raise ScenarioError(f"{key}.left_out", "leaves no client", "leave a class in")
+        known = self.policy.get("widths", {})
+        unknown = stated - set(self.left_out) - set(known)
+        if known and unknown:
+            raise ScenarioError(
+                f"{key}.policy.widths",
+                f"says nothing of class {min(unknown)!r}, which clients.widths has",
+                "add it, or name it in left_out",
+            )
+
+    @property
+    def without(self) -> tuple[str, ...]:
+        """As stated."""
+        return self.left_out
 
     @property
     def publishes(self) -> bool:
@@ -41,4 +68,6 @@ class Prunecast(Arm):
 
     def text(self) -> str:
         """The preset, and the knobs that replace its own."""
-        return ", ".join([f"preset {self.preset}", *(f"{k} = {v}" for k, v in self.policy.items())])
+        knobs = [f"{k} = {v}" for k, v in self.policy.items()]
+        without = [f"without {', '.join(self.left_out)}"] if self.left_out else []
+        return ", ".join([f"preset {self.preset}", *knobs, *without])

@@ -23,6 +23,7 @@ from prunecast.simulations.report.parts import Section, Table, mean_of, seconds_
 from prunecast.simulations.report.pruned import pruning_numbers, what_pruning_did
 from prunecast.simulations.report.study import Spread, Study, StudyArm
 from prunecast.simulations.report.traffic import joining_section, seconds_section, wire_section
+from prunecast.simulations.report.widths import width_classes
 
 __all__ = ["arm_numbers", "sections_of"]
 
@@ -46,6 +47,7 @@ def sections_of(study: Study, targets: Sequence[float] = ()) -> list[Section]:
         joining_section(study),
         seconds_section(study),
         what_pruning_did(study),
+        width_classes(study),
         _release(study),
         *detail_sections(study),
     ]

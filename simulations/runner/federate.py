@@ -24,7 +24,11 @@ from prunecast.client.training.trainer import TensorBatches
 from prunecast.common.text import first_line
 from prunecast.compression.flower import dense_arrays
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.channels import ChannelPlan, channels_beside
+from prunecast.compression.pruning.channels import (
+    ChannelPlan,
+    channels_beside,
+    current_channels,
+)
 from prunecast.compression.pruning.counting import parameter_count
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
@@ -32,6 +36,7 @@ from prunecast.server.federation.events import OnEvent
 from prunecast.server.federation.run import EVENTS, initial_arrays
 from prunecast.server.federation.shrinking import FittedModule, module_chooser
 from prunecast.server.federation.strategies import build_strategy
+from prunecast.server.federation.widths import leading_slices
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.runner import EngineFailed
 from prunecast.simulations.runner.metrics import model_figures
@@ -81,19 +86,24 @@ def _data(prepared: PreparedRun, context: Context) -> tuple[Loader, Loader | Non
 # -- the server -----------------------------------------------------------------------------------
 
 
-def strategy_of(scenario: Scenario) -> Any:
+def strategy_of(scenario: Scenario, count: int | None = None) -> Any:
     """The strategy of a scenario: every arm gets a new one.
+
+    Args:
+        scenario: whose strategy.
+        count: of the clients that take part; None for all.
 
     Raises:
         StrategyError: unknown name or option.
     """
-    trained = max(1, int(scenario.clients.count * scenario.clients.fraction))
+    count = scenario.clients.count if count is None else count
+    trained = max(1, int(count * scenario.clients.fraction))
     options = {
         "fraction_train": scenario.clients.fraction,
         # the held-out examples measure; messages that only evaluate would flatter the ratio
         "fraction_evaluate": 0.0,
         "min_train_nodes": trained,
-        "min_available_nodes": scenario.clients.count,
+        "min_available_nodes": count,
     }
     return build_strategy(scenario.strategy.name, {**options, **scenario.strategy.options})
 
@@ -146,20 +156,30 @@ class _HeldOut:
             model: what is published of them.
             removed: the channels that are gone.
         """
-        self.module = self._fitted.of(removed)
+        self.module, outputs, score, loss = self._measured(arrays, removed)
+        if model is not None:
+            self._latest = [*self._latest[-1:], (model, removed, outputs, score)]
+        return score, loss
+
+    def measure_slice(self, arrays: ArrayRecord, plan: ChannelPlan) -> tuple[float, float]:
+        """The task's metric and the loss of what a width class trains; nothing of it is kept."""
+        return self._measured(arrays, plan)[2:]
+
+    def _measured(
+        self, arrays: ArrayRecord, plan: ChannelPlan | None
+    ) -> tuple[nn.Module, NDArray[Any], float, float]:
+        module = self._fitted.of(plan)
         state = {k: torch.from_numpy(np.array(v)) for k, v in dense_arrays(arrays).items()}
-        self.module.load_state_dict(state)
-        self.module.eval()
+        module.load_state_dict(state)
+        module.eval()
         parts, total = [], 0.0
         with torch.inference_mode():
             for inputs, targets in self._batches:
-                parts.append(self.module(*inputs))
+                parts.append(module(*inputs))
                 total += float(self._task.training_loss(parts[-1], targets)) * len(targets)
         outputs = torch.cat(parts).numpy()
         score = self._task.score(outputs, self._targets)
-        if model is not None:
-            self._latest = [*self._latest[-1:], (model, removed, outputs, score)]
-        return score, total / len(self._targets)
+        return module, outputs, score, total / len(self._targets)
 
     def save(self, prepared: PreparedRun, arm: str) -> None:
         """Leave the latest published models, and what they answered, to the delivery."""
@@ -192,6 +212,9 @@ def _run_arm(
     measured: dict[str, float] = {}
 
     def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:
+        if (plan := current_channels()) is not None:
+            score, loss = held_out.measure_slice(received, plan)
+            return MetricRecord({task.metric: score, "loss": loss})
         weights = arm.weights(received, scenario, server_round)
         removed = run.grid.channels()
         score, loss = held_out.measure(weights, run.published, removed)
@@ -206,6 +229,11 @@ def _run_arm(
             same = ("sparsity", "bytes_up", "bytes_down", "seconds")
             row = {"round": event["round"], **measured, **{k: event[k] for k in same}}
             row["parameters"] = parameter_count(held_out.module)
+            if widths := event.get("widths"):
+                row["widths"] = {
+                    name: {**found, **found.pop("metrics")}
+                    for name, found in ((name, dict(entry)) for name, entry in widths.items())
+                }
             if found := event["node_metrics"]:
                 row["nodes"] = found
             rounds.append(row)
@@ -220,14 +248,16 @@ def _run_arm(
         poll_interval=0.05,  # nodes are near
     )
     policy = compressed.policy
+    stated = zip(nodes, scenario.clients.classes(), strict=True)
+    taking_part = [node for node, width in stated if width not in arm.without]
     bound = StoreBound(
         *(prepared.store, grid.run.run_id),
         most=scenario.engine.store_bytes,
         history=policy.history,
     )
     run = Run(
-        OrderedGrid(compressed, nodes, bound),
-        arm.strategy(strategy_of(scenario)),
+        OrderedGrid(compressed, taking_part, bound),
+        arm.strategy(strategy_of(scenario, len(taking_part))),
         evaluate_fn=evaluate_fn,
         releases=automatic_releases(prepared, name),
         seed=scenario.seed,
@@ -236,6 +266,7 @@ def _run_arm(
         events=prepared.folder / EVENTS,
         on_event=hear,
         channels=module_chooser(scenario.model.network(), example),
+        slices=leading_slices(scenario.model.network(), example),
         stop_on_failure=True,  # a client left out silently would make the arms differ
     )
     started = time.monotonic()

@@ -54,12 +54,18 @@ def number_nodes(grid: Grid, prepared: PreparedRun) -> list[int]:
 
 
 def client_number_mod(prepared: PreparedRun) -> Mod:
-    """A Flower mod that makes ``partition-id`` the number that `number_nodes` gave to the node."""
+    """A Flower mod that makes ``partition-id`` the number that `number_nodes` gave to the node.
+
+    The node then states the width class that the scenario gives to the client of that number.
+    """
+    classes = prepared.scenario.clients.classes()
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         path = prepared.work / _FILE
         found = _numbers(path, path.stat().st_mtime_ns)
-        context.node_config["partition-id"] = found[context.node_id]
+        context.node_config["partition-id"] = number = found[context.node_id]
+        if classes[number]:
+            context.node_config["prunecast-width"] = classes[number]
         return call_next(message, context)
 
     return mod
@@ -79,7 +85,7 @@ class OrderedGrid(GridWrapper):
 
     Args:
         grid: the grid to wrap.
-        nodes: node ids in the order to keep.
+        nodes: node ids in the order to keep; others are not listed.
         store: told who was asked, after every exchange.
     """
 
@@ -90,7 +96,7 @@ class OrderedGrid(GridWrapper):
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the connected nodes, in order."""
-        return sorted(self._grid.get_node_ids(), key=self._place)
+        return sorted(filter(self._rank.__contains__, self._grid.get_node_ids()), key=self._place)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -266,6 +266,7 @@ def build_arms(
             "pruning": _pruning(outcome, rounds, prepared) if arm.trains else None,
             "nodes": [str(node) for node in outcome["nodes"]],
             "by_kind": _by_kind(tally),
+            "widths": last.get("widths") if arm.trains else None,
             "rounds": rounds,
         }
     baseline = next((n for n, a in arms.items() if a["baseline"]), None)

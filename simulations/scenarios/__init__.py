@@ -33,6 +33,7 @@ from prunecast.simulations.kinds import (
 )
 from prunecast.simulations.network_profiles import NetworkSpec
 from prunecast.simulations.partitions import PARTITIONS, Partition
+from prunecast.simulations.scenarios.clients import ClientsSpec
 from prunecast.simulations.sweeps import SweepSpec
 from prunecast.simulations.tasks import TASKS, Task
 
@@ -51,19 +52,6 @@ __all__ = [
 ]
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class ClientsSpec:
-    """``[clients]``: who trains.
-
-    Attributes:
-        count: number of clients.
-        fraction: of them that train in a round.
-    """
-
-    count: Annotated[int, Range(1)] = 10
-    fraction: Annotated[float, Range(0, 1, above=True)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -376,6 +364,7 @@ def _check(s: Scenario) -> None:
         s.network.check("network")
     for name, figure in s.published.items():
         figure.check(f"published.{name}")
+    s.clients.check("clients")
     if s.sweep is not None:
         s.sweep.check("sweep")
     if not s.trained_arms():
@@ -387,6 +376,7 @@ def _check(s: Scenario) -> None:
                 f"arms.{name}", "names files, so it cannot be used", "use a-z 0-9 . _ -"
             )
         arm.check(f"arms.{name}", s.arms)
+        arm.check_widths(f"arms.{name}", s.clients.classes())
     if s.release is not None:
         publishing = s.publishing_arms()
         if not publishing:

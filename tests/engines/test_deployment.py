@@ -20,6 +20,7 @@ from prunecast.server.federation import Ledger
 pytestmark = pytest.mark.engine
 
 ROUNDS, NODES = 2, 2
+WIDTHS = ("", "small")  # that a node's config states; nothing asks for it but one test
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def deployment(
                 *("--auth-supernode-private-key", f"node{node}"),
                 *("--host", "127.0.0.1", "--port", str(runtime)),
                 "--node-config",
-                f'partition-id={node} num-partitions={NODES} prunecast-store="{folder}/s{node}"',
+                f'partition-id={node} num-partitions={NODES} prunecast-store="{folder}/s{node}" '
+                f'prunecast-width="{WIDTHS[node]}"',
                 port=runtime,
             )
         yield engine
@@ -96,6 +98,31 @@ def test_a_node_that_loses_its_store_answers_in_the_same_round(
         assert up == ["update", "base-missing", "update"]
         down = [e.kind for e in mine if e.direction == "down"]
         assert down[0] == down[-1] == "keyframe"
+    losses = list(json.loads((tmp_path / "losses.json").read_text()).values())
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_node_trains_the_slice_of_the_class_that_its_config_states(
+    deployment: Any, tiny_app: Path, tmp_path: Path
+) -> None:
+    widths = 'prunecast.widths="small=0.25"'
+    deployment.run(
+        tiny_app, "--run-config", f'output="{tmp_path}" num-server-rounds={ROUNDS} {widths}'
+    )
+
+    entries = list(Ledger.read(tmp_path / "ledger.jsonl"))
+    spent = {}
+    for width in WIDTHS:
+        mine = [e for e in entries if e.width == width and e.message_type == "train"]
+        assert len({e.node for e in mine}) == 1
+        down = [e.kind for e in mine if e.direction == "down"]
+        assert down[:2] == ["ask", "keyframe"]
+        up = [e.kind for e in mine if e.direction == "up"]
+        assert up[0] == "base-missing"
+        assert len(up) == ROUNDS + 1
+        assert set(up[1:]) <= {"update", "values", "mixed"}
+        spent[width] = sum(e.payload_bytes for e in mine)
+    assert spent["small"] < 0.4 * spent[""]
     losses = list(json.loads((tmp_path / "losses.json").read_text()).values())
     assert losses == sorted(losses, reverse=True)
 

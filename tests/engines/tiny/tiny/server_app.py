@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 from prunecast.compression.flower import payload_of
 from prunecast.compression.flower.envelope import unpack
 from prunecast.compression.flower.internals import serialised_objects, uncached
+from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.server.federation.wrapper import GridWrapper
 from tiny.task import initial
@@ -57,6 +58,12 @@ class Watched(GridWrapper):
         )
 
 
+def leading(rows: int, share: float) -> ChannelPlan:
+    """The first rows, of weight and bias alike."""
+    kept = np.arange(rows) < share * rows
+    return ChannelPlan({"weight": (kept, None), "bias": (kept,)}, share=share)
+
+
 def ask(grid: Grid) -> None:
     """Send every node a message of every type without arrays, and wait for the replies."""
     content = RecordDict({"config": ConfigRecord({"server-round": 1, "what": "size"})})
@@ -74,7 +81,10 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     output = Path(config["output"])
     watched = Watched(grid)
-    grid = CompressedGrid(watched, Policy.from_run_config(config), ledger=output / "ledger.jsonl")
+    policy = Policy.from_run_config(config)
+    grid = CompressedGrid(watched, policy, ledger=output / "ledger.jsonl")
+    if policy.widths:
+        grid.use_widths({name: leading(config["rows"], s) for name, s in policy.widths.items()})
     arrays = ArrayRecord({name: Array(array) for name, array in initial(config["rows"]).items()})
     result = FedAvg().start(
         grid=grid, initial_arrays=arrays, num_rounds=config["num-server-rounds"], timeout=120
