@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from logging import INFO, WARNING
+from logging import WARNING
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,7 @@ from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.criteria import Knowledge
 from prunecast.compression.pruning.growing import readjusted
 from prunecast.compression.pruning.masks import Masks
-from prunecast.compression.pruning.plan import (
-    PlanError,
-    PruningPlan,
-    low_rank_factors,
-    tied_weights,
-)
+from prunecast.compression.pruning.plan import PlanError, PruningPlan, tied_weights
 from prunecast.compression.pruning.schedules import StaticSchedule
 from prunecast.compression.pruning.statistics import (
     Statistics,
@@ -33,13 +28,10 @@ from prunecast.compression.pruning.statistics import (
 from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.policy import GROWN_BY, Policy
 from prunecast.server.federation.progress import SUMS, Measurements, Progress
+from prunecast.server.federation.prunable import check_prunable, say_left_alone
 
 __all__ = ["MaskState", "Pruner"]
 
-_WHY = (
-    "none is a matrix or kernel of at least pruning-min-size elements that no pattern excludes, or "
-    "all are adapters"
-)
 _OTHER_CRITERIA = 0.25  # part of the lattice's step where masks do not follow from sizes
 _HARDLY = 0.05  # of the share that a model keeps: a layer that keeps less passes nothing on
 _EVENTS = 100  # that are kept where nobody asks for them
@@ -287,7 +279,7 @@ class Pruner:
             clock: the round of the version.
             statistics: what nodes contributed since the last one; what is not given stays.
             model: all of the master, for criteria that look beside the weights; None: `lattice`.
-            first: whether it is the first version; says then what cannot be pruned.
+            first: whether it is the first version of all.
 
         Raises:
             PolicyError: the model cannot be pruned as the policy says.
@@ -305,10 +297,11 @@ class Pruner:
         learned = self.progress.clock(clock)
         if not self.policy.pruning_end:
             self._at = learned
+        if first or (weights and self._versions <= 2):
+            # again for ties, once weights that were only copied differ
+            check_prunable(self.policy, self.plan, lattice, trained=self._versions == 2)
         if first and self.policy.target:
-            self._say_unpruned(lattice)
-        if self.policy.target and weights and self._versions <= 2:
-            self._check(lattice, trained=self._versions == 2)
+            say_left_alone(self.plan, lattice)
         known = self._knowledge(weights, lattice if model is None else model)
         asked = self._versions > 1 or self._known or self._state.masks
         if self.plan.criterion.once and not asked:
@@ -327,14 +320,6 @@ class Pruner:
         """What is known with what nodes contributed since; too late where they are asked once."""
         once = self.plan is not None and self.plan.criterion.once
         return self._known if once and self._known else {**self._known, **statistics}
-
-    def _check(self, lattice: Mapping[str, NDArray[Any]], *, trained: bool) -> None:
-        """Before the first round, and again for ties, once weights that were only copied differ."""
-        assert self.plan is not None
-        try:
-            self.plan.check(lattice, trained=trained)
-        except PlanError as error:
-            raise PolicyError(f"the model cannot be pruned as the policy says: {error}") from error
 
     def adjusted(
         self, master: Mapping[str, NDArray[Any]], clock: int
@@ -425,23 +410,6 @@ class Pruner:
             sums[name] = sums[name] + part if name in sums else part
         self._accumulated = sums
         return replace(known, accumulated=sums)
-
-    def _say_unpruned(self, lattice: Mapping[str, NDArray[Any]]) -> None:
-        plan = self.plan
-        assert plan is not None
-        adapters = low_rank_factors({name: array.shape for name, array in lattice.items()})
-        if adapters and not plan.adapters:
-            log(
-                INFO,
-                "Not pruned: %d low-rank factors such as %r, whose products would lose whole rows; "
-                "prunecast.pruning-adapters = true prunes them.",
-                len(adapters),
-                min(adapters),
-            )
-        if not plan.prunable(lattice):
-            log(
-                WARNING, "The model has no tensor that may be pruned, so nothing will be: %s.", _WHY
-            )
 
     def _say_unmeasured(self) -> None:
         if not self._said_unmeasured:

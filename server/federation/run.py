@@ -29,6 +29,7 @@ from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.layers import changed_masks, layers_in, samples_round
 from prunecast.server.federation.ledger import Ledger
 from prunecast.server.federation.policy import WHOLE, Policy
+from prunecast.server.federation.prunable import check_model
 from prunecast.server.federation.recovery import Recoveries
 from prunecast.server.federation.releasing import AutomaticReleases
 from prunecast.server.federation.shrinking import ChannelChooser, Removals
@@ -173,6 +174,7 @@ class Run:
             evaluate_config: for the nodes' evaluation, as in Flower.
 
         Raises:
+            PolicyError: the model cannot be pruned as the policy says; nothing was written.
             FederationError: nodes failed and the run was to stop then, or no reply of the whole
                 run could be used; the model diverged; the metric to release by is not measured.
             StorageError: a file cannot be written to begin with, or the final model.
@@ -191,6 +193,7 @@ class Run:
         else:
             self.grid.expect_rounds(num_rounds)
             like = initial
+            check_model(self.grid.policy, like, num_rounds, key=self.key)
             arrays = self.grid.draw_initial(like, self.seed, key=self.key) if drawn else like
         schedule = self.grid.policy.pruning().channels
         removals = Removals(schedule, self.choose_channels, passed)

@@ -27,6 +27,7 @@ from prunecast.compression.pruning.channels import current_channels
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.prunable import check_model, frozen_parameters
 from prunecast.server.federation.releasing import releases_from_config
 from prunecast.server.federation.run import Run, initial_arrays
 from prunecast.server.federation.shrinking import FittedModule, module_chooser
@@ -74,10 +75,14 @@ def main(grid: Grid, context: Context) -> None:
     resume = _get(config, "resume", "")
     initial = _resumed(Path(resume), arrays) if resume else arrays
     removed = initial.channels if isinstance(initial, Checkpoint) else None
+    policy, rounds = Policy.from_run_config(config), _get(config, "num-server-rounds", 3)
+    resume = _get(config, "resume", "")
+    if not resume:
+        check_model(policy, arrays, rounds, frozen=frozen_parameters(module))
     run = Run(
         grid,
         strategy,
-        policy=Policy.from_run_config(config),
+        policy=policy,
         folder=_get(config, "folder", "") or None,
         evaluate_fn=evaluate_fn,
         releases=releases_from_config(config, model, removed),
@@ -90,7 +95,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     run.start(
         initial,
-        num_rounds=_get(config, "num-server-rounds", 3),
+        num_rounds=rounds,
         timeout=_get(config, "timeout", 3600.0),
     )
 

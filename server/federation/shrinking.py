@@ -34,6 +34,7 @@ __all__ = [
     "FittedModule",
     "Removals",
     "Removed",
+    "check_channels",
     "module_chooser",
     "narrow_strategy",
 ]
@@ -161,11 +162,7 @@ class Removals:
             ahead.insert(0, self._passed)
         if not ahead:
             return
-        if ahead[-1] >= last:
-            raise FederationError(
-                f"channels go after round {ahead[-1]} of {last}, and no round would train what "
-                "is left: set prunecast.channels-at to earlier rounds, or train longer"
-            )
+        _check_last(ahead[-1], last)
         self._plan(grid, arrays, ahead[0], key)
         _say_what_is_not_reached(strategy)
 
@@ -238,6 +235,28 @@ class Removals:
         assert self._choose is not None
         master = dense_arrays(set_apart(arrays)[0])
         return self._choose(master, self._schedule.after(number), grid.channels(key=key))
+
+
+def check_channels(
+    schedule: ChannelSchedule, choose: ChannelChooser, master: Arrays, rounds: int
+) -> None:
+    """Refuse channels that cannot go from a model that has all of them.
+
+    Raises:
+        FederationError: they would go when no round is left that trains the rest.
+        PlanError: they cannot go.
+    """
+    if schedule.at:
+        _check_last(schedule.at[-1], rounds)
+        choose(master, schedule.after(schedule.at[0]), None)
+
+
+def _check_last(at: int, last: int) -> None:
+    if at >= last:
+        raise FederationError(
+            f"channels go after round {at} of {last}, and no round would train what is left: set "
+            "prunecast.channels-at to earlier rounds, or train longer"
+        )
 
 
 def narrow_strategy(

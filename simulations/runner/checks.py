@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["check_data_and_model"]
+__all__ = ["check_data_and_model", "check_pruning"]
 
 _NAMED = 3  # clients in a message
 
@@ -60,6 +60,44 @@ def check_data_and_model(scenario: Scenario, data: PartitionedData) -> None:
         _check_single_examples(scenario, module, training, clients)
     with keyed("model.factory"):
         _evaluate(scenario, module, held_out)
+
+
+def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
+    """See of every arm that its model can be pruned as its policy asks.
+
+    Args:
+        scenario: what is to be run; its model was found to train.
+        data: loaded and spread.
+
+    Raises:
+        FederationError: weights or channels cannot go; names arm, key and remedy.
+    """
+    import torch
+
+    from prunecast.compression.flower import dense_arrays, set_apart
+    from prunecast.compression.pruning.plan import PlanError
+    from prunecast.server.federation.errors import FederationError, PolicyError
+    from prunecast.server.federation.prunable import check_model, frozen_parameters
+    from prunecast.server.federation.run import initial_arrays
+    from prunecast.server.federation.shrinking import check_channels, module_chooser
+
+    arms = {name: (arm, arm.grid_policy()) for name, arm in scenario.trained_arms().items()}
+    pruned = {n: (a, p) for n, (a, p) in arms.items() if p.target or p.channels_at}
+    if not pruned:
+        return
+    network, inputs = scenario.model.network(), data[1].take(np.arange(2)).inputs.values()
+    module, first = initial_arrays(network, seed=scenario.seed)
+    frozen = frozen_parameters(module)
+    choose = module_chooser(network, lambda: tuple(map(torch.from_numpy, inputs)))
+    for name, (arm, policy) in pruned.items():
+        arrays = arm.initial(first, scenario)
+        try:
+            check_model(policy, arrays, scenario.rounds, frozen=frozen)
+            schedule = policy.pruning(scenario.rounds).channels
+            master = dense_arrays(set_apart(arrays)[0])
+            check_channels(schedule, choose, master, scenario.rounds)
+        except (FederationError, PlanError) as error:
+            raise PolicyError(f"arms.{name}: {error}") from error
 
 
 def _clients(numbers: Sequence[int]) -> str:

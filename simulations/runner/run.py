@@ -86,7 +86,7 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
 
     Raises:
         FederationError: a preset, knob, strategy, option or release rule is unknown or out of
-            range.
+            range, or a model cannot be pruned as its arm asks.
         ScenarioError: the model's factory cannot be imported, or makes no model.
         DataError: the data cannot be had, do not suit task and model, or cannot be partitioned.
     """
@@ -119,10 +119,11 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
     if scenario.release is not None:
         rule_of(scenario.release, scenario.task)
     scenario.model.network()
-    from prunecast.simulations.runner.checks import check_data_and_model
+    from prunecast.simulations.runner.checks import check_data_and_model, check_pruning
 
     data = partition_data(scenario)
     check_data_and_model(scenario, data)
+    check_pruning(scenario, data)
     return data
 
 

@@ -195,20 +195,20 @@ def test_every_figure_of_the_readme_has_its_command() -> None:
 def test_the_command_writes_its_page_and_keeps_what_it_trained(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = ROOT / "simulations/scenarios/logistic.toml"  # a name would do as well
+    path = ROOT / "simulations/scenarios/mlp.toml"  # a name would do as well
     given = ["--scenarios", str(path), "--rounds", "1", "--seeds", "1", "2"]
     given += ["--arms", "dense", "dense-zstd", "small"]
     given += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     assert command.main(given) == 0
     told = capfd.readouterr().out
-    assert "logistic: seed 2, small\n" in told
+    assert "mlp: seed 2, small\n" in told
     found = json.loads((tmp_path / "out/headline.json").read_text())
     [made] = found["scenarios"]
-    assert made["parameters"] == 63
+    assert made["parameters"] == 5_699
     assert made["verdict"]["ours"] == "small"
     for name, figures in made["arms"].items():
         assert figures["wire"] > figures["bytes_up"] + figures["bytes_down"] > 0, name
-    assert "## logistic" in (tmp_path / "out/headline.md").read_text()
+    assert "## mlp" in (tmp_path / "out/headline.md").read_text()
     assert (tmp_path / "out/headline.png").stat().st_size > 1000
 
     assert command.main(given) == 0

@@ -34,6 +34,14 @@ def targets_with(value: float) -> np.ndarray:
 
 
 SMALL = {"kind": "prunecast", "preset": "small"}
+
+
+def pruning(**knobs: Any) -> dict[str, Any]:
+    """An arm that cannot prune as it should."""
+    return {"rounds": 9, "arms": {"a": {"kind": "prunecast", "preset": "balanced",
+                                        "policy": knobs}}}  # fmt: skip
+
+
 FLOWER = {"kind": "flower", "name": "ShardPartitioner"}
 # what is wrong, arrays of the file, and the key and the remedy that the line names
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
@@ -111,6 +119,38 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "zero rounds": ({"rounds": 0}, {}, "rounds: is 0", "at least 1"),
     "nothing to train": ({"arms": {}}, {}, "arms: nothing is trained", "add an arm of kind"),
     "unknown network": ({"network": {"profile": "2g"}}, {}, "network.profile: ", "choose one of"),
+    "sparsity of one": (
+        pruning(sparsity=1.0), {}, "arms.a: prunecast.sparsity (policy sparsity) = 1.0",
+        "below 1",
+    ),
+    "nothing to prune": (
+        pruning(sparsity=0.9, pruning_min_size=10**7), {},
+        "arms.a: prunecast.sparsity (policy sparsity) = 0.9, and nothing of the model can be",
+        "below prunecast.pruning-min-size = 10000000; lower that, or set prunecast.sparsity = 0.0",
+    ),
+    "all of it excluded": (
+        pruning(sparsity=0.9, pruning_exclude=["*"]), {}, "prunecast.pruning-exclude", "name less"
+    ),
+    "all of it frozen": (
+        {**pruning(sparsity=0.9), "model": {"factory": "support.networks:frozen"}}, {},
+        "'1.weight', is frozen", "train it",
+    ),
+    "a pattern that does not divide": (
+        pruning(pruning_pattern="2:5"), {}, "arms.a: the model cannot be pruned as the policy says",
+        "exclude what it does not divide",
+    ),
+    "layers that would vanish": (
+        pruning(sparsity=0.999999, pruning_scope="global"), {}, "arms.a: the model cannot be",
+        "would vanish: lower it, or exclude them",
+    ),
+    "channels that go too late": (
+        pruning(channels=0.5, channels_at=[9]), {}, "arms.a: channels go after round 9 of 9",
+        "set prunecast.channels-at to earlier rounds",
+    ),
+    "channels of a module that cannot lose any": (
+        {**pruning(channels=0.5, channels_at=[2]), "model": {"factory": "support.networks:frozen"}},
+        {}, "arms.a: Sequential has no channels that could be removed", "channels",
+    ),
     "device answers that fail to compare": (
         {"task": {"kind": "support.incomparable:Fails"}, "release": {"name": "m"}}, {},
         "task.kind: support.incomparable:Fails cannot compare what a device answers (no idea)",

@@ -52,7 +52,8 @@ def shrunken(name, digits):
         mapping["partition"] = {"kind": "iid"}
     mapping |= {"rounds": ROUNDS, "clients": {"count": CLIENTS}, "engine": {"backend": "inline"}}
     preset = mapping["arms"]["prunecast"]["preset"]
-    policy = SMALL if preset == "small" else {}
+    stated = mapping["arms"]["prunecast"]["policy"]
+    policy = SMALL if preset == "small" and "sparsity" not in stated else stated
     mapping["arms"] = {
         "dense": {"kind": "dense"},
         "small": {"kind": "prunecast", "preset": preset, "policy": policy},

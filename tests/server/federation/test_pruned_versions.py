@@ -244,20 +244,22 @@ def test_a_grid_used_alone_says_it_too(
     assert caplog.text.count(f"Pruning ends in round {end}, after the last of 2") == said
 
 
-def test_lora_survives_small(caplog: pytest.LogCaptureFixture) -> None:
+def test_lora_alone_is_no_model_to_prune() -> None:
     rng = np.random.default_rng(0)
     factors = {
         "q.lora_A.weight": rng.normal(size=(8, 256)).astype(np.float32) / 16,
         "q.lora_B.weight": rng.normal(size=(256, 8)).astype(np.float32) / 500,
     }
     policy = Policy.preset("small", pruning_begin=0, pruning_end=1)
-    publisher = Publisher(policy, b"s", policy.pruning())
+    with pytest.raises(PolicyError, match=r"a low-rank factor; set prunecast.pruning-adapters ="):
+        Publisher(policy, b"s", policy.pruning()).publish(factors)
+    unpruned = Policy.preset("small", sparsity=0.0)
+    publisher = Publisher(unpruned, b"s", unpruned.pruning())
     sent = publisher.publish(factors).model.arrays()
     a, b = factors.values()
     sent_a, sent_b = sent.values()
     error = np.linalg.norm(sent_b @ sent_a - b @ a) / np.linalg.norm(b @ a)
     assert error < 0.05
-    assert "nothing will be" in caplog.text
     asked = Policy.preset("small", pruning_begin=0, pruning_end=1, pruning_adapters=True)
     model = Publisher(asked, b"s", asked.pruning()).publish(factors).model
     assert model.sparsity() == pytest.approx(0.8, abs=0.01)
