@@ -19,6 +19,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from logging import WARNING
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,7 +34,7 @@ from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TrainerError, Training, evaluate, train
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower import stated_round
-from prunecast.compression.flower.internals import Mod
+from prunecast.compression.flower.internals import Mod, log
 from prunecast.compression.pruning.channels import current_channels
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
@@ -43,7 +45,10 @@ from prunecast.compression.pruning.masks import (
 from prunecast.compression.pruning.measuring import Batch, Loss
 from prunecast.compression.pruning.narrowing import fit_module
 
-__all__ = ["LocalTraining", "app", "build_client_app", "training_seed"]
+__all__ = ["DISTILLED", "LocalTraining", "app", "build_client_app", "training_seed"]
+
+DISTILLED = "distilled"
+"""Metric of a node that is to distil: 1.0 where it had a teacher, 0.0 where it had none (yet)."""
 
 Loader: TypeAlias = Iterable[Batch]
 ModelFactory: TypeAlias = Callable[[Context], nn.Module]
@@ -64,7 +69,8 @@ class LocalTraining:
         mixed_precision: "auto" (on CUDA), "on" or "off".
         seed: local training is a function of it, the round and the partition.
         distillation: part of the loss, 0 to 1, that the last dense version is the teacher of once
-            the model is pruned; nodes that never held one train without.
+            the model is pruned; nodes that never held one train without. The metric `DISTILLED`
+            of every reply says which did.
         distillation_temperature: see `prunecast.client.training.trainer.train`.
     """
 
@@ -184,6 +190,7 @@ def build_client_app(
         chosen = _settings(context)
         key, module = _load(model, message, context)
         loader, _ = data(context)
+        teacher = _teacher(model, context) if chosen.distillation else None
         outcome = chosen.train(
             module,
             loader,
@@ -192,11 +199,13 @@ def build_client_app(
             loss_fn=loss_fn,
             masks=current_masks(),
             statistics=wanted_statistics(),
-            teacher=_teacher(model, context) if chosen.distillation else None,
+            teacher=teacher,
         )
         for name, measured in outcome.statistics.items():
             contribute_statistics(name, measured)
         metrics = MetricRecord({"num-examples": outcome.examples, "train-loss": outcome.loss})
+        if chosen.distillation:  # in every round: strategies average the same names from all nodes
+            metrics[DISTILLED] = float(teacher is not None)
         arrays = ArrayRecord({k: v.cpu() for k, v in module.state_dict().items()})
         return Message(RecordDict({key: arrays, "metrics": metrics}), reply_to=message)
 
@@ -232,13 +241,26 @@ def _load(model: ModelFactory, message: Message, context: Context) -> tuple[str,
 
 
 def _teacher(model: ModelFactory, context: Context) -> nn.Module | None:
-    """The last dense version as a module."""
+    """The last dense version as a module; None before anything is pruned, and where it is not."""
     arrays = current_teacher()
     if arrays is None:
+        if current_masks() or current_channels() is not None:
+            _say_untaught(context.run_id, context.node_id)
         return None
     module = model(context)
     module.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
     return module
+
+
+@cache
+def _say_untaught(run_id: int, node_id: int) -> None:
+    """Once: strategies learn it from every reply."""
+    log(
+        WARNING,
+        "Node %d of run %d trains without distillation: it holds no dense version of the model. It "
+        "came when that was pruned already, or lost its store.",
+        *(node_id, run_id),
+    )
 
 
 def _model_from_run_config(context: Context) -> nn.Module:

@@ -330,13 +330,15 @@ class _Exchange:
 
     def _is_teacher(self, held: PublishedModel, model: PublishedModel, key: str) -> bool:
         """Whether the version held is the last dense one before a pruned one."""
-        whole = self._keeps_teacher and key not in self._channels
-        return whole and _is_pruned(model) and not _is_pruned(held)
+        pruned = key in self._channels or _is_pruned(model)
+        if not (self._keeps_teacher and pruned) or _is_pruned(held):
+            return False
+        return self._store.channels(key) is None
 
     def teacher(self) -> dict[str, NDArray[Any]] | None:
         """The last dense version before the received one was pruned, as far as it was kept."""
         for key, model in self._models.items():
-            if self._keeps_teacher and _is_pruned(model):
+            if self._keeps_teacher and (key in self._channels or _is_pruned(model)):
                 held = self._store.held(_TEACHER + key)
                 return None if held is None else held.arrays()
         return None

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import nn
 
-from prunecast.client.training.client_app import Loader, build_client_app
+from prunecast.client.training.client_app import DISTILLED, Loader, build_client_app
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TensorBatches
 from prunecast.common.text import first_line
@@ -58,13 +58,14 @@ __all__ = ["run_arms", "simulated_client", "strategy_of"]
 def simulated_client(prepared: PreparedRun) -> ClientApp:
     """The client of a prepared run; picklable, and small: data stay on disk."""
     scenario = prepared.scenario
+    distils = scenario.training.distillation > 0
     prepared = replace(prepared, sizes=())  # it goes along with every message
     client = build_client_app(
         partial(_model, prepared),
         partial(_data, prepared),
         scenario.local_training(),
         loss_fn=scenario.task.training_loss,
-        mods=[client_number_mod(prepared), compression_mod(prepared.store)],
+        mods=[client_number_mod(prepared), compression_mod(prepared.store, teacher=distils)],
     )
     for arm in scenario.trained_arms().values():
         arm.equip(client, partial(_model, prepared), partial(_data, prepared), scenario)
@@ -234,6 +235,8 @@ def _run_arm(
                     name: {**found, **found.pop("metrics")}
                     for name, found in ((name, dict(entry)) for name, entry in widths.items())
                 }
+            trained = event["client_metrics"].get("train", {})
+            row |= {DISTILLED: trained[DISTILLED]} if DISTILLED in trained else {}
             if found := event["node_metrics"]:
                 row["nodes"] = found
             rounds.append(row)

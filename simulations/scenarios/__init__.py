@@ -106,6 +106,9 @@ class TrainingSpec:
         weight_decay: of SGD.
         device: "auto" (CUDA where present), "cpu" or "cuda".
         mixed_precision: "auto" (on CUDA), "on" or "off".
+        distillation: part of the loss that the last dense version is the teacher of, once the model
+            is pruned; 0 for none.
+        distillation_temperature: that outputs are divided by before they are compared.
     """
 
     epochs: Annotated[int, Range(1)] = 1
@@ -116,6 +119,8 @@ class TrainingSpec:
     weight_decay: Annotated[float, Range(0)] = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mixed_precision: Literal["auto", "on", "off"] = "auto"
+    distillation: Annotated[float, Range(0, 1)] = 0.0
+    distillation_temperature: Annotated[float, Range(0, above=True)] = 4.0
 
 
 @dataclass(frozen=True)
@@ -367,6 +372,12 @@ def _check(s: Scenario) -> None:
     s.clients.check("clients")
     if s.sweep is not None:
         s.sweep.check("sweep")
+    if s.training.distillation and not s.task.classes:
+        raise ScenarioError(
+            "training.distillation",
+            f"needs outputs that are classes, and task.kind = {s.task.kind()!r} has none",
+            "set it to 0",
+        )
     if not s.trained_arms():
         kinds = ", ".join(name for name in ARMS.names() if ARMS.find(name).trains)
         raise ScenarioError("arms", "nothing is trained", f"add an arm of kind {kinds}")

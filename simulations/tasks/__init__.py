@@ -28,12 +28,14 @@ class Task(Kind):
         percent: whether the measure is a fraction that people read in percent.
         lower_is_better: whether a smaller measure is a better one.
         verb: what a device does with an example, for people.
+        classes: whether outputs are (examples, classes), as distillation compares them.
     """
 
     metric: ClassVar[str]
     percent: ClassVar[bool] = False
     lower_is_better: ClassVar[bool] = False
     verb: ClassVar[str] = "answered"
+    classes: ClassVar[bool] = False
 
     def targets_of(self, inputs: Mapping[str, NDArray[Any]], stored: NDArray[Any]) -> NDArray[Any]:
         """What `targets` gets: what the data store as targets, unless the task says otherwise."""

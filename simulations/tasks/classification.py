@@ -68,6 +68,7 @@ class Classification(Task):
     """Outputs are logits (examples, classes), targets labels; a device must pick the same class."""
 
     metric = "accuracy"
+    classes = True
     percent = True
     verb = "classified"
 

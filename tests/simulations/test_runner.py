@@ -121,6 +121,15 @@ def test_what_pruning_did_is_counted_and_told_of_before_and_after(tiny, tmp_path
     assert nodes["deviation"] >= 0
 
 
+def test_a_pruned_model_is_taught_by_the_dense_one_that_nodes_held(tiny, tmp_path):
+    tiny["training"] |= {"distillation": 0.5, "distillation_temperature": 2.0}
+    _, _, outcomes = run_inline(tiny, tmp_path)
+    rows = {arm["name"]: arm["rounds"] for arm in outcomes}
+    assert [row.get("distilled") for row in rows["dense"]] == [None, 0.0, 0.0, 0.0]
+    assert [row.get("distilled") for row in rows["prunecast"]] == [None, 0.0, 1.0, 1.0]
+    assert [row["sparsity"] > 0 for row in rows["prunecast"]] == [False, True, True, True]
+
+
 def test_a_model_that_takes_no_single_example_is_not_counted(tiny, tmp_path):
     tiny["model"] = {"factory": f"{NETS}:together"}
     tiny["arms"] = {"dense": {"kind": "dense"}}

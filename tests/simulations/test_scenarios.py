@@ -198,3 +198,15 @@ def test_integers_do_for_numbers(tiny):
     scenario = scenario_from_mapping(change(tiny, "partition/alpha", 1))
     assert scenario.partition.alpha == 1.0
     assert dataclasses.replace(scenario, rounds=5).rounds == 5
+
+
+def test_distillation_needs_outputs_that_are_classes(tiny):
+    given = scenario_from_mapping({**tiny, "training": {"distillation": 0.5}})
+    assert given.local_training().distillation == 0.5
+    assert given.local_training().distillation_temperature == 4.0
+    for kind in ("positions", "regression", "rating"):
+        with pytest.raises(ScenarioError, match=f"task.kind = '{kind}' .*; set it to 0") as caught:
+            scenario_from_mapping(
+                {**tiny, "task": {"kind": kind}, "training": {"distillation": 0.5}}
+            )
+        assert caught.value.key == "training.distillation"

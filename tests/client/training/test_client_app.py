@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -11,7 +13,8 @@ from torch import nn
 from prunecast.client.training import client_app
 from prunecast.client.training.client_app import LocalTraining, app, training_seed
 from prunecast.client.training.trainer import TensorBatches, TrainerError
-from prunecast.server.federation import CompressedGrid, Policy
+from prunecast.server.federation import CompressedGrid, Policy, Run
+from prunecast.server.federation.shrinking import module_chooser
 from prunecast.simulations.runner.inprocess import InProcessGrid
 
 
@@ -141,6 +144,60 @@ def test_once_the_model_is_pruned_the_last_dense_version_is_its_teacher(tmp_path
         assert teacher.numpy() == pytest.approx(versions[2].arrays()["weight"])
     down = [entry.payload_bytes for entry in grid.ledger.entries if entry.direction == "down"]
     assert max(down[1:]) < down[0]  # the node had it: nothing was sent
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_replies_say_who_had_a_teacher(tmp_path, monkeypatch, caplog, loses):
+    monkeypatch.setenv("PRUNECAST_STORE", str(tmp_path))
+    inner = InProcessGrid(app, 2, run_id=71 + loses)
+    for context in inner._contexts.values():
+        context.run_config.update({**CONFIG, "distillation": 0.5})
+
+    class Losing(FedAvg):
+        def configure_train(self, server_round, *args):
+            if loses and server_round == 3:
+                shutil.rmtree(tmp_path)
+            return super().configure_train(server_round, *args)
+
+    policy = Policy(sparsity=0.5, pruning_begin=1, pruning_end=2, pruning_min_size=1)
+    result = Losing(fraction_evaluate=0.0).start(
+        grid=CompressedGrid(inner, policy, poll_interval=0.01),
+        initial_arrays=ArrayRecord(tiny_model().state_dict()),
+        num_rounds=4,
+    )
+    shares = [metrics["distilled"] for metrics in result.train_metrics_clientapp.values()]
+    said = [r.getMessage() for r in caplog.records if "trains without distillation" in r.message]
+    assert shares == ([0.0, 1.0, 0.0, 0.0] if loses else [0.0, 1.0, 1.0, 1.0])
+    assert len(said) == (2 if loses else 0)  # of each node, once
+    assert all("came when that was pruned already, or lost its store" in line for line in said)
+
+
+def wide_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def test_the_whole_model_teaches_what_has_fewer_channels(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNECAST_STORE", str(tmp_path))
+    widths = []
+
+    def noting(module, loader, teacher=None, **options):
+        widths.append((module[0].out_features, teacher and teacher[0].out_features))
+        return train(module, loader, teacher=teacher, **options)
+
+    train = client_app.train
+    monkeypatch.setattr(client_app, "train", noting)
+    inner = InProcessGrid(app, 1, run_id=73)
+    for context in inner._contexts.values():
+        given = {**CONFIG, "model": f"{__name__}:wide_model", "distillation": 0.5}
+        context.run_config.update({**given, "learning-rate": 0.1})
+    run = Run(
+        inner,
+        FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1),
+        policy=Policy(channels=0.5, channels_at=(2,)),
+        channels=module_chooser(wide_model, lambda: torch.ones(2, 4)),
+    )
+    run.start(ArrayRecord(wide_model().state_dict()), num_rounds=4)
+    assert widths == [(8, None), (8, None), (4, 8), (4, 8)]
 
 
 @pytest.mark.parametrize(
