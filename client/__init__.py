@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prunecast.compression.pruning.holding import hold_masks
     from prunecast.compression.pruning.masks import current_masks
     from prunecast.compression.pruning.modules import prune_module
+    from prunecast.compression.pruning.recalibrating import recalibrate
 
 __all__ = [
     "compression_mod",
@@ -20,6 +21,7 @@ __all__ = [
     "current_masks",
     "hold_masks",
     "prune_module",
+    "recalibrate",
 ]
 
 __getattr__, __dir__ = face(
@@ -30,5 +32,6 @@ __getattr__, __dir__ = face(
         "current_masks": "prunecast.compression.pruning.masks",
         "hold_masks": "prunecast.compression.pruning.holding",
         "prune_module": "prunecast.compression.pruning.modules",
+        "recalibrate": "prunecast.compression.pruning.recalibrating",
     },
 )

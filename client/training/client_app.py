@@ -31,7 +31,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunecast.client.training.mod import compression_mod
-from prunecast.client.training.trainer import TrainerError, Training, evaluate, train
+from prunecast.client.training.trainer import (
+    TrainerError,
+    Training,
+    best_device,
+    evaluate,
+    train,
+)
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod, log
@@ -44,8 +50,18 @@ from prunecast.compression.pruning.masks import (
 )
 from prunecast.compression.pruning.measuring import Batch, Loss
 from prunecast.compression.pruning.narrowing import fit_module
+from prunecast.compression.pruning.recalibrating import recalibrate
+from prunecast.compression.pruning.statistics import RECALIBRATE, RUNNING_STATISTICS
+from prunecast.compression.versions import is_statistic
 
-__all__ = ["DISTILLED", "LocalTraining", "app", "build_client_app", "training_seed"]
+__all__ = [
+    "DISTILLED",
+    "LocalTraining",
+    "app",
+    "build_client_app",
+    "running_statistics_reply",
+    "training_seed",
+]
 
 DISTILLED = "distilled"
 """Metric of a node that is to distil: 1.0 where it had a teacher, 0.0 where it had none (yet)."""
@@ -225,7 +241,34 @@ def build_client_app(
             metrics["eval-accuracy"] = outcome.accuracy
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
+    @client.query(RECALIBRATE)  # type: ignore[untyped-decorator, unused-ignore]
+    def _recalibrate(message: Message, context: Context) -> Message:
+        chosen = _settings(context)
+        _, module = _load(model, message, context)
+        module.to(best_device() if chosen.torch_device is None else chosen.torch_device)
+        loader, _ = data(context)
+        with torch.random.fork_rng():
+            torch.manual_seed(training_seed(chosen.seed, stated_round(message.content), context))
+            examples = recalibrate(module, loader)
+        return running_statistics_reply(message, module.state_dict(), examples)
+
     return client
+
+
+def running_statistics_reply(
+    message: Message, state: Mapping[str, torch.Tensor], examples: int
+) -> Message:
+    """The answer to a server that asks for the running statistics of what it sent.
+
+    Args:
+        message: whose action is `RECALIBRATE`.
+        state: ``state_dict()`` of the module after `recalibrate`; what else it holds is left out.
+        examples: that were looked at.
+    """
+    found = {name: tensor.cpu() for name, tensor in state.items() if is_statistic(name)}
+    metrics = MetricRecord({"num-examples": examples})
+    content = RecordDict({RUNNING_STATISTICS: ArrayRecord(found), "metrics": metrics})
+    return Message(content, reply_to=message)
 
 
 def _load(model: ModelFactory, message: Message, context: Context) -> tuple[str, nn.Module]:

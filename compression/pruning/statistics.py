@@ -20,6 +20,8 @@ __all__ = [
     "ACTIVATION",
     "GRADIENT",
     "GROWTH",
+    "RECALIBRATE",
+    "RUNNING_STATISTICS",
     "SENSITIVITY",
     "VOTES",
     "Statistics",
@@ -40,6 +42,11 @@ GROWTH = "growth"
 """The statistic *mean gradient over steps*, with its sign, of pruned weights; 0 for all but few."""
 VOTES = "votes"
 """The signs of `GROWTH`: 1, -1, and 0 for all but few."""
+
+RECALIBRATE = "recalibrate"
+"""Action of the query by which a server asks for running statistics of the version it sends."""
+RUNNING_STATISTICS = "running-statistics"
+"""Key of the record that answers it."""
 
 Statistics = Mapping[str, Mapping[str, NDArray[Any]]]
 """Name of a statistic to tensor to values."""

@@ -11,8 +11,9 @@ from logging import WARNING
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from prunecast.compression.flower import array_record, dense_arrays, put_back, set_apart
 from prunecast.compression.flower.internals import (
@@ -519,6 +520,35 @@ class CompressedGrid(GridWrapper):
     def nodes_of(self, width: str) -> int:
         """How many nodes said that they are of a class; "" for those that state none."""
         return self._streams.nodes_of(width)
+
+    def prunes_further(self, arrays: ArrayRecord, *, key: str = "arrays") -> bool:
+        """Whether a pruning event takes weights from the version of `arrays`, published if need be.
+
+        Only of the latest version; arguments and errors as of `published`.
+        """
+        self.published(arrays, key=key)
+        return self._streams.stream(self.run.run_id, key).pruner.pruned
+
+    def restate(
+        self, arrays: ArrayRecord, statistics: Mapping[str, NDArray[Any]], *, key: str = "arrays"
+    ) -> ArrayRecord:
+        """Publish the latest version again with other running statistics of its normalisation.
+
+        Args:
+            arrays: master weights that it was published from.
+            statistics: name to array in the shape and dtype of the tensor.
+            key: key of the record in the strategy's messages.
+
+        Returns:
+            The arrays to go on from.
+        """
+        changed = ArrayRecord(
+            {n: Array(statistics[n]) if n in statistics else a for n, a in arrays.items()}
+        )
+        self.published(arrays, key=key)
+        stream = self._streams.stream(self.run.run_id, key)
+        stream.restate(arrays.object_id, statistics, changed.object_id)
+        return changed
 
     def expect_rounds(self, rounds: int) -> None:
         """Say how many rounds there will be, those before a resume included.

@@ -60,6 +60,7 @@ _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
     "pruning_schedule": {**SCHEDULES, AUTOMATIC: None},
+    "pruning_recalibrate": dict.fromkeys(("never", "events", "always")),
     "pruning_masks": dict.fromkeys(("auto", "dpf", "held", *GROWN_BY)),
 }
 
@@ -106,6 +107,7 @@ class Policy:
     pruning_pattern: str = ""
     pruning_seed: int = 0  # of the criterion "random"
     pruning_rewind: int = 0  # round whose weights pruning events go back to; 0 for none
+    pruning_recalibrate: str = "never"  # BatchNorm's running statistics, on the published model
     pruning_records: tuple[str, ...] = ("arrays",)
     pruning_min_size: int = 1024
     pruning_exclude: tuple[str, ...] = ()
@@ -182,6 +184,16 @@ class Policy:
                 f"{_key('sparsity')} = 0" + f" and {_key('pruning_pattern')} = ''" * bool(fixed),
             ),
             ("channels", 0 < self.channels <= 1, "give the share that remains, such as 0.5"),
+            (
+                "pruning_recalibrate",
+                lattice or self.pruning_recalibrate == "never",
+                f"it needs {down} = 'lattice'",
+            ),
+            (
+                "pruning_recalibrate",
+                not self.widths or self.pruning_recalibrate == "never",
+                f"nodes of other widths have other statistics: leave out {_key('widths')}",
+            ),
             ("channels", lattice or self.channels == 1, f"it needs {down} = 'lattice'"),
             (
                 "channels",

@@ -77,12 +77,13 @@ class Pruner:
         measured: the policy's `pruning_metric` of the last version.
         search: what finds how much to prune; None where a schedule says it.
         holds: whether masks are held.
+        pruned: whether the last version has less than the one before by a pruning event.
     """
 
     def __init__(self, policy: Policy, plan: PruningPlan | None) -> None:
         self.policy, self.plan = policy, plan
         self.statistics, self.measured = StatisticsMean(), Measurements()
-        self.holds = policy.mask_rule != "dpf"
+        self.holds, self.pruned = policy.mask_rule != "dpf", False
         self.progress = Progress(*policy.bounds())
         self.search = policy.search() if plan is not None else None
         self._clock = 0  # of the last version
@@ -284,7 +285,7 @@ class Pruner:
         Raises:
             PolicyError: the model cannot be pruned as the policy says.
         """
-        self._rewound = None
+        self._rewound, self.pruned = None, False
         if self.plan is None:
             return {}
         statistics = dict(statistics)
@@ -386,6 +387,7 @@ class Pruner:
 
     def _changed(self, stage: float, masks: Masks | None = None) -> None:
         """Note a pruning event."""
+        self.pruned = stage > self._state.stage
         self._note("pruned" if stage > self._state.stage else "regrown", stage=stage)
         self._state = replace(self._state, stage=stage, masks=masks or {})
 

@@ -360,15 +360,39 @@ class Publisher:
         with self.mask_cost.measuring() if self.policy.target else nullcontext():
             masks = self.pruner.masks(lattice, clock, statistics or {}, model=master, first=first)
         master = self.pruner.adjusted(master, clock)
-        model = self._latest = self._on_lattice(master, masks)
-        known = self._history.pop(short(model.digest), None)
-        self._history[short(model.digest)] = known or model
-        while len(self._history) > self.policy.history:
-            self._unaware.discard(self._history.popitem(last=False)[0])
+        model = self._keep(self._on_lattice(master, masks))
         seed = None
         if self._seeded is not None and self._seeded[0] == model.digest:
             seed = self._seeded[1]
         return Version(model, master, seed)
+
+    def _keep(self, model: PublishedModel) -> PublishedModel:
+        """Make a model the latest one, that later payloads can build on."""
+        self._latest = model
+        known = self._history.pop(short(model.digest), None)
+        self._history[short(model.digest)] = known or model
+        while len(self._history) > self.policy.history:
+            self._unaware.discard(self._history.popitem(last=False)[0])
+        return model
+
+    def restate(
+        self, content_id: str, statistics: Mapping[str, NDArray[Any]], as_content_id: str
+    ) -> None:
+        """Publish the latest version again with other running statistics: weights stay.
+
+        Args:
+            content_id: of what the latest version was published from.
+            statistics: name to array, of tensors that have no lattice.
+            as_content_id: of the same content with these.
+        """
+        before = self._recent[content_id]
+        self._counter += 1
+        tensors = {
+            name: self._off_lattice(name, statistics[name]) if name in statistics else tensor
+            for name, tensor in before.model.tensors.items()
+        }
+        model = self._keep(PublishedModel(tensors, self._counter))
+        self._recent[as_content_id] = Version(model, {**before.master, **statistics})
 
     def as_published(self, master: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Master weights in which what was published as integers first is integers again.

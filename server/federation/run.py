@@ -30,6 +30,7 @@ from prunecast.server.federation.layers import changed_masks, layers_in, samples
 from prunecast.server.federation.ledger import Ledger
 from prunecast.server.federation.policy import WHOLE, Policy
 from prunecast.server.federation.prunable import check_model
+from prunecast.server.federation.recalibration import Recalibration
 from prunecast.server.federation.recovery import Recoveries
 from prunecast.server.federation.releasing import AutomaticReleases
 from prunecast.server.federation.shrinking import ChannelChooser, Removals
@@ -196,6 +197,7 @@ class Run:
             check_model(self.grid.policy, like, num_rounds, key=self.key)
             arrays = self.grid.draw_initial(like, self.seed, key=self.key) if drawn else like
         schedule = self.grid.policy.pruning().channels
+        recalibration = Recalibration(self.grid.policy, self.strategy)
         removals = Removals(schedule, self.choose_channels, passed)
         if self.releases is not None and (schedule.at or removed is not None):
             self.releases.check_narrow()
@@ -222,6 +224,7 @@ class Run:
                     self._ledger, run=events.run, name=self.name, seed=self.seed
                 )
             rounds = _Rounds(self, self._outermost, events, num_rounds, removals)
+            rounds.recalibration, rounds.timeout = recalibration, timeout
             with rounds.observing(self.strategy):
                 result = self.strategy.start(
                     grid=rounds,
@@ -291,6 +294,8 @@ class _Rounds(GridWrapper):
     ) -> None:
         super().__init__(grid)
         self._run, self._events, self._rounds, self._removals = run, events, rounds, removals
+        self.recalibration: Recalibration | None = None
+        self.timeout = 0.0  # seconds, of a recalibration
         self._began = time.monotonic()
         self._in_vain: dict[str, str] = {}  # "train" or "other" -> why its first reply failed
         self._used: set[str] = set()  # of these, what had a reply that could be used
@@ -298,7 +303,8 @@ class _Rounds(GridWrapper):
         self._begin(0)
 
     def _begin(self, number: int) -> None:
-        self._number, self._asked, self._trained = number, 0, 0
+        self._number, self._asked = number, 0
+        self._trained: list[int] = []  # ids of nodes
         self._failed: list[dict[str, str]] = []
         self._metrics: dict[str, dict[str, Any]] = {}
         self._measured: dict[str, list[float]] = {}  # by evaluating nodes, of each metric
@@ -324,7 +330,8 @@ class _Rounds(GridWrapper):
             reply = answers.get(message.metadata.message_id)
             kind = "train" if _trains(message) else "other"
             if reply is not None and not reply.has_error():
-                self._trained += _trains(message)
+                if _trains(message):
+                    self._trained.append(message.metadata.dst_node_id)
                 self._used.add(kind)
                 if _function(message) == MessageType.EVALUATE:
                     for name, value in _numbers(reply).items():
@@ -391,6 +398,16 @@ class _Rounds(GridWrapper):
             )
             if run.releases is not None and (plan := run.grid.channels(key=run.key)) is not None:
                 run.releases.narrow(plan)
+        if self.recalibration is None:
+            return left
+        left, done = self.recalibration.after(
+            *(server_round, run.grid, self._grid, left, self._trained),
+            removed=removed is not None,
+            key=run.key,
+            timeout=self.timeout,
+        )
+        if done is not None:
+            self._events.write("recalibrated", round=server_round, **dataclasses.asdict(done))
         return left
 
     def after(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -424,7 +441,7 @@ class _Rounds(GridWrapper):
             **({"widths": widths} if widths else {}),
             nodes={
                 "asked": self._asked,
-                "trained": self._trained,
+                "trained": len(self._trained),
                 "failures": len(self._failed),
                 "failed": self._failed[:_NAMED],
             },

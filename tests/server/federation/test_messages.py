@@ -412,6 +412,7 @@ def test_integers_scalars_empty_and_half_precision_arrays(federation, tmp_path, 
         "flags": np.array([True, False]),
         "bn.running_var": np.linspace(0.5, 2, 8, dtype=np.float32),
         "bn.num_batches_tracked": np.array(0, np.int64),
+        "matrix": np.linspace(-1, 1, 2048, dtype=np.float32).reshape(32, 64),
     }
 
     def change(_, received):
