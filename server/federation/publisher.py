@@ -388,7 +388,9 @@ class Publisher:
         before = self._recent[content_id]
         self._counter += 1
         tensors = {
-            name: self._off_lattice(name, statistics[name]) if name in statistics else tensor
+            name: self._off_lattice(name, statistics[name], before.model)
+            if name in statistics
+            else tensor
             for name, tensor in before.model.tensors.items()
         }
         model = self._keep(PublishedModel(tensors, self._counter))
