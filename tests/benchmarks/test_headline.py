@@ -133,7 +133,7 @@ def test_at_least_six_families_are_trained_for_the_rounds_of_their_sources(tmp_p
         chosen = command.comparison_of(name, arguments)
         assert chosen.scenario.rounds == load_scenario(name).rounds
         assert chosen.scenario.engine.backend == "inline"
-        assert {"dense", "stc", "masks", "balanced", "small", "tiny"} <= chosen.arms.keys()
+        assert {"dense", "stc", "masks", "fine", "balanced", "small", "tiny"} <= chosen.arms.keys()
     smoke = command._arguments(["--smoke"])
     assert (smoke.seeds, smoke.rounds) == ([1], 3)
     assert smoke.out == Path("runs/headline-smoke")  # never where results are

@@ -38,7 +38,7 @@ DOCS = Path(__file__).parents[2] / "docs/compare.md"
 def test_every_peer_has_a_policy_and_is_documented() -> None:
     found = peers()
     assert list(found)[:2] == ["dense", "dense-zstd"]
-    assert list(found)[-3:] == ["balanced", "small", "tiny"]
+    assert list(found)[-4:] == ["fine", "balanced", "small", "tiny"]
     text = DOCS.read_text(encoding="utf-8")
     for name, arm in found.items():
         arm.check(f"arms.{name}", found)

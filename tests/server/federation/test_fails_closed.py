@@ -308,7 +308,7 @@ def test_an_error_reply_for_a_dead_node_passes_and_is_in_the_ledger(federation):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"prunecast.preset": "huge"}, "prunecast.preset = .huge. .*lossless, balanced, small, ti"),
+        ({"prunecast.preset": "huge"}, "prunecast.preset = .huge. .*lossless, fine, balanced, sm"),
         ({"prunecast.sparsty": 0.5}, "'prunecast.sparsty': .*prunecast.sparsity"),
         ({"prunecast.sparsity": "much"}, "prunecast.sparsity .*= 'much': give a number"),
         ({"prunecast.sparsity": 1.5}, "prunecast.sparsity .*= 1.5: .*below 1"),

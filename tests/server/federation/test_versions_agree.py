@@ -358,7 +358,7 @@ def test_every_residual_counts_once_with_two_messages_under_way(federation, tmp_
     assert not list(store._folder.glob("*.pending-*"))
 
 
-@pytest.mark.parametrize("preset", ["lossless", "balanced", "small"])
+@pytest.mark.parametrize("preset", ["lossless", "fine", "balanced", "small"])
 def test_forty_random_absences(federation, tmp_path, preset):
     grid, inner, _ = federation(Policy.preset(preset, history=5))
     choices = random.Random(7)
