@@ -63,7 +63,9 @@ class Search:
     smaller than the knob's least, the next knob's turn comes. The last levels are watched on.
 
     The reference is the best median of three metrics in a row: of the dense model to begin with,
-    and better ones later, so that what training still gains is not given away.
+    and better ones later, so that what training still gains is not given away. While it becomes
+    better by more than the tolerance in three models, nothing higher is tried: what a model still
+    learns would hide what a level costs, and a level that slows it down would seem to hold.
 
     Args:
         knobs: in the order in which they are turned.
@@ -101,6 +103,7 @@ class Search:
         self._failed = 0  # models in a row
         self._best = -math.inf  # as `reference`, more being better
         self._recent: list[float] = []
+        self._bests: list[float] = []  # `_best` after each of the last models
 
     @property
     def reference(self) -> float | None:
@@ -136,7 +139,7 @@ class Search:
         if holds:
             self._held[self._turn] = self._trial
             self._settle()
-            if may_rise and not self.done:
+            if may_rise and not self.done and not self._learns():
                 most = self._knobs[self._turn].most
                 self._trial = min(self._held[self._turn] + self._step, most)
         elif self._failed >= self._patience:
@@ -154,7 +157,13 @@ class Search:
         self._recent = [*self._recent, self._sign * value][-_WINDOW:]
         if len(self._recent) == _WINDOW or math.isinf(self._best):
             self._best = max(self._best, median(self._recent))
+        self._bests = [*self._bests, self._best][-_WINDOW - 1 :]
         return self._sign * value >= self._best - self._tolerance
+
+    def _learns(self) -> bool:
+        """Whether the reference has grown by more than the tolerance of late."""
+        known = len(self._bests) > _WINDOW
+        return known and self._best - self._bests[0] > self._tolerance
 
     def _settle(self) -> None:
         """Go on to the next knob where this one cannot be turned up any more."""
@@ -179,11 +188,15 @@ class Search:
 
     @property
     def position(self) -> tuple[float, ...]:
-        """Turn, trial, step, failures, best, number of recent values, these, levels that held."""
+        """Turn, trial, step, failures, numbers of recent values and bests, these, levels that held.
+
+        A best is more for a better metric, also where less of that is better.
+        """
         return (
             *(float(self._turn), self._trial, self._step, float(self._failed)),
-            *(0.0 if math.isinf(self._best) else self._best, float(len(self._recent))),
+            *(float(len(self._recent)), float(len(self._bests))),
             *self._recent,
+            *self._bests,
             *self._held,
         )
 
@@ -196,13 +209,16 @@ class Search:
         count = len(self._knobs)
         if len(position) < 6 + count or not all(map(math.isfinite, position)):
             raise ValueError("the search for a sparsity is not what `Search.position` gives")
-        turn, trial, step, failed, best, recent = position[:6]
-        values, held = list(position[6 : 6 + int(recent)]), list(position[6 + int(recent) :])
+        turn, trial, step, failed, recent, known = position[:6]
+        values, rest = list(position[6 : 6 + int(recent)]), list(position[6 + int(recent) :])
+        bests, held = rest[: int(known)], rest[int(known) :]
         levels = [*held, trial] if turn < count else held
         if not (
             turn in range(count + 1)
             and failed in range(self._patience)
             and recent in range(_WINDOW + 1)
+            and known in range(_WINDOW + 2)
+            and (known > 0) == (recent > 0)
             and step >= 0
             and len(held) == count
             and all(level >= 0 for level in levels)
@@ -210,5 +226,5 @@ class Search:
         ):
             raise ValueError("the search for a sparsity is not what `Search.position` gives")
         self._turn, self._trial, self._step, self._failed = int(turn), trial, step, int(failed)
-        self._recent, self._held = values, held
-        self._best = best if values else -math.inf
+        self._recent, self._bests, self._held = values, bests, held
+        self._best = bests[-1] if bests else -math.inf

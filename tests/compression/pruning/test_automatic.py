@@ -55,6 +55,8 @@ def test_less_is_better_of_a_loss():
     for loss in (2.0, 1.0, 0.5, 0.4, 0.44):
         search.observe(loss, may_rise=loss < 0.45)
     assert search.reference == 0.44  # the median of the last three
+    for loss in (0.44, 0.44, 0.44, 0.44):
+        search.observe(loss)
     assert search.level("sparsity") == 2
     search.observe(0.56)
     assert search.level("sparsity") == 1
@@ -68,6 +70,26 @@ def test_a_lucky_round_is_no_reference_and_later_gains_are():
     for value in (0.84, 0.85, 0.86):
         search.observe(value, may_rise=False)
     assert search.reference == 0.85
+
+
+def test_nothing_higher_is_tried_while_the_model_still_learns_more_than_the_tolerance():
+    search = Search([SPARSITY], 0.01, 1)
+    for number in range(12):
+        search.observe(0.5 + 0.02 * number)
+        assert search.level("sparsity") <= 3  # of the first three, when nobody could know
+    reached = search.level("sparsity")
+    values = [0.72, 0.722, 0.724, 0.724, 0.725, 0.725]  # a point in three models, and then less
+    levels = []
+    for value in values:
+        search.observe(value)
+        levels.append(search.level("sparsity"))
+    assert levels[0] == reached
+    assert levels[-1] > reached
+    # a level that has to recover what it cost is not held up by that
+    search = Search([SPARSITY], 0.01, 3)
+    for value in (0.9, 0.9, 0.9, 0.9, 0.8, 0.85, 0.895):
+        search.observe(value)
+    assert search.level("sparsity") == 5
 
 
 def test_a_level_gets_its_patience_to_recover():
