@@ -77,10 +77,10 @@ def main() -> None:
                 replace(scenario, seed=seed), Path(scratch) / "run", on_event=_tell
             )
         found["seeds"][str(seed)] = {n: figures(arm) for n, arm in result["arms"].items()}
-    text = json.dumps(found, indent=1) + "\n"
-    print(text)
-    if arguments.json is not None:
-        write_atomically(arguments.json, text.encode())
+        text = json.dumps(found, indent=1) + "\n"
+        print(text, flush=True)
+        if arguments.json is not None:  # after each seed: a long run may be cut short
+            write_atomically(arguments.json, text.encode())
 
 
 if __name__ == "__main__":
