@@ -43,7 +43,9 @@ class _Member:
     def part(self, place: _Place, shape: tuple[int, ...]) -> tuple[Any, NDArray[Any]] | None:
         """Where it has what of a tensor; None for nothing that belongs there."""
         array, name = self.arrays.get(place), place[1]
-        if array is None or (self.plan is not None and is_statistic(name)):
+        if array is None or not _is_numbers(array):
+            return None
+        if self.plan is not None and is_statistic(name):
             return None  # what its own layers see
         at = ... if self.plan is None else self.plan.places(name, shape)
         if tuple(array.shape) != (shape if at is ... else tuple(axis.size for axis in at)):
@@ -99,7 +101,7 @@ class Overlap:
     def _filled(self, place: _Place, array: Array, version: Version, entry: Entry) -> Array:
         name, plan = place[1], version.plan
         known = version.whole.get(name)
-        if plan is None or known is None or array.stype != NUMPY:
+        if plan is None or known is None or not _is_numbers(array):
             return array
         own = is_statistic(name)
         if not own and name not in plan.kept:
@@ -108,8 +110,6 @@ class Overlap:
         if tuple(array.shape) != part:
             return array
         dtype = np.dtype(array.dtype)
-        if dtype.kind not in "biuf":
-            return array
         at = None if own else plan.places(name, known.shape)
         form = partial(self._form, place, array, at, known, dtype)
         return LazyArray(form, dtype, known.shape, entry)
@@ -155,9 +155,9 @@ class Overlap:
                 continue
             for (_, name), array in member.arrays.items():
                 like = version.master.get(name)
-                if like is None or not is_statistic(name) or array.stype != NUMPY:
+                if like is None or not is_statistic(name) or not _is_numbers(array):
                     continue
-                if tuple(array.shape) == like.shape and np.dtype(array.dtype).kind == "f":
+                if tuple(array.shape) == like.shape:
                     value = member.weight * array.numpy().astype(np.float64)
                     sums[name] = sums.get(name, 0.0) + value
                     weights[name] = weights.get(name, 0.0) + member.weight
@@ -167,6 +167,16 @@ class Overlap:
                 for name, total in sums.items()
             }
         return {name: mean for name, mean in means.items() if np.isfinite(mean).all()}
+
+
+def _is_numbers(array: Array) -> bool:
+    """Whether it can be averaged; the rest is refused where Flower averages."""
+    if array.stype != NUMPY:
+        return False
+    try:
+        return np.dtype(array.dtype).kind in "biuf"
+    except TypeError:
+        return False
 
 
 def _as(mean: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -57,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
         _get(config, "strategy", "fedavg"),
         {k.removeprefix(_OPTION): v for k, v in config.items() if k.startswith(_OPTION)},
     )
-    evaluate_fn = None
+    policy, evaluate_fn = Policy.from_run_config(config), None
     if _get(config, "evaluate", ""):
         measure = configured_callable(config, "evaluate", FederationError)
 
@@ -67,7 +67,8 @@ def main(grid: Grid, context: Context) -> None:
             held.load_state_dict(published.to_torch_state_dict())
             return MetricRecord(dict(measure(held, context)))
 
-        evaluated, evaluate_fn = FittedModule(model, module), evaluate
+        classes = 1 + len(policy.widths)
+        evaluated, evaluate_fn = FittedModule(model, module, classes), evaluate
     choose = slices = None
     if _get(config, "example", ""):
         example = configured_callable(config, "example", FederationError)

@@ -39,7 +39,6 @@ __all__ = [
     "narrow_strategy",
 ]
 
-_MOST_MODULES = 8  # of other channels each, that are kept
 _NEAR = 1e-6  # relative: what rounding makes of a share
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -90,10 +89,11 @@ class FittedModule:
     Args:
         factory: makes it with all of its channels.
         module: one that was made already.
+        most: modules that are kept, each of other channels; the latest ones.
     """
 
-    def __init__(self, factory: Callable[[], nn.Module], module: nn.Module) -> None:
-        self._factory = factory
+    def __init__(self, factory: Callable[[], nn.Module], module: nn.Module, most: int = 1) -> None:
+        self._factory, self._most = factory, most
         self._made: dict[int, tuple[ChannelPlan | None, nn.Module]] = {id(None): (None, module)}
 
     def of(self, removed: ChannelPlan | None) -> nn.Module:
@@ -103,7 +103,7 @@ class FittedModule:
 
             module = self._factory()
             self._made[id(removed)] = removed, fit_module(module, removed) if removed else module
-            while len(self._made) > _MOST_MODULES:
+            while len(self._made) > self._most:
                 del self._made[next(iter(self._made))]
         return self._made[id(removed)][1]
 

@@ -132,13 +132,18 @@ def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[dict[str,
 class _HeldOut:
     """Measures models on the held-out examples and keeps the latest two published ones.
 
+    Args:
+        prepared: the run, with the examples.
+        module: one that has the model's shapes.
+        classes: how many width classes train slices of it.
+
     Attributes:
         module: has the weights that were measured last.
     """
 
-    def __init__(self, prepared: PreparedRun, module: nn.Module) -> None:
+    def __init__(self, prepared: PreparedRun, module: nn.Module, classes: int) -> None:
         self._task, self.module = prepared.scenario.task, module
-        self._fitted = FittedModule(prepared.scenario.model.network(), module)
+        self._fitted = FittedModule(prepared.scenario.model.network(), module, 1 + classes)
         inputs, targets = tensors(prepared.held_out)
         self._targets = targets.numpy()
         self._batches = TensorBatches(inputs, targets, batch_size=250)
@@ -209,7 +214,7 @@ def _run_arm(
     arrays = arm.initial(arrays, scenario)
     rounds: list[dict[str, Any]] = []
     original = parameter_count(module)
-    held_out = _HeldOut(prepared, module)
+    held_out = _HeldOut(prepared, module, len(arm.grid_policy().widths))
     measured: dict[str, float] = {}
 
     def evaluate_fn(server_round: int, received: ArrayRecord) -> MetricRecord:

@@ -38,7 +38,7 @@ from prunecast.compression.flower import dense_arrays
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.narrowing import choose_channels, fit_module
 from prunecast.compression.pruning.plan import PlanError
-from prunecast.compression.versions import NodeReport
+from prunecast.compression.versions import NodeReport, PublishedModel
 from prunecast.server.federation import (
     Checkpoint,
     CheckpointError,
@@ -51,6 +51,9 @@ from prunecast.server.federation import (
     Run,
     server_app,
 )
+from prunecast.server.federation.ledger import Entry
+from prunecast.server.federation.overlap import Overlap
+from prunecast.server.federation.publisher import Version
 from prunecast.server.federation.run import initial_arrays
 from prunecast.server.federation.widths import leading_slices
 from prunecast.simulations.runner.inprocess import InProcessGrid
@@ -425,6 +428,32 @@ def test_statistics_for_pruning_come_from_nodes_that_train_all_of_the_model(tmp_
     run, _ = federation.run(4, knobs={**knobs, "pruning_min_size": 16}, stop_on_failure=True)
     assert run.published is not None
     assert run.published.sparsity() > 0.4
+
+
+def test_what_cannot_be_averaged_fills_nothing_in():
+    half = ChannelPlan({"w": (np.array([True, False]),)})
+    master = {"w": np.array([1.0, 2.0], np.float32)}
+    whole = Version(PublishedModel({}), master, whole=master)
+    part = Version(PublishedModel({}), half.arrays(master), width="a", plan=half, whole=master)
+    content = {
+        "strings": (np.array(["x", "y"]), whole),
+        "shape": (np.zeros(3, np.float32), whole),
+        "whole": (np.array([3.0, 5.0], np.float32), whole),
+        "part": (np.array([7.0], np.float32), part),
+    }
+    overlap = Overlap()
+    records = {
+        n: RecordDict({"arrays": ArrayRecord({"w": Array(a)})}) for n, (a, _) in content.items()
+    }
+    for name, (_, version) in content.items():
+        overlap.join(name, records[name], version, 10.0)
+    entry = Entry(1, 1, "up", "update", "train", 0, 0)
+    filled = overlap.whole(records["part"], part, entry)
+    assert filled["arrays"]["w"].numpy().tolist() == [7.0, 5.0]
+    assert overlap.whole(records["strings"], part, entry)["arrays"]["w"].numpy().tolist() == [
+        "x",
+        "y",
+    ]
 
 
 # -- what is refused -------------------------------------------------------------------------------
