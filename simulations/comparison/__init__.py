@@ -59,6 +59,8 @@ class Comparison:
         seeds: each trains every arm once.
         folder: gets a folder for each seed and trained arm, and the document.
         left_out: peers that are not among the arms, and why.
+        named: whether somebody named the arms; of others, those that prune what cannot be pruned
+            are left out.
         network: over which time is simulated; None for none.
         published: what others measured in this setting, see `PublishedSpec`.
     """
@@ -68,6 +70,7 @@ class Comparison:
     seeds: Sequence[int]
     folder: Path
     left_out: Mapping[str, str]
+    named: bool = False
     network: NetworkSpec | None = None
     published: Mapping[str, PublishedSpec] = field(default_factory=dict)
 
@@ -126,6 +129,7 @@ class Comparison:
             tuple(seeds) or (scenario.seed,),
             folder or Path(scenario.output) / f"compare-{scenario.name}",
             left_out,
+            bool(names),
             spec,
             scenario.published,
         )
@@ -159,7 +163,7 @@ class Comparison:
             DataError, FederationError, ScenarioError, SimulationError: as of `run_scenario`, but
                 for an arm that is left out; what was finished before is kept.
         """
-        from prunecast.simulations.runner.run import SCENARIO, check_scenario, run_scenario
+        from prunecast.simulations.runner.run import SCENARIO, run_scenario
 
         results: dict[int, dict[str, dict[str, Any]]] = {seed: {} for seed in self.seeds}
         checked = False
@@ -174,8 +178,12 @@ class Comparison:
                 on_event({"event": "kept", "text": f"seed {scenario.seed}, {name}: kept"})
             else:
                 if not checked:  # all arms, before the first of them takes its time
-                    check_scenario(self.scenario)
+                    for arm, why in self._unprunable().items():
+                        on_event({"event": "failed", "text": f"{arm} is left out: {why}"})
+                        failed[arm] = why
                     checked = True
+                    if name in failed:
+                        continue
                 on_event({"event": "step", "text": f"seed {scenario.seed}, {name}"})
                 shutil.rmtree(folder, ignore_errors=True)
                 _make(folder)
@@ -196,6 +204,23 @@ class Comparison:
         text = json.dumps(self._document(results, task, failed), indent=2) + "\n"
         write_atomically(self.folder / DOCUMENT, text.encode())
         return json.loads(text)  # type: ignore[no-any-return]
+
+    def _unprunable(self) -> dict[str, str]:
+        """Check the scenario; the arms that nobody named and that prune what cannot be."""
+        from prunecast.simulations.runner.checks import UnprunableArm
+        from prunecast.simulations.runner.run import check_scenario
+
+        found: dict[str, str] = {}
+        while True:
+            left = {name: arm for name, arm in self.arms.items() if name not in found}
+            try:
+                check_scenario(dataclasses.replace(self.scenario, arms=left))
+            except UnprunableArm as error:
+                if self.named:
+                    raise
+                found[error.arm] = str(error)
+            else:
+                return found
 
     def _document(
         self,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.common.text import first_line
+from prunecast.server.federation.errors import PolicyError
 from prunecast.simulations.data import DataError, Examples, keyed
 from prunecast.simulations.kinds import ScenarioError
 from prunecast.simulations.runner.prepared import PartitionedData
@@ -19,9 +20,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["check_data_and_model", "check_pruning"]
+__all__ = ["UnprunableArm", "check_data_and_model", "check_pruning"]
 
 _NAMED = 3  # clients in a message
+
+
+class UnprunableArm(PolicyError):
+    """The model of a scenario cannot be pruned as an arm asks.
+
+    Attributes:
+        arm: its name.
+    """
+
+    def __init__(self, arm: str, why: str) -> None:
+        super().__init__(f"arms.{arm}: {why}")
+        self.arm = arm
 
 
 def check_data_and_model(scenario: Scenario, data: PartitionedData) -> None:
@@ -70,13 +83,13 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
         data: loaded and spread.
 
     Raises:
-        FederationError: weights or channels cannot go; names arm, key and remedy.
+        UnprunableArm: weights or channels cannot go; names arm, key and remedy.
     """
     import torch
 
     from prunecast.compression.flower import dense_arrays, set_apart
     from prunecast.compression.pruning.plan import PlanError
-    from prunecast.server.federation.errors import FederationError, PolicyError
+    from prunecast.server.federation.errors import FederationError
     from prunecast.server.federation.prunable import check_model, frozen_parameters
     from prunecast.server.federation.run import initial_arrays
     from prunecast.server.federation.shrinking import check_channels, module_chooser
@@ -97,7 +110,7 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
             master = dense_arrays(set_apart(arrays)[0])
             check_channels(schedule, choose, master, scenario.rounds)
         except (FederationError, PlanError) as error:
-            raise PolicyError(f"arms.{name}: {error}") from error
+            raise UnprunableArm(name, str(error)) from error
 
 
 def _clients(numbers: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ from prunecast.simulations.comparison import (
 )
 from prunecast.simulations.kinds import written
 from prunecast.simulations.runner import EngineFailed
+from prunecast.simulations.runner.checks import UnprunableArm
 from prunecast.simulations.runner.run import read_result
 from prunecast.simulations.scenarios import (
     PublishedSpec,
@@ -140,6 +141,19 @@ def test_an_arm_that_diverges_is_left_out_and_the_others_are_compared(
     # what fails first has nothing to be left out of
     with pytest.raises(EngineFailed, match="arm 'wild'"):
         Comparison.of(scenario, names=["wild"], folder=tmp_path / "alone").run()
+
+
+def test_of_a_model_that_cannot_be_pruned_the_presets_that_prune_are_left_out(
+    tmp_path: Path,
+) -> None:
+    scenario = load_scenario("logistic")
+    found = Comparison.of(scenario, folder=tmp_path)._unprunable()
+    assert set(found) == {"small", "tiny"}
+    assert found["small"].startswith("arms.small: ")
+    assert "prunecast.sparsity" in found["small"]
+    with pytest.raises(UnprunableArm, match=r"^arms\.small: "):
+        Comparison.of(scenario, names=["dense", "small"], folder=tmp_path).run()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.engine
