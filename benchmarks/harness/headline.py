@@ -246,6 +246,7 @@ def draw(documents: Sequence[Document], target: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     columns = min(_COLUMNS, len(documents))
     rows = -(-len(documents) // columns)
@@ -256,14 +257,19 @@ def draw(documents: Sequence[Document], target: Path) -> None:
         axis.set_visible(False)
     for axis, document in zip(grid.flat, documents, strict=False):
         scale = 100 if document["task"]["percent"] else 1
-        for name, arm in document["arms"].items():
+        by_cost = sorted(document["arms"].items(), key=lambda entry: spent(entry[1]))
+        for number, (name, arm) in enumerate(by_cost):
             role = {"dense": "dense", _OURS: "ours"}.get(arm["kind"], "peer")
             place = spent(arm) / 1e6, scale * arm[document["task"]["metric"]]
             spread = scale * (arm["spread"] or 0.0)
             axis.errorbar(*place, yerr=spread, fmt="o", markersize=4, color=_COLOURS[role])
-            offset = (3, -9) if role == "dense" else (3, 3)  # its recoding lies beside it
-            axis.annotate(name, place, offset, textcoords="offset points", fontsize=7)
+            offset = (3, 3 if number % 2 else -9)  # of neighbours one above and one below
+            axis.annotate(name, place, offset, textcoords="offset points", fontsize=6)
         axis.set_xscale("log")
+        axis.margins(x=0.13)  # for the names at the right
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(document["scenario"]["name"], fontsize=10, loc="left")
         axis.set_xlabel("MB, all messages", fontsize=8)
         axis.set_ylabel(_metric(document), fontsize=8)
