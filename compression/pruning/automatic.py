@@ -1,10 +1,11 @@
 """How much to prune, found while training: the most that a metric of the published model bears.
 
-A search turns knobs, one after the other: the share of weights that are removed, the step of the
-lattice, or anything else that trades quality for bytes in levels. It goes up while the metric stays
-within a tolerance of the best that was measured, goes back where it does not, tries half the step,
-and ends at the highest level that holds. It knows neither models nor messages: whoever publishes
-models gives it what was measured of the last one and asks it for the levels of the next.
+A search turns knobs, one after the other: the share of channels or weights that are removed, the
+step of the lattice, or anything else that trades quality for bytes in levels. It goes up while the
+metric stays within a tolerance of the best that was measured, goes back where it does not, tries
+half the step, and ends at the highest level that holds. It knows neither models nor messages:
+whoever publishes models gives it what was measured of the last one and asks it for the levels of
+the next.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Knob:
         most: the highest level, 0 or above.
         step: by which a search begins to turn it.
         least: the smallest step that it tries; above 0.
+        final: whether its level is for good once its turn is over, as what is removed then cannot
+            come back: it does not fall any more, and the next knob waits for one model.
 
     Raises:
         ValueError: one of them is outside its range.
@@ -37,6 +40,7 @@ class Knob:
     most: float
     step: float
     least: float
+    final: bool = False
 
     def __post_init__(self) -> None:
         if not (0 <= self.most < math.inf and 0 < self.least <= self.step < math.inf):
@@ -44,6 +48,8 @@ class Knob:
 
 
 KNOBS: dict[str, Knob] = {
+    # two levels are a halving of the channels that are kept; each asks for a plan of its own
+    "channels": Knob("channels", most=4.0, step=1.0, least=0.5, final=True),
     # levels are halvings of what is kept, so that a step asks for as much near the end as before
     "sparsity": Knob("sparsity", most=6.0, step=1.0, least=0.125),
     # doublings of the step, which keep lattices nested
@@ -122,6 +128,14 @@ class Search:
                 return self._trial if at == self._turn else self._held[at]
         return 0.0
 
+    def is_settled(self, name: str) -> bool:
+        """Whether the turn of a knob is over."""
+        return any(knob.name == name for knob in self._knobs[: self._turn])
+
+    def stop(self) -> None:
+        """Turn no knob up any more; the one in turn goes back to what held."""
+        self._turn, self._failed = len(self._knobs), 0
+
     def observe(self, value: float, *, may_rise: bool = True) -> None:
         """Take in what was measured of a model with the present levels, and choose the next.
 
@@ -138,8 +152,8 @@ class Search:
         tried = self._trial > self._held[self._turn]
         if holds:
             self._held[self._turn] = self._trial
-            self._settle()
-            if may_rise and not self.done and not self._learns():
+            waits = self._settle()
+            if may_rise and not (self.done or waits or self._learns()):
                 most = self._knobs[self._turn].most
                 self._trial = min(self._held[self._turn] + self._step, most)
         elif self._failed >= self._patience:
@@ -165,21 +179,25 @@ class Search:
         known = len(self._bests) > _WINDOW
         return known and self._best - self._bests[0] > self._tolerance
 
-    def _settle(self) -> None:
-        """Go on to the next knob where this one cannot be turned up any more."""
+    def _settle(self) -> bool:
+        """Go on to the next knob where this one cannot be turned up any more; whether it waits."""
+        waits = False
         while not self.done:
             knob, held = self._knobs[self._turn], self._held[self._turn]
             if held < knob.most and self._step >= knob.least:
-                return
+                break
             self._turn += 1
+            waits = waits or knob.final
             if not self.done:
                 self._step, self._trial = self._knobs[self._turn].step, self._held[self._turn]
+        return waits
 
     def _give_way(self, last: int) -> None:
         """Lower what does not hold any more: the knob turned last that is not at 0."""
         self._failed = 0
         for at in range(last, -1, -1):
-            if self._held[at] > 0:
+            over = at < self._turn and self._knobs[at].final
+            if self._held[at] > 0 and not over:
                 by = self._step if at == self._turn else self._knobs[at].least
                 self._held[at] = max(0.0, self._held[at] - max(by, self._knobs[at].least))
                 break

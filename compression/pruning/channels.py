@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,12 +30,19 @@ from numpy.typing import NDArray
 
 from prunecast.common.files import write_atomically
 from prunecast.compression.pruning.plan import PlanError
-from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
+from prunecast.compression.versions import (
+    LatticeTensor,
+    PublishedModel,
+    RawTensor,
+    Tensor,
+    is_statistic,
+)
 from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.frame import inflate
 
 __all__ = [
     "Axes",
+    "ChannelChooser",
     "ChannelPlan",
     "Steps",
     "channels_beside",
@@ -81,6 +88,42 @@ class ChannelPlan:
         self.check({name: tensor.shape for name, tensor in model.tensors.items()})
         tensors = {name: self._narrow(name, tensor) for name, tensor in model.tensors.items()}
         return PublishedModel(tensors, model.counter)
+
+    def zeroed(self, model: PublishedModel) -> PublishedModel:
+        """A model of which what goes is zero and nothing is gone: how channels are tried.
+
+        Its layers then put out what those of the narrow model do, unless a layer counts how many
+        channels there are (`prunecast.compression.pruning.narrowing.check_zeroed`).
+
+        Raises:
+            PlanError: a tensor has another shape than the plan's.
+
+        >>> plan = ChannelPlan({"w": (np.array([True, False, True]),)})
+        >>> wide = PublishedModel({"w": LatticeTensor(np.array([1, 2, 3]), 0.5)})
+        >>> plan.zeroed(wide).tensors["w"].q.tolist()
+        [1, 0, 3]
+        """
+        self.check({name: tensor.shape for name, tensor in model.tensors.items()})
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in model.tensors.items():
+            if isinstance(tensor, LatticeTensor):
+                q = self.zeroed_array(name, tensor.q)
+                tensors[name] = LatticeTensor(q, tensor.step, tensor.pruned, tensor.dtype)
+            else:
+                tensors[name] = RawTensor(self.zeroed_array(name, tensor.values))
+        return PublishedModel(tensors, model.counter)
+
+    def zeroed_array(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """One tensor of which what goes is zero; running statistics are as they were.
+
+        Raises:
+            PlanError: it has another shape than the plan's.
+        """
+        if name not in self.kept or is_statistic(name):
+            return array
+        left, places = np.zeros_like(array), self.places(name, array.shape)
+        left[places] = array[places]
+        return left
 
     def arrays(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The part of a record's arrays that remains; those that it does not name are as they were.
@@ -308,6 +351,13 @@ class ChannelPlan:
         except _DAMAGES as error:
             raise PlanError(f"the plan of channels is damaged: {error}") from error
         return cls(kept, steps, share)
+
+
+ChannelChooser = Callable[[Mapping[str, NDArray[Any]], float, ChannelPlan | None], ChannelPlan]
+"""From the master weights, the share of all channels that is to remain, and what remains already of
+the module that everybody's code makes (None for all) to a plan of the master's channels.
+
+Raises PlanError where these cannot be removed."""
 
 
 def channels_beside(model: Path) -> Path:

@@ -17,8 +17,9 @@ from prunecast.common.text import first_line
 from prunecast.compression.pruning.channels import Axes, ChannelPlan, Steps
 from prunecast.compression.pruning.plan import PlanError
 
-__all__ = ["choose_channels", "fit_module", "narrow_module"]
+__all__ = ["check_zeroed", "choose_channels", "fit_module", "narrow_module"]
 
+_ALIKE = 1e-3  # of the largest output: what sums in another order differ by, and more
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -104,6 +105,34 @@ def narrow_module(
     if _shapes(wanted) != _shapes(found):
         raise PlanError(f"without these channels the outputs are {_shapes(found)}")
     return work
+
+
+def check_zeroed(module: nn.Module, example: tuple[torch.Tensor, ...], plan: ChannelPlan) -> None:
+    """Refuse a plan whose channels do not leave the same outputs where they are zero as when gone.
+
+    So it is where a layer computes over all channels, how many there are included: GroupNorm,
+    LayerNorm, the scale of attention.
+
+    Args:
+        module: with any weights; left as it was.
+        example: positional inputs that it accepts.
+        plan: of its channels.
+
+    Raises:
+        PlanError: the outputs differ, or the module does not run with fewer channels.
+    """
+    zeroed, narrow = _copy(module), fit_module(_copy(module), plan)
+    with torch.no_grad(), _failing(module):
+        for name, tensor in zeroed.state_dict().items():
+            tensor.copy_(torch.from_numpy(plan.zeroed_array(name, tensor.numpy())))
+        pairs = list(zip(_outputs(zeroed(*example)), _outputs(narrow(*example)), strict=True))
+    for one, other in pairs:
+        if float((one - other).abs().max()) > _ALIKE * float(other.abs().max()):
+            raise PlanError(
+                f"channels of {type(module).__name__} that are zero do not leave what removed ones "
+                "do, so they cannot be tried: a layer computes over all of them (GroupNorm, "
+                "LayerNorm, attention); say how many go, prunecast.channels and channels-at"
+            )
 
 
 def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
@@ -198,9 +227,12 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval()
 
 
+def _outputs(outputs: Any) -> list[torch.Tensor]:
+    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+
 def _shapes(outputs: Any) -> list[list[int]]:
-    found = outputs if isinstance(outputs, tuple | list) else [outputs]
-    return [list(tensor.shape) for tensor in found]
+    return [list(tensor.shape) for tensor in _outputs(outputs)]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from prunecast.server.federation.pruner import MaskState
 __all__ = ["Checkpoint"]
 
 _METADATA = "prunecast"
-_SCHEMA = 6
+_SCHEMA = 7
 _MASK, _EARLY = "prunecast.mask.", "prunecast.early."  # before names of tensors
 _KNOWN, _SUM = "prunecast.statistic.", "prunecast.sum."
 _WIDTH = "prunecast.width."
@@ -52,6 +52,7 @@ class _Metadata:
     searched: tuple[float, ...]
     channels: str
     widths: tuple[str, ...]
+    tried: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,7 @@ class Checkpoint:
         key: record key of the stream.
         channels: which channels remain of the module that everybody's code makes; None for all.
         widths: running statistics of each width class, by class and tensor.
+        tried: of these, which remain where automatic pruning tries how many; by plan.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -82,6 +84,7 @@ class Checkpoint:
     key: str = "arrays"
     channels: ChannelPlan | None = None
     widths: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    tried: tuple[ChannelPlan, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all.
@@ -101,6 +104,7 @@ class Checkpoint:
             *(self.masks.stage, tuple(held), tuple(early), tuple(known), tuple(sums)),
             self.masks.moved,
             *(self.searched, channels, tuple(widths)),
+            tuple(plan.to_text() for plan in self.tried),
         )
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         arrays |= {_EARLY + name: np.asarray(array, order="C") for name, array in early.items()}
@@ -142,9 +146,10 @@ class Checkpoint:
             if meta.progress:
                 Progress(0, 0).resume(meta.progress)
             channels = ChannelPlan.from_text(meta.channels) if meta.channels else None
+            tried = tuple(map(ChannelPlan.from_text, meta.tried))
             at = meta.counter, meta.steps, meta.clock, meta.progress
             state = MaskState(meta.stage, masks, early, known, sums, meta.moved)
-            return cls(arrays, *at, state, meta.searched, meta.key, channels, widths)
+            return cls(arrays, *at, state, meta.searched, meta.key, channels, widths, tried)
         except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not a usable checkpoint ({error}): give a file that "

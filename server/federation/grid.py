@@ -29,7 +29,7 @@ from prunecast.compression.flower.internals import (
     uncached,
     unsent,
 )
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.channels import ChannelChooser, ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.checkpoints import Checkpoint
@@ -428,7 +428,8 @@ class CompressedGrid(GridWrapper):
         if master is None:
             master = stream.as_published(stream.narrowed(dense_arrays(known)))
         widths = {} if stream.slices is None else stream.slices.statistics
-        return Checkpoint(dict(master), *stream.position, key, stream.channels, widths)
+        tried = tuple(stream.tried.values())
+        return Checkpoint(dict(master), *stream.position, key, stream.channels, widths, tried)
 
     def channels(self, *, key: str = "arrays") -> ChannelPlan | None:
         """Which channels remain of the module that everybody's code makes; None for all.
@@ -439,6 +440,28 @@ class CompressedGrid(GridWrapper):
         if self.policy.down != "lattice":
             return None
         return self._streams.stream(self.run.run_id, key).channels
+
+    def try_channels(self, choose: ChannelChooser, *, key: str = "arrays") -> None:
+        """Say which channels go, where automatic pruning tries how many; before the first message.
+
+        On trial they are zero in what is published; the master keeps them.
+
+        Raises:
+            FederationError: the record is not pruned.
+        """
+        stream = self._streams.stream(self.run.run_id, key)
+        if stream.pruner.plan is None:
+            raise FederationError(
+                f"channels of record {key!r} cannot be tried: name it in prunecast.pruning-records"
+            )
+        stream.choose = choose
+
+    def settled_channels(self, *, key: str = "arrays") -> ChannelPlan | None:
+        """What automatic pruning has found to be dispensable, to be given to `remove_channels`.
+
+        None while it searches, and once they are gone.
+        """
+        return self._streams.stream(self.run.run_id, key).settled
 
     def remove_channels(
         self, arrays: ArrayRecord, plan: ChannelPlan, *, key: str = "arrays"
@@ -606,6 +629,7 @@ class CompressedGrid(GridWrapper):
                 checkpoint.masks,
                 checkpoint.searched,
                 checkpoint.channels,
+                checkpoint.tried,
             )
             if stream.slices is not None:
                 stream.slices.resume(checkpoint.widths, checkpoint.arrays)

@@ -235,6 +235,21 @@ class Policy:
                 all(re.fullmatch(_CLASS, name) and name != WHOLE for name in self.widths),
                 f"name classes by a-z 0-9 _ -, and none {WHOLE!r}: so are called the nodes of none",
             ),
+            (
+                "widths",
+                not (self.widths and self.tries_channels),
+                f"slices are of the whole model: leave channels out of {_key('pruning_knobs')}",
+            ),
+            (
+                "pruning_knobs",
+                self.channels == 1 or not self.tries_channels,
+                f"channels go by {_key('channels_at')} or are searched: leave out one of the two",
+            ),
+            (
+                "pruning_knobs",
+                not self.tries_channels or self.pruning_knobs[0] == "channels",
+                "put channels first: what else is pruned is a part of what they leave",
+            ),
             ("pruning_seed", self.pruning_seed >= 0, "give 0 or more"),
             ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),
             ("pruning_min_size", self.pruning_min_size >= 0, "give 0 or more"),
@@ -313,6 +328,11 @@ class Policy:
     def is_automatic(self) -> bool:
         """Whether how much is pruned is found while training."""
         return self.pruning_schedule == AUTOMATIC
+
+    @property
+    def tries_channels(self) -> bool:
+        """Whether how many channels go is found while training."""
+        return self.is_automatic and "channels" in self.pruning_knobs
 
     def search(self) -> Search | None:
         """What finds it, at its beginning; None where a schedule says how much."""
@@ -446,7 +466,7 @@ class Policy:
         """
         _, end = self.bounds(rounds)
         reached = self.pruning(rounds).schedule(rounds + 1)  # of what the last round arrives at
-        if self.target and not end:
+        if (self.target or self.tries_channels) and not end:
             _say_once(
                 f"{rounds} rounds are too few to prune a model that is still to learn, so nothing "
                 f"will be: train {math.ceil((self.pruning_begin + _LEAST) / _PART)} or more, or "

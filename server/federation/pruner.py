@@ -232,11 +232,13 @@ class Pruner:
         value = self.measured.take()
         begin, end = self.progress.begin, self.progress.end
         begun = clock > begin if self.policy.pruning_end else self.progress.has_begun
+        before = self.levels
+        if clock >= end and "channels" in before and not self.search.is_settled("channels"):
+            self.search.stop()  # so that rounds are left that train what remains
         if value is None:
             if begun and self.search.reference is None:
                 self._say_unmeasured()
             return
-        before = self.levels
         self.search.observe(value, may_rise=begun and begin < clock < end)
         if self.levels == before:
             return
@@ -254,6 +256,11 @@ class Pruner:
         """Levels of what the search turns."""
         search = self.search
         return {k: search.level(k) for k in self.policy.pruning_knobs} if search is not None else {}
+
+    @property
+    def channels(self) -> float:
+        """Share of all channels that the search leaves; 1 where it does not turn them."""
+        return 1.0 if self.search is None else 2.0 ** (-self.search.level("channels") / 2)
 
     def take_events(self) -> list[dict[str, Any]]:
         """What happened to masks and levels since this was asked before."""

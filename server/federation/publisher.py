@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from logging import INFO, WARNING
 from typing import Any
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import QuantiseError
 from prunecast.compression.flower import dense_arrays, payload_record, stream_id
 from prunecast.compression.flower.internals import Measured, log
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.channels import ChannelChooser, ChannelPlan
 from prunecast.compression.pruning.operations import MaskCost
-from prunecast.compression.pruning.plan import PruningPlan, low_rank_factors
+from prunecast.compression.pruning.plan import PlanError, PruningPlan, low_rank_factors
 from prunecast.compression.pruning.statistics import Statistics
 from prunecast.compression.versions import (
     MAX_MODEL_BYTES,
@@ -55,6 +55,7 @@ _NO_ROUND = (
 _TAGS = 64  # of replies that a node that never answers is told of
 _NONE_HELD = MaskState()
 _ALL = ChannelPlan({})
+_NEAR = 1e-6  # relative: what rounding makes of a share
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ class Publisher:
         mask_cost: what that took so far.
         clock: the pruning schedule's round of the last version, counted from 1.
         channels: which channels remain of the module that everybody's code makes; None for all.
+        choose: which channels go, where automatic pruning tries how many; None for nobody.
+        tried: plans of the channels that it tries, by the share of those there that they leave.
         slices: what nodes of other width classes than the whole model's train; None for no classes.
     """
 
@@ -146,6 +149,10 @@ class Publisher:
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._seeded: tuple[bytes, Seed] | None = None
         self.channels: ChannelPlan | None = None
+        self.choose: ChannelChooser | None = None
+        self.tried: dict[float, ChannelPlan] = {}
+        # what the last version has zeros of, and its master
+        self._trial: tuple[ChannelPlan, Mapping[str, NDArray[Any]]] | None = None
         self.slices: Slices | None = None
         self._removals: list[ChannelPlan] = []
         self._unaware: set[bytes] = set()  # of the history, what nodes hold with more channels
@@ -171,9 +178,10 @@ class Publisher:
         masks: MaskState = _NONE_HELD,
         searched: Sequence[float] = (),
         channels: ChannelPlan | None = None,
+        tried: Sequence[ChannelPlan] = (),
     ) -> None:
-        """Go on where another publisher's `position` was, with the same master and `channels`."""
-        self.channels = channels
+        """Go on where another publisher's `position` was, with the same master and channels."""
+        self.channels, self.tried = channels, {plan.share: plan for plan in tried}
         self._counter, self._lattices.steps = counter, dict(steps)
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
         self.pruner.resume(progress, masks, searched)
@@ -199,8 +207,57 @@ class Publisher:
         self.pruner.remove(plan, shapes)  # the last that may raise
         self.channels, self._latest, self._history = channels, latest, OrderedDict(history)
         self._removals.append(plan)
+        self.tried.clear()
+        self._trial = None
         self._unaware |= self._history.keys()
         self._recent.clear()
+
+    @property
+    def settled(self) -> ChannelPlan | None:
+        """The channels that automatic pruning has found to be dispensable, and that are there."""
+        search = self.pruner.search
+        if search is None or not search.is_settled("channels"):
+            return None
+        found = self.tried.get(self._part())
+        return found if found is not None and found.kept else None
+
+    def _part(self) -> float:
+        """Of the channels that are there, those that the search leaves."""
+        there = 1.0 if self.channels is None else self.channels.share
+        part = self.pruner.channels / there
+        return part if part < 1 - _NEAR else 1.0
+
+    def _without_tried(
+        self, model: PublishedModel, master: Mapping[str, NDArray[Any]]
+    ) -> PublishedModel:
+        """A model in which the channels that are tried are zero; the master keeps them."""
+        part, self._trial = self._part(), None
+        # what is gone back to is what held
+        self.tried = {share: plan for share, plan in self.tried.items() if share >= part}
+        if part == 1:
+            return model
+        if part not in self.tried:
+            assert self.choose is not None
+            try:
+                plan = self.choose(master, self.pruner.channels, self.channels)
+            except PlanError as error:  # a layer has too few of them: as many go as before
+                log(INFO, "No further channels are tried: %s.", error)
+                plan = self.tried[min(self.tried)] if self.tried else _ALL
+            self.tried[part] = replace(plan, share=part)
+        self._trial = self.tried[part], master
+        return self.tried[part].zeroed(model)
+
+    def _restored(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Arrays in which channels on trial are as they were: of them nodes saw zeros."""
+        restored = dict(arrays)
+        plan, before = self._trial or (_ALL, {})
+        for name in plan.kept.keys() & arrays.keys() & before.keys():
+            last, array = before[name], arrays[name]
+            if last.shape == array.shape:
+                places = plan.places(name, array.shape)
+                restored[name] = last.astype(array.dtype)
+                restored[name][places] = array[places]
+        return restored
 
     def narrowed(self, arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
         """Arrays of the model without the channels that have gone since they were of it."""
@@ -348,9 +405,14 @@ class Publisher:
     def _publish(
         self, master: Mapping[str, NDArray[Any]], statistics: Statistics | None, clock: int
     ) -> Version:
+        if self.policy.tries_channels and self.pruner.plan is not None and self.choose is None:
+            raise FederationError(
+                "the policy tries how many channels can go, and nobody says which: "
+                "prunecast.server.Run(channels=...) does, or grid.try_channels(choose)"
+            )
         self._check_finite(master)
         self.clock = clock
-        master = self.as_published(master)
+        master = self._restored(self.as_published(master))
         lattice = {name: array for name, array in master.items() if not self._is_exact(name, array)}
         self._counter += 1
         if self.pruner.plan is not None:
@@ -360,7 +422,7 @@ class Publisher:
         with self.mask_cost.measuring() if self.policy.target else nullcontext():
             masks = self.pruner.masks(lattice, clock, statistics or {}, model=master, first=first)
         master = self.pruner.adjusted(master, clock)
-        model = self._keep(self._on_lattice(master, masks))
+        model = self._keep(self._without_tried(self._on_lattice(master, masks), master))
         seed = None
         if self._seeded is not None and self._seeded[0] == model.digest:
             seed = self._seeded[1]
@@ -385,7 +447,7 @@ class Publisher:
             statistics: name to array, of tensors that have no lattice.
             as_content_id: of the same content with these.
         """
-        before = self._recent[content_id]
+        before, statistics = self._recent[content_id], self._restored(statistics)
         self._counter += 1
         tensors = {
             name: self._off_lattice(name, statistics[name], before.model)

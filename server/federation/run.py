@@ -198,8 +198,9 @@ class Run:
             arrays = self.grid.draw_initial(like, self.seed, key=self.key) if drawn else like
         schedule = self.grid.policy.pruning().channels
         recalibration = Recalibration(self.grid.policy, self.strategy)
-        removals = Removals(schedule, self.choose_channels, passed)
-        if self.releases is not None and (schedule.at or removed is not None):
+        tries = self.grid.policy.tries_channels
+        removals = Removals(schedule, self.choose_channels, passed, tries=tries)
+        if self.releases is not None and (schedule.at or tries or removed is not None):
             self.releases.check_narrow()
         if self.releases is not None and removed is not None:
             self.releases.narrow(removed)

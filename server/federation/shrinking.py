@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from prunecast.compression.flower import dense_arrays, set_apart
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.channels import ChannelChooser, ChannelPlan
 from prunecast.compression.pruning.plan import ChannelSchedule, PlanError
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.grid import CompressedGrid
@@ -39,15 +39,10 @@ __all__ = [
     "narrow_strategy",
 ]
 
+_FIRST = 0.5  # of the channels, by which is seen whether any can be tried
 _NEAR = 1e-6  # relative: what rounding makes of a share
 
 Arrays = Mapping[str, NDArray[Any]]
-
-ChannelChooser = Callable[[Arrays, float, ChannelPlan | None], ChannelPlan]
-"""From the master weights, the share of all channels that is to remain, and what remains already of
-the module that everybody's code makes (None for all) to a plan of the master's channels.
-
-Raises PlanError where these cannot be removed."""
 
 
 def module_chooser(
@@ -59,14 +54,34 @@ def module_chooser(
         factory: makes the module with all of its channels, on any device.
         example: makes positional inputs that it accepts, or the only one.
     """
+    return _ModuleChooser(factory, example)
 
-    def choose(master: Arrays, share: float, removed: ChannelPlan | None) -> ChannelPlan:
+
+@dataclass(frozen=True)
+class _ModuleChooser:
+    factory: Callable[[], nn.Module]
+    example: Callable[[], Tensor | tuple[Tensor, ...]]
+
+    def __call__(self, master: Arrays, share: float, removed: ChannelPlan | None) -> ChannelPlan:
+        from prunecast.compression.pruning.narrowing import choose_channels
+
+        return choose_channels(*self._module(master, removed), share, removed)
+
+    def check_trial(self, master: Arrays, plan: ChannelPlan) -> None:
+        """Refuse to try what removed channels would not come to; see `check_zeroed`."""
+        from prunecast.compression.pruning.narrowing import check_zeroed
+
+        check_zeroed(*self._module(master, None), plan)
+
+    def _module(
+        self, master: Arrays, removed: ChannelPlan | None
+    ) -> tuple[nn.Module, tuple[Tensor, ...]]:
         import torch
 
-        from prunecast.compression.pruning.narrowing import choose_channels, fit_module
+        from prunecast.compression.pruning.narrowing import fit_module
 
         with torch.random.fork_rng(devices=[]):
-            module = factory().cpu()
+            module = self.factory().cpu()
         if removed is not None:
             module = fit_module(module, removed)
         state = {name: torch.from_numpy(np.array(array)) for name, array in master.items()}
@@ -75,12 +90,8 @@ def module_chooser(
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise PlanError(f"the model does not fit {type(module).__name__}: {reason}") from error
-        inputs = example()
-        return choose_channels(
-            module, inputs if isinstance(inputs, tuple) else (inputs,), share, removed
-        )
-
-    return choose
+        inputs = self.example()
+        return module, inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 class FittedModule:
@@ -130,21 +141,28 @@ class Removals:
         schedule: when channels go, and how many.
         choose: which; None where nobody says.
         passed: rounds before those of this run, where it goes on from a checkpoint.
+        tries: whether automatic pruning finds how many can go, in place of the schedule.
 
     Raises:
         FederationError: channels are to go and nobody chooses which.
     """
 
     def __init__(
-        self, schedule: ChannelSchedule, choose: ChannelChooser | None, passed: int = 0
+        self,
+        schedule: ChannelSchedule,
+        choose: ChannelChooser | None,
+        passed: int = 0,
+        *,
+        tries: bool = False,
     ) -> None:
-        if schedule.at and choose is None:
+        if (schedule.at or tries) and choose is None:
             raise FederationError(
                 "the policy removes channels and nobody says which: give "
                 "Run(channels=module_chooser(model, example)), or in the run config of the ready "
                 "ServerApp example = 'myapp.task:example', () -> inputs of the model"
             )
         self._schedule, self._choose, self._passed = schedule, choose, passed
+        self._tries = tries
         self._last: float = math.inf  # round of this run
 
     def check(
@@ -158,6 +176,18 @@ class Removals:
         """
         ahead = [at for at in self._schedule.at if at > self._passed]
         self._last = last = self._passed + rounds
+        if self._tries and self._choose is not None:
+            _, end = grid.policy.bounds(last)
+            if end >= last:
+                raise FederationError(
+                    f"channels may go as late as after round {end} of {last}, and no round would "
+                    "train what is left: set prunecast.pruning-end to less, or train longer"
+                )
+            grid.try_channels(self._choose, key=key)
+            if grid.channels(key=key) is None:
+                _check_trial(self._choose, dense_arrays(set_apart(arrays)[0]))
+                _say_what_is_not_reached(strategy)
+            return
         if self._owed(self._passed, grid, key):
             ahead.insert(0, self._passed)
         if not ahead:
@@ -187,7 +217,8 @@ class Removals:
         if number >= self._last or not self._owed(number, grid, key):
             return arrays, None
         plan = self._plan(grid, arrays, number, key)
-        share = self._schedule.after(number) / self._share(grid, key)
+        wanted = self._wanted(number, grid, key)
+        share = wanted / self._share(grid, key)
         if not math.isclose(plan.share, share, rel_tol=_NEAR):
             plan = replace(plan, share=share)  # what is owed later is told from it
         before = {name: array.shape for name, array in dense_arrays(set_apart(arrays)[0]).items()}
@@ -199,7 +230,7 @@ class Removals:
             sum(int(np.prod(array.shape)) for array in record.values())
             for record in (arrays, narrow)
         ]
-        done = Removed(self._schedule.after(number), weights, len(channels.coded))
+        done = Removed(wanted, weights, len(channels.coded))
         log(
             INFO,
             "After round %d %.0f%% of the channels remain: %d of %d weights.",
@@ -216,14 +247,21 @@ class Removals:
                 "%.0f%% of the channels remain, not %.0f%%: in rounds after which some were to go, "
                 "and all since, no reply could be used. Go on from the checkpoint for two rounds "
                 "or more.",
-                *(100 * self._share(grid, key), 100 * self._schedule.after(number)),
+                *(100 * self._share(grid, key), 100 * self._wanted(number, grid, key)),
             )
 
     def _owed(self, number: int, grid: CompressedGrid, key: str) -> bool:
         """Whether more channels remain than are to after a round."""
-        if not self._schedule.at:
+        if not (self._schedule.at or self._tries):
             return False
-        return self._schedule.after(number) < self._share(grid, key) * (1 - _NEAR)
+        return self._wanted(number, grid, key) < self._share(grid, key) * (1 - _NEAR)
+
+    def _wanted(self, number: int, grid: CompressedGrid, key: str) -> float:
+        """Share of all channels that is to remain after a round."""
+        if not self._tries:
+            return self._schedule.after(number)
+        settled = grid.settled_channels(key=key)
+        return self._share(grid, key) * (1.0 if settled is None else settled.share)
 
     def _share(self, grid: CompressedGrid, key: str) -> float:
         removed = grid.channels(key=key)
@@ -232,13 +270,21 @@ class Removals:
     def _plan(
         self, grid: CompressedGrid, arrays: ArrayRecord, number: int, key: str
     ) -> ChannelPlan:
+        settled = grid.settled_channels(key=key) if self._tries else None
+        if settled is not None:
+            return settled
         assert self._choose is not None
         master = dense_arrays(set_apart(arrays)[0])
         return self._choose(master, self._schedule.after(number), grid.channels(key=key))
 
 
 def check_channels(
-    schedule: ChannelSchedule, choose: ChannelChooser, master: Arrays, rounds: int
+    schedule: ChannelSchedule,
+    choose: ChannelChooser,
+    master: Arrays,
+    rounds: int,
+    *,
+    tries: bool = False,
 ) -> None:
     """Refuse channels that cannot go from a model that has all of them.
 
@@ -249,6 +295,14 @@ def check_channels(
     if schedule.at:
         _check_last(schedule.at[-1], rounds)
         choose(master, schedule.after(schedule.at[0]), None)
+    if tries:
+        _check_trial(choose, master)
+
+
+def _check_trial(choose: ChannelChooser, master: Arrays) -> None:
+    plan = choose(master, _FIRST, None)
+    if isinstance(choose, _ModuleChooser):
+        choose.check_trial(master, plan)
 
 
 def _check_last(at: int, last: int) -> None:

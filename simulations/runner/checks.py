@@ -95,7 +95,9 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
     from prunecast.server.federation.shrinking import check_channels, module_chooser
 
     arms = {name: (arm, arm.grid_policy()) for name, arm in scenario.trained_arms().items()}
-    pruned = {n: (a, p) for n, (a, p) in arms.items() if p.target or p.channels_at}
+    pruned = {
+        n: (a, p) for n, (a, p) in arms.items() if p.target or p.channels_at or p.tries_channels
+    }
     if not pruned:
         return
     network, inputs = scenario.model.network(), data[1].take(np.arange(2)).inputs.values()
@@ -108,7 +110,8 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
             check_model(policy, arrays, scenario.rounds, frozen=frozen)
             schedule = policy.pruning(scenario.rounds).channels
             master = dense_arrays(set_apart(arrays)[0])
-            check_channels(schedule, choose, master, scenario.rounds)
+            tries = policy.tries_channels
+            check_channels(schedule, choose, master, scenario.rounds, tries=tries)
         except (FederationError, PlanError) as error:
             raise UnprunableArm(name, str(error)) from error
 

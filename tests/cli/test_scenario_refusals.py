@@ -151,6 +151,11 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         {**pruning(channels=0.5, channels_at=[2]), "model": {"factory": "support.networks:frozen"}},
         {}, "arms.a: Sequential has no channels that could be removed", "channels",
     ),
+    "channels to be tried of a module that cannot lose any": (
+        {**pruning(pruning_schedule="automatic", pruning_knobs=["channels"]),
+         "model": {"factory": "support.networks:frozen"}},
+        {}, "arms.a: Sequential has no channels that could be removed", "channels",
+    ),
     "device answers that fail to compare": (
         {"task": {"kind": "support.incomparable:Fails"}, "release": {"name": "m"}}, {},
         "task.kind: support.incomparable:Fails cannot compare what a device answers (no idea)",

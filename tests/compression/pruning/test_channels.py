@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import tracemalloc
@@ -18,7 +19,12 @@ from prunecast.compression.pruning.channels import (
     current_channels,
     holding_channels,
 )
-from prunecast.compression.pruning.narrowing import choose_channels, fit_module, narrow_module
+from prunecast.compression.pruning.narrowing import (
+    check_zeroed,
+    choose_channels,
+    fit_module,
+    narrow_module,
+)
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor
 from prunecast.simulations.networks.attention import small_transformer
@@ -402,3 +408,46 @@ def test_heads_of_attention_stay_as_many_and_give_the_same_dimensions() -> None:
         assert by_head.sum(1).tolist() == [each] * 4
         assert (by_head == by_head[0]).all()
         assert (rows.reshape(3, 64) == columns).all()
+
+
+def test_channels_that_are_zero_put_out_what_removed_ones_do(
+    module: nn.Module, plan: ChannelPlan
+) -> None:
+    with torch.no_grad():
+        wide = copy.deepcopy(module)
+        wide.norm.running_mean.uniform_(-1, 1)
+        wide.norm.bias.uniform_(-1, 1)  # what a zero channel would put out, were it left
+    arrays = {name: tensor.numpy() for name, tensor in wide.state_dict().items()}
+    zeroed = copy.deepcopy(wide)
+    for name, tensor in zeroed.state_dict().items():
+        tensor.copy_(torch.from_numpy(plan.zeroed_array(name, arrays[name])))
+    assert not zeroed.norm.bias[~torch.from_numpy(plan.kept["norm.bias"][0])].any()  # type: ignore[arg-type]
+    narrow, images = fit_module(copy.deepcopy(wide), plan), torch.randn(3, 1, 4, 4)
+    for one, other in zip(zeroed(images), narrow(images), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    check_zeroed(wide, EXAMPLE, plan)
+
+    model = PublishedModel(
+        {
+            name: LatticeTensor(np.rint(array * 50).astype(np.int32), 0.02)
+            if array.ndim and "running" not in name
+            else RawTensor(array)
+            for name, array in arrays.items()
+        }
+    )
+    tried = plan.zeroed(model)
+    assert plan.narrow(tried).digest == plan.narrow(model).digest
+    statistics = tried.tensors["norm.running_var"], model.tensors["norm.running_var"]
+    assert np.array_equal(*(tensor.values for tensor in statistics))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("make", [small_resnet_group, small_transformer])
+def test_channels_that_a_layer_counts_cannot_be_tried(make: Callable[[], nn.Module]) -> None:
+    wide, inputs = make(), (torch.randn(2, 1, 28, 28),)
+    with pytest.raises(PlanError, match=r"cannot be tried: a layer computes over all of them"):
+        check_zeroed(wide, inputs, choose_channels(wide, inputs, 0.5))
+
+
+def test_channels_behind_batch_normalisation_can_be_tried() -> None:
+    wide, inputs = small_resnet_batch(), (torch.randn(2, 1, 28, 28),)
+    check_zeroed(wide, inputs, choose_channels(wide, inputs, 0.5))
