@@ -26,9 +26,11 @@ from onnx import helper, numpy_helper
 
 from prunecast.compression.onnx.graph import ExportedGraph, replace_items, uses_of
 
-__all__ = ["Kernel", "Norm", "Prepared", "prepare"]
+__all__ = ["Kernel", "Norm", "Prepared", "drop_zero_biases", "prepare"]
 
 _FLOAT = np.dtype(np.float32)
+_STANDARD = ("", "ai.onnx")
+_BIASED = ("Conv", "ConvTranspose", "Gemm")
 _SAME_VALUES = ("Cast", "CastLike", "Expand", "Identity", "Reshape", "Unsqueeze")
 # Operators that integers pass through, by the inputs that carry them; None: all of them.
 _PASSING: dict[str, int | None] = {
@@ -132,8 +134,7 @@ def prepare(graph: ExportedGraph) -> Prepared:
     del body.value_info[:]
     for i, node in enumerate(body.node):
         node.name = f"{node.op_type}_{i}"
-    _drop_zero_biases(body)
-    _remove_dead(body)
+    drop_zero_biases(body)
     kernels = tuple(_kernels(body, graph))
     norms = {k.node: k for k in _fold_norms(body, kernels, graph)}
     kernels = tuple(norms.get(k.node, k) for k in kernels)
@@ -163,16 +164,25 @@ def _alone(name: str, body: Any, uses: Mapping[str, list[Any]]) -> bool:
     return len(uses.get(name, ())) == 1 and all(o.name != name for o in body.output)
 
 
-def _drop_zero_biases(body: Any) -> None:
+def drop_zero_biases(body: Any) -> None:
+    """Remove biases that are zero by construction, whatever the weights, and nodes without readers.
+
+    torch's exporter computes one for a layer without bias (``CastLike``, ``Expand``), and
+    onnxruntime turns that into a constant only after its fusions, which therefore do not happen.
+
+    Args:
+        body: the graph, changed in place; a bias that is a parameter must not be defined in it.
+    """
     made = _producers(body)
     constants = {i.name: i for i in body.initializer}
     for node in body.node:
-        if node.op_type in ("Conv", "Gemm") and len(node.input) == 3:
+        if node.op_type in _BIASED and node.domain in _STANDARD and len(node.input) == 3:
             name, at = node.input[2], None
             while (at := made.get(name)) is not None and at.op_type in _SAME_VALUES:
                 name = at.input[0]
             if _zero(at, constants.get(name)):
                 del node.input[2]
+    _remove_dead(body)
 
 
 def _zero(node: Any, constant: Any) -> bool:
@@ -205,7 +215,7 @@ def _kernels(body: Any, graph: ExportedGraph) -> Iterator[Kernel]:
         return bool(np.prod(spec.shape)) and (dims is None or len(spec.shape) == dims)
 
     for node in body.node:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in ("Conv", "Gemm", "MatMul"):
+        if node.domain not in _STANDARD or node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         weight, perm, axis = node.input[1], None, 0
@@ -266,7 +276,7 @@ def _passing(body: Any, kernels: tuple[Kernel, ...]) -> Iterator[str]:
     for node in body.node:
         if node.name in own:
             integer.update(node.output if node.op_type == "Conv" else ())
-        elif node.op_type in _PASSING and node.domain in ("", "ai.onnx"):
+        elif node.op_type in _PASSING and node.domain in _STANDARD:
             carrying = node.input[: _PASSING[node.op_type]]
             if all(name in integer for name in carrying):
                 integer.update(node.output)

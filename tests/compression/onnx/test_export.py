@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import onnx
 import pytest
 import torch
 from torch import nn
 
 from prunecast.compression.onnx import ExportError, FoldedParameter, NumericsError
+from prunecast.compression.onnx.bind import Variant, bind_weights
 from prunecast.compression.onnx.export import export_graph
 from prunecast.compression.onnx.graph import ExportedGraph, load_graph, save_graph
+from prunecast.compression.release.runtime import open_session
+from prunecast.compression.versions import PublishedModel
 
 
 def test_every_tensor_that_inference_reads_is_a_parameter(conv_graph: ExportedGraph) -> None:
@@ -151,3 +158,52 @@ def test_a_deep_module_exports_with_every_tensor_bound() -> None:
     read = {n for n in module.state_dict() if not n.endswith("num_batches_tracked")}
     assert set(graph.parameters) == read
     assert graph.max_difference < 1e-5
+
+
+class _Norms(nn.Module):
+    """Convolutions before BatchNorm: without a bias, with one that begins at zero, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        nn.init.zeros_(self.second.bias)
+        for norm in self.norms:
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norms[0](self.first(x)))
+        return self.up(torch.relu(x + self.norms[1](self.second(x))))
+
+
+@pytest.mark.parametrize("variant", ["fp32", "lattice"])
+def test_a_device_runs_no_norm_behind_a_convolution(
+    variant: Variant, published: Callable[..., PublishedModel], tmp_path: Path
+) -> None:
+    torch.manual_seed(6)
+    module = _Norms().eval()
+    graph = export_graph(module, (torch.randn(2, 1, 6, 6),))
+    nodes = onnx.ModelProto.FromString(graph.skeleton).graph.node
+    inputs = [list(n.input[1:]) for n in nodes if n.op_type in ("Conv", "ConvTranspose")]
+    assert inputs == [["first.weight"], ["second.weight", "second.bias"], ["up.weight"]]
+    model = published(module)
+    bound = bind_weights(graph, model, tmp_path / "signed", variant=variant)
+    held = {segment.tensor for segment in bound.layout.segments}
+    assert held == {n for n in module.state_dict() if not n.endswith("num_batches_tracked")}
+
+    (tmp_path / "device").mkdir()
+    fused = tmp_path / "device" / "model.onnx"
+    session = open_session(bound.model, threads=1, save_optimised=fused)
+    ran = [n.op_type for n in onnx.load(fused, load_external_data=False).graph.node]
+    assert ran.count("Conv") == 2
+    assert "BatchNormalization" not in ran
+    image = torch.randn(3, 1, 6, 6)
+    dense = {n: torch.from_numpy(np.array(t.dense())) for n, t in model.tensors.items()}
+    with torch.no_grad():
+        wanted = torch.func.functional_call(module, dense, (image,))
+    np.testing.assert_allclose(
+        session.run({"input": image.numpy()})["output"], wanted.numpy(), rtol=1e-4, atol=1e-5
+    )
