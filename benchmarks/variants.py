@@ -111,6 +111,8 @@ def session(file: Path, integers: bool) -> Any:
     """A session with one thread and the settings of `open_session`."""
     import onnxruntime
 
+    from prunecast.compression.release.runtime import return_freed_memory
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -118,7 +120,9 @@ def session(file: Path, integers: bool) -> Any:
         options.add_session_config_entry("session.x64quantprecision", "1")
     else:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    opened = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return_freed_memory()
+    return opened
 
 
 def _status(key: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, save
+from onnx import TensorProto, helper, numpy_helper, save
 
 from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.runtime import (
@@ -118,3 +119,48 @@ def test_what_is_refused_in_any_way_is_refused(tmp_path: Path) -> None:
     save(model, tmp_path / "m.onnx")
     with pytest.raises(RuntimeFailure, match="NoSuchOperator"):
         open_session(tmp_path / "m.onnx")
+
+
+LOADING = """
+import sys
+from pathlib import Path
+from prunecast.common.bounded import own_bytes
+from prunecast.compression.release.runtime import import_onnxruntime, open_session
+
+import_onnxruntime().SessionOptions()
+before = own_bytes()
+session = open_session(Path(sys.argv[1]), threads=1)
+print(own_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeps nothing, or tells nothing")
+def test_what_loading_has_freed_is_given_back(tmp_path: Path) -> None:
+    width, layers = 256, 4
+    nodes, weights = [], {}
+    for layer in range(layers):
+        weights[f"w{layer}"] = np.full((width, width, 3, 3), 0.01, np.float32)
+        norm = [f"{name}{layer}" for name in ("gamma", "beta", "mean", "variance")]
+        weights |= {name: np.ones(width, np.float32) for name in norm}
+        convolution = [f"x{layer}", f"w{layer}"]
+        nodes += [
+            helper.make_node("Conv", convolution, [f"c{layer}"], pads=[1, 1, 1, 1]),
+            helper.make_node("BatchNormalization", [f"c{layer}", *norm], [f"x{layer + 1}"]),
+        ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, width, 4, 4])
+        for name in ("x0", f"x{layers}")
+    ]
+    held = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    body = helper.make_graph(nodes, "g", ends[:1], ends[1:], held)
+    opset = [helper.make_opsetid("", 21)]
+    save(
+        helper.make_model(body, opset_imports=opset, ir_version=10),
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+    )
+    command = [sys.executable, "-c", LOADING, str(tmp_path / "m.onnx")]
+    grown = int(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+    size = sum(array.nbytes for array in weights.values())
+    assert size < grown < 2 * size  # the fused weights, and not what they were made of
