@@ -95,7 +95,7 @@ def regression(**release: Any) -> dict[str, Any]:
         "model": {"factory": f"{__name__}:Estimator"},
         "training": {"batch_size": 16, "device": "cpu", "epochs": 4},
         "engine": {"backend": "inline"},
-        "arms": {"dense": {"kind": "dense"}, "prunecast": {"preset": "small"}},
+        "arms": {"dense": {"kind": "dense"}, "prunecast": {"preset": "balanced"}},
     }
     return {**mapping, "release": release} if release else mapping
 
