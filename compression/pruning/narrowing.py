@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from prunecast.common.text import first_line
 from prunecast.compression.pruning.channels import Axes, ChannelPlan, Steps
 from prunecast.compression.pruning.plan import PlanError
 
-__all__ = ["check_zeroed", "choose_channels", "fit_module", "narrow_module"]
+__all__ = ["check_zeroed", "choose_channels", "fit_module", "made_with_inputs", "narrow_module"]
 
 _ALIKE = 1e-3  # of the largest output: what sums in another order differ by, and more
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -105,6 +105,21 @@ def narrow_module(
     if _shapes(wanted) != _shapes(found):
         raise PlanError(f"without these channels the outputs are {_shapes(found)}")
     return work
+
+
+def made_with_inputs(
+    factory: Callable[[], nn.Module],
+    example: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]],
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A module on the CPU with positional inputs that it accepts; the random state stays as it is.
+
+    Args:
+        factory: makes the module with all of its channels, on any device.
+        example: makes positional inputs, or the only one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        module, inputs = factory().cpu(), example()
+    return module, inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def check_zeroed(module: nn.Module, example: tuple[torch.Tensor, ...], plan: ChannelPlan) -> None:

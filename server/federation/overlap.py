@@ -40,17 +40,14 @@ class _Member:
     weight: float
     arrays: Mapping[_Place, Array]
 
-    def part(self, place: _Place, shape: tuple[int, ...]) -> tuple[Any, NDArray[Any]] | None:
+    def part(self, place: _Place, shape: tuple[int, ...]) -> tuple[Any, NDArray[np.float64]] | None:
         """Where it has what of a tensor; None for nothing that belongs there."""
         array, name = self.arrays.get(place), place[1]
-        if array is None or not _is_numbers(array):
-            return None
-        if self.plan is not None and is_statistic(name):
-            return None  # what its own layers see
+        if array is None or (self.plan is not None and is_statistic(name)):
+            return None  # statistics are what its own layers see
         at = ... if self.plan is None else self.plan.places(name, shape)
-        if tuple(array.shape) != (shape if at is ... else tuple(axis.size for axis in at)):
-            return None
-        return at, array.numpy()
+        values = _values(array, shape if at is ... else tuple(axis.size for axis in at))
+        return None if values is None else (at, values)
 
 
 class Overlap:
@@ -71,11 +68,12 @@ class Overlap:
             message_id: of the message that it answers.
             content: its records as they came, decoded.
             version: that it answers.
-            weight: number of examples.
+            weight: number of examples; a reply of none, or of no number of them, counts nowhere.
         """
         records = content.array_records.items()
         arrays = {(key, name): array for key, record in records for name, array in record.items()}
-        self._members[message_id] = _Member(version.width, version.plan, weight, arrays)
+        if 0 < weight < math.inf:
+            self._members[message_id] = _Member(version.width, version.plan, weight, arrays)
 
     def leave(self, message_id: str) -> None:
         """Count the reply to a message no more: it was refused after all."""
@@ -134,8 +132,8 @@ class Overlap:
             total, weights = np.zeros(known.shape), np.zeros(known.shape)
             for member in self._members.values():
                 part = member.part(place, known.shape)
-                if part is not None and member.weight > 0:
-                    total[part[0]] += member.weight * part[1].astype(np.float64)
+                if part is not None:
+                    total[part[0]] += member.weight * part[1]
                     weights[part[0]] += member.weight
             mean = known.astype(np.float64)
             np.divide(total, weights, out=mean, where=weights > 0)
@@ -151,15 +149,14 @@ class Overlap:
         sums: dict[str, NDArray[Any]] = {}
         weights: dict[str, float] = {}
         for member in self._members.values():
-            if member.width != version.width or not member.weight > 0:
+            if member.width != version.width:
                 continue
             for (_, name), array in member.arrays.items():
                 like = version.master.get(name)
-                if like is None or not is_statistic(name) or not _is_numbers(array):
+                if like is None or not is_statistic(name):
                     continue
-                if tuple(array.shape) == like.shape:
-                    value = member.weight * array.numpy().astype(np.float64)
-                    sums[name] = sums.get(name, 0.0) + value
+                if (values := _values(array, like.shape)) is not None:
+                    sums[name] = sums.get(name, 0.0) + member.weight * values
                     weights[name] = weights.get(name, 0.0) + member.weight
         with np.errstate(over="ignore"):
             means = {
@@ -167,6 +164,14 @@ class Overlap:
                 for name, total in sums.items()
             }
         return {name: mean for name, mean in means.items() if np.isfinite(mean).all()}
+
+
+def _values(array: Array, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """What is averaged of an array; None where it is not finite, or of another shape."""
+    if not _is_numbers(array) or tuple(array.shape) != shape:
+        return None
+    values = array.numpy().astype(np.float64)
+    return values if np.isfinite(values).all() else None
 
 
 def _is_numbers(array: Array) -> bool:

@@ -25,11 +25,11 @@ from prunecast.compression.versions import is_statistic
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.strategies import private_strategy
 
 __all__ = ["Recalibrated", "Recalibration"]
 
 Arrays = Mapping[str, NDArray[Any]]
-_PRIVATE = "DifferentialPrivacy"  # how the names of Flower's strategies begin
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,13 @@ class Recalibration:
         strategy: of the run.
 
     Raises:
-        FederationError: the strategy protects what nodes send by differential privacy, which
-            would not cover statistics.
+        FederationError: the strategy, or one that it wraps, protects what nodes send by
+            differential privacy, which would not cover statistics.
     """
 
     def __init__(self, policy: Policy, strategy: object) -> None:
         self._when = policy.pruning_recalibrate
-        name = type(strategy).__name__
-        if self._when != "never" and name.startswith(_PRIVATE):
+        if self._when != "never" and (name := private_strategy(strategy)):
             raise FederationError(
                 "statistics that nodes estimate would be neither clipped nor noised, as what they "
                 f"train is by {name}: set prunecast.pruning-recalibrate = 'never'"

@@ -224,8 +224,9 @@ class Run:
                 self.grid.ledger = Ledger(
                     self._ledger, run=events.run, name=self.name, seed=self.seed
                 )
-            rounds = _Rounds(self, self._outermost, events, num_rounds, removals)
-            rounds.recalibration, rounds.timeout = recalibration, timeout
+            rounds = _Rounds(
+                *(self, self._outermost, events, num_rounds, removals, recalibration, timeout)
+            )
             with rounds.observing(self.strategy):
                 result = self.strategy.start(
                     grid=rounds,
@@ -291,12 +292,18 @@ class _Rounds(GridWrapper):
     """The grid as the strategy of a run sees it: tells what a round asks, gets and reaches."""
 
     def __init__(
-        self, run: Run, grid: Grid, events: EventLog, rounds: int, removals: Removals
+        self,
+        run: Run,
+        grid: Grid,
+        events: EventLog,
+        rounds: int,
+        removals: Removals,
+        recalibration: Recalibration,
+        timeout: float,
     ) -> None:
         super().__init__(grid)
-        self._run, self._events, self._rounds, self._removals = run, events, rounds, removals
-        self.recalibration: Recalibration | None = None
-        self.timeout = 0.0  # seconds, of a recalibration
+        self._run, self._events, self._rounds = run, events, rounds
+        self._removals, self._recalibration, self._timeout = removals, recalibration, timeout
         self._began = time.monotonic()
         self._in_vain: dict[str, str] = {}  # "train" or "other" -> why its first reply failed
         self._used: set[str] = set()  # of these, what had a reply that could be used
@@ -399,13 +406,11 @@ class _Rounds(GridWrapper):
             )
             if run.releases is not None and (plan := run.grid.channels(key=run.key)) is not None:
                 run.releases.narrow(plan)
-        if self.recalibration is None:
-            return left
-        left, done = self.recalibration.after(
+        left, done = self._recalibration.after(
             *(server_round, run.grid, self._grid, left, self._trained),
             removed=removed is not None,
             key=run.key,
-            timeout=self.timeout,
+            timeout=self._timeout,
         )
         if done is not None:
             self._events.write("recalibrated", round=server_round, **dataclasses.asdict(done))

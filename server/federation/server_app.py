@@ -76,8 +76,7 @@ def main(grid: Grid, context: Context) -> None:
     resume = _get(config, "resume", "")
     initial = _resumed(Path(resume), arrays) if resume else arrays
     removed = initial.channels if isinstance(initial, Checkpoint) else None
-    policy, rounds = Policy.from_run_config(config), _get(config, "num-server-rounds", 3)
-    resume = _get(config, "resume", "")
+    rounds = _get(config, "num-server-rounds", 3)
     if not resume:
         check_model(policy, arrays, rounds, frozen=frozen_parameters(module))
     run = Run(

@@ -78,10 +78,9 @@ class _ModuleChooser:
     ) -> tuple[nn.Module, tuple[Tensor, ...]]:
         import torch
 
-        from prunecast.compression.pruning.narrowing import fit_module
+        from prunecast.compression.pruning.narrowing import fit_module, made_with_inputs
 
-        with torch.random.fork_rng(devices=[]):
-            module = self.factory().cpu()
+        module, inputs = made_with_inputs(self.factory, self.example)
         if removed is not None:
             module = fit_module(module, removed)
         state = {name: torch.from_numpy(np.array(array)) for name, array in master.items()}
@@ -90,8 +89,7 @@ class _ModuleChooser:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise PlanError(f"the model does not fit {type(module).__name__}: {reason}") from error
-        inputs = self.example()
-        return module, inputs if isinstance(inputs, tuple) else (inputs,)
+        return module, inputs
 
 
 class FittedModule:

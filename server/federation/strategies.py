@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import Strategy
 
 from prunecast.server.federation.errors import FederationError
 
-__all__ = ["STRATEGIES", "StrategyError", "build_strategy"]
+__all__ = ["STRATEGIES", "StrategyError", "build_strategy", "private_strategy"]
 
 _CLASSES = ("FedAvg", "FedAvgM", "FedAdagrad", "FedAdam", "FedYogi", "FedMedian", "FedTrimmedAvg")
 STRATEGIES = {name.lower(): name for name in (*_CLASSES, "Krum", "MultiKrum", "Bulyan")}
@@ -45,3 +45,15 @@ def build_strategy(name: str, options: Mapping[str, Any] | None = None) -> Strat
     except (TypeError, ValueError) as error:
         raise StrategyError(f"strategy {name!r}: {error}") from error
     return made
+
+
+def private_strategy(strategy: object) -> str:
+    """The class of a strategy, or of one that it wraps, that is Flower's for differential privacy.
+
+    "" for none.
+    """
+    name = type(strategy).__name__
+    if name.startswith("DifferentialPrivacy"):
+        return name
+    within = (private_strategy(v) for v in vars(strategy).values() if isinstance(v, Strategy))
+    return next(filter(None, within), "")

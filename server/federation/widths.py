@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import PublishedModel, RawTensor, is_statistic, short
 from prunecast.server.federation.errors import FederationError
+from prunecast.server.federation.strategies import private_strategy
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,14 +46,9 @@ def leading_slices(
     """
 
     def choose(share: float) -> ChannelPlan:
-        import torch
+        from prunecast.compression.pruning.narrowing import choose_channels, made_with_inputs
 
-        from prunecast.compression.pruning.narrowing import choose_channels
-
-        with torch.random.fork_rng(devices=[]):
-            module, inputs = factory().cpu(), example()
-        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        return choose_channels(module, inputs, share, leading=True)
+        return choose_channels(*made_with_inputs(factory, example), share, leading=True)
 
     return choose
 
@@ -66,14 +61,11 @@ def check_strategy(strategy: object) -> None:
     Raises:
         FederationError: it, or one that it wraps, is one of Flower's for differential privacy.
     """
-    if type(strategy).__name__.startswith("DifferentialPrivacy"):
+    if name := private_strategy(strategy):
         raise FederationError(
-            f"{type(strategy).__name__} makes its noise for averages over all nodes, and under "
+            f"{name} makes its noise for averages over all nodes, and under "
             "prunecast.widths some weights are averaged over few: leave one of the two out"
         )
-    for value in vars(strategy).values():
-        if isinstance(value, Strategy):
-            check_strategy(value)
 
 
 class Slices:

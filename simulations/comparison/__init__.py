@@ -180,7 +180,7 @@ class Comparison:
                 if not checked:  # all arms, before the first of them takes its time
                     for arm, why in self._unprunable().items():
                         on_event({"event": "failed", "text": f"{arm} is left out: {why}"})
-                        failed[arm] = why
+                        failed |= dict.fromkeys((arm, *self.scenario.recodings_of(arm)), why)
                     checked = True
                     if name in failed:
                         continue
@@ -205,22 +205,18 @@ class Comparison:
         write_atomically(self.folder / DOCUMENT, text.encode())
         return json.loads(text)  # type: ignore[no-any-return]
 
-    def _unprunable(self) -> dict[str, str]:
+    def _unprunable(self) -> Mapping[str, str]:
         """Check the scenario; the arms that nobody named and that prune what cannot be."""
-        from prunecast.simulations.runner.checks import UnprunableArm
+        from prunecast.simulations.runner.checks import UnprunableArms
         from prunecast.simulations.runner.run import check_scenario
 
-        found: dict[str, str] = {}
-        while True:
-            left = {name: arm for name, arm in self.arms.items() if name not in found}
-            try:
-                check_scenario(dataclasses.replace(self.scenario, arms=left))
-            except UnprunableArm as error:
-                if self.named:
-                    raise
-                found[error.arm] = str(error)
-            else:
-                return found
+        try:
+            check_scenario(self.scenario)
+        except UnprunableArms as error:  # what is checked last
+            if self.named:
+                raise
+            return error.refused
+        return {}
 
     def _document(
         self,

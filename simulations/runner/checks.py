@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-__all__ = ["UnprunableArm", "check_data_and_model", "check_pruning"]
+__all__ = ["UnprunableArms", "check_data_and_model", "check_pruning"]
 
 _NAMED = 3  # clients in a message
 
 
-class UnprunableArm(PolicyError):
-    """The model of a scenario cannot be pruned as an arm asks.
+class UnprunableArms(PolicyError):
+    """The model of a scenario cannot be pruned as some of its arms ask; says so of the first.
 
     Attributes:
-        arm: its name.
+        refused: why, by arm.
     """
 
-    def __init__(self, arm: str, why: str) -> None:
-        super().__init__(f"arms.{arm}: {why}")
-        self.arm = arm
+    def __init__(self, refused: Mapping[str, str]) -> None:
+        super().__init__(next(iter(refused.values())))
+        self.refused = refused
 
 
 def check_data_and_model(scenario: Scenario, data: PartitionedData) -> None:
@@ -83,7 +83,7 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
         data: loaded and spread.
 
     Raises:
-        UnprunableArm: weights or channels cannot go; names arm, key and remedy.
+        UnprunableArms: weights or channels cannot go; names arm, key and remedy.
     """
     import torch
 
@@ -104,6 +104,7 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
     module, first = initial_arrays(network, seed=scenario.seed)
     frozen = frozen_parameters(module)
     choose = module_chooser(network, lambda: tuple(map(torch.from_numpy, inputs)))
+    refused: dict[str, str] = {}
     for name, (arm, policy) in pruned.items():
         arrays = arm.initial(first, scenario)
         try:
@@ -113,7 +114,9 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
             tries = policy.tries_channels
             check_channels(schedule, choose, master, scenario.rounds, tries=tries)
         except (FederationError, PlanError) as error:
-            raise UnprunableArm(name, str(error)) from error
+            refused[name] = f"arms.{name}: {error}"
+    if refused:
+        raise UnprunableArms(refused)
 
 
 def _clients(numbers: Sequence[int]) -> str:

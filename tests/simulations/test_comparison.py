@@ -24,7 +24,7 @@ from prunecast.simulations.comparison import (
 )
 from prunecast.simulations.kinds import written
 from prunecast.simulations.runner import EngineFailed
-from prunecast.simulations.runner.checks import UnprunableArm
+from prunecast.simulations.runner.checks import UnprunableArms
 from prunecast.simulations.runner.run import read_result
 from prunecast.simulations.scenarios import (
     PublishedSpec,
@@ -151,7 +151,7 @@ def test_of_a_model_that_cannot_be_pruned_the_presets_that_prune_are_left_out(
     assert set(found) == {"small", "tiny"}
     assert found["small"].startswith("arms.small: ")
     assert "prunecast.sparsity" in found["small"]
-    with pytest.raises(UnprunableArm, match=r"^arms\.small: "):
+    with pytest.raises(UnprunableArms, match=r"^arms\.small: "):
         Comparison.of(scenario, names=["dense", "small"], folder=tmp_path).run()
     assert not list(tmp_path.iterdir())
 

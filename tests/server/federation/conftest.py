@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.clientapp import ClientApp
 
 from prunecast.compression.flower import envelope
@@ -17,6 +18,15 @@ from support.federation import RUN_ID, make_app
 from support.releases import graph, images, model
 
 __all__ = ["graph", "images", "model"]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """So small a network trains no faster on several, and much slower where others compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,7 @@ def accuracy(server_round: int, arrays: ArrayRecord) -> MetricRecord:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Iterator[Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so little to do that several would wait for each other
-
+def trained(tmp_path: Path, one_thread: None) -> Callable[..., Any]:
     def start(
         policy: Policy,
         rounds: int,
@@ -120,8 +117,7 @@ def trained(tmp_path: Path) -> Iterator[Any]:
         run.start(start or ArrayRecord(factory().state_dict()), num_rounds=rounds)
         return list(read_events(tmp_path / name / "events.jsonl"))
 
-    yield start
-    torch.set_num_threads(threads)
+    return start
 
 
 def rounds_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

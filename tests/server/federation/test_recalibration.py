@@ -226,8 +226,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"pruning-recalibrate.*leave out prunecast.widths"):
         Policy(pruning_recalibrate="events", widths={"phone": 0.5})
     private = DifferentialPrivacyServerSideFixedClipping(FedAvg(), 1.0, 1.0, NODES)
+    wrapping = FedAvg()
+    wrapping.inner = private  # type: ignore[attr-defined]
     inner = InProcessGrid(make_app(tmp_path / "store"), NODES, run_id=RUN_ID)
-    run = Run(inner, private, policy=Policy(pruning_recalibrate="events"), folder=tmp_path / "run")
-    with pytest.raises(FederationError, match=r"set prunecast.pruning-recalibrate = 'never'"):
-        run.start(ArrayRecord(network().state_dict()), num_rounds=1)
-    assert not (tmp_path / "run").exists()
+    for strategy in (private, wrapping):
+        policy = Policy(pruning_recalibrate="events")
+        run = Run(inner, strategy, policy=policy, folder=tmp_path / "run")
+        with pytest.raises(FederationError, match=r"set prunecast.pruning-recalibrate = 'never'"):
+            run.start(ArrayRecord(network().state_dict()), num_rounds=1)
+        assert not (tmp_path / "run").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from prunecast.server.repository.serving import ReleaseServer
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = {"0.weight": (8, 1, 3, 3), "4.weight": (16, 8, 3, 3), "9.weight": (3, 16)}
 NARROW = {"0.weight": (4, 1, 3, 3), "4.weight": (8, 4, 3, 3), "9.weight": (3, 8)}
 TRAINING = LocalTraining(local_epochs=1, learning_rate=0.05, device="cpu")
@@ -144,15 +145,6 @@ class Federation:
             for entry in self.ledger.entries
             if (entry.node, entry.round, entry.direction) == (node, number, "down")
         ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a network trains no faster on several, and much slower where others compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ from prunecast.server.federation.widths import leading_slices
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTHS = {"small": 0.25, "medium": 0.5}
 SHAPES = {  # of three of the tensors, by class
     "": {"0.weight": (8, 1, 3, 3), "4.weight": (16, 8, 3, 3), "9.weight": (3, 16)},
@@ -181,15 +182,6 @@ class Federation:
     def sent(self, node: int, direction: str = "down") -> list[str]:
         entries = self.ledger.entries
         return [e.kind for e in entries if (e.node, e.direction) == (node, direction)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a network trains no faster on several, and much slower where others compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -454,6 +446,30 @@ def test_what_cannot_be_averaged_fills_nothing_in():
         "x",
         "y",
     ]
+
+
+@pytest.mark.parametrize("weight", [float("inf"), float("nan"), 0.0, -3.0])
+def test_replies_of_no_number_of_examples_or_not_finite_fill_nothing_in(weight):
+    half = ChannelPlan({"w": (np.array([True, False]),)})
+    master = {"w": np.array([1.0, 2.0], np.float32), "running_mean": np.zeros(2, np.float32)}
+    whole = Version(PublishedModel({}), master, whole=master)
+    part = Version(PublishedModel({}), half.arrays(master), width="a", plan=half, whole=master)
+
+    def reply(*values: float) -> RecordDict:
+        w = np.array(values, np.float32)
+        record = ArrayRecord({"w": Array(w), "running_mean": Array(np.repeat(w[-1:], 2))})
+        return RecordDict({"arrays": record})
+
+    overlap = Overlap()
+    overlap.join("whole", reply(3, 5), whole, 10.0)
+    overlap.join("unweighted", reply(7, 9), whole, weight)
+    overlap.join("damaged", reply(7, np.inf), whole, 10.0)
+    overlap.join("part", reply(4), part, 10.0)
+    overlap.join("part, damaged", reply(np.nan), part, 10.0)
+    overlap.join("part, unweighted", reply(8), part, weight)
+    filled = overlap.whole(reply(4), part, Entry(1, 1, "up", "update", "train", 0, 0))
+    assert filled["arrays"]["w"].numpy().tolist() == [4.0, 5.0]
+    assert overlap.statistics(part)["running_mean"].tolist() == [4.0, 4.0]
 
 
 # -- what is refused -------------------------------------------------------------------------------
