@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,8 +69,8 @@ def make_variant(
     The numerics are, over all samples: ``samples`` (how many), ``max_difference`` (largest absolute
     difference of an output), ``relative_difference`` (that over the output's largest value),
     ``classes_changed`` (share of argmax decisions), and with labels ``accuracy`` and
-    ``reference_accuracy``; ``export_difference`` is what the graph was off the torch module by
-    when it was exported.
+    ``reference_accuracy``; ``export_difference`` is a power of ten that the graph was off the torch
+    module by at most when it was exported.
 
     Args:
         contents: weights and architecture.
@@ -98,7 +99,7 @@ def make_variant(
         # What stays float is dequantised on disk: a session that fuses integers would otherwise
         # dequantise it at every inference.
         model, graph, variant = made.model, made.graph, "fp32"
-    numerics = {"export_difference": graph.max_difference}
+    numerics = {"export_difference": _at_most(graph.max_difference)}
     if samples is not None and reference is not None:
         numerics |= _measure(model, graph, variant, reference, samples)
     return replace(
@@ -172,3 +173,8 @@ def _accuracy(outputs: NDArray[np.generic], labels: NDArray[np.integer]) -> floa
             f"labels need an output of one row of classes a sample, not {list(outputs.shape)}"
         )
     return float((outputs.argmax(axis=1) == labels[: len(outputs)]).mean())
+
+
+def _at_most(difference: float) -> float:
+    """The next power of ten: further digits follow threads, and would change a release's bytes."""
+    return 10.0 ** math.ceil(math.log10(difference)) if 0 < difference < math.inf else difference
