@@ -122,6 +122,9 @@ def _start(step: Step, event: events.StartRollout) -> None:
     }
     stage_of = assign(made.id, members, stages)
     cohorts = tuple(list(stage_of.values()).count(stage) for stage in range(len(stages)))
+    for device in list(fleet.devices.values()):
+        if device.group in names and step.last_part(device):
+            leave(step, device)  # a completed rollout that goes on in other groups may be reopened
     step.put(replace(made, cohorts=cohorts, expected=cohorts[0]))
     for group in groups:
         stable = fleet.stable(group)

@@ -279,6 +279,30 @@ def test_late_failures_reopen_a_rollout_that_is_completed() -> None:
     assert play.poll(third, running=2).downgrade
 
 
+def test_a_reopened_rollout_waits_for_no_group_that_has_another_one_since() -> None:
+    play = Play(devices=4)
+    play.do(AddGroup(at=0, group="field", release="digits", stable=1))
+    for i in range(4):
+        play.do(AddDevice(at=0, device=f"f{i}", group="field"))
+    wide = StartRollout(
+        at=0, rollout="wide", release=Release("digits", 2), groups=("field", "lab"),
+        stages=(100.0,), policy=replace(POLICY, automatic=False),
+    )  # fmt: skip
+    play.do(wide)
+    play.told()
+    play.report("d0")
+    play.do(Promote(at=0, rollout="wide"))
+    assert play.fleet.rollouts["wide"].status is Status.COMPLETED
+    play.do(replace(wide, rollout="next", release=Release("digits", 3), groups=("lab",)))
+    for i in range(4):
+        play.report(f"f{i}", Outcome.CRASH_LOOP)
+    reopened = play.fleet.rollouts["wide"]
+    assert (reopened.status, reopened.tally) == (Status.PAUSED, Tally(0, 4))
+    # the four of the field, and the one that had confirmed before its group went on
+    assert (reopened.cohorts, reopened.settled) == ((5,), 5)
+    assert play.fleet.rollouts["next"].status is Status.RUNNING
+
+
 def test_an_operator_may_accept_what_failed_late() -> None:
     play, (first, second, *_) = completed()
     for name in (first, second):

@@ -106,12 +106,18 @@ class FleetMachine(RuleBasedStateMachine):
             held = apply(before, Tick(at=event.at)).fleet.devices.get(event.device)
             if held and held.part and held.part.progress.settled:
                 self.left.add(held.part.rollout)
+        if isinstance(event, StartRollout):
+            parts = [d.part for d in before.devices.values() if d.group in event.groups]
+            gone = {p.rollout for p in parts if p is not None and p.progress.settled}
+        else:
+            gone = set()
         try:
             decision = apply(before, event)
         except FleetError:
             assert self.fleet == before
             return None
         assert decision == apply(before, event)
+        self.left |= gone
         self.fleet = decision.fleet
         for device in self.fleet.devices.values():
             current = self.fleet.current(self.fleet.group(device.group))
