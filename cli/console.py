@@ -63,6 +63,7 @@ _SHORT = {"bool": "bool", "bfloat16": "bf16"}
 
 _EXTRAS = {
     "edge": "edge",
+    "federation": "server",
     "fleet": "server",
     "release": "server",
     "serve": "server",

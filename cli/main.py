@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 # these modules import nothing beyond the base installation until a command runs
-from prunecast.cli import data, edge, fleet, release
+from prunecast.cli import data, edge, federation, fleet, release
 from prunecast.cli.compare import compare
 from prunecast.cli.console import explain, is_usage
 from prunecast.cli.files import compress, decompress, inspect
@@ -92,7 +92,14 @@ def main(
 _COMMANDS = (demo, simulate, compare, sweep, report, serve, compress, decompress, inspect, prune)
 for _command in _COMMANDS:
     app.command()(_command)
-for _name, _group in {"data": data, "release": release, "edge": edge, "fleet": fleet}.items():
+_GROUPS = {
+    "data": data,
+    "release": release,
+    "edge": edge,
+    "fleet": fleet,
+    "federation": federation,
+}
+for _name, _group in _GROUPS.items():
     app.add_typer(_group.app, name=_name)
 
 

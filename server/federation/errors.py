@@ -2,6 +2,7 @@
 
 __all__ = [
     "CheckpointError",
+    "CredentialsError",
     "FederationError",
     "NodesFailed",
     "NonFiniteModel",
@@ -24,6 +25,10 @@ class NonFiniteModel(FederationError):
 
 class CheckpointError(FederationError):
     """A checkpoint file is missing or unusable."""
+
+
+class CredentialsError(FederationError):
+    """A key or certificate is damaged, outdated or not there, or is not to be replaced."""
 
 
 class ReleaseRuleError(FederationError):

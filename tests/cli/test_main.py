@@ -16,6 +16,7 @@ from prunecast.simulations.scenarios import ScenarioError, packaged_scenarios
 
 COMMANDS = [
     *("demo", "simulate", "report", "data", "release", "serve", "edge", "fleet"),
+    "federation",
     *("compress", "decompress", "inspect"),
 ]
 

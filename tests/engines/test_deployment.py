@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from prunecast.server.federation import Ledger
+from prunecast.server.federation.credentials import make_credentials
 
 pytestmark = pytest.mark.engine
 
@@ -29,7 +24,7 @@ def deployment(
 ) -> Iterator[Any]:
     """A SuperLink that admits two registered SuperNodes."""
     folder = tmp_path_factory.mktemp("deployment")
-    _make_certificates(folder)
+    make_credentials(folder, nodes=NODES)
     with start_engine(folder) as engine:
         port = free_port()
         engine.start(
@@ -45,14 +40,14 @@ def deployment(
             f'root-certificates = "{folder / "ca.crt"}"\n'
         )
         for node in range(NODES):
-            _make_node_key(folder / f"node{node}")
-            engine.flwr("supernode", "register", f"node{node}.pub")
+            key = f"nodes/node-{node + 1}"
+            engine.flwr("supernode", "register", f"{key}.pub")
             runtime = free_port()
             engine.start(
                 f"supernode{node}",
                 *("flower-supernode", "--superlink", f"127.0.0.1:{port}"),
                 *("--root-certificates", "ca.crt"),
-                *("--auth-supernode-private-key", f"node{node}"),
+                *("--auth-supernode-private-key", key),
                 *("--host", "127.0.0.1", "--port", str(runtime)),
                 "--node-config",
                 f'partition-id={node} num-partitions={NODES} prunecast-store="{folder}/s{node}" '
@@ -125,82 +120,3 @@ def test_a_node_trains_the_slice_of_the_class_that_its_config_states(
     assert spent["small"] < 0.4 * spent[""]
     losses = list(json.loads((tmp_path / "losses.json").read_text()).values())
     assert losses == sorted(losses, reverse=True)
-
-
-def _make_node_key(path: Path) -> None:
-    key = ec.generate_private_key(ec.SECP384R1())
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.OpenSSH,
-            serialization.NoEncryption(),
-        )
-    )
-    path.chmod(0o600)
-    path.with_suffix(".pub").write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-        )
-    )
-
-
-def _make_certificates(folder: Path) -> None:
-    """`ca.crt`, and `server.crt` with `server.key` for 127.0.0.1, valid for a day."""
-    ca_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name, server_name = (
-        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        for name in ("Test CA", "localhost")
-    )
-    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
-
-    def usage(*, ca: bool) -> x509.KeyUsage:
-        return x509.KeyUsage(
-            digital_signature=not ca,
-            key_cert_sign=ca,
-            crl_sign=ca,
-            content_commitment=False,
-            key_encipherment=False,
-            data_encipherment=False,
-            key_agreement=False,
-            encipher_only=False,
-            decipher_only=False,
-        )
-
-    def certificate(
-        name: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool
-    ) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(ca_name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(start)
-            .not_valid_after(start + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(usage(ca=ca), critical=True)
-            .add_extension(
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-            )
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()),
-                critical=False,
-            )
-        )
-
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    authority = certificate(ca_name, ca_key, ca=True).sign(ca_key, hashes.SHA256())
-    server = (
-        certificate(server_name, server_key, ca=False)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    (folder / "ca.crt").write_bytes(authority.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.crt").write_bytes(server.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.key").write_bytes(
-        server_key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
