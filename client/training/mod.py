@@ -141,12 +141,14 @@ def compression_mod(
                 )
             return call_next(message, context)
         root = Path(store or str(context.node_config.get("prunecast-store", "")) or default_root())
-        node = NodeStore(root, message.metadata.run_id, context.node_id)
         try:
             message = make_message(message.metadata, unpack(message.content))
             control = message.content.config_records.get(CONTROL_RECORD) or ConfigRecord()
             instruction = Instruction.from_bytes(control.get("instruction"))
+            job = instruction.job or message.metadata.run_id
+            node = NodeStore(root, job, context.node_id)
             node.settle(instruction.accepted, instruction.given_up)
+            node.go_on(instruction.attempt)
             keeps = _distils(context) if teacher is None else teacher
             most = _most(max_model_bytes, context)
             exchange = _Exchange(
@@ -262,7 +264,7 @@ class _Exchange:
             raise BadPayload("arrays beside a payload do not say where they belong") from error
 
     def _stream(self, key: str) -> bytes:
-        return stream_id(self._metadata.run_id, key)
+        return stream_id(self._instruction.job or self._metadata.run_id, key)
 
     def _reuse(self, key: str, digest: bytes) -> ArrayRecord:
         held, _ = self._held(key)

@@ -3,15 +3,25 @@
 Flower's `context.state` lives in memory, crosses process borders with every message and is lost
 when a SuperNode restarts. Blobs are files here, replaced atomically, before the reply is sent::
 
-    <root>/<run id>/<node id>/<record>.model          the version this node holds
-    <root>/<run id>/<node id>/<record>.residual       what no reply under way has taken along
-    <root>/<run id>/<node id>/<record>.pending-<tag>  what the reply with this tag dropped
-    <root>/<run id>/<node id>/<record>.taken-<tag>    the residual that this reply took along
+    <root>/<job>/<node id>/<record>.model          the version this node holds
+    <root>/<job>/<node id>/<record>.residual       what no reply under way has taken along
+    <root>/<job>/<node id>/<record>.pending-<tag>  what the reply with this tag dropped
+    <root>/<job>/<node id>/<record>.taken-<tag>    the residual that this reply took along
+    <root>/<job>/<node id>/attempt                 how often the job was resumed, as far as is known
+    <root>/<job>/name                              of a job that has one
+
+A job is Flower's run, or what several runs of Flower go on with under one name; its folder is the
+run's id, or follows from a digest of the name (`prunecast.compression.flower.job_id`), since a name
+comes from outside.
 
 A reply takes the whole residual along, so that one which is encoded while it is still under way
 begins with none. Once the server says that it accepted the reply, what the reply dropped is added
 to the residual; once it says that it gave the reply up, what the reply took along is put back. So
 every residual counts once, however many replies are under way, are lost or arrive late.
+
+A server that was resumed does not know the tags of what it sent after its checkpoint: with the
+first message of the new attempt all is given up that it does not accept, and what an earlier
+attempt still has under way on this node is not kept any more.
 """
 
 from __future__ import annotations
@@ -39,6 +49,7 @@ from prunecast.common.files import (
     remove_abandoned,
     write_atomically,
 )
+from prunecast.compression.flower import job_id
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import (
@@ -62,6 +73,8 @@ __all__ = [
 
 _STALE_SECONDS = 30 * 24 * 3600
 _SIGN_OF_LIFE_SECONDS = 24 * 3600
+_NAME, _ATTEMPT = "name", "attempt"
+_LONGEST_NUMBER = 20  # digits of 64 bits
 _TAGS = 64  # that a residual remembers to have been added
 _DAMAGED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
@@ -88,21 +101,21 @@ def default_root() -> Path:
     return cache_folder("nodes")
 
 
-def kept_bytes(root: Path, run_id: int, node_id: int) -> int:
-    """Bytes of the files of one node in one run; 0 where it kept none."""
-    return folder_bytes(_folder(root, run_id, node_id))
+def kept_bytes(root: Path, job: int | str, node_id: int) -> int:
+    """Bytes of the files of one node in one job; 0 where it kept none."""
+    return folder_bytes(_folder(root, job, node_id))
 
 
-def forget(root: Path, run_id: int, node_id: int, *, residuals: bool) -> None:
+def forget(root: Path, job: int | str, node_id: int, *, residuals: bool) -> None:
     """Remove what a node keeps between messages; it goes on as one whose disk was lost.
 
     Args:
-        root: directory for all runs and nodes of this machine.
-        run_id: Flower's run id.
+        root: directory for all jobs and nodes of this machine.
+        job: its name, or Flower's run id.
         node_id: Flower's node id; none of its messages may be under way.
         residuals: also what its updates dropped, and not only the versions it holds.
     """
-    folder = _folder(root, run_id, node_id)
+    folder = _folder(root, job, node_id)
     if residuals:
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -110,25 +123,27 @@ def forget(root: Path, run_id: int, node_id: int, *, residuals: bool) -> None:
         path.unlink(missing_ok=True)
 
 
-def _folder(root: Path, run_id: int, node_id: int) -> Path:
-    return root / str(run_id) / str(node_id)
+def _folder(root: Path, job: int | str, node_id: int) -> Path:
+    return root / job_id(job) / str(node_id)
 
 
 class NodeStore:
-    """Files of one node in one run.
+    """Files of one node in one job.
 
     Args:
-        root: directory for all runs and nodes of this machine.
-        run_id: Flower's run id.
+        root: directory for all jobs and nodes of this machine.
+        job: its name, any text; Flower's run id of one that has none.
         node_id: Flower's node id.
     """
 
-    def __init__(self, root: Path, run_id: int, node_id: int) -> None:
-        self._folder = _folder(root, run_id, node_id)
+    def __init__(self, root: Path, job: int | str, node_id: int) -> None:
+        self._folder, self._attempt = _folder(root, job, node_id), 0
         if not self._folder.is_dir():
             with suppress(StoreError):  # said where something is to be written
                 self._make_folder()
-                _remove_stale_runs(root, keep=str(run_id))
+                _remove_stale_runs(root, keep=job_id(job))
+                if job_id(job) != str(job):
+                    self._write_name(str(job))
         with suppress(OSError):  # a node that is only told what it holds writes nothing for long
             if time.time() - self._folder.stat().st_mtime > _SIGN_OF_LIFE_SECONDS:
                 os.utime(self._folder)
@@ -140,6 +155,46 @@ class NodeStore:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise _unwritable(self._folder.parent.parent, error) from error
+
+    def _write_name(self, job: str) -> None:
+        path = self._folder.parent / _NAME
+        if not path.exists():
+            self._atomically(path, job.encode())
+
+    def go_on(self, attempt: int) -> None:
+        """Be of an attempt of the job: of a new one, after the tags that its server names.
+
+        Args:
+            attempt: how often the job was resumed.
+
+        Raises:
+            ModError: the job has been resumed since the message was sent.
+            StoreError: a file cannot be written, or not be read for now.
+        """
+        self._attempt = attempt
+        known = self._known_attempt()
+        if attempt == known:
+            return
+        if attempt < known:
+            raise ModError(
+                f"the job was resumed after this message was sent (attempt {attempt}, and {known} "
+                "goes on): its reply would not be used"
+            )
+        left = {path.suffix.partition("-")[2] for path in self._staged()}
+        self.settle((), left)
+        self._make_folder()
+        self._atomically(self._folder / _ATTEMPT, str(attempt).encode())
+
+    def _staged(self) -> list[Path]:
+        return [path for kind in ("pending", "taken") for path in self._folder.glob(f"*.{kind}-*")]
+
+    def _known_attempt(self) -> int:
+        try:
+            return int((self._folder / _ATTEMPT).read_text()[:_LONGEST_NUMBER])
+        except FileNotFoundError:
+            return 0
+        except _DAMAGED:  # what cannot be read now is no reason to leave a message unanswered
+            return self._attempt
 
     def _path(self, key: str, suffix: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.{suffix}"
@@ -282,8 +337,14 @@ class NodeStore:
             channels: which channels remain in it; None for all.
 
         Raises:
-            StoreError: it cannot be written; the residual stays as it was.
+            StoreError: it cannot be written, or the job was resumed meanwhile; the residual stays
+                as it was.
         """
+        if self._known_attempt() != self._attempt:
+            raise StoreError(
+                "the job was resumed while this message was handled: its reply is of no use, and "
+                "leaves nothing"
+            )
         meta = {"names": list(dropped), **_of(channels)}
         self._write(self._path(key, f"pending-{tag}"), meta, dropped.values())
         with suppress(FileNotFoundError):  # there was none to take along
@@ -344,8 +405,11 @@ class NodeStore:
         buffer = io.BytesIO()
         np.savez(buffer, *arrays, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8))
         self._make_folder()  # another process may have taken it for one of a run long over
+        self._atomically(path, buffer.getvalue())
+
+    def _atomically(self, path: Path, data: bytes) -> None:
         try:
-            write_atomically(path, buffer.getvalue())
+            write_atomically(path, data)
         except StorageError as error:
             raise _unwritable(self._folder, error) from error
 
@@ -401,7 +465,8 @@ def _remove_stale_runs(root: Path, *, keep: str) -> None:
     """Drop what runs left behind in which nothing was written for a month."""
     limit = time.time() - _STALE_SECONDS
     for folder in root.iterdir():
-        if folder.name.isdigit() and folder.name != keep:
+        ours = folder.name.isdigit() or folder.name.startswith("job-")
+        if ours and folder.name != keep:
             with suppress(OSError):  # another node of this machine does the same at the same time
                 # writing into a node's folder does not touch the time of the run's
                 if max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < limit:

@@ -6,6 +6,7 @@ Flower; `versions` stays free of it.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import tokenize
@@ -34,6 +35,7 @@ __all__ = [
     "float_names",
     "is_codable",
     "is_codable_array",
+    "job_id",
     "native",
     "node_reason",
     "npy_head",
@@ -61,6 +63,7 @@ STATISTICS_RECORD = "prunecast-statistics"
 CLIPPING_NORM = "clipping_norm"
 """Under which Flower's client-side differential privacy states the clip in a config record."""
 _ARRAY_NAME = "prunecast"
+_LONGEST_RUN_ID = 20  # digits of 64 bits
 _HEADER = 10_000  # characters of the header of an array in NumPy's format
 _UNREADABLE = (  # what Python raises on a header that is none
     *(ValueError, TypeError, LookupError, SyntaxError, tokenize.TokenError),
@@ -68,9 +71,25 @@ _UNREADABLE = (  # what Python raises on a header that is none
 )
 
 
-def stream_id(run_id: int, key: str) -> bytes:
-    """Identifier of the stream of one record key in one run."""
-    return f"{run_id}/{key}".encode()
+def job_id(job: int | str) -> str:
+    """What tells the streams and stores of a job from those of others; safe as a file's name.
+
+    Args:
+        job: a name, any text; or Flower's run id, of a run that has no name. A name of digits alone
+            is the job of the run with that id.
+
+    >>> job_id(77), job_id("77"), job_id("../digits")[:12]
+    ('77', '77', 'job-c9e8680d')
+    """
+    text = str(job)
+    if text.isascii() and text.isdigit() and len(text) <= _LONGEST_RUN_ID:
+        return text
+    return f"job-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def stream_id(job: int | str, key: str) -> bytes:
+    """Identifier of the stream of one record key in one job, see `job_id`."""
+    return f"{job_id(job)}/{key}".encode()
 
 
 def is_codable(record: ArrayRecord) -> bool:

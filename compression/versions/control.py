@@ -29,6 +29,7 @@ TAG_BYTES = 4
 _NO_TAG = "00" * TAG_BYTES
 _FORMAT = b"\x01"  # first byte
 _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
+_OF_JOB = 4  # added to these where a job is named
 _AS_SENT, _HELD, _MISSING, _TROUBLE, _WIDTH = 1, 2, 4, 8, 16
 _MOST_MICROSECONDS = (1 << 32) - 1
 
@@ -135,6 +136,9 @@ class Instruction:
             that are told the same, another for each message to a node.
         channels: record key to the plan of which channels remain, as it is coded, where the node
             does not know it.
+        job: whose streams and store the message is of; "" for those of its Flower run.
+        attempt: how often the job was resumed before this message; replies to what was sent before
+            the last time are given up, unless `accepted` names them.
     """
 
     rule: UpdateRule | SchemeRule | None
@@ -144,20 +148,22 @@ class Instruction:
     statistics: tuple[str, ...] = ()
     tag: str = _NO_TAG
     channels: Mapping[str, bytes] = field(default_factory=dict)
+    job: str = ""
+    attempt: int = 0
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
         out = FieldWriter(_FORMAT)
         match self.rule:
             case None:
-                out.number(_AS_THEY_ARE)
+                self._begin(out, _AS_THEY_ARE)
             case UpdateRule(step, zone, feedback, floor, bits):
-                out.number(_UPDATE_FED_BACK if feedback else _UPDATE)
+                self._begin(out, _UPDATE_FED_BACK if feedback else _UPDATE)
                 for value in (step, zone, floor):
                     out.real(value)
                 out.number(bits)
             case SchemeRule(name, options, key):
-                out.number(_SCHEME)
+                self._begin(out, _SCHEME)
                 out.text(name)
                 out.text(json.dumps(dict(options), separators=(",", ":")))
                 out.number(key)
@@ -174,6 +180,14 @@ class Instruction:
             out.part(plan)
         return bytes(out.data)
 
+    def _begin(self, out: FieldWriter, kind: int) -> None:
+        if not self.job:
+            out.number(kind)
+            return
+        out.number(kind | _OF_JOB)
+        out.text(self.job)
+        out.number(self.attempt)
+
     @classmethod
     def from_bytes(cls, data: object) -> Instruction:
         """Parse and check.
@@ -182,7 +196,10 @@ class Instruction:
             BadPayload: not an instruction.
         """
         found = _read(data, "the server")
-        rule = _rule(found)
+        kind, job, attempt = found.number(), "", 0
+        if kind & _OF_JOB:
+            job, attempt = found.text(), found.number()
+        rule = _rule(found, kind & ~_OF_JOB)
         tag = _NO_TAG if rule is None else found.raw(TAG_BYTES).hex()
         accepted, given_up = (
             tuple(found.raw(TAG_BYTES).hex() for _ in range(found.count())) for _ in range(2)
@@ -192,7 +209,7 @@ class Instruction:
         while found.left:
             key = found.text()
             channels[key] = found.part()
-        return cls(rule, accepted, given_up, reuse, statistics, tag, channels)
+        return cls(rule, accepted, given_up, reuse, statistics, tag, channels, job, attempt)
 
 
 @dataclass(frozen=True)
@@ -259,8 +276,8 @@ class NodeReport:
         return cls(held, missing, micros / 1e3, trouble[:_LONGEST], as_sent, width)
 
 
-def _rule(found: FieldReader) -> UpdateRule | SchemeRule | None:
-    match kind := found.number():
+def _rule(found: FieldReader, kind: int) -> UpdateRule | SchemeRule | None:
+    match kind:
         case 0:
             return None
         case 1 | 2:

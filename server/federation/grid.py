@@ -82,6 +82,9 @@ class CompressedGrid(GridWrapper):
         verify_replies: decode every reply once on arrival. A damaged reply then becomes an error
             of its own instead of stopping the aggregation it takes part in.
         poll_interval: seconds between looking for replies in `send_and_receive`.
+        job: name of what this run of Flower goes on with: nodes keep what they hold from one run
+            of a job to its next; "" for a job of this run alone. Two runs of one job at a time
+            cost each other what their nodes hold.
 
     Attributes:
         samples: bytes by tensor of single messages; off, unless it is wanted.
@@ -97,6 +100,7 @@ class CompressedGrid(GridWrapper):
         alternatives: Mapping[str, Recode] | None = None,
         verify_replies: bool = True,
         poll_interval: float = 0.2,
+        job: str = "",
     ) -> None:
         super().__init__(grid)
         self.policy = Policy.preset(policy) if isinstance(policy, str) else policy
@@ -107,6 +111,7 @@ class CompressedGrid(GridWrapper):
         self._poll_interval = poll_interval
         self._alternatives = dict(alternatives or {})
         self._streams = Streams(self.policy)
+        self._streams.use_job(job)
         self._outbound = Outbound(self._streams, seed)
         self._lock = threading.RLock()
         self._notices = Notices()
@@ -330,6 +335,11 @@ class CompressedGrid(GridWrapper):
             if (sent := self._sent.pop(message_id, None)) is not None:
                 self._receiver.give_up(sent)
             self._retries.pop(message_id, None)
+
+    @property
+    def job(self) -> str:
+        """Name of the job; the run's id where it has none."""
+        return self._streams.job or str(self.run.run_id)
 
     def begin_round(self, number: int) -> None:
         """State the round of messages that state none themselves; schedules of pruning follow it.

@@ -19,7 +19,6 @@ from prunecast.compression.flower import (
     float_names,
     is_codable_array,
     open_coded,
-    stream_id,
 )
 from prunecast.compression.flower.internals import (
     object_bytes,
@@ -287,16 +286,15 @@ def _open_update(payload: bytes, key: str, sent: Prepared) -> tuple[str, Update]
     Returns:
         That record's key, or "" where it answers no version; and the update.
     """
-    run_id = sent.original.metadata.run_id
     info = inspect(payload)
     if info.kind is not Kind.UPDATE:
         raise BadPayload(f"a node does not send {info.kind.name.lower()} payloads")
     if info.base == short(NOTHING_SENT.digest):
         size = sum(sent.dense.values())
-        reader = UpdateReader(NOTHING_SENT, stream=stream_id(run_id, key), sent=size)
+        reader = UpdateReader(NOTHING_SENT, stream=sent.stream_of(key), sent=size)
         return "", reader.read(payload)
     for candidate in sorted(sent.versions, key=lambda k: k != key):
-        stream = stream_id(run_id, candidate)
+        stream = sent.stream_of(candidate)
         if stream_tag(stream) == info.stream:
             return candidate, sent.versions[candidate].reader(stream).read(payload)
     raise BadPayload(f"record {key!r}: the update belongs to another run, or to a record not sent")

@@ -75,6 +75,7 @@ class Prepared:
         told: tags of replies that the node is told the end of.
         apart: of array records that do not travel as the policy has it: kind, key and cause.
         entry: its line in the ledger, once it was sent.
+        job: whose streams it is of: a name, or Flower's run id.
     """
 
     batch: Batch
@@ -96,6 +97,11 @@ class Prepared:
     told: frozenset[str] = frozenset()
     apart: list[tuple[str, str, str]] = field(default_factory=list)
     entry: Entry | None = None
+    job: int | str = 0
+
+    def stream_of(self, key: str) -> bytes:
+        """Identifier of the stream of one of its records."""
+        return stream_id(self.job, key)
 
     @property
     def has_arrays(self) -> bool:
@@ -247,7 +253,9 @@ class Outbound:
                     f"a message has a record named {key!r}, which Prunecast uses itself: "
                     "rename it, or wrap the grid only once"
                 )
-        prepared = Prepared(batch, original, original, round=stated_round(original.content))
+        job = self._streams.job or original.metadata.run_id
+        number = stated_round(original.content)
+        prepared = Prepared(batch, original, original, round=number, job=job)
         content = RecordDict()
         for key, record in original.content.items():
             content[key] = record
@@ -256,7 +264,10 @@ class Outbound:
                 content[key] = self._down(prepared, key, record)
         instruction = self._instruction(prepared, self._streams.node(original.metadata.dst_node_id))
         if instruction is not None:
-            instruction = replace(instruction, channels=prepared.channels)
+            name, attempt = self._streams.told(original.metadata.run_id)
+            instruction = replace(
+                instruction, channels=prepared.channels, job=name, attempt=attempt
+            )
             prepared.rule = instruction.rule
             content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
             prepared.message = make_message(original.metadata, content)
@@ -290,7 +301,7 @@ class Outbound:
         if not batch.is_shared(key, record):
             if self._policy.widths:
                 raise FederationError(_ONE_MODEL.format(f"{key!r} is another one on every node"))
-            data = encode_plain(dense_arrays(known), stream=stream_id(metadata.run_id, key))
+            data = encode_plain(dense_arrays(known), stream=prepared.stream_of(key))
             prepared.encode_ms += (time.perf_counter() - started) * 1e3
             prepared.kinds.append("plain" + also)
             prepared.apart.append(("plain" + also, key, _PERSONAL))

@@ -52,6 +52,7 @@ _NO_ROUND = (
     "one: put server-round into a config record, as Flower's strategies do, or call "
     "grid.begin_round(number)."
 )
+_LONGEST_JOB = 200  # characters, which travel with every message
 _TAGS = 64  # of replies that a node that never answers is told of
 _NONE_HELD = MaskState()
 _ALL = ChannelPlan({})
@@ -639,13 +640,34 @@ class Streams:
 
     Attributes:
         round: of messages that state none; 0 where nobody said.
+        job: that the streams are of; "" for Flower's run alone.
+        attempt: how often the job was resumed.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.round = policy, 0
+        self.job, self.attempt = "", 0
         self._rounds = 0
         self._streams: dict[tuple[int, str], Publisher] = {}
         self._nodes: dict[int, NodeState] = {}
+
+    def use_job(self, job: str, attempt: int = 0) -> None:
+        """Be of a job; before anything is published.
+
+        Raises:
+            FederationError: something is, or it is no name.
+        """
+        _check_job(job)
+        if self._streams and job != self.job:
+            raise FederationError(
+                f"job {job!r} cannot begin with a grid that was used already: make a new one"
+            )
+        self.job, self.attempt = job, attempt
+
+    def told(self, run_id: int) -> tuple[str, int]:
+        """What messages of a run of Flower say of their job: its name, and the attempt."""
+        known = self.job in ("", str(run_id)) and not self.attempt
+        return ("", 0) if known else (self.job or str(run_id), self.attempt)
 
     def stream(self, run_id: int, key: str) -> Publisher:
         """The publisher of a record key's versions, made if necessary."""
@@ -665,7 +687,7 @@ class Streams:
                 from prunecast.server.federation.scheme_publisher import SchemePublisher
 
                 kind = SchemePublisher
-            made = kind(self.policy, stream_id(run_id, key), plan)
+            made = kind(self.policy, stream_id(self.job or run_id, key), plan)
             made.expect(self._rounds)
             self._streams[run_id, key] = made
         return self._streams[run_id, key]
@@ -694,3 +716,10 @@ class Streams:
     def node(self, node_id: int) -> NodeState:
         """What is known of a node; nothing at first."""
         return self._nodes.setdefault(node_id, NodeState())
+
+
+def _check_job(job: str) -> None:
+    if len(job) > _LONGEST_JOB or not job.isprintable() or job != job.strip():
+        raise FederationError(
+            f"job = {job[:80]!r} is no name: give up to {_LONGEST_JOB} printable characters"
+        )
