@@ -125,10 +125,11 @@ def compression_mod(
     An exception of the ClientApp, or of a mod inside, is logged and reported to the server together
     with what the node holds; strategies see Flower's error reply.
 
+    So is a message that this node refuses: a payload is damaged, of another run, or of a newer
+    format; and a reply that is not sent, as training produced NaN or infinity.
+
     Raises (while handling a message, reported to the server by Flower):
-        ModError: a payload is damaged, of another run, or of a newer format.
-        NonFiniteUpdate: local training produced NaN or infinity.
-        StoreError: the store cannot be written.
+        ModError: the message is none of the compressed grid's.
     """
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -144,26 +145,22 @@ def compression_mod(
         try:
             message = make_message(message.metadata, unpack(message.content))
             control = message.content.config_records.get(CONTROL_RECORD) or ConfigRecord()
-            instruction = Instruction.from_bytes(control.get("instruction"))
-            job = instruction.job or message.metadata.run_id
-            node = NodeStore(root, job, context.node_id)
-            node.settle(instruction.accepted, instruction.given_up)
-            node.go_on(instruction.attempt)
-            keeps = _distils(context) if teacher is None else teacher
-            most = _most(max_model_bytes, context)
+            stated = control.get("instruction")
+            if stated is None:
+                raise BadPayload("its control record has no instruction")
+        except (VersionsError, CodecError) as error:
+            raise ModError(f"message from the server was refused: {error}") from error
+        node: NodeStore | None = None
+        try:
+            instruction = Instruction.from_bytes(stated)
+            node = NodeStore(root, instruction.job or message.metadata.run_id, context.node_id)
             exchange = _Exchange(
-                *(message, instruction, node, most),
-                keeps_teacher=keeps,
+                *(message, instruction, node, _most(max_model_bytes, context)),
+                keeps_teacher=_distils(context) if teacher is None else teacher,
                 width=str(context.node_config.get("prunecast-width", "")),
             )
-        except TooLarge as error:
-            raise ModError(
-                f"message from the server was refused: {error}: set "
-                "compression_mod(max_model_bytes=...), or prunecast-max-model-bytes in the node "
-                "config, to the bytes of the largest model that this node may take"
-            ) from error
-        except (VersionsError, CodecError, PlanError) as error:
-            raise ModError(f"message from the server was refused: {error}") from error
+        except (ModError, VersionsError, CodecError, PlanError) as error:
+            return _refusal(message, node, error)
         if exchange.missing:
             return Message(pack(exchange.wrap(RecordDict())), reply_to=message)
         try:
@@ -183,10 +180,43 @@ def compression_mod(
         except Exception as raised:
             # Flower would make the error reply, in which there is no place for what this node holds
             log(ERROR, "ClientApp raised an exception", exc_info=raised)
-            failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(raised)}:<'{raised}'>")
+            failure = _raised(raised)
         return Message(pack(exchange.failed(failure)), reply_to=message)
 
     return mod
+
+
+def _refusal(message: Message, store: NodeStore | None, error: Exception) -> Message:
+    """An error reply that says what this node holds of the records that it was sent.
+
+    Where the job could not be read, it says nothing of that, and the server goes by what it knows.
+    """
+    text = f"message from the server was refused: {error}"
+    if isinstance(error, TooLarge):
+        text += (
+            ": set compression_mod(max_model_bytes=...), or prunecast-max-model-bytes in the node "
+            "config, to the bytes of the largest model that this node may take"
+        )
+    refused = error if isinstance(error, ModError) else ModError(text)
+    log(ERROR, "%s", refused)
+    held: dict[str, bytes] = {}
+    if store is not None:
+        found = {key: store.held(key) for key in message.content.array_records}
+        held = {key: short(model.digest) for key, model in found.items() if model is not None}
+    content = RecordDict({CONTROL_RECORD: ConfigRecord({"report": NodeReport(held).to_bytes()})})
+    return Message(pack(_with_error(content, _raised(refused))), reply_to=message)
+
+
+def _raised(error: Exception) -> Error:
+    """What Flower makes of an exception of a ClientApp."""
+    return Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error)}:<'{error}'>")
+
+
+def _with_error(content: RecordDict, error: Error) -> RecordDict:
+    """The content of a reply, with an error in whose place the server puts an error reply."""
+    control = content.config_records[CONTROL_RECORD]
+    control[ERROR_CODE], control[ERROR_REASON] = error.code, (error.reason or "")[:_LONGEST]
+    return content
 
 
 def _most(stated: int | None, context: Context) -> int:
@@ -230,7 +260,13 @@ class _Exchange:
         self.content = RecordDict()
         self._reply = RecordDict()
         self._unkept: dict[str, PublishedModel | None] = {}  # what is held in a version's stead
-        self._trouble = ""
+        self._trouble, self._unsettled = "", False
+        try:
+            store.settle(instruction.accepted, instruction.given_up)
+            store.go_on(instruction.attempt)
+        except StoreError as error:  # nothing is lost: the server says it again
+            self._in_trouble(error)
+            self._unsettled = True
         for key, record in message.content.items():
             if key == CONTROL_RECORD:
                 continue
@@ -359,16 +395,15 @@ class _Exchange:
         kept = {**self._models, **self._unkept} if self._unkept else {}
         held = {key: short(model.digest) for key, model in kept.items() if model is not None}
         missing, as_sent = tuple(self.missing), not self._unkept
-        report = NodeReport(held, missing, encode_ms, self._trouble, as_sent, self._width)
+        report = NodeReport(
+            *(held, missing, encode_ms, self._trouble, as_sent, self._width, self._unsettled)
+        )
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content
 
     def failed(self, error: Error) -> RecordDict:
-        """An error, in whose place the server puts an error reply, and what this node holds."""
-        content = self.wrap(RecordDict())
-        control = content.config_records[CONTROL_RECORD]
-        control[ERROR_CODE], control[ERROR_REASON] = error.code, (error.reason or "")[:_LONGEST]
-        return content
+        """An error, and what this node holds."""
+        return _with_error(self.wrap(RecordDict()), error)
 
     def encode(self, reply: RecordDict, statistics: Statistics) -> RecordDict:
         """The reply's array records as the server asked for them, everything else as it is.

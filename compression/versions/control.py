@@ -30,7 +30,7 @@ _NO_TAG = "00" * TAG_BYTES
 _FORMAT = b"\x01"  # first byte
 _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
 _OF_JOB = 4  # added to these where a job is named
-_AS_SENT, _HELD, _MISSING, _TROUBLE, _WIDTH = 1, 2, 4, 8, 16
+_AS_SENT, _HELD, _MISSING, _TROUBLE, _WIDTH, _UNSETTLED = 1, 2, 4, 8, 16, 32
 _MOST_MICROSECONDS = (1 << 32) - 1
 
 
@@ -226,6 +226,8 @@ class NodeReport:
             when it could. It then holds what it held before.
         width: the class of nodes that it belongs to, by which the server decides how wide a part of
             the model it trains, 64 characters at most; "" for none.
+        unsettled: whether it could not write what it was told of earlier replies, and has to be
+            told again.
     """
 
     held: Mapping[str, bytes] = field(default_factory=dict)
@@ -234,6 +236,7 @@ class NodeReport:
     trouble: str = ""
     as_sent: bool = False
     width: str = ""
+    unsettled: bool = False
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
@@ -245,6 +248,7 @@ class NodeReport:
             | _MISSING * bool(self.missing)
             | _TROUBLE * bool(self.trouble)
             | _WIDTH * bool(self.width)
+            | _UNSETTLED * self.unsettled
         )
         if self.held:
             out.digests(self.held)
@@ -272,8 +276,8 @@ class NodeReport:
         trouble = found.text() if says & _TROUBLE else ""
         width = found.text()[:_LONGEST_NAME] if says & _WIDTH else ""
         found.end()
-        as_sent = bool(says & _AS_SENT)
-        return cls(held, missing, micros / 1e3, trouble[:_LONGEST], as_sent, width)
+        as_sent, unsettled = bool(says & _AS_SENT), bool(says & _UNSETTLED)
+        return cls(held, missing, micros / 1e3, trouble[:_LONGEST], as_sent, width, unsettled)
 
 
 def _rule(found: FieldReader, kind: int) -> UpdateRule | SchemeRule | None:

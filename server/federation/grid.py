@@ -122,6 +122,7 @@ class CompressedGrid(GridWrapper):
         self._rounds_checked = False
         self._sent: dict[str, Prepared] = {}
         self._retries: dict[str, str] = {}  # message id of a retry -> id the caller knows
+        self._late: list[str] = []  # ids of messages whose replies are looked for once more
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Encode and send messages; returns their ids as the wrapped grid does.
@@ -134,6 +135,7 @@ class CompressedGrid(GridWrapper):
 
     def _push_batch(self, messages: Iterable[Message]) -> list[str]:
         self.ledger.flush()
+        self._look_back()
         self._forget(self._expired())
         dense = self.policy.down == self.policy.up == "dense"
         batch = Batch(messages, legacy=not dense)
@@ -235,7 +237,7 @@ class CompressedGrid(GridWrapper):
             if waiting and not arrived:
                 time.sleep(self._poll_interval)
         with self._lock:
-            self._forget(waiting)
+            self._late += self._give_up(waiting)
             replies = self._take(found, aggregation)
         order = {message_id: position for position, message_id in enumerate(sent)}
         return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
@@ -268,7 +270,7 @@ class CompressedGrid(GridWrapper):
                 found.append(received)
         return found
 
-    def _receive(self, reply: Message) -> Message | Received | None:
+    def _receive(self, reply: Message, *, late: bool = False) -> Message | Received | None:
         message_id = reply.metadata.reply_to_message_id
         # of equal content and envelope, a retry may have the id of its original
         retried, origin = message_id in self._retries, self._retries.pop(message_id, message_id)
@@ -295,7 +297,7 @@ class CompressedGrid(GridWrapper):
         self.ledger.add(entry)
         self._notices.counted(replies=1)
         content = None if reply.has_error() else reply.content
-        received = self._receiver.understand(reply, sent, entry, retried=retried)
+        received = self._receiver.understand(reply, sent, entry, retried=retried, late=late)
         if content is not None:
             self.samples.note(entry, content, self._streams.held)
         if not sent.has_arrays and not reply.has_error() and reply.content.array_records:
@@ -327,14 +329,36 @@ class CompressedGrid(GridWrapper):
             if (meta := sent.original.metadata).created_at + meta.ttl < now
         ]
 
+    def _give_up(self, message_ids: Iterable[str]) -> list[str]:
+        """Tell nodes with the next messages that nobody waits for these replies any more.
+
+        Returns:
+            The ids, with those of the messages that were sent again in place of others.
+        """
+        gone = dict.fromkeys(message_ids)
+        gone |= dict.fromkeys(retry for retry, origin in self._retries.items() if origin in gone)
+        for message_id in gone:
+            if (sent := self._sent.get(message_id)) is not None:
+                self._receiver.give_up(sent)
+        return list(gone)
+
     def _forget(self, message_ids: Iterable[str]) -> None:
         """Release what is kept for messages whose replies nobody will ask for any more."""
-        gone = set(message_ids)
-        gone |= {retry for retry, origin in self._retries.items() if origin in gone}
-        for message_id in gone:
-            if (sent := self._sent.pop(message_id, None)) is not None:
-                self._receiver.give_up(sent)
+        for message_id in self._give_up(message_ids):
+            self._sent.pop(message_id, None)
             self._retries.pop(message_id, None)
+
+    def _look_back(self) -> None:
+        """Look once for replies that came after their deadline: they say what nodes hold.
+
+        A node that trained for too long gets a delta from the version that it holds by now.
+        """
+        late = [message_id for message_id in self._late if message_id in self._sent]
+        self._late = []
+        for reply in self._grid.pull_messages(late) if late else ():
+            if reply.metadata.reply_to_message_id in late:
+                self._receive(reply, late=True)
+        self._forget(late)
 
     @property
     def job(self) -> str:

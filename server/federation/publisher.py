@@ -626,7 +626,8 @@ class NodeState:
         if not accepted and tag in self.accepted:
             self.accepted.remove(tag)
         tags = self.accepted if accepted else self.given_up
-        tags.append(tag)
+        if tag not in tags:
+            tags.append(tag)
         del tags[:-_TAGS]
 
     def knows(self, tags: Collection[str]) -> None:

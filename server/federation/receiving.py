@@ -104,7 +104,7 @@ class Receiver:
         self._streams, self._up, self._notices, self._verify = streams, up, notices, verify
 
     def understand(
-        self, reply: Message, sent: Prepared, entry: Entry, *, retried: bool
+        self, reply: Message, sent: Prepared, entry: Entry, *, retried: bool, late: bool = False
     ) -> Received | None:
         """A reply as it came to the strategy's view; None when the node needs a keyframe first.
 
@@ -113,6 +113,7 @@ class Receiver:
             sent: the message that it answers.
             entry: its line in the ledger, of the kind "error" so far.
             retried: whether the node was sent a keyframe for this message already.
+            late: whether nobody waits for it any more: it says what the node holds, and no more.
         """
         received = Received(reply, sent, entry)
         if reply.has_error():
@@ -121,7 +122,7 @@ class Receiver:
             self._failed(received)
             return received
         try:
-            if self._open(received, retried=retried):
+            if self._open(received, retried=retried, late=late):
                 return received
         except (VersionsError, CodecError, ReplyRefused) as error:
             self._refuse(received, str(error))
@@ -224,7 +225,7 @@ class Receiver:
             node = self._streams.node(sent.original.metadata.dst_node_id)
             node.settled(sent.tag, accepted=False)
 
-    def _open(self, received: Received, *, retried: bool) -> bool:
+    def _open(self, received: Received, *, retried: bool, late: bool) -> bool:
         """Decode a reply into what the strategy sees; whether the node could read the message."""
         reply, sent, entry = received.message, received.sent, received.entry
         node = self._streams.node(entry.node)
@@ -244,15 +245,20 @@ class Receiver:
             if report.as_sent:
                 node.held.update({k: short(v.model.digest) for k, v in sent.versions.items()})
             self._note_width(node, report.width, received)
-            node.knows(sent.told)
+            if not report.unsettled:
+                node.knows(sent.told)
             if report.trouble and not node.troubled:
                 self._notices.unkept(entry.node, report.trouble)
             node.troubled = bool(report.trouble)
             entry.encode_ms = report.encode_ms
             missing = [key for key in report.missing if key in sent.versions]
             for key in missing:
-                if retried or key not in report.held:
+                if (retried and not late) or key not in report.held:
                     node.held.pop(key, None)
+            if late:
+                entry.kind = "late"
+                received.message = refuse(reply, "it came when nobody waited for it any more")
+                return True
             if missing and not retried:
                 entry.kind = "base-missing"
                 return False

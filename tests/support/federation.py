@@ -9,6 +9,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from prunecast.client.training import compression_mod
+from prunecast.compression.flower import CONTROL_RECORD, ERROR_REASON
+from prunecast.compression.flower.envelope import unpack
 
 RUN_ID = 11
 
@@ -48,6 +50,14 @@ def local_step(arrays: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray
 def seed_of(message: Message, context: Context) -> int:
     config = message.content.get("config", ConfigRecord())
     return int(context.node_id) * 1000 + int(config.get("server-round", 0))
+
+
+def reason_of(reply: Message) -> str:
+    """Why a node failed, as a strategy sees it or as the node sent it; "" where it did not."""
+    if reply.has_error():
+        return reply.error.reason
+    control = unpack(reply.content).config_records.get(CONTROL_RECORD, ConfigRecord())
+    return str(control.get(ERROR_REASON, ""))
 
 
 def make_app(

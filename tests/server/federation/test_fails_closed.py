@@ -16,7 +16,14 @@ from prunecast.compression.flower.internals import make_message
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.versions import Instruction, NodeReport
 from prunecast.server.federation import FederationError, NonFiniteModel, Policy, PolicyError
-from support.federation import initial_arrays, local_step, make_app, to_arrays, to_record
+from support.federation import (
+    initial_arrays,
+    local_step,
+    make_app,
+    reason_of,
+    to_arrays,
+    to_record,
+)
 
 
 def send(grid, node=1, arrays=None, key="arrays", timeout=None):
@@ -27,9 +34,10 @@ def send(grid, node=1, arrays=None, key="arrays", timeout=None):
 
 
 def refused(reply, *words):
-    assert reply.has_error()
+    reason = reason_of(reply)
+    assert reason
     for word in words:
-        assert word in reply.error.reason
+        assert word in reason
     return True
 
 
@@ -129,6 +137,30 @@ def test_a_truncated_message_to_the_node(federation):
 
     inner.push_messages = truncate
     assert refused(send(grid), "message from the server was refused")
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_a_node_says_what_it_holds_beside_a_refusal(federation):
+    """The server knew nothing of it, and builds on it from then on."""
+    grid, inner, _ = federation("balanced", nodes=1)
+    assert not send(grid).has_error()
+    node, push = grid._streams.node(1), inner.push_messages
+    held = dict(node.held)
+    node.held.clear()
+
+    def damage(messages):
+        (message,) = messages
+        payload = payload_of(message.content["arrays"])
+        message.content["arrays"] = payload_record(payload[: len(payload) // 2])
+        return push([message])
+
+    inner.push_messages = damage
+    assert refused(send(grid, arrays=initial_arrays(1)), "was refused")
+    assert node.held == held
+    inner.push_messages = push
+    assert not send(grid, arrays=initial_arrays(1)).has_error()
+    down = [e.kind for e in grid.ledger.entries if e.direction == "down"]
+    assert down == ["keyframe", "keyframe", "delta"]
 
 
 BOMB = ChannelPlan({"w": (np.arange(30_000) < 7,)}, share=0.5).coded

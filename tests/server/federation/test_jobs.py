@@ -19,7 +19,7 @@ from prunecast.compression.versions.frame import stream_tag
 from prunecast.compression.versions.model import RawTensor
 from prunecast.server.federation import CompressedGrid, FederationError, Ledger
 from prunecast.simulations.runner.inprocess import InProcessGrid
-from support.federation import initial_arrays, make_app, to_record
+from support.federation import initial_arrays, make_app, reason_of, to_record
 
 HOSTILE = (
     "../../etc/passwd",
@@ -113,8 +113,9 @@ def test_a_payload_of_one_job_is_refused_in_another(tmp_path: Path) -> None:
     app = inner._apps[1]
     forged = Message(content, 1, "train")
     forged.metadata.__dict__["_run_id"] = 1
-    with pytest.raises(ModError, match="refused"):
-        app(forged, inner._contexts[1])
+    reason = reason_of(app(forged, inner._contexts[1]))
+    assert "ModError" in reason
+    assert "refused" in reason
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -131,6 +131,48 @@ def test_a_reply_that_was_lost_costs_no_keyframe(federation, kind, known):
     assert kinds_of(grid, 1, "up")[-len(down) :] == ["base-missing", "update"][-len(down) :]
 
 
+@pytest.mark.parametrize("kind", ["evaluate", "train"])
+def test_a_reply_after_its_deadline_says_what_the_node_holds(federation, tmp_path, kind):
+    """It is looked at once, before the next message, moves nothing, and is in the ledger."""
+    grid, inner, _ = federation("balanced", nodes=1)
+    pull = inner.pull_messages
+
+    def send(seed, message_type="train", timeout=None):
+        content = RecordDict({"arrays": to_record(initial_arrays(seed))})
+        return list(grid.send_and_receive([Message(content, 1, message_type)], timeout=timeout))
+
+    send(0)
+    asked = []
+    inner.pull_messages = lambda ids: asked.append(list(ids)) or []
+    assert send(1, kind, timeout=0.03) == []
+    inner.pull_messages = lambda ids: asked.append(list(ids)) or pull(ids)
+    asked.clear()
+    (reply,) = send(2)
+    assert not reply.has_error()
+    assert kinds_of(grid, 1) == ["keyframe", "delta", "delta"]
+    assert kinds_of(grid, 1, "up") == ["update", "late", "update"]
+    assert len(asked) == 2
+    assert not grid._sent
+    send(3)
+    assert len(asked) == 3  # once, and not again
+    store, node = NodeStore(tmp_path / "store", RUN_ID, 1), grid._streams.node(1)
+    assert not node.given_up  # it knows that this one moved nothing
+    store.settle(node.accepted)
+    assert len(list(store._folder.glob("*.residual"))) == 1
+    assert not list(store._folder.glob("*.taken-*"))
+
+
+def test_a_late_reply_that_never_comes_is_forgotten_with_the_next_message(federation):
+    grid, inner, _ = federation("balanced", nodes=2)
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    inner.on_reply = lambda reply: None if reply.metadata.src_node_id == 2 else reply
+    messages = [Message(content, node, "train") for node in (1, 2)]
+    assert len(list(grid.send_and_receive(messages, timeout=0.03))) == 1
+    assert len(grid._sent) == 1
+    assert len(list(grid.send_and_receive([Message(content, 1, "train")]))) == 1
+    assert not grid._sent
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_reply_that_nobody_waits_for_is_dropped_and_said_once(federation, caplog, late):
     grid, inner, _ = federation("balanced", nodes=2)
@@ -276,6 +318,49 @@ def test_a_full_disk_costs_bytes_and_no_training(
     list(grid.send_and_receive([Message(RecordDict({"arrays": arrays}), 1, "train")]))
     assert kinds_of(grid, 1)[-1] == "delta"
     assert "base-missing" not in kinds_of(grid, 1, "up")
+
+
+@pytest.mark.parametrize("fate", ["accepted", "given up"])
+def test_the_end_of_a_reply_that_cannot_be_written_is_told_again(
+    federation, tmp_path, monkeypatch, fate
+):
+    """A full disk costs neither the update of that round nor what an earlier one dropped."""
+    grid, _, _ = federation("balanced", nodes=1)
+    store, node = NodeStore(tmp_path / "store", RUN_ID, 1), grid._streams.node(1)
+
+    def message(number):
+        config = ConfigRecord({"server-round": number})
+        content = {"arrays": to_record(initial_arrays()), "config": config}
+        return Message(RecordDict(content), 1, "train")
+
+    list(grid.send_and_receive([message(1)]))
+    # both under way at once: the end of the second is a sum
+    ids = [i for number in (2, 3) for i in grid.push_messages([message(number)])]
+    if fate == "accepted":
+        assert len(list(grid.pull_messages(ids))) == 2
+    else:
+        grid._forget(ids)
+    told = {*node.accepted, *node.given_up}
+
+    def full(path, data):
+        raise StorageError("cannot write") from OSError(28, "No space left on device")
+
+    def no_room(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_module, "write_atomically", full)
+    monkeypatch.setattr(os, "replace", no_room)
+    (reply,) = grid.send_and_receive([message(4)])
+    assert not reply.has_error()
+    assert node.troubled
+    assert told <= {*node.accepted, *node.given_up}
+    monkeypatch.undo()
+    assert len(list(store._folder.glob("*.pending-*"))) == 2
+    (reply,) = grid.send_and_receive([message(5)])
+    assert not reply.has_error()
+    assert not node.troubled
+    assert not told & {*node.accepted, *node.given_up}  # it knows
+    assert len(list(store._folder.glob("*.pending-*"))) == 1  # of the last reply alone
 
 
 def test_a_node_that_joins_late_starts_with_a_keyframe(federation, tmp_path):
