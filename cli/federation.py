@@ -68,3 +68,90 @@ def keys(
     if due:
         say(f"{' and '.join(due)} expires soon: run this again with --renew")
     say(f"keep {folder / 'ca.key'} off this machine until the certificate is to be renewed")
+
+
+Run = Annotated[str | None, typer.Option(help="Id or name of the run; default the last one.")]
+RunFolder = Annotated[
+    Path, typer.Argument(help="Folder of the run, or its `events.jsonl`.", exists=True)
+]
+
+
+@app.command()
+def status(folder: RunFolder, run: Run = None, as_json: AsJson = False) -> None:
+    """Show how far a run is, and of each node when it answered, what it holds and what failed."""
+    from prunecast.common.files import is_locked
+    from prunecast.server.federation.events import read_events
+    from prunecast.server.federation.nodes import status_of
+
+    path = _events(folder)
+    found = status_of(read_events(path, run))
+    # a run that was killed has no last event; its file is let go all the same
+    if found["state"] == "running" and not is_locked(path):
+        found["state"] = "cut off"
+    if as_json:
+        show(found)
+        return
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in _numbers(found["metrics"]))
+    states = ", ".join(f"{count} {state}" for state, count in found["states"].items())
+    say(
+        f"{found['name'] or found['run']}: {found['state']}, round {found['round']} of "
+        f"{found['rounds']}" + (f", {metrics}" if metrics else ""),
+        *([found["reason"]] if found["reason"] else []),
+        f"last event {found['last_event']}; nodes: {states or 'none asked yet'}",
+    )
+    if found["nodes"]:
+        names = ("node", "state", "last seen", "holds version", "behind", "errors")
+        columns = [*map(Column, names), Column("last error", long=True)]
+        rows = [
+            [
+                *(node["node"], node["state"], node["seen"] or "never"),
+                *(_or_dash(node[name]) for name in ("version", "behind")),
+                *(str(node["errors"]), node.get("reason", "")),
+            ]
+            for node in found["nodes"]
+        ]
+        print_table(make_console(), columns, rows)
+
+
+@app.command()
+def metrics(
+    folder: RunFolder,
+    host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port; 0 lets the system choose.", min=0, max=65535)
+    ] = 9464,
+    nodes: Annotated[
+        int, typer.Option(help="Most nodes that have metrics of their own.", min=0)
+    ] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the URL as JSON.")] = False,
+) -> None:
+    """Serve the metrics of a folder's runs to Prometheus, between runs too, until interrupted."""
+    import threading
+
+    from prunecast.server.federation.events import EventTail
+    from prunecast.server.federation.metrics import MetricsServer, RunMetrics
+
+    told, tail = RunMetrics(nodes), EventTail(_events(folder))
+
+    def text() -> bytes:
+        for event in tail.read():
+            told(event)
+        return told.text()
+
+    with MetricsServer(text, host=host, port=port) as server:
+        show({"url": server.url, "port": server.port}, as_json, f"serving {server.url}")
+        threading.Event().wait()
+
+
+def _events(folder: Path) -> Path:
+    from prunecast.server.federation.run import EVENTS
+
+    return folder / EVENTS if folder.is_dir() else folder
+
+
+def _numbers(metrics: dict[str, object]) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in metrics.items() if isinstance(value, int | float)]
+
+
+def _or_dash(value: object) -> str:
+    return "–" if value is None else str(value)

@@ -20,6 +20,7 @@ from prunecast.client.edge import EdgeModel
 from prunecast.client.edge.inference import EndpointLimits, InferenceServer
 from prunecast.common.fleet_protocol import make_stub, messages
 from prunecast.server.control import ControlLimits, ControlServer
+from prunecast.server.federation.metrics import MetricsServer
 from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import Repository
 from prunecast.server.repository.serving import ReleaseServer, ServingLimits
@@ -72,7 +73,13 @@ def _endpoint(folder: Path) -> Iterator[Listener]:
         yield Listener(port, "/v2/health/live", None, b"GET /", PLACES)
 
 
-HTTP = ["files", "files-tls", "metrics", "endpoint"]
+@contextmanager
+def _run_metrics() -> Iterator[Listener]:
+    with MetricsServer(lambda: b"", limits=SERVING) as server:
+        yield Listener(server.port, "/metrics", None, b"GET /", 32)
+
+
+HTTP = ["files", "files-tls", "metrics", "endpoint", "run-metrics"]
 
 
 @pytest.fixture(scope="module", params=[*HTTP, "fleet", "health"])
@@ -86,6 +93,9 @@ def listener(
 ) -> Iterator[Listener]:
     if request.param == "endpoint":
         with _endpoint(tmp_path_factory.mktemp("endpoint")) as found:
+            yield found
+    elif request.param == "run-metrics":
+        with _run_metrics() as found:
             yield found
     elif request.param in HTTP:
         with _files(repository, authority, request.param) as found:

@@ -5,8 +5,10 @@ docs/run.md lists the events and their fields.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,13 +17,14 @@ from typing import Any
 from prunecast.common.files import StorageError
 from prunecast.common.journal import Journal, new_run_id, read_run
 
-__all__ = ["EventLog", "OnEvent", "read_events"]
+__all__ = ["EventLog", "EventTail", "OnEvent", "read_events"]
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 """Told of every event: a mapping of JSON values with the keys ``event``, ``run`` and ``time``."""
 
 _SCHEMA = 1
 _LONGEST = 500  # characters of a warning
+_LONGEST_LINE = 1 << 24  # bytes; what is longer was not written here
 
 
 class EventLog(logging.Handler):
@@ -106,6 +109,46 @@ def read_events(path: Path, run: str | None = None) -> Iterator[dict[str, Any]]:
         StorageError: the file cannot be read, is damaged or of a newer schema, or has no such run.
     """
     return read_run(path, schema=_SCHEMA, run=run)
+
+
+class EventTail:
+    """Reads a file of events as it grows, run after run.
+
+    Args:
+        path: of the file; it need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._place, self._file = path, 0, (0, 0)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """What was written since; from the beginning where the file is another one.
+
+        Lines that are no events are passed over.
+
+        Raises:
+            StorageError: the file is there and cannot be read.
+        """
+        try:
+            with self._path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                if (found.st_dev, found.st_ino) != self._file or found.st_size < self._place:
+                    self._file, self._place = (found.st_dev, found.st_ino), 0
+                file.seek(self._place)
+                while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
+                    self._place += len(line)
+                    try:
+                        event = json.loads(line)
+                    except (ValueError, RecursionError):
+                        continue  # a run was cut off
+                    if isinstance(event, dict):
+                        yield event
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError(
+                f"cannot read {self._path} ({error.strerror or error}): let this user read it"
+            ) from error
 
 
 def _plain(value: Any) -> Any:

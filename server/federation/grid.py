@@ -578,6 +578,17 @@ class CompressedGrid(GridWrapper):
         """How many nodes said that they are of a class; "" for those that state none."""
         return self._streams.nodes_of(width)
 
+    def holds(self, node_id: int, *, key: str = "arrays") -> tuple[int | None, str]:
+        """Which version a node last said it holds under a key.
+
+        Returns:
+            Its number, None once it is too old for deltas, and its digest's first bytes in
+            hexadecimal, "" for no version.
+        """
+        digest = self._streams.node(node_id).held.get(key, b"")
+        model = self._streams.held(digest) if digest else None
+        return None if model is None else model.counter, digest.hex()
+
     def prunes_further(self, arrays: ArrayRecord, *, key: str = "arrays") -> bool:
         """Whether a pruning event takes weights from the version of `arrays`, published if need be.
 

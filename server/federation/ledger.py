@@ -267,6 +267,23 @@ class Ledger:
         }
         return self._tally.totals(**wanted) + Tally(self._pending).totals(**wanted)
 
+    def by_kind(self, most: int = 24) -> dict[str, dict[str, dict[str, int]]]:
+        """Messages and bytes so far, by direction and kind.
+
+        Args:
+            most: kinds of a direction; those that came up later are summed up as "others".
+        """
+        found: dict[str, dict[str, dict[str, int]]] = {"down": {}, "up": {}}
+        directions: tuple[Direction, Direction] = ("down", "up")
+        for direction in directions:
+            for number, kind in enumerate(self._tally.kinds(direction)):
+                part = self._tally.totals(direction=direction, kind=kind)
+                name = kind if number < most else "others"
+                sums = found[direction].setdefault(name, {"messages": 0, "bytes": 0})
+                sums["messages"] += part.messages
+                sums["bytes"] += part.payload_bytes
+        return found
+
     @staticmethod
     def read(path: Path, run: str | None = None) -> Iterator[Entry]:
         """Entries of one run, as they are read from a file; fields not known here are dropped.

@@ -28,6 +28,7 @@ from prunecast.server.federation.events import EventLog, OnEvent
 from prunecast.server.federation.grid import CompressedGrid
 from prunecast.server.federation.layers import changed_masks, layers_in, samples_round
 from prunecast.server.federation.ledger import Ledger
+from prunecast.server.federation.nodes import NodeStates
 from prunecast.server.federation.policy import WHOLE, Policy
 from prunecast.server.federation.prunable import check_model
 from prunecast.server.federation.recalibration import Recalibration
@@ -308,6 +309,7 @@ class _Rounds(GridWrapper):
         self._in_vain: dict[str, str] = {}  # "train" or "other" -> why its first reply failed
         self._used: set[str] = set()  # of these, what had a reply that could be used
         self.recoveries = Recoveries(run.grid.policy.pruning_metric)
+        self._nodes = NodeStates(lambda node: run.grid.holds(node, key=run.key))
         self._begin(0)
 
     def _begin(self, number: int) -> None:
@@ -317,6 +319,10 @@ class _Rounds(GridWrapper):
         self._metrics: dict[str, dict[str, Any]] = {}
         self._measured: dict[str, list[float]] = {}  # by evaluating nodes, of each metric
         self._run.grid.samples.wanted = samples_round(number, self._rounds)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the connected nodes, which are noted."""
+        return self._nodes.connected(super().get_node_ids())
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -333,6 +339,7 @@ class _Rounds(GridWrapper):
         self._asked += training
         replies = list(self._grid.send_and_receive(batch, timeout=timeout))
         answers = {reply.metadata.reply_to_message_id: reply for reply in replies}
+        self._nodes.note(batch, answers)
         failed: list[dict[str, str]] = []
         for message in batch:
             reply = answers.get(message.metadata.message_id)
@@ -451,6 +458,8 @@ class _Rounds(GridWrapper):
                 "failures": len(self._failed),
                 "failed": self._failed[:_NAMED],
             },
+            status=self._nodes.of_round(published.counter if published else None),
+            kinds=run.grid.ledger.by_kind(),
             **self.cost(),
         )
         if server_round and run.folder is not None:

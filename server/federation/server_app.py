@@ -16,13 +16,16 @@ docs/run.md lists the keys.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from logging import INFO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from prunecast.common.references import configured_callable, typed
+from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.channels import current_channels
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.errors import CheckpointError, FederationError
@@ -33,6 +36,9 @@ from prunecast.server.federation.run import Run, initial_arrays
 from prunecast.server.federation.shrinking import FittedModule, module_chooser
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.server.federation.widths import leading_slices
+
+if TYPE_CHECKING:
+    from prunecast.server.federation.metrics import MetricsServer, RunMetrics
 
 __all__ = ["app"]
 
@@ -79,11 +85,13 @@ def main(grid: Grid, context: Context) -> None:
     rounds = _get(config, "num-server-rounds", 3)
     if not resume:
         check_model(policy, arrays, rounds, frozen=frozen_parameters(module))
+    metrics = _metrics(config)
     run = Run(
         grid,
         strategy,
         policy=policy,
         folder=_get(config, "folder", "") or None,
+        on_event=None if metrics is None else metrics[0],
         evaluate_fn=evaluate_fn,
         releases=releases_from_config(config, model, removed),
         seed=seed,
@@ -93,11 +101,25 @@ def main(grid: Grid, context: Context) -> None:
         channels=choose,
         slices=slices,
     )
-    run.start(
-        initial,
-        num_rounds=rounds,
-        timeout=_get(config, "timeout", 3600.0),
-    )
+    with nullcontext() if metrics is None else metrics[1]:
+        run.start(
+            initial,
+            num_rounds=rounds,
+            timeout=_get(config, "timeout", 3600.0),
+        )
+
+
+def _metrics(config: Mapping[str, Any]) -> tuple[RunMetrics, MetricsServer] | None:
+    """What Prometheus is told, and where; None where no port is configured."""
+    port = _get(config, "metrics-port", -1)
+    if port < 0:
+        return None
+    from prunecast.server.federation.metrics import MetricsServer, RunMetrics
+
+    told = RunMetrics(_get(config, "metrics-nodes", 50))
+    server = MetricsServer(told.text, host=_get(config, "metrics-address", "127.0.0.1"), port=port)
+    log(INFO, "Metrics at %s", server.url)
+    return told, server
 
 
 def _resumed(path: Path, arrays: ArrayRecord) -> Checkpoint:
