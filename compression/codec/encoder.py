@@ -71,7 +71,7 @@ def encode(
         tensors: by name.
         context: what the decoder knows.
         thorough: take more time for what is coded once and sent often: try the coders of the
-            standard library wherever they may take fewer bytes.
+            standard library wherever they may take fewer bytes, and not only on vectors of bytes.
 
     Raises:
         UnsupportedDtype: a tensor has another dtype.
@@ -100,7 +100,7 @@ def encode(
         plain = write({}, [])
         if len(plain) <= len(payload):
             formed, payload = {}, plain
-    return packed(arrays, specs, context, formed, payload, write) if thorough else payload
+    return packed(arrays, specs, context, formed, payload, write, thorough=thorough)
 
 
 def _write(

@@ -1,8 +1,10 @@
-"""The encoder's thorough part: tensors that a coder of the standard library takes fewer bytes for.
+"""Tensors that a coder of the standard library takes fewer bytes for.
 
-Trying every coder on everything would take a hundred times as long as coding does, so large tensors
-are looked at first: at how the quick settings do on a sample, and at strings that occur again
-anywhere in the payload.
+Trying every coder on everything would take a hundred times as long as coding does, so only a
+thorough encoder does that, and looks at large tensors first: at how the quick settings do on a
+sample, and at strings that occur again anywhere in the payload. Vectors of bytes alone (uint8,
+one axis: somebody's own serialisation, such as trees) are always tried: coded as numbers, they
+would take more bytes than any archiver makes of them.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ _RIVAL = 1.1
 _ONE_IN = 6  # logarithm
 _AGAIN = 0.02
 _OVERHEAD = 6  # bytes that the head says of a pack
+_SHORT = 64  # bytes, below which nothing repeats that would pay for a pack
 
 _BLOCK = 1 << 16
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -60,6 +63,8 @@ def packed(
     formed: Mapping[str, Formed],
     payload: bytes,
     write: Callable[[Mapping[str, Formed], Packing], bytes],
+    *,
+    thorough: bool,
 ) -> bytes:
     """Return the shortest of a payload and of those with some tensors in packs.
 
@@ -70,11 +75,13 @@ def packed(
         formed: their forms in it.
         payload: without packs.
         write: makes a payload of forms and packs.
+        thorough: try it on all of them, and not only on vectors of bytes.
     """
     names = [
         name
         for name, spec in specs.items()
-        if may_have_form(name, spec, context)
+        if (thorough or _is_bytes(spec))
+        and may_have_form(name, spec, context)
         and not (name in formed and isinstance(formed[name][0], Equal))
     ]
     total = sum(specs[name].nbytes for name in names)
@@ -109,6 +116,11 @@ def packed(
         if len(together.data) < apart:
             attempt([names], [together])
     return min(tried, key=len)
+
+
+def _is_bytes(spec: TensorSpec) -> bool:
+    """Whether a tensor is a string of bytes, long enough for a pack to pay."""
+    return spec.dtype == np.uint8 and len(spec.shape) == 1 and spec.size >= _SHORT
 
 
 def _best(arrays: Sequence[NDArray[Any]], coders: Sequence[int] | None = None) -> _Trial:

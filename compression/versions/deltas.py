@@ -3,6 +3,7 @@
 What changes is coded under the codec's context of the held integers. Where most of these are zero,
 a tensor is coded *under the mask*: the places that were kept, and apart from them a list of the
 places that come back. Neither side then touches the pruned places one by one, which are most.
+Strings of bytes, whose lengths change, are edited.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import Context, Limits, Payload, TensorSpec, encode
 from prunecast.compression.versions import frame
 from prunecast.compression.versions.bodies import Q, check_size, coded_spec, open_body, read_body
+from prunecast.compression.versions.byte_strings import ByteEdits, apply_edits, find_edits
 from prunecast.compression.versions.differences import difference, restore
 from prunecast.compression.versions.errors import BadPayload, BaseMissing, InvalidModel
 from prunecast.compression.versions.frame import Kind, short
 from prunecast.compression.versions.layout import (
     TensorHead,
     head_of,
+    is_bytes,
     pack_changes,
     same_kind,
     unpack_changes,
@@ -41,7 +44,8 @@ __all__ = ["OpenDelta", "encode_delta", "open_delta", "owner_of", "read_delta"]
 _ZEROS = 0.75  # share from which masks pay: they cost a byte or so a place, and eight a kept one
 _BACK = 1 / 16  # share of the places that may come back, beyond which a list is long
 _LEAST = 4096  # lattice integers of a model, below which a mask's own bytes are not saved again
-_PLACES, _VALUES = "\0places", "\0values"
+_PLACES, _VALUES, _COPIES = "\0places", "\0values", "\0copies"
+_FEW = 1 / 8  # of the bytes of a string that change in place, where that is no edit
 _Integers = NDArray[np.signedinteger]
 
 
@@ -57,12 +61,20 @@ def encode_delta(held: PublishedModel, model: PublishedModel, *, stream: bytes =
         raise InvalidModel("the two versions do not have the same tensors: send a keyframe")
     known = _predictions(held, new)
     # the lists of places have names of their own in the codec's payload
-    sparse = _mostly_zero(known, new) and not any("\0" in name for name in new)
+    free = not any("\0" in name for name in new)
+    sparse = free and _mostly_zero(known, new)
+    edits = _edits(held, model) if free else {}
+    for name in edits:
+        known.pop(name, None)
     values: dict[str, NDArray[Any]] = {}
     masks: dict[str, NDArray[np.bool_]] = {}
     back: dict[str, int] = {}
     for name, tensor in model.tensors.items():
         held_values = known.get(name)
+        if name in edits:
+            values[name] = edits[name].literals
+            values[name + _COPIES] = edits[name].copies
+            continue
         if not isinstance(tensor, LatticeTensor):
             values[name] = difference(tensor.values, held_values)
             continue
@@ -79,14 +91,21 @@ def encode_delta(held: PublishedModel, model: PublishedModel, *, stream: bytes =
             values[name + _PLACES] = (np.diff(places, prepend=-1) - 1).astype(Q)
             values[name + _VALUES] = found[places]
             found[places] = 0
-    body = encode(values, context=_context(new, known, masks, back))
+    counts = {name: (edit.literals.size, len(edit.copies)) for name, edit in edits.items()}
+    layout = pack_changes(
+        list(new.values()),
+        list(old.values()),
+        [back.get(name) for name in new],
+        [counts.get(name) for name in new],
+    )
+    body = encode(values, context=_context(new, known, masks, back, counts))
     return frame.pack(
         Kind.DELTA,
         stream,
         model.counter,
         model.digest,
         base=held.digest,
-        layout=pack_changes(list(new.values()), list(old.values()), [back.get(n) for n in new]),
+        layout=layout,
         body=body,
     )
 
@@ -100,6 +119,7 @@ class OpenDelta:
         known: what the held version says of their values, where it says something.
         masks: places that are coded, of the tensors that are coded under their mask.
         back: of these, how many places come back.
+        edits: of strings of bytes that are edited, how many literals and copies.
         context: of the codec's payload.
     """
 
@@ -107,6 +127,7 @@ class OpenDelta:
     known: dict[str, NDArray[Any]]
     masks: dict[str, NDArray[np.bool_]]
     back: dict[str, int]
+    edits: dict[str, tuple[int, int]]
     context: Context
 
 
@@ -124,11 +145,12 @@ def open_delta(parsed: frame.Frame, held: PublishedModel | None, limits: Limits)
             "ask for a keyframe"
         )
     old = {name: head_of(tensor) for name, tensor in held.tensors.items()}
-    heads, back = unpack_changes(parsed.layout, old)
-    replaced = {n: head for n, head in heads.items() if not same_kind(head, old[n])}
+    changes = unpack_changes(parsed.layout, old)
+    heads, back, edits = changes.heads, changes.back, changes.edits
+    replaced = {n: h for n, h in heads.items() if n in edits or not same_kind(h, old[n])}
     check_size(replaced, parsed.size, limits)
-    known = _predictions(held, heads)
-    if back and any("\0" in name for name in heads):
+    known = {n: array for n, array in _predictions(held, heads).items() if n not in edits}
+    if (back or edits) and any("\0" in name for name in heads):
         raise BadPayload("lists of places have the names of tensors")
     masks: dict[str, NDArray[np.bool_]] = {}
     for name, count in back.items():
@@ -137,7 +159,8 @@ def open_delta(parsed: frame.Frame, held: PublishedModel | None, limits: Limits)
         masks[name] = np.asarray(known[name] != 0)
         if count > masks[name].size:
             raise BadPayload(f"tensor {name[:80]!r}: more places come back than there are")
-    return OpenDelta(heads, known, masks, back, _context(heads, known, masks, back))
+    context = _context(heads, known, masks, back, edits)
+    return OpenDelta(heads, known, masks, back, edits, context)
 
 
 def read_delta(
@@ -152,6 +175,12 @@ def read_delta(
     delta = open_delta(parsed, held, limits)
     body = open_body(parsed.body, delta.context, limits)
     for name, head in delta.heads.items():
+        if name in delta.edits:
+            assert held is not None
+            before = np.asarray(held[name].dense(), np.uint8)
+            edit = ByteEdits(read_body(body, name), read_body(body, name + _COPIES))
+            yield name, RawTensor(apply_edits(before, edit, head.spec.size))
+            continue
         array = restore(read_body(body, name), delta.known.get(name))
         if head.step is None:
             yield name, RawTensor(array)
@@ -162,8 +191,10 @@ def read_delta(
 
 
 def owner_of(name: str, heads: Mapping[str, TensorHead]) -> str:
-    """The tensor that an entry of a delta's codec payload belongs to, as a list of places does."""
-    return name if name in heads else name.removesuffix(_PLACES).removesuffix(_VALUES)
+    """The tensor that an entry of a delta's codec payload belongs to, such as a list of places."""
+    if name in heads:
+        return name
+    return name.removesuffix(_PLACES).removesuffix(_VALUES).removesuffix(_COPIES)
 
 
 def _bring_back(body: Payload, name: str, array: NDArray[Any], mask: NDArray[np.bool_]) -> None:
@@ -197,6 +228,22 @@ def _predictions(held: PublishedModel, heads: Mapping[str, TensorHead]) -> dict[
     return found
 
 
+def _edits(held: PublishedModel, model: PublishedModel) -> dict[str, ByteEdits]:
+    """Strings of bytes whose length changed, or much of what is at its places."""
+    found: dict[str, ByteEdits] = {}
+    for name, tensor in model.tensors.items():
+        before = held.tensors[name]
+        if not (is_bytes(head_of(tensor)) and is_bytes(head_of(before))):
+            continue
+        old, new = (np.asarray(t.dense(), np.uint8) for t in (before, tensor))
+        if old.shape == new.shape and np.count_nonzero(old != new) <= _FEW * new.size:
+            continue
+        edits = find_edits(old, new)
+        if edits is not None:
+            found[name] = edits
+    return found
+
+
 def _mostly_zero(known: Mapping[str, NDArray[Any]], heads: Mapping[str, TensorHead]) -> bool:
     lattice = [array for name, array in known.items() if heads[name].step is not None]
     size = sum(array.size for array in lattice)
@@ -209,9 +256,15 @@ def _context(
     known: Mapping[str, NDArray[Any]],
     masks: Mapping[str, NDArray[np.bool_]],
     back: Mapping[str, int],
+    edits: Mapping[str, tuple[int, int]],
 ) -> Context:
     layout: dict[str, TensorSpec] = {}
     for name, head in heads.items():
+        if name in edits:
+            literals, copies = edits[name]
+            layout[name] = TensorSpec(np.dtype(np.uint8), (literals,))
+            layout[name + _COPIES] = TensorSpec(Q, (copies, 3))
+            continue
         layout[name] = coded_spec(head)
         if back.get(name):
             layout[name + _PLACES] = layout[name + _VALUES] = TensorSpec(Q, (back[name],))

@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
 
 from prunecast.compression.codec import TensorSpec
+from prunecast.compression.versions.byte_strings import LEAST_COPY
 from prunecast.compression.versions.errors import BadPayload, InvalidModel
 from prunecast.compression.versions.model import LatticeTensor, Tensor
 
 __all__ = [
+    "Changes",
     "Coding",
     "ReplyTensor",
     "TensorHead",
     "UpdateHead",
     "head_of",
+    "is_bytes",
     "pack_changes",
     "pack_heads",
     "pack_update_heads",
@@ -33,7 +36,7 @@ _DTYPES = (
     *("float32", "float64", "float16", "bool"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 )
-_LATTICE, _PRUNED, _OTHER, _MASKED = 1, 2, 4, 8
+_LATTICE, _PRUNED, _OTHER, _MASKED, _EDITED = 1, 2, 4, 8, 16
 _TABLE = 0xFF  # first byte of an update's layout that differs from the version's
 _CODING, _FOREIGN, _RENAMED, _RETYPED = 0x07, 0x08, 0x10, 0x20
 
@@ -170,10 +173,16 @@ def same_kind(new: TensorHead, old: TensorHead) -> bool:
     return new.spec == old.spec and (new.step is None) == (old.step is None)
 
 
+def is_bytes(head: TensorHead) -> bool:
+    """Whether a tensor is a vector of bytes, which may be edited."""
+    return head.step is None and head.spec.dtype == np.uint8 and len(head.spec.shape) == 1
+
+
 def pack_changes(
     heads: Sequence[TensorHead],
     base: Sequence[TensorHead],
     back: Sequence[int | None] | None = None,
+    edits: Sequence[tuple[int, int] | None] | None = None,
 ) -> bytes:
     """Layout of a delta: what changed against the held version; empty when nothing did.
 
@@ -181,13 +190,18 @@ def pack_changes(
         heads: of the new version.
         base: of the held version.
         back: for each tensor that is coded under its mask how many places come back, else None.
+        edits: for each string of bytes that is edited how many literals and copies, else None.
     """
-    back = back or [None] * len(heads)
+    back, edits = back or [None] * len(heads), edits or [None] * len(heads)
     same = all(new == old for new, old in zip(heads, base, strict=True))
-    if same and all(count is None for count in back):
+    if same and not any(edits) and all(count is None for count in back):
         return b""
     flags, changes = bytearray(), b""
-    for new, old, count in zip(heads, base, back, strict=True):
+    for new, old, count, edited in zip(heads, base, back, edits, strict=True):
+        if edited is not None:
+            flags.append(_EDITED)
+            changes += struct.pack("<3I", new.spec.size, *edited)
+            continue
         if not same_kind(new, old):
             flags.append(_OTHER)
             changes += _pack_head(new)
@@ -201,35 +215,51 @@ def pack_changes(
     return bytes(flags) + changes
 
 
-def unpack_changes(
-    layout: bytes, base: Mapping[str, TensorHead]
-) -> tuple[dict[str, TensorHead], dict[str, int]]:
-    """Heads of the new version from the held version's heads and a delta's layout.
+@dataclass(frozen=True)
+class Changes:
+    """The layout of a delta, read.
 
-    Returns:
-        The heads; and for each tensor that is coded under its mask how many places come back.
+    Attributes:
+        heads: of the new version's tensors.
+        back: of each that is coded under its mask, how many places come back.
+        edits: of each string of bytes that is edited, how many literals and copies.
+    """
+
+    heads: dict[str, TensorHead]
+    back: dict[str, int] = field(default_factory=dict)
+    edits: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def unpack_changes(layout: bytes, base: Mapping[str, TensorHead]) -> Changes:
+    """Heads of the new version from the held version's heads and a delta's layout.
 
     Raises:
         BadPayload: damaged, or it changes what a delta cannot change.
     """
     if not layout:
-        return dict(base), {}
+        return Changes(dict(base))
     reader = _Reader(layout)
     flags = reader.take(len(base))
-    heads: dict[str, TensorHead] = {}
-    back: dict[str, int] = {}
+    found = Changes({})
     for (name, old), flag in zip(base.items(), flags, strict=True):
         if flag == _OTHER:
-            heads[name] = _unpack_head(reader, name)
+            found.heads[name] = _unpack_head(reader, name)
+            continue
+        if flag == _EDITED and is_bytes(old):
+            size, literals, copies = reader.unpack("<3I")
+            if literals > size or copies * LEAST_COPY > size - literals:
+                raise BadPayload(f"tensor {name[:80]!r}: more edits than its size allows")
+            found.heads[name] = TensorHead(TensorSpec(old.spec.dtype, (size,)), None, False)
+            found.edits[name] = literals, copies
             continue
         if flag & ~(_LATTICE | _PRUNED | _MASKED) or (flag and old.step is None):
             raise BadPayload(f"tensor {name[:80]!r}: a delta cannot make this change")
         step = reader.step() if flag & _LATTICE else old.step
-        heads[name] = TensorHead(old.spec, step, bool(flag & _PRUNED))
+        found.heads[name] = TensorHead(old.spec, step, bool(flag & _PRUNED))
         if flag & _MASKED:
-            back[name] = reader.unpack("<I")[0]
+            found.back[name] = reader.unpack("<I")[0]
     reader.end()
-    return heads, back
+    return found
 
 
 def pack_update_heads(heads: Mapping[str, UpdateHead], base: Mapping[str, TensorSpec]) -> bytes:
