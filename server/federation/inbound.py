@@ -132,7 +132,8 @@ def _kind(update: Update) -> str:
     changed = any(map(update.is_change, update.tensors))
     kind = "mixed" if own and changed else "values" if own else "update" if changed else ""
     if not kind:
-        kind = "update" if any(tensor.like for tensor in update.tensors.values()) else "plain"
+        like = any(tensor.like is not None for tensor in update.tensors.values())
+        kind = "update" if like else "plain"
     return f"{kind}/verbatim" if Coding.VERBATIM in codings else kind
 
 

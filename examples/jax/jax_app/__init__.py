@@ -1,0 +1,1 @@
+"""A small Flower app: a perceptron in plain JAX on MNIST."""
