@@ -258,7 +258,7 @@ def _serving(
         A function that shows the manager one line about what the agent does.
     """
     from prunecast.client.edge.inference import EndpointLimits, InferenceServer, is_answering
-    from prunecast.client.edge.service_manager import ServiceManager
+    from prunecast.common.service_manager import ServiceManager
     from prunecast.compression.release.overseer import OVERSEER
 
     limits = EndpointLimits(inference_seconds=seconds)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from prunecast.cli.console import AsJson, Column, make_console, print_table, say, show
+from prunecast.cli.console import (
+    AsJson,
+    Column,
+    Force,
+    make_console,
+    print_table,
+    refuse_to_overwrite,
+    say,
+    show,
+)
 
 __all__ = ["app"]
 
@@ -141,6 +151,110 @@ def metrics(
     with MetricsServer(text, host=host, port=port) as server:
         show({"url": server.url, "port": server.port}, as_json, f"serving {server.url}")
         threading.Event().wait()
+
+
+@app.command()
+def watch(
+    command: Annotated[
+        list[str], typer.Argument(help="What to run, after `--`.", metavar="-- COMMAND...")
+    ],
+    pulse: Annotated[
+        Path | None,
+        typer.Option(help="File for `federation health`.", envvar="PRUNECAST_PULSE"),
+    ] = None,
+    health: Annotated[
+        str, typer.Option(help="URL that the command answers; of Flower's, by its options.")
+    ] = "",
+    authority: Annotated[
+        Path | None, typer.Option(help="PEM file of the authority of that URL.")
+    ] = None,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 5.0,
+    start: Annotated[float, typer.Option(help="Seconds to answer at first.", min=0.0)] = 180.0,
+    silence: Annotated[
+        float, typer.Option(help="Seconds without an answer after which it hangs.", min=0.1)
+    ] = 60.0,
+    quiet: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after which a SuperNode hangs that does not move, or exchanges nothing "
+            "with a SuperLink that answers.",
+            min=0.1,
+        ),
+    ] = 120.0,
+    stalled: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which a ClientApp hangs that computes nothing.", min=1.0),
+    ] = None,
+    drain: Annotated[
+        float, typer.Option(help="Seconds for a ClientApp that runs, when it is to end.", min=0.0)
+    ] = 0.0,
+) -> None:
+    """Run a SuperNode or SuperLink, and end it when it hangs: its service manager starts it again.
+
+    The exit status is the command's, or 75 where it hung. systemd's watchdog is fed.
+    """
+    from dataclasses import replace
+
+    from prunecast.common.watching import Limits, Watch, target_of
+
+    target = target_of(command)
+    if health:
+        target = replace(target, health=health, authority=authority)
+    limits = Limits(start=start, silence=silence, quiet=quiet, stalled=stalled)
+    watching = Watch(command, target, limits=limits, interval=interval, file=pulse, drain=drain)
+    raise typer.Exit(watching.run(lambda text: typer.echo(f"prunecast: {text}", err=True)))
+
+
+@app.command()
+def health(
+    pulse: Annotated[
+        Path, typer.Argument(help="File that `federation watch` writes.", envvar="PRUNECAST_PULSE")
+    ],
+    reachable: Annotated[
+        bool, typer.Option("--reachable", help="Fail, too, where the SuperLink is not reached.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say how a watched SuperNode or SuperLink is; the exit status is 1 where it is not well."""
+    from prunecast.common.text import duration_text
+    from prunecast.common.watching import read_pulse
+
+    found = read_pulse(pulse, reachable=reachable)
+    if as_json:
+        show(found)
+    else:
+        state = found.get("state", "not well") if found["well"] else "not well"
+        say(": ".join([state, *found["problems"]]))
+        for name, said in (("answered", "answered"), ("exchanged", "last exchange")):
+            if found.get(name) is not None:
+                say(f"{said} {duration_text(max(0.0, time.time() - found[name]))} ago")
+    raise typer.Exit(0 if found["well"] else 1)
+
+
+@app.command()
+def backup(
+    database: Annotated[Path, typer.Argument(help="Of the SuperLink, which may run.")],
+    file: Annotated[Path, typer.Argument(help="The copy; one that is there is replaced.")],
+) -> None:
+    """Copy a SuperLink's database while it runs."""
+    from prunecast.common.text import bytes_text
+    from prunecast.server.federation.backups import back_up
+
+    say(f"{file}: {bytes_text(back_up(database, file))}, whole")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="A copy that `backup` made.")],
+    database: Annotated[Path, typer.Argument(help="Of the SuperLink, which must have ended.")],
+    force: Force = False,
+) -> None:
+    """Put a copy in the place of a SuperLink's database."""
+    from prunecast.server.federation.backups import restore
+
+    refuse_to_overwrite(database, force)
+    restore(file, database)
+    say(f"{database} is as {file} has it")
 
 
 def _events(folder: Path) -> Path:

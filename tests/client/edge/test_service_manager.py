@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from prunecast.cli.main import app
 from prunecast.client.edge.inference import is_answering
-from prunecast.client.edge.service_manager import ServiceManager
+from prunecast.common.service_manager import ServiceManager
 
 UNIT = Path(__file__).parents[3] / "deploy" / "systemd" / "prunecast-edge@.service"
 

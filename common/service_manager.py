@@ -1,4 +1,4 @@
-"""What a service manager is told: that the agent is ready, alive, or about to end.
+"""What a service manager is told: that a process is ready, alive, or about to end.
 
 The protocol of sd_notify(3): datagrams to the socket that the manager names in the environment.
 Without a manager, nothing is sent.

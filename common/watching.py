@@ -1,0 +1,426 @@
+"""A command that is ended when it hangs, so that whatever started it starts it again.
+
+A SuperNode can be a process that is there, and answers at its own port, and does nothing any more:
+its main loop has ended with an error while another thread goes on, or it waits for ever for a
+ClientApp that computes nothing. Flower's own ``/health`` and its gRPC health service say that all
+is well. So the command is watched from outside: whether it answers, whether its main thread moves,
+whether it still exchanges anything with the SuperLink, and whether a ClientApp computes.
+
+It is not at fault where nobody can reach the SuperLink; that is told, and the command left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prunecast.common.documents import read_document
+from prunecast.common.files import StorageError, write_atomically
+from prunecast.common.liveness import (
+    answers,
+    cpu_seconds,
+    descendants,
+    main_thread_switches,
+    seconds_since_received,
+)
+from prunecast.common.service_manager import ServiceManager
+
+__all__ = ["HUNG", "Limits", "Observation", "Pulse", "Target", "Watch", "read_pulse", "target_of"]
+
+HUNG = 75
+"""Exit status of a watch that has ended its command because it hung."""
+
+State = Literal["starting", "healthy", "unreachable", "hung"]
+
+_CLIENT_APP = "flwr-clientapp"
+_LEAST_CPU = 2.0  # seconds in `Limits.stalled`: the heartbeats of a ClientApp alone take less
+_AT_REST = 5.0  # seconds without a ClientApp after which a node counts as drained
+_STALE = 30.0  # seconds beyond a few intervals
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a command can be asked.
+
+    Attributes:
+        health: URL that the command itself answers; "" for none.
+        authority: by which that is verified; None for the system's.
+        upstream: URL that its SuperLink answers; "" for none. With one, the command is a SuperNode,
+            which exchanges something with it all the time.
+        upstream_authority: by which that is verified.
+    """
+
+    health: str = ""
+    authority: Path | None = None
+    upstream: str = ""
+    upstream_authority: Path | None = None
+
+
+def target_of(command: Sequence[str]) -> Target:
+    """Where one of Flower's commands can be asked, by its own options; nowhere for others.
+
+    >>> target_of(["flower-supernode", "--insecure", "--superlink", "link:9092"]).upstream
+    'http://link:9092/health'
+    """
+    options: dict[str, str] = {}
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            options[name] = value if equals else following
+    name = Path(command[0]).name if command else ""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(h := options.get("--host", "127.0.0.1"), h)
+    shown = f"[{host}]" if ":" in host else host
+    insecure = "--insecure" in options
+
+    def file(option: str) -> Path | None:
+        return Path(options[option]) if option in options else None
+
+    if name == "flower-superlink":
+        scheme, authority = "http" if insecure else "https", file("--ssl-ca-certfile")
+        return Target(f"{scheme}://{shown}:{options.get('--port', '8000')}/health", authority)
+    if name == "flower-supernode":
+        scheme, authority = "http", None
+        if "--ssl-certfile" in options:
+            scheme, authority = "https", file("--ssl-ca-certfile")
+        link = options.get("--superlink", "127.0.0.1:8000")
+        return Target(
+            f"{scheme}://{shown}:{options.get('--port', '9094')}/health",
+            authority,
+            f"{'http' if insecure else 'https'}://{link}/health",
+            file("--root-certificates"),
+        )
+    return Target()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long what may last, in seconds.
+
+    Attributes:
+        start: until a command answers for the first time.
+        silence: without an answer from then on.
+        quiet: in which a SuperNode's main thread does not move, or it exchanges nothing with a
+            SuperLink that can be reached. It sends heartbeats every 18 to 23 seconds, and asks for
+            messages every 3 while it has none.
+        stalled: in which a ClientApp uses less than 2 seconds of CPU; None for any time. One that
+            computes in vain cannot be told from one that trains.
+    """
+
+    start: float = 180.0
+    silence: float = 60.0
+    quiet: float = 120.0
+    stalled: float | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one look has found; None is what cannot be known.
+
+    Attributes:
+        answered: whether the command answered.
+        switches: of its main thread, see `main_thread_switches`.
+        received: seconds since it received anything from elsewhere; infinity without a connection.
+        client_app: process id and CPU seconds of the ClientApp that runs; None for no ClientApp.
+        reachable: whether the SuperLink answers; asked only where nothing is exchanged.
+    """
+
+    answered: bool | None = None
+    switches: int | None = None
+    received: float | None = None
+    client_app: tuple[int, float] | None = None
+    reachable: Callable[[], bool] = lambda: True
+
+
+@dataclass
+class Pulse:
+    """What follows from the looks so far. Times are of the clock that `take` is given.
+
+    Attributes:
+        state: "hung" is final in the sense that the command should be ended.
+        problems: why it is not healthy.
+        answered: when it last answered; None for never.
+        exchanged: when it last exchanged something with its SuperLink.
+        client_app: process id of the ClientApp that runs.
+    """
+
+    limits: Limits
+    begun: float
+    state: State = "starting"
+    problems: list[str] = field(default_factory=list)
+    answered: float | None = None
+    exchanged: float | None = None
+    client_app: int | None = None
+    _moved: float | None = None
+    _switches: int | None = None
+    _computed: tuple[int, float, float] | None = None  # process, CPU seconds, when
+
+    def take(self, now: float, seen: Observation) -> State:
+        """Take one look."""
+        limits, self.problems = self.limits, []
+        if seen.answered:
+            self.answered = now
+        elif seen.answered is False:
+            since = self.begun + limits.start if self.answered is None else self.answered
+            if now - since > (0.0 if self.answered is None else limits.silence):
+                self.problems.append(f"it has not answered for {_for(now - since)}")
+        self._take_thread(now, seen)
+        unreachable = self._take_exchange(now, seen)
+        self._take_client_app(now, seen)
+        if self.problems:
+            self.state = "hung"
+        elif unreachable:
+            self.state, self.problems = "unreachable", ["the SuperLink cannot be reached from here"]
+        elif self.answered is not None or seen.answered is None:
+            self.state = "healthy"
+        return self.state
+
+    def _take_thread(self, now: float, seen: Observation) -> None:
+        if seen.switches is None:
+            return
+        if seen.switches != self._switches or self._moved is None:
+            self._switches, self._moved = seen.switches, now
+        elif now - self._moved > self.limits.quiet:
+            still = _for(now - self._moved)
+            self.problems.append(f"its main loop has stood still for {still}")
+
+    def _take_exchange(self, now: float, seen: Observation) -> bool:
+        """Whether nothing is exchanged because the SuperLink cannot be reached."""
+        if seen.received is None:
+            return False
+        if math.isfinite(seen.received):
+            self.exchanged = max(self.exchanged or self.begun, now - seen.received)
+        since = self.exchanged if self.exchanged is not None else self.begun
+        if now - since <= self.limits.quiet:
+            return False
+        if not seen.reachable():
+            # it may take a while to connect again once that is possible
+            self.exchanged = max(since, now - self.limits.quiet)
+            return True
+        self.problems.append(
+            f"it has exchanged nothing for {_for(now - since)} with a SuperLink that answers"
+        )
+        return False
+
+    def _take_client_app(self, now: float, seen: Observation) -> None:
+        self.client_app = None if seen.client_app is None else seen.client_app[0]
+        if seen.client_app is None:
+            self._computed = None
+            return
+        pid, cpu = seen.client_app
+        if self._computed is None or pid != self._computed[0]:
+            self._computed = pid, cpu, now
+        _, before, when = self._computed
+        if abs(cpu - before) >= _LEAST_CPU:  # less: of children that have not been waited for
+            self._computed = pid, cpu, now
+        elif self.limits.stalled is not None and now - when > self.limits.stalled:
+            self.problems.append(f"its ClientApp has computed nothing for {_for(now - when)}")
+
+
+def _for(seconds: float) -> str:
+    return f"{seconds:.0f} s"
+
+
+class Watch:
+    """Runs a command until it ends, hangs, or is to end.
+
+    Args:
+        command: the program and its arguments.
+        target: where it can be asked.
+        limits: how long what may last.
+        interval: seconds between two looks.
+        file: where the pulse is written after each look, for `read_pulse`; None for nowhere.
+        drain: seconds that a ClientApp which runs may go on when the command is to end.
+        patience: seconds that the command may take to end before it is killed.
+        manager: told that it is ready, alive, and what is wrong.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        target: Target,
+        *,
+        limits: Limits | None = None,
+        interval: float = 5.0,
+        file: Path | None = None,
+        drain: float = 0.0,
+        patience: float = 20.0,
+        manager: ServiceManager | None = None,
+    ) -> None:
+        self._command, self._target = list(command), target
+        self._limits, self._interval, self._file = limits or Limits(), interval, file
+        self._drain, self._patience = drain, patience
+        self._manager = manager or ServiceManager()
+        self._asked = threading.Event()
+        self._ready = False
+
+    def run(self, say: Callable[[str], None] = print) -> int:
+        """Start the command and stay until it is over; SIGTERM, SIGINT and SIGHUP end it.
+
+        Args:
+            say: told what is wrong, once for each change.
+
+        Returns:
+            Its exit status, 128 + n where signal n ended it, or `HUNG`.
+        """
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                before[number] = signal.signal(number, lambda *_: self._asked.set())
+        try:
+            # a session of its own: an interrupt of the terminal comes to us alone
+            process = subprocess.Popen(self._command, start_new_session=True)
+            try:
+                return self._stay(process, say)
+            finally:
+                self._end(process)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._manager.tell(STOPPING=1)
+            if self._file is not None:
+                self._file.unlink(missing_ok=True)
+
+    def _stay(self, process: subprocess.Popen[bytes], say: Callable[[str], None]) -> int:
+        pulse = Pulse(self._limits, time.monotonic())
+        told: tuple[str, ...] = ()
+        while process.poll() is None and not self._asked.is_set():
+            state = pulse.take(time.monotonic(), self._look(process.pid))
+            self._tell(process.pid, pulse)
+            if told != (told := (state, *(p.partition(" for ")[0] for p in pulse.problems))):
+                say(f"{state}" + "".join(f": {problem}" for problem in pulse.problems))
+            if state == "hung":
+                return HUNG
+            self._wait(process, self._interval)
+        if process.poll() is None and self._drain:
+            say("drains: waits for the ClientApp that runs, if one does")
+            self._until_at_rest(process)
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(self._patience)
+        code = process.poll()
+        return 128 + signal.SIGKILL if code is None else code if code >= 0 else 128 - code
+
+    def _wait(self, process: subprocess.Popen[bytes], seconds: float) -> None:
+        """Until something happens; the end of the process is seen within a fifth of a second."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and process.poll() is None:
+            if self._asked.wait(min(0.2, seconds)):
+                return
+
+    def _until_at_rest(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + self._drain
+        rest = time.monotonic()
+        while process.poll() is None and time.monotonic() < deadline:
+            now = time.monotonic()
+            if _client_app(descendants(process.pid)) is not None:
+                rest = now
+            elif now - rest >= _AT_REST:
+                return
+            self._manager.tell(WATCHDOG=1, STATUS="drains")
+            time.sleep(0.5)
+
+    def _look(self, pid: int) -> Observation:
+        target, below = self._target, descendants(pid)
+        if not target.upstream:
+            return Observation(self._answers())
+        app = _client_app(below)
+        computed = None
+        if app is not None:
+            used = [cpu_seconds(one) for one in (app, *descendants(app))]
+            computed = app, sum(one for one in used if one is not None)
+        return Observation(
+            self._answers(),
+            main_thread_switches(pid),
+            seconds_since_received(pid),
+            computed,
+            lambda: answers(target.upstream, authority=target.upstream_authority),
+        )
+
+    def _answers(self) -> bool | None:
+        if not self._target.health:
+            return None
+        return answers(self._target.health, authority=self._target.authority)
+
+    def _tell(self, pid: int, pulse: Pulse) -> None:
+        state = "; ".join([pulse.state, *pulse.problems])
+        if pulse.state == "healthy" and not self._ready:
+            self._ready = True
+            self._manager.tell(READY=1)
+        if pulse.state != "hung":
+            self._manager.tell(WATCHDOG=1, STATUS=state)
+        if self._file is None:
+            return
+        wall, mono = time.time(), time.monotonic()
+
+        def at(moment: float | None) -> float | None:
+            return None if moment is None else round(wall - (mono - moment), 1)
+
+        document = {
+            "schema": _SCHEMA,
+            "at": wall,
+            "interval": self._interval,
+            "pid": pid,
+            "command": Path(self._command[0]).name,
+            "state": pulse.state,
+            "problems": pulse.problems,
+            "answered": at(pulse.answered),
+            "exchanged": at(pulse.exchanged),
+            "client_app": pulse.client_app,
+            "limits": asdict(self._limits),
+        }
+        with suppress(StorageError):  # whoever reads it will find it stale
+            write_atomically(self._file, json.dumps(document).encode())
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """Leave nothing of it behind: a SuperNode's processes are sessions of their own."""
+        left = [process.pid, *descendants(process.pid)] if process.poll() is None else []
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(self._patience)
+
+
+def _client_app(below: Mapping[int, str]) -> int | None:
+    return next((pid for pid, line in below.items() if _CLIENT_APP in line), None)
+
+
+def read_pulse(file: Path, *, reachable: bool = False, now: float | None = None) -> dict[str, Any]:
+    """What a watch last wrote, and whether that is well.
+
+    Args:
+        file: that a `Watch` was given.
+        reachable: a SuperLink that cannot be reached is not well either.
+        now: Unix time, for tests.
+
+    Returns:
+        What was written, with ``well`` and the list ``problems``.
+    """
+    now = time.time() if now is None else now
+    try:
+        found = read_document(file)
+        age, often = now - float(found["at"]), float(found["interval"])
+        state, problems = str(found["state"]), [str(one) for one in found["problems"]]
+    except FileNotFoundError:
+        return {"well": False, "problems": [f"nobody watches: there is no {file}"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"well": False, "problems": [f"{file} cannot be read: {error}"]}
+    if abs(age) > 4 * often + _STALE:
+        problems = [f"the watch itself has written nothing for {_for(age)}", *problems]
+        return {**found, "well": False, "problems": problems}
+    well = state == "healthy" or (state == "unreachable" and not reachable)
+    if state == "starting":
+        problems = ["it has not answered yet"]
+    return {**found, "well": well, "problems": problems}

@@ -1,0 +1,391 @@
+"""A watched command: what is known of it from outside, when it hangs, and what becomes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from prunecast.cli.main import app
+from prunecast.common.liveness import (
+    answers,
+    cpu_seconds,
+    descendants,
+    main_thread_switches,
+    seconds_since_received,
+    status_of,
+)
+from prunecast.common.service_manager import ServiceManager
+from prunecast.common.watching import (
+    HUNG,
+    Limits,
+    Observation,
+    Pulse,
+    Target,
+    Watch,
+    read_pulse,
+    target_of,
+)
+
+LIMITS = Limits(start=100.0, silence=60.0, quiet=120.0, stalled=600.0)
+SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(204); self.end_headers()
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(*command: str, **more: Any) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, *command], **more)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+# -- what is known --------------------------------------------------------------------------------
+
+
+def test_a_connection_tells_when_it_last_received_anything() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        other = server.getsockname()[1]
+        program = (
+            "import socket, sys\n"
+            "served = socket.create_server(('127.0.0.1', 0))\n"
+            f"ours = socket.create_connection(('127.0.0.1', {other}))\n"
+            "theirs = socket.create_connection(served.getsockname())\n"  # both ends are its own
+            "served.accept()\n"
+            "print('there', flush=True)\n"
+            "while data := ours.recv(99): print('got', flush=True)\n"
+            "print('over', flush=True)\n"
+            "ours.close(); theirs.close()\n"
+            "print('closed', flush=True)\n"
+            "sys.stdin.read()\n"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with running("-c", program, **pipes) as process:
+            assert process.stdout is not None
+            connection, _ = server.accept()
+            assert process.stdout.readline() == b"there\n"
+            before = seconds_since_received(process.pid)
+            assert before is not None
+            time.sleep(1.0)  # an age is what is measured
+            aged = seconds_since_received(process.pid)
+            assert aged is not None
+            assert 1.0 <= aged < math.inf
+            connection.send(b"x")
+            assert process.stdout.readline() == b"got\n"
+            fresh = seconds_since_received(process.pid)
+            assert fresh is not None
+            assert fresh < aged
+            connection.close()
+            assert process.stdout.readline() == b"over\n"
+            assert process.stdout.readline() == b"closed\n"
+            assert seconds_since_received(process.pid) == math.inf
+    assert seconds_since_received(process.pid) is None  # it has ended
+
+
+def test_a_process_that_is_stopped_does_not_move() -> None:
+    program = "import time\nwhile True: time.sleep(0.01)"
+    with running("-c", program) as process:
+        first = until(lambda: main_thread_switches(process.pid))
+        until(lambda: main_thread_switches(process.pid) > first)
+        os.kill(process.pid, signal.SIGSTOP)
+        until(lambda: "T" in Path(f"/proc/{process.pid}/stat").read_text().split()[2])
+        still = main_thread_switches(process.pid)
+        time.sleep(0.2)
+        assert main_thread_switches(process.pid) == still
+    assert main_thread_switches(process.pid) is None
+    assert cpu_seconds(process.pid) is None
+
+
+def test_descendants_are_found_over_sessions_and_without_those_that_ended() -> None:
+    inner = "import time; time.sleep(600)  # inmost"
+    program = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {inner!r}], start_new_session=True)\n"
+        "subprocess.Popen(['true'])\n"
+        "time.sleep(600)\n"
+    )
+    with running("-c", program) as process:
+        try:
+            below = until(lambda: (found := descendants(process.pid)) and len(found) == 1 and found)
+            [(pid, line)] = below.items()
+            assert line.endswith("# inmost")
+            assert (cpu_seconds(pid) or 0) >= 0
+        finally:
+            for pid in descendants(process.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_an_answer_is_an_answer_and_silence_is_none() -> None:
+    where = port()
+    with running("-c", SERVER, str(where)) as process:
+        url = f"http://127.0.0.1:{where}/health"
+        until(lambda: answers(url))
+        assert status_of(url) == 204
+        os.kill(process.pid, signal.SIGSTOP)
+        assert not answers(url, seconds=0.2)
+        os.kill(process.pid, signal.SIGCONT)
+    assert not answers(url)
+    for wrong in ("", "nonsense", "http://127.0.0.1:x/", "http://[", f"https://127.0.0.1:{where}/"):
+        assert not answers(wrong)
+
+
+# -- what follows ---------------------------------------------------------------------------------
+
+
+def healthy(**more: Any) -> Observation:
+    return Observation(**{"answered": True, "switches": None, "received": None, **more})
+
+
+def test_it_may_take_its_time_to_start() -> None:
+    pulse = Pulse(LIMITS, 0.0)
+    assert pulse.take(99.0, Observation(answered=False)) == "starting"
+    assert pulse.take(101.0, Observation(answered=False)) == "hung"
+    pulse = Pulse(LIMITS, 0.0)
+    assert pulse.take(50.0, healthy()) == "healthy"
+    assert pulse.take(110.0, Observation(answered=False)) == "healthy"
+    assert pulse.take(111.0, Observation(answered=False)) == "hung"
+    assert pulse.problems == ["it has not answered for 61 s"]
+
+
+def test_what_cannot_be_known_is_no_fault() -> None:
+    pulse = Pulse(LIMITS, 0.0)
+    assert pulse.take(1e6, Observation()) == "healthy"
+    assert pulse.take(2e6, Observation()) == "healthy"
+
+
+def test_a_main_loop_that_stands_still_is_found() -> None:
+    pulse = Pulse(LIMITS, 0.0)
+    assert pulse.take(0.0, healthy(switches=7)) == "healthy"
+    assert pulse.take(120.0, healthy(switches=7)) == "healthy"
+    assert pulse.take(121.0, healthy(switches=8)) == "healthy"
+    assert pulse.take(242.0, healthy(switches=8)) == "hung"
+    assert pulse.problems == ["its main loop has stood still for 121 s"]
+
+
+def test_nothing_exchanged_is_a_fault_only_where_the_superlink_answers() -> None:
+    asked = []
+
+    def reachable(found: bool) -> Callable[[], bool]:
+        return lambda: asked.append(found) or found
+
+    pulse = Pulse(LIMITS, 0.0)
+    assert pulse.take(10.0, healthy(received=2.0, reachable=reachable(True))) == "healthy"
+    assert pulse.exchanged == 8.0
+    assert pulse.take(128.0, healthy(received=math.inf, reachable=reachable(True))) == "healthy"
+    assert asked == []
+    assert pulse.take(129.0, healthy(received=math.inf, reachable=reachable(False))) == (
+        "unreachable"
+    )
+    # back again, it has as long as ever to connect
+    assert pulse.take(9000.0, healthy(received=math.inf, reachable=reachable(False))) == (
+        "unreachable"
+    )
+    assert pulse.take(9000.0, healthy(received=math.inf, reachable=reachable(True))) == "healthy"
+    assert pulse.take(9001.0, healthy(received=math.inf, reachable=reachable(True))) == "hung"
+    assert "with a SuperLink that answers" in pulse.problems[0]
+
+
+def test_a_client_app_that_computes_nothing_is_found_and_one_that_trains_is_not() -> None:
+    pulse = Pulse(LIMITS, 0.0)
+    for number in range(100):  # 2.5 s in 600: what a heartbeat takes, and a little more
+        assert pulse.take(100.0 * number, healthy(client_app=(5, 0.42 * number))) == "healthy"
+    assert pulse.client_app == 5
+    begun = 20_000.0
+    assert pulse.take(begun, healthy(client_app=(6, 0.0))) == "healthy"
+    assert pulse.take(begun + 600, healthy(client_app=(6, 0.5))) == "healthy"
+    assert pulse.take(begun + 601, healthy(client_app=(6, 0.5))) == "hung"
+    assert pulse.problems == ["its ClientApp has computed nothing for 601 s"]
+    assert pulse.take(begun + 602, healthy()) == "healthy"
+    forever = Pulse(Limits(stalled=None), 0.0)
+    forever.take(0.0, healthy(client_app=(6, 0.0)))
+    assert forever.take(1e6, healthy(client_app=(6, 0.0))) == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("command", "target"),
+    [
+        (
+            "flower-superlink --host 0.0.0.0 --port 9092 --ssl-ca-certfile /k/ca.crt",
+            Target("https://127.0.0.1:9092/health", Path("/k/ca.crt")),
+        ),
+        ("/x/flower-superlink --insecure --host ::", Target("http://[::1]:8000/health")),
+        (
+            "flower-supernode --superlink=link:9092 --root-certificates /k/ca.crt --port 9095",
+            Target(
+                *("http://127.0.0.1:9095/health", None),
+                *("https://link:9092/health", Path("/k/ca.crt")),
+            ),
+        ),
+        (
+            "flower-supernode --insecure",
+            Target("http://127.0.0.1:9094/health", None, "http://127.0.0.1:8000/health"),
+        ),
+        ("prunecast serve repository", Target()),
+    ],
+)
+def test_flowers_own_options_say_where_to_ask(command: str, target: Target) -> None:
+    assert target_of(command.split()) == target
+
+
+# -- what becomes of it ---------------------------------------------------------------------------
+
+
+def watched(tmp_path: Path, *command: str, target: Target | None = None, **more: Any) -> Watch:
+    more = {"interval": 0.1, "file": tmp_path / "pulse.json", "patience": 5.0, **more}
+    return Watch([sys.executable, *command], target or Target(), **more)
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        ("pass", 0),
+        ("raise SystemExit(3)", 3),
+        ("import os; os.kill(os.getpid(), 9)", 128 + 9),
+    ],
+)
+def test_the_exit_status_is_the_commands(tmp_path: Path, program: str, code: int) -> None:
+    assert watched(tmp_path, "-c", program).run() == code
+    assert not (tmp_path / "pulse.json").exists()
+
+
+def test_a_command_that_hangs_is_ended_with_everything_below_it(tmp_path: Path) -> None:
+    where = port()
+    below = (
+        "import subprocess, sys\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
+        " start_new_session=True)\n" + SERVER
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{tmp_path}/n")
+        manager.settimeout(60)
+        watch = watched(
+            *(tmp_path, "-c", below, str(where)),
+            target=Target(f"http://127.0.0.1:{where}/"),
+            limits=Limits(start=60, silence=1.0),
+            manager=ServiceManager({"NOTIFY_SOCKET": f"{tmp_path}/n"}),
+        )
+        found, said = [], []
+        thread = threading.Thread(target=lambda: found.append(watch.run(said.append)))
+        thread.start()
+        assert manager.recv(99) == b"WATCHDOG=1\nSTATUS=starting"
+        while manager.recv(99) != b"READY=1":
+            pass
+        assert manager.recv(99) == b"WATCHDOG=1\nSTATUS=healthy"
+        pid = read_pulse(tmp_path / "pulse.json")["pid"]
+        [child] = until(lambda: list(descendants(pid)))
+        os.kill(pid, signal.SIGSTOP)
+        thread.join(60)
+    assert found == [HUNG]
+    assert said[-1].startswith("hung: it has not answered for")
+    for one in (pid, child):
+        until(lambda one=one: not Path(f"/proc/{one}").exists() or _zombie(one))
+
+
+def _zombie(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def test_ending_waits_for_a_client_app_that_runs(tmp_path: Path) -> None:
+    """As a service manager ends it: the signal comes to the watch, which waits and passes it on."""
+    node = tmp_path / "flower-supernode"
+    node.write_text(
+        f"#!{sys.executable}\n"
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "app = subprocess.Popen([sys.executable, '-c', 'import sys; sys.stdin.read()',\n"
+        "                        'flwr-clientapp'], stdin=subprocess.PIPE)\n"
+        "print('begun', flush=True)\n"
+        "while not open(sys.argv[1]).read(): time.sleep(0.05)\n"
+        "app.stdin.close(); app.wait(); print('done', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    node.chmod(0o755)
+    go = tmp_path / "go"
+    go.write_text("")
+    command = ["-m", "prunecast.cli", "federation", "watch", "--interval", "0.1", "--drain", "600"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with running(*command, "--", str(node), str(go), **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGTERM)
+        for line in process.stderr:
+            if b"drains" in line:
+                break
+        assert process.poll() is None
+        go.write_text("go")
+        assert process.stdout.readline() == b"done\n"
+        assert process.wait(60) == 7
+
+
+# -- the probe ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "options", "well", "said"),
+    [
+        ({"state": "healthy"}, [], True, "healthy"),
+        ({"state": "starting"}, [], False, "has not answered yet"),
+        ({"state": "hung", "problems": ["it stands"]}, [], False, "it stands"),
+        ({"state": "unreachable", "problems": ["no SuperLink"]}, [], True, "no SuperLink"),
+        ({"state": "unreachable", "problems": ["n"]}, ["--reachable"], False, "not well: n"),
+        ({"at": -1000.0}, [], False, "the watch itself has written nothing for 100"),
+        ("no JSON", [], False, "cannot be read"),
+        ("[]", [], False, "cannot be read"),
+        (None, [], False, "nobody watches"),
+    ],
+)
+def test_the_probe_says_how_it_is(
+    tmp_path: Path, written: Any, options: list[str], well: bool, said: str
+) -> None:
+    file = tmp_path / "pulse.json"
+    if isinstance(written, dict):
+        at = time.time() + written.get("at", 0.0)
+        basis = {"interval": 5.0, "state": "healthy", "problems": [], "exchanged": at - 3.0}
+        file.write_text(json.dumps({**basis, **written, "at": at}))
+    elif written is not None:
+        file.write_text(written)
+    arguments = ["federation", "health", str(file), *options]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == (0 if well else 1)
+    assert said in result.output
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert json.loads(result.output)["well"] is well
