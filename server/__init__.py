@@ -10,18 +10,20 @@ from prunecast.common.lazy import face
 
 if TYPE_CHECKING:
     from prunecast.server.federation.checkpoints import Checkpoint
+    from prunecast.server.federation.deadlines import Deadlines
     from prunecast.server.federation.grid import CompressedGrid
     from prunecast.server.federation.ledger import Ledger
     from prunecast.server.federation.policy import Policy
     from prunecast.server.federation.run import Run
 
-__all__ = ["Checkpoint", "CompressedGrid", "Ledger", "Policy", "Run"]
+__all__ = ["Checkpoint", "CompressedGrid", "Deadlines", "Ledger", "Policy", "Run"]
 
 __getattr__, __dir__ = face(
     __name__,
     {
         "Checkpoint": "prunecast.server.federation.checkpoints",
         "CompressedGrid": "prunecast.server.federation.grid",
+        "Deadlines": "prunecast.server.federation.deadlines",
         "Ledger": "prunecast.server.federation.ledger",
         "Policy": "prunecast.server.federation.policy",
         "Run": "prunecast.server.federation.run",

@@ -122,6 +122,9 @@ def compression_mod(
         teacher: keep the last dense version on disk once the model is pruned, for
             `current_teacher()`; None: where the run config has `distillation` above 0.
 
+    A message that arrives after the server's deadline is not trained on, so that a slow node
+    catches up; the model that came with it is kept.
+
     An exception of the ClientApp, or of a mod inside, is logged and reported to the server together
     with what the node holds; strategies see Flower's error reply.
 
@@ -161,7 +164,7 @@ def compression_mod(
             )
         except (ModError, VersionsError, CodecError, PlanError) as error:
             return _refusal(message, node, error)
-        if exchange.missing:
+        if exchange.missing or exchange.stale:
             return Message(pack(exchange.wrap(RecordDict())), reply_to=message)
         try:
             with (
@@ -257,6 +260,9 @@ class _Exchange:
         self._models: dict[str, PublishedModel] = {}
         self._channels = self._plans(message.content)
         self.missing: list[str] = []
+        # by this node's clock: where that is wrong, the server asks again
+        fresh = instruction.fresh_seconds
+        self.stale = bool(fresh) and time.time() > message.metadata.created_at + fresh
         self.content = RecordDict()
         self._reply = RecordDict()
         self._unkept: dict[str, PublishedModel | None] = {}  # what is held in a version's stead
@@ -396,7 +402,9 @@ class _Exchange:
         held = {key: short(model.digest) for key, model in kept.items() if model is not None}
         missing, as_sent = tuple(self.missing), not self._unkept
         report = NodeReport(
-            *(held, missing, encode_ms, self._trouble, as_sent, self._width, self._unsettled)
+            *(held, missing, encode_ms, self._trouble, as_sent, self._width),
+            unsettled=self._unsettled,
+            stale=self.stale,
         )
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content

@@ -29,8 +29,8 @@ TAG_BYTES = 4
 _NO_TAG = "00" * TAG_BYTES
 _FORMAT = b"\x01"  # first byte
 _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
-_OF_JOB = 4  # added to these where a job is named
-_AS_SENT, _HELD, _MISSING, _TROUBLE, _WIDTH, _UNSETTLED = 1, 2, 4, 8, 16, 32
+_OF_JOB, _FRESH = 4, 8  # added to these where a job is named, and where freshness is
+_AS_SENT, _HELD, _MISSING, _TROUBLE, _WIDTH, _UNSETTLED, _STALE = 1, 2, 4, 8, 16, 32, 64
 _MOST_MICROSECONDS = (1 << 32) - 1
 
 
@@ -139,6 +139,8 @@ class Instruction:
         job: whose streams and store the message is of; "" for those of its Flower run.
         attempt: how often the job was resumed before this message; replies to what was sent before
             the last time are given up, unless `accepted` names them.
+        fresh_seconds: after the message's `created_at`, by the node's clock, for how long the reply
+            is wanted; 0 where that is not said.
     """
 
     rule: UpdateRule | SchemeRule | None
@@ -150,6 +152,7 @@ class Instruction:
     channels: Mapping[str, bytes] = field(default_factory=dict)
     job: str = ""
     attempt: int = 0
+    fresh_seconds: int = 0
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
@@ -169,6 +172,8 @@ class Instruction:
                 out.number(key)
         if self.rule is not None:
             out.raw(bytes.fromhex(self.tag))
+        if self.fresh_seconds:
+            out.number(self.fresh_seconds)
         for tags in (self.accepted, self.given_up):
             out.number(len(tags))
             for tag in tags:
@@ -181,6 +186,7 @@ class Instruction:
         return bytes(out.data)
 
     def _begin(self, out: FieldWriter, kind: int) -> None:
+        kind |= _FRESH if self.fresh_seconds else 0
         if not self.job:
             out.number(kind)
             return
@@ -199,8 +205,9 @@ class Instruction:
         kind, job, attempt = found.number(), "", 0
         if kind & _OF_JOB:
             job, attempt = found.text(), found.number()
-        rule = _rule(found, kind & ~_OF_JOB)
+        rule = _rule(found, kind & ~(_OF_JOB | _FRESH))
         tag = _NO_TAG if rule is None else found.raw(TAG_BYTES).hex()
+        fresh_seconds = found.number() if kind & _FRESH else 0
         accepted, given_up = (
             tuple(found.raw(TAG_BYTES).hex() for _ in range(found.count())) for _ in range(2)
         )
@@ -209,7 +216,8 @@ class Instruction:
         while found.left:
             key = found.text()
             channels[key] = found.part()
-        return cls(rule, accepted, given_up, reuse, statistics, tag, channels, job, attempt)
+        told = channels, job, attempt, fresh_seconds
+        return cls(rule, accepted, given_up, reuse, statistics, tag, *told)
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,7 @@ class NodeReport:
             the model it trains, 64 characters at most; "" for none.
         unsettled: whether it could not write what it was told of earlier replies, and has to be
             told again.
+        stale: whether it did not train, as the reply was not wanted any more when it could have.
     """
 
     held: Mapping[str, bytes] = field(default_factory=dict)
@@ -237,6 +246,7 @@ class NodeReport:
     as_sent: bool = False
     width: str = ""
     unsettled: bool = False
+    stale: bool = False
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
@@ -249,6 +259,7 @@ class NodeReport:
             | _TROUBLE * bool(self.trouble)
             | _WIDTH * bool(self.width)
             | _UNSETTLED * self.unsettled
+            | _STALE * self.stale
         )
         if self.held:
             out.digests(self.held)
@@ -276,8 +287,10 @@ class NodeReport:
         trouble = found.text() if says & _TROUBLE else ""
         width = found.text()[:_LONGEST_NAME] if says & _WIDTH else ""
         found.end()
-        as_sent, unsettled = bool(says & _AS_SENT), bool(says & _UNSETTLED)
-        return cls(held, missing, micros / 1e3, trouble[:_LONGEST], as_sent, width, unsettled)
+        said = (bool(says & flag) for flag in (_AS_SENT, _UNSETTLED, _STALE))
+        as_sent, unsettled, stale = said
+        told = as_sent, width, unsettled, stale
+        return cls(held, missing, micros / 1e3, trouble[:_LONGEST], *told)
 
 
 def _rule(found: FieldReader, kind: int) -> UpdateRule | SchemeRule | None:

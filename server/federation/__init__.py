@@ -1,10 +1,12 @@
 """The Flower grid that compresses, the publisher of versions, the byte ledger."""
 
 from prunecast.server.federation.checkpoints import Checkpoint
+from prunecast.server.federation.deadlines import Deadlines
 from prunecast.server.federation.errors import (
     CheckpointError,
     FederationError,
     NodesFailed,
+    NodesMissing,
     NonFiniteModel,
     PolicyError,
     ReleaseRuleError,
@@ -22,10 +24,12 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CompressedGrid",
+    "Deadlines",
     "Entry",
     "FederationError",
     "Ledger",
     "NodesFailed",
+    "NodesMissing",
     "NonFiniteModel",
     "Policy",
     "PolicyError",

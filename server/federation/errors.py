@@ -5,6 +5,7 @@ __all__ = [
     "CredentialsError",
     "FederationError",
     "NodesFailed",
+    "NodesMissing",
     "NonFiniteModel",
     "PolicyError",
     "ReleaseRuleError",
@@ -41,3 +42,7 @@ class ReplyRefused(FederationError):
 
 class NodesFailed(FederationError):
     """Nodes answered with an error, or not in time, in a run that stops then."""
+
+
+class NodesMissing(FederationError):
+    """Fewer nodes are connected than are needed, for longer than was to be waited."""

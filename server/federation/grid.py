@@ -11,7 +11,7 @@ from logging import WARNING
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -33,8 +33,10 @@ from prunecast.compression.pruning.channels import ChannelChooser, ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.checkpoints import Checkpoint
+from prunecast.server.federation.deadlines import Attendance, Closing, Deadlines
 from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.inbound import up_of
+from prunecast.server.federation.late import LateReplies
 from prunecast.server.federation.layers import LayerSamples
 from prunecast.server.federation.ledger import Entry, Ledger
 from prunecast.server.federation.notices import Notices, uncodable
@@ -85,9 +87,12 @@ class CompressedGrid(GridWrapper):
         job: name of what this run of Flower goes on with: nodes keep what they hold from one run
             of a job to its next; "" for a job of this run alone. Two runs of one job at a time
             cost each other what their nodes hold.
+        deadlines: when `send_and_receive` returns without every reply, and what becomes of those
+            that are late.
 
     Attributes:
         samples: bytes by tensor of single messages; off, unless it is wanted.
+        deadlines: see `use_deadlines`.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class CompressedGrid(GridWrapper):
         verify_replies: bool = True,
         poll_interval: float = 0.2,
         job: str = "",
+        deadlines: Deadlines | None = None,
     ) -> None:
         super().__init__(grid)
         self.policy = Policy.preset(policy) if isinstance(policy, str) else policy
@@ -122,7 +128,31 @@ class CompressedGrid(GridWrapper):
         self._rounds_checked = False
         self._sent: dict[str, Prepared] = {}
         self._retries: dict[str, str] = {}  # message id of a retry -> id the caller knows
-        self._late: list[str] = []  # ids of messages whose replies are looked for once more
+        self.use_deadlines(deadlines or Deadlines())
+
+    def use_deadlines(self, deadlines: Deadlines) -> None:
+        """Say when rounds end, and what becomes of late replies; call before the first message.
+
+        Raises:
+            FederationError: late updates cannot be applied where nodes train slices of the model.
+        """
+        if deadlines.applies and self.policy.widths:
+            raise FederationError(
+                "late updates cannot be applied to slices of the model: set late = 'discard', or "
+                "no prunecast.widths"
+            )
+        self.deadlines, self._attendance = deadlines, Attendance(deadlines)
+        self._late = LateReplies(deadlines, self._grid, self._receiver)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the connected nodes.
+
+        Raises:
+            NodesMissing: it is asked again and again, for longer than nodes are waited for.
+        """
+        found = list(self._grid.get_node_ids())
+        self._attendance.asked(len(found))
+        return found
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Encode and send messages; returns their ids as the wrapped grid does.
@@ -133,12 +163,15 @@ class CompressedGrid(GridWrapper):
         with self._lock:
             return self._push_batch(messages)
 
-    def _push_batch(self, messages: Iterable[Message]) -> list[str]:
+    def _push_batch(self, messages: Iterable[Message], fresh: float = 0.0) -> list[str]:
         self.ledger.flush()
-        self._look_back()
+        self._attendance.sent()
         self._forget(self._expired())
+        self._late.look(self._answered)
         dense = self.policy.down == self.policy.up == "dense"
         batch = Batch(messages, legacy=not dense)
+        batch.fresh_seconds = fresh
+        self._late.limit(batch.messages, fresh, self._streams.ahead)
         return self._push([self._outbound.prepare(batch, message) for message in batch.messages])
 
     def _push(self, prepared: list[Prepared]) -> list[str]:
@@ -212,7 +245,8 @@ class CompressedGrid(GridWrapper):
         """Send messages and wait for the replies, `timeout` seconds at most (None: for ever).
 
         Replies come in the order of the messages, whichever arrived first, so that sums of
-        floats do not depend on timing.
+        floats do not depend on timing; `deadlines` may end it before the last of them. Late updates
+        of rounds before, where these are applied, come first, as updates of what is sent now.
         """
         batch = list(messages)
         if not self._rounds_checked:  # `Run` knows more, and has said so
@@ -222,25 +256,34 @@ class CompressedGrid(GridWrapper):
             if self.policy.channels_at:
                 log(WARNING, "No channels will be removed: %s", _NOT_BY_ITSELF)
         kinds = {message.metadata.message_type for message in batch}
-        aggregation = aggregation_above(sys._getframe(1), kinds.pop()) if len(kinds) == 1 else None
-        sent = [message_id for message_id in self.push_messages(batch) if message_id]
+        kind = kinds.pop() if len(kinds) == 1 else ""
+        aggregation = aggregation_above(sys._getframe(1), kind) if kind else None
+        with self._lock:
+            pushed = self._push_batch(batch, self._late.fresh_seconds(kind))
+            sent = [message_id for message_id in pushed if message_id]
+            present = next(filter(None, map(self._sent.get, sent)), None)
         waiting = dict.fromkeys(sent)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        closing = Closing(self.deadlines, len(sent), timeout)
         found: list[Message | Received] = []
-        while waiting and (deadline is None or time.monotonic() < deadline):
+        while waiting and not closing.over:
             with self._lock:
                 arrived = self._pull(waiting)
             found.extend(arrived)
             for item in arrived:
                 reply = item.message if isinstance(item, Received) else item
                 waiting.pop(reply.metadata.reply_to_message_id, None)
+                closing.count(reply)
             if waiting and not arrived:
                 time.sleep(self._poll_interval)
         with self._lock:
-            self._late += self._give_up(waiting)
+            if waiting and not closing.timed_out:
+                self._late.ended(kind, closing.seconds)
+            self._leave(waiting)
+            if present is not None and kind.partition(".")[0] == MessageType.TRAIN:
+                found = [*self._late.updates(present, self._answered), *found]
             replies = self._take(found, aggregation)
         order = {message_id: position for position, message_id in enumerate(sent)}
-        return sorted(replies, key=lambda reply: order[reply.metadata.reply_to_message_id])
+        return sorted(replies, key=lambda reply: order.get(reply.metadata.reply_to_message_id, -1))
 
     def sum_up(self) -> None:
         """Say in one line what did not travel as the policy has it, and what failed, so far.
@@ -270,7 +313,7 @@ class CompressedGrid(GridWrapper):
                 found.append(received)
         return found
 
-    def _receive(self, reply: Message, *, late: bool = False) -> Message | Received | None:
+    def _receive(self, reply: Message) -> Message | Received | None:
         message_id = reply.metadata.reply_to_message_id
         # of equal content and envelope, a retry may have the id of its original
         retried, origin = message_id in self._retries, self._retries.pop(message_id, message_id)
@@ -280,24 +323,9 @@ class CompressedGrid(GridWrapper):
             if reply.has_error():
                 return reply
             return refuse(reply, "it answers a message that was given up, or not sent from here")
-        size, alternatives, objects = self._measured(reply)
-        entry = Entry(
-            round=sent.round,
-            # an error reply made for a dead node names no useful source: the instruction does
-            node=sent.original.metadata.dst_node_id,
-            direction="up",
-            kind="error",
-            message_type=sent.original.metadata.message_type,
-            payload_bytes=size,
-            dense_bytes=size,
-            alternatives=alternatives,
-            objects=objects,
-            width=self._streams.node(sent.original.metadata.dst_node_id).width or "",
-        )
-        self.ledger.add(entry)
-        self._notices.counted(replies=1)
+        entry = self._answered(reply, sent)
         content = None if reply.has_error() else reply.content
-        received = self._receiver.understand(reply, sent, entry, retried=retried, late=late)
+        received = self._receiver.understand(reply, sent, entry, retried=retried)
         if content is not None:
             self.samples.note(entry, content, self._streams.held)
         if not sent.has_arrays and not reply.has_error() and reply.content.array_records:
@@ -308,6 +336,29 @@ class CompressedGrid(GridWrapper):
         set_reply_to(received.message, origin)
         return received
 
+    def _answered(self, reply: Message, sent: Prepared) -> Entry:
+        """The line of a reply in the ledger, of the kind "error" so far."""
+        size, alternatives, objects = self._measured(reply)
+        # an error reply made for a dead node names no useful source: the instruction does
+        node = self._streams.node(sent.original.metadata.dst_node_id)
+        if not reply.has_error():
+            node.ahead = max(0.0, reply.metadata.created_at - time.time())
+        entry = Entry(
+            round=sent.round,
+            node=sent.original.metadata.dst_node_id,
+            direction="up",
+            kind="error",
+            message_type=sent.original.metadata.message_type,
+            payload_bytes=size,
+            dense_bytes=size,
+            alternatives=alternatives,
+            objects=objects,
+            width=node.width or "",
+        )
+        self.ledger.add(entry)
+        self._notices.counted(replies=1)
+        return entry
+
     def _take(
         self, found: list[Message | Received], aggregation: Aggregation | None = None
     ) -> list[Message]:
@@ -315,7 +366,11 @@ class CompressedGrid(GridWrapper):
         return [item.message if isinstance(item, Received) else item for item in found]
 
     def _retry(self, sent: Prepared, origin: str) -> None:
-        """Send the same message again, with keyframes for what the node does not hold."""
+        """Send the same message again, with keyframes for what the node does not hold.
+
+        It is wanted now, whatever the node's clock says.
+        """
+        sent.batch.fresh_seconds = 0.0
         prepared = self._outbound.prepare(sent.batch, unsent(sent.original))
         self._push([prepared])
         self._retries[prepared.message.metadata.message_id] = origin
@@ -329,41 +384,28 @@ class CompressedGrid(GridWrapper):
             if (meta := sent.original.metadata).created_at + meta.ttl < now
         ]
 
-    def _give_up(self, message_ids: Iterable[str]) -> list[str]:
-        """Tell nodes with the next messages that nobody waits for these replies any more.
-
-        Returns:
-            The ids, with those of the messages that were sent again in place of others.
-        """
-        gone = dict.fromkeys(message_ids)
-        gone |= dict.fromkeys(retry for retry, origin in self._retries.items() if origin in gone)
-        for message_id in gone:
-            if (sent := self._sent.get(message_id)) is not None:
-                self._receiver.give_up(sent)
-        return list(gone)
-
     def _forget(self, message_ids: Iterable[str]) -> None:
         """Release what is kept for messages whose replies nobody will ask for any more."""
-        for message_id in self._give_up(message_ids):
-            self._sent.pop(message_id, None)
+        gone = set(message_ids)
+        gone |= {retry for retry, origin in self._retries.items() if origin in gone}
+        for message_id in gone:
+            if (sent := self._sent.pop(message_id, None)) is not None:
+                self._receiver.give_up(sent)
             self._retries.pop(message_id, None)
-
-    def _look_back(self) -> None:
-        """Look once for replies that came after their deadline: they say what nodes hold.
-
-        A node that trained for too long gets a delta from the version that it holds by now.
-        """
-        late = [message_id for message_id in self._late if message_id in self._sent]
-        self._late = []
-        for reply in self._grid.pull_messages(late) if late else ():
-            if reply.metadata.reply_to_message_id in late:
-                self._receive(reply, late=True)
-        self._forget(late)
 
     @property
     def job(self) -> str:
         """Name of the job; the run's id where it has none."""
         return self._streams.job or str(self.run.run_id)
+
+    def _leave(self, message_ids: Iterable[str]) -> None:
+        """End a round without the replies to messages; what still comes of them is looked at."""
+        retries = {origin: retry for retry, origin in self._retries.items()}
+        for origin in message_ids:
+            message_id = retries.get(origin, origin)
+            self._retries.pop(message_id, None)
+            if (sent := self._sent.pop(message_id, None)) is not None:
+                self._late.leave(message_id, sent)
 
     def begin_round(self, number: int) -> None:
         """State the round of messages that state none themselves; schedules of pruning follow it.

@@ -89,6 +89,33 @@ class LazyArray(Array):
             return largest_of(self.numpy())
         return summand.reach(largest)
 
+    def moved(
+        self, before: NDArray[Any], base: NDArray[Any], weight: float, *, inside: bool
+    ) -> LazyArray:
+        """``base + weight * (array - before)``, formed when it is read; merged where this one is.
+
+        Args:
+            before: what this array is a change of.
+            base: what it is to be one of, of the same shape.
+            weight: of the change.
+            inside: stay between the base and the array instead: ``base + weight * (array - base)``.
+        """
+        made = self.__dict__["_summand"]
+        start = base if inside else before
+
+        def form() -> NDArray[Any]:
+            array = self.numpy()
+            return np.asarray(base + weight * (array - start), array.dtype)
+
+        def summand() -> WeightedSum | WholeSum:
+            found = made()
+            if isinstance(found, WeightedSum) and found.master is before and not inside:
+                return found.moved(base, weight)
+            return WeightedSum(form(), None)
+
+        of = np.dtype(self.dtype)
+        return LazyArray(form, of, self.shape, self.__dict__["_entry"], made and summand)
+
     @property
     def data(self) -> bytes:  # type: ignore[override]
         """The array in NumPy's format, serialised afresh at every access."""
@@ -175,6 +202,17 @@ class WeightedSum(_Sum):
         for weight, change in self._take() + other._changes:
             self._add(weight, change)
         return self
+
+    @property
+    def master(self) -> NDArray[Any]:
+        """What the change is added to."""
+        return self._master
+
+    def moved(self, master: NDArray[Any], weight: float) -> WeightedSum:
+        """The change of one reply, with a weight, added to another array instead."""
+        made = WeightedSum(master, None, self._dtype)
+        made._changes = [(factor * weight, change) for factor, change in self._changes]
+        return made
 
     def _take(self) -> list[tuple[float, Change]]:
         own, self._changes = self._changes, []

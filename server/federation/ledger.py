@@ -32,8 +32,8 @@ class Entry:
         node: node id.
         direction: "down" is server to node, "up" node to server.
         kind: keyframe, delta, reuse, update, values, mixed, plain, verbatim, base-missing, late,
-            error, ask or none, see docs/run.md; several, joined by "+", where a message has several
-            array records.
+            stale, error, ask or none, see docs/run.md; several, joined by "+", where a message has
+            several array records.
         message_type: Flower's message type.
         payload_bytes: bytes of the message as Flower serialises it, every object it consists of
             once; HTTP framing and TLS come on top and are not counted.

@@ -41,6 +41,7 @@ class Notices:
         self._kinds: Counter[str] = Counter()
         self._failures: Counter[int] = Counter()
         self._records, self._replies = 0, 0
+        self._late, self._applied = 0, 0
         self._lock = threading.Lock()
 
     def counted(self, *, records: int = 0, replies: int = 0) -> None:
@@ -85,11 +86,21 @@ class Notices:
         text = f"Node {node}: a reply that nobody waits for was dropped; it came twice or too late"
         self._say(("unasked", node), text)
 
+    def late(self, node: int, weight: float) -> None:
+        """A reply that came when its round had ended, and what its update counts; 0 for nothing."""
+        with self._lock:
+            self._late += 1
+            self._applied += bool(weight)
+        text = f"Node {node}: a reply came after its round had ended, and "
+        text += f"counts {weight:.2g} as much" if weight else "was discarded"
+        self._say(("late", node, bool(weight)), text)
+
     def sum_up(self) -> None:
         """One line for the end of a run, if there is anything to say; begins anew."""
         with self._lock:
             kinds, failures = self._kinds, self._failures
             records, replies = self._records, self._replies
+            late, applied, self._late, self._applied = self._late, self._applied, 0, 0
             self._kinds, self._failures = Counter(), Counter()
             self._records = self._replies = 0
         parts = []
@@ -102,6 +113,8 @@ class Notices:
             more = ", ..." if len(failures) > _LISTED else ""
             of = "node" if len(failures) == 1 else "nodes"
             parts.append(f"{failures.total()} of {replies} replies failed, of {of} {nodes}{more}")
+        if late:
+            parts.append(f"{late} replies came late, and {applied} of them were applied")
         if parts:
             log(WARNING, "Prunecast: %s; the reasons are above", "; ".join(parts))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import time
 from collections import Counter
@@ -139,6 +140,7 @@ class Batch:
     Attributes:
         occasion: one for all of them.
         overlap: of the replies, where nodes train slices of the model.
+        fresh_seconds: after its messages' creation, for how long replies are wanted; 0 for ever.
     """
 
     def __init__(self, messages: Iterable[Message], *, legacy: bool = True) -> None:
@@ -148,6 +150,7 @@ class Batch:
         self.messages = self._stated(messages) if legacy else list(messages)
         self.occasion = object()  # a round, where messages state none
         self.overlap = Overlap()
+        self.fresh_seconds = 0.0
         self._tags: list[str] = []
         self._tagged: Counter[int] = Counter()
 
@@ -266,7 +269,11 @@ class Outbound:
         if instruction is not None:
             name, attempt = self._streams.told(original.metadata.run_id)
             instruction = replace(
-                instruction, channels=prepared.channels, job=name, attempt=attempt
+                instruction,
+                channels=prepared.channels,
+                job=name,
+                attempt=attempt,
+                fresh_seconds=self._fresh(batch, original.metadata.dst_node_id),
             )
             prepared.rule = instruction.rule
             content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
@@ -277,6 +284,13 @@ class Outbound:
         envelope = make_message(original.metadata, RecordDict())
         prepared.dense_bytes = batch.size(original.content) + own_bytes(envelope)
         return prepared
+
+    def _fresh(self, batch: Batch, node_id: int) -> int:
+        """For how long a node is told that its reply is wanted, by its own clock."""
+        ahead = self._streams.node(node_id).ahead
+        if not batch.fresh_seconds or ahead is None:
+            return 0
+        return math.ceil(batch.fresh_seconds + ahead)
 
     def _densely(self, prepared: Prepared, key: str, record: ArrayRecord) -> ArrayRecord:
         """As in plain Flower."""

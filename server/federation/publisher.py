@@ -610,6 +610,8 @@ class NodeState:
         troubled: whether it said, the last time, that it cannot keep what it should.
         unread: types of messages that failed there, the last time, before the mod could read them.
         width: the class that it states; "" for none, None as long as it said nothing.
+        ahead: by how many seconds its clock is ahead of ours at the least; None where nothing came
+            that tells it.
     """
 
     held: dict[str, bytes] = field(default_factory=dict)
@@ -618,6 +620,7 @@ class NodeState:
     troubled: bool = False
     unread: set[str] = field(default_factory=set)
     width: str | None = None
+    ahead: float | None = None
 
     def settled(self, tag: str, *, accepted: bool) -> None:
         """Tell the node with its next messages what became of a reply; given up is so for good."""
@@ -697,6 +700,11 @@ class Streams:
         """Another record key of a run whose model has fewer channels already; None for none."""
         others = (place for place in self._streams if place[0] == run_id and place[1] != key)
         return next((p[1] for p in others if self._streams[p].channels is not None), None)
+
+    @property
+    def ahead(self) -> dict[int, float]:
+        """Of nodes of whose clock something is known, by how many seconds it is ahead."""
+        return {i: node.ahead for i, node in self._nodes.items() if node.ahead is not None}
 
     def nodes_of(self, width: str) -> int:
         """How many nodes state a class; "" for none."""

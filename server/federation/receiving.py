@@ -80,6 +80,7 @@ class Received:
         update: whether it staged something.
         statistics: what the node contributes to pruning; None for nothing.
         part: its content as it came, of a node that trains a slice of the model or might.
+        late: whether its round had ended when it came.
     """
 
     message: Message
@@ -88,6 +89,7 @@ class Received:
     update: bool = False
     statistics: bytes | None = None
     part: RecordDict | None = None
+    late: bool = False
 
 
 class Receiver:
@@ -104,7 +106,7 @@ class Receiver:
         self._streams, self._up, self._notices, self._verify = streams, up, notices, verify
 
     def understand(
-        self, reply: Message, sent: Prepared, entry: Entry, *, retried: bool, late: bool = False
+        self, reply: Message, sent: Prepared, entry: Entry, *, retried: bool
     ) -> Received | None:
         """A reply as it came to the strategy's view; None when the node needs a keyframe first.
 
@@ -113,7 +115,6 @@ class Receiver:
             sent: the message that it answers.
             entry: its line in the ledger, of the kind "error" so far.
             retried: whether the node was sent a keyframe for this message already.
-            late: whether nobody waits for it any more: it says what the node holds, and no more.
         """
         received = Received(reply, sent, entry)
         if reply.has_error():
@@ -122,7 +123,7 @@ class Receiver:
             self._failed(received)
             return received
         try:
-            if self._open(received, retried=retried, late=late):
+            if self._open(received, retried=retried):
                 return received
         except (VersionsError, CodecError, ReplyRefused) as error:
             self._refuse(received, str(error))
@@ -147,7 +148,7 @@ class Receiver:
             for index, reason in odd.items():
                 self._refuse(taken[index], reason)
         for item in taken:
-            if not item.message.has_error():
+            if not item.message.has_error() and not item.late:  # what is old says nothing of now
                 self._count(item)
         if policy.widths:
             self._overlap(
@@ -225,7 +226,7 @@ class Receiver:
             node = self._streams.node(sent.original.metadata.dst_node_id)
             node.settled(sent.tag, accepted=False)
 
-    def _open(self, received: Received, *, retried: bool, late: bool) -> bool:
+    def _open(self, received: Received, *, retried: bool) -> bool:
         """Decode a reply into what the strategy sees; whether the node could read the message."""
         reply, sent, entry = received.message, received.sent, received.entry
         node = self._streams.node(entry.node)
@@ -239,26 +240,11 @@ class Receiver:
         if report is None and sent.coded:
             raise ReplyRefused(f"it {_NO_MOD}")
         if report is not None and control is not None:
-            node.unread.discard(entry.message_type)
-            # of the versions it was sent alone: a node must not fill this side's memory
-            node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
-            if report.as_sent:
-                node.held.update({k: short(v.model.digest) for k, v in sent.versions.items()})
-            self._note_width(node, report.width, received)
-            if not report.unsettled:
-                node.knows(sent.told)
-            if report.trouble and not node.troubled:
-                self._notices.unkept(entry.node, report.trouble)
-            node.troubled = bool(report.trouble)
-            entry.encode_ms = report.encode_ms
+            self._heed(report, received)
             missing = [key for key in report.missing if key in sent.versions]
             for key in missing:
-                if (retried and not late) or key not in report.held:
+                if retried or key not in report.held:
                     node.held.pop(key, None)
-            if late:
-                entry.kind = "late"
-                received.message = refuse(reply, "it came when nobody waited for it any more")
-                return True
             if missing and not retried:
                 entry.kind = "base-missing"
                 return False
@@ -267,6 +253,11 @@ class Receiver:
                     f"it cannot keep the base of {missing[0]!r}: check that its store directory is "
                     "writable and belongs to it alone"
                 )
+            if report.stale:
+                entry.kind = "stale"
+                if not retried:  # its clock is wrong: the reply is wanted
+                    return False
+                raise ReplyRefused("it did not train though no deadline was stated")
             if ERROR_REASON in control:
                 received.message = make_message(reply.metadata, error=_error_in(control))
                 self._failed(received)
@@ -285,6 +276,55 @@ class Receiver:
                 content = sent.batch.overlap.whole(content, version, entry)
         received.message = make_message(reply.metadata, content)
         return True
+
+    def _heed(self, report: NodeReport, received: Received) -> None:
+        """Know from now on what a node says of itself."""
+        sent, entry = received.sent, received.entry
+        node = self._streams.node(entry.node)
+        node.unread.discard(entry.message_type)
+        # of the versions it was sent alone: a node must not fill this side's memory
+        node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
+        if report.as_sent:
+            node.held.update({k: short(v.model.digest) for k, v in sent.versions.items()})
+        self._note_width(node, report.width, received)
+        if not report.unsettled:
+            node.knows(sent.told)
+        if report.trouble and not node.troubled:
+            self._notices.unkept(entry.node, report.trouble)
+        node.troubled = bool(report.trouble)
+        entry.encode_ms = report.encode_ms
+
+    def look(self, reply: Message, sent: Prepared, entry: Entry) -> None:
+        """Learn from a reply that nobody waits for what the node holds; the rest is left unread."""
+        if reply.has_error():
+            return
+        entry.kind = "late"
+        self._notices.late(entry.node, 0.0)
+        try:
+            control = unpack(reply.content).config_records.get(CONTROL_RECORD)
+            if control is None:
+                return
+            report = NodeReport.from_bytes(control.get("report"))
+            self._heed(report, Received(reply, sent, entry))
+        except (VersionsError, ReplyRefused) as error:
+            entry.kind, entry.reason = "error", str(error)[:_LONGEST]
+            return
+        entry.kind = "stale" if report.stale else "late"
+        for key in report.missing:
+            if key not in report.held:
+                self._streams.node(entry.node).held.pop(key, None)
+
+    def late(self, item: Received, weight: float) -> None:
+        """Say of an update that came after its round what it counts; 0 for nothing."""
+        item.late = True
+        self._notices.late(item.entry.node, weight)
+
+    def is_update(self, item: Received) -> bool:
+        """Whether a reply's arrays are those that were sent, trained, and surely no gradients."""
+        scheme = self._streams.policy.scheme
+        trained = ["update", "update/verbatim", "dense"]
+        trained += [] if scheme is None else [scheme.name]
+        return all(kind in trained for kind in item.entry.kind.split("+"))
 
     def _note_width(self, node: NodeState, stated: str, received: Received) -> None:
         """Know the class of a node from now on, and whose bytes this exchange was."""

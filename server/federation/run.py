@@ -23,6 +23,7 @@ from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.channels import channels_beside, holding_channels
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation.checkpoints import Checkpoint
+from prunecast.server.federation.deadlines import Deadlines, gather
 from prunecast.server.federation.errors import FederationError, NodesFailed
 from prunecast.server.federation.events import EventLog, OnEvent
 from prunecast.server.federation.grid import CompressedGrid
@@ -103,6 +104,7 @@ class Run:
             each of them, too, and finds its channels by `current_channels`.
         channels: chooses which channels go, where the policy removes some while the run trains;
             see `prunecast.server.federation.shrinking.module_chooser`.
+        deadlines: when rounds end, what becomes of late replies, and how many nodes a start needs.
 
     Attributes:
         grid: the compressed grid; `grid.ledger.totals()` tells the bytes so far.
@@ -128,6 +130,7 @@ class Run:
         key: str = "arrays",
         channels: ChannelChooser | None = None,
         slices: SliceChooser | None = None,
+        deadlines: Deadlines | None = None,
     ) -> None:
         found: Grid = grid
         while isinstance(found, GridWrapper) and not isinstance(found, CompressedGrid):
@@ -136,6 +139,8 @@ class Run:
             self.grid, self._outermost = found, grid
         else:
             self.grid = self._outermost = CompressedGrid(grid, policy, seed=seed)
+        if deadlines is not None:
+            self.grid.use_deadlines(deadlines)
         self.strategy = strategy
         self.folder = None if folder is None else Path(folder)
         self.seed, self.name, self.key = seed, name, key
@@ -228,6 +233,7 @@ class Run:
             rounds = _Rounds(
                 *(self, self._outermost, events, num_rounds, removals, recalibration, timeout)
             )
+            gather(self._outermost, self.grid.deadlines)
             with rounds.observing(self.strategy):
                 result = self.strategy.start(
                     grid=rounds,
@@ -316,6 +322,7 @@ class _Rounds(GridWrapper):
         self._number, self._asked = number, 0
         self._trained: list[int] = []  # ids of nodes
         self._failed: list[dict[str, str]] = []
+        self._late = self._applied = 0  # nodes not waited for, and updates of rounds before
         self._metrics: dict[str, dict[str, Any]] = {}
         self._measured: dict[str, list[float]] = {}  # by evaluating nodes, of each metric
         self._run.grid.samples.wanted = samples_round(number, self._rounds)
@@ -340,6 +347,7 @@ class _Rounds(GridWrapper):
         replies = list(self._grid.send_and_receive(batch, timeout=timeout))
         answers = {reply.metadata.reply_to_message_id: reply for reply in replies}
         self._nodes.note(batch, answers)
+        self._applied += len(answers.keys() - {message.metadata.message_id for message in batch})
         failed: list[dict[str, str]] = []
         for message in batch:
             reply = answers.get(message.metadata.message_id)
@@ -353,6 +361,9 @@ class _Rounds(GridWrapper):
                         self._measured.setdefault(name, []).append(value)
                 continue
             reason = "no reply in time"
+            if reply is None and self._run.grid.deadlines.ends_early:
+                self._late += 1
+                continue
             if reply is not None:
                 reason = node_reason(str(reply.error.reason))[:_LONGEST]
             # as text: JavaScript rounds integers of 64 bits
@@ -455,6 +466,8 @@ class _Rounds(GridWrapper):
             nodes={
                 "asked": self._asked,
                 "trained": len(self._trained),
+                "late": self._late,
+                "late_applied": self._applied,
                 "failures": len(self._failed),
                 "failed": self._failed[:_NAMED],
             },

@@ -28,6 +28,7 @@ from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.channels import current_channels
 from prunecast.server.federation.checkpoints import Checkpoint
+from prunecast.server.federation.deadlines import Deadlines
 from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.prunable import check_model, frozen_parameters
@@ -100,6 +101,7 @@ def main(grid: Grid, context: Context) -> None:
         output=_get(config, "output", "") or None,
         channels=choose,
         slices=slices,
+        deadlines=Deadlines.from_run_config(config),
     )
     with nullcontext() if metrics is None else metrics[1]:
         run.start(

@@ -41,6 +41,8 @@ class InProcessGrid(Grid):
 
     Attributes:
         online: node ids `get_node_ids` reports; remove one to let it skip rounds.
+        busy: node ids that come to their messages when `serve` says so, and not at once. What has
+            expired by then is not delivered, as on the SuperLink. For fault injection.
         on_reply: called with every reply before it is delivered; may change it, or return None
             to lose it. For fault injection.
     """
@@ -69,8 +71,9 @@ class InProcessGrid(Grid):
         }
         self._replies: dict[str, Message] = {}
         self._waiting: dict[str, float] = {}  # id of a message -> until when its reply may come
+        self._queued: dict[str, Message] = {}  # what nodes have not come to
         self._numbers = itertools.count(1)
-        self.online = set(nodes)
+        self.online, self.busy = set(nodes), set[int]()
         self.on_reply: Callable[[Message], Message | None] = lambda reply: reply
         identify_process(run_id, SUPERLINK_NODE_ID)
 
@@ -99,16 +102,39 @@ class InProcessGrid(Grid):
         return sorted(self.online)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver every message and run its ClientApp at once."""
+        """Deliver every message and run its ClientApp at once, but for those to busy nodes."""
         ids = []
         for message in messages:
             ids.append(f"message-{next(self._numbers):012d}")
             set_message_id(message, ids[-1])
             self._waiting[ids[-1]] = message.metadata.created_at + message.metadata.ttl
-            reply = self.on_reply(self._run_client(over_the_wire(message)))
-            if reply is not None:
-                self._replies[ids[-1]] = reply
+            self._queued[ids[-1]] = over_the_wire(message)
+            if message.metadata.dst_node_id not in self.busy:
+                self._deliver(ids[-1])
         return ids
+
+    def serve(self, node: int, most: int | None = None) -> int:
+        """Let a node come to its messages, in the order in which they were sent.
+
+        Args:
+            node: its id.
+            most: how many messages it takes, at most; None for all.
+
+        Returns:
+            How many it took.
+        """
+        mine = [i for i, m in self._queued.items() if m.metadata.dst_node_id == node]
+        for message_id in mine[:most]:
+            self._deliver(message_id)
+        return len(mine[:most])
+
+    def _deliver(self, message_id: str) -> None:
+        message = self._queued.pop(message_id)
+        if self._waiting.get(message_id, 0.0) < time.time():
+            return
+        reply = self.on_reply(self._run_client(message))
+        if reply is not None:
+            self._replies[message_id] = reply
 
     def _run_client(self, message: Message) -> Message:
         node = message.metadata.dst_node_id

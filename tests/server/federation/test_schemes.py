@@ -403,6 +403,8 @@ def test_records_of_the_wire():
         Instruction(None, statistics=("gradient",)),
         Instruction(None),
         Instruction(UpdateRule(3.0), channels={"arrays": b"a plan", "other": b""}),
+        Instruction(UpdateRule(3.0), tag="ef" * 4, fresh_seconds=90),
+        Instruction(None, fresh_seconds=1 << 40),
     ):
         assert Instruction.from_bytes(instruction.to_bytes()) == instruction
     plain, rounds = (Instruction(UpdateRule(3.0, 0.6, True, 0.0, b)).to_bytes() for b in (0, 6))
@@ -415,6 +417,8 @@ def test_records_of_the_wire():
             Instruction.from_bytes(whole[:-cut])
     report = NodeReport({"arrays": bytes(16)}, ("control",), 1.25)
     assert NodeReport.from_bytes(report.to_bytes()) == report
+    stale = NodeReport(as_sent=True, stale=True)
+    assert NodeReport.from_bytes(stale.to_bytes()) == stale
     assert len(NodeReport(encode_ms=0.0).to_bytes()) == len(NodeReport(encode_ms=1e9).to_bytes())
     for data in (
         *(b"", b"[", b"{}", b'{"r":[1],"a":"","u":{}}', b'{"r":["stc",{},"1"],"a":"","u":{}}'),

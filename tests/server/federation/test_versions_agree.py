@@ -162,15 +162,18 @@ def test_a_reply_after_its_deadline_says_what_the_node_holds(federation, tmp_pat
     assert not list(store._folder.glob("*.taken-*"))
 
 
-def test_a_late_reply_that_never_comes_is_forgotten_with_the_next_message(federation):
+def test_a_late_reply_that_never_comes_keeps_no_model_in_memory(federation):
     grid, inner, _ = federation("balanced", nodes=2)
     content = RecordDict({"arrays": to_record(initial_arrays())})
     inner.on_reply = lambda reply: None if reply.metadata.src_node_id == 2 else reply
     messages = [Message(content, node, "train") for node in (1, 2)]
     assert len(list(grid.send_and_receive(messages, timeout=0.03))) == 1
-    assert len(grid._sent) == 1
+    assert not grid._sent
     assert len(list(grid.send_and_receive([Message(content, 1, "train")]))) == 1
     assert not grid._sent
+    (kept,) = grid._late._pending.values()
+    assert not kept.original.content
+    assert not any(version.master for version in kept.versions.values())
 
 
 @pytest.mark.parametrize("late", [False, True])
