@@ -77,8 +77,9 @@ def test_a_folder_holds_what_the_run_did(inner: InProcessGrid, tmp_path: Path) -
     assert kinds == ["round-finished", *["round-begun", "round-finished"] * 3]
     rounds = [event for event in middle if event["event"] == "round-finished"]
     assert [event["round"] for event in rounds] == [0, 1, 2, 3]
-    assert rounds[0]["nodes"] == {"asked": 0, "trained": 0, "failures": 0, "failed": []}
-    assert rounds[2]["nodes"] == {"asked": 3, "trained": 3, "failures": 0, "failed": []}
+    nobody = {"late": 0, "late_applied": 0, "failures": 0, "failed": []}
+    assert rounds[0]["nodes"] == {"asked": 0, "trained": 0, **nobody}
+    assert rounds[2]["nodes"] == {"asked": 3, "trained": 3, **nobody}
     assert rounds[3]["client_metrics"].keys() == {"train", "evaluate"}
     assert rounds[3]["client_metrics"]["evaluate"] == dict(result.evaluate_metrics_clientapp[3])
     assert rounds[0]["node_metrics"] == {}
