@@ -347,7 +347,9 @@ class _Rounds(GridWrapper):
         replies = list(self._grid.send_and_receive(batch, timeout=timeout))
         answers = {reply.metadata.reply_to_message_id: reply for reply in replies}
         self._nodes.note(batch, answers)
-        self._applied += len(answers.keys() - {message.metadata.message_id for message in batch})
+        late = len(answers.keys() - {message.metadata.message_id for message in batch})
+        self._applied += late
+        self._used |= {"train"} if late else set()
         failed: list[dict[str, str]] = []
         for message in batch:
             reply = answers.get(message.metadata.message_id)
@@ -360,15 +362,15 @@ class _Rounds(GridWrapper):
                     for name, value in _numbers(reply).items():
                         self._measured.setdefault(name, []).append(value)
                 continue
-            reason = "no reply in time"
+            node, reason = message.metadata.dst_node_id, "no reply in time"
+            if reply is not None:
+                reason = node_reason(str(reply.error.reason))[:_LONGEST]
+            self._in_vain.setdefault(kind, f"node {node}: {reason}")
             if reply is None and self._run.grid.deadlines.ends_early:
                 self._late += 1
                 continue
-            if reply is not None:
-                reason = node_reason(str(reply.error.reason))[:_LONGEST]
             # as text: JavaScript rounds integers of 64 bits
-            failed.append({"node": str(message.metadata.dst_node_id), "reason": reason})
-            self._in_vain.setdefault(kind, f"node {failed[-1]['node']}: {reason}")
+            failed.append({"node": str(node), "reason": reason})
         self._failed += failed
         if failed and self._run.stop_on_failure:
             raise NodesFailed(

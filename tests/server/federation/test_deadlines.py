@@ -20,6 +20,7 @@ from prunecast.compression.flower.internals import make_message
 from prunecast.server.federation import (
     Deadlines,
     FederationError,
+    NodesFailed,
     NodesMissing,
     Policy,
     Run,
@@ -399,6 +400,14 @@ def test_any_strategy_goes_on_without_a_slow_node(
     assert [n["failures"] for n in nodes] == [0] * 4
     # it trains when the next messages go out, which are those to evaluate
     assert sum(n["late_applied"] for n in nodes) == (3 if late == "apply" else 0)
+
+
+def test_a_run_in_which_everybody_is_late_was_for_nothing(tmp_path: Path) -> None:
+    inner = InProcessGrid(make_app(tmp_path / "store"), 2, run_id=RUN_ID)
+    inner.busy = {1, 2}
+    run = Run(inner, FedAvg(), deadlines=Deadlines(seconds=0.1))
+    with pytest.raises(NodesFailed, match="no reply of the whole run could be used.*in time"):
+        run.start(to_record(initial_arrays()), num_rounds=1)
 
 
 # -- nodes that are waited for --------------------------------------------------------------------
