@@ -406,7 +406,7 @@ def test_a_run_in_which_everybody_is_late_was_for_nothing(tmp_path: Path) -> Non
     inner = InProcessGrid(make_app(tmp_path / "store"), 2, run_id=RUN_ID)
     inner.busy = {1, 2}
     run = Run(inner, FedAvg(), deadlines=Deadlines(seconds=0.1))
-    with pytest.raises(NodesFailed, match="no reply of the whole run could be used.*in time"):
+    with pytest.raises(NodesFailed, match=r"no reply of the whole run could be used.*in time"):
         run.start(to_record(initial_arrays()), num_rounds=1)
 
 
