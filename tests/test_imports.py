@@ -167,7 +167,7 @@ def test_top_folders_without_a_face_are_namespaces(folder: str) -> None:
 @pytest.mark.parametrize(
     ("face", "names"),
     [
-        ("server", ["Checkpoint", "CompressedGrid", "Ledger", "Policy", "Run"]),
+        ("server", ["Checkpoint", "CompressedGrid", "Deadlines", "Ledger", "Policy", "Run"]),
         (
             "client",
             [
