@@ -65,6 +65,7 @@ _EXTRAS = {
     "edge": "edge",
     "federation": "server",
     "fleet": "server",
+    "node": "client",
     "release": "server",
     "serve": "server",
     "compress": "files",

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 # these modules import nothing beyond the base installation until a command runs
-from prunecast.cli import data, edge, federation, fleet, release
+from prunecast.cli import data, edge, federation, fleet, node, release
 from prunecast.cli.compare import compare
 from prunecast.cli.console import explain, is_usage
 from prunecast.cli.files import compress, decompress, inspect
@@ -97,6 +97,7 @@ _GROUPS = {
     "release": release,
     "edge": edge,
     "fleet": fleet,
+    "node": node,
     "federation": federation,
 }
 for _name, _group in _GROUPS.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from logging import ERROR, WARNING
 from pathlib import Path
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from prunecast.client.training.by_scheme import encode_clipped, scheme_input
 from prunecast.client.training.encoding import Coded, align, compress_reply
+from prunecast.client.training.housekeeping import default_root
 from prunecast.client.training.store import (
     ModError,
     NodeStore,
     NonFiniteUpdate,
     StoreError,
-    default_root,
     plan_of,
 )
 from prunecast.compression.codec import CodecError, NonFiniteError, TensorSpec
@@ -100,6 +100,7 @@ def compression_mod(
     store: Path | str | None = None,
     *,
     max_model_bytes: int | None = None,
+    store_quota: int | None = None,
     teacher: bool | None = None,
 ) -> Mod:
     """A Flower mod that decodes what `CompressedGrid` sends and encodes the reply.
@@ -119,6 +120,10 @@ def compression_mod(
             config, else ``$PRUNECAST_STORE``, else ``prunecast/nodes`` in the user's cache
             directory. Simulations that span machines need one that all of them see.
         max_model_bytes: of the largest model that this node may take.
+        store_quota: most bytes that all jobs and nodes of this machine may keep in the store, or
+            ``prunecast-store-quota`` of the node config; default: any number. Jobs used longest
+            ago make room, and never the one whose message is handled; where that alone needs more,
+            the update is sent all the same, and nothing is kept for the next one.
         teacher: keep the last dense version on disk once the model is pruned, for
             `current_teacher()`; None: where the run config has `distillation` above 0.
 
@@ -136,6 +141,12 @@ def compression_mod(
     """
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        with ExitStack() as stack:
+            return handled(message, context, call_next, stack)
+
+    def handled(
+        message: Message, context: Context, call_next: ClientAppCallable, stack: ExitStack
+    ) -> Message:
         if not is_packed(message.content) and CONTROL_RECORD not in message.content.config_records:
             if any(map(open_coded, message.content.array_records.values())):
                 raise ModError(
@@ -156,9 +167,14 @@ def compression_mod(
         node: NodeStore | None = None
         try:
             instruction = Instruction.from_bytes(stated)
-            node = NodeStore(root, instruction.job or message.metadata.run_id, context.node_id)
+            most = _bytes_of("max_model_bytes", max_model_bytes, context) or MAX_MODEL_BYTES
+            quota = _bytes_of("store_quota", store_quota, context)
+            job = instruction.job or message.metadata.run_id
+            node = NodeStore(root, job, context.node_id, quota=quota)
+            stack.callback(node.close)
+            node.note_end(last=instruction.last)
             exchange = _Exchange(
-                *(message, instruction, node, _most(max_model_bytes, context)),
+                *(message, instruction, node, most),
                 keeps_teacher=_distils(context) if teacher is None else teacher,
                 width=str(context.node_config.get("prunecast-width", "")),
             )
@@ -222,14 +238,14 @@ def _with_error(content: RecordDict, error: Error) -> RecordDict:
     return content
 
 
-def _most(stated: int | None, context: Context) -> int:
-    config = context.node_config.get("prunecast-max-model-bytes", MAX_MODEL_BYTES)
-    most = config if stated is None else stated
+def _bytes_of(name: str, stated: int | None, context: Context) -> int | None:
+    """A limit, of the code or else of the node config; None for neither."""
+    key = f"prunecast-{name.replace('_', '-')}"
+    most = context.node_config.get(key) if stated is None else stated
+    if most is None:
+        return None
     if not isinstance(most, int) or isinstance(most, bool) or most <= 0:
-        raise ModError(
-            f"max_model_bytes (prunecast-max-model-bytes) is {most!r}: give a positive number of "
-            "bytes"
-        )
+        raise ModError(f"{name} ({key}) is {most!r}: give a positive number of bytes")
     return most
 
 

@@ -8,11 +8,10 @@ when a SuperNode restarts. Blobs are files here, replaced atomically, before the
     <root>/<job>/<node id>/<record>.pending-<tag>  what the reply with this tag dropped
     <root>/<job>/<node id>/<record>.taken-<tag>    the residual that this reply took along
     <root>/<job>/<node id>/attempt                 how often the job was resumed, as far as is known
-    <root>/<job>/name                              of a job that has one
 
 A job is Flower's run, or what several runs of Flower go on with under one name; its folder is the
 run's id, or follows from a digest of the name (`prunecast.compression.flower.job_id`), since a name
-comes from outside.
+comes from outside. `prunecast.client.training.housekeeping` says when it goes.
 
 A reply takes the whole residual along, so that one which is encoded while it is still under way
 begins with none. Once the server says that it accepted the reply, what the reply dropped is added
@@ -31,8 +30,7 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import time
+import weakref
 import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -42,13 +40,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.common.files import (
-    StorageError,
-    cache_folder,
-    folder_bytes,
-    remove_abandoned,
-    write_atomically,
+from prunecast.client.training.housekeeping import (
+    NAME,
+    enter,
+    folder_of,
+    make,
+    make_room,
+    say_finished,
+    tidy,
 )
+from prunecast.common.files import StorageError, remove_abandoned, write_atomically
 from prunecast.compression.flower import job_id
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
@@ -65,15 +66,10 @@ __all__ = [
     "NodeStore",
     "NonFiniteUpdate",
     "StoreError",
-    "default_root",
-    "forget",
-    "kept_bytes",
     "plan_of",
 ]
 
-_STALE_SECONDS = 30 * 24 * 3600
-_SIGN_OF_LIFE_SECONDS = 24 * 3600
-_NAME, _ATTEMPT = "name", "attempt"
+_ATTEMPT = "attempt"
 _LONGEST_NUMBER = 20  # digits of 64 bits
 _TAGS = 64  # that a residual remembers to have been added
 _DAMAGED = (
@@ -94,39 +90,6 @@ class StoreError(ModError):
     """The node's store cannot be written, or not be read for now."""
 
 
-def default_root() -> Path:
-    """``$PRUNECAST_STORE``, else ``prunecast/nodes`` in the user's cache directory."""
-    if explicit := os.environ.get("PRUNECAST_STORE"):
-        return Path(explicit)
-    return cache_folder("nodes")
-
-
-def kept_bytes(root: Path, job: int | str, node_id: int) -> int:
-    """Bytes of the files of one node in one job; 0 where it kept none."""
-    return folder_bytes(_folder(root, job, node_id))
-
-
-def forget(root: Path, job: int | str, node_id: int, *, residuals: bool) -> None:
-    """Remove what a node keeps between messages; it goes on as one whose disk was lost.
-
-    Args:
-        root: directory for all jobs and nodes of this machine.
-        job: its name, or Flower's run id.
-        node_id: Flower's node id; none of its messages may be under way.
-        residuals: also what its updates dropped, and not only the versions it holds.
-    """
-    folder = _folder(root, job, node_id)
-    if residuals:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    for path in folder.glob("*.model"):
-        path.unlink(missing_ok=True)
-
-
-def _folder(root: Path, job: int | str, node_id: int) -> Path:
-    return root / job_id(job) / str(node_id)
-
-
 class NodeStore:
     """Files of one node in one job.
 
@@ -134,32 +97,41 @@ class NodeStore:
         root: directory for all jobs and nodes of this machine.
         job: its name, any text; Flower's run id of one that has none.
         node_id: Flower's node id.
+        quota: most bytes that all jobs and nodes of this machine may keep in `root`; None for any.
+            Those used longest ago make room, and never this job.
+
+    As long as there is one, other processes leave the folder alone.
     """
 
-    def __init__(self, root: Path, job: int | str, node_id: int) -> None:
-        self._folder, self._attempt = _folder(root, job, node_id), 0
-        if not self._folder.is_dir():
-            with suppress(StoreError):  # said where something is to be written
-                self._make_folder()
-                _remove_stale_runs(root, keep=job_id(job))
-                if job_id(job) != str(job):
-                    self._write_name(str(job))
-        with suppress(OSError):  # a node that is only told what it holds writes nothing for long
-            if time.time() - self._folder.stat().st_mtime > _SIGN_OF_LIFE_SECONDS:
-                os.utime(self._folder)
-        remove_abandoned(self._folder)
+    def __init__(
+        self, root: Path, job: int | str, node_id: int, *, quota: int | None = None
+    ) -> None:
+        self._root, self._quota = root, quota
+        self._folder, self._attempt = folder_of(root, job, node_id), 0
+        fresh, handle = not os.path.isdir(self._folder.parent), None
+        with suppress(OSError):  # said where something is to be written
+            handle = enter(self._folder)
+        self._leave = None if handle is None else weakref.finalize(self, os.close, handle)
+        with suppress(OSError, StoreError):
+            if job_id(job) != str(job) and not (name := self._folder.parent / NAME).exists():
+                self._atomically(name, str(job).encode())
+        if fresh:  # once for all nodes of a job: there may be thousands
+            tidy(root, keep=self._folder.parent)
+        with suppress(OSError):
+            remove_abandoned(self._folder)
 
-    def _make_folder(self) -> None:
-        try:
-            # what a node drops from its updates says something of its data: owner only
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise _unwritable(self._folder.parent.parent, error) from error
+    def close(self) -> None:
+        """Let other processes remove it, once it is over or room is needed."""
+        if self._leave is not None:
+            self._leave()
 
-    def _write_name(self, job: str) -> None:
-        path = self._folder.parent / _NAME
-        if not path.exists():
-            self._atomically(path, job.encode())
+    def note_end(self, *, last: bool) -> None:
+        """Note whether the server says that this is the last round of the job.
+
+        Nothing is removed yet: a job may go on all the same, or be sent a message once more. Its
+        files go with the beginning of the next job on this machine.
+        """
+        say_finished(self._folder, last)
 
     def go_on(self, attempt: int) -> None:
         """Be of an attempt of the job: of a new one, after the tags that its server names.
@@ -182,7 +154,6 @@ class NodeStore:
             )
         left = {path.suffix.partition("-")[2] for path in self._staged()}
         self.settle((), left)
-        self._make_folder()
         self._atomically(self._folder / _ATTEMPT, str(attempt).encode())
 
     def _staged(self) -> list[Path]:
@@ -347,8 +318,14 @@ class NodeStore:
             )
         meta = {"names": list(dropped), **_of(channels)}
         self._write(self._path(key, f"pending-{tag}"), meta, dropped.values())
-        with suppress(FileNotFoundError):  # there was none to take along
+        try:
             os.replace(self._path(key, "residual"), self._path(key, f"taken-{tag}"))
+        except FileNotFoundError:  # there was none to take along
+            pass
+        except OSError as error:
+            with suppress(OSError):
+                self._path(key, f"pending-{tag}").unlink(missing_ok=True)
+            raise _unwritable(self._folder, error) from error
 
     def settle(self, accepted: Iterable[str], given_up: Iterable[str] = ()) -> None:
         """End what the server knows the end of; tags that are settled already are passed over.
@@ -361,35 +338,35 @@ class NodeStore:
         Raises:
             StoreError: a file cannot be written, or not be read for now.
         """
-        for tags, added, removed in (
-            (accepted, "pending", "taken"),
-            (given_up, "taken", "pending"),
-        ):
-            for tag in tags:
-                for path in self._folder.glob(f"*.{added}-{tag}") if tag.isalnum() else ():
-                    self._add(path, tag)
-                for path in self._folder.glob(f"*.{removed}-{tag}") if tag.isalnum() else ():
-                    path.unlink(missing_ok=True)
+        try:
+            for tags, added, removed in (
+                (accepted, "pending", "taken"),
+                (given_up, "taken", "pending"),
+            ):
+                for tag in filter(str.isalnum, tags):
+                    for path in self._folder.glob(f"*.{added}-{tag}"):
+                        self._add(path, tag)
+                    for path in self._folder.glob(f"*.{removed}-{tag}"):
+                        path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(self._folder, error) from error
 
     def _add(self, path: Path, tag: str) -> None:
         """Add a file's arrays to its record's residual, once even if killed in between."""
         target = path.with_suffix(".residual")
-        try:
-            if not target.exists():
-                os.replace(path, target)
-                return
-            before, added, text = self._residual(target)
-            if tag not in added:
-                more, _, other = self._residual(path)
-                if text != other:
-                    self._alike({path: other, target: text})
-                    (before, _, text), (more, _, _) = map(self._residual, (target, path))
-                total = _sum(before, more)
-                meta = {"names": list(total), "added": [*added[-_TAGS:], tag], "channels": text}
-                self._write(target, meta, total.values())
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise _unwritable(self._folder, error) from error
+        if not target.exists():
+            os.replace(path, target)
+            return
+        before, added, text = self._residual(target)
+        if tag not in added:
+            more, _, other = self._residual(path)
+            if text != other:
+                self._alike({path: other, target: text})
+                (before, _, text), (more, _, _) = map(self._residual, (target, path))
+            total = _sum(before, more)
+            meta = {"names": list(total), "added": [*added[-_TAGS:], tag], "channels": text}
+            self._write(target, meta, total.values())
+        path.unlink(missing_ok=True)
 
     def _residual(self, path: Path) -> tuple[dict[str, NDArray[Any]], list[str], str]:
         """The arrays of a file, the tags it remembers, and the text of its plan."""
@@ -404,13 +381,27 @@ class NodeStore:
     def _write(self, path: Path, meta: Any, arrays: Iterable[NDArray[Any]]) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, *arrays, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8))
-        self._make_folder()  # another process may have taken it for one of a run long over
+        self._make_room(path, buffer.getbuffer().nbytes)
         self._atomically(path, buffer.getvalue())
+
+    def _make_room(self, path: Path, size: int) -> None:
+        """Have the jobs that were used longest ago make room within the quota."""
+        if self._quota is None:
+            return
+        with suppress(OSError):  # it is not there yet
+            size -= path.stat().st_size
+        if not make_room(self._root, self._folder.parent, self._quota, size):
+            raise StoreError(
+                f"the node's store may have {self._quota} bytes, which are fewer than this job "
+                "alone needs: set prunecast-store-quota, or compression_mod(store_quota=...), to "
+                "about four models of 32 bits for each node of this machine"
+            )
 
     def _atomically(self, path: Path, data: bytes) -> None:
         try:
+            make(self._folder)  # somebody may have removed it by hand
             write_atomically(path, data)
-        except StorageError as error:
+        except (OSError, StorageError) as error:
             raise _unwritable(self._folder, error) from error
 
 
@@ -459,15 +450,3 @@ def _unreadable(folder: Path, error: OSError) -> StoreError:
         f"the node's store cannot be read ({error.strerror or error}), and is left as it is: see "
         f"to the disk of {folder}, or to how many files this process may open"
     )
-
-
-def _remove_stale_runs(root: Path, *, keep: str) -> None:
-    """Drop what runs left behind in which nothing was written for a month."""
-    limit = time.time() - _STALE_SECONDS
-    for folder in root.iterdir():
-        ours = folder.name.isdigit() or folder.name.startswith("job-")
-        if ours and folder.name != keep:
-            with suppress(OSError):  # another node of this machine does the same at the same time
-                # writing into a node's folder does not touch the time of the run's
-                if max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < limit:
-                    shutil.rmtree(folder, ignore_errors=True)

@@ -29,7 +29,7 @@ TAG_BYTES = 4
 _NO_TAG = "00" * TAG_BYTES
 _FORMAT = b"\x01"  # first byte
 _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
-_OF_JOB, _FRESH = 4, 8  # added to these where a job is named, and where freshness is
+_OF_JOB, _FRESH, _LAST = 4, 8, 16  # added to these: a job is named, freshness is, the last round
 _AS_SENT, _HELD, _MISSING, _TROUBLE, _WIDTH, _UNSETTLED, _STALE = 1, 2, 4, 8, 16, 32, 64
 _MOST_MICROSECONDS = (1 << 32) - 1
 
@@ -141,6 +141,8 @@ class Instruction:
             the last time are given up, unless `accepted` names them.
         fresh_seconds: after the message's `created_at`, by the node's clock, for how long the reply
             is wanted; 0 where that is not said.
+        last: whether it is of the job's last round, as far as the server knows: what the node keeps
+            may go when room is needed, and with the beginning of another job.
     """
 
     rule: UpdateRule | SchemeRule | None
@@ -153,6 +155,7 @@ class Instruction:
     job: str = ""
     attempt: int = 0
     fresh_seconds: int = 0
+    last: bool = False
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
@@ -186,7 +189,7 @@ class Instruction:
         return bytes(out.data)
 
     def _begin(self, out: FieldWriter, kind: int) -> None:
-        kind |= _FRESH if self.fresh_seconds else 0
+        kind |= _LAST * self.last | _FRESH * bool(self.fresh_seconds)
         if not self.job:
             out.number(kind)
             return
@@ -205,7 +208,7 @@ class Instruction:
         kind, job, attempt = found.number(), "", 0
         if kind & _OF_JOB:
             job, attempt = found.text(), found.number()
-        rule = _rule(found, kind & ~(_OF_JOB | _FRESH))
+        rule = _rule(found, kind & ~(_OF_JOB | _FRESH | _LAST))
         tag = _NO_TAG if rule is None else found.raw(TAG_BYTES).hex()
         fresh_seconds = found.number() if kind & _FRESH else 0
         accepted, given_up = (
@@ -216,7 +219,7 @@ class Instruction:
         while found.left:
             key = found.text()
             channels[key] = found.part()
-        told = channels, job, attempt, fresh_seconds
+        told = channels, job, attempt, fresh_seconds, bool(kind & _LAST)
         return cls(rule, accepted, given_up, reuse, statistics, tag, *told)
 
 

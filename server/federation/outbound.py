@@ -275,6 +275,8 @@ class Outbound:
                 attempt=attempt,
                 fresh_seconds=self._fresh(batch, original.metadata.dst_node_id),
             )
+            if self._streams.ends_with(original.metadata.run_id, prepared.round):
+                instruction = replace(instruction, last=True)
             prepared.rule = instruction.rule
             content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
             prepared.message = make_message(original.metadata, content)

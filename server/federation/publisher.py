@@ -673,6 +673,15 @@ class Streams:
         known = self.job in ("", str(run_id)) and not self.attempt
         return ("", 0) if known else (self.job or str(run_id), self.attempt)
 
+    def ends_with(self, run_id: int, stated: int) -> bool:
+        """Whether a round is the last of a job that no other run can go on with.
+
+        Args:
+            run_id: Flower's run id.
+            stated: the round that a message states; 0 for none.
+        """
+        return self.job in ("", str(run_id)) and 0 < self._rounds <= stated
+
     def stream(self, run_id: int, key: str) -> Publisher:
         """The publisher of a record key's versions, made if necessary."""
         if (run_id, key) not in self._streams:

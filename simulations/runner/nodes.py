@@ -18,7 +18,7 @@ import numpy as np
 from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
-from prunecast.client.training.store import forget, kept_bytes
+from prunecast.client.training.housekeeping import forget, kept_bytes
 from prunecast.common.files import write_atomically
 from prunecast.compression.flower.internals import ClientAppCallable, Mod, log
 from prunecast.server.federation.wrapper import GridWrapper

@@ -15,7 +15,7 @@ from prunecast.cli.main import app
 from prunecast.simulations.scenarios import ScenarioError, packaged_scenarios
 
 COMMANDS = [
-    *("demo", "simulate", "report", "data", "release", "serve", "edge", "fleet"),
+    *("demo", "simulate", "report", "data", "release", "serve", "edge", "fleet", "node"),
     "federation",
     *("compress", "decompress", "inspect"),
 ]
