@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flwr.app import Context, RecordDict, UserConfig
 
-from prunecast.client.training.store import NodeStore, kept_bytes
+from prunecast.client.training.housekeeping import kept_bytes
+from prunecast.client.training.store import NodeStore
 from prunecast.compression.versions import LatticeTensor, PublishedModel
 from prunecast.server.federation import Ledger
 from prunecast.simulations.runner import EngineFailed
