@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from numpy.typing import NDArray
 
 from prunecast.client.training.by_scheme import encode_clipped, scheme_input
+from prunecast.client.training.capabilities import capabilities
 from prunecast.client.training.encoding import Coded, align, compress_reply
 from prunecast.client.training.housekeeping import default_root
 from prunecast.client.training.store import (
@@ -70,6 +71,7 @@ from prunecast.compression.versions import (
     NOTHING_SENT,
     BadPayload,
     BaseMissing,
+    Capabilities,
     Instruction,
     Kind,
     LatticeTensor,
@@ -173,13 +175,15 @@ def compression_mod(
             node = NodeStore(root, job, context.node_id, quota=quota)
             stack.callback(node.close)
             node.note_end(last=instruction.last)
+            able = capabilities(root, context.node_config) if instruction.asks else None
             exchange = _Exchange(
                 *(message, instruction, node, most),
+                able=able,
                 keeps_teacher=_distils(context) if teacher is None else teacher,
                 width=str(context.node_config.get("prunecast-width", "")),
             )
         except (ModError, VersionsError, CodecError, PlanError) as error:
-            return _refusal(message, node, error)
+            return _refusal(message, node, capabilities(root, context.node_config), error)
         if exchange.missing or exchange.stale:
             return Message(pack(exchange.wrap(RecordDict())), reply_to=message)
         try:
@@ -205,10 +209,13 @@ def compression_mod(
     return mod
 
 
-def _refusal(message: Message, store: NodeStore | None, error: Exception) -> Message:
+def _refusal(
+    message: Message, store: NodeStore | None, able: Capabilities, error: Exception
+) -> Message:
     """An error reply that says what this node holds of the records that it was sent.
 
-    Where the job could not be read, it says nothing of that, and the server goes by what it knows.
+    Where the instruction could not be read, it says nothing of that, and the server goes by what it
+    knows; but what this node is able to read.
     """
     text = f"message from the server was refused: {error}"
     if isinstance(error, TooLarge):
@@ -222,7 +229,8 @@ def _refusal(message: Message, store: NodeStore | None, error: Exception) -> Mes
     if store is not None:
         found = {key: store.held(key) for key in message.content.array_records}
         held = {key: short(model.digest) for key, model in found.items() if model is not None}
-    content = RecordDict({CONTROL_RECORD: ConfigRecord({"report": NodeReport(held).to_bytes()})})
+    report = NodeReport(held, able=able if store is None else None)
+    content = RecordDict({CONTROL_RECORD: ConfigRecord({"report": report.to_bytes()})})
     return Message(pack(_with_error(content, _raised(refused))), reply_to=message)
 
 
@@ -266,7 +274,9 @@ class _Exchange:
         *,
         keeps_teacher: bool = False,
         width: str = "",
+        able: Capabilities | None = None,
     ) -> None:
+        self._able = able
         self._metadata, self._most, self._width = message.metadata, most, width
         self._keeps_teacher = keeps_teacher
         self._instruction = instruction
@@ -366,7 +376,10 @@ class _Exchange:
                 return self._miss(key, stored)
             model = held  # the server does not know that its last reply was lost on the way
         self._models[key] = held if held is not None and held.digest == model.digest else model
-        if stored is not self._models[key]:
+        if not self._instruction.keeps_version:
+            self._store.drop(key, versions=True)
+            self._unkept[key] = None
+        elif stored is not self._models[key]:
             try:
                 if stored is not None and self._is_teacher(stored, model, key):
                     self._store.keep(_TEACHER + key, stored)
@@ -421,6 +434,7 @@ class _Exchange:
             *(held, missing, encode_ms, self._trouble, as_sent, self._width),
             unsettled=self._unsettled,
             stale=self.stale,
+            able=self._able,
         )
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content
@@ -472,6 +486,9 @@ class _Exchange:
         arrays = _known(record)
         base_key = self._base_for(key, arrays, {k: m.specs for k, m in self._models.items()})
         base = NOTHING_SENT if base_key is None else self._models[base_key]
+        if not self._instruction.keeps_residual:
+            rule = replace(rule, error_feedback=False)
+            self._store.drop(key, residuals=True)
         if not self._models:
             rule = replace(rule, step=0.0)  # an answer to a query, a personal model
         plan = self._channels.get(base_key or key)
@@ -500,8 +517,11 @@ class _Exchange:
         """What updates of a record have dropped, of the channels that remain.
 
         None where the store is in trouble: a reply goes without it then, and stages nothing, so
-        that what is there stays.
+        that what is there stays; and where nothing is to be kept.
         """
+        if not self._instruction.keeps_residual:
+            self._store.drop(key, residuals=True)
+            return None
         try:
             if plan is not None:
                 self._store.remove(key, plan)

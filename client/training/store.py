@@ -279,6 +279,14 @@ class NodeStore:
         meta |= _of(channels)
         self._write(self._path(key, "model"), meta, arrays)
 
+    def drop(self, key: str, *, versions: bool = False, residuals: bool = False) -> None:
+        """Remove what is not to be kept of a record, as far as the disk lets it."""
+        kinds = ("model",) * versions + ("residual", "pending-*", "taken-*") * residuals
+        for kind in kinds:
+            with suppress(OSError):
+                for path in self._folder.glob(self._path(key, kind).name):
+                    path.unlink(missing_ok=True)
+
     def residual(self, key: str, accepted: str = "") -> dict[str, NDArray[Any]]:
         """What no reply under way has taken along, by name; empty at first.
 

@@ -6,7 +6,9 @@ standard library, no sockets, no Flower. The byte formats are written down in ``
 """
 
 from prunecast.compression.versions.bodies import MAX_MODEL_BYTES, model_limits
+from prunecast.compression.versions.capabilities import Capabilities
 from prunecast.compression.versions.control import (
+    INSTRUCTION_FORMAT,
     TAG_BYTES,
     Instruction,
     NodeReport,
@@ -62,11 +64,13 @@ from prunecast.compression.versions.updates import (
 )
 
 __all__ = [
+    "INSTRUCTION_FORMAT",
     "MAX_MODEL_BYTES",
     "NOTHING_SENT",
     "TAG_BYTES",
     "BadPayload",
     "BaseMissing",
+    "Capabilities",
     "Change",
     "Coding",
     "DigestMismatch",

@@ -15,11 +15,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from prunecast.compression.versions.capabilities import Capabilities
 from prunecast.compression.versions.errors import BadPayload
 from prunecast.compression.versions.fields import FieldReader, FieldWriter
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 
-__all__ = ["TAG_BYTES", "Instruction", "NodeReport", "SchemeRule", "UpdateRule", "is_large"]
+__all__ = [
+    "INSTRUCTION_FORMAT",
+    "TAG_BYTES",
+    "Instruction",
+    "NodeReport",
+    "SchemeRule",
+    "UpdateRule",
+    "is_large",
+]
 
 _MAX_BYTES = 1 << 20
 _LONGEST = 300  # characters of a node's trouble
@@ -27,10 +36,16 @@ _LONGEST_NAME = 64  # characters of the name of a class
 TAG_BYTES = 4
 """Of a reply's tag, which is written in hexadecimal digits elsewhere."""
 _NO_TAG = "00" * TAG_BYTES
-_FORMAT = b"\x01"  # first byte
+INSTRUCTION_FORMAT = 1
+"""First byte of an instruction; a node says which it understands, see `Capabilities`."""
+_REPORT_FORMAT = 1  # first byte of a report, which every later server reads
 _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
-_OF_JOB, _FRESH, _LAST = 4, 8, 16  # added to these: a job is named, freshness is, the last round
+# added to these: a job is named, freshness is, it is the last round, the node is to say what it can
+# do, and is to keep no version, and nothing that its updates drop
+_OF_JOB, _FRESH, _LAST, _ASKS, _NO_VERSION, _NO_RESIDUAL = 4, 8, 16, 32, 64, 128
+_ADDED = 252  # all of them
 _AS_SENT, _HELD, _MISSING, _TROUBLE, _WIDTH, _UNSETTLED, _STALE = 1, 2, 4, 8, 16, 32, 64
+_ABLE = 128
 _MOST_MICROSECONDS = (1 << 32) - 1
 
 
@@ -143,6 +158,9 @@ class Instruction:
             is wanted; 0 where that is not said.
         last: whether it is of the job's last round, as far as the server knows: what the node keeps
             may go when room is needed, and with the beginning of another job.
+        asks: whether the node is to say what it can do.
+        keeps_version: whether it keeps the versions that it is sent for later deltas.
+        keeps_residual: whether it keeps what its updates drop for the next one.
     """
 
     rule: UpdateRule | SchemeRule | None
@@ -156,10 +174,13 @@ class Instruction:
     attempt: int = 0
     fresh_seconds: int = 0
     last: bool = False
+    asks: bool = False
+    keeps_version: bool = True
+    keeps_residual: bool = True
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
-        out = FieldWriter(_FORMAT)
+        out = FieldWriter(bytes([INSTRUCTION_FORMAT]))
         match self.rule:
             case None:
                 self._begin(out, _AS_THEY_ARE)
@@ -189,7 +210,8 @@ class Instruction:
         return bytes(out.data)
 
     def _begin(self, out: FieldWriter, kind: int) -> None:
-        kind |= _LAST * self.last | _FRESH * bool(self.fresh_seconds)
+        kind |= _LAST * self.last | _FRESH * bool(self.fresh_seconds) | _ASKS * self.asks
+        kind |= _NO_VERSION * (not self.keeps_version) | _NO_RESIDUAL * (not self.keeps_residual)
         if not self.job:
             out.number(kind)
             return
@@ -204,11 +226,11 @@ class Instruction:
         Raises:
             BadPayload: not an instruction.
         """
-        found = _read(data, "the server")
+        found = _read(data, "the server", INSTRUCTION_FORMAT)
         kind, job, attempt = found.number(), "", 0
         if kind & _OF_JOB:
             job, attempt = found.text(), found.number()
-        rule = _rule(found, kind & ~(_OF_JOB | _FRESH | _LAST))
+        rule = _rule(found, kind & ~_ADDED)
         tag = _NO_TAG if rule is None else found.raw(TAG_BYTES).hex()
         fresh_seconds = found.number() if kind & _FRESH else 0
         accepted, given_up = (
@@ -219,8 +241,14 @@ class Instruction:
         while found.left:
             key = found.text()
             channels[key] = found.part()
-        told = channels, job, attempt, fresh_seconds, bool(kind & _LAST)
-        return cls(rule, accepted, given_up, reuse, statistics, tag, *told)
+        return cls(
+            *(rule, accepted, given_up, reuse, statistics, tag, channels, job, attempt),
+            fresh_seconds=fresh_seconds,
+            last=bool(kind & _LAST),
+            asks=bool(kind & _ASKS),
+            keeps_version=not kind & _NO_VERSION,
+            keeps_residual=not kind & _NO_RESIDUAL,
+        )
 
 
 @dataclass(frozen=True)
@@ -240,6 +268,7 @@ class NodeReport:
         unsettled: whether it could not write what it was told of earlier replies, and has to be
             told again.
         stale: whether it did not train, as the reply was not wanted any more when it could have.
+        able: what it says of itself, where it was asked or does not understand the server.
     """
 
     held: Mapping[str, bytes] = field(default_factory=dict)
@@ -250,10 +279,11 @@ class NodeReport:
     width: str = ""
     unsettled: bool = False
     stale: bool = False
+    able: Capabilities | None = None
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
-        out = FieldWriter(_FORMAT)
+        out = FieldWriter(bytes([_REPORT_FORMAT]))
         out.raw(struct.pack("<I", min(round(self.encode_ms * 1e3), _MOST_MICROSECONDS)))
         out.number(
             _AS_SENT * self.as_sent
@@ -263,6 +293,7 @@ class NodeReport:
             | _WIDTH * bool(self.width)
             | _UNSETTLED * self.unsettled
             | _STALE * self.stale
+            | _ABLE * (self.able is not None)
         )
         if self.held:
             out.digests(self.held)
@@ -273,6 +304,8 @@ class NodeReport:
             out.part(self.trouble[:_LONGEST].encode("utf-8", "replace"))
         if self.width:
             out.text(self.width[:_LONGEST_NAME])
+        if self.able is not None:
+            out.part(self.able.to_bytes())
         return bytes(out.data)
 
     @classmethod
@@ -282,17 +315,18 @@ class NodeReport:
         Raises:
             BadPayload: not a report.
         """
-        found = _read(data, "the node")
+        found = _read(data, "the node", _REPORT_FORMAT)
         (micros,) = struct.unpack("<I", found.raw(4))
         says = found.number()
         held = found.digests() if says & _HELD else {}
         missing = found.texts() if says & _MISSING else ()
         trouble = found.text() if says & _TROUBLE else ""
         width = found.text()[:_LONGEST_NAME] if says & _WIDTH else ""
+        able = Capabilities.from_bytes(found.part()) if says & _ABLE else None
         found.end()
         said = (bool(says & flag) for flag in (_AS_SENT, _UNSETTLED, _STALE))
         as_sent, unsettled, stale = said
-        told = as_sent, width, unsettled, stale
+        told = as_sent, width, unsettled, stale, able
         return cls(held, missing, micros / 1e3, trouble[:_LONGEST], *told)
 
 
@@ -322,10 +356,10 @@ def _options(text: str) -> dict[str, int | float | str | bool]:
     return found
 
 
-def _read(data: object, sender: str) -> FieldReader:
+def _read(data: object, sender: str, form: int) -> FieldReader:
     if not isinstance(data, bytes) or not 0 < len(data) <= _MAX_BYTES:
         raise BadPayload(f"control record carries nothing, or more than {_MAX_BYTES} bytes")
-    if data[:1] != _FORMAT:
+    if data[0] != form:
         raise _strange(sender, "its format is another")
     return FieldReader(data[1:], partial(_strange, sender))
 

@@ -145,12 +145,13 @@ class CompressedGrid(GridWrapper):
         self._late = LateReplies(deadlines, self._grid, self._receiver)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of the connected nodes.
+        """Ids of the connected nodes, but for those that do not understand this server.
 
         Raises:
             NodesMissing: it is asked again and again, for longer than nodes are waited for.
+            FederationError: there are nodes, and none of them understands this server.
         """
-        found = list(self._grid.get_node_ids())
+        found = self._streams.readers(list(self._grid.get_node_ids()))
         self._attendance.asked(len(found))
         return found
 

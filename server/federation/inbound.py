@@ -43,6 +43,7 @@ from prunecast.compression.versions import (
     short,
     stream_tag,
 )
+from prunecast.server.federation.classes import as_changes
 from prunecast.server.federation.lazy import LazyArray, WeightedSum, WholeSum
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.outbound import Prepared
@@ -259,7 +260,11 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
             continue
         content[key] = record
         if isinstance(record, ArrayRecord):
-            read = up(key, record, sent, entry)
+            version = sent.versions.get(key) if sent.densely else None
+            if version is None:
+                read = up(key, record, sent, entry)
+            else:
+                read = Read(as_changes(record, version.model, version.master), "dense")
             if read.dense is not None:
                 entry.dense_bytes += read.dense - object_bytes(record)
                 left -= read.dense

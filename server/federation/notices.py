@@ -77,6 +77,10 @@ class Notices:
         text = "Node %s cannot keep what makes its next messages small, until that is mended: %s"
         log(WARNING, text, node, trouble)
 
+    def left_out(self, node: int, why: str) -> None:
+        """A node that is asked no more."""
+        self._say(("left out", node), f"Node {node} is left out from now on: {why}")
+
     def unsaved(self, key: str, cause: str) -> None:
         """A record that a checkpoint holds without the arrays that it cannot."""
         self._say(("unsaved", key), f"Checkpoints of array record {key!r} are incomplete: {cause}")

@@ -7,19 +7,21 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from numpy.typing import NDArray
 
 from prunecast.compression.flower import (
     CONTROL_RECORD,
+    array_record,
     coded_record,
     dense_arrays,
     float_names,
+    put_back,
     set_apart,
     stated,
     stated_round,
@@ -76,6 +78,7 @@ class Prepared:
         told: tags of replies that the node is told the end of.
         apart: of array records that do not travel as the policy has it: kind, key and cause.
         entry: its line in the ledger, once it was sent.
+        densely: whether versions went as plain Flower sends arrays.
         job: whose streams it is of: a name, or Flower's run id.
     """
 
@@ -98,6 +101,7 @@ class Prepared:
     told: frozenset[str] = frozenset()
     apart: list[tuple[str, str, str]] = field(default_factory=list)
     entry: Entry | None = None
+    densely: bool = False
     job: int | str = 0
 
     def stream_of(self, key: str) -> bytes:
@@ -277,8 +281,18 @@ class Outbound:
             )
             if self._streams.ends_with(original.metadata.run_id, prepared.round):
                 instruction = replace(instruction, last=True)
+            if self._policy.classes:
+                node = self._streams.node(original.metadata.dst_node_id)
+                instruction = replace(
+                    instruction,
+                    asks=node.able is None,
+                    keeps_version=not node.treatment.keyframes,
+                    keeps_residual=node.treatment.residual,
+                )
             prepared.rule = instruction.rule
             content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
+            prepared.message = make_message(original.metadata, content)
+        elif prepared.densely:
             prepared.message = make_message(original.metadata, content)
         if not prepared.round and prepared.versions:
             prepared.round = max(v.model.counter for v in prepared.versions.values())
@@ -333,12 +347,16 @@ class Outbound:
             occasion=batch.occasion,
         )
         node, asks = self._streams.node(metadata.dst_node_id), False
+        if node.treatment.dense:
+            return self._as_dense_version(prepared, key, version, others)
         if self._policy.widths:
             if stream.slices is None:
                 raise FederationError(_ONE_MODEL.format(f"{key!r} has none"))
             asks = node.width is None
             version = stream.slice_of(version, node.width or "")
         held, digest = node.held.get(key), short(version.model.digest)
+        if node.treatment.keyframes:
+            held = None
         prepared.versions[key] = version
         if asks:  # by what nobody holds: what it lacks is answered together with its class
             prepared.reuse[key] = short(NOTHING_SENT.digest)
@@ -363,8 +381,20 @@ class Outbound:
         prepared.measured[key] = payload.measured
         return payload.record
 
+    def _as_dense_version(
+        self, prepared: Prepared, key: str, version: Version, others: Mapping[str, Array]
+    ) -> ArrayRecord:
+        """The values of a version as plain Flower sends them, in one record for all who need it."""
+        if version.densely is None:
+            version.densely = array_record(version.model.arrays())
+        prepared.versions[key], prepared.densely = version, True
+        prepared.kinds.append("dense")
+        return put_back(version.densely, others) if others else version.densely
+
     def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:
         metadata = prepared.original.metadata
+        if node.treatment.dense:
+            return None
         if not prepared.has_arrays and metadata.message_type not in self.answered:
             return None
         tags = tuple(node.accepted), tuple(node.given_up)
@@ -372,7 +402,7 @@ class Outbound:
         prepared.tag = prepared.batch.tag(metadata.dst_node_id)
         told = *tags, prepared.reuse, prepared.wanted
         if self._policy.up == "lattice":
-            return Instruction(self._policy.update_rule, *told, prepared.tag)
+            return Instruction(node.treatment.rule(self._policy.update_rule), *told, prepared.tag)
         records = prepared.original.content.array_records.values()
         if self._scheme is not None and any(float_names(record) for record in records):
             label = f"prunecast scheme {self._seed}/{self._count}".encode()

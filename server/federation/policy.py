@@ -34,6 +34,7 @@ from prunecast.compression.schemes.interface import Option, Scheme
 from prunecast.compression.schemes.registry import SCHEMES, scheme
 from prunecast.compression.versions import UpdateRule, is_statistic
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
+from prunecast.server.federation.classes import parse_classes
 from prunecast.server.federation.errors import PolicyError
 
 __all__ = ["GROWN_BY", "PRESETS", "WHOLE", "Policy"]
@@ -91,6 +92,7 @@ class Policy:
     channels: float = 1.0  # share that remains
     channels_at: tuple[int, ...] = ()  # rounds after which they go
     widths: Mapping[str, Option] = field(default_factory=dict)  # class to share of the channels
+    classes: Mapping[str, Option] = field(default_factory=dict)  # of nodes, by what they can do
     pruning_begin: int = 2
     pruning_end: int = 0
     pruning_scope: str = "layer"
@@ -124,6 +126,10 @@ class Policy:
             fixed = self._fixed
         except ValueError as error:
             raise _refused("pruning_pattern", self.pruning_pattern, str(error)) from error
+        try:
+            treatments = [one.treatment for one in parse_classes(self.classes)]
+        except ValueError as error:
+            raise _refused("classes", dict(self.classes), str(error)) from error
         schemes = ", ".join(map(repr, ("lattice", "dense", *SCHEMES)))
         lattice, down = self.down == "lattice", _key("down")
         for name, fits, remedy in (
@@ -239,6 +245,23 @@ class Policy:
                 "widths",
                 not (self.widths and self.tries_channels),
                 f"slices are of the whole model: leave channels out of {_key('pruning_knobs')}",
+            ),
+            ("classes", lattice or not self.classes, f"it needs {down} = 'lattice'"),
+            (
+                "classes",
+                all(re.fullmatch(_CLASS, name) for name in self.classes),
+                "name classes by a-z 0-9 _ -",
+            ),
+            (
+                "classes",
+                self.up == "lattice" or all(one.steps == 1 for one in treatments),
+                f"steps are of updates on the lattice: set {_key('up')} = 'lattice'",
+            ),
+            (
+                "classes",
+                not any(one.dense for one in treatments)
+                or (self.channels == 1 and not self.widths and not self.tries_channels),
+                "a node that reads nothing but dense arrays is told no channels: keep them all",
             ),
             (
                 "pruning_knobs",

@@ -24,6 +24,7 @@ from prunecast.compression.pruning.plan import PlanError, PruningPlan, low_rank_
 from prunecast.compression.pruning.statistics import Statistics
 from prunecast.compression.versions import (
     MAX_MODEL_BYTES,
+    Capabilities,
     InvalidModel,
     Kind,
     LatticeTensor,
@@ -38,6 +39,7 @@ from prunecast.compression.versions import (
     rounded_floats,
     short,
 )
+from prunecast.server.federation.classes import Treatment
 from prunecast.server.federation.errors import FederationError, NonFiniteModel
 from prunecast.server.federation.lattices import Lattices
 from prunecast.server.federation.policy import Policy
@@ -86,6 +88,7 @@ class Version:
         plan: which channels this leaves; None for all.
         whole: master weights of all of the model.
         slices: of this version, by class.
+        densely: the model as plain Flower sends it, once a node needs it so.
     """
 
     model: PublishedModel
@@ -96,6 +99,7 @@ class Version:
     plan: ChannelPlan | None = None
     whole: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     slices: dict[str, Version] = field(default_factory=dict)
+    densely: ArrayRecord | None = None
     _reader: weakref.ref[UpdateReader] | None = field(default=None, init=False, repr=False)
 
     def reader(self, stream: bytes) -> UpdateReader:
@@ -612,6 +616,9 @@ class NodeState:
         width: the class that it states; "" for none, None as long as it said nothing.
         ahead: by how many seconds its clock is ahead of ours at the least; None where nothing came
             that tells it.
+        able: what it said of itself; None as long as it was not asked, or did not answer.
+        treatment: of its capability class.
+        foreign: why it understands nothing that is sent to it; "" where it does.
     """
 
     held: dict[str, bytes] = field(default_factory=dict)
@@ -621,6 +628,9 @@ class NodeState:
     unread: set[str] = field(default_factory=set)
     width: str | None = None
     ahead: float | None = None
+    able: Capabilities | None = None
+    treatment: Treatment = field(default_factory=Treatment)
+    foreign: str = ""
 
     def settled(self, tag: str, *, accepted: bool) -> None:
         """Tell the node with its next messages what became of a reply; given up is so for good."""
@@ -672,6 +682,22 @@ class Streams:
         """What messages of a run of Flower say of their job: its name, and the attempt."""
         known = self.job in ("", str(run_id)) and not self.attempt
         return ("", 0) if known else (self.job or str(run_id), self.attempt)
+
+    def readers(self, connected: Collection[int]) -> list[int]:
+        """Those of the nodes that understand this server, or need not.
+
+        Raises:
+            FederationError: there are nodes, and none of them does.
+        """
+        found = []
+        for node_id in connected:
+            node = self._nodes.get(node_id)
+            if node is None or not node.foreign or node.treatment.dense:
+                found.append(node_id)
+        if connected and not found:
+            why = next(node.foreign for node in self._nodes.values() if node.foreign)
+            raise FederationError(f"no node understands this server: {why}")
+        return found
 
     def ends_with(self, run_id: int, stated: int) -> bool:
         """Whether a round is the last of a job that no other run can go on with.

@@ -33,8 +33,9 @@ from prunecast.compression.flower.internals import (
     unwatched,
     watched,
 )
-from prunecast.compression.versions import NodeReport, VersionsError, short
+from prunecast.compression.versions import Capabilities, NodeReport, VersionsError, short
 from prunecast.server.federation.checks import EXAMPLES, check_reply, misfits
+from prunecast.server.federation.classes import class_of, foreign_format, parse_classes
 from prunecast.server.federation.errors import ReplyRefused
 from prunecast.server.federation.inbound import Up, decode_reply
 from prunecast.server.federation.lazy import LazyArray
@@ -241,6 +242,9 @@ class Receiver:
             raise ReplyRefused(f"it {_NO_MOD}")
         if report is not None and control is not None:
             self._heed(report, received)
+            if report.able is not None and node.treatment.dense and node.foreign and not retried:
+                entry.reason = node.foreign
+                return False
             missing = [key for key in report.missing if key in sent.versions]
             for key in missing:
                 if retried or key not in report.held:
@@ -287,6 +291,8 @@ class Receiver:
         if report.as_sent:
             node.held.update({k: short(v.model.digest) for k, v in sent.versions.items()})
         self._note_width(node, report.width, received)
+        if report.able is not None:
+            self._note_able(node, entry.node, report.able)
         if not report.unsettled:
             node.knows(sent.told)
         if report.trouble and not node.troubled:
@@ -341,6 +347,13 @@ class Receiver:
         received.entry.width = stated
         if received.sent.entry is not None:
             received.sent.entry.width = stated
+
+    def _note_able(self, node: NodeState, node_id: int, able: Capabilities) -> None:
+        """Know how a node is treated from now on."""
+        node.able, node.foreign = able, foreign_format(able)
+        node.treatment = class_of(parse_classes(self._streams.policy.classes), able)
+        if node.foreign and not node.treatment.dense:
+            self._notices.left_out(node_id, node.foreign)
 
     def _note(self, reply: Message, sent: Prepared, entry: Entry) -> None:
         """Say which array records did not come back as the policy has it."""
