@@ -128,10 +128,11 @@ class CompressedGrid(GridWrapper):
         self._rounds_checked = False
         self._sent: dict[str, Prepared] = {}
         self._retries: dict[str, str] = {}  # message id of a retry -> id the caller knows
+        self._late = LateReplies(self._grid, self._receiver)
         self.use_deadlines(deadlines or Deadlines())
 
     def use_deadlines(self, deadlines: Deadlines) -> None:
-        """Say when rounds end, and what becomes of late replies; call before the first message.
+        """Say when rounds end and, before the first message, what becomes of late replies.
 
         Raises:
             FederationError: late updates cannot be applied where nodes train slices of the model.
@@ -141,8 +142,8 @@ class CompressedGrid(GridWrapper):
                 "late updates cannot be applied to slices of the model: set late = 'discard', or "
                 "no prunecast.widths"
             )
-        self.deadlines, self._attendance = deadlines, Attendance(deadlines)
-        self._late = LateReplies(deadlines, self._grid, self._receiver)
+        self.deadlines = self._late.deadlines = deadlines
+        self._attendance = Attendance(deadlines)
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the connected nodes, but for those that do not understand this server.

@@ -51,13 +51,16 @@ class LateReplies:
     """Messages of rounds that have ended, whose replies may still come.
 
     Args:
-        deadlines: of the run.
         grid: that brings the replies.
         receiver: makes something of them.
+
+    Attributes:
+        deadlines: of the run.
     """
 
-    def __init__(self, deadlines: Deadlines, grid: Grid, receiver: Receiver) -> None:
-        self._deadlines, self._grid, self._receiver = deadlines, grid, receiver
+    def __init__(self, grid: Grid, receiver: Receiver) -> None:
+        self.deadlines = Deadlines()
+        self._grid, self._receiver = grid, receiver
         self._pending: dict[str, Prepared] = {}  # by id of the message; the oldest first
         self._arrived: list[Received] = []
         self._paces: dict[str, deque[float]] = {}
@@ -68,8 +71,8 @@ class LateReplies:
         Where rounds end after so many replies, that is twice the longest of the last four: so that
         a node which has messages of many rounds before it trains on none but the last.
         """
-        seconds, pace = self._deadlines.seconds, self._paces.get(kind)
-        if self._deadlines.replies and pace:
+        seconds, pace = self.deadlines.seconds, self._paces.get(kind)
+        if self.deadlines.replies and pace:
             paced = max(_LEAST, 2 * max(pace))
             return min(seconds, paced) if seconds else paced
         return seconds
@@ -86,7 +89,7 @@ class LateReplies:
             fresh: seconds that their replies are wanted; 0 for ever.
             ahead: of nodes of whose clock something is known, by how many seconds it is ahead.
         """
-        if self._deadlines.applies or not fresh:
+        if self.deadlines.applies or not fresh:
             return
         for message in messages:
             metadata = message.metadata
@@ -121,7 +124,7 @@ class LateReplies:
 
     def _applies(self, sent: Prepared) -> bool:
         kind = sent.original.metadata.message_type
-        return self._deadlines.applies and kind.partition(".")[0] == MessageType.TRAIN
+        return self.deadlines.applies and kind.partition(".")[0] == MessageType.TRAIN
 
     def _forget(self) -> None:
         """Wait no more for what Flower delivers no reply to, and for what is too old."""
@@ -158,7 +161,7 @@ class LateReplies:
         taken: list[Received] = []
         for item in arrived:
             rounds = max(1, present.round - item.sent.round)
-            weight = staleness_weight(rounds, self._deadlines.late_exponent)
+            weight = staleness_weight(rounds, self.deadlines.late_exponent)
             content = moved(item.message.content, item.sent, present, weight)
             if content is None or not self._receiver.is_update(item):
                 self._receiver.late(item, 0.0)

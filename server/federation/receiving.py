@@ -302,23 +302,29 @@ class Receiver:
 
     def look(self, reply: Message, sent: Prepared, entry: Entry) -> None:
         """Learn from a reply that nobody waits for what the node holds; the rest is left unread."""
+        received, control, report = Received(reply, sent, entry), None, None
         if reply.has_error():
+            self._failed(received)
+            return
+        try:
+            control = unpack(reply.content).config_records.get(CONTROL_RECORD)
+            if control is not None:
+                report = NodeReport.from_bytes(control.get("report"))
+                self._heed(report, received)
+        except (VersionsError, ReplyRefused) as error:
+            entry.reason = str(error)[:_LONGEST]
+            return
+        if control is not None and ERROR_REASON in control:
+            received.message = make_message(reply.metadata, error=_error_in(control))
+            self._failed(received)
             return
         entry.kind = "late"
         self._notices.late(entry.node, 0.0)
-        try:
-            control = unpack(reply.content).config_records.get(CONTROL_RECORD)
-            if control is None:
-                return
-            report = NodeReport.from_bytes(control.get("report"))
-            self._heed(report, Received(reply, sent, entry))
-        except (VersionsError, ReplyRefused) as error:
-            entry.kind, entry.reason = "error", str(error)[:_LONGEST]
-            return
-        entry.kind = "stale" if report.stale else "late"
-        for key in report.missing:
-            if key not in report.held:
-                self._streams.node(entry.node).held.pop(key, None)
+        if report is not None:
+            entry.kind = "stale" if report.stale else "late"
+            for key in report.missing:
+                if key not in report.held:
+                    self._streams.node(entry.node).held.pop(key, None)
 
     def late(self, item: Received, weight: float) -> None:
         """Say of an update that came after its round what it counts; 0 for nothing."""

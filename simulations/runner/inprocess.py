@@ -139,10 +139,7 @@ class InProcessGrid(Grid):
     def _run_client(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
         if node not in self.online:
-            error = Error(ErrorCode.NODE_UNAVAILABLE, f"node {node} is not online")
-            reply = Message(error, reply_to=message)
-            set_source(reply, SUPERLINK_NODE_ID)  # as Flower's SuperLink, which names no node
-            return reply
+            return _offline(message)
         try:
             reply = self._apps[node](message, self._contexts[node])
         except Exception as error:  # as Flower's own runtimes
@@ -168,6 +165,11 @@ class InProcessGrid(Grid):
             elif wanted in self._replies:
                 del self._waiting[wanted]
                 answers.append(self._replies.pop(wanted))
+            elif wanted in self._queued:
+                message = self._queued[wanted]
+                if message.metadata.dst_node_id not in self.online:
+                    del self._waiting[wanted], self._queued[wanted]
+                    answers.append(_offline(message))
         return answers
 
     def send_and_receive(
@@ -175,3 +177,11 @@ class InProcessGrid(Grid):
     ) -> Iterable[Message]:
         """Deliver and collect; a lost reply is simply absent."""
         return self.pull_messages(list(self.push_messages(messages)))
+
+
+def _offline(message: Message) -> Message:
+    """What the SuperLink, which names no node, answers in place of a node that is gone."""
+    reason = f"node {message.metadata.dst_node_id} is not online"
+    reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
+    set_source(reply, SUPERLINK_NODE_ID)
+    return reply

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 
+from prunecast.client.training import compression_mod
 from prunecast.client.training import mod as mod_module
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.flower.internals import make_message
@@ -29,7 +31,7 @@ from prunecast.server.federation import (
 )
 from prunecast.server.federation.deadlines import Closing, staleness_weight
 from prunecast.simulations.runner.inprocess import InProcessGrid
-from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
+from support.federation import RUN_ID, initial_arrays, local_step, make_app, to_arrays, to_record
 
 APPLY = Deadlines(replies=2, late="apply")
 
@@ -240,6 +242,37 @@ def test_a_late_reply_is_looked_at_once_and_discarded(
     assert "1 replies came late, and 0 of them were applied" in caplog.text
 
 
+@pytest.mark.parametrize("late", ["discard", "apply"])
+def test_a_late_error_is_one(federation: Any, tmp_path: Path, late: Any) -> None:
+    """With its reason in the ledger; and what the node holds is known."""
+
+    def failing(message: Message, context: Context, call_next: Any) -> Message:
+        if message.content["config"]["server-round"] == 2:
+            raise RuntimeError("CUDA out of memory")
+        reply: Message = call_next(message, context)
+        return reply
+
+    app = ClientApp(mods=[compression_mod(tmp_path / "store"), failing])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        arrays = local_step(to_arrays(message.content["arrays"]), int(context.node_id))
+        metrics = MetricRecord({"num-examples": 1})
+        content = RecordDict({"arrays": to_record(arrays), "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    grid, inner, _ = federation("balanced", app=app, deadlines=Deadlines(replies=2, late=late))
+    round_of(grid, 1)
+    inner.busy = {1, 2, 3}
+    round_of(grid, 2, seed=2, timeout=0.02)
+    inner.serve(2)
+    inner.busy.clear()
+    assert nodes_of(round_of(grid, 3, seed=3)) == [1, 2, 3]
+    failed = [e for e in grid.ledger.entries if e.kind == "error"]
+    assert [(e.node, e.reason) for e in failed] == [(2, "RuntimeError: CUDA out of memory")]
+    assert kinds_of(grid, 2, "down") == ["keyframe", "delta", "delta"]
+
+
 @pytest.mark.parametrize("policy", ["balanced", "lossless", "dense", "stc"])
 def test_a_late_update_counts_in_the_next_round_with_its_weight(
     federation: Any, policy: str
@@ -313,10 +346,6 @@ def test_what_can_be_no_update_of_what_is_sent_now_is_discarded(
     federation: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A gradient says nothing of the model that others train by now."""
-    from flwr.clientapp import ClientApp
-
-    from prunecast.client.training import compression_mod
-
     app = ClientApp(mods=[compression_mod(tmp_path / "store")])
 
     @app.train()

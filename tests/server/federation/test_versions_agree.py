@@ -217,6 +217,20 @@ def test_ids_that_are_not_known_or_were_answered_are_errors_that_name_them(feder
         assert all("Message Unavailable" in e.error.reason for e in errors)
 
 
+def test_a_node_that_goes_before_it_answers_is_answered_for(federation):
+    grid, inner, seen = federation("balanced", nodes=2)
+    content = RecordDict({"arrays": to_record(initial_arrays())})
+    inner.busy.add(2)
+    ids = list(grid.push_messages([Message(content, node, "train") for node in (1, 2)]))
+    assert len(list(grid.pull_messages(ids))) == 1
+    inner.online.discard(2)
+    (gone,) = grid.pull_messages(ids[1:])
+    assert gone.metadata.reply_to_message_id == ids[1]
+    assert "node 2 is not online" in gone.error.reason
+    assert inner.serve(2) == 0
+    assert [node for node, _, _ in seen] == [1]
+
+
 def test_residuals_of_records_that_take_turns_are_kept(federation, tmp_path):
     app = ClientApp(mods=[compression_mod(tmp_path / "store")])
 
