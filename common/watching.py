@@ -265,7 +265,7 @@ class Watch:
         self._ready = False
 
     def run(self, say: Callable[[str], None] = print) -> int:
-        """Start the command and stay until it is over; SIGTERM, SIGINT and SIGHUP end it.
+        """Start the command and stay until it is over; SIGTERM and SIGINT end it, SIGHUP it gets.
 
         Args:
             say: told what is wrong, once for each change.
@@ -274,9 +274,16 @@ class Watch:
             Its exit status, 128 + n where signal n ended it, or `HUNG`.
         """
         before = {}
+        process: subprocess.Popen[bytes] | None = None
+
+        def pass_on(number: int, frame: object) -> None:
+            if process is not None and process.poll() is None:
+                process.send_signal(number)
+
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in (signal.SIGTERM, signal.SIGINT):
                 before[number] = signal.signal(number, lambda *_: self._asked.set())
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, pass_on)
         try:
             # a session of its own: an interrupt of the terminal comes to us alone
             process = subprocess.Popen(self._command, start_new_session=True)

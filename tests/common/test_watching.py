@@ -356,6 +356,23 @@ def test_ending_waits_for_a_client_app_that_runs(tmp_path: Path) -> None:
         assert process.wait(60) == 7
 
 
+def test_a_certificate_is_read_again_where_the_command_does_that(tmp_path: Path) -> None:
+    program = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGHUP, lambda *_: print('again', flush=True))\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = ["-m", "prunecast.cli", "federation", "watch", "--", sys.executable, "-c", program]
+    with running(*command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == b"again\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+
+
 # -- the probe ------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -242,6 +243,16 @@ def test_an_address_that_is_taken_is_named() -> None:
         pytest.raises(FederationError, match=rf"cannot bind 127\.0\.0\.1:{server.port}"),
     ):
         MetricsServer(lambda: b"", port=server.port)
+
+
+def test_the_code_of_the_documentation_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs/deploy.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    inner = InProcessGrid(make_app(tmp_path / "store"), 2, run_id=RUN_ID)
+    scope: dict[str, Any] = {"grid": inner, "strategy": FedAvg()}
+    exec(compile(code, "docs/deploy.md", "exec"), scope)
+    scope["run"].start(to_record(initial_arrays()), num_rounds=1)
+    assert samples(scope["metrics"].text().decode())["prunecast_run_state", ()] == 2
 
 
 def test_the_ready_server_app_serves_metrics_while_it_trains(
