@@ -19,9 +19,9 @@ from prunecast.compression.flower import node_reason
 
 __all__ = ["STATES", "NodeStates", "status_of"]
 
-STATES = ("answered", "failed", "silent", "new", "gone")
-"""Of a node: its last message was answered, with an error, or not in time; it is connected and was
-never asked; it was asked once and is not connected any more."""
+STATES = ("answered", "failed", "silent", "late", "new", "gone")
+"""Of a node: its last message was answered; with an error; not in time; or not waited for. It is
+connected and was never asked; it was asked once and is not connected any more."""
 
 _NAMED, _LONGEST = 100, 300  # nodes in an event, and characters of a reason
 _MOST = 100_000  # nodes that are remembered; a node without a key has a new id after each start
@@ -55,28 +55,38 @@ class NodeStates:
         self._connected = frozenset(listed)
         return listed
 
-    def note(self, messages: Iterable[Message], replies: Mapping[str, Message]) -> None:
+    def note(
+        self, messages: Iterable[Message], replies: Mapping[str, Message], *, early: bool = False
+    ) -> None:
         """Note what came back.
 
         Args:
             messages: that were sent.
-            replies: those that came, by the id of the message that they answer.
+            replies: those that came, by the id of the message that they answer, which may be one
+                of a round before.
+            early: a round does not wait for all nodes; without a reply, one is late and no more.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
+        for came in replies.values():
+            if (late := self._nodes.get(came.metadata.src_node_id)) and not came.has_error():
+                late.state, late.seen = "answered", now
+                self._touched[came.metadata.src_node_id] = None
         for message in messages:
             node = message.metadata.dst_node_id
             known = self._nodes.pop(node, None) or _Node("new")
             self._nodes[node] = known  # last in order: the first ones are forgotten first
             self._touched[node] = None
             reply = replies.get(message.metadata.message_id)
-            if reply is None:
+            if reply is None and early:
+                known.state = "late"
+            elif reply is None:
                 known.state, known.reason = "silent", "no reply in time"
             elif reply.has_error():
                 known.state, known.seen = "failed", now
                 known.reason = node_reason(str(reply.error.reason))[:_LONGEST]
             else:
                 known.state, known.seen = "answered", now
-            known.errors += known.state != "answered"
+            known.errors += known.state in ("failed", "silent")
         while len(self._nodes) > _MOST:
             self._nodes.pop(next(iter(self._nodes)))
 

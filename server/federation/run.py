@@ -346,7 +346,7 @@ class _Rounds(GridWrapper):
         self._asked += training
         replies = list(self._grid.send_and_receive(batch, timeout=timeout))
         answers = {reply.metadata.reply_to_message_id: reply for reply in replies}
-        self._nodes.note(batch, answers)
+        self._nodes.note(batch, answers, early=self._run.grid.deadlines.ends_early)
         late = len(answers.keys() - {message.metadata.message_id for message in batch})
         self._applied += late
         self._used |= {"train"} if late else set()

@@ -23,7 +23,14 @@ from typer.testing import CliRunner
 
 from prunecast.cli.main import app
 from prunecast.common.files import lock_open
-from prunecast.server.federation import FederationError, Ledger, Run, read_events, server_app
+from prunecast.server.federation import (
+    Deadlines,
+    FederationError,
+    Ledger,
+    Run,
+    read_events,
+    server_app,
+)
 from prunecast.server.federation.events import EventTail
 from prunecast.server.federation.metrics import MetricsServer, RunMetrics
 from prunecast.server.federation.nodes import status_of
@@ -164,6 +171,28 @@ def test_of_each_node_it_is_told_when_it_answered_what_it_holds_and_why_it_faile
     assert found["prunecast_run_nodes", ("gone",)] == 1
     assert ("prunecast_run_node_seen_seconds", ("3",)) not in found
     assert found["prunecast_run_node_errors_total", ("3",)] == 4
+
+
+def test_a_node_that_is_not_waited_for_is_late_and_no_failure(tmp_path: Path) -> None:
+    inner = InProcessGrid(make_app(tmp_path / "store"), 3, run_id=RUN_ID)
+    inner.busy.add(2)
+    heard: list[Any] = []
+
+    def listen(event: Any) -> None:
+        heard.append(event)
+        if event["event"] == "round-finished" and event["round"] == 1:
+            inner.busy.clear()
+            inner.serve(2)
+
+    run = Run(inner, FedAvg(), on_event=listen, deadlines=Deadlines(replies=2))
+    run.start(to_record(initial_arrays()), num_rounds=2, timeout=60)
+    rounds = [event["status"] for event in heard if event["event"] == "round-finished"]
+    assert rounds[1]["states"] == {"answered": 2, "late": 1}
+    told = {node["node"]: node for node in rounds[1]["nodes"]}
+    assert (told["2"]["state"], told["2"]["errors"], told["2"]["seen"]) == ("late", 0, None)
+    last = {node["node"]: node for node in status_of(heard)["nodes"]}
+    assert all(node["errors"] == 0 for node in last.values())
+    assert last["2"]["seen"] is not None
 
 
 def test_labels_are_bounded_whatever_comes() -> None:
