@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .certificates import loopback_certificate
 from .relay import Relay, running_relay
 
 __all__ = ["Engine", "EngineProblem", "FinishedRun", "engine_in", "relayed", "unused_port"]
@@ -206,31 +207,42 @@ def engine_in(folder: Path, **environment: str) -> Iterator[Engine]:
 
 
 @contextlib.contextmanager
-def relayed(folder: Path, nodes: int, **environment: str) -> Iterator[tuple[Engine, Relay]]:
-    """A SuperLink in the clear, and SuperNodes that reach it by a relay; stopped at the end.
+def relayed(
+    folder: Path, nodes: int, *, tls: bool = False, **environment: str
+) -> Iterator[tuple[Engine, Relay]]:
+    """A SuperLink, and SuperNodes that reach it by a relay; stopped at the end.
 
     Args:
         folder: an empty one, for logs, Flower's home and what nodes keep.
         nodes: how many; node n has the ``partition-id`` n.
+        tls: whether they speak TLS, with a certificate of their own.
         environment: of the processes, beside the caller's.
     """
     port = unused_port()
+    served, trusted = ["--insecure"], ["--insecure"]
+    connection = "insecure = true"
+    if tls:
+        certificate, key = loopback_certificate(folder)
+        served = ["--ssl-ca-certfile", str(certificate), "--ssl-certfile", str(certificate)]
+        served += ["--ssl-keyfile", str(key)]
+        trusted = ["--root-certificates", str(certificate)]
+        connection = f'root-certificates = "{certificate}"'
     with engine_in(folder, **environment) as engine, running_relay("127.0.0.1", port) as relay:
         engine.start(
             "superlink",
-            *("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)),
+            *("flower-superlink", *served, "--host", "127.0.0.1", "--port", str(port)),
             port=port,
         )
         (folder / "flower").mkdir(exist_ok=True)
         (folder / "flower" / "config.toml").write_text(
             f'[superlink]\ndefault = "ours"\n\n[superlink.ours]\naddress = "127.0.0.1:{port}"\n'
-            "insecure = true\n"
+            f"{connection}\n"
         )
         for node in range(nodes):
             runtime = unused_port()
             engine.start(
                 f"supernode{node}",
-                *("flower-supernode", "--insecure", "--superlink", relay.address),
+                *("flower-supernode", *trusted, "--superlink", relay.address),
                 *("--host", "127.0.0.1", "--port", str(runtime)),
                 "--node-config",
                 f'partition-id={node} num-partitions={nodes} prunecast-store="{folder}/s{node}"',

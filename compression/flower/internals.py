@@ -55,6 +55,7 @@ __all__ = [
     "make_message",
     "object_bytes",
     "objects_in",
+    "on_superlink",
     "over_the_wire",
     "own_bytes",
     "record_body",
@@ -127,6 +128,11 @@ def identify_process(run_id: int, node_id: int, task_id: int = 1) -> None:
     Flower reads it when a `Message` is constructed; its own engines state it themselves.
     """
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
+
+
+def on_superlink(grid: object) -> bool:
+    """Whether a grid of Flower's reaches nodes by a SuperLink, and not those of a simulation."""
+    return type(grid).__module__.startswith("flwr.") and type(grid).__name__ == "HttpGrid"
 
 
 def record_body(record: ConfigRecord | MetricRecord) -> bytes:

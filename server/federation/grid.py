@@ -47,6 +47,7 @@ from prunecast.server.federation.progress import measured_in
 from prunecast.server.federation.publisher import Streams
 from prunecast.server.federation.receiving import Received, Receiver, refuse
 from prunecast.server.federation.widths import Slices
+from prunecast.server.federation.wire import Pauses
 from prunecast.server.federation.wrapper import GridWrapper
 
 __all__ = ["CompressedGrid", "Recode"]
@@ -113,6 +114,7 @@ class CompressedGrid(GridWrapper):
         if not isinstance(ledger, Ledger):
             ledger = Ledger(ledger, keep=_KEPT)
         self.ledger = ledger
+        self._pauses = Pauses(grid)
         self.samples = LayerSamples()
         self._poll_interval = poll_interval
         self._alternatives = dict(alternatives or {})
@@ -205,6 +207,7 @@ class CompressedGrid(GridWrapper):
                     alternatives=alternatives,
                     objects=objects,
                     width=self._streams.node(metadata.dst_node_id).width or "",
+                    seconds=self._pauses.since(metadata.dst_node_id),
                 )
             )
             item.entry = entry
@@ -356,6 +359,7 @@ class CompressedGrid(GridWrapper):
             alternatives=alternatives,
             objects=objects,
             width=node.width or "",
+            seconds=self._pauses.since(sent.original.metadata.dst_node_id),
         )
         self.ledger.add(entry)
         self._notices.counted(replies=1)

@@ -8,19 +8,18 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from logging import WARNING
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prunecast.common.files import StorageError
 from prunecast.common.journal import Journal, new_run_id, read_run
 from prunecast.compression.flower.internals import log
 from prunecast.server.federation.errors import FederationError
+from prunecast.server.federation.wire import Direction, wire_cost
 
 __all__ = ["Direction", "Entry", "Ledger", "Tally", "Totals"]
 
 SCHEMA = 1
 """Grows when old readers would misread a ledger; new fields do not change it."""
-
-Direction = Literal["down", "up"]
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Entry:
             several array records.
         message_type: Flower's message type.
         payload_bytes: bytes of the message as Flower serialises it, every object it consists of
-            once; HTTP framing and TLS come on top and are not counted.
+            once; what HTTP and TLS add is estimated from it, see `Totals`.
         dense_bytes: bytes the same message has in plain Flower.
         encode_ms: milliseconds spent encoding; 0.0 where a payload made for another node served.
         decode_ms: milliseconds spent decoding on the server.
@@ -45,6 +44,8 @@ class Entry:
         objects: how many of Flower's objects the message consists of, each of which is a request;
             0 in ledgers of before they were counted.
         width: the width class that the node states; "" for none.
+        seconds: on a SuperLink, since the message before between it and the node, which went the
+            other way: how long the node took, or waited; 0.0 where that is not known.
     """
 
     round: int
@@ -60,19 +61,24 @@ class Entry:
     reason: str = ""
     objects: int = 0
     width: str = ""
-
-
-# What HTTP adds between SuperNodes and a SuperLink of Flower 1.42, in bytes for each object and for
-# each message: measured by a relay, see "What a message costs" in docs/payloads.md.
-_WIRE_DOWN = 1143, 2188
-_WIRE_UP = 1239, 1320
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Totals:
     """Sums over messages, in bytes and milliseconds.
 
-    ``http_*`` is what HTTP adds by estimate, 0 where objects were not counted.
+    Attributes:
+        messages: how many.
+        bytes_up, bytes_down: of messages from the nodes, and to them.
+        dense_bytes_up, dense_bytes_down: what these have in plain Flower.
+        encode_ms, decode_ms: spent on them.
+        requests: of HTTP that they take.
+        http_up, http_down: bytes that HTTP adds from the nodes, and to them; a message adds to
+            both, because nodes ask for what they are sent.
+        tls_up, tls_down: bytes that TLS adds to that.
+
+    The last five are *estimates*, see `wire_cost`, 0 where objects were not counted.
     """
 
     messages: int = 0
@@ -82,18 +88,48 @@ class Totals:
     dense_bytes_down: int = 0
     encode_ms: float = 0.0
     decode_ms: float = 0.0
+    requests: int = 0
     http_up: int = 0
     http_down: int = 0
+    tls_up: int = 0
+    tls_down: int = 0
 
     @property
     def wire_up(self) -> int | None:
-        """*Estimated* bytes on the wire from the nodes: messages, and HTTP without TLS."""
-        return self.bytes_up + self.http_up if self.http_up or not self.bytes_up else None
+        """*Estimated* bytes on the wire from the nodes, by HTTP without TLS; None: not known."""
+        return self.bytes_up + self.http_up if self._counted else None
 
     @property
     def wire_down(self) -> int | None:
-        """*Estimated* bytes on the wire to the nodes: messages, and HTTP without TLS."""
-        return self.bytes_down + self.http_down if self.http_down or not self.bytes_down else None
+        """*Estimated* bytes on the wire to the nodes, by HTTP without TLS; None: not known."""
+        return self.bytes_down + self.http_down if self._counted else None
+
+    @property
+    def wire_tls_up(self) -> int | None:
+        """*Estimated* bytes on the wire from the nodes, by HTTP with TLS; None: not known."""
+        return self.bytes_up + self.http_up + self.tls_up if self._counted else None
+
+    @property
+    def wire_tls_down(self) -> int | None:
+        """*Estimated* bytes on the wire to the nodes, by HTTP with TLS; None: not known."""
+        return self.bytes_down + self.http_down + self.tls_down if self._counted else None
+
+    @property
+    def _counted(self) -> bool:
+        return self.requests > 0 or not self.messages
+
+    def wire(self) -> dict[str, int] | None:
+        """The estimates as results state them; None where objects were not counted.
+
+        Returns:
+            ``requests``; bytes on the wire ``http_up`` and ``http_down``, and by TLS ``tls_up`` and
+            ``tls_down``, messages included.
+        """
+        if not self._counted:
+            return None
+        http = {"http_up": self.wire_up, "http_down": self.wire_down}
+        tls = {"tls_up": self.wire_tls_up, "tls_down": self.wire_tls_down}
+        return {"requests": self.requests, **{k: v or 0 for k, v in {**http, **tls}.items()}}
 
     @property
     def payload_bytes(self) -> int:
@@ -124,12 +160,12 @@ class Tally:
         """Count a message."""
         key = entry.round, entry.direction, entry.kind, entry.width
         size, dense = entry.payload_bytes, entry.dense_bytes
-        up = entry.direction == "up"
-        bytes_ = (size, 0, dense, 0) if up else (0, size, 0, dense)
-        an_object, a_message = _WIRE_UP if up else _WIRE_DOWN
-        http = an_object * entry.objects + a_message if entry.objects else 0
-        times = entry.encode_ms, entry.decode_ms
-        counted = Totals(1, *bytes_, *times, *((http, 0) if up else (0, http)))
+        bytes_ = (size, 0, dense, 0) if entry.direction == "up" else (0, size, 0, dense)
+        wire: Iterable[int] = ()
+        if entry.objects:
+            cost = wire_cost(entry.direction, entry.objects, size, entry.seconds)
+            wire = vars(cost).values()
+        counted = Totals(1, *bytes_, entry.encode_ms, entry.decode_ms, *wire)
         self._sums[key] = self._sums.get(key, Totals()) + counted
         self._all += counted
 
@@ -235,7 +271,7 @@ class Ledger:
         if self._journal is not None:
             lines = [dict(vars(entry)) for entry in done]
             for line in lines:
-                for name in ("alternatives", "reason", "objects", "width"):
+                for name in ("alternatives", "reason", "objects", "width", "seconds"):
                     if not line[name]:
                         del line[name]
             try:

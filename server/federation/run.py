@@ -527,7 +527,8 @@ class _Rounds(GridWrapper):
         totals = self._run.grid.ledger.totals()
         names = ("bytes_down", "bytes_up", "dense_bytes_down", "dense_bytes_up")
         seconds = round(time.monotonic() - self._began, 3)
-        return {**{name: getattr(totals, name) for name in names}, "seconds": seconds}
+        sums = {name: getattr(totals, name) for name in names}
+        return {**sums, "wire": totals.wire(), "seconds": seconds}
 
 
 def _function(message: Message) -> str:

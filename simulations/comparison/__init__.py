@@ -286,6 +286,7 @@ def _figures(runs: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> dict
     return {
         "bytes_down": round(statistics.fmean(run["bytes_down"] for run in runs)),
         "bytes_up": round(statistics.fmean(run["bytes_up"] for run in runs)),
+        "wire": _wire([run.get("wire") for run in runs]),
         metric: statistics.fmean(reached),
         "spread": statistics.stdev(reached) if len(reached) > 1 else None,
         "by_seed": reached,
@@ -294,6 +295,14 @@ def _figures(runs: Sequence[Mapping[str, Any]], task: Mapping[str, Any]) -> dict
         "seconds": round(statistics.fmean(seconds), 3) if seconds else None,
         **({"simulated": _simulated(runs)} if "simulated" in runs[0] else {}),
     }
+
+
+def _wire(runs: Sequence[Mapping[str, int] | None]) -> dict[str, int] | None:
+    """Means over seeds of what the wire takes by estimate; None where a run does not know."""
+    known = [run for run in runs if run]
+    if len(known) < len(runs):
+        return None
+    return {key: round(statistics.fmean(run[key] for run in known)) for key in known[0]}
 
 
 def _simulated(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -313,6 +322,9 @@ def compared_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
 
     metric = document["task"]["metric"]
     header = ["arm", "MB down", "MB up", "ratio", metric, "seconds"]
+    wires = [arm.get("wire") for arm in document["arms"].values()]
+    if estimated := any(wires):
+        header += ["≈ MB by HTTP", "by TLS"]
     simulated = document.get("network") is not None
     if simulated:
         header.append("simulated")
@@ -333,11 +345,19 @@ def compared_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
                 ratio_text(arm["ratio"]),
                 score,
                 "–" if arm["seconds"] is None else f"{arm['seconds']:.0f}",
+                *(_wire_cells(arm.get("wire")) if estimated else []),
                 *([duration_text(arm["simulated"]["seconds"])] if simulated else []),
                 *([duration_text(arm["simulated"]["seconds_to_target"])] if target else []),
             ]
         )
     return header, rows
+
+
+def _wire_cells(wire: Mapping[str, int] | None) -> list[str]:
+    """Megabytes on the wire, both ways together, without and with TLS."""
+    if not wire:
+        return ["–", "–"]
+    return [f"{(wire[f'{kind}_up'] + wire[f'{kind}_down']) / 1e6:.3f}" for kind in ("http", "tls")]
 
 
 def published_lines(document: Mapping[str, Any]) -> list[str]:

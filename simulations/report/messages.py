@@ -24,11 +24,15 @@ __all__ = [
 
 
 def wire_bytes(arm: StudyArm) -> dict[str, Spread | None]:
-    """Estimated wire bytes by direction; None where a ledger lacks what they are estimated from."""
+    """Estimated wire bytes; None where a ledger lacks what they are estimated from.
+
+    Returns:
+        ``up`` and ``down`` by HTTP, ``tls_up`` and ``tls_down`` by HTTP with TLS.
+    """
     tallies = [run.tally for run in arm.runs]
     return {
         way: Spread.of(None if t is None else getattr(t.totals(), f"wire_{way}") for t in tallies)
-        for way in ("up", "down")
+        for way in ("up", "down", "tls_up", "tls_down")
     }
 
 

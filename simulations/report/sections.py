@@ -67,6 +67,8 @@ def arm_numbers(study: Study, arm: StudyArm) -> dict[str, Spread | float | None]
         "reduction": study.ratio(arm),
         "wire_bytes_up": wire["up"],
         "wire_bytes_down": wire["down"],
+        "wire_bytes_tls_up": wire["tls_up"],
+        "wire_bytes_tls_down": wire["tls_down"],
         "simulated_seconds": arm.simulated("seconds"),
         "seconds": arm.spread("seconds"),
         **{f"codec_seconds_{key}": value for key, value in times.items()},

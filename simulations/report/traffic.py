@@ -25,9 +25,11 @@ def wire_section(study: Study) -> Section:
     for arm in study.arms.values():
         wire = wire_bytes(arm)
         up, down = arm.spread("bytes_up"), arm.spread("bytes_down")
-        ratio = None
-        if wire["up"] and wire["down"]:
-            ratio = (wire["up"].mean + wire["down"].mean) / (arm.total().mean or 1)
+
+        def ratio(*ways: Spread | None, whole: float = arm.total().mean or 1) -> str:
+            known = [way.mean for way in ways if way]
+            return f"{sum(known) / whole:.2f}×" if len(known) == len(ways) else MISSING
+
         rows.append(
             [
                 arm.label,
@@ -35,16 +37,21 @@ def wire_section(study: Study) -> Section:
                 bytes_of(wire["up"]),
                 bytes_text(mean_of(down)),
                 bytes_of(wire["down"]),
-                f"{ratio:.2f}×" if ratio else MISSING,
+                ratio(wire["up"], wire["down"]),
+                bytes_of(wire["tls_up"]),
+                bytes_of(wire["tls_down"]),
+                ratio(wire["tls_up"], wire["tls_down"]),
             ]
         )
     header = ["arm", "messages up", "≈ wire up", "messages down", "≈ wire down", "ratio"]
+    header += ["≈ TLS up", "≈ TLS down", "ratio"]
     return Section(
         "Message bytes and wire bytes",
         "measured, estimated",
         "Messages are measured, as Flower serialises them. Wire bytes (≈) are estimated from their "
-        "number of objects: what HTTP between SuperNodes and a SuperLink adds to each, as a relay "
-        "counted it, without TLS. No wire was there in a simulation.",
+        "number of objects: what HTTP between SuperNodes and a SuperLink adds to each, from the "
+        "nodes and to them, as a relay counted it, and then what TLS adds. Nodes that wait for "
+        "messages are not counted. No wire was there in a simulation.",
         tables=[Table(header, rows)],
     )
 

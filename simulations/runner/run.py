@@ -258,6 +258,7 @@ def build_arms(
             "bytes_up": total.bytes_up,
             "bytes_down": total.bytes_down,
             "messages": total.messages,
+            "wire": total.wire(),
             "encode_ms": round(total.encode_ms, 3),
             "decode_ms": round(total.decode_ms, 3),
             "seconds": round(outcome["seconds"], 3) if arm.trains else None,

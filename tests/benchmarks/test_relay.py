@@ -10,7 +10,14 @@ from threading import Thread
 
 import pytest
 
-from benchmarks.loopback.relay import Exchange, LoopbackListener, Relay, running_relay
+from benchmarks.loopback.relay import (
+    HANDSHAKE,
+    Exchange,
+    LoopbackListener,
+    Relay,
+    _Connection,
+    running_relay,
+)
 
 WAIT = 10
 
@@ -110,6 +117,31 @@ def test_what_is_no_http_is_one_exchange(echo: Relay, sent: bytes) -> None:
             answer += client.recv(1 << 16)
     assert answer == b"hello" + sent
     assert echo.exchanges == [Exchange("", len(sent), len(sent) + 5)]
+
+
+def record(kind: int, size: int) -> bytes:
+    return bytes([kind, 3, 3]) + size.to_bytes(2) + bytes(size)
+
+
+def test_tls_is_taken_apart_by_who_speaks() -> None:
+    """A handshake as RFC 8446 has it, two tickets, and two requests with their responses."""
+    exchanges: list[Exchange] = []
+    connection = _Connection(exchanges, 7)
+    for byte in record(0x16, 200) + record(0x14, 1):  # however it is cut
+        connection.sent(bytes([byte]))
+    connection.received(record(0x16, 120) + record(0x14, 1) + record(0x17, 900))
+    connection.sent(record(0x17, 53) + record(0x17, 300))  # the end of it, and a request's head
+    connection.received(record(0x17, 250))
+    connection.received(record(0x17, 250)[:100])
+    connection.sent(record(0x17, 40))  # the request's body, while tickets arrive
+    connection.received(record(0x17, 250)[100:] + record(0x17, 130))
+    connection.received(record(0x17, 20_000))
+    connection.sent(record(0x17, 300)[:3])
+    connection.sent(record(0x17, 300)[3:])
+    connection.received(record(0x17, 130))
+    shook = Exchange(HANDSHAKE, 205 + 6 + 58, 125 + 6 + 905 + 255 + 255)
+    assert exchanges == [shook, Exchange("", 350, 135 + 20_005), Exchange("", 305, 135)]
+    assert {exchange.connection for exchange in exchanges} == {7}
 
 
 def test_connections_count_apart_and_end_with_the_server(echo: Relay) -> None:

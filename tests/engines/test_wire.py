@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.loopback.engine import Engine, relayed
 from benchmarks.loopback.relay import Exchange, Relay
+from benchmarks.wire import Quiet, listen, measure
 from prunecast.server.federation import Entry, Ledger
 
 pytestmark = pytest.mark.engine
@@ -137,3 +138,31 @@ def test_large_payloads_apart_and_messages_without_arrays_as_in_plain_flower(
     told = [e for e in run.entries if e.message_type not in ("train", "evaluate")]
     assert len(told) == 6 * NODES
     assert all(e.payload_bytes == e.dense_bytes for e in told)
+
+
+@pytest.fixture(scope="module", params=["HTTP", "TLS"])
+def sized(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Engine, Relay, Quiet, bool]]:
+    """The same without TLS and with it, and what passes the relay when there is nothing to do."""
+    tls, root = request.param == "TLS", Path(__file__).parents[2]
+    folder = tmp_path_factory.mktemp("sized")
+    with relayed(folder, NODES, tls=tls, PYTHONPATH=str(root)) as (engine, relay):
+        yield engine, relay, listen(relay), tls
+
+
+@pytest.mark.parametrize("size", [2_000, 6_000_000])
+def test_the_ledger_estimates_the_wire_within_five_per_cent(
+    sized: tuple[Engine, Relay, Quiet, bool], size: int
+) -> None:
+    engine, relay, quiet, tls = sized
+    row = measure(engine, relay, quiet, size, tls=tls, rounds=2)
+    assert row.messages == 2 * 2 * NODES
+    assert min(row.ledger) > size * 2 * NODES * 0.9
+    # what is equal, such as the metrics of two nodes, is uploaded once
+    assert row.requests - 2 * NODES <= row.relay_requests <= row.requests
+    assert bool(row.handshakes) == tls
+    # a sign of life may have opened a connection that an exchange then used, or not
+    handshakes = (597, 1216) if tls else (0, 0)
+    for found, passed, handshake in zip(row.estimate, row.relay, handshakes, strict=True):
+        assert abs(found - passed) <= 0.05 * passed + handshake

@@ -81,6 +81,20 @@ def test_a_table_says_what_the_figures_are() -> None:
     assert header == ["arm", "MB down", "MB up", "ratio", "accuracy", "seconds"]
     assert rows[0] == ["dense", "2.500", "0.001", "1.00×", "90.0 %", "–"]
     assert rows[1] == ["ours", "2.500", "0.001", "321×", "88.7 ± 1.2 %", "12"]
+    arms["ours"]["wire"] = {"http_up": 1000, "http_down": 3000, "tls_up": 2000, "tls_down": 4000}
+    header, rows = compared_rows({"task": task, "arms": arms})
+    assert header[-2:] == ["≈ MB by HTTP", "by TLS"]
+    assert [row[-2:] for row in rows] == [["–", "–"], ["0.004", "0.006"]]
+
+
+def test_wire_bytes_are_means_over_seeds_that_know_them() -> None:
+    task = {"metric": "accuracy", "percent": True, "lower_is_better": False}
+    rows = [{"round": n, "accuracy": 0.5} for n in range(2)]
+    run = {"rounds": rows, "bytes_down": 10, "bytes_up": 2, "seconds": 1.0}
+    wires = [{"requests": 9, "tls_up": 100}, {"requests": 10, "tls_up": 300}]
+    known = _figures([{**run, "wire": wire} for wire in wires], task)
+    assert known["wire"] == {"requests": round(9.5), "tls_up": 200}
+    assert _figures([{**run, "wire": wires[0]}, run], task)["wire"] is None
 
 
 def test_published_figures_stand_beside_ours() -> None:

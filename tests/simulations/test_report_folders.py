@@ -84,6 +84,9 @@ def test_the_csv_has_what_the_ledger_has(folders) -> None:
     [wire] = [r for r in rows if (r["arm"], r["quantity"]) == ("ours", "wire_bytes_up")]
     estimates = [Tally(Ledger.read(f / "ledger.jsonl")).totals().wire_up for f in folders]
     assert float(wire["value"]) == statistics.fmean(e or 0 for e in estimates)
+    [tls] = [r for r in rows if (r["arm"], r["quantity"]) == ("ours", "wire_bytes_tls_up")]
+    assert (tls["unit"], tls["basis"]) == ("B", "estimated")
+    assert float(tls["value"]) > float(wire["value"])
 
 
 def test_tensors_add_up_to_the_bytes_of_a_run(folders) -> None:
@@ -213,6 +216,7 @@ def test_ledgers_of_before_objects_were_counted_have_no_wire_bytes(folders, tmp_
     [wire] = [s for s in sections_of(study) if s.title == "Message bytes and wire bytes"]
     assert {row[2] for row in wire.tables[0].rows} == {"not recorded"}
     assert {row[5] for row in wire.tables[0].rows} == {"not recorded"}
+    assert {row[8] for row in wire.tables[0].rows} == {"not recorded"}
 
 
 def test_simulated_time_is_marked_wherever_it_is_shown(folders) -> None:

@@ -8,10 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from prunecast.common.files import StorageError
 from prunecast.server.federation import Entry, FederationError, Ledger, Tally, Totals
+from prunecast.server.federation.wire import Pauses
+from prunecast.server.federation.wrapper import GridWrapper
+from prunecast.simulations.runner.inprocess import InProcessGrid
 
 
 def entry(number: int, direction: Any = "up", **changes: Any) -> Entry:
@@ -47,16 +51,76 @@ def test_sums_agree_with_the_entries_flushed_or_not(tmp_path: Path) -> None:
 
 
 def test_wire_bytes_are_estimated_from_objects_as_a_relay_counted_them() -> None:
-    # docs/payloads.md: objects, envelope, what Flower's counter and HTTP add, wire
+    # docs/payloads.md: objects, bytes of the message, wire of both ways together
     measured = [("down", 8, 1130, 12_460), ("down", 3, 353, 5_970)]
     measured += [("up", 8, 1198, 12_430), ("up", 3, 403, 5_440)]
     for direction, objects, size, wire in measured:
         known = Tally([entry(1, direction, payload_bytes=size, objects=objects)]).totals()
-        found = known.wire_down if direction == "down" else known.wire_up
-        assert found == pytest.approx(wire, abs=20)
-        assert (known.wire_up if direction == "down" else known.wire_down) == 0
+        assert (known.wire_down or 0) + (known.wire_up or 0) == pytest.approx(wire, abs=20)
     before = Tally([entry(1, "down"), entry(1, "up")]).totals()
     assert (before.wire_down, before.wire_up) == (None, None)  # objects were not counted
+    assert (before.wire_tls_down, before.wire_tls_up, before.wire()) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("direction", "objects", "size", "up", "down"),
+    [  # four messages each, as a relay counted them between two SuperNodes and a SuperLink
+        ("down", 3, 4 * 2367, 18_453, 13_618),
+        ("up", 3, 4 * 2433, 26_525, 3_320),
+        ("down", 7, 791_870, 33_342, 799_212),
+        ("up", 7, 792_134, 825_603, 6_260),
+        ("down", 8, 40_058_944, 37_144, 40_068_000),
+        ("up", 8, 40_074_279, 40_110_959, 7_044),
+    ],
+)
+def test_a_message_costs_bytes_both_ways(
+    direction: Any, objects: int, size: int, up: int, down: int
+) -> None:
+    parts = [entry(1, direction, payload_bytes=size // 4, objects=objects) for _ in range(4)]
+    known = Tally(parts).totals()
+    assert known.wire_up == pytest.approx(up, rel=0.05)
+    assert known.wire_down == pytest.approx(down, rel=0.05)
+    assert known.requests == 4 * (objects + (2 if direction == "down" else 1))
+    assert known.wire() == {
+        "requests": known.requests,
+        "http_up": known.wire_up,
+        "http_down": known.wire_down,
+        "tls_up": known.wire_tls_up,
+        "tls_down": known.wire_tls_down,
+    }
+
+
+def test_tls_opens_connections_for_nodes_that_were_busy_or_waited() -> None:
+    def tls(direction: Any, seconds: float) -> tuple[int, int]:
+        known = Tally([entry(1, direction, objects=3, seconds=seconds)]).totals()
+        return known.tls_up, known.tls_down
+
+    quick_down, quick_up = tls("down", 1.0), tls("up", 2.0)
+    assert quick_down == (5 * 44, 5 * 44)  # two records of 22 bytes each way, for each request
+    assert quick_up == (4 * 44, 4 * 44)
+    handshake = (597, 1216)
+    assert tls("down", 10.0) == tuple(np.add(quick_down, handshake))
+    # two, but where a sign of life, every thirty seconds, has kept one open for five
+    assert tls("up", 30.0) == tuple(np.add(quick_up, np.rint(np.multiply(handshake, 11 / 6))))
+    # in a simulation nothing is timed: nodes are taken to be busy
+    assert (tls("down", 0.0), tls("up", 0.0)) == (tls("down", 10.0), tls("up", 30.0))
+    assert quick_up < tls("up", 6.0) < tls("up", 30.0)  # it may have polled late
+    large = Tally([entry(1, "down", payload_bytes=1 << 24, objects=8, seconds=1.0)]).totals()
+    assert large.tls_down == 10 * 44 + 22 * 1024  # a record for every 16 KiB
+    assert large.tls_up == 10 * 44
+
+
+def test_pauses_are_those_of_a_superlink() -> None:
+    class HttpGrid:
+        pass
+
+    HttpGrid.__module__ = "flwr.superlink.grid.http_grid"
+    pauses = Pauses(GridWrapper(HttpGrid()))  # type: ignore[arg-type]
+    assert pauses.since(1) == 0.0
+    assert pauses.since(2) == 0.0
+    assert pauses.since(1) > 0.0
+    simulated = Pauses(GridWrapper(InProcessGrid({}, 1)))  # type: ignore[arg-type]
+    assert (simulated.since(1), simulated.since(1)) == (0.0, 0.0)
 
 
 def test_a_later_run_leaves_the_earlier_one(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""A Flower app whose messages have the size that is asked for."""
