@@ -1,7 +1,8 @@
 """What a round costs a server: CPU time and memory, with Prunecast and in plain Flower.
 
     python benchmarks/round_cost.py [--clients N ...] [--rounds N] [--strategy NAME] [--seed N]
-                                    [--quick] [--json FILE]
+                                    [--quick] [--json FILE] [--chart FILE]
+    python benchmarks/round_cost.py --load FILE --chart FILE
 
 A model of ResNet-18's shapes (11.7 million parameters in 62 tensors and BatchNorm's statistics),
 drawn, is sent by a strategy to clients in this process and their replies are aggregated: with
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 
 SPARSITY = 0.9
+_CLIENTS = 10, 50, 100, 200
 DISTINCT = 8  # replies that differ; the others are copies of them, each in memory of its own
 _STAGES = (("layer1", 64, 1), ("layer2", 128, 2), ("layer3", 256, 2), ("layer4", 512, 2))
 
@@ -328,18 +330,48 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def draw(report: dict[str, Any], path: Path) -> None:
+    """CPU time and peak memory of a round over the number of clients."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for kind, colour, style in (("plain", "#555555", "--"), ("prunecast", "#c1272d", "-")):
+        rows = [row for row in report["rows"] if row["kind"] == kind]
+        label = "plain Flower" if kind == "plain" else kind
+        for axis, key, factor in zip(axes, ("cpu_s", "peak_mb"), (1, 1e-3), strict=True):
+            values = [factor * row[key] for row in rows]
+            axis.plot(
+                [row["clients"] for row in rows], values, style, marker=".", color=colour,
+                label=label,
+            )  # fmt: skip
+    for axis, title in zip(axes, ("CPU seconds of a round", "peak memory, GB"), strict=True):
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("clients")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Measure, or do one part in a process of its own."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--clients", type=int, nargs="+", default=[10, 50, 100], help="(default: 10 50 100)")
+    add("--clients", type=int, nargs="+", default=list(_CLIENTS), help=f"(default: {_CLIENTS})")
     add("--rounds", type=int, default=3, help="counted rounds of each (default: 3)")
     add("--strategy", default="FedAvg", help="a class of flwr.serverapp.strategy (default: FedAvg)")
     add("--seed", type=int, default=0, help="of weights and training (default: 0)")
     add("--quick", action="store_true", help="a smaller model: does it work?")
     add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--chart", type=Path, metavar="FILE", help="draw it, as a PNG; needs matplotlib")
+    add("--load", type=Path, metavar="FILE", help="what --json wrote, instead of measuring")
     add("--prepare", metavar="DIR", help=argparse.SUPPRESS)
     add("--measure", nargs=3, metavar=("DIR", "KIND", "N"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -350,12 +382,17 @@ def main() -> None:
         folder, kind, clients = options.measure
         print(json.dumps(measure(Path(folder), kind, int(clients), options)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        report = run(options, Path(folder))
+    if options.load:
+        report = json.loads(options.load.read_text(encoding="utf-8"))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            report = run(options, Path(folder))
     for row in report["ratios"]:
         print(f"{row['clients']} clients: {row['cpu']:.2f} x the CPU, {row['peak']:.2f} x the peak")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.chart:
+        draw(report, options.chart)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,14 @@ class Engine:
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, name: str, *command: str, port: int) -> None:
-        """Start a command of the environment and wait until it listens on `port`."""
+    def start(self, name: str, *command: str, port: int | None) -> None:
+        """Start a command of the environment and wait until it listens on `port`.
+
+        Args:
+            name: of the process, and of its log.
+            command: words of it.
+            port: of 127.0.0.1; None where this process cannot reach it, and does not wait.
+        """
         log = self.folder / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -95,6 +101,8 @@ class Engine:
                 start_new_session=True,
             )
         self.processes[name] = process
+        if port is None:
+            return
 
         def ready() -> bool:
             if process.poll() is not None:

@@ -32,6 +32,14 @@ def test_ratios_are_of_the_same_number_of_clients() -> None:
     assert round_cost.ratios(rows) == [{"clients": 2, "cpu": 1.5, "peak": 0.5}]
 
 
+def test_what_was_measured_is_drawn_later(tmp_path: Path) -> None:
+    kept, target = BENCHMARK.with_suffix(".json"), tmp_path / "chart.png"
+    command = [sys.executable, str(BENCHMARK), "--load", str(kept), "--chart", str(target)]
+    told = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True).stdout
+    assert "100 clients: " in told
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_small_run(tmp_path: Path) -> None:
     target = tmp_path / "report.json"

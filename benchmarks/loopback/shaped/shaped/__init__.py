@@ -1,0 +1,1 @@
+"""A Flower app in numpy that trains to an accuracy, and says what had crossed the link by then."""
