@@ -9,6 +9,7 @@ from prunecast.common.lazy import face
 
 if TYPE_CHECKING:
     from prunecast.client.training.mod import compression_mod
+    from prunecast.client.training.secure import shared_mask_mod
     from prunecast.compression.pruning.channels import current_channels
     from prunecast.compression.pruning.holding import hold_masks
     from prunecast.compression.pruning.masks import current_masks
@@ -22,6 +23,7 @@ __all__ = [
     "hold_masks",
     "prune_module",
     "recalibrate",
+    "shared_mask_mod",
 ]
 
 __getattr__, __dir__ = face(
@@ -33,5 +35,6 @@ __getattr__, __dir__ = face(
         "hold_masks": "prunecast.compression.pruning.holding",
         "prune_module": "prunecast.compression.pruning.modules",
         "recalibrate": "prunecast.compression.pruning.recalibrating",
+        "shared_mask_mod": "prunecast.client.training.secure",
     },
 )

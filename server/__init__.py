@@ -15,8 +15,17 @@ if TYPE_CHECKING:
     from prunecast.server.federation.ledger import Ledger
     from prunecast.server.federation.policy import Policy
     from prunecast.server.federation.run import Run
+    from prunecast.server.federation.secure import SecureStrategy
 
-__all__ = ["Checkpoint", "CompressedGrid", "Deadlines", "Ledger", "Policy", "Run"]
+__all__ = [
+    "Checkpoint",
+    "CompressedGrid",
+    "Deadlines",
+    "Ledger",
+    "Policy",
+    "Run",
+    "SecureStrategy",
+]
 
 __getattr__, __dir__ = face(
     __name__,
@@ -27,5 +36,6 @@ __getattr__, __dir__ = face(
         "Ledger": "prunecast.server.federation.ledger",
         "Policy": "prunecast.server.federation.policy",
         "Run": "prunecast.server.federation.run",
+        "SecureStrategy": "prunecast.server.federation.secure",
     },
 )

@@ -167,12 +167,18 @@ def test_top_folders_without_a_face_are_namespaces(folder: str) -> None:
 @pytest.mark.parametrize(
     ("face", "names"),
     [
-        ("server", ["Checkpoint", "CompressedGrid", "Deadlines", "Ledger", "Policy", "Run"]),
+        (
+            "server",
+            [
+                *("Checkpoint", "CompressedGrid", "Deadlines", "Ledger", "Policy", "Run"),
+                "SecureStrategy",
+            ],
+        ),
         (
             "client",
             [
                 *("compression_mod", "current_channels", "current_masks", "hold_masks"),
-                *("prune_module", "recalibrate"),
+                *("prune_module", "recalibrate", "shared_mask_mod"),
             ],
         ),
     ],

@@ -48,9 +48,11 @@ from prunecast.compression.flower.internals import (
     ClientAppCallable,
     ErrorCode,
     Mod,
+    adds_noise,
     log,
     make_message,
 )
+from prunecast.compression.flower.secure import SECURE_RECORD, is_secure, narrowed
 from prunecast.compression.pruning.channels import ChannelPlan, holding_channels
 from prunecast.compression.pruning.growing import strongest
 from prunecast.compression.pruning.masks import holding
@@ -104,6 +106,7 @@ def compression_mod(
     max_model_bytes: int | None = None,
     store_quota: int | None = None,
     teacher: bool | None = None,
+    noised_feedback: bool = False,
 ) -> Mod:
     """A Flower mod that decodes what `CompressedGrid` sends and encodes the reply.
 
@@ -128,6 +131,9 @@ def compression_mod(
             the update is sent all the same, and nothing is kept for the next one.
         teacher: keep the last dense version on disk once the model is pruned, for
             `current_teacher()`; None: where the run config has `distillation` above 0.
+        noised_feedback: also where Flower's `LocalDpMod` stands behind, add what quantisation
+            dropped of a noised reply to the next one. Off, as what a node sends in one round is
+            then made of several.
 
     A message that arrives after the server's deadline is not trained on, so that a slow node
     catches up; the model that came with it is kept.
@@ -180,6 +186,8 @@ def compression_mod(
                 *(message, instruction, node, most),
                 able=able,
                 keeps_teacher=_distils(context) if teacher is None else teacher,
+                noised=adds_noise(call_next),
+                feeds_back=noised_feedback,
                 width=str(context.node_config.get("prunecast-width", "")),
             )
         except (ModError, VersionsError, CodecError, PlanError) as error:
@@ -273,6 +281,8 @@ class _Exchange:
         most: int,
         *,
         keeps_teacher: bool = False,
+        noised: bool = False,
+        feeds_back: bool = False,
         width: str = "",
         able: Capabilities | None = None,
     ) -> None:
@@ -311,7 +321,10 @@ class _Exchange:
                 self.content[key] = self._whole(self._decode(key, coded[0]), coded[1])
             else:
                 self.content[key] = record
-        self._clip = stated_clip(self.content)
+        self._clip, self._secure = stated_clip(self.content), is_secure(self.content)
+        # what a node says of its data beside a reply is neither clipped, noised nor summed
+        self._reticent = noised or self._secure or self._clip is not None
+        self._feeds_back = self._clip is None and (feeds_back or not noised)
         # measured now: what the app does to the records later is its own affair
         records = self.content.array_records.values()
         self._received = sum(len(a.data) for record in records for a in record.values())
@@ -455,13 +468,15 @@ class _Exchange:
                 coded = record
                 if isinstance(record, ArrayRecord):
                     coded = self._coded(key, stated(record))
+                elif key == SECURE_RECORD and isinstance(record, ConfigRecord):
+                    coded = narrowed(record)
             except NonFiniteError as error:
                 raise NonFiniteUpdate(f"the update was not sent: {error}") from error
             except CodecError as error:
                 raise ModError(f"the update was not sent: {error}") from error
             content[key] = coded
         found = self._thinned(statistics)
-        if found and self._clip is None:  # no clip bounds what they say of the data
+        if found and not self._reticent:
             content[STATISTICS_RECORD] = payload_record(pack_statistics(found))
         return self.wrap(content, (time.perf_counter() - started) * 1e3)
 
@@ -492,7 +507,8 @@ class _Exchange:
         if not self._models:
             rule = replace(rule, step=0.0)  # an answer to a query, a personal model
         plan = self._channels.get(base_key or key)
-        feeds_back = rule.error_feedback and self._clip is None
+        feeds_back = rule.error_feedback and self._feeds_back
+        rule = replace(rule, error_feedback=feeds_back)
         residual = self._residual(key, plan) if feeds_back else {}
 
         def encoded(residual: Mapping[str, NDArray[Any]]) -> tuple[Coded, bytes]:
@@ -555,6 +571,8 @@ class _Exchange:
         fresh = chosen.init(layout_of(found.arrays))
         if clip is not None:
             payload = encode_clipped(chosen, found.arrays, fresh, clip, rule.key)
+        elif not self._feeds_back:
+            payload, _ = chosen.encode(found.arrays, fresh, key=rule.key)
         else:
             kept = " ".join((f"{key} by {chosen.name}", *found.own))
             plan, state = self._channels.get(base_key), fresh

@@ -14,8 +14,8 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import CodeType, FrameType
-from typing import TypeVar, cast
+from types import CodeType, FrameType, FunctionType
+from typing import Any, TypeVar, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
@@ -34,6 +34,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 __all__ = [
     "SUPERLINK_NODE_ID",
@@ -47,10 +48,13 @@ __all__ = [
     "Record",
     "Run",
     "WatchedReply",
+    "adds_noise",
     "aggregation_above",
     "content_bytes",
     "identify_process",
     "is_averaging",
+    "legacy_arrays",
+    "legacy_parameters",
     "log",
     "make_message",
     "object_bytes",
@@ -238,6 +242,42 @@ def content_bytes(records: Mapping[str, Measured], envelope: Message | None = No
     if envelope is not None:
         own += own_bytes(make_message(envelope.metadata, content))
     return sum(objects.values()) + own
+
+
+# -- mods and the legacy API ----------------------------------------------------------------------
+
+
+def adds_noise(call_next: ClientAppCallable) -> bool:
+    """Whether Flower's mod for local differential privacy stands behind the one that is called.
+
+    Args:
+        call_next: what that one is given to call: Flower's chain of the mods behind it.
+    """
+    from flwr.clientapp.mod import LocalDpMod  # not for servers
+
+    following: object = call_next
+    while isinstance(following, FunctionType) and following.__closure__ is not None:
+        inside = dict(zip(following.__code__.co_freevars, following.__closure__, strict=True))
+        if not {"_mod", "_ffn"} <= inside.keys():
+            break
+        if isinstance(inside["_mod"].cell_contents, LocalDpMod):
+            return True
+        following = inside["_ffn"].cell_contents
+    return False
+
+
+def legacy_arrays(parameters: Any) -> list[NDArray[Any]]:
+    """The arrays of parameters of the legacy API."""
+    from flwr.common import parameters_to_ndarrays
+
+    return list(parameters_to_ndarrays(parameters))
+
+
+def legacy_parameters(arrays: Iterable[NDArray[Any]]) -> Any:
+    """Inverse of `legacy_arrays`."""
+    from flwr.common import ndarrays_to_parameters
+
+    return ndarrays_to_parameters(list(arrays))
 
 
 # -- strategies -----------------------------------------------------------------------------------

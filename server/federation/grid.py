@@ -44,7 +44,7 @@ from prunecast.server.federation.outbound import Batch, Outbound, Prepared
 from prunecast.server.federation.packing import pack_together
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.progress import measured_in
-from prunecast.server.federation.publisher import Streams
+from prunecast.server.federation.publisher import Streams, Version
 from prunecast.server.federation.receiving import Received, Receiver, refuse
 from prunecast.server.federation.widths import Slices
 from prunecast.server.federation.wire import Pauses
@@ -423,6 +423,17 @@ class CompressedGrid(GridWrapper):
             number: 1 for the first.
         """
         self._streams.round = number
+
+    # -- secure aggregation ------------------------------------------------------------------------
+
+    def allow_secure_aggregation(self) -> None:
+        """Say that a `SecureStrategy` makes master weights of what is summed."""
+        self._outbound.secure = True
+
+    @property
+    def securely_trained(self) -> Version | None:
+        """The version that nodes were sent last to train under secure aggregation."""
+        return self._outbound.securely
 
     # -- the published model ------------------------------------------------------------------
 

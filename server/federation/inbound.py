@@ -25,6 +25,7 @@ from prunecast.compression.flower.internals import (
     own_bytes,
     uncached,
 )
+from prunecast.compression.flower.secure import SECURE_RECORD, masked_size, widened
 from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.versions import (
     NOTHING_SENT,
@@ -259,6 +260,8 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
             entry.dense_bytes -= object_bytes(record) + _mention(reply.content, key)
             continue
         content[key] = record
+        if key == SECURE_RECORD and isinstance(record, ConfigRecord):
+            content[key] = _wide(record, sent, entry)
         if isinstance(record, ArrayRecord):
             version = sent.versions.get(key) if sent.densely else None
             if version is None:
@@ -278,6 +281,22 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
             has_update = has_update or read.update
     entry.kind = "+".join(kinds) or "none"
     return content, has_update
+
+
+def _wide(record: ConfigRecord, sent: Prepared, entry: Entry) -> ConfigRecord:
+    """Masked vectors as Flower's workflow reads them.
+
+    The ledger counts what plain Flower would have sent: all weights, in eight bytes each.
+    """
+    try:
+        wide = widened(record)
+    except ValueError as error:
+        raise BadPayload(f"a masked vector of secure aggregation is damaged: {error}") from error
+    entry.dense_bytes += object_bytes(wide) - object_bytes(record)
+    if size := masked_size(wide):
+        weights = sum(s.size for v in sent.versions.values() for s in v.model.specs.values())
+        entry.dense_bytes += 8 * max(0, weights - size)
+    return wide
 
 
 def _mention(content: RecordDict, key: str) -> int:

@@ -35,10 +35,12 @@ from prunecast.compression.flower.internals import (
     make_message,
     own_bytes,
 )
+from prunecast.compression.flower.secure import is_secure
 from prunecast.compression.versions import (
     NOTHING_SENT,
     TAG_BYTES,
     Instruction,
+    LatticeTensor,
     SchemeRule,
     UpdateRule,
     encode_plain,
@@ -128,6 +130,16 @@ _PERSONAL = (
 _ONE_MODEL = (
     "prunecast.widths slices the one model that all nodes share, and record {}: send it under one "
     "key, after Run or grid.use_widths(plans) said what each class trains, or set no widths"
+)
+
+_NOT_SECURE = (
+    "secure aggregation gives the strategy the mean of what nodes made of the published model, and "
+    "what rounding to the lattice drops would be lost in every round: wrap the strategy in "
+    "prunecast.server.SecureStrategy(strategy, grid), or choose the policy 'lossless'"
+)
+_SECURE_WIDTHS = (
+    "secure aggregation sums vectors of one length, and prunecast.widths gives nodes slices of "
+    "several: set no widths"
 )
 
 
@@ -239,10 +251,14 @@ class Outbound:
     Attributes:
         answered: types of messages that nodes answer with arrays though they are sent none; the
             others need not be told how to code these.
+        secure: whether a `SecureStrategy` makes master weights of what secure aggregation sums.
+        securely: the version that was sent last to be trained under it.
     """
 
     def __init__(self, streams: Streams, seed: int) -> None:
         self.answered: set[str] = set()
+        self.secure = False
+        self.securely: Version | None = None
         self._streams, self._seed, self._count = streams, seed, 0
         self._policy, self._scheme = streams.policy, streams.policy.scheme
         self._down: Down = self._densely if self._policy.down == "dense" else self._by_version
@@ -347,6 +363,10 @@ class Outbound:
             occasion=batch.occasion,
         )
         node, asks = self._streams.node(metadata.dst_node_id), False
+        secure = is_secure(prepared.original.content)
+        if secure:
+            self._check_secure(version)
+            self.securely = version
         if node.treatment.dense:
             return self._as_dense_version(prepared, key, version, others)
         if self._policy.widths:
@@ -362,7 +382,7 @@ class Outbound:
             prepared.reuse[key] = short(NOTHING_SENT.digest)
             prepared.kinds.append("ask")
             return ArrayRecord()
-        if stream.wanted and not prepared.wanted and not version.width:
+        if stream.wanted and not (prepared.wanted or version.width or secure):
             prepared.wanted, prepared.pruned = stream.wanted, key
         # what fails before the mod reads it, such as where there is no function for that type, will
         # again; else the node says that it does not hold the version, and gets it at once
@@ -390,6 +410,14 @@ class Outbound:
         prepared.versions[key], prepared.densely = version, True
         prepared.kinds.append("dense")
         return put_back(version.densely, others) if others else version.densely
+
+    def _check_secure(self, version: Version) -> None:
+        """That what secure aggregation sums can become the next master weights."""
+        if self._policy.widths:
+            raise FederationError(_SECURE_WIDTHS)
+        on_lattice = any(isinstance(t, LatticeTensor) for t in version.model.tensors.values())
+        if on_lattice and not self.secure:
+            raise FederationError(_NOT_SECURE)
 
     def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:
         metadata = prepared.original.metadata

@@ -425,7 +425,9 @@ class Receiver:
         entry.kind, entry.reason = "error", node_reason(reason)[:_LONGEST]
         remedy = _ORDER if STYPE in reason else ""
         packed = is_packed(received.sent.message.content)
-        if packed and any(f"KeyError: '{key}'" in entry.reason for key in received.sent.versions):
+        if packed and any(
+            f"KeyError: '{key}'" in entry.reason for key in received.sent.original.content
+        ):
             remedy = _PACKED
             error = Error(received.message.error.code, f"{entry.reason} ({remedy})")
             received.message = make_message(received.message.metadata, error=error)

@@ -10,12 +10,15 @@ from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_m
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
     FedAvg,
 )
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
 
-from prunecast.client.training import compression_mod
-from prunecast.compression.flower import CLIPPING_NORM
+from prunecast.client.training import compression_mod, contribute_statistics
+from prunecast.compression.flower import CLIPPING_NORM, STATISTICS_RECORD
+from prunecast.compression.flower.envelope import unpack
 from prunecast.server.federation import Policy
 from support.federation import initial_arrays, local_step, seed_of, to_arrays, to_record
 
@@ -27,8 +30,8 @@ def norm(arrays):
     return float(np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in arrays)))
 
 
-def client(store, *mods, scale=1.0, given=None, statistics=False):
-    app = ClientApp(mods=[compression_mod(store), *mods])
+def client(store, *mods, scale=1.0, given=None, **options):
+    app = ClientApp(mods=[compression_mod(store, **options), *mods])
 
     def note(message, context, call_next):
         """What was clipped, as the mod outside of this one is given it."""
@@ -44,6 +47,7 @@ def client(store, *mods, scale=1.0, given=None, statistics=False):
     def train(message, context):
         received = to_arrays(message.content["arrays"])
         trained = local_step(received, seed_of(message, context))
+        contribute_statistics("gradient", {n: np.abs(a) for n, a in received.items()})
         trained = {n: a + np.float32(scale) * (trained[n] - a) for n, a in received.items()}
         content = {"arrays": to_record(trained), "m": MetricRecord({"num-examples": 1, "loss": 1})}
         return Message(RecordDict(content), reply_to=message)
@@ -185,10 +189,89 @@ def test_what_is_sent_of_noised_replies_depends_on_these_alone(federation, tmp_p
     assert payloads[:3] == payloads[3:]
 
 
-def test_local_differential_privacy_runs_with_feedback(federation, tmp_path):
-    app = client(tmp_path / "store", LocalDpMod(CLIP, 0.001, 1.0, 1e-5))
+def noising(place):
+    """Flower's mod, with little noise; behind others, or first among them."""
+
+    def beside(message, context, call_next):
+        return call_next(message, context)
+
+    mod = LocalDpMod(CLIP, 0.001, 1.0, 1e-5)
+    return [[mod], [beside, beside, mod], [mod, beside]][place]
+
+
+@pytest.mark.parametrize("up", ["lattice", "stc"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_there_is_no_feedback_of_noised_replies(federation, tmp_path, place, up):
+    """What is sent in one round is made of that round's reply, and says as much as it is long."""
+    app = client(tmp_path / "store", *noising(place), scale=5.0)
+    grid, _, _ = federation(Policy.preset("balanced", up=up), nodes=2, app=app)
+    seen = Seen()
+    result = seen.start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=ROUNDS)
+    assert len(seen.norms) == 2 * ROUNDS
+    assert result.arrays is not None
+    noise = 0.001 * np.sqrt(2 * np.log(1.25 / 1e-5)) * np.sqrt(3088)
+    assert max(seen.norms) < CLIP + 2 * noise
+    assert not list((tmp_path / "store").rglob("*.residual"))
+    assert not list((tmp_path / "store").rglob("*.pending*"))
+
+
+def test_feedback_of_noised_replies_is_allowed_by_name(federation, tmp_path):
+    """`test_local_differential_privacy_runs_with_feedback`, when it was not asked for."""
+    mods = noising(0)
+    app = client(tmp_path / "store", *mods, noised_feedback=True)
     grid, _, _ = federation("balanced", nodes=2, app=app)
     seen = Seen()
     result = seen.start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=ROUNDS)
     assert len(seen.norms) == 2 * ROUNDS
     assert result.arrays is not None
+    assert list((tmp_path / "store").rglob("*.pending*"))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize(("mods", "told"), [(1, False), (0, True)])
+def test_no_statistics_are_told_beside_noised_replies(federation, tmp_path, mods, told, allowed):
+    """They are of the data, and nobody noised them; `noised_feedback` is of replies alone."""
+    app = client(tmp_path / "store", *noising(0)[:mods], noised_feedback=allowed)
+    policy = Policy.preset("small", pruning_criterion="fisher", pruning_begin=1, pruning_end=3)
+    grid, inner, _ = federation(policy, nodes=2, app=app)
+    keys = set()
+    inner.on_reply = lambda reply: keys.update(unpack(reply.content)) or reply
+    Seen().start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=ROUNDS)
+    assert (STATISTICS_RECORD in keys) is told
+
+
+def server_side(strategy, kind):
+    if kind == "fixed":
+        return DifferentialPrivacyServerSideFixedClipping(strategy, 0.0, CLIP, 2)
+    return DifferentialPrivacyServerSideAdaptiveClipping(
+        strategy, 0.0, 2, initial_clipping_norm=CLIP, clipped_count_stddev=0.1
+    )
+
+
+class Clipped(Seen):
+    """Sees what the wrapper made of the replies."""
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        self.clipped = [
+            norm([to_arrays(r.content["arrays"])[n] - a for n, a in self.sent.items()])
+            for r in replies
+        ]
+        return super().aggregate_train(server_round, replies)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "adaptive"])
+def test_clipping_on_the_server_is_of_decoded_replies_and_leaves_feedback(
+    federation, tmp_path, kind
+):
+    app = client(tmp_path / "store", scale=5.0)
+    grid, _, _ = federation("balanced", nodes=2, app=app)
+    seen = Clipped()
+    wrapped = server_side(seen, kind)
+    result = wrapped.start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=ROUNDS)
+    assert result.arrays is not None
+    assert len(seen.clipped) == 2
+    limit = CLIP if kind == "fixed" else np.inf
+    assert all(0 < n <= limit * (1 + 1e-5) for n in seen.clipped)
+    assert list((tmp_path / "store").rglob("*.pending*"))
+    assert {e.kind for e in grid.ledger.entries if e.direction == "up"} == {"update"}
