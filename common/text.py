@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = [
     "bits_text",
+    "bytes_of",
     "bytes_text",
     "count_text",
     "duration_text",
@@ -35,6 +37,24 @@ def bytes_text(count: float | None) -> str:
         unit = "TB"
     digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f} {unit}"
+
+
+_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def bytes_of(text: str) -> int:
+    """The bytes that a text in decimal units states, as `bytes_text` writes them.
+
+    Raises:
+        ValueError: it states none, or less than none.
+
+    >>> bytes_of("2 MB"), bytes_of("1.5kB"), bytes_of("800")
+    (2000000, 1500, 800)
+    """
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].lower() not in _SIZES:
+        raise ValueError(f"{text!r} is no number of bytes, such as '500 kB', '2 MB' or 1000000")
+    return round(float(found[1]) * _SIZES[found[2].lower()])
 
 
 def bits_text(nbytes: float, size: int) -> str:

@@ -24,7 +24,7 @@ from prunecast.compression.versions import (
     rounded_floats,
 )
 
-__all__ = ["Coded", "align", "compress_reply", "is_own", "norm_of"]
+__all__ = ["Coded", "align", "compress_reply", "is_own", "kept_whole", "norm_of"]
 
 _MANTISSAS = 16  # of steps, from a power of two to the next
 _LARGE = 1024  # elements: a tensor that the version lacks travels exactly below
@@ -198,6 +198,45 @@ def compress_reply(
         if change is not None:
             changes[name] = change
     return Coded(tensors, changes, left)
+
+
+def kept_whole(
+    base: PublishedModel, record: Mapping[str, NDArray[Any] | None], residual: Arrays
+) -> tuple[dict[str, NDArray[Any]], float] | None:
+    """The residual where nothing is sent: of each tensor its change, and what was dropped before.
+
+    Args:
+        base: the version that the record answers, name by name.
+        record: its arrays.
+        residual: by name, as `compress_reply` leaves it.
+
+    Returns:
+        The residual, and the norm of what it has of the record; None where a tensor is, or was, no
+        change but values of its own, or none is on the lattice.
+
+    Raises:
+        NonFiniteUpdate: a tensor of the lattice holds NaN or infinity.
+    """
+    left, norms = dict(residual), []
+    change = value = 0.0
+    for name, array in record.items():
+        tensor = base.tensors.get(name)
+        if array is None or array.dtype.kind != "f" or not isinstance(tensor, LatticeTensor):
+            continue
+        if name + _KEPT[True] in left:
+            return None
+        size = _measure(name, tensor, array)
+        change, value = math.hypot(change, size.whole_change), math.hypot(value, size.value)
+        total = array.astype(_working(array)) - tensor.dense().astype(_working(array))
+        for kind in (_KEPT[False], _KEPT[None]):
+            kept = left.pop(name + kind, None)
+            if kept is not None and kept.shape == array.shape:
+                total += kept.astype(total.dtype)
+        if (mask := tensor.mask()) is not None:
+            total *= mask
+        left[name + _KEPT[False if tensor.q.any() else None]] = total
+        norms.append(norm_of(total))
+    return (left, math.hypot(*norms)) if norms and change <= value else None
 
 
 def _on_lattice(tensor: ReplyTensor, base: PublishedModel) -> str | None:

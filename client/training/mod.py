@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -18,6 +19,7 @@ from prunecast.client.training.by_scheme import encode_clipped, scheme_input
 from prunecast.client.training.capabilities import capabilities
 from prunecast.client.training.encoding import Coded, align, compress_reply
 from prunecast.client.training.housekeeping import default_root
+from prunecast.client.training.sparing import MOST_COARSER, coarser_rule, fitted, unsent
 from prunecast.client.training.store import (
     ModError,
     NodeStore,
@@ -309,6 +311,7 @@ class _Exchange:
         except StoreError as error:  # nothing is lost: the server says it again
             self._in_trouble(error)
             self._unsettled = True
+        self._coarser = 0
         for key, record in message.content.items():
             if key == CONTROL_RECORD:
                 continue
@@ -448,6 +451,7 @@ class _Exchange:
             unsettled=self._unsettled,
             stale=self.stale,
             able=self._able,
+            coarser=self._coarser,
         )
         content[CONTROL_RECORD] = ConfigRecord({"report": report.to_bytes()})
         return content
@@ -502,32 +506,57 @@ class _Exchange:
         base_key = self._base_for(key, arrays, {k: m.specs for k, m in self._models.items()})
         base = NOTHING_SENT if base_key is None else self._models[base_key]
         if not self._instruction.keeps_residual:
-            rule = replace(rule, error_feedback=False)
+            rule = replace(rule, error_feedback=False, lazy=0.0)
             self._store.drop(key, residuals=True)
         if not self._models:
             rule = replace(rule, step=0.0)  # an answer to a query, a personal model
         plan = self._channels.get(base_key or key)
         feeds_back = rule.error_feedback and self._feeds_back
-        rule = replace(rule, error_feedback=feeds_back)
+        rule = replace(rule, error_feedback=feeds_back, lazy=rule.lazy * feeds_back)
         residual = self._residual(key, plan) if feeds_back else {}
 
-        def encoded(residual: Mapping[str, NDArray[Any]]) -> tuple[Coded, bytes]:
-            coded = compress_reply(base, arrays, residual, rule, clip=self._clip)
+        def coded_as(coded: Coded) -> bytes:
             stream = self._stream(base_key or key)
-            payload = encode_update(base, coded.changes, stream=stream, tensors=coded.tensors)
-            return coded, payload
+            return encode_update(base, coded.changes, stream=stream, tensors=coded.tensors)
 
-        coded, payload = encoded(residual or {})
+        def encoded(rule: UpdateRule, left: Mapping[str, NDArray[Any]]) -> tuple[Coded, bytes]:
+            coded = compress_reply(base, arrays, left, rule, clip=self._clip)
+            return coded, coded_as(coded)
+
+        def kept_back(below: float) -> bytes | None:
+            """The payload that says "no change", where the residual could keep all of it."""
+            if base_key is None or not feeds_back or residual is None:
+                return None
+            coded = unsent(base, arrays, residual, below)
+            staged = coded is not None and self._stage(key, coded.dropped, plan)
+            return coded_as(coded) if coded is not None and staged else None
+
+        if rule.lazy and (payload := kept_back(rule.lazy)) is not None:
+            return coded_record(payload, {})
+        most = self._share_of(key, rule.most)
+        found = fitted(lambda rule: encoded(rule, residual or {}), rule, most)
+        if found is None and (payload := kept_back(math.inf)) is not None:
+            self._coarser = MOST_COARSER
+            return coded_record(payload, {})
+        quarters = MOST_COARSER if found is None else found[2]
+        self._coarser, rule = max(self._coarser, quarters), coarser_rule(rule, quarters)
+        coded, payload = encoded(rule, residual or {}) if found is None else found[:2]
         sent = self._received if base_key is None else sum(s.nbytes for s in base.specs.values())
         if sum(coded.unlike.values()) > allowed_beside(sent, len(payload)):
             # so many zeros that the server would not believe so few bytes
             arrays.update(dict.fromkeys(coded.unlike))
-            coded, payload = encoded(residual or {})
+            coded, payload = encoded(rule, residual or {})
         stages = coded.dropped and residual is not None
         if stages and not self._stage(key, coded.dropped, plan):
             # the residual stays where it is, for a reply that can tell what it leaves
-            _, payload = encoded({})
+            _, payload = encoded(rule, {})
         return coded_record(payload, {n: record[n] for n, a in arrays.items() if a is None})
+
+    def _share_of(self, key: str, most: int) -> int:
+        """Of the bytes that all payloads of the reply may have, those of one record; 0 for any."""
+        records = self._reply.array_records
+        sizes = {k: sum(len(a.data) for a in record.values()) for k, record in records.items()}
+        return most and max(1, most * sizes[key] // max(1, sum(sizes.values())))
 
     def _residual(self, key: str, plan: ChannelPlan | None) -> dict[str, NDArray[Any]] | None:
         """What updates of a record have dropped, of the channels that remain.

@@ -45,7 +45,8 @@ _AS_THEY_ARE, _UPDATE, _UPDATE_FED_BACK, _SCHEME = range(4)
 _OF_JOB, _FRESH, _LAST, _ASKS, _NO_VERSION, _NO_RESIDUAL = 4, 8, 16, 32, 64, 128
 _ADDED = 252  # all of them
 _AS_SENT, _HELD, _MISSING, _TROUBLE, _WIDTH, _UNSETTLED, _STALE = 1, 2, 4, 8, 16, 32, 64
-_ABLE = 128
+_ABLE, _COARSER = 128, 256
+_SPARING = 256  # likewise: the rule of an update ends in a norm and a number of bytes
 _MOST_MICROSECONDS = (1 << 32) - 1
 
 
@@ -80,6 +81,10 @@ class UpdateRule:
         statistics_bits: mantissa bits, 0 to 23, that running statistics of normalisation layers
             (see `is_statistic`) are rounded to, where there is a step and error feedback; 0 for
             exact.
+        lazy: a reply whose change, with the residual, has a smaller norm than this is not sent
+            but kept as residual; 0 for none (Chen et al. 2018, "LAG", equation 7b).
+        most: bytes that the payloads of a reply may have together: steps and floor grow until they
+            fit, as far as they can; 0 for no bound.
     """
 
     step: float
@@ -87,6 +92,8 @@ class UpdateRule:
     error_feedback: bool = True
     floor: float = 0.0
     statistics_bits: int = 0
+    lazy: float = 0.0
+    most: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.step) and self.step >= 0):
@@ -99,6 +106,10 @@ class UpdateRule:
             raise BadPayload(
                 f"statistics of {self.statistics_bits!r} bits are outside 0..{MOST_STATISTICS_BITS}"
             )
+        if not (math.isfinite(self.lazy) and self.lazy >= 0):
+            raise BadPayload(f"norm {self.lazy!r} below which nothing is sent is no norm")
+        if self.lazy and not self.error_feedback:
+            raise BadPayload("what is not sent would be lost without error feedback")
 
     def in_model(self, weights: int) -> UpdateRule:
         """The rule for a model of so many weights: in a small one, each of them matters more.
@@ -184,11 +195,15 @@ class Instruction:
         match self.rule:
             case None:
                 self._begin(out, _AS_THEY_ARE)
-            case UpdateRule(step, zone, feedback, floor, bits):
-                self._begin(out, _UPDATE_FED_BACK if feedback else _UPDATE)
+            case UpdateRule(step, zone, feedback, floor, bits, lazy, most):
+                sparing = _SPARING if lazy or most else 0
+                self._begin(out, (_UPDATE_FED_BACK if feedback else _UPDATE) | sparing)
                 for value in (step, zone, floor):
                     out.real(value)
                 out.number(bits)
+                if sparing:
+                    out.real(lazy)
+                    out.number(most)
             case SchemeRule(name, options, key):
                 self._begin(out, _SCHEME)
                 out.text(name)
@@ -269,6 +284,8 @@ class NodeReport:
             told again.
         stale: whether it did not train, as the reply was not wanted any more when it could have.
         able: what it says of itself, where it was asked or does not understand the server.
+        coarser: by how many quarters of a doubling the steps of its reply are coarser than the
+            rule says, so that the bytes that it may have suffice; 0 to 255.
     """
 
     held: Mapping[str, bytes] = field(default_factory=dict)
@@ -280,6 +297,7 @@ class NodeReport:
     unsettled: bool = False
     stale: bool = False
     able: Capabilities | None = None
+    coarser: int = 0
 
     def to_bytes(self) -> bytes:
         """As docs/payloads.md has it."""
@@ -294,6 +312,7 @@ class NodeReport:
             | _UNSETTLED * self.unsettled
             | _STALE * self.stale
             | _ABLE * (self.able is not None)
+            | _COARSER * bool(self.coarser)
         )
         if self.held:
             out.digests(self.held)
@@ -306,6 +325,8 @@ class NodeReport:
             out.text(self.width[:_LONGEST_NAME])
         if self.able is not None:
             out.part(self.able.to_bytes())
+        if self.coarser:
+            out.raw(bytes([self.coarser]))
         return bytes(out.data)
 
     @classmethod
@@ -323,20 +344,25 @@ class NodeReport:
         trouble = found.text() if says & _TROUBLE else ""
         width = found.text()[:_LONGEST_NAME] if says & _WIDTH else ""
         able = Capabilities.from_bytes(found.part()) if says & _ABLE else None
+        (coarser,) = found.raw(1) if says & _COARSER else (0,)
         found.end()
         said = (bool(says & flag) for flag in (_AS_SENT, _UNSETTLED, _STALE))
         as_sent, unsettled, stale = said
-        told = as_sent, width, unsettled, stale, able
+        told = as_sent, width, unsettled, stale, able, coarser
         return cls(held, missing, micros / 1e3, trouble[:_LONGEST], *told)
 
 
 def _rule(found: FieldReader, kind: int) -> UpdateRule | SchemeRule | None:
+    sparing = kind in (_UPDATE | _SPARING, _UPDATE_FED_BACK | _SPARING)
+    kind &= ~_SPARING if sparing else -1
     match kind:
         case 0:
             return None
         case 1 | 2:
             step, zone, floor = (found.real() for _ in range(3))
-            return UpdateRule(step, zone, kind == _UPDATE_FED_BACK, floor, found.number())
+            bits = found.number()
+            lazy, most = (found.real(), found.number()) if sparing else (0.0, 0)
+            return UpdateRule(step, zone, kind == _UPDATE_FED_BACK, floor, bits, lazy, most)
         case 3:
             name, options, key = found.text(), _options(found.text()), found.number()
             return SchemeRule(name, options, key)

@@ -15,7 +15,13 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from prunecast.compression.flower import array_record, dense_arrays, put_back, set_apart
+from prunecast.compression.flower import (
+    array_record,
+    dense_arrays,
+    put_back,
+    set_apart,
+    stated_round,
+)
 from prunecast.compression.flower.internals import (
     Aggregation,
     Measured,
@@ -42,6 +48,7 @@ from prunecast.server.federation.ledger import Entry, Ledger
 from prunecast.server.federation.notices import Notices, uncodable
 from prunecast.server.federation.outbound import Batch, Outbound, Prepared
 from prunecast.server.federation.packing import pack_together
+from prunecast.server.federation.participation import trains
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.progress import measured_in
 from prunecast.server.federation.publisher import Streams, Version
@@ -56,6 +63,7 @@ Recode = Callable[[bytes], int]
 """From the bytes of a message to how many bytes it has under another coding."""
 
 _KEPT = 1000  # entries of a ledger
+_POOL_EVERY = 10  # rounds: how many nodes there are changes slowly
 _NOT_BY_ITSELF = (
     "prunecast.server.Run does that; a loop of your own calls grid.remove_channels(arrays, plan)."
 )
@@ -176,7 +184,22 @@ class CompressedGrid(GridWrapper):
         batch = Batch(messages, legacy=not dense)
         batch.fresh_seconds = fresh
         self._late.limit(batch.messages, fresh, self._streams.ahead)
+        training = [message for message in batch.messages if trains(message)]
+        if training and not dense:
+            asked = {message.metadata.dst_node_id for message in training}
+            stated = stated_round(training[0].content) or self._streams.round
+            self._streams.participation.begin(asked, self._pool(len(asked)), stated)
         return self._push([self._outbound.prepare(batch, message) for message in batch.messages])
+
+    def _pool(self, asked: int) -> int:
+        """How many nodes there are, asked now and then; 0 where that is known or nobody knows."""
+        participation = self._streams.participation
+        if participation.rounds % _POOL_EVERY and participation.pool >= asked:
+            return 0
+        try:
+            return len(list(self._grid.get_node_ids()))
+        except Exception:  # of whatever grid is wrapped: it only tells who is there
+            return 0
 
     def _push(self, prepared: list[Prepared]) -> list[str]:
         # before they are pushed: an engine in this process may be reading them as soon as they
@@ -616,7 +639,7 @@ class CompressedGrid(GridWrapper):
                 f"prunecast.widths has {', '.join(map(repr, self.policy.widths)) or 'none'}"
             )
         stream = self._streams.stream(self.run.run_id, key)
-        stream.slices = Slices(plans, self.policy.history)
+        stream.slices = Slices(plans, stream.new_history)
 
     def sliced(
         self, arrays: ArrayRecord, width: str, *, key: str = "arrays"

@@ -36,6 +36,7 @@ from prunecast.compression.versions import (
     Update,
     UpdateHead,
     UpdateReader,
+    UpdateRule,
     allowed_beside,
     inspect,
     is_statistic,
@@ -124,7 +125,11 @@ def _on_lattice(
     if sent_key and update.is_as_sent:
         dense = sent.dense[sent_key]
     entry.decode_ms += (time.perf_counter() - started) * 1e3
-    return Read(arrays, _kind(update), dense, update=True)
+    kind = _kind(update)
+    if kind == "update" and isinstance(sent.rule, UpdateRule) and sent.rule.lazy:
+        unsent = all(update.coding(name) is Coding.UNCHANGED for name in update.tensors)
+        kind = "lazy" if unsent else kind
+    return Read(arrays, kind, dense, update=True)
 
 
 def _kind(update: Update) -> str:

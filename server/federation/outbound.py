@@ -51,6 +51,7 @@ from prunecast.server.federation.lazy import largest_of
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.notices import uncodable
 from prunecast.server.federation.overlap import Overlap
+from prunecast.server.federation.participation import rule_for
 from prunecast.server.federation.publisher import NodeState, Streams, Version
 
 __all__ = ["Batch", "Down", "Outbound", "Prepared"]
@@ -241,6 +242,11 @@ Down = Callable[[Prepared, str, ArrayRecord], ArrayRecord]
 record, the record that takes its place; notes in what is being prepared what it became."""
 
 
+def _in_few_digits(norm: float) -> float:
+    """A norm that a message states in few bytes, and all machines alike."""
+    return float(f"{norm:.4g}")
+
+
 class Outbound:
     """Prepares messages by a policy.
 
@@ -419,6 +425,21 @@ class Outbound:
         if on_lattice and not self.secure:
             raise FederationError(_NOT_SECURE)
 
+    def _update_rule(self, prepared: Prepared) -> UpdateRule:
+        """How a node quantises its update, which depends on how often it sends one."""
+        metadata, rule = prepared.original.metadata, self._policy.update_rule
+        treatment = self._streams.node(metadata.dst_node_id).treatment
+        if self._policy.finer_when_rare:
+            rule = rule_for(rule, self._streams.participation.gap(metadata.dst_node_id))
+        treated = treatment.rule(rule)
+        assert isinstance(treated, UpdateRule)
+        rule = treated
+        if self._policy.lazy and prepared.versions and treatment.residual:
+            streams = (self._streams.stream(metadata.run_id, key) for key in prepared.versions)
+            least = min(stream.changes.norm for stream in streams)
+            rule = replace(rule, lazy=_in_few_digits(self._policy.lazy * least))
+        return rule
+
     def _instruction(self, prepared: Prepared, node: NodeState) -> Instruction | None:
         metadata = prepared.original.metadata
         if node.treatment.dense:
@@ -430,7 +451,7 @@ class Outbound:
         prepared.tag = prepared.batch.tag(metadata.dst_node_id)
         told = *tags, prepared.reuse, prepared.wanted
         if self._policy.up == "lattice":
-            return Instruction(node.treatment.rule(self._policy.update_rule), *told, prepared.tag)
+            return Instruction(self._update_rule(prepared), *told, prepared.tag)
         records = prepared.original.content.array_records.values()
         if self._scheme is not None and any(float_names(record) for record in records):
             label = f"prunecast scheme {self._seed}/{self._count}".encode()

@@ -36,6 +36,16 @@ from prunecast.compression.versions import UpdateRule, is_statistic
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 from prunecast.server.federation.classes import parse_classes
 from prunecast.server.federation.errors import PolicyError
+from prunecast.server.federation.knobs import (
+    PREFIX,
+    SIZES,
+    check_type,
+    coerced,
+    default_of,
+    in_bytes,
+)
+from prunecast.server.federation.knobs import key_of as _key
+from prunecast.server.federation.knobs import refused as _refused
 
 __all__ = ["GROWN_BY", "PRESETS", "WHOLE", "Policy"]
 
@@ -45,7 +55,6 @@ WHOLE = "whole"
 GROWN_BY = {"rigl": GROWTH, "feddst": VOTES}
 """Ways in which masks move between pruning events, and the statistic that each asks nodes for."""
 
-_PREFIX = "prunecast."
 _PART = 0.7  # of the rounds, by which pruning is over where it follows learning
 _NEAR = 1e-6  # a sparsity to that of a pattern
 _LEAST = 3  # rounds from the last dense model to the sparsest
@@ -56,7 +65,6 @@ _STEP = "give a number of 0 or above, such as {}; 0 is exact"
 _LOWER = ("loss", "error", "perplexity", "mse", "rmse", "mae")  # metrics of which less is better
 _FEEDBACK = {"error_feedback": bool, "accumulate": bool, "momentum": float}  # of schemes
 _CLASS = "[a-z0-9_-]{1,64}"
-_ROUNDS = ("channels_at",)  # lists of numbers; all others are of name patterns
 _NAMED: dict[str, Mapping[str, Any]] = {
     "pruning_scope": ALLOCATIONS,
     "pruning_criterion": CRITERIA,
@@ -117,11 +125,16 @@ class Policy:
     pruning_align: bool = True
     statistics_bits: int = 6  # of mantissa, of normalisation layers' running statistics
     lossless: tuple[str, ...] = ("*num_batches_tracked",)
+    finer_when_rare: bool = True
+    lazy: float = 0.0  # times the norm of the model's change
     history: int = 16
+    history_bytes: int = 64_000_000  # of versions beyond these
 
     def __post_init__(self) -> None:
+        for name in SIZES:
+            object.__setattr__(self, name, in_bytes(name, getattr(self, name)))
         for knob in dataclasses.fields(self):
-            _check_type(knob.name, getattr(self, knob.name), _default(knob))
+            check_type(knob.name, getattr(self, knob.name), default_of(knob))
         try:
             fixed = self._fixed
         except ValueError as error:
@@ -319,7 +332,20 @@ class Policy:
                 0 <= self.statistics_bits <= MOST_STATISTICS_BITS,
                 f"give 0 to {MOST_STATISTICS_BITS} bits of mantissa, such as 6; 0 is exact",
             ),
+            ("lazy", 0 <= self.lazy < math.inf, "give 0 or more, such as 1.5; 0: never"),
+            (
+                "lazy",
+                not self.lazy or (self.up == "lattice" and self.error_feedback),
+                f"what is not sent is kept by error feedback: set {_key('up')} = 'lattice' and "
+                f"{_key('error_feedback')} = true",
+            ),
+            (
+                "lazy",
+                not (self.lazy and self.widths),
+                f"a slice's change says little of the model's: leave out {_key('widths')}",
+            ),
             ("history", self.history >= 1, "give 1 or more"),
+            ("history_bytes", self.history_bytes >= 0, "give 0 or more bytes, such as '64 MB'"),
             (
                 "pruning_end",
                 self.pruning_end > self.pruning_begin or not self.pruning_end,
@@ -512,7 +538,7 @@ class Policy:
         """
         if name not in PRESETS:
             raise PolicyError(
-                f"{_PREFIX}preset = {name!r} is unknown: choose one of {', '.join(PRESETS)}"
+                f"{PREFIX}preset = {name!r} is unknown: choose one of {', '.join(PRESETS)}"
             )
         known = {knob.name for knob in dataclasses.fields(cls)}
         for knob in knobs:
@@ -544,16 +570,16 @@ class Policy:
         fields = {knob.name: knob for knob in dataclasses.fields(cls)}
         knobs: dict[str, Any] = {}
         for key, value in run_config.items():
-            if not key.startswith(_PREFIX):
+            if not key.startswith(PREFIX):
                 continue
-            name = key.removeprefix(_PREFIX).replace("-", "_")
+            name = key.removeprefix(PREFIX).replace("-", "_")
             if name == "preset":
                 preset = str(value)
                 continue
             if name not in fields:
-                known = ", ".join(_PREFIX + n.replace("_", "-") for n in ["preset", *fields])
+                known = ", ".join(PREFIX + n.replace("_", "-") for n in ["preset", *fields])
                 raise PolicyError(f"unknown run config key {key!r}: choose one of {known}")
-            knobs[name] = _coerce(key, value, _default(fields[name]))
+            knobs[name] = coerced(key, value, default_of(fields[name]))
         policy = cls.preset(preset, **knobs)
         rounds = run_config.get("num-server-rounds")
         if isinstance(rounds, int):
@@ -568,72 +594,6 @@ def _say_once(message: str) -> None:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _key(name: str) -> str:
-    """A field as the run config calls it; a scenario's policy table has the field's own name."""
-    return _PREFIX + name.replace("_", "-")
-
-
-def _refused(name: str, value: Any, remedy: str) -> PolicyError:
-    return PolicyError(f"{_key(name)} (policy {name}) = {value!r}: {remedy}")
-
-
-def _default(knob: dataclasses.Field[Any]) -> Any:
-    made = knob.default_factory
-    return knob.default if made is dataclasses.MISSING else made()
-
-
-def _check_type(name: str, value: Any, default: Any) -> None:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-    wanted = type(default)
-    if name in _ROUNDS:
-        if not isinstance(value, tuple) or not all(type(part) is int for part in value):
-            raise _refused(name, value, "give a list of rounds")
-    elif wanted is tuple:
-        if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
-            raise _refused(name, value, "give a list of name patterns")
-    elif wanted is dict:
-        if not isinstance(value, Mapping):
-            raise _refused(name, value, "give options by name")
-    elif wanted is float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _refused(name, value, "give a number (a float)")
-    elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise _refused(name, value, f"give {kinds[wanted]} (of type {wanted.__name__})")
-
-
-def _coerce(key: str, value: Any, default: Any) -> Any:
-    """A value of the run config as the field's type; other types are left to the checks."""
-    if key.removeprefix(_PREFIX).replace("-", "_") in _ROUNDS:
-        parts = [value] if isinstance(value, int) else str(value).split(",")
-        try:
-            return tuple(int(part) for part in parts if str(part).strip())
-        except ValueError:
-            raise PolicyError(f"{key} = {value!r}: give rounds, such as '8' or '6, 12'") from None
-    if isinstance(default, tuple | dict):
-        what = "name patterns" if isinstance(default, tuple) else "options (name=value)"
-        if not isinstance(value, str):
-            raise PolicyError(f"{key} = {value!r}: give {what} as one comma-separated string")
-        parts = [part.strip() for part in value.split(",") if part.strip()]
-        return tuple(parts) if isinstance(default, tuple) else dict(_option(key, p) for p in parts)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value
-
-
-def _option(key: str, text: str) -> tuple[str, Option]:
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not (name and equals and value):
-        raise PolicyError(f"{key}: {text!r} is not of the form name=value")
-    if value in ("true", "false"):
-        return name, value == "true"
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value
 
 
 PRESETS: dict[str, dict[str, Any]] = {

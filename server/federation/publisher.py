@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from logging import INFO, WARNING
 from typing import Any
 
@@ -41,7 +41,9 @@ from prunecast.compression.versions import (
 )
 from prunecast.server.federation.classes import Treatment
 from prunecast.server.federation.errors import FederationError, NonFiniteModel
+from prunecast.server.federation.history import History, Holders
 from prunecast.server.federation.lattices import Lattices
+from prunecast.server.federation.participation import Changes, Participation
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.pruner import MaskState, Pruner
 from prunecast.server.federation.widths import Slices
@@ -59,6 +61,8 @@ _TAGS = 64  # of replies that a node that never answers is told of
 _NONE_HELD = MaskState()
 _ALL = ChannelPlan({})
 _NEAR = 1e-6  # relative: what rounding makes of a share
+_CLEARLY = 0.7  # of a keyframe: a smaller delta need not be compared with one
+_WORTH_IT = 0.95  # of a delta: as large as that, a keyframe saves nothing that is worth a surprise
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,13 @@ class Publisher:
     Attributes:
         pruner: chooses the masks; told what nodes contribute and measure.
         mask_cost: what that took so far.
+        changes: of the master; where nodes may be lazy.
         clock: the pruning schedule's round of the last version, counted from 1.
         channels: which channels remain of the module that everybody's code makes; None for all.
         choose: which channels go, where automatic pruning tries how many; None for nobody.
         tried: plans of the channels that it tries, by the share of those there that they leave.
+        history: versions that payloads may build on.
+        holders: says which version every node holds.
         slices: what nodes of other width classes than the whole model's train; None for no classes.
     """
 
@@ -141,11 +148,14 @@ class Publisher:
         self.policy, self.stream = policy, stream
         self.pruner = Pruner(policy, plan)
         self.mask_cost = MaskCost()
+        self.changes = Changes()
         self._recent: OrderedDict[str, Version] = OrderedDict()
         self._lattices = Lattices(policy)
         self._latest: PublishedModel | None = None
-        self._history: OrderedDict[bytes, PublishedModel] = OrderedDict()
+        self.holders: Holders = tuple
+        self.history = self.new_history()
         self._counter = self.clock = 0
+        self._keyframe_bytes = 0  # of the last one that was made
         self._before_resume = 0  # rounds of the run that is resumed, where this one's begin anew
         self._trained = 0  # the last round that a message stated to train
         self._occasion: object = None
@@ -161,6 +171,12 @@ class Publisher:
         self.slices: Slices | None = None
         self._removals: list[ChannelPlan] = []
         self._unaware: set[bytes] = set()  # of the history, what nodes hold with more channels
+
+    def new_history(self) -> History:
+        """An empty one, as the policy has it."""
+        policy = self.policy
+        holders = lambda: self.holders()  # noqa: E731  which are told later
+        return History(policy.history, policy.history_bytes, self.stream, holders)
 
     @property
     def position(
@@ -207,14 +223,14 @@ class Publisher:
             {} if self._latest is None else {n: t.shape for n, t in self._latest.tensors.items()}
         )
         channels = plan if self.channels is None else self.channels.then(plan)
-        history = [(digest, plan.narrow(model)) for digest, model in self._history.items()]
         latest = None if self._latest is None else plan.narrow(self._latest)
+        history = self.history.narrowed(plan)
         self.pruner.remove(plan, shapes)  # the last that may raise
-        self.channels, self._latest, self._history = channels, latest, OrderedDict(history)
+        self.channels, self._latest, self.history = channels, latest, history
         self._removals.append(plan)
         self.tried.clear()
         self._trial = None
-        self._unaware |= self._history.keys()
+        self._unaware |= set(self.history)
         self._recent.clear()
 
     @property
@@ -283,7 +299,7 @@ class Publisher:
                 return None
             # of a node whose class was another, all channels may be what is new to it
             return (version.plan or _ALL).coded
-        if self.channels is None or (held in self._history and held not in self._unaware):
+        if self.channels is None or (held in self.history and held not in self._unaware):
             return None
         return self.channels.coded
 
@@ -386,11 +402,11 @@ class Publisher:
             )
         return version.slices[width]
 
-    def _bases(self, version: Version) -> Mapping[bytes, PublishedModel]:
+    def _bases(self, version: Version) -> History:
         """What payloads to a version can build on, by short digest."""
         if version.width and self.slices is not None:
             return self.slices.history(version.width)
-        return self._history
+        return self.history
 
     def publish(
         self, master: Mapping[str, NDArray[Any]], statistics: Statistics | None = None
@@ -420,6 +436,8 @@ class Publisher:
         master = self._restored(self.as_published(master))
         lattice = {name: array for name, array in master.items() if not self._is_exact(name, array)}
         self._counter += 1
+        if self.policy.lazy:
+            self.changes.observe(lattice)
         if self.pruner.plan is not None:
             self.pruner.observe(lattice, clock)
             self._lattices.refine(*self.pruner.fineness)
@@ -436,10 +454,8 @@ class Publisher:
     def _keep(self, model: PublishedModel) -> PublishedModel:
         """Make a model the latest one, that later payloads can build on."""
         self._latest = model
-        known = self._history.pop(short(model.digest), None)
-        self._history[short(model.digest)] = known or model
-        while len(self._history) > self.policy.history:
-            self._unaware.discard(self._history.popitem(last=False)[0])
+        self.history.keep(model)
+        self._unaware.intersection_update(self.history)
         return model
 
     def restate(
@@ -575,21 +591,33 @@ class Publisher:
             A delta from whichever version is held, or a keyframe where that is not possible.
             Encoded once and shared.
         """
-        base = self._bases(version).get(held) if held is not None else None
-        key = held if base is not None else None
+        bases = self._bases(version)
+        key = held if held in bases else None
         if key not in version.payloads:
-            version.payloads[key] = self._encode(version, base)
+            version.payloads[key] = self._smallest(version, bases.get(key))
         return version.payloads[key]
 
     def held(self, digest: bytes) -> PublishedModel | None:
         """The version of a short digest, as long as payloads can build on it."""
-        found = self._history.get(digest)
+        found = self.history.get(digest)
         return self.slices.held(digest) if found is None and self.slices is not None else found
 
     def earlier(self, version: Version) -> list[bytes]:
         """Short digests of the versions that payloads to one can build on, newest first."""
         now = short(version.model.digest)
-        return [digest for digest in reversed(self._history) if digest != now]
+        return [digest for digest in reversed(list(self.history)) if digest != now]
+
+    def _smallest(self, version: Version, base: PublishedModel | None) -> EncodedPayload:
+        """A delta, or a keyframe where that is fewer bytes: what is far behind says little."""
+        payload = self._encode(version, base)
+        if payload.kind is Kind.KEYFRAME or len(payload.data) < _CLEARLY * self._keyframe_bytes:
+            self._keyframe_bytes = max(self._keyframe_bytes, len(payload.data))
+            return payload
+        if None not in version.payloads:
+            version.payloads[None] = self._encode(version, None)
+        whole = version.payloads[None]
+        self._keyframe_bytes = len(whole.data)
+        return whole if len(whole.data) < _WORTH_IT * len(payload.data) else payload
 
     def _encode(self, version: Version, base: PublishedModel | None) -> EncodedPayload:
         if base is not None:
@@ -654,12 +682,14 @@ class Streams:
 
     Attributes:
         round: of messages that state none; 0 where nobody said.
+        participation: of the nodes, in training.
         job: that the streams are of; "" for Flower's run alone.
         attempt: how often the job was resumed.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.round = policy, 0
+        self.participation = Participation()
         self.job, self.attempt = "", 0
         self._rounds = 0
         self._streams: dict[tuple[int, str], Publisher] = {}
@@ -728,8 +758,13 @@ class Streams:
                 kind = SchemePublisher
             made = kind(self.policy, stream_id(self.job or run_id, key), plan)
             made.expect(self._rounds)
+            made.holders = partial(self._held_by_nodes, key)
             self._streams[run_id, key] = made
         return self._streams[run_id, key]
+
+    def _held_by_nodes(self, key: str) -> list[bytes]:
+        """Of every node the version that it last said it holds under a record key."""
+        return [node.held[key] for node in self._nodes.values() if key in node.held]
 
     def narrowed_beside(self, run_id: int, key: str) -> str | None:
         """Another record key of a run whose model has fewer channels already; None for none."""

@@ -9,7 +9,6 @@ which HeteroFL's static batch normalisation and slimmable networks (Yu et al. 20
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
-from prunecast.compression.versions import PublishedModel, RawTensor, is_statistic, short
+from prunecast.compression.versions import PublishedModel, RawTensor, is_statistic
 from prunecast.server.federation.errors import FederationError
+from prunecast.server.federation.history import History
 from prunecast.server.federation.strategies import private_strategy
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Slices:
 
     Args:
         plans: what each class has left of the model.
-        most: versions of each that payloads may build on.
+        history: what keeps the versions of each that payloads may build on, made anew.
 
     Attributes:
         statistics: running statistics of each class, as its nodes left them: tensor to array.
@@ -82,7 +82,7 @@ class Slices:
         PlanError: of two slices none contains the other.
     """
 
-    def __init__(self, plans: Mapping[str, ChannelPlan], most: int) -> None:
+    def __init__(self, plans: Mapping[str, ChannelPlan], history: Callable[[], History]) -> None:
         ordered = sorted(plans, key=lambda name: plans[name].share, reverse=True)
         for wider, narrower in pairwise(ordered):
             try:
@@ -94,12 +94,9 @@ class Slices:
                 ) from error
         self.plans = dict(plans)
         self.statistics: dict[str, dict[str, NDArray[Any]]] = {}
-        self._most = most
-        self._history: dict[str, OrderedDict[bytes, PublishedModel]] = {
-            name: OrderedDict() for name in plans
-        }
+        self._history = {name: history() for name in plans}
 
-    def history(self, width: str) -> Mapping[bytes, PublishedModel]:
+    def history(self, width: str) -> History:
         """Versions of a class that payloads may build on, by short digest."""
         return self._history[width]
 
@@ -110,7 +107,7 @@ class Slices:
 
     def latest(self, width: str) -> PublishedModel | None:
         """The last version of a class; None before the first."""
-        return next(reversed(self._history[width].values()), None)
+        return self._history[width].latest
 
     def model(
         self, width: str, whole: PublishedModel, rounded: Callable[[str, NDArray[Any]], RawTensor]
@@ -129,12 +126,7 @@ class Slices:
         for name, array in self.statistics.get(width, {}).items():
             tensors[name] = rounded(name, array)
         model = PublishedModel(tensors, whole.counter)
-        history = self._history[width]
-        known = history.pop(short(model.digest), None)
-        history[short(model.digest)] = known or model
-        while len(history) > self._most:
-            history.popitem(last=False)
-        return known or model
+        return self._history[width].keep(model)
 
     def master(self, width: str, whole: Arrays) -> dict[str, NDArray[Any]]:
         """The master weights that a class's version stands for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -261,7 +262,8 @@ def _run_arm(
     bound = StoreBound(
         *(prepared.store, grid.run.run_id),
         most=scenario.engine.store_bytes,
-        history=policy.history,
+        # what older versions take in memory bounds them, and not their number
+        history=sys.maxsize if policy.history_bytes else policy.history,
     )
     run = Run(
         OrderedGrid(compressed, taking_part, bound),

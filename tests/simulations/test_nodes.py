@@ -139,7 +139,7 @@ def test_nodes_that_forget_everything_get_keyframes_and_the_run_goes_on(tiny, tm
 
 
 def test_a_bound_that_only_takes_useless_versions_changes_no_figure(tiny, tmp_path):
-    policy = {**tiny["arms"]["prunecast"], "policy": {"history": 1}}
+    policy = {**tiny["arms"]["prunecast"], "policy": {"history": 1, "history_bytes": 0}}
     mapping = {
         **tiny,
         "rounds": 6,

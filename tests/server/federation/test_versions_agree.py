@@ -26,7 +26,7 @@ from support.federation import (
     to_record,
 )
 
-SMALL = Policy.preset("small", pruning_begin=1, pruning_end=8, history=4)
+SMALL = Policy.preset("small", pruning_begin=1, pruning_end=8, history=4, history_bytes=0)
 
 
 def held_digest(tmp_path, node):
