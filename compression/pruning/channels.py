@@ -9,6 +9,9 @@ each tensor the positions along each axis that remain. Later versions are narrow
 plan, in numpy and without torch, so that the narrow models of two rounds differ by as little as
 the wide ones. A narrowed tensor keeps its lattice: its integers are a part of the wide ones.
 
+Whole heads of attention are channels that go together, and the plan says which remain, since a
+module must be told how many there are. Whole layers leave with all of their tensors.
+
 Plans compose: of a federation that removes channels more than once, one plan says what remains of
 the module that everybody's code makes, and what of it is new to somebody who knows an earlier one.
 """
@@ -17,11 +20,12 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.common.files import write_atomically
-from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.pruning.plan import PlanError, Shares
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,
@@ -51,7 +55,9 @@ __all__ = [
 ]
 
 _SCHEMA = 1
+_WITH_HEADS = 2  # and layers, of which a reader of 1 would make a module that does not run
 _MOST_TEXT = 1 << 24  # bytes, inflated
+_DEEPEST = 64  # modules inside one another
 _NAMES = 1 << 16  # bytes of text that even a plan of the smallest model may have
 _DAMAGES = (LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
 Axes = tuple[NDArray[np.bool_] | None, ...]
@@ -68,11 +74,32 @@ class ChannelPlan:
         steps: how to narrow a torch module: layer, whether its outputs (or else its inputs) are
             meant, and the channels that go, in the order of their removal.
         share: of the channels that were to remain.
+        heads: for each attention layer that lost whole heads, by its name in the module, a mask of
+            them, True where one remains.
+        gone: names of the layers that left altogether; none of their tensors is in `kept`.
+        heads_share, layers_share: of the heads and residual layers that were to remain.
     """
 
     kept: Mapping[str, Axes]
     steps: Steps = ()
     share: float = 1.0
+    heads: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    gone: tuple[str, ...] = ()
+    heads_share: float = 1.0
+    layers_share: float = 1.0
+
+    @property
+    def shares(self) -> Shares:
+        """What was to remain of each kind."""
+        return Shares(self.share, self.heads_share, self.layers_share)
+
+    def loses(self, tensor: str) -> bool:
+        """Whether a tensor goes altogether, as its layer does."""
+        return bool(self.gone) and not self._gone.isdisjoint(_layers_of(tensor))
+
+    @cached_property
+    def _gone(self) -> frozenset[str]:
+        return frozenset(self.gone)
 
     def narrow(self, model: PublishedModel) -> PublishedModel:
         """The part of a model that remains; lattice, steps and pruned flags stay.
@@ -86,7 +113,11 @@ class ChannelPlan:
         [[1], [3]]
         """
         self.check({name: tensor.shape for name, tensor in model.tensors.items()})
-        tensors = {name: self._narrow(name, tensor) for name, tensor in model.tensors.items()}
+        tensors = {
+            name: self._narrow(name, tensor)
+            for name, tensor in model.tensors.items()
+            if not self.loses(name)
+        }
         return PublishedModel(tensors, model.counter)
 
     def zeroed(self, model: PublishedModel) -> PublishedModel:
@@ -133,10 +164,10 @@ class ChannelPlan:
         Raises:
             PlanError: an array has another shape than the plan's.
         """
-        return {name: self.array(name, array) for name, array in arrays.items()}
+        return {n: self.array(n, array) for n, array in arrays.items() if not self.loses(n)}
 
     def array(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        """The part of one tensor that remains.
+        """The part of one tensor that remains, of a layer that does (see `loses`).
 
         Raises:
             PlanError: it has another shape than the plan's.
@@ -162,6 +193,10 @@ class ChannelPlan:
         for name in self.kept:
             if name not in shapes:
                 return name
+        if self.gone:
+            layers = {layer for name in shapes for layer in _layers_of(name)}
+            if missing := [layer for layer in self.gone if layer not in layers]:
+                return f"{missing[0]}.*"
         return next((n for n, axes in self.kept.items() if not _is_of(axes, shapes[n])), None)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], owner: str = "the model") -> None:
@@ -188,7 +223,7 @@ class ChannelPlan:
             for name, axes in self.kept.items()
             if name in shapes and (pairs := list(zip(shapes[name], axes, strict=True)))
         }
-        return {name: sizes.get(name, shape) for name, shape in shapes.items()}
+        return {n: sizes.get(n, shape) for n, shape in shapes.items() if not self.loses(n)}
 
     def then(self, later: ChannelPlan) -> ChannelPlan:
         """This plan and one that was made of what it leaves, as one plan.
@@ -201,10 +236,21 @@ class ChannelPlan:
         >>> both.kept["w"][0].tolist(), both.share
         ([False, False, True], 0.25)
         """
-        kept = dict(self.kept)
+        for name in (*later.kept, *(f"{layer}." for layer in (*later.heads, *later.gone))):
+            if self.loses(name):
+                raise PlanError(f"the later plan names {name!r}, of a layer that is gone")
+        kept = {name: axes for name, axes in self.kept.items() if not later.loses(name)}
         for name, axes in later.kept.items():
             kept[name] = tuple(_composed(name, *pair) for pair in self._beside(name, axes))
-        return ChannelPlan(kept, (*self.steps, *later.steps), self.share * later.share)
+        heads = {n: mask for n, mask in self.heads.items() if not later.loses(f"{n}.")}
+        for name, mask in later.heads.items():
+            both = _composed(name, self.heads.get(name), mask)
+            assert both is not None
+            heads[name] = both
+        gone = tuple(n for n in self.gone if not later.loses(f"{n}.")) + later.gone
+        of = Shares(*(a * b for a, b in zip(self.shares, later.shares, strict=True)))
+        steps = (*self.steps, *later.steps)
+        return ChannelPlan(kept, steps, of.channels, heads, gone, of.heads, of.layers)
 
     def since(self, earlier: ChannelPlan | None) -> ChannelPlan:
         """What this plan removes beyond an earlier one, of what that leaves; it has no `steps`.
@@ -218,14 +264,25 @@ class ChannelPlan:
         """
         if earlier is None:
             return self
-        if gone := [name for name in earlier.kept if name not in self.kept]:
-            raise PlanError(f"the plan keeps channels of tensor {gone[0]!r} that are gone")
+        for name in earlier.kept:
+            if name not in self.kept and not self.loses(name):
+                raise PlanError(f"the plan keeps channels of tensor {name!r} that are gone")
+        for layer in earlier.gone:
+            if not self.loses(f"{layer}."):
+                raise PlanError(f"the plan keeps layer {layer!r} that is gone")
         kept: dict[str, Axes] = {}
         for name, axes in self.kept.items():
             left = tuple(_beyond(name, *pair) for pair in earlier._beside(name, axes))
             if any(mask is not None for mask in left):
                 kept[name] = left
-        return ChannelPlan(kept, (), self.share / earlier.share if earlier.share else 1.0)
+        heads = {
+            name: mask
+            for name, now in self.heads.items()
+            if (mask := _beyond(name, earlier.heads.get(name), now)) is not None
+        }
+        gone = tuple(layer for layer in self.gone if not earlier.loses(f"{layer}."))
+        of = Shares(*(a / b for a, b in zip(self.shares, earlier.shares, strict=True)))
+        return ChannelPlan(kept, (), of.channels, heads, gone, of.heads, of.layers)
 
     def _beside(
         self, name: str, axes: Axes
@@ -272,7 +329,7 @@ class ChannelPlan:
 
         Nodes give their modules the shapes that the masks say.
         """
-        return zlib.compress(ChannelPlan(self.kept, (), self.share).to_text().encode(), 9)
+        return zlib.compress(replace(self, steps=()).to_text().encode(), 9)
 
     @classmethod
     def from_bytes(cls, data: bytes, most: int | None = None) -> ChannelPlan:
@@ -307,13 +364,18 @@ class ChannelPlan:
 
         kept = {name: [number(mask) for mask in axes] for name, axes in self.kept.items()}
         steps = [[layer, outputs, list(gone)] for layer, outputs, gone in self.steps]
-        document = {
-            "schema": _SCHEMA,
+        whole = self.heads_share == self.layers_share == 1 and not (self.heads or self.gone)
+        document: dict[str, Any] = {
+            "schema": _SCHEMA if whole else _WITH_HEADS,
             "share": self.share,
             "kept": kept,
             "masks": list(masks),
             "steps": steps,
         }
+        if not whole:
+            document["heads"] = {name: number(mask) for name, mask in self.heads.items()}
+            document |= {"masks": list(masks), "gone": list(self.gone)}
+            document["shares"] = [self.heads_share, self.layers_share]
         return json.dumps(document, separators=(",", ":"))
 
     @classmethod
@@ -329,33 +391,46 @@ class ChannelPlan:
         """
         try:
             document: Any = json.loads(text)
-            if document["schema"] != _SCHEMA:
-                raise PlanError(f"the plan is of schema {document['schema']}, not {_SCHEMA}")
+            schema = document["schema"]
+            if schema not in (_SCHEMA, _WITH_HEADS):
+                raise PlanError(f"the plan is of schema {schema}, not {_SCHEMA} or {_WITH_HEADS}")
             masks = _masks(document["masks"], most)
             kept = {
                 name: tuple(None if i is None else masks[_count(i)] for i in axes)
                 for name, axes in document["kept"].items()
             }
             used = {i for axes in document["kept"].values() for i in axes if i is not None}
+            heads: dict[str, NDArray[np.bool_]] = {}
+            gone: tuple[str, ...] = ()
+            shares = [float(document["share"])]
+            if schema == _WITH_HEADS:
+                heads = {name: masks[_count(i)] for name, i in document["heads"].items()}
+                used |= set(document["heads"].values())
+                gone = _layers(document["gone"], [*kept, *(f"{name}." for name in heads)])
+                shares += map(float, document["shares"])
             if len(used) < len(masks):
                 raise ValueError(f"no tensor has {len(masks) - len(used)} of its masks")
             steps = tuple(
-                (str(layer), bool(outputs), tuple(map(_count, gone)))
-                for layer, outputs, gone in document["steps"]
+                (str(layer), bool(outputs), tuple(map(_count, places)))
+                for layer, outputs, places in document["steps"]
             )
-            share = float(document["share"])
-            if not 0 < share <= 1:
-                raise ValueError(f"the share of channels that remains lies in (0, 1], not {share}")
+            of = Shares(*shares)
+            if len(shares) != (1 if schema == _SCHEMA else len(of)):
+                raise ValueError(f"{len(shares)} shares")
+            for share in of:
+                if not 0 < share <= 1:
+                    raise ValueError(f"the share that remains lies in (0, 1], not {share}")
         except PlanError:
             raise
         except _DAMAGES as error:
             raise PlanError(f"the plan of channels is damaged: {error}") from error
-        return cls(kept, steps, share)
+        return cls(kept, steps, of.channels, heads, gone, of.heads, of.layers)
 
 
-ChannelChooser = Callable[[Mapping[str, NDArray[Any]], float, ChannelPlan | None], ChannelPlan]
+ChannelChooser = Callable[..., ChannelPlan]
 """From the master weights, the share of all channels that is to remain, and what remains already of
-the module that everybody's code makes (None for all) to a plan of the master's channels.
+the module that everybody's code makes (None for all) to a plan of the master's channels. Where
+whole heads or layers go, it is given the shares of these by keyword, `heads` and `layers`.
 
 Raises PlanError where these cannot be removed."""
 
@@ -457,6 +532,26 @@ def _mask(size: int, digits: str) -> NDArray[np.bool_]:
     if not mask.any():
         raise ValueError(f"a layer would vanish: a mask keeps none of {size} places")
     return mask
+
+
+def _layers_of(tensor: str) -> Iterator[str]:
+    """Names of the modules that a tensor is inside of, the outermost first."""
+    return accumulate(tensor.split(".")[:-1], "{}.{}".format)
+
+
+def _layers(names: Any, kept: Iterable[str]) -> tuple[str, ...]:
+    """Names of layers that are gone; nothing is kept of them, and none is inside another."""
+    if not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+        raise ValueError("layers that are gone have names")
+    gone = frozenset(names)
+    if len(gone) < len(names):
+        raise ValueError("a layer goes twice")
+    for name in (*kept, *names) if gone else ():
+        if name.count(".") > _DEEPEST:
+            raise ValueError(f"a name of more than {_DEEPEST} parts is of no module")
+        if not gone.isdisjoint(_layers_of(name)):
+            raise ValueError(f"{name!r} is of a layer that is gone")
+    return tuple(names)
 
 
 def _count(number: object) -> int:

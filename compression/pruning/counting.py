@@ -71,9 +71,11 @@ class _Counter(TorchFunctionMode):
         super().__init__()
         self._names: dict[tuple[int, int], str] = {}
         self._sizes: dict[str, int] = {}
+        self._within: dict[int, str] = {}  # of a layer's weights that it uses a part at a time
         for name, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 self._names.setdefault(_place(tensor), name)
+                self._within.setdefault(_place(tensor)[0], name)
                 self._sizes[name] = tensor.numel()
         self._tally = Tally()
 
@@ -89,7 +91,8 @@ class _Counter(TorchFunctionMode):
         made = func(*args, **kwargs)
         if func is functional.linear:
             given, weight = _arguments(args, kwargs, "input", "weight")
-            self._add(weight, weight.numel() * (given.numel() // weight.shape[-1]))
+            name = self._name(weight) or self._within.get(_place(weight)[0])
+            self._tally.add(name, weight.numel() * (given.numel() // weight.shape[-1]))
             self._move(given, made)
         elif func in _CONVOLUTIONS or func in _TRANSPOSED:
             given, weight = _arguments(args, kwargs, "input", "weight")

@@ -255,8 +255,10 @@ def _channels(
                 )
             )
         return plan
-    share = plan.channels.share
-    return choose_channels(module, example, share) if share < 1 else None
+    channels, heads, layers = plan.channels.shares(max(plan.channels.at, default=0))
+    if channels == heads == layers == 1:
+        return None
+    return choose_channels(module, example, channels, heads=heads, layers=layers)
 
 
 def _arrays(module: nn.Module) -> Arrays:

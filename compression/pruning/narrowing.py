@@ -14,11 +14,21 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunecast.common.text import first_line
+from prunecast.compression.pruning.attention import (
+    Attention,
+    NarrowAttention,
+    attentions,
+    become,
+    choose_heads,
+    resize_attention,
+    set_heads,
+)
 from prunecast.compression.pruning.channels import Axes, ChannelPlan, Steps
-from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.pruning.plan import PlanError, Shares
 
 __all__ = ["check_zeroed", "choose_channels", "fit_module", "made_with_inputs", "narrow_module"]
 
+_NEAR = 1e-6  # relative: what rounding makes of a share
 _ALIKE = 1e-3  # of the largest output: what sums in another order differ by, and more
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -30,42 +40,83 @@ def choose_channels(
     removed: ChannelPlan | None = None,
     *,
     leading: bool = False,
+    heads: float = 1.0,
+    layers: float = 1.0,
 ) -> ChannelPlan:
     """Choose which channels remain, by the norm of their groups in the module's weights.
 
     Layers whose outputs are the module's outputs keep all of them, and recurrent ones theirs. The
-    heads of `torch.nn.MultiheadAttention` stay as many, and become narrower by the same.
+    heads of `torch.nn.MultiheadAttention` stay as many, and become narrower by the same; unless
+    whole heads go, which leave the others as wide as they are.
 
     Args:
         module: with the weights that the choice is made on; left as it was.
         example: positional inputs that it accepts.
-        share: of the channels of every group that remain, 0 < share < 1.
+        share: of the channels of every group that remain, 0 < share < 1; or 1 where heads or layers
+            go.
         removed: which of these are gone from the module already.
         leading: the first channels of every group remain (of every part of it, as of a head or of
             what GroupNorm normalises together), whatever their weights: then what remains of a
             smaller share is contained in what remains of a larger one, as in HeteroFL (Diao et al.
             2021) and the ordered dropout of FjORD (Horvath et al. 2021).
+        heads: share of the heads of every attention layer that remain; see `choose_heads`.
+        layers: of the residual layers, which stay as yet: 1.
 
     Raises:
         PlanError: the module's channels cannot be removed, or none would be.
     """
-    if not 0 < share < 1:
+    wanted, before = Shares(share, heads, layers), Shares() if removed is None else removed.shares
+    if not 0 < min(wanted) < 1 or max(wanted) > 1:
         raise PlanError(f"the share of channels that remain lies between 0 and 1, not {share}")
+    if layers < 1:
+        raise PlanError(f"residual layers stay: leave out the share of {layers:.3g}")
+    if heads == 1:
+        return _choose_by_norm(_copy(module), example, share, removed, leading)
+    work, plan = _copy(module), ChannelPlan({})
+
+    def go_on(part: ChannelPlan) -> None:
+        nonlocal work, plan
+        work, plan = fit_module(work, part), plan.then(part)
+
+    if heads < 1:
+        for layer in work.modules():
+            if isinstance(layer, nn.MultiheadAttention):
+                become(layer, NarrowAttention)
+        if heads < before.heads * (1 - _NEAR):
+            go_on(choose_heads(work, example, heads, removed))
+    if share < before.channels * (1 - _NEAR):
+        gone = plan if removed is None else removed.then(plan)
+        go_on(_choose_by_norm(_copy(work), example, share, gone, leading, whole_heads=heads < 1))
+    _compare_outputs(module, example, work)
+    return plan
+
+
+def _choose_by_norm(
+    work: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    share: float,
+    removed: ChannelPlan | None,
+    leading: bool,
+    whole_heads: bool = False,
+) -> ChannelPlan:
+    """Channels alone; `work` is narrowed on the way. With `whole_heads` attention keeps its own."""
     tp = _library()
-    work = _copy(module)
-    with _failing(module), torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(work, example_inputs=example)
+    module = _copy(work)
+    ignored = [part for one in _own(work) for part in one.projections()] if whole_heads else []
+    with _failing(module), _traceable(work, whole_heads), torch.enable_grad():
+        graph = _graph(work, example)
         heads = {
             layer: layer.num_heads
             for layer in work.modules()
-            if isinstance(layer, nn.MultiheadAttention)
+            if isinstance(layer, nn.MultiheadAttention) and not isinstance(layer, NarrowAttention)
         }  # each gives the same of its dimensions, and stays a head
         pruner = tp.pruner.BasePruner(
             work,
             example,
             importance=_first if leading else tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=1 - share,
-            ignored_layers=_last_layers(graph) + _recurrent(work),
+            ignored_layers=[*_last_layers(graph), *_recurrent(work), *ignored],
+            customized_pruners=_customized(),
             in_channel_groups=dict(heads),
             out_channel_groups=dict(heads),
         )
@@ -77,7 +128,11 @@ def choose_channels(
     if not steps:
         raise PlanError(f"{type(module).__name__} has no channels that could be removed")
     left = share / removed.share if removed is not None else share
-    return ChannelPlan(_kept(module, example, steps), steps, left)
+    return ChannelPlan(_kept(module, example, steps, whole_heads), steps, left)
+
+
+def _own(module: nn.Module) -> list[Attention]:
+    return [one for one in attentions(module) if not one.is_torchs]
 
 
 def narrow_module(
@@ -90,13 +145,23 @@ def narrow_module(
     Raises:
         PlanError: the plan does not fit, or the narrow module gives outputs of another shape.
     """
-    work = _copy(module)
-    with _failing(module):
-        _remove(work, example, plan.steps)
+    work, replays = _copy(module), bool(plan.steps) and plan.shares == (plan.share, 1, 1)
+    if replays:
+        with _failing(module):
+            _remove(work, example, plan.steps)
+    else:
+        fit_module(work, plan)
+    _compare_outputs(module, example, work)
+    return work
+
+
+def _compare_outputs(
+    module: nn.Module, example: tuple[torch.Tensor, ...], narrow: nn.Module
+) -> None:
     with torch.no_grad():
         wanted, found = _copy(module)(*example), None
         try:
-            found = work(*example)
+            found = narrow(*example)
         except RuntimeError as error:
             raise PlanError(
                 f"{type(module).__name__} does not run with fewer channels: {first_line(error)}; "
@@ -104,7 +169,6 @@ def narrow_module(
             ) from error
     if _shapes(wanted) != _shapes(found):
         raise PlanError(f"without these channels the outputs are {_shapes(found)}")
-    return work
 
 
 def made_with_inputs(
@@ -165,6 +229,8 @@ def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
     state = module.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     plan.check(shapes, type(module).__name__)
+    for name, mask in plan.heads.items():
+        set_heads(name, _part(module, name), mask)
     parts: dict[str, torch.Tensor] = {}
     for name in plan.kept:
         index = plan.array(name, np.arange(state[name].numel()).reshape(shapes[name]))
@@ -175,7 +241,20 @@ def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
         own = [f"{name}.{n}" if name else n for n, _ in _tensors_of(layer)]
         if any(n in plan.kept for n in own):
             _resize(name, layer)
+    for layer in module.modules():  # nested tensors are for the fast path of its layers alone
+        if isinstance(layer, nn.TransformerEncoder):
+            narrow = any(isinstance(part, NarrowAttention) for part in layer.modules())
+            layer.use_nested_tensor = layer.use_nested_tensor and not narrow
     return module
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        raise PlanError(
+            f"{type(module).__name__} lacks layer {name!r}: the plan is of another module"
+        ) from error
 
 
 def _tensors_of(layer: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -208,11 +287,7 @@ def _resize(name: str, layer: nn.Module) -> None:
         case nn.Embedding():
             at.num_embeddings, at.embedding_dim = size
         case nn.MultiheadAttention():
-            width = at.out_proj.weight.shape[0]
-            if width % at.num_heads:
-                raise PlanError(f"layer {name!r}: a width of {width} is no {at.num_heads} heads")
-            at.embed_dim, at.head_dim = width, width // at.num_heads
-            at.kdim = at.vdim = width
+            resize_attention(name, layer)
         case nn.RNNBase():
             at.input_size = tensors["weight_ih_l0"].shape[1]
             layer.flatten_parameters()
@@ -228,6 +303,79 @@ def _resize_convolution(name: str, layer: Any) -> None:
         raise PlanError(f"layer {name!r}: {first} channels are no {layer.groups} groups")
     setattr(layer, outer, first)
     setattr(layer, inner, second * layer.groups)
+
+
+def _graph(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
+    return (
+        _library()
+        .DependencyGraph()
+        .build_dependency(module, example_inputs=example, customized_pruners=_customized())
+    )
+
+
+@contextmanager
+def _traceable(module: nn.Module, own: bool = False) -> Iterator[None]:
+    """Let attention whose heads keep their width only say which channels go along with which.
+
+    torch-pruning would follow the heads inside it to channels that they have nothing to do with.
+
+    Args:
+        module: whose layers are changed for the time being.
+        own: whether attention of one's own keeps the width of its heads, too.
+    """
+
+    def couple(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> Any:
+        return query + sum(x.mean(tuple(range(x.dim() - 1))) for x in (key, value)), None
+
+    layers: list[Any] = [part for part in module.modules() if isinstance(part, NarrowAttention)]
+    if any(layer.in_proj_weight is None for layer in layers):
+        raise PlanError("attention that has keys of another width than queries keeps its channels")
+    hooks = []
+    for one in _own(module) if own else []:
+        made: list[torch.Tensor] = []
+        for part in one.projections():
+            hooks.append(part.register_forward_hook(lambda _, x, y, made=made: made.append(y)))
+
+        def cut(_: nn.Module, given: Any, made: list[torch.Tensor] = made) -> Any:
+            return given[0].detach() + 0 * sum(y.mean() for y in made), *given[1:]
+
+        hooks.append(one.last.register_forward_pre_hook(cut))
+    for layer in layers:
+        layer.forward = couple
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+        for hook in hooks:
+            hook.remove()
+
+
+def _customized() -> dict[type[nn.Module], Any]:
+    """What torch-pruning does with attention whose heads keep their width: what leads in and out.
+
+    Made for every graph: it tells what is pruned by the pruner that does it.
+    """
+    base: Any = _library().function.BasePruningFunc
+
+    class Pruner(base):  # type: ignore[misc]
+        def prune_out_channels(self, layer: Any, idxs: list[int]) -> Any:
+            left = [i for i in range(layer.embed_dim) if i not in set(idxs)]
+            cut, last = self._prune_parameter_and_grad, layer.out_proj
+            layer.in_proj_weight = cut(layer.in_proj_weight, left, 1)
+            last.weight = cut(last.weight, left, 0)
+            last.bias = None if last.bias is None else cut(last.bias, left, 0)
+            layer.embed_dim = layer.kdim = layer.vdim = last.out_features = len(left)
+            return layer
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: Any) -> int:
+            return int(layer.embed_dim)
+
+        get_in_channels = get_out_channels
+
+    return {NarrowAttention: Pruner()}
 
 
 def _library() -> Any:
@@ -311,11 +459,11 @@ def _remove(
     example: tuple[torch.Tensor, ...],
     steps: Steps,
     values: dict[str, torch.Tensor] | None = None,
+    whole_heads: bool = False,
 ) -> None:
     """Remove channels in place; `values` replace the tensors once the groups are known."""
-    tp = _library()
-    with torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(module, example_inputs=example)
+    with _traceable(module, whole_heads), torch.enable_grad():
+        graph = _graph(module, example)
     state = module.state_dict(keep_vars=True)
     for name, tensor in (values or {}).items():
         state[name].data = tensor
@@ -326,6 +474,7 @@ def _kept(
     module: nn.Module,
     example: tuple[torch.Tensor, ...],
     steps: Steps,
+    whole_heads: bool,
 ) -> dict[str, Axes]:
     """What remains of each tensor, found by removing channels from tensors of positions."""
     work = _copy(module)
@@ -336,7 +485,7 @@ def _kept(
         if tensor.is_floating_point() and tensor.dim()
     }
     with _failing(module):
-        _remove(work, example, steps, places)
+        _remove(work, example, steps, places, whole_heads)
     kept: dict[str, Axes] = {}
     for name, tensor in work.state_dict().items():
         shape = tuple(state[name].shape)

@@ -11,7 +11,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ __all__ = [
     "ChannelSchedule",
     "PlanError",
     "PruningPlan",
+    "Shares",
     "low_rank_factors",
     "tied_weights",
 ]
@@ -35,13 +36,23 @@ class PlanError(ValueError):
     """A plan asks for what cannot be done, or does not fit a model."""
 
 
+class Shares(NamedTuple):
+    """What remains, or is to, of the channels, heads and residual layers that a module has."""
+
+    channels: float = 1.0
+    heads: float = 1.0
+    layers: float = 1.0
+
+
 @dataclass(frozen=True)
 class ChannelSchedule:
-    """When channels go, and how many.
+    """When channels, heads and residual layers go, and how many.
 
     Attributes:
         share: of the channels of every group that remain at the end, 0 < share <= 1.
         at: rounds after whose training some go, ascending; each time by the same factor.
+        heads: share of the heads of every attention layer that remain at the end.
+        layers: share of the residual layers that remain at the end.
 
     Raises:
         PlanError: a share or a round that cannot be.
@@ -54,19 +65,30 @@ class ChannelSchedule:
 
     share: float = 1.0
     at: tuple[int, ...] = ()
+    heads: float = 1.0
+    layers: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise PlanError(f"the share of channels that remain lies in (0, 1], not {self.share}")
+        for what, share in zip(("channels", "heads", "layers"), self._shares, strict=True):
+            if not 0 < share <= 1:
+                raise PlanError(f"the share of {what} that remain lies in (0, 1], not {share}")
         if list(self.at) != sorted(set(self.at)) or any(number < 1 for number in self.at):
             raise PlanError(f"channels go after ascending rounds of 1 or more, not {self.at}")
-        if (self.share < 1) != bool(self.at):
+        if (min(self._shares) < 1) != bool(self.at):
             raise PlanError("channels that go need both a share below 1 and rounds")
 
+    @property
+    def _shares(self) -> Shares:
+        return Shares(self.share, self.heads, self.layers)
+
     def after(self, number: int) -> float:
-        """Share that remains once a round has been trained, counted from 1."""
-        passed = sum(number >= at for at in self.at)
-        return float(self.share ** (passed / len(self.at))) if self.at else 1.0
+        """Share of the channels that remains once a round has been trained, counted from 1."""
+        return self.shares(number).channels
+
+    def shares(self, number: int) -> Shares:
+        """What remains of channels, heads and layers once a round has been trained."""
+        passed = sum(number >= at for at in self.at) / max(1, len(self.at))
+        return Shares(*(float(share**passed) for share in self._shares))
 
 
 _ADAPTER = re.compile(

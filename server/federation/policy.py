@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -98,6 +98,7 @@ class Policy:
     error_feedback: bool = True
     sparsity: float = 0.0
     channels: float = 1.0  # share that remains
+    heads: float = 1.0  # share of every attention layer's that remains
     channels_at: tuple[int, ...] = ()  # rounds after which they go
     widths: Mapping[str, Option] = field(default_factory=dict)  # class to share of the channels
     classes: Mapping[str, Option] = field(default_factory=dict)  # of nodes, by what they can do
@@ -202,7 +203,6 @@ class Policy:
                 f"pruning needs a lattice: set {_key('down_step')} above 0, or "
                 f"{_key('sparsity')} = 0" + f" and {_key('pruning_pattern')} = ''" * bool(fixed),
             ),
-            ("channels", 0 < self.channels <= 1, "give the share that remains, such as 0.5"),
             (
                 "pruning_recalibrate",
                 lattice or self.pruning_recalibrate == "never",
@@ -213,15 +213,10 @@ class Policy:
                 not self.widths or self.pruning_recalibrate == "never",
                 f"nodes of other widths have other statistics: leave out {_key('widths')}",
             ),
-            ("channels", lattice or self.channels == 1, f"it needs {down} = 'lattice'"),
-            (
-                "channels",
-                self.channels == 1 or bool(self.channels_at),
-                f"say after which rounds channels go: {_key('channels_at')}",
-            ),
+            *self._structures(),
             (
                 "channels_at",
-                self.channels < 1 or not self.channels_at,
+                min(self.channels, self.heads) < 1 or not self.channels_at,
                 f"say which share of the channels remains: {_key('channels')}, such as 0.5",
             ),
             (
@@ -234,11 +229,6 @@ class Policy:
                 "widths",
                 not self.widths or self.up in ("lattice", "dense"),
                 f"slices come back as updates of theirs: set {_key('up')} = 'lattice'",
-            ),
-            (
-                "widths",
-                not self.widths or self.channels == 1,
-                f"slices are of the whole model: set {_key('channels')} = 1, or no widths",
             ),
             (
                 "widths",
@@ -278,7 +268,7 @@ class Policy:
             ),
             (
                 "pruning_knobs",
-                self.channels == 1 or not self.tries_channels,
+                not (self.channels_at and self.tries_channels),
                 f"channels go by {_key('channels_at')} or are searched: leave out one of the two",
             ),
             (
@@ -365,6 +355,18 @@ class Policy:
             except SchemeError as error:
                 options = "up_options" if name == "scheme" else "down_options"
                 raise PolicyError(f"{_key(options)}: {error}") from error
+
+    def _structures(self) -> Iterator[tuple[str, bool, str]]:
+        """What must hold of each knob that removes channels or heads, and the remedy."""
+        for name in ("channels", "heads"):
+            share, at = getattr(self, name), _key("channels_at")
+            yield name, 0 < share <= 1, "give the share that remains, such as 0.5"
+            versions = f"it needs {_key('down')} = 'lattice'"
+            yield name, self.down == "lattice" or share == 1, versions
+            rounds = f"say after which rounds {name} go: {at}"
+            yield name, share == 1 or bool(self.channels_at), rounds
+            whole = f"slices are of the whole model: set {_key(name)} = 1, or no widths"
+            yield "widths", not self.widths or share == 1, whole
 
     @property
     def target(self) -> float:
@@ -457,7 +459,7 @@ class Policy:
             self.pruning_records,
             pattern=parse_pattern(self.pruning_pattern),
             seed=self.pruning_seed,
-            channels=ChannelSchedule(self.channels, self.channels_at),
+            channels=ChannelSchedule(self.channels, self.channels_at, self.heads),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Channels that go while a federation trains: who chooses them, and what goes with them.
+"""Channels, heads and layers that go while a federation trains: who chooses, what goes along.
 
 A *removal* is between two rounds: after the training of one has been aggregated and before anybody
 is sent the result. Channels are chosen on the master; then master, published versions, what
@@ -8,8 +8,9 @@ which no reply could be used nothing goes: it is *owed*, and goes after the next
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from prunecast.compression.flower import dense_arrays, set_apart
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.channels import ChannelChooser, ChannelPlan
-from prunecast.compression.pruning.plan import ChannelSchedule, PlanError
+from prunecast.compression.pruning.plan import ChannelSchedule, PlanError, Shares
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.grid import CompressedGrid
 
@@ -62,10 +63,19 @@ class _ModuleChooser:
     factory: Callable[[], nn.Module]
     example: Callable[[], Tensor | tuple[Tensor, ...]]
 
-    def __call__(self, master: Arrays, share: float, removed: ChannelPlan | None) -> ChannelPlan:
+    def __call__(
+        self,
+        master: Arrays,
+        share: float,
+        removed: ChannelPlan | None,
+        *,
+        heads: float = 1.0,
+        layers: float = 1.0,
+    ) -> ChannelPlan:
         from prunecast.compression.pruning.narrowing import choose_channels
 
-        return choose_channels(*self._module(master, removed), share, removed)
+        module, inputs = self._module(master, removed)
+        return choose_channels(module, inputs, share, removed, heads=heads, layers=layers)
 
     def check_trial(self, master: Arrays, plan: ChannelPlan) -> None:
         """Refuse to try what removed channels would not come to; see `check_zeroed`."""
@@ -125,11 +135,14 @@ class Removed:
         share: of the channels that remain of all.
         weights: of the model before and after.
         plan_bytes: that every node is sent once beside the version.
+        heads, layers: share of the heads and residual layers that remain of all.
     """
 
     share: float
     weights: list[int]
     plan_bytes: int
+    heads: float = 1.0
+    layers: float = 1.0
 
 
 class Removals:
@@ -191,7 +204,8 @@ class Removals:
         if not ahead:
             return
         _check_last(ahead[-1], last)
-        self._plan(grid, arrays, ahead[0], key)
+        for at in _ends(self._schedule, ahead):
+            self._plan(grid, arrays, at, key)
         _say_what_is_not_reached(strategy)
 
     def after(
@@ -216,9 +230,11 @@ class Removals:
             return arrays, None
         plan = self._plan(grid, arrays, number, key)
         wanted = self._wanted(number, grid, key)
-        share = wanted / self._share(grid, key)
-        if not math.isclose(plan.share, share, rel_tol=_NEAR):
-            plan = replace(plan, share=share)  # what is owed later is told from it
+        there = zip(wanted, self._shares(grid, key), strict=True)
+        shares = Shares(*(now / before for now, before in there))
+        if not np.allclose(plan.shares, shares, rtol=_NEAR, atol=0):  # what is owed is told from it
+            part, heads, layers = shares
+            plan = replace(plan, share=part, heads_share=heads, layers_share=layers)
         before = {name: array.shape for name, array in dense_arrays(set_apart(arrays)[0]).items()}
         narrow = grid.remove_channels(arrays, plan, key=key)
         narrow_strategy(strategy, plan, before)
@@ -228,11 +244,13 @@ class Removals:
             sum(int(np.prod(array.shape)) for array in record.values())
             for record in (arrays, narrow)
         ]
-        done = Removed(wanted, weights, len(channels.coded))
+        done = Removed(
+            *(wanted.channels, weights, len(channels.coded), wanted.heads, wanted.layers)
+        )
         log(
             INFO,
-            "After round %d %.0f%% of the channels remain: %d of %d weights.",
-            *(number, 100 * done.share, weights[1], weights[0]),
+            "After round %d %s remain: %d of %d weights.",
+            *(number, self._said(wanted), weights[1], weights[0]),
         )
         return narrow, done
 
@@ -242,28 +260,38 @@ class Removals:
         if self._owed(number, grid, key):
             log(
                 WARNING,
-                "%.0f%% of the channels remain, not %.0f%%: in rounds after which some were to go, "
+                "%s remain, not %s: in rounds after which some were to go, "
                 "and all since, no reply could be used. Go on from the checkpoint for two rounds "
                 "or more.",
-                *(100 * self._share(grid, key), 100 * self._wanted(number, grid, key)),
+                self._said(self._shares(grid, key)),
+                self._said(self._wanted(number, grid, key), "{0:.0%}"),
             )
 
+    def _said(self, shares: Shares, text: str = "{0:.0%} of the {1}") -> str:
+        """Shares of what is to go, for people."""
+        ends = self._schedule.share, self._schedule.heads, self._schedule.layers
+        going = [n for n, end in zip(Shares._fields, ends, strict=True) if end < 1] or ["channels"]
+        return " and ".join(text.format(getattr(shares, name), name) for name in going)
+
     def _owed(self, number: int, grid: CompressedGrid, key: str) -> bool:
-        """Whether more channels remain than are to after a round."""
+        """Whether more channels, heads or layers remain than are to after a round."""
         if not (self._schedule.at or self._tries):
             return False
-        return self._wanted(number, grid, key) < self._share(grid, key) * (1 - _NEAR)
+        pairs = zip(self._wanted(number, grid, key), self._shares(grid, key), strict=True)
+        return any(wanted < there * (1 - _NEAR) for wanted, there in pairs)
 
-    def _wanted(self, number: int, grid: CompressedGrid, key: str) -> float:
-        """Share of all channels that is to remain after a round."""
-        if not self._tries:
-            return self._schedule.after(number)
-        settled = grid.settled_channels(key=key)
-        return self._share(grid, key) * (1.0 if settled is None else settled.share)
+    def _wanted(self, number: int, grid: CompressedGrid, key: str) -> Shares:
+        """What is to remain after a round; of what has fewer left already, these."""
+        there = self._shares(grid, key)
+        if self._tries:
+            settled = grid.settled_channels(key=key)
+            part = 1.0 if settled is None else settled.share
+            return there._replace(channels=there.channels * part)
+        return Shares(*map(min, self._schedule.shares(number), there))
 
-    def _share(self, grid: CompressedGrid, key: str) -> float:
+    def _shares(self, grid: CompressedGrid, key: str) -> Shares:
         removed = grid.channels(key=key)
-        return 1.0 if removed is None else removed.share
+        return Shares() if removed is None else removed.shares
 
     def _plan(
         self, grid: CompressedGrid, arrays: ArrayRecord, number: int, key: str
@@ -272,8 +300,8 @@ class Removals:
         if settled is not None:
             return settled
         assert self._choose is not None
-        master = dense_arrays(set_apart(arrays)[0])
-        return self._choose(master, self._schedule.after(number), grid.channels(key=key))
+        master, wanted = dense_arrays(set_apart(arrays)[0]), self._wanted(number, grid, key)
+        return _chosen(self._choose, master, wanted, grid.channels(key=key))
 
 
 def check_channels(
@@ -292,9 +320,31 @@ def check_channels(
     """
     if schedule.at:
         _check_last(schedule.at[-1], rounds)
-        choose(master, schedule.after(schedule.at[0]), None)
+        for at in _ends(schedule, schedule.at):
+            _chosen(choose, master, schedule.shares(at), None)
     if tries:
         _check_trial(choose, master)
+
+
+def _ends(schedule: ChannelSchedule, at: Sequence[int]) -> Sequence[int]:
+    """Rounds by which is seen that all can go; of heads and layers the last may leave none."""
+    return at[:1] if len(at) == 1 or schedule.heads == schedule.layers == 1 else (at[0], at[-1])
+
+
+def _chosen(
+    choose: ChannelChooser, master: Arrays, shares: Shares, removed: ChannelPlan | None
+) -> ChannelPlan:
+    """A choice of channels; one that knows of these alone is not told of the rest."""
+    others = {"heads": shares.heads, "layers": shares.layers}
+    if shares.heads == shares.layers == 1:
+        others = {}
+    try:
+        inspect.signature(choose).bind(master, shares.channels, removed, **others)
+    except TypeError as error:
+        raise PlanError(
+            "heads or layers go, and who chooses knows of channels alone: take module_chooser"
+        ) from error
+    return choose(master, shares.channels, removed, **others)
 
 
 def _check_trial(choose: ChannelChooser, master: Arrays) -> None:

@@ -16,7 +16,7 @@ from prunecast.compression.pruning import modules
 from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.criteria import CRITERIA
-from prunecast.compression.pruning.narrowing import choose_channels
+from prunecast.compression.pruning.narrowing import choose_channels, fit_module
 from prunecast.compression.pruning.patterns import parse_pattern
 from prunecast.compression.pruning.plan import ChannelSchedule, PlanError, PruningPlan
 from prunecast.compression.pruning.schedules import (
@@ -276,6 +276,28 @@ def test_a_plan_of_channels_alone_and_one_of_another_architecture() -> None:
     wide = ChannelPlan({"weight": (np.array([True, False, True]), None)})
     with pytest.raises(PlanError, match=r"Linear has 'weight' of shape \[4, 4\]"):
         prune_module(nn.Linear(4, 4), wide, (torch.rand(1, 4),))
+
+
+def test_whole_heads_go_beside_channels_and_weights() -> None:
+    module, example = seeded(attention.small_transformer), IMAGE
+    plan = PruningPlan(
+        schedule=StaticSchedule(0.5),
+        channels=ChannelSchedule(0.5, (1,), heads=0.5),
+    )
+    pruned = prune_module(module, plan, example)
+    assert pruned.channels is not None
+    assert pruned.channels.shares == (0.5, 0.5, 1)
+    state = pruned.module.state_dict()
+    # two heads of 16 dimensions, of an input of half the width
+    assert state["layers.layers.0.self_attn.in_proj_weight"].shape == (3 * 32, 32)
+    assert pruned.masks["layers.layers.0.self_attn.in_proj_weight"].shape == (3 * 32, 32)
+    again = fit_module(seeded(attention.small_transformer), pruned.channels)
+    again.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(*example), pruned.module.eval()(*example))
+    # one that came from elsewhere, without the steps of its choice
+    told = ChannelPlan.from_bytes(pruned.channels.coded)
+    assert prune_module(module, told, example).module.state_dict().keys() == state.keys()
 
 
 class Tied(nn.Module):

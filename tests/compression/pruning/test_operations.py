@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunecast.compression.pruning.counting import count_operations
+from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
 from prunecast.compression.pruning.operations import FLOAT32, INT8, Kept, Operations
 from prunecast.simulations.networks.attention import (
     language_model,
@@ -77,6 +78,26 @@ def test_attention_of_torch_is_counted_with_its_projections() -> None:
     scores = 2 * 28 * 28 * 64
     assert found.others == 2 * scores
     assert found.macs == 28 * 28 * 64 + 2 * (layer + scores) + 640
+
+
+@pytest.mark.parametrize("keys", [1, 3])
+def test_attention_with_fewer_heads_is_counted_as_torchs_is(keys: int) -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.MultiheadAttention(8, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = x if keys == 1 else torch.cat([x] * keys, 1)
+            return torch.as_tensor(self.heads(x, given, given, need_weights=False)[0])
+
+    example, wide = (torch.rand(1, 5, 8),), Cross()
+    torchs = count_operations(wide, example)
+    plan = choose_channels(wide, example, 1.0, heads=0.5)
+    narrow = count_operations(narrow_module(wide, example, plan), example)
+    assert narrow.uses == torchs.uses
+    assert {name: 2 * size for name, size in narrow.sizes.items()} == torchs.sizes
+    assert (2 * narrow.macs, 2 * narrow.others) == (torchs.macs, torchs.others)
 
 
 class _Cells(nn.Module):

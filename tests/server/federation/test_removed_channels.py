@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -74,10 +74,58 @@ def example() -> torch.Tensor:
     return torch.ones(2, 1, 8, 8)
 
 
+class Reader(nn.Module):
+    """Reads an image row by row."""
+
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, heads, 32, dropout=0.0, batch_first=True)
+        self.enter, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.head(self.encoder(self.enter(x[:, 0])).mean(1)))
+
+
+def in_layer(number: int, inner: int) -> dict[str, tuple[int, ...]]:
+    shapes = {
+        "self_attn.in_proj_weight": (3 * inner, 16),
+        "self_attn.in_proj_bias": (3 * inner,),
+        "self_attn.out_proj.weight": (16, inner),
+        "linear1.weight": (32, 16),
+    }
+    return {f"encoder.layers.{number}.{name}": shape for name, shape in shapes.items()}
+
+
+class Family(NamedTuple):
+    """A network, the knobs of what goes, what half of it leaves, and another architecture."""
+
+    network: Callable[[], nn.Module]
+    wide: dict[str, tuple[int, ...]]
+    narrow: dict[str, tuple[int, ...]]
+    knobs: dict[str, float]
+    other: Callable[[], nn.Module]
+    refused: str
+
+
 def wider() -> nn.Module:
     made = network()
     made[0], made[1], made[4] = nn.Conv2d(1, 9, 3), nn.BatchNorm2d(9), nn.Conv2d(9, 16, 3)
     return made
+
+
+FAMILIES = {
+    "channels": Family(
+        *(network, WIDE, NARROW, {"channels": 0.5}, wider),
+        "tensor '0.weight' is [9, 1, 3, 3], the plan was made for another shape",
+    ),
+    "heads": Family(
+        *(Reader, in_layer(0, 16) | in_layer(1, 16), in_layer(0, 8) | in_layer(1, 8)),
+        *({"heads": 0.5}, lambda: Reader(heads=2)),
+        "layer 'encoder.layers.0.self_attn' has 2 heads, the plan was made for 4",
+    ),
+}
+EVERY = pytest.mark.parametrize("federation", FAMILIES, indirect=True)
 
 
 def data(context: Context) -> tuple[TensorBatches, None]:
@@ -95,15 +143,20 @@ def client(store: Path, factory: Callable[[], nn.Module] = network) -> ClientApp
 
 
 def policy(*at: int, **knobs: Any) -> Policy:
-    return Policy.preset(knobs.pop("preset", "balanced"), channels=0.5, channels_at=at, **knobs)
+    if not knobs.keys() & {"channels", "heads", "layers"}:
+        knobs["channels"] = 0.5
+    return Policy.preset(knobs.pop("preset", "balanced"), channels_at=at, **knobs)
 
 
 class Federation:
     """Three nodes, each with a folder of its own, and runs one after the other."""
 
-    def __init__(self, folder: Path, apps: dict[int, ClientApp] | None = None) -> None:
-        self.folder = folder
-        self.apps = apps or {n: client(self.store(n)) for n in (1, 2, 3)}
+    def __init__(
+        self, folder: Path, apps: dict[int, ClientApp] | None = None, family: str = "channels"
+    ) -> None:
+        self.folder, self.family = folder, FAMILIES[family]
+        self.network = self.family.network
+        self.apps = apps or {n: client(self.store(n), self.network) for n in (1, 2, 3)}
         self.inner = InProcessGrid(self.apps, len(self.apps), run_id=RUN_ID)
         self.events: list[dict[str, Any]] = []
         self.before: dict[int, Callable[[], object]] = {}  # what happens before a round
@@ -125,14 +178,22 @@ class Federation:
         **options: Any,
     ) -> tuple[Run, Any]:
         grid = CompressedGrid(self.inner, chosen, ledger=self.ledger, poll_interval=0.01)
-        options.setdefault("channels", module_chooser(network, example))
+        options.setdefault("channels", module_chooser(self.network, example))
         run = Run(
             grid,
             strategy or FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1),
             on_event=self.hear,
             **options,
         )
-        return run, run.start(initial or initial_arrays(network, seed=3)[1], rounds)
+        return run, run.start(initial or initial_arrays(self.network, seed=3)[1], rounds)
+
+    def policy(self, *at: int, **knobs: Any) -> Policy:
+        return policy(*at, **self.family.knobs, **knobs)
+
+    def shapes(self, arrays: Any) -> dict[str, tuple[int, ...]]:
+        """Of those tensors that the family tells of."""
+        found = {name: tuple(array.shape) for name, array in arrays.items()}
+        return {name: found[name] for name in self.family.wide if name in found}
 
     def hear(self, event: Any) -> None:
         self.events.append(dict(event))
@@ -148,8 +209,8 @@ class Federation:
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Federation:
-    return Federation(tmp_path)
+def federation(tmp_path: Path, request: pytest.FixtureRequest) -> Federation:
+    return Federation(tmp_path, family=getattr(request, "param", "channels"))
 
 
 def shapes(arrays: Any) -> dict[str, tuple[int, ...]]:
@@ -157,27 +218,30 @@ def shapes(arrays: Any) -> dict[str, tuple[int, ...]]:
     return {name: found[name] for name in WIDE}
 
 
+@EVERY
 def test_half_of_the_channels_go_while_everybody_goes_on(federation: Federation) -> None:
-    run, result = federation.run(policy(2), 4, output=federation.folder / "final.model")
-    assert shapes(result.arrays) == NARROW
+    run, result = federation.run(federation.policy(2), 4, output=federation.folder / "final.model")
+    assert federation.shapes(result.arrays) == federation.family.narrow
     published = load_model(federation.folder / "final.model")
-    assert shapes(published.tensors) == NARROW
+    assert federation.shapes(published.tensors) == federation.family.narrow
     beside = ChannelPlan.load(channels_beside(federation.folder / "final.model"))
     assert beside.coded == run.grid.channels().coded  # type: ignore[union-attr]
     for node in (1, 2, 3):
         held, plan = federation.held(node).held("arrays"), federation.held(node).channels("arrays")
         assert held is not None
-        assert shapes(held.tensors) == NARROW
+        assert federation.shapes(held.tensors) == federation.family.narrow
         assert plan is not None
         assert plan.coded == run.grid.channels().coded  # type: ignore[union-attr]
         # no keyframe: what a node held is narrowed on both sides, and the delta builds on that
         kinds = [federation.sent(node, number)[0].kind for number in (1, 2, 3, 4)]
         assert kinds == ["keyframe", "delta", "delta", "delta"]
     (event,) = [e for e in federation.events if e["event"] == "channels-removed"]
-    assert (event["round"], event["share"]) == (2, 0.5)
+    shares = dict.fromkeys(("channels", "heads", "layers"), 1.0) | federation.family.knobs
+    assert (event["round"], event["share"]) == (2, shares["channels"])
+    assert (event["heads"], event["layers"]) == (shares["heads"], shares["layers"])
     assert event["weights"] == [
         sum(t.numel() for t in module.state_dict().values())
-        for module in (network(), fit_module(network(), run.grid.channels()))  # type: ignore[arg-type]
+        for module in (federation.network(), fit_module(federation.network(), run.grid.channels()))  # type: ignore[arg-type]
     ]
     # the plan travels once, beside the version, and the ledger has its bytes
     with_plan, without = (federation.sent(1, n)[0].payload_bytes for n in (3, 4))
@@ -186,21 +250,23 @@ def test_half_of_the_channels_go_while_everybody_goes_on(federation: Federation)
     assert not errors
 
 
+@EVERY
 def test_a_node_that_was_away_gets_the_plan_and_a_delta(federation: Federation) -> None:
     federation.before = {
         2: lambda: federation.inner.online.discard(3),
         4: lambda: federation.inner.online.add(3),
     }
-    _, result = federation.run(policy(2), 5)
+    _, result = federation.run(federation.policy(2), 5)
     assert not federation.sent(3, 3)
     assert [e.kind for e in federation.sent(3, 4)] == ["delta"]
-    assert shapes(federation.held(3).held("arrays").tensors) == NARROW  # type: ignore[union-attr]
+    assert federation.shapes(federation.held(3).held("arrays").tensors) == federation.family.narrow  # type: ignore[union-attr]
     assert federation.held(3).held("arrays").digest == (  # type: ignore[union-attr]
         federation.held(1).held("arrays").digest  # type: ignore[union-attr]
     )
-    assert shapes(result.arrays) == NARROW
+    assert federation.shapes(result.arrays) == federation.family.narrow
 
 
+@EVERY
 def test_one_plan_says_what_two_removals_left_to_a_node_that_missed_both(
     federation: Federation,
 ) -> None:
@@ -208,16 +274,19 @@ def test_one_plan_says_what_two_removals_left_to_a_node_that_missed_both(
         2: lambda: federation.inner.online.discard(3),
         5: lambda: federation.inner.online.add(3),
     }
-    run, result = federation.run(policy(2, 3), 6)
-    shares = [e["share"] for e in federation.events if e["event"] == "channels-removed"]
+    run, result = federation.run(federation.policy(2, 3), 6)
+    (what,) = federation.family.knobs
+    what = "share" if what == "channels" else what
+    shares = [e[what] for e in federation.events if e["event"] == "channels-removed"]
     assert shares == [0.5**0.5, 0.5]
     assert [e.kind for e in federation.sent(3, 5)] == ["delta"]
-    assert shapes(result.arrays) == NARROW
-    assert shapes(federation.held(3).held("arrays").tensors) == NARROW  # type: ignore[union-attr]
+    assert federation.shapes(result.arrays) == federation.family.narrow
+    assert federation.shapes(federation.held(3).held("arrays").tensors) == federation.family.narrow  # type: ignore[union-attr]
     assert federation.held(3).channels("arrays").coded == run.grid.channels().coded  # type: ignore[union-attr]
     assert len({federation.held(n).held("arrays").digest for n in (1, 2, 3)}) == 1  # type: ignore[union-attr]
 
 
+@EVERY
 @pytest.mark.parametrize("lost", ["memory", "versions", "everything"])
 def test_a_node_restarts_over_a_removal(federation: Federation, lost: str) -> None:
     def restart() -> None:
@@ -226,34 +295,42 @@ def test_a_node_restarts_over_a_removal(federation: Federation, lost: str) -> No
         elif lost == "versions":
             for path in federation.store(2).rglob("*.model"):
                 path.unlink()
-        federation.apps[2] = client(federation.store(2))
+        federation.apps[2] = client(federation.store(2), federation.network)
 
     federation.before = {3: restart}
-    federation.run(policy(2), 4)
+    federation.run(federation.policy(2), 4)
     kinds = [e.kind for e in federation.sent(2, 3)]
     assert kinds == (["delta"] if lost == "memory" else ["delta", "keyframe"])
-    assert shapes(federation.held(2).held("arrays").tensors) == NARROW  # type: ignore[union-attr]
+    assert federation.shapes(federation.held(2).held("arrays").tensors) == federation.family.narrow  # type: ignore[union-attr]
     assert len({federation.held(n).held("arrays").digest for n in (1, 2, 3)}) == 1  # type: ignore[union-attr]
 
 
-def test_a_server_restarts_from_a_checkpoint_between_two_removals(tmp_path: Path) -> None:
-    two, half = policy(2, 4), Federation(tmp_path / "half")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_server_restarts_from_a_checkpoint_between_two_removals(
+    tmp_path: Path, family: str
+) -> None:
+    half = Federation(tmp_path / "half", family=family)
+    two, (what,) = half.policy(2, 4), half.family.knobs
     with pytest.raises(KeyboardInterrupt):
         half.run(two, 6, Interrupt(), folder=tmp_path / "run")
     checkpoint = Checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")
     assert checkpoint.channels is not None
-    assert checkpoint.channels.share == pytest.approx(0.5**0.5)
-    assert checkpoint.arrays["0.weight"].shape == (5, 1, 3, 3)
+    assert getattr(checkpoint.channels.shares, what) == pytest.approx(0.5**0.5)
+    if family == "channels":
+        assert checkpoint.arrays["0.weight"].shape == (5, 1, 3, 3)
+    if family == "heads":  # three of four
+        assert checkpoint.arrays["encoder.layers.0.self_attn.in_proj_bias"].shape == (36,)
 
-    again = Federation(tmp_path / "again")
+    again = Federation(tmp_path / "again", family=family)
     again.inner = InProcessGrid(again.apps, 3, run_id=RUN_ID + 1)
     run, result = again.run(two, 3, initial=checkpoint)
-    assert shapes(result.arrays) == NARROW
+    assert again.shapes(result.arrays) == again.family.narrow
     (event,) = [e for e in again.events if e["event"] == "channels-removed"]
-    assert (event["round"], event["share"]) == (1, 0.5)  # the fourth of all
+    # the fourth of all
+    assert (event["round"], event["share" if what == "channels" else what]) == (1, 0.5)
     assert [e.kind for e in again.sent(1, 1)] == ["keyframe"]
-    assert shapes(again.held(1).held("arrays").tensors) == NARROW  # type: ignore[union-attr]
-    assert run.grid.channels().share == pytest.approx(0.5)  # type: ignore[union-attr]
+    assert again.shapes(again.held(1).held("arrays").tensors) == again.family.narrow  # type: ignore[union-attr]
+    assert getattr(run.grid.channels().shares, what) == pytest.approx(0.5)  # type: ignore[union-attr]
 
 
 def broken() -> ClientApp:
@@ -436,18 +513,16 @@ def test_a_strategy_goes_on_with_what_remains_of_its_state(
     assert said == isinstance(strategy, Remembering)
 
 
-def test_another_architecture_refuses_the_plan_by_name(tmp_path: Path) -> None:
-    stores = {n: tmp_path / f"store-{n}" for n in (1, 2, 3)}
-    apps = {n: client(store) for n, store in stores.items()}
-    federation = Federation(tmp_path, apps)
-    federation.before = {3: lambda: apps.update({3: client(stores[3], wider)})}
-    federation.run(policy(2), 3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_architecture_refuses_the_plan_by_name(tmp_path: Path, family: str) -> None:
+    stores, of = {n: tmp_path / f"store-{n}" for n in (1, 2, 3)}, FAMILIES[family]
+    apps = {n: client(store, of.network) for n, store in stores.items()}
+    federation = Federation(tmp_path, apps, family)
+    federation.before = {3: lambda: apps.update({3: client(stores[3], of.other)})}
+    federation.run(federation.policy(2), 3)
     (failed,) = federation.events[-2]["nodes"]["failed"]
     assert failed["node"] == "3"
-    assert (
-        "tensor '0.weight' is [9, 1, 3, 3], the plan was made for another shape"
-        in (failed["reason"])
-    )
+    assert of.refused in failed["reason"]
 
 
 def test_an_app_of_ones_own_is_told_and_a_loop_of_ones_own_tells(tmp_path: Path) -> None:
@@ -519,6 +594,10 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
     [
         ({"channels": 0.0, "channels_at": (1,)}, r"channels\) = 0.0: give the share that remains"),
         ({"channels": 0.5}, "say after which rounds"),
+        ({"heads": 0.0, "channels_at": (1,)}, r"heads\) = 0.0: give the share that remains"),
+        ({"heads": 0.5}, "say after which rounds heads go"),
+        ({"heads": 0.5, "channels_at": (3,), "widths": {"a": 0.5}}, r"set .*heads.* = 1, or no wi"),
+        ({"heads": 0.5, "channels_at": (3,), "down": "dense", "up": "dense"}, "'lattice'"),
         ({"channels_at": (3,)}, "say which share"),
         ({"channels": 0.5, "channels_at": (3, 2)}, "ascending"),
         ({"channels": 0.5, "channels_at": (0,)}, "rounds of 1 or more"),
@@ -531,6 +610,22 @@ def test_knobs_that_cannot_be_are_named(knobs: dict[str, Any], said: str) -> Non
         Policy(**knobs)
 
 
+def test_heads_are_told_to_those_alone_who_choose_them(federation: Federation) -> None:
+    def channels_alone(master: Any, share: float, removed: Any) -> ChannelPlan:
+        return module_chooser(Reader, example)(master, share, removed)
+
+    knobs = {"heads": 0.5, "channels": 0.5}
+    with pytest.raises(PlanError, match="who chooses knows of channels alone: take module_chooser"):
+        federation.run(policy(2, **knobs), 4, channels=channels_alone)
+    with pytest.raises(PlanError, match="Sequential has no attention whose heads go"):
+        federation.run(policy(2, heads=0.5), 4)
+    few = {"heads": 0.1, "channels_at": (1, 2)}  # one of four after the first of these, then none
+    federation.network = Reader
+    with pytest.raises(PlanError, match=r"leaves none of the 4 heads of 'encoder.layers.0.self_a"):
+        federation.run(Policy(**few), 4)
+    assert not federation.ledger.entries
+
+
 @pytest.mark.parametrize("value", [2, "2", "2, 3"])
 def test_rounds_come_from_the_run_config(value: int | str) -> None:
     config = {"prunecast.channels": 0.5, "prunecast.channels-at": value}
@@ -540,23 +635,25 @@ def test_rounds_come_from_the_run_config(value: int | str) -> None:
         Policy.from_run_config({**config, "prunecast.channels-at": "soon"})
 
 
-def test_what_is_released_of_fewer_channels_is_a_narrow_graph(tmp_path: Path) -> None:
-    federation = Federation(tmp_path)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_released_of_fewer_channels_is_a_narrow_graph(tmp_path: Path, family: str) -> None:
+    federation = Federation(tmp_path, family=family)
+    network = federation.network
     repository = Repository.create(tmp_path / "repository", KeyRing.create(tmp_path / "keys"))
     recipe = ReleaseRecipe(module=network, selftest=example().numpy(), cache=tmp_path / "graphs")
     releases = AutomaticReleases(ReleaseRule(every=1), RecipeReleaser(recipe, repository, "narrow"))
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
-    federation.run(policy(2), 3, releases=releases, folder=tmp_path / "run")
-    again = Federation(tmp_path / "again")
+    federation.run(federation.policy(2), 3, releases=releases, folder=tmp_path / "run")
+    again = Federation(tmp_path / "again", family=family)
     again.inner = InProcessGrid(again.apps, 3, run_id=RUN_ID + 1)
     releases = AutomaticReleases(ReleaseRule(every=1), RecipeReleaser(recipe, repository, "narrow"))
-    again.run(policy(2), 1, releases=releases, initial=Checkpoint.load(checkpoint))
+    again.run(federation.policy(2), 1, releases=releases, initial=Checkpoint.load(checkpoint))
     with ReleaseServer(repository.path) as server:
         config = AgentConfig(tmp_path / "device", server.url, "narrow", repository.trusted_root())
         with Agent(config) as agent:
             assert agent.update_once().outcome == "updated"
             model = repository.model(agent.model.manifest)
-            assert shapes(model.tensors) == NARROW
+            assert federation.shapes(model.tensors) == federation.family.narrow
             module = fit_module(network(), Checkpoint.load(checkpoint).channels).eval()  # type: ignore[arg-type]
             module.load_state_dict({n: torch.tensor(a) for n, a in model.arrays().items()})
             images = np.random.default_rng(1).normal(size=(5, 1, 8, 8)).astype(np.float32)
@@ -573,7 +670,7 @@ def test_what_is_released_of_fewer_channels_is_a_narrow_graph(tmp_path: Path) ->
     graph = replace(recipe, module=None, graph=recipe.prepared().graph)
     releases = AutomaticReleases(ReleaseRule(every=1), RecipeReleaser(graph, repository, "narrow"))
     with pytest.raises(ReleaseRuleError, match=r"leave out release\.graph"):
-        federation.run(policy(1), 3, releases=releases)
+        federation.run(federation.policy(1), 3, releases=releases)
 
 
 def test_the_final_model_is_released_with_the_plan_beside_it(tmp_path: Path) -> None:
