@@ -239,8 +239,10 @@ class NodeStore:
         left: dict[str, NDArray[Any]] = {}
         for name, array in arrays.items():
             tensor = name.partition("\0")[0]  # after it, what the residual is of
-            if tensor not in plan.kept:
+            if tensor not in plan.kept and not plan.loses(tensor):
                 tensor = tensor.partition("/")[2]  # before it, which part of a scheme's state
+            if plan.loses(tensor):
+                continue
             with suppress(PlanError):
                 left[name] = plan.since(before).array(tensor, array)
         meta = {"names": list(left), "added": added, "channels": plan.to_text()}

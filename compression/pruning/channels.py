@@ -18,14 +18,12 @@ the module that everybody's code makes, and what of it is new to somebody who kn
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.common.files import write_atomically
+from prunecast.compression.pruning.channel_texts import (
+    Axes,
+    PlanParts,
+    Steps,
+    layers_of,
+    parts_of,
+    text_of,
+)
 from prunecast.compression.pruning.plan import PlanError, Shares
 from prunecast.compression.versions import (
     LatticeTensor,
@@ -54,14 +60,8 @@ __all__ = [
     "holding_channels",
 ]
 
-_SCHEMA = 1
-_WITH_HEADS = 2  # and layers, of which a reader of 1 would make a module that does not run
 _MOST_TEXT = 1 << 24  # bytes, inflated
-_DEEPEST = 64  # modules inside one another
 _NAMES = 1 << 16  # bytes of text that even a plan of the smallest model may have
-_DAMAGES = (LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
-Axes = tuple[NDArray[np.bool_] | None, ...]
-Steps = tuple[tuple[str, bool, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class ChannelPlan:
 
     def loses(self, tensor: str) -> bool:
         """Whether a tensor goes altogether, as its layer does."""
-        return bool(self.gone) and not self._gone.isdisjoint(_layers_of(tensor))
+        return bool(self.gone) and not self._gone.isdisjoint(layers_of(tensor))
 
     @cached_property
     def _gone(self) -> frozenset[str]:
@@ -194,7 +194,7 @@ class ChannelPlan:
             if name not in shapes:
                 return name
         if self.gone:
-            layers = {layer for name in shapes for layer in _layers_of(name)}
+            layers = {layer for name in shapes for layer in layers_of(name)}
             if missing := [layer for layer in self.gone if layer not in layers]:
                 return f"{missing[0]}.*"
         return next((n for n, axes in self.kept.items() if not _is_of(axes, shapes[n])), None)
@@ -355,28 +355,7 @@ class ChannelPlan:
 
     def to_text(self) -> str:
         """JSON; masks in hexadecimal, each written once."""
-        masks: dict[str, int] = {}
-
-        def number(mask: NDArray[np.bool_] | None) -> int | None:
-            if mask is None:
-                return None
-            return masks.setdefault(f"{mask.size}:{np.packbits(mask).tobytes().hex()}", len(masks))
-
-        kept = {name: [number(mask) for mask in axes] for name, axes in self.kept.items()}
-        steps = [[layer, outputs, list(gone)] for layer, outputs, gone in self.steps]
-        whole = self.heads_share == self.layers_share == 1 and not (self.heads or self.gone)
-        document: dict[str, Any] = {
-            "schema": _SCHEMA if whole else _WITH_HEADS,
-            "share": self.share,
-            "kept": kept,
-            "masks": list(masks),
-            "steps": steps,
-        }
-        if not whole:
-            document["heads"] = {name: number(mask) for name, mask in self.heads.items()}
-            document |= {"masks": list(masks), "gone": list(self.gone)}
-            document["shares"] = [self.heads_share, self.layers_share]
-        return json.dumps(document, separators=(",", ":"))
+        return text_of(PlanParts(self.kept, self.steps, self.shares, self.heads, self.gone))
 
     @classmethod
     def from_text(cls, text: str, most: int | None = None) -> ChannelPlan:
@@ -389,41 +368,7 @@ class ChannelPlan:
         Raises:
             PlanError: no such plan, or one under which a layer would vanish.
         """
-        try:
-            document: Any = json.loads(text)
-            schema = document["schema"]
-            if schema not in (_SCHEMA, _WITH_HEADS):
-                raise PlanError(f"the plan is of schema {schema}, not {_SCHEMA} or {_WITH_HEADS}")
-            masks = _masks(document["masks"], most)
-            kept = {
-                name: tuple(None if i is None else masks[_count(i)] for i in axes)
-                for name, axes in document["kept"].items()
-            }
-            used = {i for axes in document["kept"].values() for i in axes if i is not None}
-            heads: dict[str, NDArray[np.bool_]] = {}
-            gone: tuple[str, ...] = ()
-            shares = [float(document["share"])]
-            if schema == _WITH_HEADS:
-                heads = {name: masks[_count(i)] for name, i in document["heads"].items()}
-                used |= set(document["heads"].values())
-                gone = _layers(document["gone"], [*kept, *(f"{name}." for name in heads)])
-                shares += map(float, document["shares"])
-            if len(used) < len(masks):
-                raise ValueError(f"no tensor has {len(masks) - len(used)} of its masks")
-            steps = tuple(
-                (str(layer), bool(outputs), tuple(map(_count, places)))
-                for layer, outputs, places in document["steps"]
-            )
-            of = Shares(*shares)
-            if len(shares) != (1 if schema == _SCHEMA else len(of)):
-                raise ValueError(f"{len(shares)} shares")
-            for share in of:
-                if not 0 < share <= 1:
-                    raise ValueError(f"the share that remains lies in (0, 1], not {share}")
-        except PlanError:
-            raise
-        except _DAMAGES as error:
-            raise PlanError(f"the plan of channels is damaged: {error}") from error
+        kept, steps, of, heads, gone = parts_of(text, most)
         return cls(kept, steps, of.channels, heads, gone, of.heads, of.layers)
 
 
@@ -504,57 +449,3 @@ def _beyond(
         raise PlanError(f"the plan keeps channels of tensor {name!r} that are gone")
     left = now[before]
     return None if left.all() else left
-
-
-def _masks(entries: list[str], most: int | None) -> list[NDArray[np.bool_]]:
-    """Masks of a plan's text, none of which is made before their places have been counted."""
-    if len(set(entries)) < len(entries):
-        raise ValueError("a mask is written twice")
-    parts = [entry.partition(":") for entry in entries]
-    places = sum(_places_of(size, digits) for size, _, digits in parts)
-    if most is not None and places > most:
-        raise ValueError(f"masks of {places} places are of no model of at most {most} bytes")
-    return [_mask(int(size), digits) for size, _, digits in parts]
-
-
-def _places_of(size: str, digits: str) -> int:
-    places, packed = int(size), len(digits) // 2
-    if places < 1 or not 0 <= 8 * packed - places < 8:  # NumPy would pad with any number of zeros
-        raise ValueError(f"a mask of {places} places in {packed} bytes")
-    return places
-
-
-def _mask(size: int, digits: str) -> NDArray[np.bool_]:
-    packed = np.frombuffer(bytes.fromhex(digits), np.uint8)
-    if 8 * packed.size < size:  # there was space between the digits
-        raise ValueError(f"a mask of {size} places in {packed.size} bytes")
-    mask = np.unpackbits(packed, count=size).astype(np.bool_)
-    if not mask.any():
-        raise ValueError(f"a layer would vanish: a mask keeps none of {size} places")
-    return mask
-
-
-def _layers_of(tensor: str) -> Iterator[str]:
-    """Names of the modules that a tensor is inside of, the outermost first."""
-    return accumulate(tensor.split(".")[:-1], "{}.{}".format)
-
-
-def _layers(names: Any, kept: Iterable[str]) -> tuple[str, ...]:
-    """Names of layers that are gone; nothing is kept of them, and none is inside another."""
-    if not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
-        raise ValueError("layers that are gone have names")
-    gone = frozenset(names)
-    if len(gone) < len(names):
-        raise ValueError("a layer goes twice")
-    for name in (*kept, *names) if gone else ():
-        if name.count(".") > _DEEPEST:
-            raise ValueError(f"a name of more than {_DEEPEST} parts is of no module")
-        if not gone.isdisjoint(_layers_of(name)):
-            raise ValueError(f"{name!r} is of a layer that is gone")
-    return tuple(names)
-
-
-def _count(number: object) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"{number!r} counts nothing")
-    return number

@@ -25,6 +25,7 @@ from prunecast.compression.pruning.attention import (
 )
 from prunecast.compression.pruning.channels import Axes, ChannelPlan, Steps
 from prunecast.compression.pruning.plan import PlanError, Shares
+from prunecast.compression.pruning.residual import PassThrough, choose_layers, pass_through
 
 __all__ = ["check_zeroed", "choose_channels", "fit_module", "made_with_inputs", "narrow_module"]
 
@@ -60,7 +61,7 @@ def choose_channels(
             smaller share is contained in what remains of a larger one, as in HeteroFL (Diao et al.
             2021) and the ordered dropout of FjORD (Horvath et al. 2021).
         heads: share of the heads of every attention layer that remain; see `choose_heads`.
-        layers: of the residual layers, which stay as yet: 1.
+        layers: share of the residual layers that remain; see `choose_layers`.
 
     Raises:
         PlanError: the module's channels cannot be removed, or none would be.
@@ -68,9 +69,7 @@ def choose_channels(
     wanted, before = Shares(share, heads, layers), Shares() if removed is None else removed.shares
     if not 0 < min(wanted) < 1 or max(wanted) > 1:
         raise PlanError(f"the share of channels that remain lies between 0 and 1, not {share}")
-    if layers < 1:
-        raise PlanError(f"residual layers stay: leave out the share of {layers:.3g}")
-    if heads == 1:
+    if heads == layers == 1:
         return _choose_by_norm(_copy(module), example, share, removed, leading)
     work, plan = _copy(module), ChannelPlan({})
 
@@ -78,6 +77,8 @@ def choose_channels(
         nonlocal work, plan
         work, plan = fit_module(work, part), plan.then(part)
 
+    if layers < before.layers * (1 - _NEAR):
+        go_on(choose_layers(work, example, layers, removed))
     if heads < 1:
         for layer in work.modules():
             if isinstance(layer, nn.MultiheadAttention):
@@ -229,6 +230,8 @@ def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
     state = module.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     plan.check(shapes, type(module).__name__)
+    for name in plan.gone:
+        pass_through(_part(module, name))
     for name, mask in plan.heads.items():
         set_heads(name, _part(module, name), mask)
     parts: dict[str, torch.Tensor] = {}
@@ -243,7 +246,7 @@ def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
             _resize(name, layer)
     for layer in module.modules():  # nested tensors are for the fast path of its layers alone
         if isinstance(layer, nn.TransformerEncoder):
-            narrow = any(isinstance(part, NarrowAttention) for part in layer.modules())
+            narrow = any(isinstance(p, NarrowAttention | PassThrough) for p in layer.modules())
             layer.use_nested_tensor = layer.use_nested_tensor and not narrow
     return module
 

@@ -36,7 +36,6 @@ from prunecast.compression.flower.internals import (
     unsent,
 )
 from prunecast.compression.pruning.channels import ChannelChooser, ChannelPlan
-from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.deadlines import Attendance, Closing, Deadlines
@@ -613,9 +612,9 @@ class CompressedGrid(GridWrapper):
                 f"{key!r} stay"
             )
         known, others = set_apart(arrays)
+        others = {at: a for at, a in others.items() if not plan.loses(at.partition("=")[2])}
         narrow = plan.arrays(dense_arrays(known))
-        if missing := [name for name in plan.kept if name not in narrow]:
-            raise PlanError(f"the model lacks tensor {missing[0]!r}: the plan is of another module")
+        plan.check({name: array.shape for name, array in known.items()})
         self._streams.stream(self.run.run_id, key).remove(plan)
         return put_back(array_record(narrow), others)
 

@@ -99,6 +99,7 @@ class Policy:
     sparsity: float = 0.0
     channels: float = 1.0  # share that remains
     heads: float = 1.0  # share of every attention layer's that remains
+    layers: float = 1.0  # share of the residual ones that remains
     channels_at: tuple[int, ...] = ()  # rounds after which they go
     widths: Mapping[str, Option] = field(default_factory=dict)  # class to share of the channels
     classes: Mapping[str, Option] = field(default_factory=dict)  # of nodes, by what they can do
@@ -216,7 +217,7 @@ class Policy:
             *self._structures(),
             (
                 "channels_at",
-                min(self.channels, self.heads) < 1 or not self.channels_at,
+                min(self.channels, self.heads, self.layers) < 1 or not self.channels_at,
                 f"say which share of the channels remains: {_key('channels')}, such as 0.5",
             ),
             (
@@ -357,8 +358,8 @@ class Policy:
                 raise PolicyError(f"{_key(options)}: {error}") from error
 
     def _structures(self) -> Iterator[tuple[str, bool, str]]:
-        """What must hold of each knob that removes channels or heads, and the remedy."""
-        for name in ("channels", "heads"):
+        """What must hold of each knob that removes channels, heads or layers, and the remedy."""
+        for name in ("channels", "heads", "layers"):
             share, at = getattr(self, name), _key("channels_at")
             yield name, 0 < share <= 1, "give the share that remains, such as 0.5"
             versions = f"it needs {_key('down')} = 'lattice'"
@@ -459,7 +460,7 @@ class Policy:
             self.pruning_records,
             pattern=parse_pattern(self.pruning_pattern),
             seed=self.pruning_seed,
-            channels=ChannelSchedule(self.channels, self.channels_at, self.heads),
+            channels=ChannelSchedule(self.channels, self.channels_at, self.heads, self.layers),
         )
 
     @property

@@ -159,7 +159,7 @@ class Pruner:
         waiting = self.statistics.so_far()
         waiting.pop(self._votes_by, None)  # they are asked for again
         known = {
-            name: {tensor: part(tensor, array) for tensor, array in arrays.items()}
+            name: {t: part(t, array) for t, array in arrays.items() if not plan.loses(t)}
             for name, arrays in _fitting(self._with(waiting), shapes).items()
         }
         self.progress.remove(plan)  # the last that may raise

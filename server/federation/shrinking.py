@@ -403,18 +403,21 @@ def _narrowed(value: Any, plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...
     if isinstance(value, ArrayRecord):
         if any(tuple(a.shape) != shapes.get(n) for n, a in value.items() if n in plan.kept):
             return None
-        return ArrayRecord(
-            {n: Array(plan.array(n, a.numpy())) if n in plan.kept else a for n, a in value.items()}
-        )
+        return ArrayRecord({
+            n: Array(plan.array(n, a.numpy())) if n in plan.kept else a
+            for n, a in value.items()
+            if not plan.loses(n)
+        })  # fmt: skip
     numbers = np.ndarray, np.generic  # differences of single numbers are no arrays
     if isinstance(value, dict):
         arrays: dict[str, Any] = {n: a for n, a in value.items() if isinstance(a, numbers)}
         if not arrays or any(a.shape != shapes.get(n) for n, a in arrays.items()):
             return None
-        return {**value, **plan.arrays(arrays)}
+        left = plan.arrays(arrays)
+        return {n: left.get(n, v) for n, v in value.items() if n in left or n not in arrays}
     if isinstance(value, list) and len(value) == len(shapes):
         pairs = list(zip(shapes, value, strict=True))
         if any(not isinstance(a, numbers) or a.shape != shapes[n] for n, a in pairs):
             return None
-        return [plan.array(name, array) for name, array in pairs]
+        return [plan.array(name, array) for name, array in pairs if not plan.loses(name)]
     return None

@@ -207,3 +207,16 @@ def test_a_federation_that_removes_nothing_opens_each_file_once(
     monkeypatch.setattr(np, "load", counting)
     loop.ask(arrays)
     assert opened == [".model", ".residual"]
+
+
+def test_what_was_dropped_of_a_layer_that_went_is_dropped(tmp_path: Path) -> None:
+    store, plan = NodeStore(tmp_path, 1, 2), ChannelPlan({}, gone=("a.b",), layers_share=0.5)
+    names = ("a.b.w", "a.bc.w", "a.b.w\0values", "residual/a.b.w", "residual/a.bc.w")
+    store.stage("arrays", "aa", {name: np.ones(3, np.float32) for name in names})
+    store.settle(["aa"])
+    store.remove("arrays", plan)
+    assert sorted(store.residual("arrays")) == ["a.bc.w", "residual/a.bc.w"]
+    store.stage("arrays", "bb", {"a.b.w": np.ones(3, np.float32)})  # of a reply from before
+    store.settle(["bb"])
+    store.remove("arrays", plan)
+    assert "a.b.w" not in store.residual("arrays")

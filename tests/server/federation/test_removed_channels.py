@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +50,7 @@ from prunecast.server.federation import (
 )
 from prunecast.server.federation.releasing import RecipeReleaser
 from prunecast.server.federation.run import initial_arrays
-from prunecast.server.federation.shrinking import module_chooser
+from prunecast.server.federation.shrinking import module_chooser, narrow_strategy
 from prunecast.server.repository import KeyRing, Repository
 from prunecast.server.repository.authoring import ReleaseRecipe
 from prunecast.server.repository.serving import ReleaseServer
@@ -125,6 +126,11 @@ FAMILIES = {
         "layer 'encoder.layers.0.self_attn' has 2 heads, the plan was made for 4",
     ),
 }
+FAMILIES["layers"] = Family(
+    *(Reader, in_layer(0, 16) | in_layer(1, 16), in_layer(0, 16), {"layers": 0.5}),
+    lambda: nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 3)),
+    "Sequential lacks tensor 'encoder.layers.1.*': the plan is of another module",
+)
 EVERY = pytest.mark.parametrize("federation", FAMILIES, indirect=True)
 
 
@@ -663,7 +669,10 @@ def test_what_is_released_of_fewer_channels_is_a_narrow_graph(tmp_path: Path, fa
                 assert np.abs(found - module(torch.from_numpy(images)).numpy()).max() < 1e-4
     manifests = [repository.show("narrow", number) for number in (1, 2, 3, 4)]
     # from the whole model to a part of it a patch holds the tensors that changed their shape
-    assert [[p.base_version for p in m.patches] for m in manifests] == [[], [1], [1, 2], [1, 2, 3]]
+    bases = [[], [1], [1, 2], [1, 2, 3]]
+    if family == "layers":  # and none where names are missing: a device takes that release whole
+        bases = [[], [], [2], [2, 3]]
+    assert [[p.base_version for p in m.patches] for m in manifests] == bases
     graphs = [manifest.files["model.onnx"] for manifest in manifests]
     assert graphs[0] != graphs[1] == graphs[2] == graphs[3]
 
@@ -778,3 +787,39 @@ def test_channels_go_amid_the_pruning_of_weights(
     assert published.sparsity() >= 0.5 - 0.02
     assert len({federation.held(n).held("arrays").digest for n in (1, 2, 3)}) == 1  # type: ignore[union-attr]
     assert not [e for e in federation.ledger.entries if e.kind in ("error", "base-missing")]
+
+
+@pytest.mark.parametrize("federation", ["heads", "layers"], indirect=True)
+@pytest.mark.parametrize(
+    ("criterion", "masks"), [("taylor", "held"), ("movement", "rigl"), ("activation", "dpf")]
+)
+def test_heads_and_layers_go_amid_the_pruning_of_weights(
+    federation: Federation, criterion: str, masks: str
+) -> None:
+    knobs = {"sparsity": 0.5, "pruning_begin": 1, "pruning_end": 5, "pruning_min_size": 32}
+    hybrid = federation.policy(3, pruning_criterion=criterion, pruning_masks=masks, **knobs)
+    federation.run(hybrid, 6, output=federation.folder / "final.model")
+    published = load_model(federation.folder / "final.model")
+    assert federation.shapes(published.tensors) == federation.family.narrow
+    assert published.sparsity() >= 0.5 - 0.02
+    assert len({federation.held(n).held("arrays").digest for n in (1, 2, 3)}) == 1  # type: ignore[union-attr]
+    assert not [e for e in federation.ledger.entries if e.kind in ("error", "base-missing")]
+
+
+def test_what_a_strategy_keeps_of_a_layer_that_went_is_dropped() -> None:
+    arrays = {name: tensor.numpy() for name, tensor in Reader().state_dict().items()}
+    shapes_before = {name: array.shape for name, array in arrays.items()}
+    plan = ChannelPlan({}, gone=("encoder.layers.1",), layers_share=0.5)
+    left = [name for name in arrays if not name.startswith("encoder.layers.1.")]
+    assert 0 < len(left) < len(arrays)
+    strategy = SimpleNamespace(
+        moments={**arrays, "unit": "m"},
+        momentum=list(arrays.values()),
+        record=ArrayRecord({name: Array(array) for name, array in arrays.items()}),
+        rates={"head.weight": 0.1},
+    )
+    narrow_strategy(strategy, plan, shapes_before)
+    assert list(strategy.moments) == [*left, "unit"]
+    assert [m.shape for m in strategy.momentum] == [shapes_before[name] for name in left]
+    assert list(strategy.record) == left
+    assert strategy.rates == {"head.weight": 0.1}
