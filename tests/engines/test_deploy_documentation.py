@@ -214,8 +214,10 @@ def test_a_run_of_the_documentation(deployed: Deployment) -> None:
     with deployed.begin(run) as process:
         try:
             seen: set[str] = set()
+            apps: set[int | None] = set()
 
             def watched() -> bool:
+                apps.add(deployed.pulse("prunecast-supernode/1").get("client_app"))
                 if status_of(url) == 200:
                     with urllib.request.urlopen(url, timeout=30) as answer:
                         seen.update(answer.read().decode().splitlines())
@@ -227,6 +229,7 @@ def test_a_run_of_the_documentation(deployed: Deployment) -> None:
         said = process.stdout.read() if process.stdout else ""
     assert process.returncode == 0, said
     assert "prunecast_run_rounds 2.0" in seen, said
+    assert apps - {None}, "the watch saw no ClientApp"
     assert any(line.startswith('prunecast_run_node_version{node="') for line in seen)
     told = deployed.call(status)
     assert "finished, round 2 of 2" in told
