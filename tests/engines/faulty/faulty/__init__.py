@@ -1,0 +1,1 @@
+"""A Flower app whose nodes get into trouble, one round after the other."""
