@@ -14,6 +14,7 @@ from prunecast.cli.console import (
     Force,
     make_console,
     print_table,
+    printable,
     refuse_to_overwrite,
     say,
     show,
@@ -269,3 +270,48 @@ def _numbers(metrics: dict[str, object]) -> list[tuple[str, float]]:
 
 def _or_dash(value: object) -> str:
     return "–" if value is None else str(value)
+
+
+@app.command()
+def supervise(
+    command: Annotated[
+        list[str],
+        typer.Argument(
+            help="What `flwr run` is to be given, behind `--`.", metavar="-- flwr run ..."
+        ),
+    ],
+    restarts: Annotated[
+        int, typer.Option(help="How often a failed run is submitted again.", min=0)
+    ] = 10,
+    wait: Annotated[
+        float, typer.Option(help="Seconds before the first time; then twice as many.", min=0)
+    ] = 5.0,
+    every: Annotated[float, typer.Option(help="Seconds between looks at the run.", min=0.1)] = 5.0,
+    silent: Annotated[
+        float, typer.Option(help="Seconds for which the SuperLink may not answer.", min=0)
+    ] = 3600.0,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a run of Flower, and again whenever it has failed, until it has completed.
+
+    Set `resume = "auto"` and a folder in the run config, so that each goes on where the one before
+    was. Exits with 0 once a run has completed, with 1 where it was stopped or failed too often.
+    Ended by Ctrl-C it leaves the run alone.
+    """
+    from prunecast.server.federation import supervising
+
+    flower = supervising.FlowerCommand(command)
+    runs = supervising.supervise(
+        flower.submit,
+        flower.status,
+        restarts=restarts,
+        wait=wait,
+        every=every,
+        silent=silent,
+        say=lambda text: typer.echo(printable(text), err=as_json),
+    )
+    done = runs[-1].status if runs else "failed"
+    if as_json:
+        show({"status": done, "runs": [vars(run) for run in runs]})
+    if done != "completed":
+        raise typer.Exit(1)
