@@ -1,8 +1,10 @@
 """Append-only JSON Lines files: runs one after the other, each begun by a header line.
 
 A header is the line with the key ``schema``, a whole number that grows when old readers would
-misread the lines below; it also holds ``run`` (an id) and ``name``. What one writer appends is one
-``write``, so that others can follow the file while it grows.
+misread the lines below; it also holds ``run`` (an id) and ``name``. A run that goes on with an
+earlier one of the file names it, as ``continues``, and with ``until`` the place in bytes up to
+which that counts. What one writer appends is one ``write``, so that others can follow the file
+while it grows.
 """
 
 from __future__ import annotations
@@ -75,6 +77,11 @@ class Journal:
         if text:
             self._write(text.encode())
 
+    @property
+    def place(self) -> int:
+        """Bytes of the file so far."""
+        return os.fstat(self._fd).st_size if self._fd >= 0 else 0
+
     def close(self) -> None:
         """Bring everything to the disk and close the file; closing twice is harmless."""
         if self._fd >= 0:
@@ -107,8 +114,12 @@ class Journal:
         )
 
 
-def read_run(path: Path, *, schema: int, run: str | None = None) -> Iterator[dict[str, Any]]:
+def read_run(
+    path: Path, *, schema: int, run: str | None = None, whole: bool = True
+) -> Iterator[dict[str, Any]]:
     """Lines of one run, its header first, as they are read from the file.
+
+    Then come those of the runs that it continues, without their headers, and its own.
 
     Fields are passed on as they are, known or not. A last line that is not finished (a crash, or
     a run that goes on) is left out.
@@ -117,31 +128,60 @@ def read_run(path: Path, *, schema: int, run: str | None = None) -> Iterator[dic
         path: of the journal.
         schema: the newest one that the caller understands.
         run: id or name; None for the last run, and of several of one name the last.
+        whole: also what it continues.
 
     Raises:
         StorageError: the file cannot be read, has no such run, is damaged, or is of a newer schema.
     """
+    found: list[tuple[int, dict[str, Any]]] = []
+    at = None
     with _open(path) as file:
-        chosen = None
         for place, header in _headers(file, path):
             if run is None or run in (header.get("run"), header.get("name")):
-                chosen = place, header
-    if chosen is None:
+                at = len(found)
+            found.append((place, header))
+    if at is None:
         raise StorageError(f"{path} has no run" + ("" if run is None else f" {run!r}"))
-    place, header = chosen
+    header = found[at][1]
     if type(header["schema"]) is not int or header["schema"] > schema:
         raise StorageError(
             f"{path} is of schema {header['schema']!r}, and this Prunecast reads up to {schema}: "
             "update Prunecast to read it"
         )
-    return _lines_of_run(path, place)
+    return _lines_of_runs(path, header, _parts(found, at) if whole else [(found[at][0], None)])
 
 
-def _lines_of_run(path: Path, place: int) -> Iterator[dict[str, Any]]:
+def _parts(found: list[tuple[int, dict[str, Any]]], at: int) -> list[tuple[int, int | None]]:
+    """Where a run and those that it continues begin and end, None for their own end; in order."""
+    parts: list[tuple[int, int | None]] = [(found[at][0], None)]
+    while earlier := found[at][1].get("continues"):
+        until = found[at][1].get("until")
+        before = [n for n in range(at) if found[n][1].get("run") == earlier]
+        if not before:
+            break
+        at = before[-1]
+        parts.insert(0, (found[at][0], until if type(until) is int else None))
+    return parts
+
+
+def _lines_of_runs(
+    path: Path, header: dict[str, Any], parts: list[tuple[int, int | None]]
+) -> Iterator[dict[str, Any]]:
+    yield header
+    for place, until in parts:
+        lines = _lines_of_run(path, place, until)
+        next(lines, None)  # a header
+        yield from lines
+
+
+def _lines_of_run(path: Path, place: int, until: int | None) -> Iterator[dict[str, Any]]:
     torn = False
     with _open(path) as file:
         file.seek(place)
         for number, line in enumerate(_lines(file, path)):
+            if until is not None and place >= until:
+                return
+            place += len(line)
             parsed = _parsed(line)
             if number and parsed is not None and "schema" in parsed:
                 return

@@ -85,6 +85,11 @@ class EventLog(logging.Handler):
         except Exception:  # as every handler: logging must not break what logs
             self.handleError(record)
 
+    @property
+    def place(self) -> int:
+        """Bytes of the file so far; 0 without one."""
+        return 0 if self._journal is None else self._journal.place
+
     def close(self) -> None:
         """Close the file."""
         if self._journal is not None:
@@ -98,17 +103,23 @@ class EventLog(logging.Handler):
         return made
 
 
-def read_events(path: Path, run: str | None = None) -> Iterator[dict[str, Any]]:
+def read_events(
+    path: Path, run: str | None = None, *, whole: bool = True
+) -> Iterator[dict[str, Any]]:
     """Events of one run, as they are read from a file; the run may go on.
+
+    Of a run that was stopped and resumed each round is told once: what was told after the last
+    checkpoint, and happened again, is left out.
 
     Args:
         path: of a file that an `EventLog` wrote.
         run: id or name of the run; None for the last one.
+        whole: also those of the runs of Flower before, which it goes on with.
 
     Raises:
         StorageError: the file cannot be read, is damaged or of a newer schema, or has no such run.
     """
-    return read_run(path, schema=_SCHEMA, run=run)
+    return read_run(path, schema=_SCHEMA, run=run, whole=whole)
 
 
 class EventTail:

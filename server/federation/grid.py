@@ -52,6 +52,7 @@ from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.progress import measured_in
 from prunecast.server.federation.publisher import Streams, Version
 from prunecast.server.federation.receiving import Received, Receiver, refuse
+from prunecast.server.federation.stream_state import grid_state, know_nodes, put_grid
 from prunecast.server.federation.widths import Slices
 from prunecast.server.federation.wire import Pauses
 from prunecast.server.federation.wrapper import GridWrapper
@@ -422,6 +423,30 @@ class CompressedGrid(GridWrapper):
             self._retries.pop(message_id, None)
 
     @property
+    def attempt(self) -> int:
+        """How often the job was resumed."""
+        return self._streams.attempt
+
+    def note_saved(self, *, again: bool = True) -> None:
+        """A checkpoint of the present state is on the disk.
+
+        Args:
+            again: whether others follow: nodes are then told that their replies were accepted once
+                there is a checkpoint which has it, so that a run that is resumed from one trains
+                the round after it again as it was.
+        """
+        self._streams.saves = again
+        self._streams.saved()
+
+    def use_job(self, job: str) -> None:
+        """Be of a job, see `CompressedGrid`; before the first message.
+
+        Raises:
+            FederationError: there was one, or it is no name.
+        """
+        self._streams.use_job(job)
+
+    @property
     def job(self) -> str:
         """Name of the job; the run's id where it has none."""
         return self._streams.job or str(self.run.run_id)
@@ -544,7 +569,13 @@ class CompressedGrid(GridWrapper):
             master = stream.as_published(stream.narrowed(dense_arrays(known)))
         widths = {} if stream.slices is None else stream.slices.statistics
         tried = tuple(stream.tried.values())
-        return Checkpoint(dict(master), *stream.position, key, stream.channels, widths, tried)
+        contents = {key: arrays.object_id}
+        state = {
+            "arrays": arrays,
+            "grid": grid_state(self._streams, self._outbound, self.run.run_id, contents),
+        }
+        position = stream.position
+        return Checkpoint(dict(master), *position, key, stream.channels, widths, tried, state)
 
     def channels(self, *, key: str = "arrays") -> ChannelPlan | None:
         """Which channels remain of the module that everybody's code makes; None for all.
@@ -746,6 +777,8 @@ class CompressedGrid(GridWrapper):
             CheckpointError: its search for a sparsity is of other knobs than the policy's.
         """
         self._rounds_checked = True  # the schedule goes on, and does not begin
+        if checkpoint.state is not None:
+            know_nodes(self._streams, self.run.run_id, checkpoint.state["grid"])
         stream = self._streams.stream(self.run.run_id, checkpoint.key)
         at = checkpoint.counter, checkpoint.steps, checkpoint.clock
         try:
@@ -765,6 +798,30 @@ class CompressedGrid(GridWrapper):
                 "run that wrote it"
             ) from error
         return array_record(checkpoint.arrays)
+
+    def go_on(self, checkpoint: Checkpoint) -> ArrayRecord:
+        """Be just where the grid was that a checkpoint is of; call before the first message.
+
+        Nothing is published anew, as by `resume`: the next message carries the version that nodes
+        were sent last, or would have been.
+
+        Returns:
+            The arrays that the strategy had then.
+
+        Raises:
+            CheckpointError: the checkpoint says too little for that, or is of another policy.
+        """
+        self._rounds_checked = True
+        try:
+            if checkpoint.state is None:
+                raise ValueError("it has the weights alone")
+            arrays: ArrayRecord = checkpoint.state["arrays"]
+            contents = {checkpoint.key: arrays.object_id}
+            state = checkpoint.state["grid"]
+            put_grid(self._streams, self._outbound, self.run.run_id, state, contents)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint cannot be gone on from: {error}") from error
+        return arrays
 
     def evaluate_published(
         self,

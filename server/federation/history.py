@@ -18,15 +18,15 @@ from prunecast.compression.versions import (
     short,
 )
 
-__all__ = ["History", "Holders"]
+__all__ = ["Coded", "History", "Holders"]
 
 Holders = Callable[[], Iterable[bytes]]
 """Short digests of the versions that nodes last said they hold, one for each node."""
 
 
 @dataclass(frozen=True)
-class _Coded:
-    """A keyframe, and the bytes of the model that it makes."""
+class Coded:
+    """An older version: a keyframe, and the bytes of the model that it makes."""
 
     data: bytes
     nbytes: int
@@ -54,7 +54,7 @@ class History:
         self._recent, self._most, self._stream = recent, most, stream
         self.holders: Holders = holders or tuple
         self._whole: OrderedDict[bytes, PublishedModel] = OrderedDict()
-        self._coded: OrderedDict[bytes, _Coded] = OrderedDict()
+        self._coded: OrderedDict[bytes, Coded] = OrderedDict()
         self._said = False
 
     def __contains__(self, digest: object) -> bool:
@@ -102,9 +102,9 @@ class History:
             self._lose(self._coded.popitem(last=False)[0])
         return known
 
-    def _compact(self, version: PublishedModel) -> _Coded:
+    def _compact(self, version: PublishedModel) -> Coded:
         nbytes = sum(spec.nbytes for spec in version.specs.values())
-        return _Coded(encode_keyframe(version, stream=self._stream), nbytes)
+        return Coded(encode_keyframe(version, stream=self._stream), nbytes)
 
     def _lose(self, digest: bytes) -> None:
         if self._said:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from logging import WARNING
@@ -214,6 +215,7 @@ class Ledger:
         run: id of the run, by default a new one.
         name: what people call the run.
         seed: of the run, for the file's reader.
+        continues: id of a run in the file that this one goes on with: sums begin with its own.
 
     Raises:
         StorageError: the file cannot be written, or another run is writing it.
@@ -227,15 +229,21 @@ class Ledger:
         run: str = "",
         name: str = "",
         seed: int | None = None,
+        continues: str = "",
     ) -> None:
         self.run = run or new_run_id()
         self._tally = Tally()
+        if continues and path is not None:
+            with suppress(StorageError):  # it was taken away: what is left is counted
+                self._tally = Tally(self.read(path, continues))
         self._pending: list[Entry] = []
         self._kept: deque[Entry] = deque(maxlen=keep)
         self._journal: Journal | None = None
         if path is not None:
             started = datetime.now(UTC).isoformat(timespec="milliseconds")
             header = {"schema": SCHEMA, "run": self.run, "name": name, "seed": seed}
+            if continues:
+                header["continues"] = continues
             self._journal = Journal(path, {**header, "started": started})
 
     @property
@@ -321,18 +329,22 @@ class Ledger:
         return found
 
     @staticmethod
-    def read(path: Path, run: str | None = None) -> Iterator[Entry]:
+    def read(path: Path, run: str | None = None, *, whole: bool = True) -> Iterator[Entry]:
         """Entries of one run, as they are read from a file; fields not known here are dropped.
+
+        Of a run that was stopped and resumed they include what was sent in a round that was cut
+        off: those bytes were spent.
 
         Args:
             path: of a file that a ledger with a path wrote.
             run: id or name of the run; None for the last one.
+            whole: also those of the runs of Flower before, which it goes on with.
 
         Raises:
             StorageError: the file cannot be read, is damaged or of a newer schema, or has no such
                 run.
         """
-        lines = read_run(path, schema=SCHEMA, run=run)
+        lines = read_run(path, schema=SCHEMA, run=run, whole=whole)
         next(lines)  # the header
         return _entries(path, lines)
 

@@ -446,7 +446,7 @@ class Outbound:
             return None
         if not prepared.has_arrays and metadata.message_type not in self.answered:
             return None
-        tags = tuple(node.accepted), tuple(node.given_up)
+        tags = self._streams.ends_of(node)
         prepared.told = frozenset(tags[0] + tags[1])
         prepared.tag = prepared.batch.tag(metadata.dst_node_id)
         told = *tags, prepared.reuse, prepared.wanted

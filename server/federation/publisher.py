@@ -179,6 +179,11 @@ class Publisher:
         return History(policy.history, policy.history_bytes, self.stream, holders)
 
     @property
+    def has_published(self) -> bool:
+        """Whether there is a version."""
+        return self._latest is not None
+
+    @property
     def position(
         self,
     ) -> tuple[int, dict[str, float], int, tuple[float, ...], MaskState, tuple[float, ...]]:
@@ -641,6 +646,7 @@ class NodeState:
         given_up: likewise of those that were refused, or are not waited for any more.
         troubled: whether it said, the last time, that it cannot keep what it should.
         unread: types of messages that failed there, the last time, before the mod could read them.
+        safe: of the accepted, those that a resumed run would accept, too.
         width: the class that it states; "" for none, None as long as it said nothing.
         ahead: by how many seconds its clock is ahead of ours at the least; None where nothing came
             that tells it.
@@ -659,6 +665,7 @@ class NodeState:
     able: Capabilities | None = None
     treatment: Treatment = field(default_factory=Treatment)
     foreign: str = ""
+    safe: set[str] = field(default_factory=set)
 
     def settled(self, tag: str, *, accepted: bool) -> None:
         """Tell the node with its next messages what became of a reply; given up is so for good."""
@@ -685,12 +692,15 @@ class Streams:
         participation: of the nodes, in training.
         job: that the streams are of; "" for Flower's run alone.
         attempt: how often the job was resumed.
+        saves: whether nodes are told that a reply was accepted only after `saved`. Once told, they
+            let go of what the reply took along; a run that is resumed from a checkpoint before it
+            could not train that round again as it was.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.round = policy, 0
         self.participation = Participation()
-        self.job, self.attempt = "", 0
+        self.job, self.attempt, self.saves = "", 0, False
         self._rounds = 0
         self._streams: dict[tuple[int, str], Publisher] = {}
         self._nodes: dict[int, NodeState] = {}
@@ -702,11 +712,23 @@ class Streams:
             FederationError: something is, or it is no name.
         """
         _check_job(job)
-        if self._streams and job != self.job:
+        if job != self.job and any(stream.has_published for stream in self._streams.values()):
             raise FederationError(
                 f"job {job!r} cannot begin with a grid that was used already: make a new one"
             )
         self.job, self.attempt = job, attempt
+        for (run_id, key), stream in self._streams.items():
+            stream.stream = stream_id(job or run_id, key)
+
+    def saved(self) -> None:
+        """A checkpoint has what was accepted so far."""
+        for node in self._nodes.values():
+            node.safe = set(node.accepted)
+
+    def ends_of(self, node: NodeState) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Tags of a node's replies that it is to be told were accepted, and given up."""
+        safe = [tag for tag in node.accepted if not self.saves or tag in node.safe]
+        return tuple(safe), tuple(node.given_up)
 
     def told(self, run_id: int) -> tuple[str, int]:
         """What messages of a run of Flower say of their job: its name, and the attempt."""

@@ -7,8 +7,9 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,18 @@ from flwr.serverapp.strategy import Result, Strategy
 from prunecast.common.files import StorageError
 from prunecast.compression.flower import array_record, node_reason
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.channels import channels_beside, holding_channels
+from prunecast.compression.pruning.channels import (
+    ChannelPlan,
+    channels_beside,
+    holding_channels,
+)
 from prunecast.compression.versions import PublishedModel, save_model
-from prunecast.server.federation.checkpoints import Checkpoint
+from prunecast.server.federation.checkpoints import (
+    Checkpoint,
+    check_model_of,
+    forget_earlier,
+    save_newest,
+)
 from prunecast.server.federation.deadlines import Deadlines, gather
 from prunecast.server.federation.errors import FederationError, NodesFailed
 from prunecast.server.federation.events import EventLog, OnEvent
@@ -35,7 +45,14 @@ from prunecast.server.federation.prunable import check_model
 from prunecast.server.federation.recalibration import Recalibration
 from prunecast.server.federation.recovery import Recoveries
 from prunecast.server.federation.releasing import AutomaticReleases
+from prunecast.server.federation.resuming import (
+    Continuation,
+    checkpoint_to_resume,
+    put_told,
+    told_state,
+)
 from prunecast.server.federation.shrinking import ChannelChooser, Removals
+from prunecast.server.federation.snapshots import Unstorable
 from prunecast.server.federation.widths import SliceChooser, check_strategy
 from prunecast.server.federation.wrapper import GridWrapper
 
@@ -105,6 +122,12 @@ class Run:
         channels: chooses which channels go, where the policy removes some while the run trains;
             see `prunecast.server.federation.shrinking.module_chooser`.
         deadlines: when rounds end, what becomes of late replies, and how many nodes a start needs.
+        checkpoint: file of the newest checkpoint instead of the folder's.
+        checkpoints: how many are kept while the run goes on, 1 or more.
+        resume: "auto" to go on exactly from the newest usable checkpoint, where there is one;
+            `start` is given the same as before, and rounds count on up to its `num_rounds`.
+        job: name of what nodes keep their files for, see `CompressedGrid`; a run that begins anew
+            is a job of its own, whatever its name.
 
     Attributes:
         grid: the compressed grid; `grid.ledger.totals()` tells the bytes so far.
@@ -131,6 +154,10 @@ class Run:
         channels: ChannelChooser | None = None,
         slices: SliceChooser | None = None,
         deadlines: Deadlines | None = None,
+        checkpoint: Path | str | None = None,
+        checkpoints: int = 2,
+        resume: str = "",
+        job: str = "",
     ) -> None:
         found: Grid = grid
         while isinstance(found, GridWrapper) and not isinstance(found, CompressedGrid):
@@ -157,6 +184,9 @@ class Run:
         self._ledger = self._file(LEDGER, ledger)
         self._output = self._file(MODEL, output)
         self._events = self._file(EVENTS, events)
+        self._checkpoint = self._file(CHECKPOINT, checkpoint)
+        self._kept = max(1, checkpoints)
+        self.resume, self.job = resume, job
         self._on_event = on_event
 
     def start(
@@ -187,8 +217,15 @@ class Run:
             StorageError: a file cannot be written to begin with, or the final model.
         """
         passed, removed = 0, None
+        configs = [ConfigRecord() if c is None else c for c in (train_config, evaluate_config)]
+        going_on = Continuation(self.strategy, *configs)
+        found = checkpoint_to_resume(self.resume, self._checkpoint)
+        if found is None and self.job and not isinstance(initial, Checkpoint):
+            self.grid.use_job(f"{self.job} {self.grid.run.run_id}")
         self._slice()
-        if isinstance(initial, Checkpoint):
+        if found is not None:
+            arrays, removed, passed = self._go_on(found, going_on, initial, num_rounds)
+        elif isinstance(initial, Checkpoint):
             if initial.channels is not None and self.grid.policy.widths:
                 raise FederationError(
                     "prunecast.widths slices a model that keeps all of its channels, and from that "
@@ -210,8 +247,16 @@ class Run:
             self.releases.check_narrow()
         if self.releases is not None and removed is not None:
             self.releases.narrow(removed)
-        removals.check(self.grid, arrays, self.strategy, num_rounds, self.key)
+        removals.check(
+            *(self.grid, arrays, self.strategy, num_rounds, self.key), begun=going_on.passed
+        )
+        if self._checkpoint is not None:
+            self.grid.note_saved()
         random.seed(self.seed)  # Flower samples nodes with it
+        going_on.put_random()
+        begins: dict[str, Any] = {}
+        if found is not None:
+            begins = {"from_round": going_on.passed, **going_on.events}
         events = EventLog(
             self._events,
             self._on_event,
@@ -221,29 +266,42 @@ class Run:
             strategy=type(self.strategy).__name__,
             policy=dataclasses.asdict(self.grid.policy),
             flower_run=str(self.grid.run.run_id),
-            resumed=isinstance(initial, Checkpoint),
+            resumed=found is not None or isinstance(initial, Checkpoint),
+            **begins,
         )
         getLogger("flwr").addHandler(events)
         try:
             if self._ledger is not None:
                 self.grid.ledger.close()
                 self.grid.ledger = Ledger(
-                    self._ledger, run=events.run, name=self.name, seed=self.seed
+                    *(self._ledger,),
+                    run=events.run,
+                    name=self.name,
+                    seed=self.seed,
+                    continues=going_on.events.get("continues", ""),
                 )
+                if self.grid.ledger.totals().messages:
+                    going_on.spent = {"seconds": going_on.spent["seconds"]}
             rounds = _Rounds(
-                *(self, self._outermost, events, num_rounds, removals, recalibration, timeout)
+                *(self, self._outermost, events, num_rounds, removals, recalibration, timeout),
+                going_on,
+                before=passed,
+                anew=found is None and not isinstance(initial, Checkpoint),
             )
             gather(self._outermost, self.grid.deadlines)
-            with rounds.observing(self.strategy):
+            if found is not None and found.state is not None:
+                put_told(rounds.recoveries, self.releases, found.state["run"]["told"])
+            with rounds.observing(self.strategy), going_on.true_rounds():
                 result = self.strategy.start(
                     grid=rounds,
                     initial_arrays=arrays,
-                    num_rounds=num_rounds,
+                    num_rounds=max(0, num_rounds - going_on.passed),
                     timeout=timeout,
-                    train_config=train_config,
-                    evaluate_config=evaluate_config,
+                    train_config=configs[0],
+                    evaluate_config=configs[1],
                     evaluate_fn=rounds.after,
                 )
+            result = going_on.whole(result, arrays)
             rounds.check()
             removals.say_owed(num_rounds, self.grid, self.key)
             if self._output is not None and self.publishes and result.arrays:
@@ -259,12 +317,15 @@ class Run:
                 cost["catching_up"] = self.grid.catching_up(result.arrays, key=self.key)
             if self.grid.policy.target:
                 cost["pruning"] = self.grid.mask_cost(key=self.key)
+            if self._checkpoint is not None:
+                forget_earlier(self._checkpoint)
             events.write("run-finished", recoveries=rounds.recoveries.all(), **cost)
         except BaseException as error:
             events.write("run-failed", reason=f"{type(error).__name__}: {error}")
             raise
         finally:
             self.grid.samples.wanted = False
+            self.grid.note_saved(again=False)
             self.grid.ledger.close()
             getLogger("flwr").removeHandler(events)
             events.close()
@@ -273,6 +334,48 @@ class Run:
         dense = "%(dense_bytes_down)d down, %(dense_bytes_up)d up"
         log(INFO, f"Prunecast: {sent}; plain Flower: {dense}", rounds.cost())
         return result
+
+    def _go_on(
+        self,
+        found: Checkpoint,
+        going_on: Continuation,
+        initial: ArrayRecord | Checkpoint,
+        num_rounds: int,
+    ) -> tuple[ArrayRecord, ChannelPlan | None, int]:
+        """Be where a checkpoint was written; its arrays, channels, and the rounds before its run.
+
+        Raises:
+            CheckpointError: it is of another model, policy, strategy or job, or is damaged.
+            StorageError: it cannot be written again, as of this attempt.
+        """
+        assert found.state is not None
+        assert self._checkpoint is not None
+        state = found.state["run"]
+        going_on.put(state, self.grid.policy, num_rounds, self.job)
+        self.grid.expect_rounds(num_rounds + state["before"])
+        arrays = self.grid.go_on(found)
+        if isinstance(initial, ArrayRecord):
+            check_model_of(found, initial, str(self._checkpoint))
+        # so that an attempt which ends before its first checkpoint is known to the next
+        state = {**found.state, "grid": {**found.state["grid"], "attempt": self.grid.attempt}}
+        save_newest(replace(found, state=state), self._checkpoint, self._kept, instead=True)
+        return arrays, found.channels, state["run"]["before"]
+
+    def save(self, arrays: ArrayRecord, run_state: Mapping[str, Any], *, first: bool) -> None:
+        """Write a checkpoint; what fails is logged."""
+        if self._checkpoint is None:
+            return
+        number = run_state["round"]
+        self.grid.note_saved()  # so that the checkpoint says what nodes are told after it
+        try:
+            made = self.grid.checkpoint(arrays, key=self.key)
+            assert made.state is not None
+            made = replace(made, state={**made.state, "run": run_state})
+            if first:  # what is there is of another run
+                forget_earlier(self._checkpoint)
+            save_newest(made, self._checkpoint, self._kept, instead=first)
+        except (StorageError, Unstorable) as error:
+            log(WARNING, "No checkpoint of round %d: %s", number, error)
 
     def _slice(self) -> None:
         """Say what the policy's width classes train, and see that the strategy suits them."""
@@ -307,8 +410,14 @@ class _Rounds(GridWrapper):
         removals: Removals,
         recalibration: Recalibration,
         timeout: float,
+        going_on: Continuation,
+        *,
+        before: int,
+        anew: bool,
     ) -> None:
         super().__init__(grid)
+        self._going_on, self._before, self._anew = going_on, before, anew
+        self._listed: list[int] = []
         self._run, self._events, self._rounds = run, events, rounds
         self._removals, self._recalibration, self._timeout = removals, recalibration, timeout
         self._began = time.monotonic()
@@ -328,8 +437,9 @@ class _Rounds(GridWrapper):
         self._run.grid.samples.wanted = samples_round(number, self._rounds)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Ids of the connected nodes, which are noted."""
-        return self._nodes.connected(super().get_node_ids())
+        """Ids of the connected nodes, which are noted, in an order that is always the same."""
+        self._listed = self._nodes.connected(sorted(super().get_node_ids()))
+        return self._listed
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -410,6 +520,7 @@ class _Rounds(GridWrapper):
             result = aggregate(server_round, replies)
             metrics = result[1] if kind == "train" else result
             self._metrics[kind] = dict(metrics or {})
+            self._going_on.note(kind, server_round, metrics)
             if kind == "train" and result[0] is not None:
                 return self._left(server_round, result[0]), metrics
             return result
@@ -438,7 +549,10 @@ class _Rounds(GridWrapper):
 
     def after(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """What Flower calls before the first round (0) and at the end of each."""
-        run = self._run
+        run, going_on = self._run, self._going_on
+        server_round += going_on.passed
+        if going_on.passed and server_round == going_on.passed:
+            return self._again(server_round, arrays)
         run.grid.ledger.flush()
         before = run.published
         published = run.grid.published(arrays, key=run.key) if run.publishes else None
@@ -477,19 +591,35 @@ class _Rounds(GridWrapper):
             kinds=run.grid.ledger.by_kind(),
             **self.cost(),
         )
-        if server_round and run.folder is not None:
-            try:
-                run.grid.checkpoint(arrays, key=run.key).save(run.folder / CHECKPOINT)
-            except StorageError as error:
-                log(WARNING, "No checkpoint of round %d: %s", server_round, error)
         if run.releases is not None and published is not None:
             numbers = {n: float(v) for n, v in known.items() if isinstance(v, int | float)}
             metrics = {name: value for name, value in numbers.items() if math.isfinite(value)}
             made = run.releases.after_round(server_round, metrics, lambda: published)
             if made is not None:
                 self._events.write("release", **dataclasses.asdict(made))
+        going_on.note("server", server_round, measured)
+        if server_round or not self._anew:
+            state = going_on.taken(
+                *(server_round, run.grid.policy),
+                rounds=self._rounds,
+                before=self._before,
+                job=run.job,
+                connected=self._listed,
+                events={"continues": self._events.run, "until": self._events.place},
+                spent={k: n for k, n in self.cost().items() if isinstance(n, int | float)},
+                told=told_state(self.recoveries, run.releases),
+            )
+            run.save(arrays, state, first=self._anew and server_round == 1)
         self._begin(server_round + 1)
         return measured
+
+    def _again(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """What `after` said of the round that the run was stopped after; nothing is done twice."""
+        run = self._run
+        run.published = run.grid.published(arrays, key=run.key) if run.publishes else None
+        self._begin(server_round + 1)
+        found = self._going_on.results["server"].get(server_round)
+        return None if found is None else MetricRecord(found)
 
     def _of_widths(
         self,
@@ -526,9 +656,12 @@ class _Rounds(GridWrapper):
         """Bytes of the run so far, and its seconds."""
         totals = self._run.grid.ledger.totals()
         names = ("bytes_down", "bytes_up", "dense_bytes_down", "dense_bytes_up")
-        seconds = round(time.monotonic() - self._began, 3)
-        sums = {name: getattr(totals, name) for name in names}
-        return {**sums, "wire": totals.wire(), "seconds": seconds}
+        sums = {name: float(getattr(totals, name)) for name in names}
+        sums["seconds"] = time.monotonic() - self._began
+        for name, spent in self._going_on.spent.items():  # before the run was resumed
+            sums[name] += spent
+        whole = {name: int(sums[name]) for name in names}
+        return {**whole, "wire": totals.wire(), "seconds": round(sums["seconds"], 3)}
 
 
 def _function(message: Message) -> str:

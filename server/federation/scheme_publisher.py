@@ -31,12 +31,12 @@ from prunecast.compression.versions import (
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publisher import EncodedPayload, Publisher, Version
 
-__all__ = ["SchemePublisher"]
+__all__ = ["Link", "SchemePublisher"]
 
 
 @dataclass(frozen=True)
-class _Link:
-    """From the version of one message to that of the next; short digests, and the payload."""
+class Link:
+    """A coded change, from the version of one message to that of the next, by short digests."""
 
     base: bytes
     made: bytes
@@ -54,7 +54,7 @@ class SchemePublisher(Publisher):
     def __init__(self, policy: Policy, stream: bytes, plan: PruningPlan | None = None) -> None:
         super().__init__(policy, stream, plan)
         self._state: State | None = None
-        self._links: deque[_Link] = deque()
+        self._links: deque[Link] = deque()
 
     def _publish(
         self, master: Mapping[str, NDArray[Any]], statistics: Statistics | None, clock: int
@@ -73,7 +73,7 @@ class SchemePublisher(Publisher):
         model = PublishedModel({n: RawTensor(a) for n, a in arrays.items()}, self._counter)
         if held is not None and payload:
             nbytes = sum(array.nbytes for array in arrays.values())
-            self._remember(_Link(short(held.digest), short(model.digest), payload), nbytes)
+            self._remember(Link(short(held.digest), short(model.digest), payload), nbytes)
         else:
             self._links.clear()
         self._latest = model
@@ -126,7 +126,7 @@ class SchemePublisher(Publisher):
         """Short digests of the versions that the kept changes begin with, newest first."""
         return [link.base for link in reversed(self._links)]
 
-    def _encoded(self, version: Version, links: Sequence[_Link]) -> EncodedPayload:
+    def _encoded(self, version: Version, links: Sequence[Link]) -> EncodedPayload:
         if not links or self._state is None:
             return self._encode(version, None)
         data = encode_chain(
@@ -142,15 +142,15 @@ class SchemePublisher(Publisher):
                 return whole
         return EncodedPayload(Kind.SCHEME, payload_record(data))
 
-    def _remember(self, link: _Link, most: int) -> None:
+    def _remember(self, link: Link, most: int) -> None:
         """Keep a link, and those before it as long as all together are smaller than the model."""
         self._links.append(link)
         while sum(len(known.payload) for known in self._links) > most and len(self._links) > 1:
             self._links.popleft()
 
-    def _between(self, base: bytes | None, made: bytes) -> list[_Link]:
+    def _between(self, base: bytes | None, made: bytes) -> list[Link]:
         """The links from one version to another, oldest first; none where some are forgotten."""
-        found: list[_Link] = []
+        found: list[Link] = []
         for link in reversed(self._links):
             if found or link.made == made:
                 found.append(link)

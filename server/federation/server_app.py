@@ -27,13 +27,14 @@ from flwr.serverapp import Grid, ServerApp
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.channels import current_channels
-from prunecast.server.federation.checkpoints import Checkpoint
+from prunecast.server.federation.checkpoints import Checkpoint, check_model_of
 from prunecast.server.federation.deadlines import Deadlines
-from prunecast.server.federation.errors import CheckpointError, FederationError
+from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.prunable import check_model, frozen_parameters
 from prunecast.server.federation.releasing import releases_from_config
-from prunecast.server.federation.run import Run, initial_arrays
+from prunecast.server.federation.resuming import AUTO
+from prunecast.server.federation.run import CHECKPOINT, Run, initial_arrays
 from prunecast.server.federation.shrinking import FittedModule, module_chooser
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.server.federation.widths import leading_slices
@@ -80,11 +81,12 @@ def main(grid: Grid, context: Context) -> None:
     if _get(config, "example", ""):
         example = configured_callable(config, "example", FederationError)
         choose, slices = module_chooser(model, example), leading_slices(model, example)
-    resume = _get(config, "resume", "")
-    initial = _resumed(Path(resume), arrays) if resume else arrays
+    resume, checkpoint = _get(config, "resume", ""), _get(config, "checkpoint", "")
+    from_path = resume not in ("", AUTO)
+    initial = _resumed(Path(resume), arrays) if from_path else arrays
     removed = initial.channels if isinstance(initial, Checkpoint) else None
     rounds = _get(config, "num-server-rounds", 3)
-    if not resume:
+    if not from_path:
         check_model(policy, arrays, rounds, frozen=frozen_parameters(module))
     metrics = _metrics(config)
     run = Run(
@@ -99,6 +101,11 @@ def main(grid: Grid, context: Context) -> None:
         name=_get(config, "name", ""),
         ledger=_get(config, "ledger", "") or None,
         output=_get(config, "output", "") or None,
+        checkpoint=Path(checkpoint) / CHECKPOINT if checkpoint else None,
+        checkpoints=_get(config, "checkpoints", 2),
+        resume=AUTO if resume == AUTO else "",
+        job=_get(config, "job", ""),
+        stop_on_failure=_get(config, "stop-on-failure", False),
         channels=choose,
         slices=slices,
         deadlines=Deadlines.from_run_config(config),
@@ -126,15 +133,7 @@ def _metrics(config: Mapping[str, Any]) -> tuple[RunMetrics, MetricsServer] | No
 
 def _resumed(path: Path, arrays: ArrayRecord) -> Checkpoint:
     checkpoint = Checkpoint.load(path)
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    found: dict[str, tuple[int, ...]] = {n: a.shape for n, a in checkpoint.arrays.items()}
-    if checkpoint.channels is not None and checkpoint.channels.fits(shapes):
-        shapes = checkpoint.channels.shapes(shapes)
-    if found != shapes:
-        raise CheckpointError(
-            f"resume = {str(path)!r} in the run config is of another model: its tensors are not "
-            "those of the configured one"
-        )
+    check_model_of(checkpoint, arrays, f"resume = {str(path)!r} in the run config")
     return checkpoint
 
 

@@ -177,15 +177,24 @@ class Removals:
         self._last: float = math.inf  # round of this run
 
     def check(
-        self, grid: CompressedGrid, arrays: ArrayRecord, strategy: Strategy, rounds: int, key: str
+        self,
+        grid: CompressedGrid,
+        arrays: ArrayRecord,
+        strategy: Strategy,
+        rounds: int,
+        key: str,
+        *,
+        begun: int = 0,
     ) -> None:
         """See before anything is trained that the channels can go, and say what they leave behind.
+
+        Of the rounds, those up to `begun` have been trained.
 
         Raises:
             FederationError: they would go when no round is left that trains the rest.
             PlanError: they cannot go.
         """
-        ahead = [at for at in self._schedule.at if at > self._passed]
+        ahead = [at for at in self._schedule.at if at > self._passed + begun]
         self._last = last = self._passed + rounds
         if self._tries and self._choose is not None:
             _, end = grid.policy.bounds(last)
@@ -199,8 +208,8 @@ class Removals:
                 _check_trial(self._choose, dense_arrays(set_apart(arrays)[0]))
                 _say_what_is_not_reached(strategy)
             return
-        if self._owed(self._passed, grid, key):
-            ahead.insert(0, self._passed)
+        if self._owed(self._passed + begun, grid, key):
+            ahead.insert(0, self._passed + begun)
         if not ahead:
             return
         _check_last(ahead[-1], last)
