@@ -11,7 +11,7 @@ import pytest
 from benchmarks.loopback.engine import Engine, engine_in, unused_port
 
 HERE = Path(__file__).parent
-collect_ignore = ["faulty", "tiny"]
+collect_ignore = ["faulty", "lasting", "tiny"]
 
 
 @pytest.fixture(scope="session")
