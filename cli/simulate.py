@@ -93,16 +93,24 @@ def simulate(
             "--list", callback=_list_scenarios, is_eager=True, help="Name packaged scenarios."
         ),
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a run that was stopped: give its folder."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a scenario: every arm on Flower's simulation engine, then the figures.
 
     A scenario names data, partition, clients, model, training, strategy and the arms to compare;
     docs/scenarios.md explains every key. The run's folder gets result.json, a ledger with one
-    line per message, a picture and a page.
+    line per message, a picture and a page. A run that was stopped, however it was, goes on exactly
+    where it was: `prunecast simulate FOLDER --resume`.
     """
     if "" not in sys.path:  # a model of the current folder, as `python -m` finds it
         sys.path.insert(0, "")
+    if resume:
+        _go_on(Path(scenario), as_json, log or ())
+        return
     chosen = _load(scenario, seed, rounds, output)
     if check:
         from prunecast.simulations.runner.run import check_scenario
@@ -175,13 +183,23 @@ def _load(source: str, seed: int | None, rounds: int | None, output: Path | None
     return dataclasses.replace(load_scenario(source), **given)
 
 
-def _run_and_show(scenario: Scenario, as_json: bool, log: Sequence[str]) -> None:
+def _go_on(folder: Path, as_json: bool, log: Sequence[str]) -> None:
+    """Resume the run of a folder, with the scenario that lies there."""
+    from prunecast.simulations.runner.run import SCENARIO
+    from prunecast.simulations.scenarios import load_scenario
+
+    _run_and_show(load_scenario(str(folder / SCENARIO)), as_json, log, folder)
+
+
+def _run_and_show(
+    scenario: Scenario, as_json: bool, log: Sequence[str], stopped: Path | None = None
+) -> None:
     from prunecast.simulations.live import Told, loggers_of
     from prunecast.simulations.report import write_report
     from prunecast.simulations.runner.run import new_run_folder, run_scenario
 
     loggers = loggers_of(log)
-    folder = new_run_folder(scenario.output, scenario.name)
+    folder = stopped or new_run_folder(scenario.output, scenario.name)
     progress = RunProgress(make_console(stderr=as_json))
     with progress, Told(loggers, folder) as told:
 
@@ -189,7 +207,7 @@ def _run_and_show(scenario: Scenario, as_json: bool, log: Sequence[str]) -> None
             progress(event)
             told(event)
 
-        result = run_scenario(scenario, folder, on_event=hear)
+        result = run_scenario(scenario, folder, on_event=hear, resume=stopped is not None)
         progress({"event": "step", "text": "drawing the report"})
         write_report(folder, result)
     _show(folder, result, as_json, {})

@@ -116,6 +116,9 @@ def compression_mod(
 
         app = ClientApp(mods=[compression_mod()])
 
+    Files of a node go by its id; by ``prunecast-node`` of its config, a number that no other node
+    of this machine has, where Flower gives it another id whenever it starts.
+
     A node whose config has ``prunecast-width`` says so to the server, which may then send it a
     slice of the model, see docs/pruning.md.
 
@@ -180,7 +183,7 @@ def compression_mod(
             most = _bytes_of("max_model_bytes", max_model_bytes, context) or MAX_MODEL_BYTES
             quota = _bytes_of("store_quota", store_quota, context)
             job = instruction.job or message.metadata.run_id
-            node = NodeStore(root, job, context.node_id, quota=quota)
+            node = NodeStore(root, job, _number(context), quota=quota)
             stack.callback(node.close)
             node.note_end(last=instruction.last)
             able = capabilities(root, context.node_config) if instruction.asks else None
@@ -265,6 +268,18 @@ def _bytes_of(name: str, stated: int | None, context: Context) -> int | None:
     if not isinstance(most, int) or isinstance(most, bool) or most <= 0:
         raise ModError(f"{name} ({key}) is {most!r}: give a positive number of bytes")
     return most
+
+
+def _number(context: Context) -> int:
+    """What the node's files go by: Flower's id of it, or its own where that is another each time.
+
+    Raises:
+        ModError: its own is no number.
+    """
+    number = context.node_config.get("prunecast-node", context.node_id)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ModError(f"prunecast-node in the node config is {number!r}: give a whole number")
+    return number
 
 
 def _distils(context: Context) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,8 +22,9 @@ from torch import nn
 from prunecast.client.training.client_app import DISTILLED, Loader, build_client_app
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.trainer import TensorBatches
+from prunecast.common.files import write_atomically
 from prunecast.common.text import first_line
-from prunecast.compression.flower import dense_arrays
+from prunecast.compression.flower import array_record, dense_arrays
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.channels import (
     ChannelPlan,
@@ -34,12 +35,14 @@ from prunecast.compression.pruning.counting import parameter_count
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
 from prunecast.server.federation.events import OnEvent
+from prunecast.server.federation.resuming import AUTO
 from prunecast.server.federation.run import EVENTS, initial_arrays
 from prunecast.server.federation.shrinking import FittedModule, module_chooser
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.server.federation.widths import leading_slices
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.runner import EngineFailed
+from prunecast.simulations.runner.interrupted import interrupted_arm, save_rows
 from prunecast.simulations.runner.metrics import model_figures
 from prunecast.simulations.runner.nodes import (
     OrderedGrid,
@@ -124,10 +127,15 @@ def run_arms(grid: Grid, prepared: PreparedRun, emit: OnEvent) -> list[dict[str,
         EngineFailed: clients failed in a round.
     """
     nodes = number_nodes(grid, prepared)
-    return [
-        _run_arm(grid, nodes, prepared, name, arm, emit)
-        for name, arm in prepared.scenario.trained_arms().items()
-    ]
+    outcomes: list[dict[str, Any]] = []
+    for name, arm in prepared.scenario.trained_arms().items():
+        path = prepared.outcome(name)
+        if path.exists():  # of a run that is resumed
+            outcomes.append(json.loads(path.read_text(encoding="utf-8")))
+            continue
+        outcomes.append(_run_arm(grid, nodes, prepared, name, arm, emit))
+        write_atomically(path, json.dumps(outcomes[-1]).encode())
+    return outcomes
 
 
 class _HeldOut:
@@ -149,6 +157,11 @@ class _HeldOut:
         self._targets = targets.numpy()
         self._batches = TensorBatches(inputs, targets, batch_size=250)
         self._latest: list[tuple[PublishedModel, ChannelPlan | None, NDArray[Any], float]] = []
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no published model was measured yet."""
+        return not self._latest
 
     def measure(
         self,
@@ -204,7 +217,11 @@ def _run_arm(
     from prunecast.simulations.runner.delivery import automatic_releases  # nodes need none of it
 
     scenario, task = prepared.scenario, prepared.scenario.task
-    shutil.rmtree(prepared.store, ignore_errors=True)  # nothing is carried over from another arm
+    stated = zip(nodes, scenario.clients.classes(), strict=True)
+    taking_part = [node for node, width in stated if width not in arm.without]
+    past = interrupted_arm(prepared, name, taking_part)
+    if past is None:  # nothing is carried over from another arm
+        shutil.rmtree(prepared.store, ignore_errors=True)
     module, arrays = initial_arrays(scenario.model.network(), seed=scenario.seed)
     drawn = scenario.model.initial == "drawn"
     if drawn and arm.grid_policy().down == "dense":
@@ -213,7 +230,7 @@ def _run_arm(
         unused = CompressedGrid(grid, [*policies, Policy()][0])  # sends nothing
         arrays = unused.draw_initial(arrays, scenario.seed)
     arrays = arm.initial(arrays, scenario)
-    rounds: list[dict[str, Any]] = []
+    rounds = [] if past is None else past.rows
     original = parameter_count(module)
     held_out = _HeldOut(prepared, module, len(arm.grid_policy().widths))
     measured: dict[str, float] = {}
@@ -232,6 +249,11 @@ def _run_arm(
         return tuple(values[:2] for values in tensors(prepared.held_out)[0])
 
     def hear(event: Mapping[str, Any]) -> None:
+        if event["event"] == "round-begun" and run.published is not None and held_out.is_new:
+            # of a run that is resumed: the release may want what it reached before
+            held_out.measure(
+                array_record(run.published.arrays()), run.published, run.grid.channels()
+            )
         if event["event"] == "round-finished":
             same = ("sparsity", "bytes_up", "bytes_down", "seconds")
             row = {"round": event["round"], **measured, **{k: event[k] for k in same}}
@@ -246,6 +268,7 @@ def _run_arm(
             if found := event["node_metrics"]:
                 row["nodes"] = found
             rounds.append(row)
+            save_rows(prepared, name, rounds)
             event = {**event, "score": task.text(measured[task.metric])}
         emit(event)
 
@@ -257,14 +280,15 @@ def _run_arm(
         poll_interval=0.05,  # nodes are near
     )
     policy = compressed.policy
-    stated = zip(nodes, scenario.clients.classes(), strict=True)
-    taking_part = [node for node, width in stated if width not in arm.without]
     bound = StoreBound(
-        *(prepared.store, grid.run.run_id),
+        *(prepared.store, grid.run.run_id if past is None else past.job),
         most=scenario.engine.store_bytes,
         # what older versions take in memory bounds them, and not their number
         history=sys.maxsize if policy.history_bytes else policy.history,
+        numbers={node: number for number, node in enumerate(nodes, start=1)},
     )
+    if past is not None:
+        bound.after(nodes)
     run = Run(
         OrderedGrid(compressed, taking_part, bound),
         arm.strategy(strategy_of(scenario, len(taking_part))),
@@ -277,9 +301,10 @@ def _run_arm(
         on_event=hear,
         channels=module_chooser(scenario.model.network(), example),
         slices=leading_slices(scenario.model.network(), example),
+        checkpoint=prepared.checkpoint(name),
+        resume=AUTO,
         stop_on_failure=True,  # a client left out silently would make the arms differ
     )
-    started = time.monotonic()
     try:
         run.start(arrays, scenario.rounds, drawn=drawn)
     except NodesFailed as error:
@@ -287,7 +312,7 @@ def _run_arm(
         for number, node in enumerate(nodes):  # ids of nodes are drawn at random
             told = told.replace(f"node {node}:", f"client {number}:")
         raise EngineFailed(f"arm {name!r}, {told}") from None
-    seconds = time.monotonic() - started
+    seconds = rounds[-1]["seconds"]
     held_out.save(prepared, name)
     releases = [asdict(made) for made in run.releases.made] if run.releases else []
     made = {"name": name, "seconds": seconds, "rounds": rounds, "releases": releases}

@@ -56,7 +56,8 @@ def number_nodes(grid: Grid, prepared: PreparedRun) -> list[int]:
 def client_number_mod(prepared: PreparedRun) -> Mod:
     """A Flower mod that makes ``partition-id`` the number that `number_nodes` gave to the node.
 
-    The node then states the width class that the scenario gives to the client of that number.
+    The node then states the width class that the scenario gives to the client of that number, and
+    keeps its files under it, so that a run which is resumed finds them.
     """
     classes = prepared.scenario.clients.classes()
 
@@ -64,6 +65,7 @@ def client_number_mod(prepared: PreparedRun) -> Mod:
         path = prepared.work / _FILE
         found = _numbers(path, path.stat().st_mtime_ns)
         context.node_config["partition-id"] = number = found[context.node_id]
+        context.node_config["prunecast-node"] = number + 1
         if classes[number]:
             context.node_config["prunecast-width"] = classes[number]
         return call_next(message, context)
@@ -134,17 +136,26 @@ class StoreBound:
 
     Args:
         root: of the nodes' store.
-        run_id: Flower's run id.
+        job: that they keep it for.
         most: bytes.
         history: for how many exchanges the server knows a version it published.
+        numbers: under which nodes keep their files; None for their ids.
 
     Attributes:
         peak: bytes, the most that was kept after an exchange.
         forgotten: how often a node lost what its updates had dropped.
     """
 
-    def __init__(self, root: Path, run_id: int, *, most: int, history: int) -> None:
-        self._root, self._run_id = root, run_id
+    def __init__(
+        self,
+        root: Path,
+        job: int | str,
+        *,
+        most: int,
+        history: int,
+        numbers: Mapping[int, int] | None = None,
+    ) -> None:
+        self._root, self._job, self._numbers = root, job, numbers or {}
         self._most, self._history = most, history
         self._nodes: OrderedDict[int, _Kept] = OrderedDict()  # asked longest ago first
         self._exchange = self._total = 0
@@ -155,7 +166,7 @@ class StoreBound:
         self._exchange += 1
         for node in asked:
             before = self._nodes.pop(node, None)
-            size = kept_bytes(self._root, self._run_id, node)
+            size = kept_bytes(self._root, self._job, self._numbers.get(node, node))
             self._total += size - (before.size if before else 0)
             if size:
                 self._nodes[node] = _Kept(self._exchange, size)
@@ -180,8 +191,9 @@ class StoreBound:
 
     def _forget(self, node: int, *, residuals: bool) -> None:
         kept = self._nodes[node]
-        forget(self._root, self._run_id, node, residuals=residuals)
-        left = kept_bytes(self._root, self._run_id, node)
+        number = self._numbers.get(node, node)
+        forget(self._root, self._job, number, residuals=residuals)
+        left = kept_bytes(self._root, self._job, number)
         self._total += left - kept.size
         kept.size, kept.versions = left, False
         if not left:

@@ -74,6 +74,23 @@ class PreparedRun:
         main = arm == next(iter(self.scenario.publishing_arms()), None)
         return self.folder / ("ledger.jsonl" if main else f"ledger-{arm}.jsonl")
 
+    def checkpoint(self, arm: str) -> Path:
+        """Newest checkpoint of an arm that is being trained."""
+        return self.work / f"arm-{arm}.safetensors"
+
+    def outcome(self, arm: str) -> Path:
+        """What training an arm gave, once it is over."""
+        return self.work / f"arm-{arm}.json"
+
+    @property
+    def resumable(self) -> bool:
+        """Whether something of what was trained is left to go on from."""
+        return any(
+            path.exists()
+            for arm in self.scenario.trained_arms()
+            for path in (self.outcome(arm), self.checkpoint(arm))
+        )
+
     @classmethod
     def open(cls, folder: Path) -> PreparedRun:
         """Read what `prepare` wrote."""

@@ -128,7 +128,11 @@ def check_scenario(scenario: Scenario) -> PartitionedData:
 
 
 def run_scenario(
-    scenario: Scenario, folder: Path, *, on_event: OnEvent = lambda event: None
+    scenario: Scenario,
+    folder: Path,
+    *,
+    on_event: OnEvent = lambda event: None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Run every arm, deliver the release if there is one, and write ``result.json``.
 
@@ -137,13 +141,16 @@ def run_scenario(
         folder: of the run, see `new_run_folder`.
         on_event: told of every arm's events, see docs/run.md, and of ``step`` (``text``); a
             ``round-finished`` also has ``score``, the task's metric as text.
+        resume: go on with a run in this folder that was stopped: arms that were trained are not
+            trained again, and the one that was being trained goes on after its last checkpoint.
 
     Returns:
         The content of ``result.json``.
 
     Raises:
         DataError, FederationError, ScenarioError: see `check_scenario`; the folder is removed.
-        SimulationError: the engine or the device failed.
+        SimulationError: the engine or the device failed, or there is nothing to resume. What was
+            trained stays in the folder then, to be gone on with.
     """
     task = scenario.task
     started, clock = datetime.now(UTC), time.monotonic()
@@ -151,7 +158,7 @@ def run_scenario(
         on_event({"event": "step", "text": "checking the scenario and its data"})
         data = check_scenario(scenario)
         held_out = len(data[1])
-        prepared = prepare(scenario, folder, data)
+        prepared = _resumable(folder) if resume else prepare(scenario, folder, data)
         del data
         save_scenario(scenario, folder / SCENARIO)
         on_event({"event": "step", "text": "starting the engine"})
@@ -192,11 +199,35 @@ def run_scenario(
         text = json.dumps(document, indent=2) + "\n"
         write_atomically(folder / "result.json", text.encode())
     except BaseException:
-        (folder / SCENARIO).unlink(missing_ok=True)  # of a run that left nothing
+        if _is_resumable(folder):
+            again = f"prunecast simulate {folder} --resume"
+            on_event({"event": "step", "text": f"stopped; to go on: {again}"})
+        else:
+            (folder / SCENARIO).unlink(missing_ok=True)  # of a run that left nothing
+            _clean(folder)
         raise
-    finally:
-        _clean(folder)
+    _clean(folder)
     return json.loads(text)  # type: ignore[no-any-return]
+
+
+def _is_resumable(folder: Path) -> bool:
+    with suppress(OSError, ValueError, KeyError):
+        return PreparedRun.open(folder).resumable
+    return False
+
+
+def _resumable(folder: Path) -> PreparedRun:
+    """What a run that was stopped has left.
+
+    Raises:
+        SimulationError: it has finished, or stopped before anything was trained.
+    """
+    if not _is_resumable(folder):
+        raise SimulationError(
+            f"{folder} has nothing to go on from: it has finished, or was stopped before the first "
+            "round was over. Run the scenario again, without --resume"
+        )
+    return PreparedRun.open(folder)
 
 
 def _clean(folder: Path) -> None:
