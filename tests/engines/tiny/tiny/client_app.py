@@ -1,15 +1,17 @@
 """What a node does."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from prunecast.client.training import compression_mod
+from tiny.faults import fault_of, heal, of_another_version, strike
 from tiny.task import step, target
 
-app = ClientApp(mods=[compression_mod()])
+app = ClientApp(mods=[of_another_version, compression_mod()])
 
 
 def load(message: Message, context: Context):
@@ -31,6 +33,12 @@ def evaluate(message: Message, context: Context) -> Message:
     arrays, goal = load(message, context)
     if message.content["config"]["server-round"] == context.run_config["lose-store-in-round"]:
         shutil.rmtree(context.node_config["prunecast-store"])
+    if fault := fault_of(context):
+        store = Path(context.node_config["prunecast-store"])
+        if message.content["config"]["server-round"] == 1:
+            strike(fault, store)
+        else:
+            heal(store)
     loss = float(np.mean(np.square(arrays["weight"] - goal["weight"])))
     metrics = MetricRecord({"loss": loss, "num-examples": 1})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)

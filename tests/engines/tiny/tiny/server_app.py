@@ -86,7 +86,10 @@ def main(grid: Grid, context: Context) -> None:
     if policy.widths:
         grid.use_widths({name: leading(config["rows"], s) for name, s in policy.widths.items()})
     arrays = ArrayRecord({name: Array(array) for name, array in initial(config["rows"]).items()})
-    result = FedAvg().start(
+    least = {
+        f"min_{what}_nodes": config["min-nodes"] for what in ("train", "evaluate", "available")
+    }
+    result = FedAvg(**least).start(
         grid=grid, initial_arrays=arrays, num_rounds=config["num-server-rounds"], timeout=120
     )
     if config["ask"]:
