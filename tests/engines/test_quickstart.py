@@ -31,6 +31,27 @@ def test_quickstart_learns(simulation: Any, name: str) -> None:
     assert ours * 20 < dense, run.log
 
 
+def test_a_federation_without_rounds_learns_and_prunes_by_models(simulation: Any) -> None:
+    """Twice as many updates as models: a schedule that counted messages would be over early."""
+    run = simulation.run(
+        EXAMPLES / "async",
+        "--run-config",
+        "models=6 buffer=2 learning-rate=0.1 prunecast.pruning-end=5",
+        *("--federation-config", "client-resources-num-cpus=1"),
+        seconds=900,
+    )
+    answers = re.findall(r"model (\d+): node \d+ answers (\d+) behind", run.log)
+    assert len(answers) >= 12, run.log
+    assert {int(number) for number, _ in answers} == set(range(1, 7))
+    (found,) = re.findall(r"accuracy ([0-9.]+) with (\d+)% zeros", run.log)
+    assert float(found[0]) > 0.4, run.log
+    assert 70 <= int(found[1]) <= 85, run.log
+    (sent,) = re.findall(r"([0-9,]+) bytes on the wire, ([0-9,]+) without Prunecast", run.log)
+    ours, dense = (int(number.replace(",", "")) for number in sent)
+    assert ours * 15 < dense, run.log
+    assert "Prunecast: " not in run.log, "something did not travel as the policy has it"
+
+
 def test_ready_apps_need_a_model_and_data_only(simulation: Any, tmp_path: Path) -> None:
     run = simulation.run(
         EXAMPLES / "ready-apps",
