@@ -1,6 +1,7 @@
 """Errors of the federation server."""
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "CredentialsError",
     "FederationError",
@@ -46,3 +47,7 @@ class NodesFailed(FederationError):
 
 class NodesMissing(FederationError):
     """Fewer nodes are connected than are needed, for longer than was to be waited."""
+
+
+class BudgetError(FederationError):
+    """A number of bytes that cannot be met: says the least it could be, and why."""

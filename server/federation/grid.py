@@ -36,7 +36,7 @@ from prunecast.compression.flower.internals import (
     unsent,
 )
 from prunecast.compression.pruning.channels import ChannelChooser, ChannelPlan
-from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
+from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel, UpdateRule
 from prunecast.server.federation.checkpoints import Checkpoint
 from prunecast.server.federation.deadlines import Attendance, Closing, Deadlines
 from prunecast.server.federation.errors import CheckpointError, FederationError
@@ -45,7 +45,7 @@ from prunecast.server.federation.late import LateReplies
 from prunecast.server.federation.layers import LayerSamples
 from prunecast.server.federation.ledger import Entry, Ledger
 from prunecast.server.federation.notices import Notices, uncodable
-from prunecast.server.federation.outbound import Batch, Outbound, Prepared
+from prunecast.server.federation.outbound import Batch, Outbound, Prepared, within
 from prunecast.server.federation.packing import pack_together
 from prunecast.server.federation.participation import trains
 from prunecast.server.federation.policy import Policy
@@ -189,7 +189,10 @@ class CompressedGrid(GridWrapper):
             asked = {message.metadata.dst_node_id for message in training}
             stated = stated_round(training[0].content) or self._streams.round
             self._streams.participation.begin(asked, self._pool(len(asked)), stated)
-        return self._push([self._outbound.prepare(batch, message) for message in batch.messages])
+        prepared = [self._outbound.prepare(batch, message) for message in batch.messages]
+        if self._streams.budget is not None:
+            within(self._streams.budget, prepared, self._streams.participation.rate)
+        return self._push(prepared)
 
     def _pool(self, asked: int) -> int:
         """How many nodes there are, asked now and then; 0 where that is known or nobody knows."""
@@ -234,6 +237,10 @@ class CompressedGrid(GridWrapper):
                 )
             )
             item.entry = entry
+            if self._streams.budget is not None:
+                self._streams.budget.sent(
+                    entry.node, size, item.payload_bytes, training=trains(item.original)
+                )
             self.samples.note(entry, item.message.content, self._streams.held)
         return ids
 
@@ -354,6 +361,10 @@ class CompressedGrid(GridWrapper):
         entry = self._answered(reply, sent)
         content = None if reply.has_error() else reply.content
         received = self._receiver.understand(reply, sent, entry, retried=retried)
+        learns = received is not None and received.payload_bytes and trains(sent.original)
+        if self._streams.budget is not None and received is not None and learns:
+            told = entry.payload_bytes, received.payload_bytes, entry.coarser, entry.most
+            self._streams.budget.understood(*told)
         if content is not None:
             self.samples.note(entry, content, self._streams.held)
         if not sent.has_arrays and not reply.has_error() and reply.content.array_records:
@@ -385,6 +396,8 @@ class CompressedGrid(GridWrapper):
             seconds=self._pauses.since(sent.original.metadata.dst_node_id),
         )
         self.ledger.add(entry)
+        if self._streams.budget is not None:
+            self._streams.budget.received(entry.node, size, training=trains(sent.original))
         self._notices.counted(replies=1)
         return entry
 
@@ -401,6 +414,8 @@ class CompressedGrid(GridWrapper):
         """
         sent.batch.fresh_seconds = 0.0
         prepared = self._outbound.prepare(sent.batch, unsent(sent.original))
+        if isinstance(sent.rule, UpdateRule):
+            prepared.bound(sent.rule.most)
         self._push([prepared])
         self._retries[prepared.message.metadata.message_id] = origin
 
@@ -761,6 +776,11 @@ class CompressedGrid(GridWrapper):
         if self.policy.down == "dense":
             return []
         return self._streams.stream(self.run.run_id, key).pruner.take_events()
+
+    def budget(self) -> dict[str, Any] | None:
+        """What the round may cost and has cost, see docs/run.md; None without a budget."""
+        budget = self._streams.budget
+        return None if budget is None else budget.report(self.policy.down_step)
 
     def mask_cost(self, *, key: str = "arrays") -> dict[str, float]:
         """What making masks took so far: ``seconds``, ``peak_bytes``, and how often (``made``)."""

@@ -11,6 +11,7 @@ from prunecast.compression.schemes.interface import Option
 from prunecast.server.federation.errors import PolicyError
 
 __all__ = [
+    "BUDGETS",
     "PREFIX",
     "SIZES",
     "check_type",
@@ -24,7 +25,10 @@ __all__ = [
 PREFIX = "prunecast."
 """Of every knob in Flower's run config."""
 
-SIZES = ("history_bytes",)
+BUDGETS = ("budget_round", "budget_node", "budget_run")
+"""Knobs that bound the bytes of messages."""
+
+SIZES = ("history_bytes", *BUDGETS)
 """Knobs in bytes, which may be stated as text: "2 MB"."""
 
 _ROUNDS = ("channels_at",)  # lists of numbers; all others are of name patterns

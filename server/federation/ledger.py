@@ -19,6 +19,7 @@ from prunecast.server.federation.wire import Direction, wire_cost
 
 __all__ = ["Direction", "Entry", "Ledger", "Tally", "Totals"]
 
+_OFTEN_EMPTY = ("alternatives", "reason", "objects", "width", "seconds", "most", "coarser")
 SCHEMA = 1
 """Grows when old readers would misread a ledger; new fields do not change it."""
 
@@ -47,6 +48,8 @@ class Entry:
         width: the width class that the node states; "" for none.
         seconds: on a SuperLink, since the message before between it and the node, which went the
             other way: how long the node took, or waited; 0.0 where that is not known.
+        most: bytes that the payloads of a reply might have, under a budget; 0 for any.
+        coarser: quarters of a doubling by which its steps were coarser, so that they had.
     """
 
     round: int
@@ -63,6 +66,8 @@ class Entry:
     objects: int = 0
     width: str = ""
     seconds: float = 0.0
+    most: int = 0
+    coarser: int = 0
 
 
 @dataclass(frozen=True)
@@ -279,7 +284,7 @@ class Ledger:
         if self._journal is not None:
             lines = [dict(vars(entry)) for entry in done]
             for line in lines:
-                for name in ("alternatives", "reason", "objects", "width", "seconds"):
+                for name in _OFTEN_EMPTY:
                     if not line[name]:
                         del line[name]
             try:

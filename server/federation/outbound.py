@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -46,15 +46,16 @@ from prunecast.compression.versions import (
     encode_plain,
     short,
 )
+from prunecast.server.federation.budgets import Budget
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.lazy import largest_of
 from prunecast.server.federation.ledger import Entry
 from prunecast.server.federation.notices import uncodable
 from prunecast.server.federation.overlap import Overlap
-from prunecast.server.federation.participation import rule_for
+from prunecast.server.federation.participation import rule_for, trains
 from prunecast.server.federation.publisher import NodeState, Streams, Version
 
-__all__ = ["Batch", "Down", "Outbound", "Prepared"]
+__all__ = ["Batch", "Down", "Outbound", "Prepared", "within"]
 
 
 @dataclass
@@ -81,6 +82,8 @@ class Prepared:
         told: tags of replies that the node is told the end of.
         apart: of array records that do not travel as the policy has it: kind, key and cause.
         entry: its line in the ledger, once it was sent.
+        payload_bytes: of the payloads that it brings.
+        instruction: what the node is told; None for nothing.
         densely: whether versions went as plain Flower sends arrays.
         job: whose streams it is of: a name, or Flower's run id.
     """
@@ -104,12 +107,28 @@ class Prepared:
     told: frozenset[str] = frozenset()
     apart: list[tuple[str, str, str]] = field(default_factory=list)
     entry: Entry | None = None
+    payload_bytes: int = 0
+    instruction: Instruction | None = None
     densely: bool = False
     job: int | str = 0
 
     def stream_of(self, key: str) -> bytes:
         """Identifier of the stream of one of its records."""
         return stream_id(self.job, key)
+
+    def instruct(self, instruction: Instruction, content: RecordDict) -> None:
+        """Tell the node something, in a message of such content."""
+        self.instruction, self.rule = instruction, instruction.rule
+        control = ConfigRecord({"instruction": instruction.to_bytes()})
+        content = RecordDict({**content, CONTROL_RECORD: control})
+        self.message = make_message(self.original.metadata, content)
+
+    def bound(self, most: int) -> None:
+        """Tell the node how many bytes the payloads of its reply may have; 0 for any."""
+        rule = self.rule
+        if most and self.instruction is not None and isinstance(rule, UpdateRule) and rule.step:
+            told = replace(self.instruction, rule=replace(rule, most=most))
+            self.instruct(told, self.message.content)
 
     @property
     def has_arrays(self) -> bool:
@@ -247,6 +266,30 @@ def _in_few_digits(norm: float) -> float:
     return float(f"{norm:.4g}")
 
 
+def within(budget: Budget, prepared: Sequence[Prepared], rate: float) -> None:
+    """Tell the nodes of a batch how many bytes their replies may have.
+
+    Args:
+        budget: of the run.
+        prepared: the messages.
+        rate: share of the nodes that train in a round.
+
+    Raises:
+        BudgetError: it cannot be met at all.
+    """
+    for training in (True, False):
+        found = [item for item in prepared if trains(item.original) is training]
+        if not found:
+            continue
+        if training:
+            budget.begin(found[0].round)
+        nodes = [item.original.metadata.dst_node_id for item in found]
+        payloads = [item.payload_bytes for item in found]
+        plan = budget.plan(nodes, payloads, expected=rate, training=training)
+        for item, most in zip(found, plan.most, strict=True):
+            item.bound(most)
+
+
 class Outbound:
     """Prepares messages by a policy.
 
@@ -311,9 +354,7 @@ class Outbound:
                     keeps_version=not node.treatment.keyframes,
                     keeps_residual=node.treatment.residual,
                 )
-            prepared.rule = instruction.rule
-            content[CONTROL_RECORD] = ConfigRecord({"instruction": instruction.to_bytes()})
-            prepared.message = make_message(original.metadata, content)
+            prepared.instruct(instruction, content)
         elif prepared.densely:
             prepared.message = make_message(original.metadata, content)
         if not prepared.round and prepared.versions:
@@ -398,6 +439,7 @@ class Outbound:
             # no payload holds the place: two objects less on every message
             return ArrayRecord({f"={name}": array for name, array in others.items()})
         payload = stream.payload(version, held)
+        prepared.payload_bytes += len(payload.data)
         if (channels := stream.unknown_channels(version, held)) is not None:
             prepared.channels[key] = channels
         prepared.encode_ms += (time.perf_counter() - started) * 1e3
@@ -414,6 +456,7 @@ class Outbound:
         if version.densely is None:
             version.densely = array_record(version.model.arrays())
         prepared.versions[key], prepared.densely = version, True
+        prepared.payload_bytes += prepared.dense[key]
         prepared.kinds.append("dense")
         return put_back(version.densely, others) if others else version.densely
 

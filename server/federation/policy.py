@@ -34,9 +34,11 @@ from prunecast.compression.schemes.interface import Option, Scheme
 from prunecast.compression.schemes.registry import SCHEMES, scheme
 from prunecast.compression.versions import UpdateRule, is_statistic
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
+from prunecast.server.federation.budgets import Limits
 from prunecast.server.federation.classes import parse_classes
 from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.knobs import (
+    BUDGETS,
     PREFIX,
     SIZES,
     check_type,
@@ -127,6 +129,9 @@ class Policy:
     pruning_align: bool = True
     statistics_bits: int = 6  # of mantissa, of normalisation layers' running statistics
     lossless: tuple[str, ...] = ("*num_batches_tracked",)
+    budget_round: int = 0  # bytes, both ways
+    budget_node: int = 0
+    budget_run: int = 0
     finer_when_rare: bool = True
     lazy: float = 0.0  # times the norm of the model's change
     history: int = 16
@@ -323,6 +328,25 @@ class Policy:
                 0 <= self.statistics_bits <= MOST_STATISTICS_BITS,
                 f"give 0 to {MOST_STATISTICS_BITS} bits of mantissa, such as 6; 0 is exact",
             ),
+            *(
+                (name, getattr(self, name) >= 0, "give bytes, such as '2 MB', or 0 for no limit")
+                for name in BUDGETS
+            ),
+            *(
+                (name, not getattr(self, name) or fits, remedy)
+                for name in BUDGETS
+                for fits, remedy in (
+                    (
+                        lattice and self.up == "lattice" and self.down_step > 0 < self.up_step,
+                        f"it moves the steps: set {down} = {_key('up')} = 'lattice', and "
+                        f"{_key('down_step')} and {_key('up_step')} above 0",
+                    ),
+                    (
+                        not (self.is_automatic and "lattice" in self.pruning_knobs),
+                        f"both would move the lattice: leave it out of {_key('pruning_knobs')}",
+                    ),
+                )
+            ),
             ("lazy", 0 <= self.lazy < math.inf, "give 0 or more, such as 1.5; 0: never"),
             (
                 "lazy",
@@ -480,6 +504,11 @@ class Policy:
         chosen = scheme(self.down, **self.down_options)
         off = {key: kind(0) for key, kind in _FEEDBACK.items() if key in chosen.config()}
         return scheme(self.down, **{**chosen.config(), **off})
+
+    @property
+    def limits(self) -> Limits:
+        """Of bytes; false where there are none."""
+        return Limits(self.budget_round, self.budget_node, self.budget_run)
 
     @property
     def update_rule(self) -> UpdateRule:

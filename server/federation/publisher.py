@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -39,6 +39,7 @@ from prunecast.compression.versions import (
     rounded_floats,
     short,
 )
+from prunecast.server.federation.budgets import Budget
 from prunecast.server.federation.classes import Treatment
 from prunecast.server.federation.errors import FederationError, NonFiniteModel
 from prunecast.server.federation.history import History, Holders
@@ -141,6 +142,7 @@ class Publisher:
         tried: plans of the channels that it tries, by the share of those there that they leave.
         history: versions that payloads may build on.
         holders: says which version every node holds.
+        coarseness: says by how many doublings the next version's lattice is coarser.
         slices: what nodes of other width classes than the whole model's train; None for no classes.
     """
 
@@ -153,6 +155,7 @@ class Publisher:
         self._lattices = Lattices(policy)
         self._latest: PublishedModel | None = None
         self.holders: Holders = tuple
+        self.coarseness: Callable[[], int] = int
         self.history = self.new_history()
         self._counter = self.clock = 0
         self._keyframe_bytes = 0  # of the last one that was made
@@ -171,6 +174,11 @@ class Publisher:
         self.slices: Slices | None = None
         self._removals: list[ChannelPlan] = []
         self._unaware: set[bytes] = set()  # of the history, what nodes hold with more channels
+
+    def refine(self) -> None:
+        """Make the lattices as fine as pruning and the budget have them."""
+        part, early = self.pruner.fineness
+        self._lattices.refine(part * 0.5 ** -self.coarseness(), early)
 
     def new_history(self) -> History:
         """An empty one, as the policy has it."""
@@ -333,7 +341,7 @@ class Publisher:
             raise FederationError("a model can only be drawn before the first version is published")
         # nothing drawn has learned anything yet
         self.pruner.progress.early = self.pruner.plan is not None
-        self._lattices.refine(*self.pruner.fineness)
+        self.refine()
         model, source = draw_like(self._on_lattice(like, {}), seed)
         for name, tensor in model.tensors.items():
             if isinstance(tensor, LatticeTensor):
@@ -445,7 +453,7 @@ class Publisher:
             self.changes.observe(lattice)
         if self.pruner.plan is not None:
             self.pruner.observe(lattice, clock)
-            self._lattices.refine(*self.pruner.fineness)
+            self.refine()
         first = self._counter == 1
         with self.mask_cost.measuring() if self.policy.target else nullcontext():
             masks = self.pruner.masks(lattice, clock, statistics or {}, model=master, first=first)
@@ -690,6 +698,7 @@ class Streams:
     Attributes:
         round: of messages that state none; 0 where nobody said.
         participation: of the nodes, in training.
+        budget: of bytes; None for none.
         job: that the streams are of; "" for Flower's run alone.
         attempt: how often the job was resumed.
         saves: whether nodes are told that a reply was accepted only after `saved`. Once told, they
@@ -700,6 +709,8 @@ class Streams:
     def __init__(self, policy: Policy) -> None:
         self.policy, self.round = policy, 0
         self.participation = Participation()
+        limits = policy.limits
+        self.budget = Budget(limits, policy.down_step) if limits else None
         self.job, self.attempt, self.saves = "", 0, False
         self._rounds = 0
         self._streams: dict[tuple[int, str], Publisher] = {}
@@ -780,6 +791,8 @@ class Streams:
                 kind = SchemePublisher
             made = kind(self.policy, stream_id(self.job or run_id, key), plan)
             made.expect(self._rounds)
+            if self.budget is not None and plan is not None:
+                made.coarseness = self.budget.next_level
             made.holders = partial(self._held_by_nodes, key)
             self._streams[run_id, key] = made
         return self._streams[run_id, key]
@@ -805,6 +818,8 @@ class Streams:
     def expect(self, rounds: int) -> None:
         """Fit the pruning of every stream to a number of rounds; warn if it cannot arrive."""
         self._rounds = rounds
+        if self.budget is not None:
+            self.budget.rounds = rounds
         self.policy.check_rounds(rounds)
         for stream in self._streams.values():
             stream.expect(rounds)

@@ -33,7 +33,13 @@ from prunecast.compression.flower.internals import (
     unwatched,
     watched,
 )
-from prunecast.compression.versions import Capabilities, NodeReport, VersionsError, short
+from prunecast.compression.versions import (
+    Capabilities,
+    NodeReport,
+    UpdateRule,
+    VersionsError,
+    short,
+)
 from prunecast.server.federation.checks import EXAMPLES, check_reply, misfits
 from prunecast.server.federation.classes import class_of, foreign_format, parse_classes
 from prunecast.server.federation.errors import ReplyRefused
@@ -79,6 +85,7 @@ class Received:
         sent: the message that it answers.
         entry: its line in the ledger.
         update: whether it staged something.
+        payload_bytes: of its payloads.
         statistics: what the node contributes to pruning; None for nothing.
         part: its content as it came, of a node that trains a slice of the model or might.
         late: whether its round had ended when it came.
@@ -88,6 +95,7 @@ class Received:
     sent: Prepared
     entry: Entry
     update: bool = False
+    payload_bytes: int = 0
     statistics: bytes | None = None
     part: RecordDict | None = None
     late: bool = False
@@ -266,6 +274,9 @@ class Receiver:
                 received.message = make_message(reply.metadata, error=_error_in(control))
                 self._failed(received)
                 return True
+        coded = (open_coded(record) for record in reply.content.array_records.values())
+        received.payload_bytes = sum(len(found[0]) for found in coded if found is not None)
+        entry.most = sent.rule.most if isinstance(sent.rule, UpdateRule) else 0
         content, received.update = decode_reply(reply, sent, entry, self._up)
         kind, entry.kind = entry.kind, "error"
         check_reply(content, sent, self._streams.policy, values=self._verify)
@@ -298,7 +309,7 @@ class Receiver:
         if report.trouble and not node.troubled:
             self._notices.unkept(entry.node, report.trouble)
         node.troubled = bool(report.trouble)
-        entry.encode_ms = report.encode_ms
+        entry.encode_ms, entry.coarser = report.encode_ms, report.coarser
 
     def look(self, reply: Message, sent: Prepared, entry: Entry) -> None:
         """Learn from a reply that nobody waits for what the node holds; the rest is left unread."""

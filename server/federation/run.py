@@ -579,6 +579,7 @@ class _Rounds(GridWrapper):
             pruning=pruning,
             sampled=run.grid.samples.take(),
             **({"widths": widths} if widths else {}),
+            **({"budget": budget} if (budget := run.grid.budget()) else {}),
             nodes={
                 "asked": self._asked,
                 "trained": len(self._trained),
