@@ -161,13 +161,14 @@ def page(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"published model tells {target:.0%} of 1,000 held-out digits right. Bytes are those"
     yield "of the links' interfaces, all headers, polling and signs of life included, both nodes;"
     yield "seconds begin with the first message. `dense-zstd` is plain Flower, its arrays through"
-    yield "zstd, level 3."
+    yield "zstd, level 3. *Of them on the link* is what a node's bytes take at the link's rates;"
+    yield "the rest are ClientApps that start, training, and nodes that ask every three seconds."
     yield ""
     yield (
-        "| link | arm | rounds | seconds | against dense | MB down | MB up | fewer bytes "
-        "| of messages |"
+        "| link | arm | rounds | seconds | of them on the link | against dense | MB down | MB up "
+        "| fewer bytes | of messages |"
     )
-    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     dense: dict[str, tuple[float, int]] = {}
     for row in document["rows"]:
         at = reached(row["rounds"], target)
@@ -177,14 +178,14 @@ def page(document: Mapping[str, Any]) -> Iterator[str]:
             last = row["rounds"][-1]
             sizes = f"{last['down'] / 1e6:.2f} | {last['up'] / 1e6:.2f}"
             told = f"not reached ({best:.1%} in {last['seconds']:.0f} s)"
-            yield f"| {name} | {arm} | {last['round']} | {told} | | {sizes} | | |"
+            yield f"| {name} | {arm} | {last['round']} | {told} | | | {sizes} | | |"
             continue
         spent = at["down"] + at["up"]
         messages = at["messages_down"] + at["messages_up"]
         dense.setdefault(name, (at["seconds"], spent))
         seconds, plain = dense[name]
         yield (
-            f"| {name} | {arm} | {at['round']} | {at['seconds']:.0f} "
+            f"| {name} | {arm} | {at['round']} | {at['seconds']:.0f} | {_carried(name, at):.1f} "
             f"| {seconds / at['seconds']:.1f}× | {at['down'] / 1e6:.2f} | {at['up'] / 1e6:.2f} "
             f"| {plain / spent:.1f}× | {messages / 1e6:.2f} MB |"
         )
@@ -196,6 +197,12 @@ def page(document: Mapping[str, Any]) -> Iterator[str]:
     yield "- Rates are shaped by the kernel (token bucket); the delay is that of a relay in user"
     yield "  space that delays every byte and limits nothing else, so TCP opens its window faster"
     yield f"  than over a link that is long. {document['loss']:.1%} of segments are lost."
+
+
+def _carried(profile: str, spent: Mapping[str, Any]) -> float:
+    """Seconds that a node's link is busy with bytes, the mean over nodes."""
+    down, up, *_ = PROFILES[profile]
+    return 8 / NODES * (float(spent["down"]) / down + float(spent["up"]) / up)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], target: float, path: Path) -> None:

@@ -191,14 +191,13 @@ def measure(
 
 def page(document: Mapping[str, Any]) -> Iterator[str]:
     """Lines of Markdown."""
-    about = document["machine"]
+    about, (low, high) = document["machine"], document["load"]
     yield "# Bytes on the wire"
     yield ""
-    yield f"`{document['command']}`; {about['cpu']}, {about['cores']} cores, load "
-    yield f"{document['load'][0]:.1f} to {document['load'][1]:.1f}; {about['date']}, "
-    yield f"prunecast {about['prunecast']}. {NODES} SuperNodes, "
+    yield f"`{document['command']}`; {about['cpu']}, {about['cores']} cores, load {low:.0f} to"
+    yield f"{high:.0f}; {about['date']}, prunecast {about['prunecast']}. {NODES} SuperNodes,"
     yield f"{document['rounds']} counted rounds, {document['seconds']:g} seconds of training; bytes"
-    yield "of all of them, *up* from the nodes and *down* to them. What is counted is in"
+    yield "are those of all of them, *up* from the nodes and *down* to them. What is counted is in"
     yield "[What a message costs](../payloads.md#what-a-message-costs)."
     yield ""
     yield (
@@ -216,8 +215,9 @@ def page(document: Mapping[str, Any]) -> Iterator[str]:
         )
     yield ""
     yield "A node that waits, bytes in a minute:"
+    yield ""
     for kind, quiet in document["quiet"].items():
-        yield f"{kind} {quiet['up']:,.0f} up, {quiet['down']:,.0f} down;"
+        yield f"- {kind}: {quiet['up']:,.0f} up, {quiet['down']:,.0f} down"
 
 
 def _pair(numbers: Sequence[int]) -> str:

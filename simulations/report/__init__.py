@@ -44,11 +44,6 @@ def arm_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of arms."""
     metric = result["task"]["metric"]
     header = ["arm", metric, "sparsity", "bytes up", "bytes down", "total", "reduction"]
-    wires = [arm.get("wire") for arm in result["arms"].values()]
-    by_tls = [wire["tls_up"] + wire["tls_down"] for wire in wires if wire]
-    estimated = len(by_tls) == len(wires)
-    if estimated:
-        header.append("≈ by TLS")
     simulated = any("simulated" in arm for arm in result["arms"].values())
     if simulated:
         header.append("simulated time")
@@ -61,10 +56,9 @@ def arm_rows(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             bytes_text(arm["bytes_down"]),
             bytes_text(arm["bytes_up"] + arm["bytes_down"]),
             ratio_text(arm.get("reduction")),
-            *([bytes_text(by_tls[place])] if estimated else []),
             *([duration_text(arm["simulated"]["seconds"])] if simulated else []),
         ]
-        for place, arm in enumerate(result["arms"].values())
+        for arm in result["arms"].values()
     ]
     return header, rows
 

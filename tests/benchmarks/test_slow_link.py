@@ -99,9 +99,9 @@ def test_the_page_tells_seconds_and_bytes_to_the_target() -> None:
     about = {"cpu": "X", "cores": 2, "date": "today", "prunecast": "0.1.0"}
     document = {"machine": about, "command": "python x.py", "load": [1.0, 2.0], "target": 0.9}
     text = "\n".join(slow_link.page({**document, "tls": True, "loss": 0.0, "rows": rows}))
-    assert "| slow-4g | dense | 2 | 60 | 1.0× | 4.00 | 4.00 | 1.0× | 4.00 MB |" in text
-    assert "| slow-4g | small | 2 | 20 | 3.0× | 0.04 | 0.04 | 100.0× | 0.04 MB |" in text
-    assert "| slow-4g | tiny | 1 | not reached (70.0% in 5 s) | | 0.01 | 0.01 | | |" in text
+    assert "| slow-4g | dense | 2 | 60 | 31.3 | 1.0× | 4.00 | 4.00 | 1.0× | 4.00 MB |" in text
+    assert "| slow-4g | small | 2 | 20 | 0.3 | 3.0× | 0.04 | 0.04 | 100.0× | 0.04 MB |" in text
+    assert "| slow-4g | tiny | 1 | not reached (70.0% in 5 s) | | | 0.01 | 0.01 | | |" in text
     assert "1.6 Mbit/s down, 0.75 up, 150 ms round trip" in text
 
 
