@@ -196,7 +196,8 @@ def watch(
     """
     from dataclasses import replace
 
-    from prunecast.common.watching import Limits, Watch, target_of
+    from prunecast.common.pulse import Limits
+    from prunecast.common.watching import Watch, target_of
 
     target = target_of(command)
     if health:
@@ -217,8 +218,8 @@ def health(
     as_json: AsJson = False,
 ) -> None:
     """Say how a watched SuperNode or SuperLink is; the exit status is 1 where it is not well."""
+    from prunecast.common.pulse import read_pulse
     from prunecast.common.text import duration_text
-    from prunecast.common.watching import read_pulse
 
     found = read_pulse(pulse, reachable=reachable)
     if as_json:

@@ -12,7 +12,6 @@ It is not at fault where nobody can reach the SuperLink; that is told, and the c
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -20,11 +19,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from prunecast.common.documents import read_document
 from prunecast.common.files import StorageError, write_atomically
 from prunecast.common.liveness import (
     answers,
@@ -33,19 +30,16 @@ from prunecast.common.liveness import (
     main_thread_switches,
     seconds_since_received,
 )
+from prunecast.common.pulse import Limits, Observation, Pulse
 from prunecast.common.service_manager import ServiceManager
 
-__all__ = ["HUNG", "Limits", "Observation", "Pulse", "Target", "Watch", "read_pulse", "target_of"]
+__all__ = ["HUNG", "Target", "Watch", "target_of"]
 
 HUNG = 75
 """Exit status of a watch that has ended its command because it hung."""
 
-State = Literal["starting", "healthy", "unreachable", "hung"]
-
 _CLIENT_APP = "flwr-clientapp"
-_LEAST_CPU = 2.0  # seconds in `Limits.stalled`: the heartbeats of a ClientApp alone take less
 _AT_REST = 5.0  # seconds without a ClientApp after which a node counts as drained
-_STALE = 30.0  # seconds beyond a few intervals
 _SCHEMA = 1
 
 
@@ -101,134 +95,6 @@ def target_of(command: Sequence[str]) -> Target:
             file("--root-certificates"),
         )
     return Target()
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long what may last, in seconds.
-
-    Attributes:
-        start: until a command answers for the first time.
-        silence: without an answer from then on.
-        quiet: in which a SuperNode's main thread does not move, or it exchanges nothing with a
-            SuperLink that can be reached. It sends heartbeats every 18 to 23 seconds, and asks for
-            messages every 3 while it has none.
-        stalled: in which a ClientApp uses less than 2 seconds of CPU; None for any time. One that
-            computes in vain cannot be told from one that trains.
-    """
-
-    start: float = 180.0
-    silence: float = 60.0
-    quiet: float = 120.0
-    stalled: float | None = None
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one look has found; None is what cannot be known.
-
-    Attributes:
-        answered: whether the command answered.
-        switches: of its main thread, see `main_thread_switches`.
-        received: seconds since it received anything from elsewhere; infinity without a connection.
-        client_app: process id and CPU seconds of the ClientApp that runs; None for no ClientApp.
-        reachable: whether the SuperLink answers; asked only where nothing is exchanged.
-    """
-
-    answered: bool | None = None
-    switches: int | None = None
-    received: float | None = None
-    client_app: tuple[int, float] | None = None
-    reachable: Callable[[], bool] = lambda: True
-
-
-@dataclass
-class Pulse:
-    """What follows from the looks so far. Times are of the clock that `take` is given.
-
-    Attributes:
-        state: "hung" is final in the sense that the command should be ended.
-        problems: why it is not healthy.
-        answered: when it last answered; None for never.
-        exchanged: when it last exchanged something with its SuperLink.
-        client_app: process id of the ClientApp that runs.
-    """
-
-    limits: Limits
-    begun: float
-    state: State = "starting"
-    problems: list[str] = field(default_factory=list)
-    answered: float | None = None
-    exchanged: float | None = None
-    client_app: int | None = None
-    _moved: float | None = None
-    _switches: int | None = None
-    _computed: tuple[int, float, float] | None = None  # process, CPU seconds, when
-
-    def take(self, now: float, seen: Observation) -> State:
-        """Take one look."""
-        limits, self.problems = self.limits, []
-        if seen.answered:
-            self.answered = now
-        elif seen.answered is False:
-            since = self.begun + limits.start if self.answered is None else self.answered
-            if now - since > (0.0 if self.answered is None else limits.silence):
-                self.problems.append(f"it has not answered for {_for(now - since)}")
-        self._take_thread(now, seen)
-        unreachable = self._take_exchange(now, seen)
-        self._take_client_app(now, seen)
-        if self.problems:
-            self.state = "hung"
-        elif unreachable:
-            self.state, self.problems = "unreachable", ["the SuperLink cannot be reached from here"]
-        elif self.answered is not None or seen.answered is None:
-            self.state = "healthy"
-        return self.state
-
-    def _take_thread(self, now: float, seen: Observation) -> None:
-        if seen.switches is None:
-            return
-        if seen.switches != self._switches or self._moved is None:
-            self._switches, self._moved = seen.switches, now
-        elif now - self._moved > self.limits.quiet:
-            still = _for(now - self._moved)
-            self.problems.append(f"its main loop has stood still for {still}")
-
-    def _take_exchange(self, now: float, seen: Observation) -> bool:
-        """Whether nothing is exchanged because the SuperLink cannot be reached."""
-        if seen.received is None:
-            return False
-        if math.isfinite(seen.received):
-            self.exchanged = max(self.exchanged or self.begun, now - seen.received)
-        since = self.exchanged if self.exchanged is not None else self.begun
-        if now - since <= self.limits.quiet:
-            return False
-        if not seen.reachable():
-            # it may take a while to connect again once that is possible
-            self.exchanged = max(since, now - self.limits.quiet)
-            return True
-        self.problems.append(
-            f"it has exchanged nothing for {_for(now - since)} with a SuperLink that answers"
-        )
-        return False
-
-    def _take_client_app(self, now: float, seen: Observation) -> None:
-        self.client_app = None if seen.client_app is None else seen.client_app[0]
-        if seen.client_app is None:
-            self._computed = None
-            return
-        pid, cpu = seen.client_app
-        if self._computed is None or pid != self._computed[0]:
-            self._computed = pid, cpu, now
-        _, before, when = self._computed
-        if abs(cpu - before) >= _LEAST_CPU:  # less: of children that have not been waited for
-            self._computed = pid, cpu, now
-        elif self.limits.stalled is not None and now - when > self.limits.stalled:
-            self.problems.append(f"its ClientApp has computed nothing for {_for(now - when)}")
-
-
-def _for(seconds: float) -> str:
-    return f"{seconds:.0f} s"
 
 
 class Watch:
@@ -402,32 +268,3 @@ class Watch:
 
 def _client_app(below: Mapping[int, str]) -> int | None:
     return next((pid for pid, line in below.items() if _CLIENT_APP in line), None)
-
-
-def read_pulse(file: Path, *, reachable: bool = False, now: float | None = None) -> dict[str, Any]:
-    """What a watch last wrote, and whether that is well.
-
-    Args:
-        file: that a `Watch` was given.
-        reachable: a SuperLink that cannot be reached is not well either.
-        now: Unix time, for tests.
-
-    Returns:
-        What was written, with ``well`` and the list ``problems``.
-    """
-    now = time.time() if now is None else now
-    try:
-        found = read_document(file)
-        age, often = now - float(found["at"]), float(found["interval"])
-        state, problems = str(found["state"]), [str(one) for one in found["problems"]]
-    except FileNotFoundError:
-        return {"well": False, "problems": [f"nobody watches: there is no {file}"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {"well": False, "problems": [f"{file} cannot be read: {error}"]}
-    if abs(age) > 4 * often + _STALE:
-        problems = [f"the watch itself has written nothing for {_for(age)}", *problems]
-        return {**found, "well": False, "problems": problems}
-    well = state == "healthy" or (state == "unreachable" and not reachable)
-    if state == "starting":
-        problems = ["it has not answered yet"]
-    return {**found, "well": well, "problems": problems}

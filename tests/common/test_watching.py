@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -17,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from prunecast.cli.main import app
 from prunecast.common.liveness import (
     answers,
     cpu_seconds,
@@ -28,19 +25,10 @@ from prunecast.common.liveness import (
     seconds_since_received,
     status_of,
 )
+from prunecast.common.pulse import Limits, read_pulse
 from prunecast.common.service_manager import ServiceManager
-from prunecast.common.watching import (
-    HUNG,
-    Limits,
-    Observation,
-    Pulse,
-    Target,
-    Watch,
-    read_pulse,
-    target_of,
-)
+from prunecast.common.watching import HUNG, Target, Watch, target_of
 
-LIMITS = Limits(start=100.0, silence=60.0, quiet=120.0, stalled=600.0)
 SERVER = """
 import http.server, sys
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -163,78 +151,6 @@ def test_an_answer_is_an_answer_and_silence_is_none() -> None:
     assert not answers(url)
     for wrong in ("", "nonsense", "http://127.0.0.1:x/", "http://[", f"https://127.0.0.1:{where}/"):
         assert not answers(wrong)
-
-
-# -- what follows ---------------------------------------------------------------------------------
-
-
-def healthy(**more: Any) -> Observation:
-    return Observation(**{"answered": True, "switches": None, "received": None, **more})
-
-
-def test_it_may_take_its_time_to_start() -> None:
-    pulse = Pulse(LIMITS, 0.0)
-    assert pulse.take(99.0, Observation(answered=False)) == "starting"
-    assert pulse.take(101.0, Observation(answered=False)) == "hung"
-    pulse = Pulse(LIMITS, 0.0)
-    assert pulse.take(50.0, healthy()) == "healthy"
-    assert pulse.take(110.0, Observation(answered=False)) == "healthy"
-    assert pulse.take(111.0, Observation(answered=False)) == "hung"
-    assert pulse.problems == ["it has not answered for 61 s"]
-
-
-def test_what_cannot_be_known_is_no_fault() -> None:
-    pulse = Pulse(LIMITS, 0.0)
-    assert pulse.take(1e6, Observation()) == "healthy"
-    assert pulse.take(2e6, Observation()) == "healthy"
-
-
-def test_a_main_loop_that_stands_still_is_found() -> None:
-    pulse = Pulse(LIMITS, 0.0)
-    assert pulse.take(0.0, healthy(switches=7)) == "healthy"
-    assert pulse.take(120.0, healthy(switches=7)) == "healthy"
-    assert pulse.take(121.0, healthy(switches=8)) == "healthy"
-    assert pulse.take(242.0, healthy(switches=8)) == "hung"
-    assert pulse.problems == ["its main loop has stood still for 121 s"]
-
-
-def test_nothing_exchanged_is_a_fault_only_where_the_superlink_answers() -> None:
-    asked = []
-
-    def reachable(found: bool) -> Callable[[], bool]:
-        return lambda: asked.append(found) or found
-
-    pulse = Pulse(LIMITS, 0.0)
-    assert pulse.take(10.0, healthy(received=2.0, reachable=reachable(True))) == "healthy"
-    assert pulse.exchanged == 8.0
-    assert pulse.take(128.0, healthy(received=math.inf, reachable=reachable(True))) == "healthy"
-    assert asked == []
-    assert pulse.take(129.0, healthy(received=math.inf, reachable=reachable(False))) == (
-        "unreachable"
-    )
-    # back again, it has as long as ever to connect
-    assert pulse.take(9000.0, healthy(received=math.inf, reachable=reachable(False))) == (
-        "unreachable"
-    )
-    assert pulse.take(9000.0, healthy(received=math.inf, reachable=reachable(True))) == "healthy"
-    assert pulse.take(9001.0, healthy(received=math.inf, reachable=reachable(True))) == "hung"
-    assert "with a SuperLink that answers" in pulse.problems[0]
-
-
-def test_a_client_app_that_computes_nothing_is_found_and_one_that_trains_is_not() -> None:
-    pulse = Pulse(LIMITS, 0.0)
-    for number in range(100):  # 2.5 s in 600: what a heartbeat takes, and a little more
-        assert pulse.take(100.0 * number, healthy(client_app=(5, 0.42 * number))) == "healthy"
-    assert pulse.client_app == 5
-    begun = 20_000.0
-    assert pulse.take(begun, healthy(client_app=(6, 0.0))) == "healthy"
-    assert pulse.take(begun + 600, healthy(client_app=(6, 0.5))) == "healthy"
-    assert pulse.take(begun + 601, healthy(client_app=(6, 0.5))) == "hung"
-    assert pulse.problems == ["its ClientApp has computed nothing for 601 s"]
-    assert pulse.take(begun + 602, healthy()) == "healthy"
-    forever = Pulse(Limits(stalled=None), 0.0)
-    forever.take(0.0, healthy(client_app=(6, 0.0)))
-    assert forever.take(1e6, healthy(client_app=(6, 0.0))) == "healthy"
 
 
 @pytest.mark.parametrize(
@@ -371,38 +287,3 @@ def test_a_certificate_is_read_again_where_the_command_does_that(tmp_path: Path)
         assert process.stdout.readline() == b"again\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
-
-
-# -- the probe ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("written", "options", "well", "said"),
-    [
-        ({"state": "healthy"}, [], True, "healthy"),
-        ({"state": "starting"}, [], False, "has not answered yet"),
-        ({"state": "hung", "problems": ["it stands"]}, [], False, "it stands"),
-        ({"state": "unreachable", "problems": ["no SuperLink"]}, [], True, "no SuperLink"),
-        ({"state": "unreachable", "problems": ["n"]}, ["--reachable"], False, "not well: n"),
-        ({"at": -1000.0}, [], False, "the watch itself has written nothing for 100"),
-        ("no JSON", [], False, "cannot be read"),
-        ("[]", [], False, "cannot be read"),
-        (None, [], False, "nobody watches"),
-    ],
-)
-def test_the_probe_says_how_it_is(
-    tmp_path: Path, written: Any, options: list[str], well: bool, said: str
-) -> None:
-    file = tmp_path / "pulse.json"
-    if isinstance(written, dict):
-        at = time.time() + written.get("at", 0.0)
-        basis = {"interval": 5.0, "state": "healthy", "problems": [], "exchanged": at - 3.0}
-        file.write_text(json.dumps({**basis, **written, "at": at}))
-    elif written is not None:
-        file.write_text(written)
-    arguments = ["federation", "health", str(file), *options]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == (0 if well else 1)
-    assert said in result.output
-    result = CliRunner().invoke(app, [*arguments, "--json"])
-    assert json.loads(result.output)["well"] is well

@@ -24,7 +24,8 @@ import pytest
 
 from benchmarks.loopback.engine import Engine, executable, wait_for
 from prunecast.common.liveness import status_of
-from prunecast.common.watching import HUNG, read_pulse
+from prunecast.common.pulse import read_pulse
+from prunecast.common.watching import HUNG
 
 pytestmark = pytest.mark.engine
 

@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks.loopback.engine import wait_for
 from prunecast.common.liveness import descendants, status_of
-from prunecast.common.watching import HUNG, read_pulse
+from prunecast.common.pulse import read_pulse
+from prunecast.common.watching import HUNG
 
 pytestmark = pytest.mark.engine
 
