@@ -69,7 +69,7 @@ def ask(grid: Grid) -> None:
     content = RecordDict({"config": ConfigRecord({"server-round": 1, "what": "size"})})
     kinds = ("train.note", "evaluate.note", "query")
     asked = [Message(content, node, kind) for node in grid.get_node_ids() for kind in kinds]
-    waiting, deadline = set(grid.push_messages(asked)), time.monotonic() + 60
+    waiting, deadline = set(grid.push_messages(asked)), time.monotonic() + 300
     while waiting and time.monotonic() < deadline:
         for reply in grid.pull_messages(waiting):
             waiting.discard(reply.metadata.reply_to_message_id)
