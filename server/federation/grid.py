@@ -797,7 +797,8 @@ class CompressedGrid(GridWrapper):
             CheckpointError: its search for a sparsity is of other knobs than the policy's.
         """
         self._rounds_checked = True  # the schedule goes on, and does not begin
-        if checkpoint.state is not None:
+        job = None if checkpoint.state is None else checkpoint.state["grid"]["job"]
+        if checkpoint.state is not None and job == self._streams.job:
             know_nodes(self._streams, self.run.run_id, checkpoint.state["grid"])
         stream = self._streams.stream(self.run.run_id, checkpoint.key)
         at = checkpoint.counter, checkpoint.steps, checkpoint.clock

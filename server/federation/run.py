@@ -220,8 +220,11 @@ class Run:
         configs = [ConfigRecord() if c is None else c for c in (train_config, evaluate_config)]
         going_on = Continuation(self.strategy, *configs)
         found = checkpoint_to_resume(self.resume, self._checkpoint)
-        if found is None and self.job and not isinstance(initial, Checkpoint):
-            self.grid.use_job(f"{self.job} {self.grid.run.run_id}")
+        if found is None and self.job:
+            before = initial.state if isinstance(initial, Checkpoint) else None
+            same = before is not None and before.get("run", {}).get("job") == self.job
+            fresh = f"{self.job} {self.grid.run.run_id}"
+            self.grid.use_job(before["grid"]["job"] if same and before else fresh)
         self._slice()
         if found is not None:
             arrays, removed, passed = self._go_on(found, going_on, initial, num_rounds)

@@ -451,10 +451,10 @@ def test_a_strategy_that_changes_what_it_sends_goes_on(tmp_path: Path) -> None:
 
 
 def test_explicit_weights_begin_a_run_of_their_own_and_nodes_go_on(tmp_path: Path) -> None:
-    job = Job(tmp_path)
+    job = Job(tmp_path, job="digits")
     job.run()
     inner = InProcessGrid(make_app(job.store), NODES, run_id=77)
-    run = Run(inner, FedAvg(), folder=tmp_path / "later")
+    run = Run(inner, FedAvg(), folder=tmp_path / "later", job="digits")
     result = run.start(Checkpoint.load(job.folder / "checkpoint.safetensors"), num_rounds=2)
     assert sorted(result.train_metrics_clientapp) == [1, 2]
     kinds = [e.kind for e in Ledger.read(tmp_path / "later" / "ledger.jsonl")]

@@ -204,7 +204,7 @@ def test_a_run_trains_what_the_strategy_alone_trains(tmp_path: Path) -> None:
 def test_a_second_run_goes_on_from_the_checkpoint_below_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for number, name in enumerate(("first", "second")):
-        grid = InProcessGrid(make_app(tmp_path / "store"), 3, run_id=RUN_ID + number)
+        grid = InProcessGrid(make_app(tmp_path / f"store{number}"), 3, run_id=RUN_ID + number)
         run = Run(grid, FedAvg(), policy=SMALL, folder=folder, name=name)
         path = folder / "checkpoint.safetensors"
         start = Checkpoint.load(path) if path.exists() else arrays()
