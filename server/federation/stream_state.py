@@ -224,11 +224,13 @@ def hold(stream: Publisher, state: Mapping[str, Any]) -> None:
 
 
 def _taken(owner: Any, but: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in vars(owner).items() if name not in but}
+    """The fields of an object, without what it was told to call."""
+    fields_ = vars(owner).items()
+    return {name: value for name, value in fields_ if name not in but and not callable(value)}
 
 
 def _put(owner: Any, state: Mapping[str, Any], but: Collection[str]) -> None:
-    if state.keys() != vars(owner).keys() - set(but):
+    if state.keys() != _taken(owner, but).keys():
         raise CheckpointError("the checkpoint is of another version of Prunecast: go on with that")
     vars(owner).update(state)
 
