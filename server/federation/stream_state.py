@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from prunecast.compression.versions import (
     short,
 )
 from prunecast.compression.versions.model import narrowest
+from prunecast.server.federation.budgets import Budget
 from prunecast.server.federation.classes import Treatment
 from prunecast.server.federation.errors import CheckpointError
 from prunecast.server.federation.history import Coded, History
@@ -53,6 +54,7 @@ _PRUNER = {
     *("_votes", "_rewound", "_grown", "_is_known"),
 }
 _PROGRESS = {"begin", "end"}
+_BUDGET = {"limits", "most_level", "rounds"}
 _PARTS: dict[str, type] = {"able": Capabilities, "treatment": Treatment}  # of what nodes said
 
 
@@ -73,6 +75,7 @@ def grid_state(
         "attempt": streams.attempt,
         "round": streams.round,
         "nodes": nodes_state(streams._nodes),
+        "budget": None if streams.budget is None else _budget_state(streams.budget),
         "participation": _taken(streams.participation, ()),
         "answered": set(outbound.answered),
         "count": outbound._count,
@@ -99,6 +102,8 @@ def put_grid(
     know_nodes(streams, run_id, state, versions=False)
     streams.round = state["round"]
     _put(streams.participation, state["participation"], ())
+    if streams.budget is not None:
+        _put_budget(streams.budget, state["budget"])
     outbound.answered |= state["answered"]
     outbound._count = state["count"]
     for key, found in state["streams"].items():
@@ -117,6 +122,23 @@ def know_nodes(
     streams._nodes.update(nodes_from(state["nodes"]))
     for key, found in state["streams"].items() if versions else ():
         hold(streams.stream(run_id, key), found)
+
+
+def _budget_state(budget: Budget) -> dict[str, Any]:
+    return {
+        name: _by_name(value) if is_dataclass(value) else value
+        for name, value in _taken(budget, _BUDGET).items()
+    }
+
+
+def _put_budget(budget: Budget, state: Mapping[str, Any]) -> None:
+    """Parts, such as means, are of the classes that they have in a budget that begins."""
+    begins = vars(budget).items()
+    parts: dict[str, Any] = {
+        name: type(part) for name, part in begins if name not in _BUDGET and is_dataclass(part)
+    }
+    whole = {n: parts[n](**value) if n in parts else value for n, value in state.items()}
+    _put(budget, whole, _BUDGET)
 
 
 def held_by(nodes: Mapping[int, NodeState], key: str) -> set[bytes]:

@@ -243,6 +243,8 @@ POLICIES: dict[str, tuple[Policy, dict[str, Any]]] = {
     "schemes": (Policy(down="stc", up="stc"), {}),
     "lossless": (Policy.preset("lossless"), {}),
     "dense": (Policy.preset("dense"), {"strategy": STRATEGIES["fedadam"]}),
+    "byte budget": (Policy(budget_round=60_000), {}),
+    "lazy": (Policy(lazy=0.5), {}),
     "without feedback": (Policy(error_feedback=False), {}),
 }  # fmt: skip
 
