@@ -136,8 +136,8 @@ def test_once_the_model_is_pruned_the_last_dense_version_is_its_teacher(tmp_path
     FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1).start(
         grid=grid, initial_arrays=ArrayRecord(tiny_model().state_dict()), num_rounds=5
     )
-    dense = grid._streams.stream(grid.run.run_id, "arrays")._history
-    versions = {model.counter: model for model in dense.values()}
+    dense = grid._streams.stream(grid.run.run_id, "arrays").history
+    versions = {model.counter: model for model in filter(None, map(dense.get, dense))}
     assert [teacher is not None for teacher in taught] == [False, False, True, True, True]
     assert not versions[2].masks()
     for teacher in taught[2:]:

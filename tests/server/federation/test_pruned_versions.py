@@ -144,7 +144,7 @@ def sparsities(grid: CompressedGrid) -> list[float]:
     (publisher,) = grid._streams._streams.values()
     return [
         1 - float(m.masks()["fc.weight"].mean()) if m.masks() else 0.0
-        for m in publisher._history.values()
+        for m in map(publisher.history.get, publisher.history)
     ]
 
 

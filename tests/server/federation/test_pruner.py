@@ -299,12 +299,12 @@ def test_a_plan_that_cannot_be_followed_changes_nothing(kept: str) -> None:
         pruner.resume((), MaskState())
     else:
         pruner.resume((), MaskState(**{kept: odd}))
-    before, held = pruner.state, publisher.held(next(iter(publisher._history)))
+    before, held = pruner.state, publisher.held(next(iter(publisher.history)))
     with pytest.raises(PlanError, match="another shape"):
         publisher.remove(plan)
     assert publisher.channels is None
     assert publisher.unknown_channels(version, None) is None
-    assert publisher.held(next(iter(publisher._history))) is held
+    assert publisher.held(next(iter(publisher.history))) is held
     assert publisher.narrowed({"w": np.ones((40, 50))})["w"].shape == (40, 50)
     after = pruner.state
     assert after.known["gradient"]["w"] is before.known["gradient"]["w"]
