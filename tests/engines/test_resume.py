@@ -66,6 +66,20 @@ class Deployment:
             port=self.runtimes[node],
         )
 
+    def replace_node(self, node: int) -> None:
+        """Kill a SuperNode and start it again, once the SuperLink has missed it.
+
+        Until then it refuses whoever comes with the same key.
+        """
+        self.kill(f"supernode{node}")
+
+        def missed() -> bool:
+            told = json.loads(self.engine.flwr("supernode", "list", "--format", "json"))
+            return sum(one["status"] == "online" for one in told["nodes"]) < NODES
+
+        wait_for(missed, SECONDS, f"the SuperLink to miss node {node}", every=3)
+        self.start_node(node)
+
     def kill(self, name: str) -> None:
         """SIGKILL a process and all that it started, as the end of its machine would."""
         process = self.engine.processes[name]
@@ -142,7 +156,7 @@ def test_killed_three_times_it_ends_in_the_same_arrays(
     kills = {
         (2, 0): deployment.kill_server_app,
         (3, 1): lambda: (deployment.kill("superlink"), deployment.start_superlink()),
-        (4, 2): lambda: (deployment.kill("supernode2"), deployment.start_node(2)),
+        (4, 2): lambda: deployment.replace_node(2),
     }
     for number, node in kills:
         (parted / f"stop-{number}-{node}").touch()
