@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 import sys
 import time
 import weakref
@@ -23,14 +24,16 @@ from flwr.app.metadata import Metadata
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.supercore import log
+from flwr.supercore import heartbeat, log
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
     get_all_nested_objects,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.retry import retry_invoker
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
@@ -53,6 +56,7 @@ __all__ = [
     "content_bytes",
     "identify_process",
     "is_averaging",
+    "keep_random_apart",
     "legacy_arrays",
     "legacy_parameters",
     "log",
@@ -79,6 +83,8 @@ __all__ = [
 Record = ArrayRecord | MetricRecord | ConfigRecord
 _Inflatable = TypeVar("_Inflatable", bound=InflatableObject)
 _Values = TypeVar("_Values", ConfigRecord, MetricRecord)
+
+_OWN = random.Random()  # of Flower's threads and waits
 
 
 # -- envelopes ------------------------------------------------------------------------------------
@@ -124,6 +130,17 @@ def unavailable(message_id: str, run_id: int) -> Message:
     )
     reason = f"Error: Message Unavailable - {message_id} expired, was answered or never existed"
     return make_message(metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))
+
+
+def keep_random_apart() -> None:
+    """Let Flower's threads and waits draw from a generator of their own, from now on.
+
+    They jitter by Python's own one, which strategies sample nodes with: how long a message took
+    would decide who is asked next.
+    """
+    for module in (heartbeat, inflatable_utils, retry_invoker):
+        if module.random is random:
+            setattr(module, "random", _OWN)  # noqa: B010  the name of a module, for mypy
 
 
 def identify_process(run_id: int, node_id: int, task_id: int = 1) -> None:

@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from prunecast.common.files import StorageError
 from prunecast.compression.flower import array_record, node_reason
-from prunecast.compression.flower.internals import log
+from prunecast.compression.flower.internals import keep_random_apart, log
 from prunecast.compression.pruning.channels import (
     ChannelPlan,
     channels_beside,
@@ -255,6 +255,7 @@ class Run:
         )
         if self._checkpoint is not None:
             self.grid.note_saved()
+        keep_random_apart()
         random.seed(self.seed)  # Flower samples nodes with it
         going_on.put_random()
         begins: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Result
+from flwr.supercore import heartbeat
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.retry import retry_invoker
 
 from prunecast.client.training import (
     compression_mod,
@@ -312,6 +316,15 @@ def test_events_and_ledger_of_a_resumed_run_are_read_as_those_of_one(tmp_path: P
     assert sum(e.round == 2 and e.direction == "down" for e in entries) > 4 * NODES
     assert sum(e.payload_bytes for e in entries if e.direction == "up") == spent[-1]
     assert {e.round for e in Ledger.read(ledger, whole=False)} == {3, 4, 5}
+
+
+def test_how_long_flower_waits_decides_not_who_is_sampled(tmp_path: Path) -> None:
+    Job(tmp_path, rounds=1).run()
+    state = random.getstate()
+    retry_invoker.full_jitter(2.0)
+    heartbeat.random.uniform(0.1, 0.2)
+    inflatable_utils.random.uniform(0.1, 0.2)
+    assert random.getstate() == state
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
