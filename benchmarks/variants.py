@@ -138,8 +138,8 @@ def variants(trained: Path, graphs: Path) -> list[Made]:
     from prunecast.compression.onnx.export import export_cached
     from prunecast.compression.onnx.lattice import snap
     from prunecast.compression.onnx.qdq import quantise
-    from prunecast.compression.pruning.channels import ChannelPlan
-    from prunecast.compression.pruning.narrowing import narrow_module
+    from prunecast.compression.pruning.structure.channels import ChannelPlan
+    from prunecast.compression.pruning.structure.narrowing import narrow_module
     from prunecast.compression.versions import PublishedModel, RawTensor
 
     held = wide_narrow.load(trained)

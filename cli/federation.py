@@ -47,7 +47,7 @@ def keys(
     and their own file of `nodes/`; `flwr supernode register` is given the `.pub` beside it.
     """
     from prunecast.common.clock import utc_now
-    from prunecast.server.federation.credentials import make_credentials
+    from prunecast.server.federation.operating.credentials import make_credentials
 
     found = make_credentials(folder, hosts=host or (), nodes=nodes, days=days, renew=renew)
     left = {one.path: (one.expires - utc_now()).days for one in found if one.expires}
@@ -91,8 +91,8 @@ RunFolder = Annotated[
 def status(folder: RunFolder, run: Run = None, as_json: AsJson = False) -> None:
     """Show how far a run is, and of each node when it answered, what it holds and what failed."""
     from prunecast.common.files import is_locked
-    from prunecast.server.federation.events import read_events
-    from prunecast.server.federation.nodes import status_of
+    from prunecast.server.federation.reporting.events import read_events
+    from prunecast.server.federation.reporting.nodes import status_of
 
     path = _events(folder)
     found = status_of(read_events(path, run))
@@ -139,8 +139,8 @@ def metrics(
     """Serve the metrics of a folder's runs to Prometheus, between runs too, until interrupted."""
     import threading
 
-    from prunecast.server.federation.events import EventTail
-    from prunecast.server.federation.metrics import MetricsServer, RunMetrics
+    from prunecast.server.federation.reporting.events import EventTail
+    from prunecast.server.federation.reporting.metrics import MetricsServer, RunMetrics
 
     told, tail = RunMetrics(nodes), EventTail(_events(folder))
 
@@ -240,7 +240,7 @@ def backup(
 ) -> None:
     """Copy a SuperLink's database while it runs."""
     from prunecast.common.text import bytes_text
-    from prunecast.server.federation.backups import back_up
+    from prunecast.server.federation.operating.backups import back_up
 
     say(f"{file}: {bytes_text(back_up(database, file))}, whole")
 
@@ -252,7 +252,7 @@ def restore(
     force: Force = False,
 ) -> None:
     """Put a copy in the place of a SuperLink's database."""
-    from prunecast.server.federation.backups import restore
+    from prunecast.server.federation.operating.backups import restore
 
     refuse_to_overwrite(database, force)
     restore(file, database)
@@ -299,7 +299,7 @@ def supervise(
     was. Exits with 0 once a run has completed, with 1 where it was stopped or failed too often.
     Ended by Ctrl-C it leaves the run alone.
     """
-    from prunecast.server.federation import supervising
+    from prunecast.server.federation.operating import supervising
 
     flower = supervising.FlowerCommand(command)
     runs = supervising.supervise(

@@ -262,7 +262,7 @@ def _factory(reference: str) -> Callable[[], Any]:
 
 def _removed(model: Path | None) -> Path | None:
     """The plan beside a model that a run trained without some of its channels; None for none."""
-    from prunecast.compression.pruning.channels import channels_beside
+    from prunecast.compression.pruning.structure.channels import channels_beside
 
     beside = None if model is None else channels_beside(model)
     return beside if beside is not None and beside.is_file() else None

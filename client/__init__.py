@@ -10,11 +10,11 @@ from prunecast.common.lazy import face
 if TYPE_CHECKING:
     from prunecast.client.training.mod import compression_mod
     from prunecast.client.training.secure import shared_mask_mod
-    from prunecast.compression.pruning.channels import current_channels
-    from prunecast.compression.pruning.holding import hold_masks
     from prunecast.compression.pruning.masks import current_masks
-    from prunecast.compression.pruning.modules import prune_module
-    from prunecast.compression.pruning.recalibrating import recalibrate
+    from prunecast.compression.pruning.structure.channels import current_channels
+    from prunecast.compression.pruning.training.holding import hold_masks
+    from prunecast.compression.pruning.training.modules import prune_module
+    from prunecast.compression.pruning.training.recalibrating import recalibrate
 
 __all__ = [
     "compression_mod",
@@ -30,11 +30,11 @@ __getattr__, __dir__ = face(
     __name__,
     {
         "compression_mod": "prunecast.client.training.mod",
-        "current_channels": "prunecast.compression.pruning.channels",
+        "current_channels": "prunecast.compression.pruning.structure.channels",
         "current_masks": "prunecast.compression.pruning.masks",
-        "hold_masks": "prunecast.compression.pruning.holding",
-        "prune_module": "prunecast.compression.pruning.modules",
-        "recalibrate": "prunecast.compression.pruning.recalibrating",
+        "hold_masks": "prunecast.compression.pruning.training.holding",
+        "prune_module": "prunecast.compression.pruning.training.modules",
+        "recalibrate": "prunecast.compression.pruning.training.recalibrating",
         "shared_mask_mod": "prunecast.client.training.secure",
     },
 )

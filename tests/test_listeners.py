@@ -20,7 +20,7 @@ from prunecast.client.edge import EdgeModel
 from prunecast.client.edge.inference import EndpointLimits, InferenceServer
 from prunecast.common.fleet_protocol import make_stub, messages
 from prunecast.server.control import ControlLimits, ControlServer
-from prunecast.server.federation.metrics import MetricsServer
+from prunecast.server.federation.reporting.metrics import MetricsServer
 from prunecast.server.fleet.service import FleetService
 from prunecast.server.repository import Repository
 from prunecast.server.repository.serving import ReleaseServer, ServingLimits

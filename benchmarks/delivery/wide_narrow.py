@@ -95,7 +95,7 @@ def train(path: Path, seed: int) -> None:
     import torch
     from harness.training.tasks import Digits
 
-    from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
+    from prunecast.compression.pruning.structure.narrowing import choose_channels, narrow_module
 
     torch.set_num_threads(1)  # how sums are split changes their last bits
     torch.use_deterministic_algorithms(True)

@@ -2,13 +2,13 @@
 
 from prunecast.client.training.mod import compression_mod
 from prunecast.client.training.store import ModError, StoreError
-from prunecast.compression.pruning.channels import current_channels
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
     current_masks,
     current_teacher,
     wanted_statistics,
 )
+from prunecast.compression.pruning.structure.channels import current_channels
 
 __all__ = [
     "ModError",

@@ -41,17 +41,17 @@ from prunecast.client.training.trainer import (
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import Mod, log
-from prunecast.compression.pruning.channels import current_channels
 from prunecast.compression.pruning.masks import (
     contribute_statistics,
     current_masks,
     current_teacher,
     wanted_statistics,
 )
-from prunecast.compression.pruning.measuring import Batch, Loss
-from prunecast.compression.pruning.narrowing import fit_module
-from prunecast.compression.pruning.recalibrating import recalibrate
 from prunecast.compression.pruning.statistics import RECALIBRATE, RUNNING_STATISTICS
+from prunecast.compression.pruning.structure.channels import current_channels
+from prunecast.compression.pruning.structure.narrowing import fit_module
+from prunecast.compression.pruning.training.measuring import Batch, Loss
+from prunecast.compression.pruning.training.recalibrating import recalibrate
 from prunecast.compression.versions import is_statistic
 
 __all__ = [

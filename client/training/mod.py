@@ -55,7 +55,6 @@ from prunecast.compression.flower.internals import (
     make_message,
 )
 from prunecast.compression.flower.secure import SECURE_RECORD, is_secure, narrowed
-from prunecast.compression.pruning.channels import ChannelPlan, holding_channels
 from prunecast.compression.pruning.growing import strongest
 from prunecast.compression.pruning.masks import holding
 from prunecast.compression.pruning.plan import PlanError
@@ -66,6 +65,7 @@ from prunecast.compression.pruning.statistics import (
     asked,
     pack_statistics,
 )
+from prunecast.compression.pruning.structure.channels import ChannelPlan, holding_channels
 from prunecast.compression.schemes import StateError
 from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.schemes.layout import layout_of, state_arrays, state_from

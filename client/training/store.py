@@ -51,8 +51,8 @@ from prunecast.client.training.housekeeping import (
 )
 from prunecast.common.files import StorageError, remove_abandoned, write_atomically
 from prunecast.compression.flower import job_id
-from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.versions import (
     LatticeTensor,
     PublishedModel,

@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunecast.compression.pruning.holding import hold_masks
-from prunecast.compression.pruning.measuring import (
+from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.pruning.training.holding import hold_masks
+from prunecast.compression.pruning.training.measuring import (
     Batch,
     Loss,
     StatisticsMeter,
     moved,
     outputs_of,
 )
-from prunecast.compression.pruning.plan import PlanError
 
 __all__ = [
     "Evaluation",

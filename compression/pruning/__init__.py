@@ -1,6 +1,6 @@
-"""What to remove and when: plans, their criteria, schedules and allocations, masks, channels.
+"""What to remove and when: plans, their criteria, schedules and allocations, masks.
 
-Functions on numpy arrays, but for what needs torch: `prunecast.compression.pruning.narrowing`
-chooses the channels of a module (and needs torch-pruning), `holding` keeps masks while it trains,
-`measuring` looks at gradients and activations, `modules` does all of it without a federation.
+Functions on numpy arrays. `structure/` removes channels, heads and layers, and narrows modules to
+what remains (choosing needs torch-pruning); `training/` holds masks while a torch module trains,
+looks at its gradients and activations, and prunes it without a federation. `counting` needs torch.
 """

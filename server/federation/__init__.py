@@ -1,7 +1,5 @@
 """The Flower grid that compresses, the publisher of versions, the byte ledger."""
 
-from prunecast.server.federation.checkpoints import Checkpoint
-from prunecast.server.federation.deadlines import Deadlines
 from prunecast.server.federation.errors import (
     CheckpointError,
     FederationError,
@@ -11,12 +9,14 @@ from prunecast.server.federation.errors import (
     PolicyError,
     ReleaseRuleError,
 )
-from prunecast.server.federation.events import read_events
-from prunecast.server.federation.grid import CompressedGrid
-from prunecast.server.federation.ledger import Entry, Ledger, Tally, Totals
+from prunecast.server.federation.exchange.deadlines import Deadlines
+from prunecast.server.federation.exchange.grid import CompressedGrid
 from prunecast.server.federation.policy import PRESETS, Policy
 from prunecast.server.federation.releasing import AutomaticReleases, ReleaseRule
+from prunecast.server.federation.reporting.events import read_events
+from prunecast.server.federation.reporting.ledger import Entry, Ledger, Tally, Totals
 from prunecast.server.federation.run import Run
+from prunecast.server.federation.state.checkpoints import Checkpoint
 
 __all__ = [
     "PRESETS",

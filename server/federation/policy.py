@@ -34,8 +34,6 @@ from prunecast.compression.schemes.interface import Option, Scheme
 from prunecast.compression.schemes.registry import SCHEMES, scheme
 from prunecast.compression.versions import UpdateRule, is_statistic
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
-from prunecast.server.federation.budgets import Limits
-from prunecast.server.federation.classes import parse_classes
 from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.knobs import (
     BUDGETS,
@@ -48,6 +46,8 @@ from prunecast.server.federation.knobs import (
 )
 from prunecast.server.federation.knobs import key_of as _key
 from prunecast.server.federation.knobs import refused as _refused
+from prunecast.server.federation.publishing.budgets import Limits
+from prunecast.server.federation.publishing.classes import parse_classes
 
 __all__ = ["GROWN_BY", "PRESETS", "WHOLE", "Policy"]
 

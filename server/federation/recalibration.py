@@ -23,7 +23,7 @@ from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.statistics import RECALIBRATE, RUNNING_STATISTICS
 from prunecast.compression.versions import is_statistic
 from prunecast.server.federation.errors import FederationError
-from prunecast.server.federation.grid import CompressedGrid
+from prunecast.server.federation.exchange.grid import CompressedGrid
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.strategies import private_strategy
 

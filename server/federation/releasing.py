@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunecast.common.references import typed
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation.errors import ReleaseRuleError
 

@@ -21,39 +21,39 @@ from flwr.serverapp.strategy import Result, Strategy
 from prunecast.common.files import StorageError
 from prunecast.compression.flower import array_record, node_reason
 from prunecast.compression.flower.internals import keep_random_apart, log
-from prunecast.compression.pruning.channels import (
+from prunecast.compression.pruning.structure.channels import (
     ChannelPlan,
     channels_beside,
     holding_channels,
 )
 from prunecast.compression.versions import PublishedModel, save_model
-from prunecast.server.federation.checkpoints import (
+from prunecast.server.federation.errors import FederationError, NodesFailed
+from prunecast.server.federation.exchange.deadlines import Deadlines, gather
+from prunecast.server.federation.exchange.grid import CompressedGrid
+from prunecast.server.federation.policy import WHOLE, Policy
+from prunecast.server.federation.publishing.prunable import check_model
+from prunecast.server.federation.publishing.widths import SliceChooser, check_strategy
+from prunecast.server.federation.recalibration import Recalibration
+from prunecast.server.federation.recovery import Recoveries
+from prunecast.server.federation.releasing import AutomaticReleases
+from prunecast.server.federation.reporting.events import EventLog, OnEvent
+from prunecast.server.federation.reporting.layers import changed_masks, layers_in, samples_round
+from prunecast.server.federation.reporting.ledger import Ledger
+from prunecast.server.federation.reporting.nodes import NodeStates
+from prunecast.server.federation.shrinking import ChannelChooser, Removals
+from prunecast.server.federation.state.checkpoints import (
     Checkpoint,
     check_model_of,
     forget_earlier,
     save_newest,
 )
-from prunecast.server.federation.deadlines import Deadlines, gather
-from prunecast.server.federation.errors import FederationError, NodesFailed
-from prunecast.server.federation.events import EventLog, OnEvent
-from prunecast.server.federation.grid import CompressedGrid
-from prunecast.server.federation.layers import changed_masks, layers_in, samples_round
-from prunecast.server.federation.ledger import Ledger
-from prunecast.server.federation.nodes import NodeStates
-from prunecast.server.federation.policy import WHOLE, Policy
-from prunecast.server.federation.prunable import check_model
-from prunecast.server.federation.recalibration import Recalibration
-from prunecast.server.federation.recovery import Recoveries
-from prunecast.server.federation.releasing import AutomaticReleases
-from prunecast.server.federation.resuming import (
+from prunecast.server.federation.state.resuming import (
     Continuation,
     checkpoint_to_resume,
     put_told,
     told_state,
 )
-from prunecast.server.federation.shrinking import ChannelChooser, Removals
-from prunecast.server.federation.snapshots import Unstorable
-from prunecast.server.federation.widths import SliceChooser, check_strategy
+from prunecast.server.federation.state.snapshots import Unstorable
 from prunecast.server.federation.wrapper import GridWrapper
 
 if TYPE_CHECKING:
@@ -112,13 +112,13 @@ class Run:
         ledger: file of the ledger instead of the folder's.
         output: file of the final published model instead of the folder's.
         events: file of the events instead of the folder's.
-        on_event: told of every event, see `prunecast.server.federation.events`.
+        on_event: told of every event, see `prunecast.server.federation.reporting.events`.
         stop_on_failure: end the run with `NodesFailed` if a node fails, instead of going on
             without it as Flower does.
         key: key of the model's record in the strategy's messages.
         slices: chooses what the policy's width classes train of the model; see
-            `prunecast.server.federation.widths.leading_slices`. `evaluate_fn` is then called for
-            each of them, too, and finds its channels by `current_channels`.
+            `prunecast.server.federation.publishing.widths.leading_slices`. `evaluate_fn` is then
+            called for each of them, too, and finds its channels by `current_channels`.
         channels: chooses which channels go, where the policy removes some while the run trains;
             see `prunecast.server.federation.shrinking.module_chooser`.
         deadlines: when rounds end, what becomes of late replies, and how many nodes a start needs.

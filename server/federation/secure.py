@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from prunecast.compression.flower.internals import legacy_arrays, legacy_parameters
 from prunecast.compression.versions import LatticeTensor
 from prunecast.server.federation.errors import FederationError
-from prunecast.server.federation.grid import CompressedGrid
-from prunecast.server.federation.publisher import Version
+from prunecast.server.federation.exchange.grid import CompressedGrid
+from prunecast.server.federation.publishing.publisher import Version
 
 __all__ = ["SecureStrategy"]
 

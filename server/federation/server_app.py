@@ -26,21 +26,21 @@ from flwr.serverapp import Grid, ServerApp
 
 from prunecast.common.references import configured_callable, typed
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.channels import current_channels
-from prunecast.server.federation.checkpoints import Checkpoint, check_model_of
-from prunecast.server.federation.deadlines import Deadlines
+from prunecast.compression.pruning.structure.channels import current_channels
 from prunecast.server.federation.errors import FederationError
+from prunecast.server.federation.exchange.deadlines import Deadlines
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.prunable import check_model, frozen_parameters
+from prunecast.server.federation.publishing.prunable import check_model, frozen_parameters
+from prunecast.server.federation.publishing.widths import leading_slices
 from prunecast.server.federation.releasing import releases_from_config
-from prunecast.server.federation.resuming import AUTO
 from prunecast.server.federation.run import CHECKPOINT, Run, initial_arrays
 from prunecast.server.federation.shrinking import FittedModule, module_chooser
+from prunecast.server.federation.state.checkpoints import Checkpoint, check_model_of
+from prunecast.server.federation.state.resuming import AUTO
 from prunecast.server.federation.strategies import build_strategy
-from prunecast.server.federation.widths import leading_slices
 
 if TYPE_CHECKING:
-    from prunecast.server.federation.metrics import MetricsServer, RunMetrics
+    from prunecast.server.federation.reporting.metrics import MetricsServer, RunMetrics
 
 __all__ = ["app"]
 
@@ -123,7 +123,7 @@ def _metrics(config: Mapping[str, Any]) -> tuple[RunMetrics, MetricsServer] | No
     port = _get(config, "metrics-port", -1)
     if port < 0:
         return None
-    from prunecast.server.federation.metrics import MetricsServer, RunMetrics
+    from prunecast.server.federation.reporting.metrics import MetricsServer, RunMetrics
 
     told = RunMetrics(_get(config, "metrics-nodes", 50))
     server = MetricsServer(told.text, host=_get(config, "metrics-address", "127.0.0.1"), port=port)

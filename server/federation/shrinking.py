@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from prunecast.compression.flower import dense_arrays, set_apart
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.channels import ChannelChooser, ChannelPlan
 from prunecast.compression.pruning.plan import ChannelSchedule, PlanError, Shares
+from prunecast.compression.pruning.structure.channels import ChannelChooser, ChannelPlan
 from prunecast.server.federation.errors import FederationError
-from prunecast.server.federation.grid import CompressedGrid
+from prunecast.server.federation.exchange.grid import CompressedGrid
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,14 +72,14 @@ class _ModuleChooser:
         heads: float = 1.0,
         layers: float = 1.0,
     ) -> ChannelPlan:
-        from prunecast.compression.pruning.narrowing import choose_channels
+        from prunecast.compression.pruning.structure.narrowing import choose_channels
 
         module, inputs = self._module(master, removed)
         return choose_channels(module, inputs, share, removed, heads=heads, layers=layers)
 
     def check_trial(self, master: Arrays, plan: ChannelPlan) -> None:
         """Refuse to try what removed channels would not come to; see `check_zeroed`."""
-        from prunecast.compression.pruning.narrowing import check_zeroed
+        from prunecast.compression.pruning.structure.narrowing import check_zeroed
 
         check_zeroed(*self._module(master, None), plan)
 
@@ -88,7 +88,7 @@ class _ModuleChooser:
     ) -> tuple[nn.Module, tuple[Tensor, ...]]:
         import torch
 
-        from prunecast.compression.pruning.narrowing import fit_module, made_with_inputs
+        from prunecast.compression.pruning.structure.narrowing import fit_module, made_with_inputs
 
         module, inputs = made_with_inputs(self.factory, self.example)
         if removed is not None:
@@ -118,7 +118,7 @@ class FittedModule:
     def of(self, removed: ChannelPlan | None) -> nn.Module:
         """The module for models without the channels that a plan removes."""
         if id(removed) not in self._made:
-            from prunecast.compression.pruning.narrowing import fit_module
+            from prunecast.compression.pruning.structure.narrowing import fit_module
 
             module = self._factory()
             self._made[id(removed)] = removed, fit_module(module, removed) if removed else module

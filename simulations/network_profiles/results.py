@@ -11,7 +11,7 @@ from prunecast.simulations.network_profiles import NetworkSpec
 from prunecast.simulations.network_profiles.clock import simulated_time
 
 if TYPE_CHECKING:
-    from prunecast.server.federation.ledger import Entry
+    from prunecast.server.federation.reporting.ledger import Entry
 
 __all__ = ["SIMULATED", "add_simulated_time", "entries_of"]
 

@@ -22,7 +22,7 @@ def result_of_events(folder: Path) -> dict[str, Any]:
     Raises:
         ResultError: the events cannot be read, or tell of no round.
     """
-    from prunecast.server.federation.events import read_events
+    from prunecast.server.federation.reporting.events import read_events
 
     path = folder / "events.jsonl"
     try:

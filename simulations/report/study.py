@@ -18,7 +18,7 @@ from prunecast.simulations.network_profiles.results import SIMULATED, entries_of
 
 if TYPE_CHECKING:
     from prunecast.server.federation import Tally
-    from prunecast.server.federation.ledger import Entry
+    from prunecast.server.federation.reporting.ledger import Entry
 
 __all__ = ["EVENTS", "ArmRun", "Curve", "Spread", "Study", "StudyArm"]
 
@@ -84,7 +84,7 @@ class ArmRun:
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         """Events of its rounds and of its end; none for an arm that measures those of another."""
-        from prunecast.server.federation.events import read_events
+        from prunecast.server.federation.reporting.events import read_events
 
         path = self.folder / EVENTS if self.folder is not None else None
         if path is None or not path.is_file() or not self.figures["trained"]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.onnx.graph import ExportedGraph
-from prunecast.compression.pruning.channels import ChannelPlan, channels_beside
+from prunecast.compression.pruning.structure.channels import ChannelPlan, channels_beside
 from prunecast.compression.versions import PublishedModel, RawTensor, load_model
 from prunecast.server.federation import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.releasing import RecipeReleaser

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from prunecast.simulations.runner import EngineFailed
 
 if TYPE_CHECKING:
-    from prunecast.server.federation.events import OnEvent
+    from prunecast.server.federation.reporting.events import OnEvent
     from prunecast.simulations.runner.prepared import PreparedRun
     from prunecast.simulations.scenarios import EngineSpec
 

@@ -26,20 +26,20 @@ from prunecast.common.files import write_atomically
 from prunecast.common.text import first_line
 from prunecast.compression.flower import array_record, dense_arrays
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.channels import (
+from prunecast.compression.pruning.counting import parameter_count
+from prunecast.compression.pruning.structure.channels import (
     ChannelPlan,
     channels_beside,
     current_channels,
 )
-from prunecast.compression.pruning.counting import parameter_count
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
-from prunecast.server.federation.events import OnEvent
-from prunecast.server.federation.resuming import AUTO
+from prunecast.server.federation.publishing.widths import leading_slices
+from prunecast.server.federation.reporting.events import OnEvent
 from prunecast.server.federation.run import EVENTS, initial_arrays
 from prunecast.server.federation.shrinking import FittedModule, module_chooser
+from prunecast.server.federation.state.resuming import AUTO
 from prunecast.server.federation.strategies import build_strategy
-from prunecast.server.federation.widths import leading_slices
 from prunecast.simulations.arms import Arm
 from prunecast.simulations.runner import EngineFailed
 from prunecast.simulations.runner.interrupted import interrupted_arm, save_rows

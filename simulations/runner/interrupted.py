@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prunecast.common.files import write_atomically
-from prunecast.server.federation.checkpoints import newest_checkpoint, save_newest
+from prunecast.server.federation.state.checkpoints import newest_checkpoint, save_newest
 from prunecast.simulations.runner import EngineFailed
 from prunecast.simulations.runner.prepared import PreparedRun
 

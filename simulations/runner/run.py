@@ -31,8 +31,8 @@ from prunecast.simulations.scenarios import Scenario, save_scenario
 
 if TYPE_CHECKING:
     from prunecast.server.federation import Tally
-    from prunecast.server.federation.events import OnEvent
-    from prunecast.server.federation.ledger import Direction
+    from prunecast.server.federation.reporting.events import OnEvent
+    from prunecast.server.federation.reporting.ledger import Direction
 
 __all__ = [
     "SCENARIO",

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from benchmarks.loopback.engine import executable
 from prunecast.cli.main import app
-from prunecast.server.federation.credentials import make_credentials
-from prunecast.server.federation.metrics import RunMetrics
+from prunecast.server.federation.operating.credentials import make_credentials
+from prunecast.server.federation.reporting.metrics import RunMetrics
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "deploy/systemd"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prunecast.server.federation import Ledger
-from prunecast.server.federation.credentials import make_credentials
+from prunecast.server.federation.operating.credentials import make_credentials
 
 pytestmark = pytest.mark.engine
 

@@ -23,7 +23,7 @@ import pytest
 
 from benchmarks.loopback.engine import Engine, EngineProblem, descendants, wait_for
 from prunecast.server.federation import Entry, Ledger
-from prunecast.server.federation.credentials import make_credentials
+from prunecast.server.federation.operating.credentials import make_credentials
 
 pytestmark = pytest.mark.engine
 

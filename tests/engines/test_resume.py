@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.loopback.engine import descendants, wait_for
 from prunecast.server.federation import Ledger, read_events
-from prunecast.server.federation.credentials import make_credentials
+from prunecast.server.federation.operating.credentials import make_credentials
 
 pytestmark = pytest.mark.engine
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prunecast.server.federation.ledger import Entry
+from prunecast.server.federation.reporting.ledger import Entry
 from prunecast.simulations.comparison import compared_rows
 from prunecast.simulations.network_profiles import (
     ClassSpec,

@@ -14,8 +14,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from asynchronous.task import net
-from prunecast.server import CompressedGrid, Policy
-from prunecast.server.federation.deadlines import staleness_weight
+from prunecast.server import CompressedGrid, Policy, staleness_weight
 
 app = ServerApp()
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from prunecast.common.text import first_line
 from prunecast.compression.onnx.bind import explain_names
 from prunecast.compression.onnx.graph import ExportedGraph, read_note, with_note
-from prunecast.compression.pruning.channels import ChannelPlan
 from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.repository.errors import RecipeError, RepositoryError
@@ -91,7 +91,7 @@ def export_module(
     import torch
 
     from prunecast.compression.onnx.export import export_cached
-    from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
+    from prunecast.compression.pruning.structure.narrowing import choose_channels, narrow_module
 
     try:
         with torch.random.fork_rng(devices=[]):

@@ -31,7 +31,7 @@ from prunecast.common.files import cache_folder
 from prunecast.common.npz import NpzArchive
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.lattice import STEPS, Steps
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.release.runtime import open_session
 from prunecast.compression.release.selftest import Arrays
@@ -184,7 +184,7 @@ class ReleaseRecipe:
         made = self.module()
         if self.removed is None:
             return made
-        from prunecast.compression.pruning.narrowing import fit_module
+        from prunecast.compression.pruning.structure.narrowing import fit_module
 
         return fit_module(made, self.removed)  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from prunecast.client.training import compression_mod
 from prunecast.client.training.store import NodeStore, StoreError
 from prunecast.common.files import StorageError
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from prunecast.client.training import trainer
 from prunecast.client.training.trainer import TensorBatches, TrainerError, evaluate, train
-from prunecast.compression.pruning.measuring import StatisticsMeter
 from prunecast.compression.pruning.statistics import ACTIVATION, GRADIENT, GROWTH, SENSITIVITY
+from prunecast.compression.pruning.training.measuring import StatisticsMeter
 
 
 def network() -> nn.Module:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunecast.compression.pruning.counting import count_operations
-from prunecast.compression.pruning.narrowing import choose_channels, narrow_module
 from prunecast.compression.pruning.operations import FLOAT32, INT8, Kept, Operations
+from prunecast.compression.pruning.structure.narrowing import choose_channels, narrow_module
 from prunecast.simulations.networks.attention import (
     language_model,
     lora_language_model,

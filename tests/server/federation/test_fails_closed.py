@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from prunecast.client.training import compression_mod
 from prunecast.compression.flower import CONTROL_RECORD, payload_of, payload_record
 from prunecast.compression.flower.internals import make_message
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.versions import Instruction, NodeReport
 from prunecast.server.federation import FederationError, NonFiniteModel, Policy, PolicyError
 from support.federation import (

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from prunecast.compression.onnx import ExportError
 from prunecast.compression.onnx.graph import ExportedGraph, save_graph
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.release.selftest import pack_arrays
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation import (

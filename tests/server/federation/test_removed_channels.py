@@ -31,9 +31,9 @@ from prunecast.client.training import compression_mod, current_channels
 from prunecast.client.training.client_app import LocalTraining, build_client_app
 from prunecast.client.training.store import NodeStore
 from prunecast.client.training.trainer import TensorBatches
-from prunecast.compression.pruning.channels import ChannelPlan, channels_beside
-from prunecast.compression.pruning.narrowing import fit_module
 from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.pruning.structure.channels import ChannelPlan, channels_beside
+from prunecast.compression.pruning.structure.narrowing import fit_module
 from prunecast.compression.versions import load_model
 from prunecast.server.federation import (
     AutomaticReleases,

@@ -32,7 +32,7 @@ from prunecast.server.federation import (
     read_events,
     server_app,
 )
-from prunecast.server.federation.layers import layers_in, samples_round
+from prunecast.server.federation.reporting.layers import layers_in, samples_round
 from prunecast.server.federation.wrapper import GridWrapper
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record

@@ -21,7 +21,7 @@ from faulty.task import (
     wait_for,
 )
 from prunecast.server import CompressedGrid, Deadlines, Policy
-from prunecast.server.federation.deadlines import gather
+from prunecast.server.federation.exchange.deadlines import gather
 
 app = ServerApp()
 

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 from prunecast.compression.flower import payload_of
 from prunecast.compression.flower.envelope import unpack
 from prunecast.compression.flower.internals import serialised_objects, uncached
-from prunecast.compression.pruning.channels import ChannelPlan
+from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.server.federation import CompressedGrid, Policy
 from prunecast.server.federation.wrapper import GridWrapper
 from tiny.task import initial

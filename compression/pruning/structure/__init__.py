@@ -1,0 +1,1 @@
+"""Plans of channels, heads and layers, and the modules that they leave."""

@@ -1,0 +1,1 @@
+"""Pruning of a torch module that trains: masks held, statistics measured; needs torch."""

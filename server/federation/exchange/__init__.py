@@ -1,0 +1,1 @@
+"""One exchange with nodes: what goes out, what comes back, and when a round is over."""

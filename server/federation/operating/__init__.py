@@ -1,0 +1,1 @@
+"""What operators of real machines need: keys, backups, and runs that are started again."""

@@ -1,0 +1,1 @@
+"""What is told of a run: the byte ledger, events, notices, charts by layer, nodes and metrics."""

@@ -1,0 +1,1 @@
+"""What a run keeps to go on from: checkpoints, and the state of each part as arrays and JSON."""

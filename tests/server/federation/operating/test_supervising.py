@@ -1,0 +1,167 @@
+"""A supervised run is submitted again as long as it fails, and no longer."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from prunecast.cli.main import app
+from prunecast.server.federation.operating.supervising import (
+    FlowerCommand,
+    SuperviseError,
+    supervise,
+)
+
+
+class SuperLink:
+    """Runs that end as they are told, on a clock of their own."""
+
+    def __init__(self, *ends: str, lasting: float = 20.0) -> None:
+        self.ends, self.lasting = list(ends), lasting
+        self.now, self.said, self.slept = 0.0, [], []  # type: ignore[var-annotated]
+        self.begun: dict[str, float] = {}
+
+    def submit(self) -> str:
+        if self.ends[len(self.begun)] == "refused":
+            self.ends.pop(len(self.begun))
+            raise SuperviseError("nobody listens")
+        run = str(len(self.begun))
+        self.begun[run] = self.now
+        return run
+
+    def status(self, run: str) -> str:
+        if self.now - self.begun[run] < self.lasting:
+            return "running"
+        end = self.ends[int(run)]
+        if end == "gone":
+            raise SuperviseError("nobody listens")
+        return end
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def supervise(self, **options: Any) -> list[str]:
+        runs = supervise(
+            self.submit, self.status, say=self.said.append, sleep=self.sleep,
+            clock=lambda: self.now, every=10.0, **options,
+        )  # fmt: skip
+        return [run.status for run in runs]
+
+
+def test_a_run_that_completes_is_submitted_once() -> None:
+    link = SuperLink("completed")
+    assert link.supervise() == ["completed"]
+    assert link.said == [
+        "run 0 submitted (number 1)",
+        "run 0 is running after 10 s",
+        "run 0 is completed after 20 s",
+    ]
+
+
+def test_a_failed_run_is_submitted_again_after_longer_and_longer_waits() -> None:
+    link = SuperLink("failed", "refused", "failed", "completed")
+    assert link.supervise(wait=5.0) == ["failed", "failed", "completed"]
+    assert [pause for pause in link.slept if pause != 10.0] == [5.0, 20.0]
+    assert 10.0 in link.slept
+    assert "run 0 failed: again in 5 s, 10 times at most" in link.said
+    assert "nobody listens: again in 10 s, 9 times at most" in link.said
+
+
+def test_after_a_long_run_the_waits_begin_anew() -> None:
+    link = SuperLink("failed", "failed", "completed", lasting=700.0)
+    assert link.supervise(wait=4.0) == ["failed", "failed", "completed"]
+    assert [pause for pause in link.slept if pause != 10.0] == [4.0, 4.0]
+
+
+def test_there_is_an_end_to_it() -> None:
+    link = SuperLink(*["failed"] * 9)
+    assert link.supervise(restarts=2) == ["failed"] * 3
+    assert link.said[-1] == "run 2 failed: after 2 restarts it is not submitted again"
+
+
+def test_a_run_that_was_stopped_is_left_alone() -> None:
+    assert SuperLink("stopped", "completed").supervise() == ["stopped"]
+
+
+def test_silence_is_borne_for_a_while() -> None:
+    link = SuperLink("gone")
+    with pytest.raises(SuperviseError, match=r"no answer for 60 s.*run 0 may go on"):
+        link.supervise(silent=60.0)
+    with pytest.raises(SuperviseError, match="nobody listens"):
+        SuperLink("refused", "refused", "completed").supervise(restarts=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["flwr", "list"], "give `flwr run"),
+        (["sh", "-c", "flwr run"], "give `flwr run"),
+        ([], "give `flwr run"),
+        (["flwr", "run", ".", "--stream"], "flwr log"),
+        (["flwr", "run", ".", "--format", "json"], "leave --format out"),
+    ],
+)
+def test_only_what_can_be_followed_is_supervised(command: list[str], told: str) -> None:
+    with pytest.raises(SuperviseError, match=told):
+        FlowerCommand(command)
+
+
+def flower(folder: Path, *ends: str) -> Path:
+    """A program `flwr` that notes how it is called, and whose runs end so one after the other."""
+    program = folder / "flwr"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, pathlib, sys\n"
+        f"folder, ends = pathlib.Path({str(folder)!r}), {list(ends)!r}\n"
+        "with open(folder / 'calls', 'a') as calls:\n"
+        "    calls.write(json.dumps(sys.argv[1:]) + '\\n')\n"
+        "number = len(list(folder.glob('run-*')))\n"
+        "if sys.argv[1] == 'run':\n"
+        "    if ends[number] == 'refused':\n"
+        "        print(json.dumps({'success': False, 'error-message': 'no such app'}))\n"
+        "        sys.exit(1)\n"
+        "    (folder / f'run-{number}').touch()\n"
+        "    print('Loading project configuration...')\n"
+        "    print(json.dumps({'success': True, 'run-id': str(10**18 + number)}))\n"
+        "else:\n"
+        "    print(json.dumps({'runs': [{'status': 'finished:' + ends[number - 1]}]}))\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return program
+
+
+def test_the_command_asks_flower_and_exits_as_the_run_ends(tmp_path: Path) -> None:
+    program = flower(tmp_path, "failed", "completed")
+    quick = ["--wait", "0", "--every", "0.1"]
+    given = ["run", "app", "site", "--run-config", 'resume="auto"']
+    done = CliRunner().invoke(
+        app, ["federation", "supervise", *quick, "--json", "--", str(program), *given]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["status"] == "completed"
+    assert [run["status"] for run in told["runs"]] == ["failed", "completed"]
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call for call in calls if call[0] == "run"] == [[*given, "--format", "json"]] * 2
+    assert calls[1] == ["list", "--format", "json", "site", "--run-id", str(10**18)]
+
+
+def test_the_command_exits_with_1_where_the_run_does_not_complete(tmp_path: Path) -> None:
+    quick = ["federation", "supervise", "--wait", "0", "--every", "0.1", "--restarts", "0", "--"]
+    for end, said in (("failed", "not submitted again"), ("stopped", "is stopped")):
+        folder = tmp_path / end
+        folder.mkdir()
+        done = CliRunner().invoke(app, [*quick, str(flower(folder, end)), "run"])
+        assert done.exit_code == 1
+        assert said in done.output
+    refused = flower(tmp_path, "refused")
+    done = CliRunner().invoke(app, [*quick, str(refused), "run"])
+    assert done.exit_code == 1
+    assert "flwr run: no such app" in done.output

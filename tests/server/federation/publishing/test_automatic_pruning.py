@@ -1,0 +1,421 @@
+"""Automatic pruning in a real federation: torch, nodes that train and evaluate, a resume."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from torch import nn
+
+from prunecast.client.training import compression_mod
+from prunecast.client.training.client_app import LocalTraining, build_client_app
+from prunecast.client.training.trainer import TensorBatches, evaluate
+from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.pruning.structure.channels import ChannelPlan
+from prunecast.server.federation import (
+    Checkpoint,
+    CheckpointError,
+    FederationError,
+    Policy,
+    PolicyError,
+    Run,
+    read_events,
+)
+from prunecast.server.federation.publishing.publisher import Publisher
+from prunecast.server.federation.shrinking import module_chooser
+from prunecast.simulations.runner.inprocess import InProcessGrid
+from support.federation import RUN_ID, initial_arrays, to_record
+
+AUTOMATIC = {
+    "pruning_schedule": "automatic", "pruning_tolerance": 0.01, "pruning_patience": 2,
+    "pruning_min_size": 100,
+}  # fmt: skip
+INPUTS, CLASSES, TOLD = 32, 4, 6
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(INPUTS, 64), nn.ReLU(), nn.Linear(64, CLASSES))
+
+
+def normalised(hidden: int = 64) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        layers = nn.Linear(INPUTS, hidden), nn.BatchNorm1d(hidden), nn.ReLU()
+        return nn.Sequential(*layers, nn.Linear(hidden, CLASSES))
+
+
+def counting() -> nn.Module:
+    made = normalised()
+    made[1] = nn.LayerNorm(64)
+    return made
+
+
+def examples(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes that follow from six of the 32 inputs alone, so that most weights can go."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(count, INPUTS)).astype(np.float32)
+    teacher = np.random.default_rng(0).normal(size=(TOLD, CLASSES))
+    return torch.from_numpy(inputs), torch.from_numpy((inputs[:, :TOLD] @ teacher).argmax(1))
+
+
+def app(store: Path, factory: Callable[[], nn.Module] = network) -> ClientApp:
+    def data(context: Context) -> tuple[TensorBatches, TensorBatches]:
+        inputs, targets = examples(int(context.node_id), 400)
+        held_out = examples(100 + int(context.node_id), 300)
+        return (
+            TensorBatches(inputs, targets, batch_size=20, shuffle=True),
+            TensorBatches(*held_out, batch_size=300),
+        )
+
+    settings = LocalTraining(learning_rate=0.05, device="cpu")
+    return build_client_app(
+        lambda context: factory(), data, settings, mods=[compression_mod(store)]
+    )
+
+
+def accuracy(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+    narrow = "1.running_mean" in arrays
+    module = normalised(arrays["0.weight"].shape[0]) if narrow else network()
+    module.load_state_dict(arrays.to_torch_state_dict())
+    found = evaluate(module, TensorBatches(*examples(99, 2000), batch_size=2000), device="cpu")
+    return MetricRecord({"loss": found.loss, "accuracy": found.accuracy})
+
+
+@pytest.fixture
+def trained(tmp_path: Path, one_thread: None) -> Callable[..., Any]:
+    def start(
+        policy: Policy,
+        rounds: int,
+        *,
+        by_server: bool = True,
+        start: Any = None,
+        name: str = "run",
+        factory: Callable[[], nn.Module] = network,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        nodes = app(tmp_path / f"{name}-nodes", factory)
+        inner = InProcessGrid(nodes, 2, run_id=RUN_ID + len(name))
+        run = Run(
+            inner,
+            FedAvg(fraction_evaluate=0.0 if by_server else 1.0),
+            policy=policy,
+            folder=tmp_path / name,
+            evaluate_fn=accuracy if by_server else None,
+            **options,
+        )
+        run.grid._poll_interval = 0.001
+        run.start(start or ArrayRecord(factory().state_dict()), num_rounds=rounds)
+        return list(read_events(tmp_path / name / "events.jsonl"))
+
+    return start
+
+
+def rounds_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == "round-finished"]
+
+
+def test_it_ends_within_its_tolerance_and_most_weights_are_gone(trained: Any) -> None:
+    rounds = rounds_of(trained(Policy(**AUTOMATIC), 28))
+    dense = [r for r in rounds if not r["masks"]]
+    assert 3 <= len(dense) < 20
+    found = [change for r in rounds for change in r["pruning"]]
+    raised = [c for c in found if c["what"] == "raised"]
+    lowered = [c for c in found if c["what"] == "lowered"]
+    assert raised
+    assert lowered  # it looked for the border
+    last = rounds[-1]
+    assert last["metrics"]["accuracy"] >= found[-1].get("reference", raised[-1]["reference"]) - 0.01
+    assert last["metrics"]["accuracy"] >= max(r["metrics"]["accuracy"] for r in dense) - 0.01
+    assert last["sparsity"] > 0.7
+
+
+def test_nodes_that_evaluate_tell_it_as_well(trained: Any) -> None:
+    rounds = rounds_of(trained(Policy(**AUTOMATIC, sparsity=0.5), 20, by_server=False))
+    assert max(r["sparsity"] for r in rounds) == pytest.approx(0.5, abs=0.02)  # the most it may
+    assert rounds[0]["sparsity"] == 0
+
+
+def test_the_lattice_is_coarsened_by_the_same_search(trained: Any) -> None:
+    policy = Policy(**AUTOMATIC, pruning_knobs=("lattice",), down_step=0.1)
+    rounds = rounds_of(trained(policy, 22))
+    levels = [c["levels"]["lattice"] for r in rounds for c in r["pruning"]]
+    assert levels[0] == 1
+    assert set(levels) <= {0, 1, 2, 3}
+    assert all(not r["masks"] for r in rounds)
+    assert rounds[-1]["metrics"]["accuracy"] >= rounds[5]["metrics"]["accuracy"] - 0.01
+
+
+CHANNELS = {
+    **AUTOMATIC, "pruning_knobs": ("channels", "sparsity"), "pruning_tolerance": 0.03,
+}  # fmt: skip
+
+
+def removals(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == "channels-removed"]
+
+
+def test_channels_are_tried_as_zeros_and_gone_once_the_search_has_settled(
+    trained: Any, tmp_path: Path
+) -> None:
+    chooser = module_chooser(normalised, lambda: torch.ones(2, INPUTS))
+    events = trained(Policy(**CHANNELS), 22, factory=normalised, channels=chooser)
+    rounds, (gone,) = rounds_of(events), removals(events)
+    levels = {r["round"]: c["levels"] for r in rounds for c in r["pruning"] if "levels" in c}
+    held = next(level["channels"] for at, level in levels.items() if at >= gone["round"] - 1)
+    assert gone["share"] == pytest.approx(2 ** (-held / 2))
+    assert 0 < held <= 4
+    assert max(level["channels"] for level in levels.values()) >= held
+    assert gone["round"] <= 18
+    for number, level in levels.items():  # nothing else is turned before they are gone
+        assert number >= gone["round"] or level["sparsity"] == 0
+        assert number < gone["round"] or level["channels"] == held
+    checkpoint = Checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")
+    hidden = checkpoint.arrays["0.weight"].shape[0]
+    assert hidden == pytest.approx(64 * gone["share"], abs=1)
+    assert checkpoint.arrays["1.running_var"].shape == (hidden,)
+    assert checkpoint.channels is not None
+    assert checkpoint.channels.share == pytest.approx(gone["share"])
+    assert checkpoint.tried == ()
+    measured = {r["round"]: r["metrics"]["accuracy"] for r in rounds}
+    first = min(number for number, level in levels.items() if level["channels"])
+    assert measured[gone["round"]] >= max(measured[n] for n in measured if n < first) - 0.03
+
+
+def test_what_held_is_gone_in_time_where_the_rounds_end_first(trained: Any) -> None:
+    chooser = module_chooser(normalised, lambda: torch.ones(2, INPUTS))
+    policy = Policy(**{**CHANNELS, "pruning_begin": 1, "pruning_end": 4})
+    events = trained(policy, 8, factory=normalised, channels=chooser)
+    (gone,) = removals(events)
+    assert gone["round"] == 4
+    assert gone["share"] < 1
+
+
+def test_recovery_is_told_at_the_end(trained: Any) -> None:
+    policy = Policy(
+        sparsity=0.9, pruning_schedule="iterative", pruning_steps=2, pruning_begin=4,
+        pruning_end=12, pruning_min_size=100,
+    )  # fmt: skip
+    events = trained(policy, 14)
+    first, second = events[-1]["recoveries"]
+    assert (first["begun"], first["ended"], first["last"]) == (4, 4, 7)
+    assert (second["begun"], second["ended"], second["last"]) == (8, 8, 14)
+    by_round = {r["round"]: r["metrics"] for r in rounds_of(events)}
+    for one in (first, second):
+        assert one["before"] == by_round[one["begun"] - 1]
+        assert one["pruned"] == by_round[one["ended"]]
+        assert one["after"] == by_round[one["last"]]
+        assert one["recovery_ratio"] == one["before"]["loss"] / one["after"]["loss"]
+        assert one["pruned"]["loss"] > one["after"]["loss"]
+
+
+# -- the publisher's part ------------------------------------------------------------------------
+
+
+def test_it_waits_for_a_metric_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Policy(**AUTOMATIC, pruning_begin=1, pruning_end=9)
+    publisher = Publisher(policy, b"s", policy.pruning())
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        model = publisher.publish({"w": rng.normal(size=(20, 30)).astype(np.float32)}).model
+        assert not model.masks()
+    assert caplog.text.count("Nobody measures a metric named *accuracy") == 1
+
+
+@pytest.mark.parametrize("at", [2, 5, 8, 11])
+def test_a_search_goes_on_after_a_resume_as_if_nothing_had_been(
+    at: int, federation: Any, tmp_path: Path
+) -> None:
+    policy = Policy(
+        **{**AUTOMATIC, "pruning_begin": 1, "pruning_end": 12},
+        pruning_knobs=("sparsity", "lattice"),
+        hysteresis=0.5,
+    )
+    rng = np.random.default_rng(4)
+    given = [
+        to_record({n: rng.normal(size=a.shape).astype("f4") for n, a in initial_arrays().items()})
+        for _ in range(14)
+    ]
+    values = [0.9, 0.9, 0.9, 0.9, 0.8, 0.8, 0.9, 0.895, 0.7, 0.7, 0.9, 0.9, 0.9, 0.9]
+
+    def publish(grid: Any, records: Any, measured: list[float]) -> list[Any]:
+        found = []
+        for record, value in itertools.zip_longest(records, measured):
+            found.append(grid.published(record))
+            if value is not None:
+                grid.note_metrics({"accuracy": value})
+        return found
+
+    whole, _, _ = federation(policy)
+    expected = publish(whole, given, values)
+    assert len({round(model.sparsity(), 2) for model in expected}) > 3
+    first, _, _ = federation(policy)
+    publish(first, given[:at], values[:at])  # the last was measured, too
+    first.checkpoint(given[at - 1]).save(tmp_path / "checkpoint.safetensors")
+    resumed, _, _ = federation(policy, run_id=77)
+    checkpoint = Checkpoint.load(tmp_path / "checkpoint.safetensors")
+    master = resumed.resume(checkpoint)
+    found = publish(resumed, [master, *given[at:]], [None, *values[at:]])
+    for one, other in zip(found, expected[at - 1 :], strict=True):
+        assert all((a == other.arrays()[n]).all() for n, a in one.arrays().items())
+    other, _, _ = federation(Policy(**AUTOMATIC), run_id=78)
+    with pytest.raises(CheckpointError, match="does not fit the policy"):
+        other.resume(checkpoint)
+
+
+SHAPES = {"a.weight": (8, 12), "a.bias": (8,), "bn.running_var": (8,), "b.weight": (40, 8)}
+
+
+def by_norm(master: Any, share: float, removed: ChannelPlan | None) -> ChannelPlan:
+    """A chooser without a module: the largest rows of a matrix, and what hangs together with it."""
+    rows = np.linalg.norm(master["a.weight"], axis=1)
+    kept = np.isin(np.arange(rows.size), np.argsort(-rows)[: round(share * 8)])
+    whole = {"a.weight": (kept, None), "a.bias": (kept,), "bn.running_var": (kept,)}
+    return ChannelPlan({**whole, "b.weight": (None, kept)})
+
+
+def masters(count: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(4)
+    return [
+        {name: np.abs(rng.normal(size=shape)).astype("f4") + 1 for name, shape in SHAPES.items()}
+        for _ in range(count)
+    ]
+
+
+def test_channels_on_trial_come_back_with_what_the_master_and_the_statistics_had() -> None:
+    policy = Policy(**{**CHANNELS, "pruning_begin": 1, "pruning_end": 12}, statistics_bits=0)
+    publisher = Publisher(policy, b"s", policy.pruning(20))
+    publisher.expect(20)
+    publisher.choose = by_norm
+    given, models = masters(9), []
+    for number, values in enumerate([0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.9, 0.9]):
+        if models:  # what comes back of zeros where updates travel dense, and of their statistics
+            zero = models[-1].model.arrays()["a.bias"] == 0
+            given[number]["a.weight"][zero] = 0
+            given[number]["bn.running_var"][zero] = 0.001
+        models.append(publisher.publish(given[number]))
+        publisher.pruner.measured.add(values, held_out=True)
+    shares = [round(8 - float((m.model.arrays()["a.bias"] == 0).sum())) for m in models]
+    assert shares[0] == 8
+    assert len(set(shares)) >= 3
+    for version, left, before in zip(models[1:], shares[1:], models, strict=False):
+        arrays = version.model.arrays()
+        zero = arrays["a.bias"] == 0
+        assert (arrays["a.weight"] == 0).all(1).tolist() == zero.tolist()
+        assert (arrays["b.weight"] == 0).all(0).tolist() == zero.tolist()
+        assert (version.master["a.weight"] > 0.9).all()  # the master keeps all
+        assert not version.model.masks()  # nodes hold no masks: no gradient reaches zeros
+        was = before.model.arrays()
+        dead = was["a.bias"] == 0
+        for name in ("a.weight", "bn.running_var"):
+            assert (version.master[name][dead] == before.master[name][dead]).all()
+        assert (arrays["bn.running_var"][dead] == was["bn.running_var"][dead]).all()
+        assert left in (8, 6, 5, 4, 3, 2)
+
+
+@pytest.mark.parametrize(("least", "left"), [(0.4, 4), (0.9, 8)])
+def test_a_level_that_no_plan_can_be_made_for_takes_no_further_channels(
+    least: float, left: int
+) -> None:
+    policy = Policy(**{**CHANNELS, "pruning_begin": 1, "pruning_end": 12})
+    publisher = Publisher(policy, b"s", policy.pruning())
+
+    def choose(master: Any, share: float, removed: ChannelPlan | None) -> ChannelPlan:
+        if share < least:
+            raise PlanError("a layer would vanish")
+        return by_norm(master, share, removed)
+
+    publisher.choose = choose
+    for master in masters(9):
+        model = publisher.publish(master).model
+        publisher.pruner.measured.add(0.9, held_out=True)
+    assert publisher.pruner.levels["channels"] == 4
+    assert np.count_nonzero(model.arrays()["a.bias"]) == left
+    settled = publisher.settled
+    assert (settled is None) == (left == 8)
+    assert settled is None or settled.share == 0.25
+
+
+@pytest.mark.parametrize("at", [3, 5, 7, 9, 11, 13])
+def test_a_search_for_channels_goes_on_after_a_resume_as_if_nothing_had_been(
+    at: int, federation: Any, tmp_path: Path
+) -> None:
+    policy = Policy(
+        **{**CHANNELS, "pruning_begin": 1, "pruning_end": 14, "pruning_min_size": 20},
+        hysteresis=0.5,
+    )
+    given = masters(16)
+    values = [0.9, 0.9, 0.9, 0.7, 0.7, 0.9, 0.7, 0.7, 0.9, 0.9, 0.9, 0.8, 0.8, 0.9, 0.9, 0.9]
+
+    def publish(grid: Any, arrays: Any, measured: list[float | None]) -> list[Any]:
+        grid.try_channels(by_norm)
+        grid.expect_rounds(20)
+        found = []
+        for one, value in zip(arrays, measured, strict=True):
+            left = grid.channels()
+            goes_on = left is None or value is None  # what is resumed is narrow
+            record = to_record(dict(one if goes_on else left.arrays(one)))
+            if value is not None and (plan := grid.settled_channels()) is not None:
+                record = grid.remove_channels(record, plan)
+            found.append((record, grid.published(record)))
+            if value is not None:
+                grid.note_metrics({"accuracy": value})
+        return found
+
+    whole, _, _ = federation(policy)
+    expected = publish(whole, given, values)
+    shapes = [model.tensors["a.weight"].shape[0] for _, model in expected]
+    zeros = [int((model.arrays()["a.bias"] == 0).sum()) for _, model in expected]
+    assert shapes[0] == 8 > shapes[-1]
+    assert max(zeros) > 0 == zeros[-1]
+    assert any(model.masks() for _, model in expected)  # sparsity's turn came
+    first, _, _ = federation(policy)
+    begun = publish(first, given[:at], values[:at])
+    first.checkpoint(begun[-1][0]).save(tmp_path / "checkpoint.safetensors")
+    resumed, _, _ = federation(policy, run_id=77)
+    checkpoint = Checkpoint.load(tmp_path / "checkpoint.safetensors")
+    resumed.resume(checkpoint)
+    found = publish(resumed, [checkpoint.arrays], [None])
+    found += publish(resumed, given[at:], values[at:])
+    for (_, one), (_, other) in zip(found, expected[at - 1 :], strict=True):
+        assert one.arrays().keys() == other.arrays().keys()
+        assert all(np.array_equal(a, other.arrays()[n]) for n, a in one.arrays().items())
+
+
+def test_channels_that_cannot_be_tried_are_refused(trained: Any, federation: Any) -> None:
+    with pytest.raises(FederationError, match=r"nobody says which.*module_chooser"):
+        trained(Policy(**CHANNELS), 20, factory=normalised)
+    chooser = module_chooser(normalised, lambda: torch.randn(2, INPUTS))
+    with pytest.raises(FederationError, match=r"as late as after round 20 of 20.*pruning-end"):
+        trained(Policy(**CHANNELS, pruning_end=20), 20, factory=normalised, channels=chooser)
+    chooser = module_chooser(counting, lambda: torch.randn(2, INPUTS))
+    with pytest.raises(PlanError, match=r"cannot be tried.*LayerNorm"):
+        trained(Policy(**CHANNELS), 20, factory=counting, channels=chooser)
+    grid, _, _ = federation(Policy(**CHANNELS))
+    with pytest.raises(FederationError, match=r"tries how many channels can go.*nobody says which"):
+        grid.published(to_record(initial_arrays()))
+    with pytest.raises(FederationError, match=r"of record 'other'.*pruning-records"):
+        grid.try_channels(by_norm, key="other")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"pruning_knobs": ("sparsity", "channels")}, "put channels first"),
+        ({"channels": 0.5, "channels_at": (2,)}, "leave out one of the two"),
+        ({"widths": {"small": 0.5}}, "leave channels out of prunecast.pruning-knobs"),
+        ({"down": "dense", "up": "dense"}, "'lattice'"),
+    ],
+)
+def test_a_policy_that_cannot_try_channels_is_refused(knobs: dict[str, Any], said: str) -> None:
+    with pytest.raises(PolicyError, match=said):
+        Policy(**{**CHANNELS, **knobs})
