@@ -55,6 +55,7 @@ class Way:
         criterion, allocation, schedule: names of the registries of `compression/pruning`.
         knobs: others of the policy.
         late: begin no sooner than gradual ways end.
+        end: part of the rounds by which pruning is over; the others are for recovery.
     """
 
     criterion: str
@@ -62,6 +63,7 @@ class Way:
     schedule: str
     knobs: Mapping[str, Any] = field(default_factory=dict)
     late: bool = False
+    end: float = _END
 
     def policy(self, sparsity: float, rounds: int) -> dict[str, Any]:
         """The knobs of its policy at a sparsity."""
@@ -71,7 +73,7 @@ class Way:
             "pruning_scope": self.allocation,
             "pruning_schedule": self.schedule,
             "pruning_begin": _BEGIN,
-            "pruning_end": max(_BEGIN + 1, round(_END * rounds)),
+            "pruning_end": max(_BEGIN + 1, round(self.end * rounds)),
             **self.knobs,
         }
         if self.late:
@@ -81,7 +83,8 @@ class Way:
     def text(self) -> str:
         """For people."""
         told = f"{self.criterion}, {self.allocation}, {self.schedule}"
-        return told + "".join(f", {name} = {value}" for name, value in self.knobs.items())
+        told += "".join(f", {name} = {value}" for name, value in self.knobs.items())
+        return told if self.end == _END else f"{told}, over by {100 * self.end:g} % of the rounds"
 
 
 WAYS: dict[str, Way] = {
@@ -93,18 +96,23 @@ WAYS: dict[str, Way] = {
     "one-shot": Way("magnitude", "erk", "one-shot", late=True),
     "static": Way("magnitude", "erk", "static", {"pruning_masks": "held"}),
     "dynamic": Way("magnitude", "erk", "static", {"pruning_masks": "dpf"}),
+    "growing": Way("magnitude", "erk", "static", {"pruning_masks": "feddst"}),
+    "short": Way("magnitude", "erk", "cubic", end=0.8),
+    "short-one-shot": Way("magnitude", "erk", "one-shot", late=True, end=0.8),
 }
 """Those that are measured unless others are named.
 
 The one-shot way prunes when the gradual ones are over, so that all have as many rounds to recover;
-the static and the dynamic one are sparse from the first version on, and differ in that masks stay
-or follow the master.
+the two short ones leave few of them. Static, dynamic and growing ones are sparse from the first
+version on, and differ in that masks stay, follow the master, or drop and grow by clients' votes.
 """
 
 ORDERINGS = (
     ("ERK above uniform", "erk", "uniform"),
     ("dynamic above static", "dynamic", "static"),
+    ("drop and grow above static", "growing", "static"),
     ("gradual above one-shot", "erk", "one-shot"),
+    ("gradual above one-shot, little recovery", "short", "short-one-shot"),
 )
 """What is known to hold: its name, the better way and the worse one."""
 
