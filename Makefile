@@ -19,6 +19,9 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export ORT_DISABLE_TELEMETRY ?= 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION ?= 1
 
+# Tests start hundreds of processes, and each would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-fast test-engine test-flower bench-headline bench-pruning gpu-check lint format proto fuzz fuzz-corpus clean
 .DEFAULT_GOAL := help
 

@@ -31,7 +31,6 @@ if not __package__:
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 from benchmarks.harness.report import machine
 from prunecast.client.training import trainer
@@ -116,6 +115,8 @@ def masks(model: nn.Module) -> dict[str, np.ndarray[Any, np.dtype[np.bool_]]]:
 
 def check_trainer(device: str, *, compiled: bool) -> dict[str, Any]:
     """Train in both half precisions; weights off the mask stay exactly zero."""
+    from torch._dynamo.utils import counters  # seconds to import, for what compiles
+
     inputs, labels = data(2048 if device == "cuda" else 256)
     found: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float16):

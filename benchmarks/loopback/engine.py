@@ -21,7 +21,7 @@ from .relay import Relay, running_relay
 
 __all__ = ["Engine", "EngineProblem", "FinishedRun", "engine_in", "relayed", "unused_port"]
 
-START_SECONDS = 60
+START_SECONDS = COMMAND_SECONDS = 180  # of machines that do much else
 RUN_SECONDS = 240
 
 
@@ -111,8 +111,10 @@ class Engine:
 
         wait_for(ready, START_SECONDS, f"{name} to listen on port {port}")
 
-    def flwr(self, *arguments: str, cwd: Path | None = None) -> str:
-        """Output of a `flwr` command."""
+    def flwr(
+        self, *arguments: str, cwd: Path | None = None, seconds: float = COMMAND_SECONDS
+    ) -> str:
+        """Output of a `flwr` command, which has `seconds` to end."""
         result = subprocess.run(
             [executable("flwr"), *arguments],
             env=self.env,
@@ -120,7 +122,7 @@ class Engine:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=START_SECONDS,
+            timeout=seconds,
         )
         if result.returncode:
             raise EngineProblem(
@@ -138,8 +140,13 @@ class Engine:
             run: dict[str, Any] = details["runs"][0]
             return run if run["status"].startswith("finished") else None
 
-        # every look starts a Python process, which the run's own processes would have to wait for
-        details = wait_for(finished, seconds, f"run {run_id} to finish", every=3)
+        deadline = time.monotonic() + seconds
+        # one process waits for the end; each look at the status would start another, for which
+        # the run's own processes would have to wait
+        with contextlib.suppress(EngineProblem, subprocess.TimeoutExpired):
+            self.flwr("log", run_id, "--stream", seconds=seconds)
+        left = max(deadline - time.monotonic(), 1)
+        details = wait_for(finished, left, f"run {run_id} to finish", every=3)
         log = self.flwr("log", run_id, "--show")
         if details["status"] != "finished:completed":
             raise EngineProblem(f"{details}\n{log}")

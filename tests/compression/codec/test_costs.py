@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,12 @@ def cases() -> dict[str, tuple[Tensors, Context]]:
 
 
 CASES = cases()
-PAYLOADS = {name: encode(tensors, context=context) for name, (tensors, context) in CASES.items()}
+
+
+@cache
+def payload_of(name: str) -> bytes:
+    tensors, context = CASES[name]
+    return encode(tensors, context=context)
 
 
 def measured(tensors: Tensors, context: Context | None = None) -> tuple[bytes, PayloadCosts]:
@@ -100,8 +106,8 @@ def check_sums(payload: bytes, costs: PayloadCosts) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_sums_are_exact(name: str) -> None:
     tensors, context = CASES[name]
-    costs = measure_costs(PAYLOADS[name], context=context)
-    check_sums(PAYLOADS[name], costs)
+    costs = measure_costs(payload_of(name), context=context)
+    check_sums(payload_of(name), costs)
     assert list(costs.tensors) == list(tensors)
     for key, q in tensors.items():
         assert costs.tensors[key].spec == TensorSpec(q.dtype, q.shape)
@@ -124,7 +130,7 @@ def test_sums_are_exact_whatever_the_tensors(tensors: Tensors) -> None:
 
 @pytest.mark.parametrize("name", ["lanes", "sparse lanes", "phases", "floats"])
 def test_own_segments_are_exact(name: str) -> None:
-    payload, context = PAYLOADS[name], CASES[name][1]
+    payload, context = payload_of(name), CASES[name][1]
     costs = measure_costs(payload, context=context)
     opened = open_payload(payload, context=context)
     body, index = opened._body, opened._index
@@ -146,8 +152,8 @@ def test_the_layouts_bytes_are_those_it_adds(name: str) -> None:
     tensors, _ = CASES[name]
     layout = {k: TensorSpec(q.dtype, q.shape) for k, q in tensors.items()}
     without = len(encode(tensors, context=Context(layout=layout))) - 4  # the context's tag
-    costs = measure_costs(PAYLOADS[name])
-    assert abs(costs.sections["layout"] - (len(PAYLOADS[name]) - without)) <= 2
+    costs = measure_costs(payload_of(name))
+    assert abs(costs.sections["layout"] - (len(payload_of(name)) - without)) <= 2
 
 
 def test_names_are_charged_to_their_tensors() -> None:
@@ -208,20 +214,20 @@ def test_shares_do_not_depend_on_the_order(density: float) -> None:
 
 
 def test_what_the_envelope_says_needs_no_context() -> None:
-    payload = PAYLOADS["delta"]
+    payload = payload_of("delta")
     said = outline_payload(payload)
     assert said.needs == ("layout", "previous")
     assert said.nbytes == len(payload) == payload_length(payload[:16])
     assert said.version == (2, 0)
     assert said.context_tag == CASES["delta"][1].digest[:4]
-    assert outline_payload(PAYLOADS["lanes"]).needs == ()
+    assert outline_payload(payload_of("lanes")).needs == ()
     with pytest.raises(ContextMismatch, match=r"layout \+ previous"):
         measure_costs(payload)
 
 
-@pytest.mark.parametrize("name", PAYLOADS)
+@pytest.mark.parametrize("name", CASES)
 def test_truncated_envelopes_are_refused(name: str) -> None:
-    payload = PAYLOADS[name]
+    payload = payload_of(name)
     for cut in range(min(len(payload), 40)):
         with pytest.raises(CodecError):
             outline_payload(payload[:cut])
@@ -233,8 +239,8 @@ def test_truncated_envelopes_are_refused(name: str) -> None:
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_mutated_payloads(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from([n for n in PAYLOADS if len(PAYLOADS[n]) > 40]))
-    payload, context = PAYLOADS[name], CASES[name][1]
+    name = data.draw(st.sampled_from([n for n in CASES if len(payload_of(n)) > 40]))
+    payload, context = payload_of(name), CASES[name][1]
     mutated = bytearray(payload)
     near = st.integers(12, min(len(payload) - 5, 300))
     for _ in range(data.draw(st.integers(1, 3))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ from prunecast.compression.codec import (
 )
 
 CORPUS = sorted((Path(oracle.__file__).parent / "corpus").iterdir())
-SEEDS = seeds.seeds()
+
+
+@cache
+def real_payloads() -> list[bytes]:
+    return seeds.seeds()
 
 
 def test_no_input_of_the_corpus_breaks_a_promise() -> None:
@@ -52,8 +57,8 @@ def test_no_input_of_the_corpus_breaks_a_promise() -> None:
 
 
 def test_real_payloads_of_every_mode_pass() -> None:
-    assert len(SEEDS) > 150
-    for number, data in enumerate(SEEDS):
+    assert len(real_payloads()) > 150
+    for number, data in enumerate(real_payloads()):
         outcome = check(data, thorough=number % 4 == 0, trace=number % 8 == 0)
         assert outcome.result == "decoded"
 
@@ -92,14 +97,14 @@ def raising(error: Exception, cause: Exception | None = None) -> Callable[..., A
 def test_the_oracle_sees_a_broken_decoder(
     monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Any], says: str
 ) -> None:
-    data = next(d for d in SEEDS if Mode.of(d[0]) == Mode(1))
+    data = next(d for d in real_payloads() if Mode.of(d[0]) == Mode(1))
     monkeypatch.setattr(oracle, "decode", broken)
     with pytest.raises(Finding, match=says):
         check(data)
 
 
 def test_the_oracle_sees_values_that_do_not_survive(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = next(d for d in SEEDS if Mode.of(d[0]) == Mode(1))
+    data = next(d for d in real_payloads() if Mode.of(d[0]) == Mode(1))
     monkeypatch.setattr(oracle, "encode", lambda t, **k: encode({n: 0 * v for n, v in t.items()}))
     with pytest.raises(Finding, match="encoded again"):
         check(bytes([Mode(0).byte]) + encode({"w": np.arange(5)}), thorough=True)
@@ -112,7 +117,7 @@ def test_the_oracle_sees_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         np.zeros(16 << 20, np.uint8)
         return decode(payload, **known)
 
-    data = next(d for d in SEEDS if Mode.of(d[0]) == Mode(1))
+    data = next(d for d in real_payloads() if Mode.of(d[0]) == Mode(1))
     monkeypatch.setattr(oracle, "decode", greedy)
     with pytest.raises(Finding, match="bytes of memory"):
         check(data, trace=True)
@@ -141,7 +146,7 @@ def test_the_oracle_sees_what_depends_on_the_order(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_recorded_head_plays_back_to_itself() -> None:
-    for data in SEEDS:
+    for data in real_payloads():
         context = CONTEXTS[Mode.of(data[0]).context]
         ops = record(data[1:], context, TIGHT)
         head, _ = sections(data[1:])
@@ -172,10 +177,10 @@ def test_mutations_keep_the_envelope_intact() -> None:
 
     broken, same, deep = 0, 0, 0
     for seed in range(600):
-        data = rng.choice(SEEDS)
+        data = rng.choice(real_payloads())
         made = mutate(data, 1024, seed, engine)
         if seed % 3 == 0:
-            made = cross(data, rng.choice(SEEDS), 1024, seed)
+            made = cross(data, rng.choice(real_payloads()), 1024, seed)
         assert len(made) <= 1024
         same += made == data
         result = check(made).result

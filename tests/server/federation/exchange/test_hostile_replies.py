@@ -38,7 +38,8 @@ from prunecast.compression.versions import (
     encode_keyframe,
     encode_update,
 )
-from prunecast.server.federation import Policy, inbound
+from prunecast.server.federation import Policy
+from prunecast.server.federation.exchange import inbound
 from prunecast.server.federation.exchange.checks import misfits
 from prunecast.server.federation.exchange.outbound import Batch, Prepared
 from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
