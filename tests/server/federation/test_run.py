@@ -543,7 +543,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing(
 def test_an_event_names_a_bounded_number_of_failed_nodes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("prunecast.server.federation.run._NAMED", 2)
+    monkeypatch.setattr("prunecast.server.federation.rounds._NAMED", 2)
     heard: list[Any] = []
     broken = InProcessGrid(ClientApp(), 3, run_id=RUN_ID)
     with pytest.raises(NodesFailed):
