@@ -12,7 +12,7 @@ from prunecast.compression.flower.internals import legacy_arrays, legacy_paramet
 from prunecast.compression.versions import LatticeTensor
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.exchange.grid import CompressedGrid
-from prunecast.server.federation.publishing.publisher import Version
+from prunecast.server.federation.publishing.version import Version
 
 __all__ = ["SecureStrategy"]
 

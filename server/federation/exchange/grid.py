@@ -14,7 +14,7 @@ from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.exchange.channels import ChannelExchange
 from prunecast.server.federation.publishing.progress import measured_in
-from prunecast.server.federation.publishing.publisher import Version
+from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.notices import uncodable
 from prunecast.server.federation.state.checkpoints import Checkpoint
 from prunecast.server.federation.state.stream_state import grid_state, know_nodes, put_grid

@@ -31,7 +31,7 @@ from prunecast.server.federation.exchange.deadlines import Deadlines, staleness_
 from prunecast.server.federation.exchange.lazy import LazyArray
 from prunecast.server.federation.exchange.outbound import Batch, Prepared
 from prunecast.server.federation.exchange.receiving import Received, Receiver
-from prunecast.server.federation.publishing.publisher import Version
+from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.ledger import Entry
 
 __all__ = ["LateReplies", "moved"]

@@ -33,7 +33,8 @@ from prunecast.server.federation.exchange.packing import pack_together
 from prunecast.server.federation.exchange.receiving import Received, Receiver, refuse
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publishing.participation import trains
-from prunecast.server.federation.publishing.publisher import Publisher, Streams
+from prunecast.server.federation.publishing.publisher import Publisher
+from prunecast.server.federation.publishing.streams import Streams
 from prunecast.server.federation.reporting.layers import LayerSamples
 from prunecast.server.federation.reporting.ledger import Entry, Ledger
 from prunecast.server.federation.reporting.notices import Notices

@@ -51,7 +51,8 @@ from prunecast.server.federation.exchange.lazy import largest_of
 from prunecast.server.federation.exchange.overlap import Overlap
 from prunecast.server.federation.publishing.budgets import Budget
 from prunecast.server.federation.publishing.participation import rule_for, trains
-from prunecast.server.federation.publishing.publisher import NodeState, Streams, Version
+from prunecast.server.federation.publishing.streams import NodeState, Streams
+from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.ledger import Entry
 from prunecast.server.federation.reporting.notices import uncodable
 

@@ -26,7 +26,7 @@ from prunecast.server.federation.exchange.lazy import LazyArray
 from prunecast.server.federation.reporting.ledger import Entry
 
 if TYPE_CHECKING:
-    from prunecast.server.federation.publishing.publisher import Version
+    from prunecast.server.federation.publishing.version import Version
 
 __all__ = ["Overlap"]
 

@@ -48,7 +48,9 @@ from prunecast.server.federation.exchange.outbound import Prepared
 from prunecast.server.federation.exchange.overlap import Overlap
 from prunecast.server.federation.publishing.classes import class_of, foreign_format, parse_classes
 from prunecast.server.federation.publishing.progress import measured_in
-from prunecast.server.federation.publishing.publisher import NodeState, Publisher, Streams, Version
+from prunecast.server.federation.publishing.publisher import Publisher
+from prunecast.server.federation.publishing.streams import NodeState, Streams
+from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.ledger import Entry
 from prunecast.server.federation.reporting.notices import Notices, uncodable
 

@@ -22,14 +22,10 @@ from prunecast.compression.flower.chains import changed, encode_chain
 from prunecast.compression.pruning.plan import PruningPlan
 from prunecast.compression.pruning.statistics import Statistics
 from prunecast.compression.schemes.layout import State, layout_of
-from prunecast.compression.versions import (
-    Kind,
-    PublishedModel,
-    RawTensor,
-    short,
-)
+from prunecast.compression.versions import Kind, PublishedModel, RawTensor, short
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.publishing.publisher import EncodedPayload, Publisher, Version
+from prunecast.server.federation.publishing.publisher import Publisher
+from prunecast.server.federation.publishing.version import EncodedPayload, Version
 
 __all__ = ["Link", "SchemePublisher"]
 

@@ -34,8 +34,10 @@ from prunecast.server.federation.publishing.budgets import Budget
 from prunecast.server.federation.publishing.classes import Treatment
 from prunecast.server.federation.publishing.history import Coded, History
 from prunecast.server.federation.publishing.pruner import MaskState, Pruner
-from prunecast.server.federation.publishing.publisher import NodeState, Publisher, Streams, Version
+from prunecast.server.federation.publishing.publisher import Publisher
 from prunecast.server.federation.publishing.scheme_publisher import Link, SchemePublisher
+from prunecast.server.federation.publishing.streams import NodeState, Streams
+from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.publishing.widths import Slices
 
 __all__ = ["grid_state", "know_nodes", "put_grid"]

@@ -52,7 +52,7 @@ from prunecast.server.federation import (
     server_app,
 )
 from prunecast.server.federation.exchange.overlap import Overlap
-from prunecast.server.federation.publishing.publisher import Version
+from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.publishing.widths import leading_slices
 from prunecast.server.federation.reporting.ledger import Entry
 from prunecast.server.federation.run import initial_arrays

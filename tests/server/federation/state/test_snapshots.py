@@ -16,8 +16,8 @@ from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.versions import Capabilities, LatticeTensor, PublishedModel, RawTensor
 from prunecast.server.federation import Checkpoint, CheckpointError, CompressedGrid, Policy
 from prunecast.server.federation.publishing.classes import Treatment
-from prunecast.server.federation.publishing.publisher import NodeState
 from prunecast.server.federation.publishing.scheme_publisher import SchemePublisher
+from prunecast.server.federation.publishing.streams import NodeState
 from prunecast.server.federation.state import stream_state as fields
 from prunecast.server.federation.state.checkpoints import newest_checkpoint, save_newest
 from prunecast.server.federation.state.snapshots import Packer, Unpacker, Unstorable, fingerprint
