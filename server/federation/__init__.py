@@ -11,7 +11,8 @@ from prunecast.server.federation.errors import (
 )
 from prunecast.server.federation.exchange.deadlines import Deadlines
 from prunecast.server.federation.exchange.grid import CompressedGrid
-from prunecast.server.federation.policy import PRESETS, Policy
+from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.presets import PRESETS
 from prunecast.server.federation.releasing import AutomaticReleases, ReleaseRule
 from prunecast.server.federation.reporting.events import read_events
 from prunecast.server.federation.reporting.ledger import Entry, Ledger, Tally, Totals

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunecast.common.text import bytes_of
+from prunecast.compression.pruning.statistics import GROWTH, VOTES
 from prunecast.compression.schemes.interface import Option
 from prunecast.server.federation.errors import PolicyError
 
 __all__ = [
     "BUDGETS",
+    "GROWN_BY",
     "PREFIX",
     "SIZES",
+    "WHOLE",
     "check_type",
     "coerced",
     "default_of",
@@ -30,6 +33,12 @@ BUDGETS = ("budget_round", "budget_node", "budget_run")
 
 SIZES = ("history_bytes", *BUDGETS)
 """Knobs in bytes, which may be stated as text: "2 MB"."""
+
+WHOLE = "whole"
+"""What nodes are called together that state no width class: they train all of the model."""
+
+GROWN_BY = {"rigl": GROWTH, "feddst": VOTES}
+"""Ways in which masks move between pruning events, and the statistic that each asks nodes for."""
 
 _ROUNDS = ("channels_at",)  # lists of numbers; all others are of name patterns
 

@@ -1,15 +1,13 @@
-"""What the server may trade for bytes: presets and knobs."""
+"""What the server may trade for bytes."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
 from logging import WARNING
 from typing import Any
 
@@ -28,52 +26,34 @@ from prunecast.compression.pruning.schedules import (
     SCHEDULES,
     IterativeSchedule,
 )
-from prunecast.compression.pruning.statistics import GROWTH, VOTES
 from prunecast.compression.schemes import SchemeError
 from prunecast.compression.schemes.interface import Option, Scheme
 from prunecast.compression.schemes.registry import SCHEMES, scheme
 from prunecast.compression.versions import UpdateRule, is_statistic
-from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 from prunecast.server.federation.errors import PolicyError
+from prunecast.server.federation.knob_rules import rules
 from prunecast.server.federation.knobs import (
-    BUDGETS,
     PREFIX,
     SIZES,
     check_type,
     coerced,
     default_of,
     in_bytes,
+    key_of,
+    refused,
 )
-from prunecast.server.federation.knobs import key_of as _key
-from prunecast.server.federation.knobs import refused as _refused
+from prunecast.server.federation.presets import PRESETS
 from prunecast.server.federation.publishing.budgets import Limits
-from prunecast.server.federation.publishing.classes import parse_classes
 
-__all__ = ["GROWN_BY", "PRESETS", "WHOLE", "Policy"]
-
-WHOLE = "whole"
-"""What nodes are called together that state no width class: they train all of the model."""
-
-GROWN_BY = {"rigl": GROWTH, "feddst": VOTES}
-"""Ways in which masks move between pruning events, and the statistic that each asks nodes for."""
+__all__ = ["Policy"]
 
 _PART = 0.7  # of the rounds, by which pruning is over where it follows learning
-_NEAR = 1e-6  # a sparsity to that of a pattern
 _LEAST = 3  # rounds from the last dense model to the sparsest
 _UNKNOWN = 25  # round by which it is over where nobody says how many there are
 _MOST = 0.98  # sparsity that the automatic schedule goes up to at most, unless one is given
 _SEARCHED = 0.85  # of the rounds, by which it tries no more
-_STEP = "give a number of 0 or above, such as {}; 0 is exact"
 _LOWER = ("loss", "error", "perplexity", "mse", "rmse", "mae")  # metrics of which less is better
 _FEEDBACK = {"error_feedback": bool, "accumulate": bool, "momentum": float}  # of schemes
-_CLASS = "[a-z0-9_-]{1,64}"
-_NAMED: dict[str, Mapping[str, Any]] = {
-    "pruning_scope": ALLOCATIONS,
-    "pruning_criterion": CRITERIA,
-    "pruning_schedule": {**SCHEDULES, AUTOMATIC: None},
-    "pruning_recalibrate": dict.fromkeys(("never", "events", "always")),
-    "pruning_masks": dict.fromkeys(("auto", "dpf", "held", *GROWN_BY)),
-}
 
 
 @dataclass(frozen=True)
@@ -145,253 +125,16 @@ class Policy:
         try:
             fixed = self._fixed
         except ValueError as error:
-            raise _refused("pruning_pattern", self.pruning_pattern, str(error)) from error
-        try:
-            treatments = [one.treatment for one in parse_classes(self.classes)]
-        except ValueError as error:
-            raise _refused("classes", dict(self.classes), str(error)) from error
-        schemes = ", ".join(map(repr, ("lattice", "dense", *SCHEMES)))
-        lattice, down = self.down == "lattice", _key("down")
-        for name, fits, remedy in (
-            ("down", self.down in ("lattice", "dense", *SCHEMES), f"choose one of {schemes}"),
-            ("up", self.up in ("lattice", "dense", *SCHEMES), f"choose one of {schemes}"),
-            (
-                "up",
-                lattice or self.up != "lattice",
-                f"it needs {down} = 'lattice'; choose 'dense' or a scheme",
-            ),
-            (
-                "sparsity",
-                not (self.sparsity and fixed) or abs(self.sparsity - fixed) < _NEAR,
-                f"{_key('pruning_pattern')} = {self.pruning_pattern!r} comes to {fixed:g}: give "
-                "that, or 0",
-            ),
-            (
-                "pruning_pattern",
-                not fixed or self.pruning_scope == "layer",
-                f"it is the same sparsity for every tensor: set {_key('pruning_scope')} = 'layer'",
-            ),
-            ("pruning_pattern", lattice or not fixed, f"pruning needs {down} = 'lattice'"),
-            ("sparsity", lattice or not self.sparsity, f"pruning needs {down} = 'lattice'"),
-            (
-                "pruning_schedule",
-                lattice or not self.is_automatic,
-                f"it needs {down} = 'lattice'",
-            ),
-            (
-                "up_options",
-                self.up in SCHEMES or not self.up_options,
-                f"they belong to a scheme: set {_key('up')}",
-            ),
-            (
-                "down_options",
-                self.down in SCHEMES or not self.down_options,
-                f"they belong to a scheme: set {_key('down')}",
-            ),
-            ("down_step", 0 <= self.down_step < math.inf, _STEP.format("0.1")),
-            (
-                "vector_step",
-                0 < self.vector_step < math.inf,
-                "give a number above 0, such as 0.025",
-            ),
-            ("hysteresis", 0.5 <= self.hysteresis <= 1, "give a number from 0.5 to 1"),
-            ("up_step", 0 <= self.up_step < math.inf, _STEP.format("3.0")),
-            ("up_floor", 0 <= self.up_floor < math.inf, "give 0 or more"),
-            ("dead_zone", 0.5 <= self.dead_zone <= 1, "give a number from 0.5 to 1"),
-            (
-                "sparsity",
-                0 <= self.sparsity < 1,
-                "give the fraction of zeros, 0 or above and below 1",
-            ),
-            (
-                "sparsity",
-                self.down_step > 0 or not self.target,
-                f"pruning needs a lattice: set {_key('down_step')} above 0, or "
-                f"{_key('sparsity')} = 0" + f" and {_key('pruning_pattern')} = ''" * bool(fixed),
-            ),
-            (
-                "pruning_recalibrate",
-                lattice or self.pruning_recalibrate == "never",
-                f"it needs {down} = 'lattice'",
-            ),
-            (
-                "pruning_recalibrate",
-                not self.widths or self.pruning_recalibrate == "never",
-                f"nodes of other widths have other statistics: leave out {_key('widths')}",
-            ),
-            *self._structures(),
-            (
-                "channels_at",
-                min(self.channels, self.heads, self.layers) < 1 or not self.channels_at,
-                f"say which share of the channels remains: {_key('channels')}, such as 0.5",
-            ),
-            (
-                "channels_at",
-                all(a < b for a, b in pairwise((0, *self.channels_at))),
-                "give rounds of 1 or more, ascending",
-            ),
-            ("widths", lattice or not self.widths, f"it needs {down} = 'lattice'"),
-            (
-                "widths",
-                not self.widths or self.up in ("lattice", "dense"),
-                f"slices come back as updates of theirs: set {_key('up')} = 'lattice'",
-            ),
-            (
-                "widths",
-                all(
-                    isinstance(share, int | float) and 0 < share < 1
-                    for share in self.widths.values()
-                ),
-                "give each class the share of the channels that it trains, above 0 and below 1: "
-                "small=0.25, medium=0.5",
-            ),
-            (
-                "widths",
-                all(re.fullmatch(_CLASS, name) and name != WHOLE for name in self.widths),
-                f"name classes by a-z 0-9 _ -, and none {WHOLE!r}: so are called the nodes of none",
-            ),
-            (
-                "widths",
-                not (self.widths and self.tries_channels),
-                f"slices are of the whole model: leave channels out of {_key('pruning_knobs')}",
-            ),
-            ("classes", lattice or not self.classes, f"it needs {down} = 'lattice'"),
-            (
-                "classes",
-                all(re.fullmatch(_CLASS, name) for name in self.classes),
-                "name classes by a-z 0-9 _ -",
-            ),
-            (
-                "classes",
-                self.up == "lattice" or all(one.steps == 1 for one in treatments),
-                f"steps are of updates on the lattice: set {_key('up')} = 'lattice'",
-            ),
-            (
-                "classes",
-                not any(one.dense for one in treatments)
-                or (self.channels == 1 and not self.widths and not self.tries_channels),
-                "a node that reads nothing but dense arrays is told no channels: keep them all",
-            ),
-            (
-                "pruning_knobs",
-                not (self.channels_at and self.tries_channels),
-                f"channels go by {_key('channels_at')} or are searched: leave out one of the two",
-            ),
-            (
-                "pruning_knobs",
-                not self.tries_channels or self.pruning_knobs[0] == "channels",
-                "put channels first: what else is pruned is a part of what they leave",
-            ),
-            ("pruning_seed", self.pruning_seed >= 0, "give 0 or more"),
-            ("pruning_begin", self.pruning_begin >= 0, "give 0 or more"),
-            ("pruning_min_size", self.pruning_min_size >= 0, "give 0 or more"),
-            ("pruning_steps", self.pruning_steps >= 1, "give 1 or more"),
-            ("pruning_interval", self.pruning_interval >= 1, "give 1 or more"),
-            ("pruning_regrow", 0 < self.pruning_regrow <= 0.5, "give a share up to 0.5, above 0"),
-            (
-                "pruning_pattern",
-                not self.pruning_pattern or self.mask_rule not in GROWN_BY,
-                f"single weights move: set {_key('pruning_masks')} = 'held' or 'dpf'",
-            ),
-            ("pruning_tolerance", 0 <= self.pruning_tolerance < math.inf, "give 0 or more"),
-            ("pruning_patience", self.pruning_patience >= 1, "give 1 or more"),
-            ("pruning_metric", bool(self.pruning_metric), "name what evaluation measures"),
-            (
-                "pruning_knobs",
-                0 < len(self.pruning_knobs) == len(set(self.pruning_knobs) & set(KNOBS)),
-                f"choose among {', '.join(map(repr, KNOBS))}, each at most once",
-            ),
-            (
-                "pruning_pattern",
-                not (fixed and self.is_automatic),
-                f"what it removes is fixed: choose blocks, or another {_key('pruning_schedule')}",
-            ),
-            (
-                "pruning_knobs",
-                self.down_step > 0 or not self.is_automatic,
-                f"a search needs a lattice: set {_key('down_step')} above 0",
-            ),
-            (
-                "pruning_rewind",
-                0 <= self.pruning_rewind <= self.pruning_begin,
-                f"give a round up to {_key('pruning_begin')} = {self.pruning_begin}, after which "
-                "no model is dense; 0 for none",
-            ),
-            (
-                "pruning_rewind",
-                not self.pruning_rewind or self.mask_rule != "dpf",
-                f"masks that follow the weights would be lost: set {_key('pruning_masks')} = "
-                "'held'",
-            ),
-            (
-                "statistics_bits",
-                0 <= self.statistics_bits <= MOST_STATISTICS_BITS,
-                f"give 0 to {MOST_STATISTICS_BITS} bits of mantissa, such as 6; 0 is exact",
-            ),
-            *(
-                (name, getattr(self, name) >= 0, "give bytes, such as '2 MB', or 0 for no limit")
-                for name in BUDGETS
-            ),
-            *(
-                (name, not getattr(self, name) or fits, remedy)
-                for name in BUDGETS
-                for fits, remedy in (
-                    (
-                        lattice and self.up == "lattice" and self.down_step > 0 < self.up_step,
-                        f"it moves the steps: set {down} = {_key('up')} = 'lattice', and "
-                        f"{_key('down_step')} and {_key('up_step')} above 0",
-                    ),
-                    (
-                        not (self.is_automatic and "lattice" in self.pruning_knobs),
-                        f"both would move the lattice: leave it out of {_key('pruning_knobs')}",
-                    ),
-                )
-            ),
-            ("lazy", 0 <= self.lazy < math.inf, "give 0 or more, such as 1.5; 0: never"),
-            (
-                "lazy",
-                not self.lazy or (self.up == "lattice" and self.error_feedback),
-                f"what is not sent is kept by error feedback: set {_key('up')} = 'lattice' and "
-                f"{_key('error_feedback')} = true",
-            ),
-            (
-                "lazy",
-                not (self.lazy and self.widths),
-                f"a slice's change says little of the model's: leave out {_key('widths')}",
-            ),
-            ("history", self.history >= 1, "give 1 or more"),
-            ("history_bytes", self.history_bytes >= 0, "give 0 or more bytes, such as '64 MB'"),
-            (
-                "pruning_end",
-                self.pruning_end > self.pruning_begin or not self.pruning_end,
-                f"it must lie after {_key('pruning_begin')} = {self.pruning_begin}, or be 0, where "
-                "pruning follows learning",
-            ),
-            *(
-                (name, getattr(self, name) in known, f"choose {' or '.join(map(repr, known))}")
-                for name, known in _NAMED.items()
-            ),
-        ):
+            raise refused("pruning_pattern", self.pruning_pattern, str(error)) from error
+        for name, fits, remedy in rules(self, fixed):
             if not fits:
-                raise _refused(name, getattr(self, name), remedy)
+                raise refused(name, getattr(self, name), remedy)
         for name in ("scheme", "down_scheme"):
             try:
                 getattr(self, name)
             except SchemeError as error:
                 options = "up_options" if name == "scheme" else "down_options"
-                raise PolicyError(f"{_key(options)}: {error}") from error
-
-    def _structures(self) -> Iterator[tuple[str, bool, str]]:
-        """What must hold of each knob that removes channels, heads or layers, and the remedy."""
-        for name in ("channels", "heads", "layers"):
-            share, at = getattr(self, name), _key("channels_at")
-            yield name, 0 < share <= 1, "give the share that remains, such as 0.5"
-            versions = f"it needs {_key('down')} = 'lattice'"
-            yield name, self.down == "lattice" or share == 1, versions
-            rounds = f"say after which rounds {name} go: {at}"
-            yield name, share == 1 or bool(self.channels_at), rounds
-            whole = f"slices are of the whole model: set {_key(name)} = 1, or no widths"
-            yield "widths", not self.widths or share == 1, whole
+                raise PolicyError(f"{key_of(options)}: {error}") from error
 
     @property
     def target(self) -> float:
@@ -551,14 +294,14 @@ class Policy:
             _say_once(
                 f"{rounds} rounds are too few to prune a model that is still to learn, so nothing "
                 f"will be: train {math.ceil((self.pruning_begin + _LEAST) / _PART)} or more, or "
-                f"set {_key('pruning_end')} to the round by which pruning is over."
+                f"set {key_of('pruning_end')} to the round by which pruning is over."
             )
         elif reached < self.target and not self.is_automatic:
             _say_once(
                 f"Pruning ends in round {end}, after the last of {rounds}: the model "
                 f"will have {reached:.0%} of zeros instead of {self.target:.0%}. Set "
-                f"{_key('pruning_end')} to {max(rounds, 1)} or less and {_key('pruning_begin')} "
-                "below that, or train longer."
+                f"{key_of('pruning_end')} to {max(rounds, 1)} or less and "
+                f"{key_of('pruning_begin')} below that, or train longer."
             )
 
     @classmethod
@@ -626,23 +369,3 @@ def _say_once(message: str) -> None:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # plain Flower, measured
-    "dense": {"down": "dense", "up": "dense"},
-    "lossless": {"down_step": 0.0, "up_step": 0.0},
-    # twice the bytes of balanced, for tasks that cannot spare its half point or two
-    "fine": {"down_step": 0.1, "up_step": 0.8},
-    "balanced": {},  # every knob's default
-    # ranked over the whole model: layers that matter little give more
-    "small": {"sparsity": 0.8, "pruning_scope": "global"},
-    # costs accuracy
-    "tiny": {
-        "sparsity": 0.95,
-        "pruning_scope": "global",
-        "down_step": 0.5,
-        "up_step": 4.0,
-        "up_floor": 3.0,
-    },
-}

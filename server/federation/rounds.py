@@ -18,7 +18,7 @@ from prunecast.compression.flower import array_record, node_reason
 from prunecast.compression.pruning.structure.channels import holding_channels
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation.errors import NodesFailed
-from prunecast.server.federation.policy import WHOLE
+from prunecast.server.federation.knobs import WHOLE
 from prunecast.server.federation.recalibration import Recalibration
 from prunecast.server.federation.recovery import Recoveries
 from prunecast.server.federation.reporting.events import EventLog

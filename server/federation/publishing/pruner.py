@@ -26,7 +26,8 @@ from prunecast.compression.pruning.statistics import (
 )
 from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.server.federation.errors import PolicyError
-from prunecast.server.federation.policy import GROWN_BY, Policy
+from prunecast.server.federation.knobs import GROWN_BY
+from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publishing.progress import SUMS, Measurements, Progress
 from prunecast.server.federation.publishing.prunable import check_prunable, say_left_alone
 
