@@ -15,8 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 
-from prunecast.client.training import compression_mod
-from prunecast.client.training import mod as mod_module
+from prunecast.client.training import compression_mod, incoming
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.flower.internals import make_message
 from prunecast.server.federation import (
@@ -103,8 +102,7 @@ def test_the_shorter_of_timeout_and_deadline_holds(monkeypatch: pytest.MonkeyPat
 def at(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let the node's clock be so far ahead."""
     now = time.time
-    clock = SimpleNamespace(time=lambda: now() + seconds, perf_counter=time.perf_counter)
-    monkeypatch.setattr(mod_module, "time", clock)
+    monkeypatch.setattr(incoming, "time", SimpleNamespace(time=lambda: now() + seconds))
 
 
 def test_a_node_does_not_train_on_a_stale_message_and_catches_up(
