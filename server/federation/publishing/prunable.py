@@ -1,10 +1,10 @@
-"""Whether a model can be pruned as a policy says: found out before anything is sent or trained."""
+"""Whether a model can be pruned as a policy says, and what people are told of it."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Mapping
-from logging import INFO
+from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from prunecast.compression.flower import dense_arrays, set_apart
 from prunecast.compression.flower.internals import log
+from prunecast.compression.pruning.masks import Masks
 from prunecast.compression.pruning.plan import PlanError, PruningPlan, low_rank_factors
 from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.policy import Policy
@@ -20,9 +21,18 @@ from prunecast.server.federation.policy import Policy
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["check_model", "check_prunable", "frozen_parameters", "say_left_alone"]
+__all__ = [
+    "check_model",
+    "check_prunable",
+    "frozen_parameters",
+    "say_emptied",
+    "say_left_alone",
+    "say_unmeasured",
+]
 
 Arrays = Mapping[str, NDArray[Any]]
+
+_HARDLY = 0.05  # of the share that a model keeps: a layer that keeps less passes nothing on
 
 
 def check_prunable(
@@ -142,3 +152,29 @@ def _why(plan: PruningPlan, lattice: Arrays, frozen: Collection[str]) -> str:
     if name in frozen:
         return f"{what} is frozen, so nothing would recover; train it"
     return f"{what} is a low-rank factor; set prunecast.pruning-adapters = true"
+
+
+def say_emptied(masks: Masks) -> None:
+    """Warn of tensors that keep hardly any weights, though masks that are held bring none back."""
+    kept = {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
+    share = sum(kept.values()) / max(1, sum(mask.size for mask in masks.values()))
+    emptied = [n for n, mask in masks.items() if kept[n] < _HARDLY * share * mask.size]
+    if emptied:
+        log(
+            WARNING,
+            "%d layers such as %r, of which %d of %d weights are kept, are as good as gone, and "
+            "held masks bring nothing back: one ranking over layers of different scale does that. "
+            "Set prunecast.pruning-scope = 'erk' or 'layer'.",
+            *(len(emptied), emptied[0], kept[emptied[0]], masks[emptied[0]].size),
+        )
+
+
+def say_unmeasured(policy: Policy) -> None:
+    """Warn that automatic pruning waits for a metric that nobody measures."""
+    log(
+        WARNING,
+        "Nobody measures a metric named *%s of the published model, so automatic pruning "
+        "waits: let nodes evaluate, give Run an evaluate_fn, or name another as "
+        "prunecast.pruning-metric.",
+        policy.pruning_metric,
+    )

@@ -5,58 +5,39 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from logging import WARNING
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.criteria import Knowledge
 from prunecast.compression.pruning.growing import readjusted
 from prunecast.compression.pruning.masks import Masks
 from prunecast.compression.pruning.plan import PlanError, PruningPlan, tied_weights
 from prunecast.compression.pruning.schedules import StaticSchedule
-from prunecast.compression.pruning.statistics import (
-    Statistics,
-    StatisticsMean,
-    named,
-    statistic_shape,
-)
+from prunecast.compression.pruning.statistics import Statistics, StatisticsMean, named
 from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.knobs import GROWN_BY
 from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.publishing.mask_state import (
+    MaskState,
+    fitting,
+    narrowed_statistics,
+)
 from prunecast.server.federation.publishing.progress import SUMS, Measurements, Progress
-from prunecast.server.federation.publishing.prunable import check_prunable, say_left_alone
+from prunecast.server.federation.publishing.prunable import (
+    check_prunable,
+    say_emptied,
+    say_left_alone,
+    say_unmeasured,
+)
 
-__all__ = ["MaskState", "Pruner"]
+__all__ = ["Pruner"]
 
 _OTHER_CRITERIA = 0.25  # part of the lattice's step where masks do not follow from sizes
-_HARDLY = 0.05  # of the share that a model keeps: a layer that keeps less passes nothing on
 _EVENTS = 100  # that are kept where nobody asks for them
-
-
-@dataclass(frozen=True, eq=False)
-class MaskState:
-    """Masks that are held, and what is kept for later events and versions.
-
-    Attributes:
-        stage: of the schedule that they were chosen in, see `PruningPlan.stage`.
-        masks: by tensor; empty while nothing is pruned, or where masks are not held.
-        moved: round in which weights were dropped and grown last, or could have been first.
-        early: the master weights that events rewind to; empty for none.
-        known: statistics that nodes contributed, those since the last version included.
-        accumulated: what the criterion sums over versions, by tensor.
-    """
-
-    stage: float = 0.0
-    masks: Masks = field(default_factory=dict)
-    early: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    known: Statistics = field(default_factory=dict)
-    accumulated: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    moved: int = 0
 
 
 class Pruner:
@@ -146,23 +127,11 @@ class Pruner:
         Raises:
             PlanError: the plan is of another model; nothing was changed.
         """
-
-        def part(tensor: str, array: NDArray[Any]) -> NDArray[Any]:
-            axes = plan.kept.get(tensor)
-            if axes is None or array.shape == shapes[tensor]:
-                return plan.array(tensor, array)
-            # a statistic of input channels alone, which only matrices and kernels have
-            inputs = axes[1] if array.ndim > 1 else None
-            return array if inputs is None else array[:, inputs]
-
         before, accumulated = plan.arrays(self._before), plan.arrays(self._accumulated)
         masks, early = plan.arrays(self._state.masks), plan.arrays(self._state.early)
         waiting = self.statistics.so_far()
         waiting.pop(self._votes_by, None)  # they are asked for again
-        known = {
-            name: {t: part(t, array) for t, array in arrays.items() if not plan.loses(t)}
-            for name, arrays in _fitting(self._with(waiting), shapes).items()
-        }
+        known = narrowed_statistics(self._with(waiting), plan, shapes)
         self.progress.remove(plan)  # the last that may raise
         self._before, self._accumulated, self._known = before, accumulated, known
         self._state = replace(self._state, masks=masks, early=early)
@@ -237,8 +206,9 @@ class Pruner:
         if clock >= end and "channels" in before and not self.search.is_settled("channels"):
             self.search.stop()  # so that rounds are left that train what remains
         if value is None:
-            if begun and self.search.reference is None:
-                self._say_unmeasured()
+            if begun and self.search.reference is None and not self._said_unmeasured:
+                self._said_unmeasured = True
+                say_unmeasured(self.policy)
             return
         self.search.observe(value, may_rise=begun and begin < clock < end)
         if self.levels == before:
@@ -377,7 +347,7 @@ class Pruner:
             first = not kept
             kept = plan.masks(self._at, known, kept if stage > self._state.stage else None)
             if first:
-                _say_emptied(kept)
+                say_emptied(kept)
             self._changed(stage, kept)
             self._state = replace(self._state, moved=self._clock)
             self._rewound = dict(self._state.early) or None
@@ -411,8 +381,8 @@ class Pruner:
             if array.shape == shapes.get(name)
         }
         self._before = weights if plan.criterion.uses_update else {}
-        fitting = _fitting(self._known, shapes)
-        known = Knowledge(weights, update, fitting, {}, model, plan.seed)
+        of_these = fitting(self._known, shapes)
+        known = Knowledge(weights, update, of_these, {}, model, plan.seed)
         if plan.criterion.accumulates is None:
             return known
         sums = {n: a for n, a in self._accumulated.items() if a.shape == shapes.get(n)}
@@ -421,44 +391,6 @@ class Pruner:
         self._accumulated = sums
         return replace(known, accumulated=sums)
 
-    def _say_unmeasured(self) -> None:
-        if not self._said_unmeasured:
-            self._said_unmeasured = True
-            log(
-                WARNING,
-                "Nobody measures a metric named *%s of the published model, so automatic pruning "
-                "waits: let nodes evaluate, give Run an evaluate_fn, or name another as "
-                "prunecast.pruning-metric.",
-                self.policy.pruning_metric,
-            )
-
 
 def _shapes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in arrays.items()}
-
-
-def _fitting(known: Statistics, shapes: Mapping[str, tuple[int, ...]]) -> Statistics:
-    """Of statistics those that tensors of these shapes have."""
-    return {
-        name: {
-            tensor: array
-            for tensor, array in arrays.items()
-            if tensor in shapes and array.shape == statistic_shape(name, shapes[tensor])
-        }
-        for name, arrays in known.items()
-    }
-
-
-def _say_emptied(masks: Masks) -> None:
-    """Warn of tensors that keep hardly any weights, though masks that are held bring none back."""
-    kept = {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
-    share = sum(kept.values()) / max(1, sum(mask.size for mask in masks.values()))
-    emptied = [n for n, mask in masks.items() if kept[n] < _HARDLY * share * mask.size]
-    if emptied:
-        log(
-            WARNING,
-            "%d layers such as %r, of which %d of %d weights are kept, are as good as gone, and "
-            "held masks bring nothing back: one ranking over layers of different scale does that. "
-            "Set prunecast.pruning-scope = 'erk' or 'layer'.",
-            *(len(emptied), emptied[0], kept[emptied[0]], masks[emptied[0]].size),
-        )
