@@ -47,7 +47,7 @@ __getattr__, __dir__ = face(
         "MetricsServer": "prunecast.server.federation.reporting.metrics",
         "RunMetrics": "prunecast.server.federation.reporting.metrics",
         "leading_slices": "prunecast.server.federation.publishing.widths",
-        "module_chooser": "prunecast.server.federation.shrinking",
+        "module_chooser": "prunecast.server.federation.shrinking.choosing",
         "staleness_weight": "prunecast.server.federation.exchange.deadlines",
     },
 )

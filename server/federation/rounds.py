@@ -24,7 +24,7 @@ from prunecast.server.federation.recovery import Recoveries
 from prunecast.server.federation.reporting.events import EventLog
 from prunecast.server.federation.reporting.layers import changed_masks, layers_in, samples_round
 from prunecast.server.federation.reporting.nodes import NodeStates
-from prunecast.server.federation.shrinking import Removals
+from prunecast.server.federation.shrinking.removals import Removals
 from prunecast.server.federation.state.resuming import Continuation, told_state
 from prunecast.server.federation.wrapper import GridWrapper
 

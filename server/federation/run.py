@@ -16,7 +16,11 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from prunecast.common.files import StorageError
 from prunecast.compression.flower.internals import keep_random_apart, log
-from prunecast.compression.pruning.structure.channels import ChannelPlan, channels_beside
+from prunecast.compression.pruning.structure.channels import (
+    ChannelChooser,
+    ChannelPlan,
+    channels_beside,
+)
 from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.exchange.deadlines import Deadlines, gather
@@ -29,7 +33,7 @@ from prunecast.server.federation.releasing import AutomaticReleases
 from prunecast.server.federation.reporting.events import EventLog, OnEvent
 from prunecast.server.federation.reporting.ledger import Ledger
 from prunecast.server.federation.rounds import Rounds
-from prunecast.server.federation.shrinking import ChannelChooser, Removals
+from prunecast.server.federation.shrinking.removals import Removals
 from prunecast.server.federation.state.checkpoints import (
     Checkpoint,
     check_model_of,
@@ -101,7 +105,7 @@ class Run:
             `prunecast.server.federation.publishing.widths.leading_slices`. `evaluate_fn` is then
             called for each of them, too, and finds its channels by `current_channels`.
         channels: chooses which channels go, where the policy removes some while the run trains;
-            see `prunecast.server.federation.shrinking.module_chooser`.
+            see `prunecast.server.federation.shrinking.choosing.module_chooser`.
         deadlines: when rounds end, what becomes of late replies, and how many nodes a start needs.
         checkpoint: file of the newest checkpoint instead of the folder's.
         checkpoints: how many are kept while the run goes on, 1 or more.

@@ -34,7 +34,7 @@ from prunecast.server.federation.publishing.prunable import check_model, frozen_
 from prunecast.server.federation.publishing.widths import leading_slices
 from prunecast.server.federation.releasing import releases_from_config
 from prunecast.server.federation.run import CHECKPOINT, Run, initial_arrays
-from prunecast.server.federation.shrinking import FittedModule, module_chooser
+from prunecast.server.federation.shrinking.choosing import FittedModule, module_chooser
 from prunecast.server.federation.state.checkpoints import Checkpoint, check_model_of
 from prunecast.server.federation.state.resuming import AUTO
 from prunecast.server.federation.strategies import build_strategy

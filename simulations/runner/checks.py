@@ -92,7 +92,8 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
     from prunecast.server.federation.errors import FederationError
     from prunecast.server.federation.publishing.prunable import check_model, frozen_parameters
     from prunecast.server.federation.run import initial_arrays
-    from prunecast.server.federation.shrinking import check_channels, module_chooser
+    from prunecast.server.federation.shrinking.choosing import module_chooser
+    from prunecast.server.federation.shrinking.removals import check_channels
 
     arms = {name: (arm, arm.grid_policy()) for name, arm in scenario.trained_arms().items()}
     pruned = {

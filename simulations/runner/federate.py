@@ -37,7 +37,7 @@ from prunecast.server.federation import CompressedGrid, NodesFailed, Policy, Run
 from prunecast.server.federation.publishing.widths import leading_slices
 from prunecast.server.federation.reporting.events import OnEvent
 from prunecast.server.federation.run import EVENTS, initial_arrays
-from prunecast.server.federation.shrinking import FittedModule, module_chooser
+from prunecast.server.federation.shrinking.choosing import FittedModule, module_chooser
 from prunecast.server.federation.state.resuming import AUTO
 from prunecast.server.federation.strategies import build_strategy
 from prunecast.simulations.arms import Arm

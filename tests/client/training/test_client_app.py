@@ -14,7 +14,7 @@ from prunecast.client.training import client_app
 from prunecast.client.training.client_app import LocalTraining, app, training_seed
 from prunecast.client.training.trainer import TensorBatches, TrainerError
 from prunecast.server.federation import CompressedGrid, Policy, Run
-from prunecast.server.federation.shrinking import module_chooser
+from prunecast.server.federation.shrinking.choosing import module_chooser
 from prunecast.simulations.runner.inprocess import InProcessGrid
 
 

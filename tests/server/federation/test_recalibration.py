@@ -32,7 +32,7 @@ from prunecast.server.federation import (
     Run,
     read_events,
 )
-from prunecast.server.federation.shrinking import module_chooser
+from prunecast.server.federation.shrinking.choosing import module_chooser
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, local_step, make_app, seed_of, to_arrays, to_record
 

@@ -50,7 +50,8 @@ from prunecast.server.federation import (
 )
 from prunecast.server.federation.releasing import RecipeReleaser
 from prunecast.server.federation.run import initial_arrays
-from prunecast.server.federation.shrinking import module_chooser, narrow_strategy
+from prunecast.server.federation.shrinking.choosing import module_chooser
+from prunecast.server.federation.shrinking.strategies import narrow_strategy
 from prunecast.server.repository import KeyRing, Repository
 from prunecast.server.repository.authoring import ReleaseRecipe
 from prunecast.server.repository.serving import ReleaseServer

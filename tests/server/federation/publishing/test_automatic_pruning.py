@@ -30,7 +30,7 @@ from prunecast.server.federation import (
     read_events,
 )
 from prunecast.server.federation.publishing.publisher import Publisher
-from prunecast.server.federation.shrinking import module_chooser
+from prunecast.server.federation.shrinking.choosing import module_chooser
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, initial_arrays, to_record
 

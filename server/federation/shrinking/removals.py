@@ -8,123 +8,34 @@ which no reply could be used nothing goes: it is *owed*, and goes after the next
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
 
 from prunecast.compression.flower import dense_arrays, set_apart
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.plan import ChannelSchedule, PlanError, Shares
+from prunecast.compression.pruning.plan import ChannelSchedule, Shares
 from prunecast.compression.pruning.structure.channels import ChannelChooser, ChannelPlan
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.exchange.grid import CompressedGrid
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    pass
+from prunecast.server.federation.shrinking.choosing import Arrays, check_trial, chosen
+from prunecast.server.federation.shrinking.strategies import (
+    narrow_strategy,
+    say_what_is_not_reached,
+)
 
-__all__ = [
-    "ChannelChooser",
-    "FittedModule",
-    "Removals",
-    "Removed",
-    "check_channels",
-    "module_chooser",
-    "narrow_strategy",
-]
+__all__ = ["Removals", "Removed", "check_channels"]
 
-_FIRST = 0.5  # of the channels, by which is seen whether any can be tried
 _NEAR = 1e-6  # relative: what rounding makes of a share
-
-Arrays = Mapping[str, NDArray[Any]]
-
-
-def module_chooser(
-    factory: Callable[[], nn.Module], example: Callable[[], Tensor | tuple[Tensor, ...]]
-) -> ChannelChooser:
-    """Chooses by the norm of groups in the module's dependency graph; see `choose_channels`.
-
-    Args:
-        factory: makes the module with all of its channels, on any device.
-        example: makes positional inputs that it accepts, or the only one.
-    """
-    return _ModuleChooser(factory, example)
-
-
-@dataclass(frozen=True)
-class _ModuleChooser:
-    factory: Callable[[], nn.Module]
-    example: Callable[[], Tensor | tuple[Tensor, ...]]
-
-    def __call__(
-        self,
-        master: Arrays,
-        share: float,
-        removed: ChannelPlan | None,
-        *,
-        heads: float = 1.0,
-        layers: float = 1.0,
-    ) -> ChannelPlan:
-        from prunecast.compression.pruning.structure.narrowing import choose_channels
-
-        module, inputs = self._module(master, removed)
-        return choose_channels(module, inputs, share, removed, heads=heads, layers=layers)
-
-    def check_trial(self, master: Arrays, plan: ChannelPlan) -> None:
-        """Refuse to try what removed channels would not come to; see `check_zeroed`."""
-        from prunecast.compression.pruning.structure.narrowing import check_zeroed
-
-        check_zeroed(*self._module(master, None), plan)
-
-    def _module(
-        self, master: Arrays, removed: ChannelPlan | None
-    ) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        import torch
-
-        from prunecast.compression.pruning.structure.narrowing import fit_module, made_with_inputs
-
-        module, inputs = made_with_inputs(self.factory, self.example)
-        if removed is not None:
-            module = fit_module(module, removed)
-        state = {name: torch.from_numpy(np.array(array)) for name, array in master.items()}
-        try:
-            module.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise PlanError(f"the model does not fit {type(module).__name__}: {reason}") from error
-        return module, inputs
-
-
-class FittedModule:
-    """A module that is kept for models of the same channels, and made anew for those of others.
-
-    Args:
-        factory: makes it with all of its channels.
-        module: one that was made already.
-        most: modules that are kept, each of other channels; the latest ones.
-    """
-
-    def __init__(self, factory: Callable[[], nn.Module], module: nn.Module, most: int = 1) -> None:
-        self._factory, self._most = factory, most
-        self._made: dict[int, tuple[ChannelPlan | None, nn.Module]] = {id(None): (None, module)}
-
-    def of(self, removed: ChannelPlan | None) -> nn.Module:
-        """The module for models without the channels that a plan removes."""
-        if id(removed) not in self._made:
-            from prunecast.compression.pruning.structure.narrowing import fit_module
-
-            module = self._factory()
-            self._made[id(removed)] = removed, fit_module(module, removed) if removed else module
-            while len(self._made) > self._most:
-                del self._made[next(iter(self._made))]
-        return self._made[id(removed)][1]
 
 
 @dataclass(frozen=True)
@@ -205,8 +116,8 @@ class Removals:
                 )
             grid.try_channels(self._choose, key=key)
             if grid.channels(key=key) is None:
-                _check_trial(self._choose, dense_arrays(set_apart(arrays)[0]))
-                _say_what_is_not_reached(strategy)
+                check_trial(self._choose, dense_arrays(set_apart(arrays)[0]))
+                say_what_is_not_reached(strategy)
             return
         if self._owed(self._passed + begun, grid, key):
             ahead.insert(0, self._passed + begun)
@@ -215,7 +126,7 @@ class Removals:
         _check_last(ahead[-1], last)
         for at in _ends(self._schedule, ahead):
             self._plan(grid, arrays, at, key)
-        _say_what_is_not_reached(strategy)
+        say_what_is_not_reached(strategy)
 
     def after(
         self, number: int, grid: CompressedGrid, strategy: Strategy, arrays: ArrayRecord, key: str
@@ -310,7 +221,7 @@ class Removals:
             return settled
         assert self._choose is not None
         master, wanted = dense_arrays(set_apart(arrays)[0]), self._wanted(number, grid, key)
-        return _chosen(self._choose, master, wanted, grid.channels(key=key))
+        return chosen(self._choose, master, wanted, grid.channels(key=key))
 
 
 def check_channels(
@@ -330,36 +241,14 @@ def check_channels(
     if schedule.at:
         _check_last(schedule.at[-1], rounds)
         for at in _ends(schedule, schedule.at):
-            _chosen(choose, master, schedule.shares(at), None)
+            chosen(choose, master, schedule.shares(at), None)
     if tries:
-        _check_trial(choose, master)
+        check_trial(choose, master)
 
 
 def _ends(schedule: ChannelSchedule, at: Sequence[int]) -> Sequence[int]:
     """Rounds by which is seen that all can go; of heads and layers the last may leave none."""
     return at[:1] if len(at) == 1 or schedule.heads == schedule.layers == 1 else (at[0], at[-1])
-
-
-def _chosen(
-    choose: ChannelChooser, master: Arrays, shares: Shares, removed: ChannelPlan | None
-) -> ChannelPlan:
-    """A choice of channels; one that knows of these alone is not told of the rest."""
-    others = {"heads": shares.heads, "layers": shares.layers}
-    if shares.heads == shares.layers == 1:
-        others = {}
-    try:
-        inspect.signature(choose).bind(master, shares.channels, removed, **others)
-    except TypeError as error:
-        raise PlanError(
-            "heads or layers go, and who chooses knows of channels alone: take module_chooser"
-        ) from error
-    return choose(master, shares.channels, removed, **others)
-
-
-def _check_trial(choose: ChannelChooser, master: Arrays) -> None:
-    plan = choose(master, _FIRST, None)
-    if isinstance(choose, _ModuleChooser):
-        choose.check_trial(master, plan)
 
 
 def _check_last(at: int, last: int) -> None:
@@ -368,65 +257,3 @@ def _check_last(at: int, last: int) -> None:
             f"channels go after round {at} of {last}, and no round would train what is left: set "
             "prunecast.channels-at to earlier rounds, or train longer"
         )
-
-
-def narrow_strategy(
-    strategy: object, plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Take the channels that a plan removes out of what a strategy keeps from round to round.
-
-    Found are attributes that are arrays of the model by name (records or mappings, such as the
-    moments of FedAdam) or in its order (lists, such as the momentum of FedAvgM), and those of a
-    strategy that it wraps. What else a strategy of one's own keeps, it must bring to the new
-    shapes itself.
-
-    Args:
-        strategy: changed in place.
-        plan: of the channels.
-        shapes: of the model's tensors before, in their order.
-    """
-    for name, value in list(vars(strategy).items()):
-        if isinstance(value, Strategy):
-            narrow_strategy(value, plan, shapes)
-        elif (found := _narrowed(value, plan, shapes)) is not None:
-            setattr(strategy, name, found)
-
-
-def _say_what_is_not_reached(strategy: object) -> None:
-    """Warn of a strategy whose state may not be found by `narrow_strategy`."""
-    if isinstance(strategy, Strategy) and type(strategy).__module__.startswith("flwr."):
-        for value in vars(strategy).values():
-            if isinstance(value, Strategy):
-                _say_what_is_not_reached(value)
-        return
-    log(
-        WARNING,
-        "Channels will be removed. Of what %s keeps from round to round, arrays of the model by "
-        "name or in its order are narrowed; anything else it must bring to the new shapes itself.",
-        type(strategy).__name__,
-    )
-
-
-def _narrowed(value: Any, plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """The part of something that remains, where it is arrays of the model; else None."""
-    if isinstance(value, ArrayRecord):
-        if any(tuple(a.shape) != shapes.get(n) for n, a in value.items() if n in plan.kept):
-            return None
-        return ArrayRecord({
-            n: Array(plan.array(n, a.numpy())) if n in plan.kept else a
-            for n, a in value.items()
-            if not plan.loses(n)
-        })  # fmt: skip
-    numbers = np.ndarray, np.generic  # differences of single numbers are no arrays
-    if isinstance(value, dict):
-        arrays: dict[str, Any] = {n: a for n, a in value.items() if isinstance(a, numbers)}
-        if not arrays or any(a.shape != shapes.get(n) for n, a in arrays.items()):
-            return None
-        left = plan.arrays(arrays)
-        return {n: left.get(n, v) for n, v in value.items() if n in left or n not in arrays}
-    if isinstance(value, list) and len(value) == len(shapes):
-        pairs = list(zip(shapes, value, strict=True))
-        if any(not isinstance(a, numbers) or a.shape != shapes[n] for n, a in pairs):
-            return None
-        return [plan.array(name, array) for name, array in pairs if not plan.loses(name)]
-    return None

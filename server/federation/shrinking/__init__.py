@@ -1,0 +1,1 @@
+"""Channels, heads and layers that go while a federation trains."""
