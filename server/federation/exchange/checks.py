@@ -18,8 +18,8 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from prunecast.compression.flower import NUMPY, STYPE, npy_head
 from prunecast.compression.flower.internals import Aggregation
 from prunecast.server.federation.errors import ReplyRefused
+from prunecast.server.federation.exchange.batches import Prepared
 from prunecast.server.federation.exchange.lazy import LazyArray, largest_of
-from prunecast.server.federation.exchange.outbound import Prepared
 from prunecast.server.federation.policy import Policy
 
 __all__ = ["EXAMPLES", "check_reply", "misfits"]

@@ -20,11 +20,7 @@ from prunecast.compression.flower import (
     is_codable_array,
     open_coded,
 )
-from prunecast.compression.flower.internals import (
-    object_bytes,
-    own_bytes,
-    uncached,
-)
+from prunecast.compression.flower.internals import object_bytes, own_bytes, uncached
 from prunecast.compression.flower.secure import SECURE_RECORD, masked_size, widened
 from prunecast.compression.schemes.interface import Scheme
 from prunecast.compression.versions import (
@@ -45,8 +41,8 @@ from prunecast.compression.versions import (
     short,
     stream_tag,
 )
+from prunecast.server.federation.exchange.batches import Prepared
 from prunecast.server.federation.exchange.lazy import LazyArray, WeightedSum, WholeSum
-from prunecast.server.federation.exchange.outbound import Prepared
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publishing.classes import as_changes
 from prunecast.server.federation.reporting.ledger import Entry

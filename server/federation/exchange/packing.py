@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 from prunecast.compression.flower import payload_of
 from prunecast.compression.flower.envelope import PACKED_RECORD, pack
 from prunecast.compression.flower.internals import Measured, make_message
-from prunecast.server.federation.exchange.outbound import Prepared
+from prunecast.server.federation.exchange.batches import Prepared
 
 __all__ = ["APART", "pack_together"]
 

@@ -41,10 +41,10 @@ from prunecast.compression.versions import (
     short,
 )
 from prunecast.server.federation.errors import ReplyRefused
+from prunecast.server.federation.exchange.batches import Prepared
 from prunecast.server.federation.exchange.checks import EXAMPLES, check_reply, misfits
 from prunecast.server.federation.exchange.inbound import Up, decode_reply
 from prunecast.server.federation.exchange.lazy import LazyArray
-from prunecast.server.federation.exchange.outbound import Prepared
 from prunecast.server.federation.exchange.overlap import Overlap
 from prunecast.server.federation.publishing.classes import class_of, foreign_format, parse_classes
 from prunecast.server.federation.publishing.progress import measured_in

@@ -40,8 +40,8 @@ from prunecast.compression.versions import (
 )
 from prunecast.server.federation import Policy
 from prunecast.server.federation.exchange import inbound
+from prunecast.server.federation.exchange.batches import Batch, Prepared
 from prunecast.server.federation.exchange.checks import misfits
-from prunecast.server.federation.exchange.outbound import Batch, Prepared
 from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
 
 pytestmark = pytest.mark.usefixtures("unpacked")  # they look into messages

@@ -19,16 +19,9 @@ from prunecast.compression.flower.internals import (
 )
 from prunecast.compression.versions import Instruction, UpdateRule
 from prunecast.server.federation import FederationError, Policy
-from prunecast.server.federation.exchange.outbound import Batch, Prepared
+from prunecast.server.federation.exchange.batches import Batch, Prepared
 from prunecast.server.federation.exchange.packing import APART, pack_together
-from support.federation import (
-    initial_arrays,
-    local_step,
-    make_app,
-    seed_of,
-    to_arrays,
-    to_record,
-)
+from support.federation import initial_arrays, local_step, make_app, seed_of, to_arrays, to_record
 
 SMALL = Policy.preset("small", pruning_begin=0, pruning_end=1)
 
