@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
 from prunecast.compression.codec import CodecError
 from prunecast.compression.flower import (
@@ -17,7 +16,6 @@ from prunecast.compression.flower import (
     ERROR_REASON,
     STATISTICS_RECORD,
     STYPE,
-    float_names,
     node_reason,
     open_coded,
     payload_of,
@@ -33,41 +31,30 @@ from prunecast.compression.flower.internals import (
     unwatched,
     watched,
 )
-from prunecast.compression.versions import (
-    Capabilities,
-    NodeReport,
-    UpdateRule,
-    VersionsError,
-    short,
-)
+from prunecast.compression.versions import NodeReport, UpdateRule, VersionsError
 from prunecast.server.federation.errors import ReplyRefused
+from prunecast.server.federation.exchange.apart import note_apart
 from prunecast.server.federation.exchange.batches import Prepared
 from prunecast.server.federation.exchange.checks import EXAMPLES, check_reply, misfits
 from prunecast.server.federation.exchange.inbound import Up, decode_reply
 from prunecast.server.federation.exchange.lazy import LazyArray
 from prunecast.server.federation.exchange.overlap import Overlap
-from prunecast.server.federation.publishing.classes import class_of, foreign_format, parse_classes
+from prunecast.server.federation.exchange.reports import NodeReports
 from prunecast.server.federation.publishing.progress import measured_in
 from prunecast.server.federation.publishing.publisher import Publisher
-from prunecast.server.federation.publishing.streams import NodeState, Streams
+from prunecast.server.federation.publishing.streams import Streams
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.ledger import Entry
-from prunecast.server.federation.reporting.notices import Notices, uncodable
+from prunecast.server.federation.reporting.notices import Notices
 
 __all__ = ["Received", "Receiver", "refuse"]
 
 _IN_THE_APP = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.LOAD_CLIENT_APP_EXCEPTION)
-_LARGE = 1024  # elements: of what is smaller nothing is said
 _LONGEST = 500  # characters of a reason that came from outside
 _NO_MOD = (
     "answered without Prunecast's mod, so it cannot have read the published model: add "
     "compression_mod() to ClientApp(mods=[...]) on the clients"
 )
-_UNLIKE = (
-    "no tensor of it has name and shape of one that was sent, so that there is no update to code"
-)
-_ZEROS = "large arrays of hardly anything but zeros, unlike any that was sent, are not coded"
-_BY_SCHEME = "finite floats of a name and shape that were sent, which are all that a scheme codes"
 _PACKED = (
     "the arrays travel inside one record, which only compression_mod() opens: add it to "
     "ClientApp(mods=[...]) on the clients, as the first"
@@ -115,6 +102,7 @@ class Receiver:
 
     def __init__(self, streams: Streams, up: Up, notices: Notices, *, verify: bool) -> None:
         self._streams, self._up, self._notices, self._verify = streams, up, notices, verify
+        self._reports = NodeReports(streams, notices)
 
     def understand(
         self, reply: Message, sent: Prepared, entry: Entry, *, retried: bool
@@ -251,7 +239,7 @@ class Receiver:
         if report is None and sent.coded:
             raise ReplyRefused(f"it {_NO_MOD}")
         if report is not None and control is not None:
-            self._heed(report, received)
+            self._reports.heed(report, sent, entry)
             if report.able is not None and node.treatment.dense and node.foreign and not retried:
                 entry.reason = node.foreign
                 return False
@@ -283,7 +271,7 @@ class Receiver:
         kind, entry.kind = entry.kind, "error"
         check_reply(content, sent, self._streams.policy, values=self._verify)
         entry.kind = kind
-        self._note(reply, sent, entry)
+        note_apart(reply, sent, entry, self._streams.policy.scheme, self._notices)
         if sent.wanted:
             received.statistics = payload_of(reply.content.get(STATISTICS_RECORD))
         if self._streams.policy.widths and sent.versions and content.array_records:
@@ -293,25 +281,6 @@ class Receiver:
                 content = sent.batch.overlap.whole(content, version, entry)
         received.message = make_message(reply.metadata, content)
         return True
-
-    def _heed(self, report: NodeReport, received: Received) -> None:
-        """Know from now on what a node says of itself."""
-        sent, entry = received.sent, received.entry
-        node = self._streams.node(entry.node)
-        node.unread.discard(entry.message_type)
-        # of the versions it was sent alone: a node must not fill this side's memory
-        node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
-        if report.as_sent:
-            node.held.update({k: short(v.model.digest) for k, v in sent.versions.items()})
-        self._note_width(node, report.width, received)
-        if report.able is not None:
-            self._note_able(node, entry.node, report.able)
-        if not report.unsettled:
-            node.knows(sent.told)
-        if report.trouble and not node.troubled:
-            self._notices.unkept(entry.node, report.trouble)
-        node.troubled = bool(report.trouble)
-        entry.encode_ms, entry.coarser = report.encode_ms, report.coarser
 
     def look(self, reply: Message, sent: Prepared, entry: Entry) -> None:
         """Learn from a reply that nobody waits for what the node holds; the rest is left unread."""
@@ -323,7 +292,7 @@ class Receiver:
             control = unpack(reply.content).config_records.get(CONTROL_RECORD)
             if control is not None:
                 report = NodeReport.from_bytes(control.get("report"))
-                self._heed(report, received)
+                self._reports.heed(report, sent, entry)
         except (VersionsError, ReplyRefused) as error:
             entry.reason = str(error)[:_LONGEST]
             return
@@ -350,66 +319,6 @@ class Receiver:
         trained = ["update", "update/verbatim", "dense"]
         trained += [] if scheme is None else [scheme.name]
         return all(kind in trained for kind in item.entry.kind.split("+"))
-
-    def _note_width(self, node: NodeState, stated: str, received: Received) -> None:
-        """Know the class of a node from now on, and whose bytes this exchange was."""
-        widths = self._streams.policy.widths
-        if not widths:
-            return
-        if stated and stated not in widths:
-            raise ReplyRefused(
-                f"it states the width class {stated!r}, and prunecast.widths has "
-                f"{', '.join(map(repr, widths))}: name it there, or correct prunecast-width in its "
-                "node config"
-            )
-        node.width = stated
-        received.entry.width = stated
-        if received.sent.entry is not None:
-            received.sent.entry.width = stated
-
-    def _note_able(self, node: NodeState, node_id: int, able: Capabilities) -> None:
-        """Know how a node is treated from now on."""
-        node.able, node.foreign = able, foreign_format(able)
-        node.treatment = class_of(parse_classes(self._streams.policy.classes), able)
-        if node.foreign and not node.treatment.dense:
-            self._notices.left_out(node_id, node.foreign)
-
-    def _note(self, reply: Message, sent: Prepared, entry: Entry) -> None:
-        """Say which array records did not come back as the policy has it."""
-        records = reply.content.array_records.items()
-        kept = [(key, r) for key, r in records if not (key == STATISTICS_RECORD and sent.wanted)]
-        self._notices.counted(records=len(kept))
-        for (key, record), kind in zip(kept, entry.kind.split("+"), strict=False):
-            if kind.endswith("verbatim") and len(record):
-                coded = open_coded(record)
-                if coded is not None:
-                    cause = uncodable(ArrayRecord(coded[1])) or _ZEROS
-                else:
-                    cause = uncodable(record) or self._changed(sent)
-                self._notices.apart(entry.node, "up", kind, key, cause)
-            elif kind == "plain" and sent.versions:
-                self._notices.apart(entry.node, "up", kind, key, _UNLIKE)
-            elif beside := self._beside_scheme(record):
-                cause = f"tensor {beside[:80]!r} is none of the {_BY_SCHEME}"
-                self._notices.apart(entry.node, "up", f"{kind} in part", key, cause)
-
-    def _beside_scheme(self, record: ArrayRecord) -> str:
-        """The first array worth coding that a scheme left as it is; "" for none."""
-        coded = open_coded(record) if self._streams.policy.scheme is not None else None
-        beside = ArrayRecord() if coded is None else ArrayRecord(coded[1])
-        large = [n for n in float_names(beside) if math.prod(beside[n].shape) >= _LARGE]
-        return next(iter(large), "")
-
-    def _changed(self, sent: Prepared) -> str:
-        """Why a record came as it is that could have been coded."""
-        if self._streams.policy.scheme is not None:
-            return f"it has none of the {_BY_SCHEME}"
-        if sent.rule is None:
-            return "the message had no arrays; what is answered to such ones is coded from now on"
-        return (
-            "another mod in front of compression_mod() changed it after it was coded: put "
-            "compression_mod() first in ClientApp(mods=[...])"
-        )
 
     def _count(self, item: Received) -> None:
         """Add what a node contributes to pruning: statistics, and the metric it measured."""
