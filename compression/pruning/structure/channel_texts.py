@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -11,14 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.pruning.plan import PlanError, Shares
+from prunecast.compression.pruning.structure.axes import Axes
+from prunecast.compression.versions.errors import BadPayload
+from prunecast.compression.versions.frame import inflate
 
-__all__ = ["Axes", "PlanParts", "Steps", "layers_of", "parts_of", "text_of"]
+__all__ = ["PlanParts", "Steps", "deflated", "inflated", "layers_of", "parts_of", "text_of"]
 
 _SCHEMA = 1
 _WITH_HEADS = 2  # and layers, of which a reader of 1 would make a module that does not run
+_MOST_TEXT = 1 << 24  # bytes, inflated
+_NAMES = 1 << 16  # bytes of text that even a plan of the smallest model may have
 _DEEPEST = 64  # modules inside one another
 _DAMAGES = (LookupError, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
-Axes = tuple[NDArray[np.bool_] | None, ...]
 Steps = tuple[tuple[str, bool, tuple[int, ...]], ...]
 
 
@@ -102,6 +107,28 @@ def parts_of(text: str, most: int | None = None) -> PlanParts:
     except _DAMAGES as error:
         raise PlanError(f"the plan of channels is damaged: {error}") from error
     return PlanParts(kept, steps, of, heads, gone)
+
+
+def deflated(text: str) -> bytes:
+    """The text as it travels."""
+    return zlib.compress(text.encode(), 9)
+
+
+def inflated(data: bytes, most: int | None = None) -> str:
+    """Inverse of `deflated`; at most 16 MiB of text.
+
+    Args:
+        data: of whoever sent it.
+        most: bytes of the largest model that the plan may be of; None for any.
+
+    Raises:
+        PlanError: no such text, or too long a one.
+    """
+    try:
+        bound = _MOST_TEXT if most is None else min(_MOST_TEXT, most + _NAMES)
+        return inflate(data, bound).decode()
+    except (BadPayload, UnicodeDecodeError) as error:
+        raise PlanError(f"the plan of channels is damaged: {error}") from error
 
 
 def layers_of(tensor: str) -> Iterator[str]:

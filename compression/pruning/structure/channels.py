@@ -18,7 +18,6 @@ the module that everybody's code makes, and what of it is new to somebody who kn
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,10 +31,19 @@ from numpy.typing import NDArray
 
 from prunecast.common.files import write_atomically
 from prunecast.compression.pruning.plan import PlanError, Shares
-from prunecast.compression.pruning.structure.channel_texts import (
+from prunecast.compression.pruning.structure.axes import (
     Axes,
+    beyond,
+    composed,
+    is_of,
+    of_another_shape,
+    places_of,
+)
+from prunecast.compression.pruning.structure.channel_texts import (
     PlanParts,
     Steps,
+    deflated,
+    inflated,
     layers_of,
     parts_of,
     text_of,
@@ -47,21 +55,14 @@ from prunecast.compression.versions import (
     Tensor,
     is_statistic,
 )
-from prunecast.compression.versions.errors import BadPayload
-from prunecast.compression.versions.frame import inflate
 
 __all__ = [
-    "Axes",
     "ChannelChooser",
     "ChannelPlan",
-    "Steps",
     "channels_beside",
     "current_channels",
     "holding_channels",
 ]
-
-_MOST_TEXT = 1 << 24  # bytes, inflated
-_NAMES = 1 << 16  # bytes of text that even a plan of the smallest model may have
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +174,7 @@ class ChannelPlan:
             PlanError: it has another shape than the plan's.
         """
         axes = self.kept.get(name)
-        return array if axes is None else array[_places(name, array.shape, axes)]
+        return array if axes is None else array[places_of(name, array.shape, axes)]
 
     def places(self, name: str, shape: tuple[int, ...]) -> Any:
         """Where what remains lies in a tensor, as an index of it.
@@ -182,7 +183,7 @@ class ChannelPlan:
             PlanError: it has another shape than the plan's.
         """
         axes = self.kept.get(name)
-        return ... if axes is None else _places(name, shape, axes)
+        return ... if axes is None else places_of(name, shape, axes)
 
     def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether tensors of these shapes, all of a model's, are what the plan narrows."""
@@ -197,7 +198,7 @@ class ChannelPlan:
             layers = {layer for name in shapes for layer in layers_of(name)}
             if missing := [layer for layer in self.gone if layer not in layers]:
                 return f"{missing[0]}.*"
-        return next((n for n, axes in self.kept.items() if not _is_of(axes, shapes[n])), None)
+        return next((n for n, axes in self.kept.items() if not is_of(axes, shapes[n])), None)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], owner: str = "the model") -> None:
         """Refuse tensors, all of a model's, that are not what the plan narrows.
@@ -214,7 +215,7 @@ class ChannelPlan:
             return
         if name not in shapes:
             raise PlanError(f"{owner} lacks tensor {name!r}: the plan is of another module")
-        raise _of_another_shape(name, shapes[name])
+        raise of_another_shape(name, shapes[name])
 
     def shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """What remains of tensors of these shapes, which the plan `fits`."""
@@ -241,10 +242,10 @@ class ChannelPlan:
                 raise PlanError(f"the later plan names {name!r}, of a layer that is gone")
         kept = {name: axes for name, axes in self.kept.items() if not later.loses(name)}
         for name, axes in later.kept.items():
-            kept[name] = tuple(_composed(name, *pair) for pair in self._beside(name, axes))
+            kept[name] = tuple(composed(name, *pair) for pair in self._beside(name, axes))
         heads = {n: mask for n, mask in self.heads.items() if not later.loses(f"{n}.")}
         for name, mask in later.heads.items():
-            both = _composed(name, self.heads.get(name), mask)
+            both = composed(name, self.heads.get(name), mask)
             assert both is not None
             heads[name] = both
         gone = tuple(n for n in self.gone if not later.loses(f"{n}.")) + later.gone
@@ -272,13 +273,13 @@ class ChannelPlan:
                 raise PlanError(f"the plan keeps layer {layer!r} that is gone")
         kept: dict[str, Axes] = {}
         for name, axes in self.kept.items():
-            left = tuple(_beyond(name, *pair) for pair in earlier._beside(name, axes))
+            left = tuple(beyond(name, *pair) for pair in earlier._beside(name, axes))
             if any(mask is not None for mask in left):
                 kept[name] = left
         heads = {
             name: mask
             for name, now in self.heads.items()
-            if (mask := _beyond(name, earlier.heads.get(name), now)) is not None
+            if (mask := beyond(name, earlier.heads.get(name), now)) is not None
         }
         gone = tuple(layer for layer in self.gone if not earlier.loses(f"{layer}."))
         of = Shares(*(a / b for a, b in zip(self.shares, earlier.shares, strict=True)))
@@ -297,7 +298,7 @@ class ChannelPlan:
         axes = self.kept.get(name)
         if axes is None:
             return tensor
-        places = _places(name, tensor.shape, axes)
+        places = places_of(name, tensor.shape, axes)
         if isinstance(tensor, LatticeTensor):
             return LatticeTensor(tensor.q[places], tensor.step, tensor.pruned, tensor.dtype)
         return RawTensor(tensor.values[places])
@@ -329,7 +330,7 @@ class ChannelPlan:
 
         Nodes give their modules the shapes that the masks say.
         """
-        return zlib.compress(replace(self, steps=()).to_text().encode(), 9)
+        return deflated(replace(self, steps=()).to_text())
 
     @classmethod
     def from_bytes(cls, data: bytes, most: int | None = None) -> ChannelPlan:
@@ -343,12 +344,7 @@ class ChannelPlan:
         Raises:
             PlanError: no such plan, one of a larger model, or one with `steps`.
         """
-        try:
-            bound = _MOST_TEXT if most is None else min(_MOST_TEXT, most + _NAMES)
-            text = inflate(data, bound).decode()
-        except (BadPayload, UnicodeDecodeError) as error:
-            raise PlanError(f"the plan of channels is damaged: {error}") from error
-        plan = cls.from_text(text, most)
+        plan = cls.from_text(inflated(data, most), most)
         if plan.steps:
             raise PlanError("the plan of channels is damaged: it travels without steps")
         return plan
@@ -406,45 +402,3 @@ def holding_channels(plan: ChannelPlan | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
-
-
-def _places(name: str, shape: tuple[int, ...], axes: Axes) -> tuple[NDArray[np.intp], ...]:
-    """Where what remains of a tensor lies."""
-    if not _is_of(axes, shape):
-        raise _of_another_shape(name, shape)
-    return np.ix_(*(
-        np.arange(n) if mask is None else np.flatnonzero(mask)
-        for n, mask in zip(shape, axes, strict=True)
-    ))  # fmt: skip
-
-
-def _is_of(axes: Axes, shape: tuple[int, ...]) -> bool:
-    sizes = tuple(n if mask is None else mask.size for n, mask in zip(shape, axes, strict=False))
-    return len(axes) == len(shape) and sizes == shape
-
-
-def _of_another_shape(name: str, shape: tuple[int, ...]) -> PlanError:
-    return PlanError(f"tensor {name!r} is {list(shape)}, the plan was made for another shape")
-
-
-def _composed(
-    name: str, before: NDArray[np.bool_] | None, after: NDArray[np.bool_] | None
-) -> NDArray[np.bool_] | None:
-    if before is None or after is None:
-        return after if before is None else before
-    if after.size != np.count_nonzero(before):
-        raise PlanError(f"tensor {name!r}: the later plan is of another number of channels")
-    both = np.zeros(before.size, np.bool_)
-    both[before] = after
-    return both
-
-
-def _beyond(
-    name: str, before: NDArray[np.bool_] | None, now: NDArray[np.bool_] | None
-) -> NDArray[np.bool_] | None:
-    if before is None:
-        return now
-    if now is None or now.size != before.size or (now & ~before).any():
-        raise PlanError(f"the plan keeps channels of tensor {name!r} that are gone")
-    left = now[before]
-    return None if left.all() else left

@@ -15,16 +15,16 @@ from torch import nn
 
 from prunecast.common.text import first_line
 from prunecast.compression.pruning.plan import PlanError, Shares
-from prunecast.compression.pruning.structure.attention import (
-    Attention,
+from prunecast.compression.pruning.structure.attention import Attention, attentions, set_heads
+from prunecast.compression.pruning.structure.axes import Axes
+from prunecast.compression.pruning.structure.channel_texts import Steps
+from prunecast.compression.pruning.structure.channels import ChannelPlan
+from prunecast.compression.pruning.structure.heads import choose_heads
+from prunecast.compression.pruning.structure.narrow_attention import (
     NarrowAttention,
-    attentions,
     become,
-    choose_heads,
     resize_attention,
-    set_heads,
 )
-from prunecast.compression.pruning.structure.channels import Axes, ChannelPlan, Steps
 from prunecast.compression.pruning.structure.residual import (
     PassThrough,
     choose_layers,

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from prunecast.compression.onnx.export import export_graph
 from prunecast.compression.pruning.plan import PlanError
-from prunecast.compression.pruning.structure.attention import NarrowAttention, attentions, become
+from prunecast.compression.pruning.structure.attention import attentions
 from prunecast.compression.pruning.structure.channels import ChannelPlan
+from prunecast.compression.pruning.structure.narrow_attention import NarrowAttention, become
 from prunecast.compression.pruning.structure.narrowing import (
     choose_channels,
     fit_module,
