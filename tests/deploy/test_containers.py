@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -188,6 +189,19 @@ def objects(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 def workloads(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [one for one in objects if one["kind"] in ("Deployment", "StatefulSet")]
+
+
+@pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
+def test_every_object_is_what_kubernetes_takes(objects: list[dict[str, Any]], version: str) -> None:
+    for one in objects:
+        kubernetes_validate.validate(one, version, strict=True)  # unknown fields are refused, too
+
+
+def test_a_misspelt_field_would_be_seen() -> None:
+    [pod] = workloads(built("supernode"))
+    pod["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="livenesProbe"):
+        kubernetes_validate.validate(pod, "1.30", strict=True)
 
 
 def test_every_reference_leads_somewhere(objects: list[dict[str, Any]]) -> None:
