@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from prunecast.server.federation.publishing.progress import measured_in
+from prunecast.server.federation.publishing.masks.progress import measured_in
 
 __all__ = ["Recoveries"]
 

@@ -26,7 +26,7 @@ from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.exchange.deadlines import Deadlines, gather
 from prunecast.server.federation.exchange.grid import CompressedGrid
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.publishing.prunable import check_model
+from prunecast.server.federation.publishing.masks.prunable import check_model
 from prunecast.server.federation.publishing.widths import SliceChooser, check_strategy
 from prunecast.server.federation.recalibration import Recalibration
 from prunecast.server.federation.releasing import AutomaticReleases

@@ -30,7 +30,7 @@ from prunecast.compression.pruning.structure.channels import current_channels
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.exchange.deadlines import Deadlines
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.publishing.prunable import check_model, frozen_parameters
+from prunecast.server.federation.publishing.masks.prunable import check_model, frozen_parameters
 from prunecast.server.federation.publishing.widths import leading_slices
 from prunecast.server.federation.releasing import releases_from_config
 from prunecast.server.federation.run import CHECKPOINT, Run, initial_arrays

@@ -90,7 +90,7 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
     from prunecast.compression.flower import dense_arrays, set_apart
     from prunecast.compression.pruning.plan import PlanError
     from prunecast.server.federation.errors import FederationError
-    from prunecast.server.federation.publishing.prunable import check_model, frozen_parameters
+    from prunecast.server.federation.publishing.masks.prunable import check_model, frozen_parameters
     from prunecast.server.federation.run import initial_arrays
     from prunecast.server.federation.shrinking.choosing import module_chooser
     from prunecast.server.federation.shrinking.removals import check_channels

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from prunecast.compression.flower import CONTROL_RECORD, stated, stream_id
 from prunecast.compression.flower.internals import Measured, Record, content_bytes, make_message
 from prunecast.compression.versions import TAG_BYTES, Instruction, SchemeRule, UpdateRule
-from prunecast.server.federation.exchange.lazy import largest_of
-from prunecast.server.federation.exchange.overlap import Overlap
+from prunecast.server.federation.exchange.replies.lazy import largest_of
+from prunecast.server.federation.exchange.replies.overlap import Overlap
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.ledger import Entry
 

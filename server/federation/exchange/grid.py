@@ -13,7 +13,7 @@ from prunecast.compression.flower.internals import Measured
 from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.exchange.channels import ChannelExchange
-from prunecast.server.federation.publishing.progress import measured_in
+from prunecast.server.federation.publishing.masks.progress import measured_in
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.notices import uncodable
 from prunecast.server.federation.state.checkpoints import Checkpoint

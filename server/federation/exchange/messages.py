@@ -26,12 +26,12 @@ from prunecast.compression.versions import UpdateRule
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.exchange.batches import Batch, Prepared
 from prunecast.server.federation.exchange.deadlines import Attendance, Closing, Deadlines
-from prunecast.server.federation.exchange.inbound import up_of
-from prunecast.server.federation.exchange.late import LateReplies
 from prunecast.server.federation.exchange.measuring import Recode, measured_message
 from prunecast.server.federation.exchange.outbound import Outbound, within
 from prunecast.server.federation.exchange.packing import pack_together
-from prunecast.server.federation.exchange.receiving import Received, Receiver, refuse
+from prunecast.server.federation.exchange.replies.inbound import up_of
+from prunecast.server.federation.exchange.replies.late import LateReplies
+from prunecast.server.federation.exchange.replies.receiving import Received, Receiver, refuse
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publishing.participation import trains
 from prunecast.server.federation.publishing.publisher import Publisher

@@ -14,7 +14,7 @@ from prunecast.compression.pruning.plan import PlanError, PruningPlan
 from prunecast.compression.pruning.structure.channels import ChannelChooser, ChannelPlan
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.publishing.pruner import Pruner
+from prunecast.server.federation.publishing.masks.pruner import Pruner
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.publishing.version_stream import VersionStream
 

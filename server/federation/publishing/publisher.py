@@ -33,7 +33,7 @@ from prunecast.server.federation.errors import FederationError, NonFiniteModel
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publishing.channel_stream import ChannelStream
 from prunecast.server.federation.publishing.lattices import Lattices
-from prunecast.server.federation.publishing.mask_state import MaskState
+from prunecast.server.federation.publishing.masks.mask_state import MaskState
 from prunecast.server.federation.publishing.participation import Changes
 from prunecast.server.federation.publishing.version import Version
 

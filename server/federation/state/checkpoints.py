@@ -27,8 +27,8 @@ from prunecast.common.files import replacing
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.server.federation.errors import CheckpointError
-from prunecast.server.federation.publishing.mask_state import MaskState
-from prunecast.server.federation.publishing.progress import Progress
+from prunecast.server.federation.publishing.masks.mask_state import MaskState
+from prunecast.server.federation.publishing.masks.progress import Progress
 from prunecast.server.federation.state.snapshots import Packer, Unpacker
 
 __all__ = [

@@ -33,8 +33,8 @@ from prunecast.server.federation.exchange.outbound import Outbound
 from prunecast.server.federation.publishing.budgets import Budget
 from prunecast.server.federation.publishing.classes import Treatment
 from prunecast.server.federation.publishing.history import Coded, History
-from prunecast.server.federation.publishing.mask_state import MaskState
-from prunecast.server.federation.publishing.pruner import Pruner
+from prunecast.server.federation.publishing.masks.mask_state import MaskState
+from prunecast.server.federation.publishing.masks.pruner import Pruner
 from prunecast.server.federation.publishing.publisher import Publisher
 from prunecast.server.federation.publishing.scheme_publisher import Link, SchemePublisher
 from prunecast.server.federation.publishing.streams import NodeState, Streams

@@ -20,7 +20,11 @@ from prunecast.compression.versions import (
 )
 from prunecast.server.federation import Policy, PolicyError
 from prunecast.server.federation.publishing.lattices import Lattices
-from prunecast.server.federation.publishing.progress import Measurements, Progress, measured_in
+from prunecast.server.federation.publishing.masks.progress import (
+    Measurements,
+    Progress,
+    measured_in,
+)
 from prunecast.server.federation.publishing.publisher import Publisher
 
 LARGE_ONE = (256, 256)

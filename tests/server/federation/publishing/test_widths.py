@@ -51,7 +51,7 @@ from prunecast.server.federation import (
     Run,
     server_app,
 )
-from prunecast.server.federation.exchange.overlap import Overlap
+from prunecast.server.federation.exchange.replies.overlap import Overlap
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.publishing.widths import leading_slices
 from prunecast.server.federation.reporting.ledger import Entry

@@ -42,7 +42,7 @@ from prunecast.compression.versions import (
     stream_tag,
 )
 from prunecast.server.federation.exchange.batches import Prepared
-from prunecast.server.federation.exchange.lazy import LazyArray, WeightedSum, WholeSum
+from prunecast.server.federation.exchange.replies.lazy import LazyArray, WeightedSum, WholeSum
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publishing.classes import as_changes
 from prunecast.server.federation.reporting.ledger import Entry

@@ -39,9 +39,9 @@ from prunecast.compression.versions import (
     encode_update,
 )
 from prunecast.server.federation import Policy
-from prunecast.server.federation.exchange import inbound
 from prunecast.server.federation.exchange.batches import Batch, Prepared
-from prunecast.server.federation.exchange.checks import misfits
+from prunecast.server.federation.exchange.replies import inbound
+from prunecast.server.federation.exchange.replies.checks import misfits
 from support.federation import RUN_ID, initial_arrays, make_app, to_arrays, to_record
 
 pytestmark = pytest.mark.usefixtures("unpacked")  # they look into messages

@@ -29,8 +29,8 @@ from prunecast.compression.flower.internals import ErrorCode, make_message
 from prunecast.compression.versions import is_statistic
 from prunecast.server.federation.exchange.batches import Batch, Prepared
 from prunecast.server.federation.exchange.deadlines import Deadlines, staleness_weight
-from prunecast.server.federation.exchange.lazy import LazyArray
-from prunecast.server.federation.exchange.receiving import Received, Receiver
+from prunecast.server.federation.exchange.replies.lazy import LazyArray
+from prunecast.server.federation.exchange.replies.receiving import Received, Receiver
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.ledger import Entry
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from prunecast.compression.flower import NUMPY
 from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.versions import is_statistic
-from prunecast.server.federation.exchange.lazy import LazyArray
+from prunecast.server.federation.exchange.replies.lazy import LazyArray
 from prunecast.server.federation.reporting.ledger import Entry
 
 if TYPE_CHECKING:

@@ -33,14 +33,14 @@ from prunecast.compression.flower.internals import (
 )
 from prunecast.compression.versions import NodeReport, UpdateRule, VersionsError
 from prunecast.server.federation.errors import ReplyRefused
-from prunecast.server.federation.exchange.apart import note_apart
 from prunecast.server.federation.exchange.batches import Prepared
-from prunecast.server.federation.exchange.checks import EXAMPLES, check_reply, misfits
-from prunecast.server.federation.exchange.inbound import Up, decode_reply
-from prunecast.server.federation.exchange.lazy import LazyArray
-from prunecast.server.federation.exchange.overlap import Overlap
-from prunecast.server.federation.exchange.reports import NodeReports
-from prunecast.server.federation.publishing.progress import measured_in
+from prunecast.server.federation.exchange.replies.apart import note_apart
+from prunecast.server.federation.exchange.replies.checks import EXAMPLES, check_reply, misfits
+from prunecast.server.federation.exchange.replies.inbound import Up, decode_reply
+from prunecast.server.federation.exchange.replies.lazy import LazyArray
+from prunecast.server.federation.exchange.replies.overlap import Overlap
+from prunecast.server.federation.exchange.replies.reports import NodeReports
+from prunecast.server.federation.publishing.masks.progress import measured_in
 from prunecast.server.federation.publishing.publisher import Publisher
 from prunecast.server.federation.publishing.streams import Streams
 from prunecast.server.federation.publishing.version import Version

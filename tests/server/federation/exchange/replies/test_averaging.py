@@ -24,7 +24,7 @@ from prunecast.compression.versions import (
     encode_update,
 )
 from prunecast.server.federation import Policy
-from prunecast.server.federation.exchange.lazy import LazyArray, WeightedSum, WholeSum
+from prunecast.server.federation.exchange.replies.lazy import LazyArray, WeightedSum, WholeSum
 from prunecast.server.federation.reporting.ledger import Entry
 from support.federation import initial_arrays, to_record
 

@@ -21,13 +21,13 @@ from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.knobs import GROWN_BY
 from prunecast.server.federation.policy import Policy
-from prunecast.server.federation.publishing.mask_state import (
+from prunecast.server.federation.publishing.masks.mask_state import (
     MaskState,
     fitting,
     narrowed_statistics,
 )
-from prunecast.server.federation.publishing.progress import SUMS, Measurements, Progress
-from prunecast.server.federation.publishing.prunable import (
+from prunecast.server.federation.publishing.masks.progress import SUMS, Measurements, Progress
+from prunecast.server.federation.publishing.masks.prunable import (
     check_prunable,
     say_emptied,
     say_left_alone,

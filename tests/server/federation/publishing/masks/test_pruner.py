@@ -14,7 +14,7 @@ from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.pruning.statistics import pack_statistics, statistic_shape
 from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.server.federation import Checkpoint, Policy, PolicyError
-from prunecast.server.federation.publishing.mask_state import MaskState
+from prunecast.server.federation.publishing.masks.mask_state import MaskState
 from prunecast.server.federation.publishing.publisher import Publisher
 from support.federation import initial_arrays, to_record
 

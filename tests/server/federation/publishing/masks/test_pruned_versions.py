@@ -14,11 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from prunecast.client.training import (
-    compression_mod,
-    contribute_statistics,
-    wanted_statistics,
-)
+from prunecast.client.training import compression_mod, contribute_statistics, wanted_statistics
 from prunecast.compression.flower import payload_of, payload_record
 from prunecast.compression.pruning.criteria import CRITERIA
 from prunecast.compression.pruning.statistics import pack_statistics
@@ -487,7 +483,7 @@ def test_snip_asks_once_is_dense_until_then_and_never_changes_its_mind() -> None
 
 
 def test_the_documentation_adds_a_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[4] / "docs/pruning.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[5] / "docs/pruning.md").read_text(encoding="utf-8")
     monkeypatch.setitem(CRITERIA, "chance", CRITERIA["magnitude"])  # taken away afterwards
     scope: dict[str, Any] = {}
     for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):

@@ -19,7 +19,7 @@ from prunecast.compression.flower import NUMPY, STYPE, npy_head
 from prunecast.compression.flower.internals import Aggregation
 from prunecast.server.federation.errors import ReplyRefused
 from prunecast.server.federation.exchange.batches import Prepared
-from prunecast.server.federation.exchange.lazy import LazyArray, largest_of
+from prunecast.server.federation.exchange.replies.lazy import LazyArray, largest_of
 from prunecast.server.federation.policy import Policy
 
 __all__ = ["EXAMPLES", "check_reply", "misfits"]
