@@ -44,6 +44,7 @@ from prunecast.server.federation.wrapper import GridWrapper
 
 __all__ = ["MessageExchange"]
 
+_FURTHEST = 1e9  # seconds that a clock may be ahead
 _KEPT = 1000  # entries of a ledger
 _POOL_EVERY = 10  # rounds: how many nodes there are changes slowly
 _NOT_BY_ITSELF = (
@@ -341,7 +342,8 @@ class MessageExchange(GridWrapper):
         # an error reply made for a dead node names no useful source: the instruction does
         node = self._streams.node(sent.original.metadata.dst_node_id)
         if not reply.has_error():
-            node.ahead = max(0.0, reply.metadata.created_at - time.time())
+            ahead = reply.metadata.created_at - time.time()
+            node.ahead = min(max(0.0, ahead), _FURTHEST)  # whatever the node states
         entry = Entry(
             round=sent.round,
             node=sent.original.metadata.dst_node_id,

@@ -129,14 +129,15 @@ class Streams:
         """Those of the nodes that understand this server, or need not.
 
         Raises:
-            FederationError: there are nodes, and none of them does.
+            FederationError: there are nodes, and none that was ever heard of does.
         """
         found = []
         for node_id in connected:
             node = self._nodes.get(node_id)
             if node is None or not node.foreign or node.treatment.dense:
                 found.append(node_id)
-        if connected and not found:
+        # others may be away for a moment, and what one says of itself is no reason to end the run
+        if connected and not found and all(node.foreign for node in self._nodes.values()):
             why = next(node.foreign for node in self._nodes.values() if node.foreign)
             raise FederationError(f"no node understands this server: {why}")
         return found

@@ -22,7 +22,7 @@ from prunecast.server.federation.exchange.batches import Prepared
 from prunecast.server.federation.exchange.replies.lazy import LazyArray, largest_of
 from prunecast.server.federation.policy import Policy
 
-__all__ = ["EXAMPLES", "check_reply", "misfits"]
+__all__ = ["EXAMPLES", "check_reply", "misfits", "readable"]
 
 EXAMPLES = "num-examples"
 """The metric that Flower's strategies weigh replies by."""
@@ -54,11 +54,10 @@ def check_reply(content: RecordDict, sent: Prepared, policy: Policy, *, values: 
         if list(record) == [_EMPTY] and not record[_EMPTY].data:
             continue
         for name, array in list(record.items()):
-            what = f"tensor {name[:_NAMED]!r} of record {key[:_NAMED]!r}"
             if not isinstance(array, LazyArray):
-                array = record[name] = _checked(what, array)
+                array = record[name] = _readable(_what(key, name), array)
             if values and array.stype == NUMPY:
-                _check_values(what, key, name, array, sent, policy)
+                _check_values(_what(key, name), key, name, array, sent, policy)
 
 
 def _check_examples(record: MetricRecord, name: str) -> None:
@@ -67,8 +66,20 @@ def _check_examples(record: MetricRecord, name: str) -> None:
         raise ReplyRefused(f"metric {name!r} is {stated}, which is no number of examples")
 
 
-def _checked(what: str, array: Array) -> Array:
-    """An array that came as it is and can be read, within the bytes that came."""
+def readable(key: str, record: ArrayRecord) -> ArrayRecord:
+    """A record that came as it is, whose arrays can be read within the bytes that came.
+
+    Raises:
+        ReplyRefused: one of them cannot.
+    """
+    return ArrayRecord({name: _readable(_what(key, name), a) for name, a in record.items()})
+
+
+def _what(key: str, name: str) -> str:
+    return f"tensor {name[:_NAMED]!r} of record {key[:_NAMED]!r}"
+
+
+def _readable(what: str, array: Array) -> Array:
     if array.stype == STYPE:
         raise ReplyRefused(f"{what} is a payload where an array belongs")
     if array.stype != NUMPY:

@@ -42,6 +42,7 @@ from prunecast.compression.versions import (
     stream_tag,
 )
 from prunecast.server.federation.exchange.batches import Prepared
+from prunecast.server.federation.exchange.replies.checks import readable
 from prunecast.server.federation.exchange.replies.lazy import LazyArray, WeightedSum, WholeSum
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publishing.classes import as_changes
@@ -251,6 +252,7 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
     Raises:
         VersionsError: a payload is damaged, of another run or of another version.
         CodecError: a scheme's payload is damaged, or of another scheme.
+        ReplyRefused: an array of a node that is sent none but dense ones cannot be read.
     """
     content, kinds, has_update = RecordDict(), [], False
     left = _FREE + _TIMES * sum(sent.dense.values()) + _EXPANSION * entry.payload_bytes
@@ -268,7 +270,8 @@ def decode_reply(reply: Message, sent: Prepared, entry: Entry, up: Up) -> tuple[
             if version is None:
                 read = up(key, record, sent, entry)
             else:
-                read = Read(as_changes(record, version.model, version.master), "dense")
+                came = readable(key, record)  # before anything of it is
+                read = Read(as_changes(came, version.model, version.master), "dense")
             if read.dense is not None:
                 entry.dense_bytes += read.dense - object_bytes(record)
                 left -= read.dense

@@ -173,6 +173,21 @@ def test_what_is_known_of_a_clock_is_allowed_for(federation: Any) -> None:
     assert 3650 < lived[4] < 3711
 
 
+@pytest.mark.parametrize("stated", [float("inf"), float("nan"), 1e300, -1e300])
+def test_a_clock_that_is_none_ends_no_round(federation: Any, stated: float) -> None:
+    grid, inner, _ = federation("balanced", deadlines=Deadlines(seconds=50))
+
+    def odd(reply: Message) -> Message:
+        if reply.metadata.src_node_id == 2:
+            reply.metadata.__dict__["_created_at"] = stated
+        return reply
+
+    inner.on_reply = odd
+    for number in (1, 2, 3):
+        replies = round_of(grid, number, seed=number)
+        assert [reply.has_error() for reply in replies] == [False] * 3
+
+
 def test_a_message_that_nobody_came_to_is_not_delivered_for_ever(
     federation: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

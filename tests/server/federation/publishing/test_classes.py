@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message
+from flwr.app import Array, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+from numpy.lib import format as npy
 
 from prunecast.client.training import capabilities as stating
 from prunecast.compression.versions import BadPayload, Capabilities, NodeReport, control
@@ -258,6 +260,38 @@ def test_what_rounding_dropped_is_not_lost_by_a_dense_reply(tmp_path: Path) -> N
         np.testing.assert_allclose(array.numpy(), initial_arrays()[name], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["no array", "objects", "more than came"])
+def test_what_a_dense_node_sends_is_looked_at_before_it_is_read(tmp_path: Path, kind: str) -> None:
+    """It is refused alone: neither unpickled nor given the memory that it states."""
+
+    def odd(dtype: str, shape: tuple[int, ...]) -> Array:
+        if kind == "more than came":
+            shape = (1 << 40,)
+        head = io.BytesIO()
+        descr = "|O" if kind == "objects" else "<f4"
+        npy.write_array_header_1_0(head, {"descr": descr, "fortran_order": False, "shape": shape})
+        data = b"no array" if kind == "no array" else head.getvalue()
+        return Array(dtype=dtype, shape=shape, stype="numpy.ndarray", data=data)
+
+    def change(reply: Message) -> Message:
+        if reply.metadata.src_node_id == 2 and "arrays" in reply.content:
+            record = reply.content["arrays"]
+            array = record["fc.weight"]
+            record["fc.weight"] = odd(array.dtype, tuple(array.shape))
+        return reply
+
+    federation = Federation(tmp_path, "old=link<1:dense", second=make_app(None))
+    node = federation.grid._streams.node(2)
+    node.able = ABLE
+    node.treatment = parse_classes(federation.grid.policy.classes)[0].treatment
+    federation.inner.on_reply = change
+    federation.run()
+    assert federation.kinds(2, "up") == ["error"] * ROUNDS
+    assert federation.kinds(1, "up") == ["update"] * ROUNDS
+    reasons = [e.reason for e in federation.grid.ledger.entries if e.kind == "error"]
+    assert all("'fc.weight'" in reason for reason in reasons)
+
+
 def _content(records: dict[str, Any]) -> Any:
     from flwr.app import RecordDict
 
@@ -311,6 +345,17 @@ def test_it_trains_all_the_same_where_the_policy_has_it_dense(
     assert federation.kinds(2) == ["keyframe", *["dense"] * ROUNDS]
     assert federation.kinds(2, "up") == ["error", *["dense"] * ROUNDS]
     assert list(federation.grid.get_node_ids()) == [1, 2, 3]
+
+
+def test_a_node_of_another_format_ends_no_run_while_the_others_are_away(
+    tmp_path: Path, foreign: Callable[[ClientApp], Any]
+) -> None:
+    federation = Federation(tmp_path, "", second=foreign(make_app(tmp_path / "second")))
+    federation.run(1)
+    federation.inner.online = {2}
+    assert list(federation.grid.get_node_ids()) == []
+    federation.inner.online = {1, 2, 3}
+    assert list(federation.grid.get_node_ids()) == [1, 3]
 
 
 def test_where_no_node_is_left_that_is_said_instead_of_waiting(
