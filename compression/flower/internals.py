@@ -54,6 +54,7 @@ __all__ = [
     "adds_noise",
     "aggregation_above",
     "content_bytes",
+    "function_of",
     "identify_process",
     "is_averaging",
     "keep_random_apart",
@@ -333,6 +334,15 @@ class Aggregation:
     lengths: bool
 
 
+def function_of(message_type: str) -> str:
+    """What a message asks for, by a ClientApp's only function for it or a named one.
+
+    >>> function_of("train.personalised")
+    'train'
+    """
+    return message_type.partition(".")[0]
+
+
 def aggregation_above(frame: FrameType | None, message_type: str) -> Aggregation | None:
     """What Flower makes of the replies to messages that are sent in a frame.
 
@@ -345,7 +355,7 @@ def aggregation_above(frame: FrameType | None, message_type: str) -> Aggregation
         its own.
     """
     strategy, _ = _started(frame)
-    return None if strategy is None else _aggregation(strategy, message_type.partition(".")[0])
+    return None if strategy is None else _aggregation(strategy, function_of(message_type))
 
 
 def rounds_above(frame: FrameType | None) -> int:

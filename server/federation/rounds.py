@@ -15,10 +15,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from prunecast.compression.flower import array_record, node_reason
+from prunecast.compression.flower.internals import function_of
 from prunecast.compression.pruning.structure.channels import holding_channels
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation.errors import NodesFailed
 from prunecast.server.federation.knobs import WHOLE
+from prunecast.server.federation.publishing.participation import trains
 from prunecast.server.federation.recalibration import Recalibration
 from prunecast.server.federation.recovery import Recoveries
 from prunecast.server.federation.reporting.events import EventLog
@@ -89,7 +91,7 @@ class Rounds(GridWrapper):
             NodesFailed: a node did not, and the run stops then.
         """
         batch = list(messages)
-        training = sum(map(_trains, batch))
+        training = sum(map(trains, batch))
         if training and not self._asked:
             self._events.write("round-begun", round=self._number, nodes=training)
         self._asked += training
@@ -102,12 +104,12 @@ class Rounds(GridWrapper):
         failed: list[dict[str, str]] = []
         for message in batch:
             reply = answers.get(message.metadata.message_id)
-            kind = "train" if _trains(message) else "other"
+            kind = "train" if trains(message) else "other"
             if reply is not None and not reply.has_error():
-                if _trains(message):
+                if trains(message):
                     self._trained.append(message.metadata.dst_node_id)
                 self._used.add(kind)
-                if _function(message) == MessageType.EVALUATE:
+                if function_of(message.metadata.message_type) == MessageType.EVALUATE:
                     for name, value in _numbers(reply).items():
                         self._measured.setdefault(name, []).append(value)
                 continue
@@ -302,15 +304,6 @@ class Rounds(GridWrapper):
             sums[name] += spent
         whole = {name: int(sums[name]) for name in names}
         return {**whole, "wire": totals.wire(), "seconds": round(sums["seconds"], 3)}
-
-
-def _function(message: Message) -> str:
-    """What a message asks for, by a ClientApp's only function for it or a named one."""
-    return message.metadata.message_type.partition(".")[0]
-
-
-def _trains(message: Message) -> bool:
-    return _function(message) == MessageType.TRAIN
 
 
 def _numbers(reply: Message) -> dict[str, float]:

@@ -17,6 +17,7 @@ from prunecast.compression.flower import stated_round
 from prunecast.compression.flower.internals import (
     Aggregation,
     aggregation_above,
+    function_of,
     log,
     rounds_above,
     set_reply_to,
@@ -198,7 +199,7 @@ class MessageExchange(GridWrapper):
             if waiting and not closing.timed_out:
                 self._late.ended(kind, closing.seconds)
             self._leave(waiting)
-            if present is not None and kind.partition(".")[0] == MessageType.TRAIN:
+            if present is not None and function_of(kind) == MessageType.TRAIN:
                 found = [*self._late.updates(present, self._answered), *found]
             replies = self._take(found, aggregation)
         order = {message_id: position for position, message_id in enumerate(sent)}

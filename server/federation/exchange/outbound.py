@@ -21,7 +21,7 @@ from prunecast.compression.flower import (
     stated_round,
 )
 from prunecast.compression.flower.envelope import PACKED_RECORD
-from prunecast.compression.flower.internals import make_message, own_bytes
+from prunecast.compression.flower.internals import function_of, make_message, own_bytes
 from prunecast.compression.flower.secure import is_secure
 from prunecast.compression.versions import (
     NOTHING_SENT,
@@ -213,7 +213,7 @@ class Outbound:
             known,
             batch.content_id(record),
             stated=prepared.round or self._streams.round,
-            training=metadata.message_type.partition(".")[0] != MessageType.EVALUATE,
+            training=function_of(metadata.message_type) != MessageType.EVALUATE,
             occasion=batch.occasion,
         )
         node, asks = self._streams.node(metadata.dst_node_id), False

@@ -11,6 +11,7 @@ import numpy as np
 from flwr.app import Message, MessageType
 from numpy.typing import NDArray
 
+from prunecast.compression.flower.internals import function_of
 from prunecast.compression.versions import UpdateRule
 
 __all__ = ["Changes", "Participation", "rule_for", "trains"]
@@ -21,7 +22,7 @@ _LEVELS = (4.0, 12.0)  # rounds from one update of a node to its next: seldom, r
 
 def trains(message: Message) -> bool:
     """Whether a message asks for training."""
-    return message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
+    return function_of(message.metadata.message_type) == MessageType.TRAIN
 
 
 class Participation:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -31,6 +31,7 @@ from prunecast.server.federation.exchange.batches import Batch, Prepared
 from prunecast.server.federation.exchange.deadlines import Deadlines, staleness_weight
 from prunecast.server.federation.exchange.replies.lazy import LazyArray
 from prunecast.server.federation.exchange.replies.receiving import Received, Receiver
+from prunecast.server.federation.publishing.participation import trains
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.ledger import Entry
 
@@ -123,8 +124,7 @@ class LateReplies:
                 self._take(reply, sent, answered(reply, sent))
 
     def _applies(self, sent: Prepared) -> bool:
-        kind = sent.original.metadata.message_type
-        return self.deadlines.applies and kind.partition(".")[0] == MessageType.TRAIN
+        return self.deadlines.applies and trains(sent.original)
 
     def _forget(self) -> None:
         """Wait no more for what Flower delivers no reply to, and for what is too old."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from prunecast.compression.codec import CodecError
 from prunecast.compression.flower import (
@@ -41,6 +41,7 @@ from prunecast.server.federation.exchange.replies.lazy import LazyArray
 from prunecast.server.federation.exchange.replies.overlap import Overlap
 from prunecast.server.federation.exchange.replies.reports import NodeReports
 from prunecast.server.federation.publishing.masks.progress import measured_in
+from prunecast.server.federation.publishing.participation import trains
 from prunecast.server.federation.publishing.publisher import Publisher
 from prunecast.server.federation.publishing.streams import Streams
 from prunecast.server.federation.publishing.version import Version
@@ -326,7 +327,7 @@ class Receiver:
         records = item.message.content.metric_records.values()
         stated = [record.get(EXAMPLES) for record in records]
         weight = next((n for n in stated if isinstance(n, int | float)), 1.0)
-        held_out = metadata.message_type.partition(".")[0] != MessageType.TRAIN
+        held_out = not trains(item.message)
         ending = self._streams.policy.pruning_metric
         for value in (value for record in records for value in measured_in(record, ending)):
             for key in (key for key, version in sent.versions.items() if not version.width):
