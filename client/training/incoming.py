@@ -111,8 +111,7 @@ class Incoming:
         self._unkept: dict[str, PublishedModel | None] = {}  # what is held in a version's stead
         self._trouble, self._unsettled = "", False
         try:
-            store.settle(instruction.accepted, instruction.given_up)
-            store.go_on(instruction.attempt)
+            store.go_on(instruction.attempt, instruction.accepted, instruction.given_up)
         except StoreError as error:  # nothing is lost: the server says it again
             self.in_trouble(error)
             self._unsettled = True

@@ -73,7 +73,8 @@ class Reply:
             try:
                 coded = record
                 if isinstance(record, ArrayRecord):
-                    coded = self._coded(key, stated(record))
+                    with self._incoming.store.alone():
+                        coded = self._coded(key, stated(record))
                 elif key == SECURE_RECORD and isinstance(record, ConfigRecord):
                     coded = narrowed(record)
             except NonFiniteError as error:

@@ -8,6 +8,7 @@ when a SuperNode restarts. Blobs are files here, replaced atomically, before the
     <root>/<job>/<node id>/<record>.pending-<tag>  what the reply with this tag dropped
     <root>/<job>/<node id>/<record>.taken-<tag>    the residual that this reply took along
     <root>/<job>/<node id>/attempt                 how often the job was resumed, as far as is known
+    <root>/<job>/<node id>/turn                    its lock: see `NodeStore.alone`
 
 A job is Flower's run, or what several runs of Flower go on with under one name; its folder is the
 run's id, or follows from a digest of the name (`prunecast.compression.flower.job_id`), since a name
@@ -26,14 +27,15 @@ attempt still has under way on this node is not kept any more.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import weakref
 import zipfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ __all__ = [
     "plan_of",
 ]
 
-_ATTEMPT = "attempt"
+_ATTEMPT, _TURN = "attempt", "turn"
 _LONGEST_NUMBER = 20  # digits of 64 bits
 _TAGS = 64  # that a residual remembers to have been added
 _DAMAGED = (
@@ -107,7 +109,7 @@ class NodeStore:
         self, root: Path, job: int | str, node_id: int, *, quota: int | None = None
     ) -> None:
         self._root, self._quota = root, quota
-        self._folder, self._attempt = folder_of(root, job, node_id), 0
+        self._folder, self._attempt, self._turns = folder_of(root, job, node_id), 0, 0
         fresh, handle = not os.path.isdir(self._folder.parent), None
         with suppress(OSError):  # said where something is to be written
             handle = enter(self._folder)
@@ -125,6 +127,26 @@ class NodeStore:
         if self._leave is not None:
             self._leave()
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let other messages of this node wait that read or write what updates dropped.
+
+        Where several are handled side by side, as in a simulation whose rounds do not wait for all,
+        two replies would take one residual along.
+        """
+        handle = None
+        with suppress(OSError):  # without locks there is nothing to wait for
+            if not self._turns:
+                handle = os.open(self._folder / _TURN, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        self._turns += 1
+        try:
+            yield
+        finally:
+            self._turns -= 1
+            if handle is not None:
+                os.close(handle)
+
     def note_end(self, *, last: bool) -> None:
         """Note whether the server says that this is the last round of the job.
 
@@ -133,18 +155,29 @@ class NodeStore:
         """
         say_finished(self._folder, last)
 
-    def go_on(self, attempt: int) -> None:
-        """Be of an attempt of the job: of a new one, after the tags that its server names.
+    def go_on(
+        self, attempt: int, accepted: Iterable[str] = (), given_up: Iterable[str] = ()
+    ) -> None:
+        """Be of an attempt of the job, and settle what its server knows the end of.
+
+        What is under way of an attempt before, and is not named, is given up.
 
         Args:
             attempt: how often the job was resumed.
+            accepted: see `settle`.
+            given_up: see `settle`.
 
         Raises:
             ModError: the job has been resumed since the message was sent.
-            StoreError: a file cannot be written, or not be read for now.
+            StoreError: a file cannot be written, or not be read for now; nothing can be staged then
+                where the attempt is a new one.
         """
         self._attempt = attempt
-        known = self._known_attempt()
+        with self.alone():
+            self.settle(accepted, given_up)
+            self._begin(attempt, self._known_attempt())
+
+    def _begin(self, attempt: int, known: int) -> None:
         if attempt == known:
             return
         if attempt < known:

@@ -38,6 +38,7 @@ from prunecast.server.federation.state.checkpoints import (
     Checkpoint,
     check_model_of,
     forget_earlier,
+    note_attempt,
     save_newest,
 )
 from prunecast.server.federation.state.resuming import Continuation, checkpoint_to_resume, put_told
@@ -348,6 +349,7 @@ class Run:
         # so that an attempt which ends before its first checkpoint is known to the next
         state = {**found.state, "grid": {**found.state["grid"], "attempt": self.grid.attempt}}
         save_newest(replace(found, state=state), self._checkpoint, self._kept, instead=True)
+        note_attempt(self._checkpoint, self.grid.attempt)
         return arrays, found.channels, state["run"]["before"]
 
     def save(self, arrays: ArrayRecord, run_state: Mapping[str, Any], *, first: bool) -> None:
@@ -364,6 +366,7 @@ class Run:
                 forget_earlier(self._checkpoint)
             save_newest(made, self._checkpoint, self._kept, instead=first)
         except (StorageError, Unstorable) as error:
+            self.grid.note_unsaved()
             log(WARNING, "No checkpoint of round %d: %s", number, error)
 
     def _slice(self) -> None:

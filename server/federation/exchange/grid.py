@@ -270,6 +270,10 @@ class CompressedGrid(ChannelExchange):
         self._streams.saves = again
         self._streams.saved()
 
+    def note_unsaved(self) -> None:
+        """The checkpoint that `note_saved` spoke of could not be written after all."""
+        self._streams.unsaved()
+
     def checkpoint(self, arrays: ArrayRecord, *, key: str = "arrays") -> Checkpoint:
         """What a later run needs to go on from these master weights; see `Checkpoint.save`."""
         stream = self._stream(key)

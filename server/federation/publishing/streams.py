@@ -21,6 +21,7 @@ __all__ = ["NodeState", "Streams"]
 
 _LONGEST_JOB = 200  # characters, which travel with every message
 _TAGS = 64  # of replies that a node that never answers is told of
+_UNSAVED = 32  # replies of a node that wait for a checkpoint to have them
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Streams:
         self.budget = Budget(limits, policy.down_step) if limits else None
         self.job, self.attempt, self.saves = "", 0, False
         self._rounds = 0
+        self._saved_before: dict[int, set[str]] = {}
         self._streams: dict[tuple[int, str], Publisher] = {}
         self._nodes: dict[int, NodeState] = {}
 
@@ -112,12 +114,20 @@ class Streams:
 
     def saved(self) -> None:
         """A checkpoint has what was accepted so far."""
+        self._saved_before = {number: node.safe for number, node in self._nodes.items()}
         for node in self._nodes.values():
             node.safe = set(node.accepted)
 
+    def unsaved(self) -> None:
+        """It has not: what the one before has is what a resumed run would accept."""
+        for number, node in self._nodes.items():
+            node.safe = self._saved_before.get(number, set())
+
     def ends_of(self, node: NodeState) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Tags of a node's replies that it is to be told were accepted, and given up."""
-        safe = [tag for tag in node.accepted if not self.saves or tag in node.safe]
+        # where no checkpoint can be written for long, better told than forgotten
+        long_ago = set(node.accepted[:-_UNSAVED])
+        safe = [t for t in node.accepted if not self.saves or t in node.safe or t in long_ago]
         return tuple(safe), tuple(node.given_up)
 
     def told(self, run_id: int) -> tuple[str, int]:

@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ __all__ = [
     "check_model_of",
     "forget_earlier",
     "newest_checkpoint",
+    "note_attempt",
     "save_newest",
 ]
 
@@ -233,6 +234,29 @@ def forget_earlier(path: Path) -> None:
         with suppress(OSError):
             found.unlink()
         number += 1
+
+
+def note_attempt(path: Path, attempt: int) -> None:
+    """Let whichever earlier checkpoint is gone on from next know of an attempt.
+
+    Nodes answer no attempt that is older than one they know, and take one that they know for the
+    same.
+
+    Args:
+        path: of the newest checkpoint, which knows of it.
+        attempt: how often the job was resumed.
+
+    Raises:
+        StorageError: the file system refuses; a file is as it was, or knows.
+    """
+    number = 1
+    while (found := earlier_checkpoint(path, number)).exists():
+        number += 1
+        with suppress(CheckpointError, TypeError, KeyError):  # it is passed over then, too
+            checkpoint = Checkpoint.load(found)
+            state = dict(checkpoint.state or {})
+            state["grid"] = {**state["grid"], "attempt": attempt}
+            replace(checkpoint, state=state).save(found)
 
 
 def check_model_of(checkpoint: Checkpoint, arrays: ArrayRecord, source: str) -> None:

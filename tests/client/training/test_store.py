@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import io
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,51 @@ def test_what_is_truly_damaged_is_replaced(
     assert np.array_equal(store.residual("arrays")["w"], DROPPED["w"])
 
 
+def test_one_residual_goes_with_one_reply_where_two_are_made_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a simulation that goes on without a slow node, and asks it again."""
+    loop = Loop(tmp_path, Policy())
+    arrays = loop.ask(loop.ask(first()))
+    loop.inner.busy.add(1)
+    content = RecordDict({"arrays": arrays})
+    asked = [loop.grid.create_message(content, "train", 1, "0") for _ in range(2)]
+    loop.grid.push_messages(asked)
+    both, read = threading.Barrier(2), list[bool]()
+    residual = NodeStore.residual
+
+    def reading(self: NodeStore, *given: Any) -> Any:
+        found = residual(self, *given)
+        read.append(bool(found))
+        with suppress(threading.BrokenBarrierError):  # the other one waits for its turn
+            both.wait(1)
+        return found
+
+    monkeypatch.setattr(NodeStore, "residual", reading)
+    queued = list(loop.inner._queued)
+    made = [threading.Thread(target=loop.inner._deliver, args=(one,)) for one in queued]
+    for thread in made:
+        thread.start()
+    for thread in made:
+        thread.join(60)
+    assert sorted(read) == [False, True]
+
+
+def test_what_cannot_be_settled_of_a_new_attempt_stages_nothing(
+    store: NodeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next message would give it up, though its server accepts it."""
+    store.stage("arrays", "bb", DROPPED)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", failing(errno.EIO))
+        store._path("arrays", "residual").write_bytes(b"of another reply")
+        with pytest.raises(StoreError):
+            store.go_on(1, ["bb"])
+    with pytest.raises(StoreError, match="resumed"):
+        store.stage("arrays", "cc", DROPPED)
+    assert not list(store._folder.glob("*-cc"))
+
+
 class Loop:
     """One node, asked round by round."""
 
@@ -120,8 +167,8 @@ class Loop:
             }
             return Message(RecordDict({"arrays": ArrayRecord(moved)}), reply_to=message)
 
-        inner = InProcessGrid(app, 1, run_id=RUN_ID)
-        self.grid = CompressedGrid(inner, policy, poll_interval=0.01)
+        self.inner = InProcessGrid(app, 1, run_id=RUN_ID)
+        self.grid = CompressedGrid(self.inner, policy, poll_interval=0.01)
 
     def ask(self, arrays: ArrayRecord) -> ArrayRecord:
         content = RecordDict({"arrays": arrays})

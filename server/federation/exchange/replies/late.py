@@ -142,6 +142,8 @@ class LateReplies:
     def _take(self, reply: Message, sent: Prepared, entry: Entry) -> None:
         if not self._applies(sent):
             self._receiver.look(reply, sent, entry)
+            if entry.kind == "late":  # a node that was told so while it trained is told again
+                self._receiver.give_up(sent)
             return
         received = self._receiver.understand(reply, sent, entry, retried=False)
         if received is None or received.message.has_error():
@@ -180,6 +182,7 @@ def _slim(sent: Prepared) -> Prepared:
         *(Batch([]), empty, empty),
         versions={key: Version(version.model, {}) for key, version in sent.versions.items()},
         round=sent.round,
+        rule=sent.rule,
         tag=sent.tag,
         told=sent.told,
     )

@@ -22,6 +22,7 @@ from prunecast.client.training import (
     contribute_statistics,
     wanted_statistics,
 )
+from prunecast.common.files import StorageError
 from prunecast.compression.flower.envelope import unpack
 from prunecast.compression.pruning.statistics import (
     RECALIBRATE,
@@ -39,6 +40,8 @@ from prunecast.server.federation import (
     Run,
     read_events,
 )
+from prunecast.server.federation import run as run_module
+from prunecast.server.federation.state.checkpoints import save_newest
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import (
     initial_arrays,
@@ -363,6 +366,34 @@ def test_a_damaged_checkpoint_is_passed_over(
         file.write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="not a usable checkpoint"):
         job.run()
+
+
+def test_an_earlier_checkpoint_knows_of_the_attempts_since(tmp_path: Path) -> None:
+    """Else nodes take the run that goes on from it for one that is over, and answer nothing."""
+    job = Job(tmp_path / "job")
+    job.killed(ends(3))
+    job.killed(begins(3))
+    job.killed(answers(2))
+    (job.folder / "checkpoint.safetensors").write_bytes(b"damaged")
+    assert len(job.run().train_metrics_clientapp) == ROUNDS
+    assert not [e for e in Ledger.read(job.folder / "ledger.jsonl", whole=False) if e.reason]
+
+
+def test_nodes_are_not_told_that_a_checkpoint_has_what_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parted = Job(tmp_path / "whole"), Job(tmp_path / "parted")
+    expected = whole.run()
+
+    def full(checkpoint: Any, path: Path, keep: int, *, instead: bool = False) -> None:
+        if checkpoint.state["run"]["round"] > 2:
+            raise StorageError("the disk is full")
+        save_newest(checkpoint, path, keep, instead=instead)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_newest", full)
+        parted.killed(begins(5))
+    same(parted.run(), expected)
 
 
 def test_what_would_not_go_on_as_it_was_is_refused(tmp_path: Path) -> None:
