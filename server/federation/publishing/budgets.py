@@ -10,6 +10,7 @@ is forecast is the way down, and what surrounds a payload.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,14 +71,31 @@ class Plan:
 
 @dataclass
 class _Mean:
-    """A mean in which what was seen last weighs most."""
+    """A mean in which what was seen last weighs most.
+
+    Of replies, which come in any order and from anybody, the median of those between two questions
+    counts as often as there were replies: so it is the same whoever answers first, and no single
+    node decides it.
+    """
 
     value: float
     seen: bool = False
+    told: list[float] = field(default_factory=list)
 
-    def add(self, value: float) -> None:
-        self.value = value if not self.seen else (1 - _WEIGHT) * self.value + _WEIGHT * value
+    def add(self, value: float, times: int = 1) -> None:
+        kept = (1 - _WEIGHT) ** times if self.seen else 0.0
+        self.value = kept * self.value + (1 - kept) * value
         self.seen = True
+
+    def tell(self, value: float) -> None:
+        """Add it together with others, before the value is asked for."""
+        self.told.append(value)
+
+    def fold(self) -> None:
+        """Add what was told since."""
+        if self.told:
+            self.add(statistics.median(self.told), len(self.told))
+            self.told = []
 
 
 @dataclass
@@ -132,6 +150,7 @@ class Budget:
 
     def begin(self, number: int) -> None:
         """Take note of a round, and settle what the one before overspent."""
+        self._fold()
         if number == self._round.number and self._begun:
             return
         self.owed, self._begun = self._owes(), self._begun + 1
@@ -142,6 +161,7 @@ class Budget:
 
     def next_level(self) -> int:
         """By how many doublings the lattice of the next version is coarser than the policy's."""
+        self._fold()
         nodes = self._round.nodes or self._trained
         if nodes and self._of_version:
             if self._since:  # from one lattice to another it is more than it will be
@@ -169,6 +189,7 @@ class Budget:
         Raises:
             BudgetError: the limits cannot be met at all.
         """
+        self._fold()
         around = round(self._around_down.value)
         down = [size + around for size in payloads]
         back = round(self._around_up.value)
@@ -224,9 +245,14 @@ class Budget:
         """
         kept = most + round(self._around_up.value) if most else 0
         self._round.promised = max(0, self._round.promised - kept)
-        self._around_up.add(size - payload)
-        self._up.add(payload * 2 ** (coarser / 4 * 0.8))
+        self._around_up.tell(size - payload)
+        self._up.tell(payload * 2 ** (coarser / 4 * 0.8))
         self._round.coarser.append(coarser)
+
+    def _fold(self) -> None:
+        """Take in what replies have told since this was done last."""
+        self._around_up.fold()
+        self._up.fold()
 
     def _count(self, node: int, size: int, *, training: bool) -> None:
         self.spent += size
@@ -337,7 +363,9 @@ class Budget:
         if self.limits.run:
             found.append((self.limits.run - self.spent) // left)
         if self.limits.node and self._nodes:
-            most = max(self._nodes.values())
+            # what is beyond its limit is no further saved by what everybody else would lose
+            within = [spent for spent in self._nodes.values() if spent < self.limits.node]
+            most = max(within, default=self.limits.node)
             found.append(nodes * ((self.limits.node - most) // self._times(left)))
         return max(1, min(found) - round(self._evaluation.value)) if found else None
 

@@ -188,6 +188,49 @@ def test_the_same_past_makes_the_same_choice():
     assert runs[0] == runs[1]
 
 
+def told(order: tuple[int, ...], odd: tuple[int, int, int]) -> tuple[int, tuple[int, ...]]:
+    """What is decided after rounds of five nodes that answer in an order, one of them oddly."""
+    budget, level = made(round=60_000), 0
+    for number in range(1, 5):
+        level = budget.next_level()
+        budget.begin(number)
+        plan = budget.plan([1, 2, 3, 4, 5], [3000] * 5)
+        for node in range(1, 6):
+            budget.sent(node, 3000 + ENVELOPE, 3000)
+        for node in order:
+            size, payload, coarser = (4000 + node + ENVELOPE, 4000, 0) if node < 5 else odd
+            budget.received(node, size)
+            budget.understood(size, payload, coarser, plan.most[0])
+    budget.begin(5)
+    return level, budget.plan([1, 2, 3, 4, 5], [3000] * 5).most
+
+
+def test_who_answers_first_decides_nothing():
+    odd = (9000, 8000, 4)
+    assert told((1, 2, 3, 4, 5), odd) == told((5, 3, 1, 4, 2), odd)
+
+
+@pytest.mark.parametrize("odd", [(4450, 4000, 255), (4450, 10, 255)])
+def test_what_one_node_says_makes_nothing_coarser_for_the_others(odd):
+    usual = told((1, 2, 3, 4, 5), (4455, 4000, 0))
+    level, most = told((1, 2, 3, 4, 5), odd)
+    assert level == usual[0] == 0
+    assert min(most) > 0.9 * min(usual[1])
+
+
+def test_a_node_beyond_its_budget_makes_nothing_coarser_for_the_others():
+    budget = made(node=400_000)
+    for number in range(1, 4):
+        assert budget.next_level() == 0
+        budget.begin(number)
+        budget.plan([1, 2, 3], [3000] * 3)
+        for node in (1, 2, 3):
+            size = 500_000 if node == 2 else 3000
+            budget.sent(node, 3450, 3000)
+            budget.received(node, size)
+            budget.understood(size, 2500)
+
+
 def test_messages_that_do_not_train_leave_less_for_those_that_do():
     most = []
     for evaluation in (0, 30_000):
