@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,7 @@ from typer.testing import CliRunner
 
 from prunecast.cli.main import app
 
-
-@pytest.fixture(autouse=True)
-def hangups_end() -> Iterator[None]:
-    """Under nohup, commands would inherit that they ignore them."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-pytestmark = pytest.mark.engine  # processes
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("signals_end")]  # processes
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
 
@@ -41,7 +32,7 @@ def start(*command: object, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def until(true: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not true():
         assert process.poll() is None, "it ended before the signal"
         assert time.monotonic() < deadline
@@ -69,7 +60,7 @@ def test_a_command_that_is_ended_leaves_no_temporary(
     process = start(command, weights / source, "-o", tmp_path / made, folder=tmp_path)
     until(lambda: list(tmp_path.glob(f".{made}.*")), process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=300)
     assert process.returncode in (128 + number, -number), said.decode()
     assert list(tmp_path.iterdir()) == []
 
@@ -86,7 +77,7 @@ def test_pruning_that_is_ended_leaves_no_temporary(tmp_path: Path, number: signa
     process = start("prune", "a.safetensors", "--sparsity", 0.5, folder=tmp_path)
     until(lambda: list(tmp_path.glob(".a.pruned.*")), process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode in (128 + number, -number), said.decode()
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -128,7 +119,7 @@ def test_a_computation_outside_python_does_not_hold_the_end(tmp_path: Path) -> N
         assert process.stdout.readline() == b"begun\n"
         until(lambda: computes(process.pid), process)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 143
+        assert process.wait(timeout=300) == 143
 
 
 def computes(pid: int) -> bool:

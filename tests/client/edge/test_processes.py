@@ -23,23 +23,14 @@ from prunecast.compression.versions import PublishedModel, save_model
 from prunecast.server.repository import Repository
 from prunecast.server.repository.serving import ReleaseServer
 
-
-@pytest.fixture(autouse=True)
-def hangups_end() -> Iterator[None]:
-    """Under nohup, commands would inherit that they ignore them."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("signals_end")]
 
 COMMAND = [sys.executable, "-m", "prunecast.cli"]
 
 
 def _call(*arguments: object, code: int = 0) -> str:
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == code, done.stderr + done.stdout
     return done.stdout if code == 0 else done.stderr
@@ -92,13 +83,13 @@ class _Process:
             self._lines.put(line)
 
     def line(self) -> dict[str, object]:
-        found: dict[str, object] = json.loads(self._lines.get(timeout=60))
+        found: dict[str, object] = json.loads(self._lines.get(timeout=300))
         return found
 
     def end(self, number: int = signal.SIGTERM) -> int:
         if self._process.poll() is None:
             self._process.send_signal(number)
-        return self._process.wait(timeout=30)
+        return self._process.wait(timeout=300)
 
 
 @pytest.fixture
@@ -296,7 +287,7 @@ def test_a_torch_module_by_name_and_a_dense_checkpoint(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["version"] == 1
