@@ -21,8 +21,9 @@ from .relay import Relay, running_relay
 
 __all__ = ["Engine", "EngineProblem", "FinishedRun", "engine_in", "relayed", "unused_port"]
 
-START_SECONDS = COMMAND_SECONDS = 180  # of machines that do much else
-RUN_SECONDS = 240
+# of machines that do much else
+START_SECONDS = COMMAND_SECONDS = 180
+RUN_SECONDS = 900
 
 
 class EngineProblem(Exception):
@@ -146,7 +147,8 @@ class Engine:
         with contextlib.suppress(EngineProblem, subprocess.TimeoutExpired):
             self.flwr("log", run_id, "--stream", seconds=seconds)
         left = max(deadline - time.monotonic(), 1)
-        details = wait_for(finished, left, f"run {run_id} to finish", every=3)
+        what = f"run {run_id} to finish, which had {seconds:.0f} s"
+        details = wait_for(finished, left, what, every=3)
         log = self.flwr("log", run_id, "--show")
         if details["status"] != "finished:completed":
             raise EngineProblem(f"{details}\n{log}")

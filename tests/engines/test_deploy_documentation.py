@@ -154,7 +154,7 @@ class Deployment:
             admitted = all("SuperNode ID" in log for log in logs)
             return admitted and len(self.online()) == len(numbers)
 
-        wait_for(there, LONG, "the nodes to be online", every=3)
+        wait_for(there, LONG, "the nodes to be online", every=10)
 
     def online(self) -> list[str]:
         said = self.engine.flwr("supernode", "list", "--format", "json")

@@ -78,25 +78,6 @@ def test_run_completes_and_ledger_agrees_with_flowers_traffic_counter(
         assert list((deployment.folder / f"s{node}").rglob("*.model")), "node kept no model"
 
 
-def test_a_node_that_loses_its_store_answers_in_the_same_round(
-    deployment: Any, tiny_app: Path, tmp_path: Path
-) -> None:
-    """The SuperLink answers with an error for the id of a message whose reply it delivered."""
-    rounds = f"num-server-rounds={ROUNDS} lose-store-in-round=1"
-    run = deployment.run(tiny_app, "--run-config", f'output="{tmp_path}" {rounds}')
-
-    entries = list(Ledger.read(tmp_path / "ledger.jsonl"))
-    assert "Message Unavailable" not in run.log
-    for node in {e.node for e in entries}:
-        mine = [e for e in entries if e.node == node and e.message_type == "train"]
-        up = [e.kind for e in mine if e.direction == "up"]
-        assert up == ["update", "base-missing", "update"]
-        down = [e.kind for e in mine if e.direction == "down"]
-        assert down[0] == down[-1] == "keyframe"
-    losses = list(json.loads((tmp_path / "losses.json").read_text()).values())
-    assert losses == sorted(losses, reverse=True)
-
-
 def test_a_node_trains_the_slice_of_the_class_that_its_config_states(
     deployment: Any, tiny_app: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,5 @@
 """What a node does."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +30,6 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     arrays, goal = load(message, context)
-    if message.content["config"]["server-round"] == context.run_config["lose-store-in-round"]:
-        shutil.rmtree(context.node_config["prunecast-store"])
     if fault := fault_of(context):
         store = Path(context.node_config["prunecast-store"])
         if message.content["config"]["server-round"] == 1:

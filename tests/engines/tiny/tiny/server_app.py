@@ -90,7 +90,7 @@ def main(grid: Grid, context: Context) -> None:
         f"min_{what}_nodes": config["min-nodes"] for what in ("train", "evaluate", "available")
     }
     result = FedAvg(**least).start(
-        grid=grid, initial_arrays=arrays, num_rounds=config["num-server-rounds"], timeout=120
+        grid=grid, initial_arrays=arrays, num_rounds=config["num-server-rounds"], timeout=600
     )
     if config["ask"]:
         for one in (watched, grid):  # first as plain Flower
