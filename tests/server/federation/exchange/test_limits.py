@@ -49,7 +49,7 @@ def test_a_nearly_constant_model_of_any_size_is_taken(federation, tmp_path, poli
         return arrays
 
     grid, _, _ = federation(policy, nodes=1, app=app_of(tmp_path, None, change))
-    (reply,) = send(grid, {"w": np.zeros((1 << 20, 20), np.float32)})
+    (reply,) = send(grid, {"w": np.zeros((1 << 18, 20), np.float32)})
     assert not reply.has_error(), reply.error.reason
     assert np.count_nonzero(reply.content["arrays"]["w"].numpy()) == 1
     assert grid.ledger.totals().bytes_down < 2000
