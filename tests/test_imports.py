@@ -153,7 +153,11 @@ def test_imports_where_training_libraries_are_not_installed(package: str) -> Non
         f"for name in {modules}: importlib.import_module(name.removesuffix('.__init__'))\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT.parent
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT.parent,
     )
     assert result.returncode == 0, result.stderr
 
@@ -195,7 +199,11 @@ def test_public_names(face: str, names: list[str]) -> None:
         f"for name in {names}: assert globals()[name] is getattr(face, name), name\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT.parent
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT.parent,
     )
     assert result.returncode == 0, result.stderr
 
@@ -236,7 +244,7 @@ def test_root_on_the_path_shadows_no_standard_module() -> None:
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT)},
     )

@@ -103,7 +103,7 @@ def test_commands_exist_with_these_options(command: list[str]) -> None:
             [sys.executable, "-m", "prunecast.cli", *words[:depth], "--help"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             env={"COLUMNS": "200", "NO_COLOR": "1", "PATH": ""},
         )
         if result.returncode == 0:

@@ -81,7 +81,7 @@ def test_end_to_end(tmp_path: Path) -> None:
         [sys.executable, str(BENCHMARK), "--quick", "--json", str(saved)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(saved.read_text())

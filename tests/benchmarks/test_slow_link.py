@@ -145,7 +145,7 @@ def test_a_link_shapes_the_rate_and_counts_every_header() -> None:
         pytest.skip(f"network namespaces are not allowed here: {reason}")
     command = [sys.executable, "-c", _LINK, _LINK]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=True
+        command, capture_output=True, text=True, timeout=600, cwd=ROOT, check=True
     )
     size, seconds, counted = (float(word) for word in done.stdout.split())
     assert size == 500_000

@@ -187,10 +187,10 @@ def test_simulate_imports_a_model_of_the_current_folder(tmp_path, monkeypatch):
         "def make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n"
     )
     command = [sys.executable, "-m", "prunecast.cli", "simulate", "--check", "own.toml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     scenario.write_text(text.replace("ournet:make", "nobody:make"))
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode in (1, 2)
     assert "model.factory" in done.stderr
     assert "Traceback" not in done.stderr

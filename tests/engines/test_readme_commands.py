@@ -55,7 +55,7 @@ def test_a_device_gets_a_release_with_five_commands(
                 env=engine.env,
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=600,
             )
             assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
     (outputs,) = np.load(tmp_path / "outputs.npz").values()

@@ -58,7 +58,7 @@ def postgres(binaries: Path) -> Iterator[str]:
     def call(*command: str) -> None:
         done = subprocess.run(
             [str(binaries / command[0]), *command[1:]],
-            cwd=folder, user=user, timeout=120,
+            cwd=folder, user=user, timeout=600,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr.decode()

@@ -298,7 +298,7 @@ def test_kill_between_any_two_steps(
         state=str(config.state),
         step=step,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
     assert done.returncode == 9, done.stderr.decode()
     expected = 2 if step in ("swap", "clean up") else 1
     assert open_model(config.state).infer({"input": images}).version == expected

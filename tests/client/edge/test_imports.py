@@ -30,7 +30,7 @@ def _run(code: str, *, grpc: bool = False) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", block + textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

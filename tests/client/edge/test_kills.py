@@ -61,7 +61,7 @@ class Host:
         return events
 
     def _next(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._lines.get(timeout=60))
+        found: dict[str, Any] = json.loads(self._lines.get(timeout=300))
         return found
 
     def _read(self) -> None:
@@ -72,7 +72,7 @@ class Host:
     def close(self) -> None:
         assert self._process.stdin
         self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=300)
 
 
 @pytest.fixture

@@ -378,7 +378,7 @@ def test_processes_at_once_tell_nobody_too_many(
     orders = [dict(shuffled.sample(list(tokens.items()), len(tokens))) for _ in range(3)]
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         runs = [pool.submit(poll_all, url, order, 2, 1.0, fail) for order in orders]
-        told = set().union(*(run.result(timeout=120) for run in runs))
+        told = set().union(*(run.result(timeout=600) for run in runs))
     rollout = service.rollout("r2")
     counted = tallied(service, "r2")
     assert all(a == b for a, b in counted.values()), counted

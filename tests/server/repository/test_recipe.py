@@ -163,7 +163,7 @@ def _command(repository: Repository, *arguments: object) -> str:
         [sys.executable, "-m", "prunecast.cli", "release", *map(str, arguments), "--json"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

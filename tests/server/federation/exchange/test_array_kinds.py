@@ -131,7 +131,7 @@ def test_grid_and_mod_need_no_torch():
         "from prunecast.server import CompressedGrid, Policy\n"
         "compression_mod(); Policy.preset('small')"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)
 
 
 # -- trees ----------------------------------------------------------------------------------------
