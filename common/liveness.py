@@ -6,6 +6,7 @@ cannot be known (another system, another user's process) is None, which is never
 
 from __future__ import annotations
 
+import errno
 import http.client
 import math
 import os
@@ -162,14 +163,28 @@ def _connections(family: int) -> list[tuple[int, int, int, float | None]]:
         diag.settimeout(5)
         diag.send(head + body)
         for _ in range(_MOST):
-            data = diag.recv(1 << 16)
-            while len(data) >= _HEADER.size:
-                length, kind, *_ = _HEADER.unpack_from(data)
-                if kind in (_DONE, _ERROR) or length < _HEADER.size:
-                    return found
-                found.append(_connection(data[_HEADER.size : length]))
-                data = data[(length + 3) & ~3 :]
-    return found
+            over = _take(diag.recv(1 << 16), found)
+            if over:
+                return found
+    raise OSError(errno.EMSGSIZE, "an answer without an end")
+
+
+def _take(data: bytes, found: list[tuple[int, int, int, float | None]]) -> bool:
+    """Add the sockets of a datagram; whether it is the last one.
+
+    Raises:
+        OSError: the kernel says that it cannot tell, as one without ``tcp_diag`` does.
+    """
+    while len(data) >= _HEADER.size:
+        length, kind, *_ = _HEADER.unpack_from(data)
+        if kind == _ERROR:
+            (number,) = struct.unpack_from("=i", data.ljust(_HEADER.size + 4, b"\0"), _HEADER.size)
+            raise OSError(-number, os.strerror(-number))
+        if kind == _DONE or length < _HEADER.size:
+            return True
+        found.append(_connection(data[_HEADER.size : length]))
+        data = data[(length + 3) & ~3 :]
+    return False
 
 
 def _connection(data: bytes) -> tuple[int, int, int, float | None]:

@@ -46,8 +46,8 @@ class FieldWriter:
         self.raw(struct.pack("<d", value))
 
     def real(self, value: float) -> None:
-        """In thousandths where that is exact, as knobs are."""
-        thousandths = round(value * 1000)
+        """In thousandths where that is exact, as knobs are; finite, 0 or above."""
+        thousandths = round(min(value, 1 << 40) * 1000)
         if thousandths / 1000 == value and thousandths < 1 << 40:
             self.number(thousandths << 1)
         else:

@@ -287,3 +287,10 @@ def test_a_certificate_is_read_again_where_the_command_does_that(tmp_path: Path)
         assert process.stdout.readline() == b"again\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sock_diag is Linux's")
+def test_a_kernel_that_tells_of_no_connections_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers with an error, as here of a family that it has no sockets of."""
+    monkeypatch.setattr(socket, "AF_INET", socket.AF_APPLETALK)
+    assert seconds_since_received(os.getpid()) is None

@@ -35,7 +35,10 @@ ROUNDS = 3
 # -- what is stated -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("able", [ABLE, Capabilities(), Capabilities("1" * 32, (0, 9), link=0.05)])
+@pytest.mark.parametrize(
+    "able",
+    [ABLE, Capabilities(), Capabilities("1" * 32, (0, 9), link=0.05), Capabilities(link=1e308)],
+)
 def test_what_a_node_says_of_itself_arrives(able: Capabilities) -> None:
     assert Capabilities.from_bytes(able.to_bytes()) == able
     report = NodeReport({"arrays": bytes(16)}, trouble="full", width="small", able=able)
