@@ -106,7 +106,8 @@ def create(
         str,
         typer.Option(
             help="What devices run: fp32; int8 (weights as integers, values unchanged); int8-qdq "
-            "(arithmetic in integers, needs --calibration); structured (fewer channels)."
+            "(arithmetic in integers, needs --calibration); structured (fewer channels, heads or "
+            "layers)."
         ),
     ] = "int8",
     calibration: Annotated[
@@ -121,6 +122,23 @@ def create(
         typer.Option(
             help="Share of the channels that remain, with any variant of a --module; structured "
             "alone means 0.5.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
+    heads: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the heads of every attention layer that remain; likewise.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
+    layers: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the residual layers that remain, those that change the outputs for "
+            "--calibration (or --selftest) the most; likewise.",
             min=0.0,
             max=1.0,
         ),
@@ -189,6 +207,8 @@ def create(
             removed=_removed(model) if module is not None else None,
             variant=variant,
             channels=channels,
+            heads=heads,
+            layers=layers,
             bits=bits,
             steps=steps,
             most_difference=most_difference,

@@ -43,6 +43,15 @@ class Shares(NamedTuple):
     heads: float = 1.0
     layers: float = 1.0
 
+    def text(self) -> str:
+        """Those of which some go, for people.
+
+        >>> Shares(channels=0.5, layers=0.75).text()
+        '50% of the channels and 75% of the layers'
+        """
+        parts = zip(self._fields, self, strict=True)
+        return " and ".join(f"{part:.0%} of the {name}" for name, part in parts if part < 1)
+
 
 @dataclass(frozen=True)
 class ChannelSchedule:

@@ -313,7 +313,7 @@ _TYPES: dict[str, type] = {
     **dict.fromkeys(("repository", "keys", "name", "selftest", "graph", "graph-cache"), str),
     **dict.fromkeys(("variant", "calibration", "licence", "metric"), str),
     **dict.fromkeys(("window", "every"), int),
-    **dict.fromkeys(("channels", "reach", "improve"), float),
+    **dict.fromkeys(("channels", "heads", "layers", "reach", "improve"), float),
     "lower-is-better": bool,
 }
 
@@ -392,10 +392,12 @@ def _open(
             calibration=path("calibration"),
             variant=given.get("variant", "int8"),
             channels=given.get("channels"),
+            heads=given.get("heads"),
+            layers=given.get("layers"),
             licence=given.get("licence"),
             cache=path("graph-cache"),
         )
-        measured = recipe.share is not None or recipe.variant == "int8-qdq"
+        measured = recipe.shares is not None or recipe.variant == "int8-qdq"
         if measured and recipe.samples is None:
             raise RecipeError(
                 "calibration", "is missing: nothing else says how far such a variant is off"

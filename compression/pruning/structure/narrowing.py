@@ -70,8 +70,9 @@ def choose_channels(
         PlanError: the module's channels cannot be removed, or none would be.
     """
     wanted, before = Shares(share, heads, layers), Shares() if removed is None else removed.shares
-    if not 0 < min(wanted) < 1 or max(wanted) > 1:
-        raise PlanError(f"the share of channels that remain lies between 0 and 1, not {share}")
+    for what, part in zip(Shares._fields, wanted, strict=True):
+        if not 0 < part <= 1 or min(wanted) == 1:
+            raise PlanError(f"the share of {what} that remain lies between 0 and 1, not {part}")
     if heads == layers == 1:
         return choose_by_norm(copied(module), example, share, removed, leading)
     work, plan = copied(module), ChannelPlan({})

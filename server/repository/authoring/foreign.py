@@ -21,6 +21,7 @@ from prunecast.common.npz import NpzArchive
 from prunecast.compression.files.onnx_files import TensorReader, read_proto
 from prunecast.compression.onnx import ForeignModel
 from prunecast.compression.onnx.graph import load_graph, save_graph, tensors
+from prunecast.compression.pruning.plan import Shares
 from prunecast.compression.release.runtime import Signature
 from prunecast.compression.release.selftest import Arrays, Tolerance, pack_arrays
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
@@ -39,7 +40,7 @@ from prunecast.server.repository.errors import RecipeError
 __all__ = ["look_at_graph", "make_bounded"]
 
 _OPTIONS = (
-    *("variant", "channels", "bits", "steps", "most_difference", "seed"),
+    *("variant", "channels", "heads", "layers", "bits", "steps", "most_difference", "seed"),
     *("max_bytes", "max_seconds", "measure"),
 )
 
@@ -91,15 +92,15 @@ def look_at_graph(path: Path, max_bytes: int | None = None) -> GraphFile:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise RecipeError("graph", f"{path} is no regular file")
-    share: float | None = run_apart(
-        f"{__name__}:share_of",
+    shares: list[float] | None = run_apart(
+        f"{__name__}:shares_of",
         {"path": str(path)},
         what=f"reading {path}",
         size=disk_bytes(path),
         max_bytes=max_bytes,
         refusal=ForeignModel,
     )
-    return GraphFile(path, share)
+    return GraphFile(path, None if shares is None else Shares(*shares))
 
 
 def _file(recipe: ReleaseRecipe) -> Path:
@@ -122,7 +123,7 @@ def _write_order(
     document: dict[str, Any] = {key: getattr(recipe, key) for key in _OPTIONS}
     # the process begins in the same folder
     if isinstance(recipe.graph, GraphFile):
-        document["graph"] = [str(recipe.graph.path), recipe.graph.share]
+        document["graph"] = [str(recipe.graph.path), recipe.graph.shares]
     else:
         document["onnx"] = str(recipe.onnx)
     if recipe.selftest is not None:
@@ -149,8 +150,8 @@ def _read_order(
     if "onnx" in document:
         document["onnx"] = Path(document["onnx"])
     else:
-        path, share = document["graph"]
-        document["graph"] = GraphFile(Path(path), share)
+        path, shares = document["graph"]
+        document["graph"] = GraphFile(Path(path), None if shares is None else Shares(*shares))
     selftest: Any = None
     if (named := document.pop("named", None)) is not None:
         selftest = _read_arrays(folder / "given.npz")
@@ -268,7 +269,7 @@ def make(name: str) -> None:
     _write_contents(folder, replace(made, recorded=record_selftest(made)))
 
 
-def share_of(path: str) -> float | None:
-    """Of the channels of a graph, those that remain; None for all."""
+def shares_of(path: str) -> Shares | None:
+    """What remains of the channels, heads and layers of a graph; None for all."""
     plan = plan_of(GraphFile(Path(path)).load().skeleton)
-    return None if plan is None else plan.share
+    return None if plan is None else plan.shares

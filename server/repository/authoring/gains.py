@@ -1,7 +1,7 @@
 """What a release is to a device beside the model before pruning: counted, measured, estimated.
 
 Zeros among other weights save bytes and nothing else: onnxruntime multiplies them like any number.
-Fewer channels save bytes, operations and time.
+Fewer channels, heads and layers save bytes, operations and time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def gains_of(
         made: the release.
         samples: real inputs; with them the figures of int8 are those of ``int8-qdq``.
         weights: of the release, before they were quantised.
-        whole: graph and weights with all channels; None where the release has all of them.
+        whole: graph and weights with all channels, heads and layers; None where the release has
+            all of them.
 
     Returns:
         ``before`` and ``after``, each with ``parameters``, ``nonzero``, ``macs``,
@@ -65,7 +66,7 @@ def gains_of(
     inputs = _named(graph, made.inputs)
     kind = "int8-qdq" if samples is not None or "int8-qdq" in made.kind else "int8"
     after = _figures(graph, weights, inputs, samples, made if kind in made.kind else None)
-    # with all channels or not: before pruning there were the same operations and no zeros
+    # whole or not: before pruning there were the same operations and no zeros
     before = dict(after) if whole is None else _figures(*whole, inputs, samples)
     before |= {"nonzero": before["parameters"], "effective_macs": before["macs"]}
     kept = Kept(before["parameters"], after["parameters"], after["nonzero"])

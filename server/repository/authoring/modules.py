@@ -1,4 +1,4 @@
-"""What releases are made from: torch modules, whole or with fewer channels."""
+"""What releases are made from: torch modules, whole or without some channels, heads or layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prunecast.common.text import first_line
 from prunecast.compression.onnx.bind import explain_names
 from prunecast.compression.onnx.graph import ExportedGraph, read_note, with_note
-from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.pruning.plan import PlanError, Shares
 from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.release.selftest import Arrays
 from prunecast.compression.versions import PublishedModel
@@ -35,10 +35,10 @@ class Architecture:
     Attributes:
         graph: of the architecture.
         weights: before they are quantised.
-        narrow: whether channels were removed.
+        narrow: whether channels, heads or layers were removed.
         reference: outputs in float32 by name, for all samples; None: those of the graph.
         notes: what a user should know, a sentence each.
-        whole: graph and weights with all channels, where they were asked for.
+        whole: graph and weights with all of them, where they were asked for.
     """
 
     graph: ExportedGraph
@@ -50,7 +50,7 @@ class Architecture:
 
 
 def plan_of(graph: bytes) -> ChannelPlan | None:
-    """The channels that remain in a graph of fewer; None for any other graph.
+    """What remains in a graph of fewer channels, heads or layers; None for any other graph.
 
     Raises:
         PlanError: the plan in it is damaged.
@@ -65,7 +65,7 @@ def export_module(
     inputs: Arrays,
     *,
     cache: Path,
-    share: float | None = None,
+    shares: Shares | None = None,
     held: ChannelPlan | None = None,
     samples: Arrays | None = None,
     whole: bool = False,
@@ -74,18 +74,19 @@ def export_module(
 
     Args:
         factory: makes the module; torch's random state is left as it was.
-        model: the weights; None only looks at the architecture, and only without `share`.
+        model: the weights; None only looks at the architecture, and only without `shares`.
         inputs: examples by name, in the order of the module's arguments, the batch first.
         cache: folder of exported graphs.
-        share: of the channels that remain; None for all.
-        held: the plan of the newest live release; used if it is for the same share and fits.
-        samples: with `share`, what the whole module is run on for reference.
-        whole: with `share`, export the whole module as well.
+        shares: of channels, heads and layers that remain; None for all.
+        held: the plan of the newest live release; used if it is for the same shares and fits.
+        samples: with `shares`, what the whole module is run on for reference, and what tells which
+            layers change it the least; without, `inputs` do.
+        whole: with `shares`, export the whole module as well.
 
     Raises:
         RecipeError: `factory` makes no torch module.
         RepositoryError: the model does not fit the module.
-        PlanError: channels of this module cannot be removed.
+        PlanError: channels, heads or layers of this module cannot be removed.
         ExportError: it cannot be exported.
     """
     import torch
@@ -117,30 +118,37 @@ def export_module(
             "the order of its arguments, the batch first",
         ) from error
     weights = model or PublishedModel({})
-    if share is None:
+    if shares is None:
         graph, found = export_cached(module, example, names, cache)
         return Architecture(graph, weights, notes=("the graph was exported before",) * found)
     narrow = None
     sizes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    if held is not None and held.share == share and held.fits(sizes):
+    if held is not None and held.shares == shares and held.fits(sizes):
         try:
             narrow = narrow_module(module, example, held)
         except PlanError:
             held = None  # another architecture: choose anew
-    plan = held if narrow is not None else choose_channels(module, example, share)
-    assert plan is not None
+    plan = held if narrow is not None else None
+    if plan is None:
+        part, heads, layers = shares
+        seen = example if samples is None else _some(_tensors(module, samples))
+        plan = choose_channels(module, seen, part, heads=heads, layers=layers)
     narrow = narrow or narrow_module(module, example, plan)
     graph, _ = export_cached(narrow, example, names, cache)
     everything = (export_cached(module, example, names, cache)[0], weights) if whole else None
-    which = "as in the newest release" if plan is held else "chosen by the norm of their groups"
+    which = "as in the newest release" if plan is held else "chosen by these weights"
     return Architecture(
         with_note(graph, _NOTE, plan.to_text()),
         plan.narrow(weights),
         narrow=True,
         reference=None if samples is None else _outputs(module, samples, graph),
-        notes=(f"{share:.0%} of the channels remain, {which}",),
+        notes=(f"{shares.text()} remain, {which}",),
         whole=everything,
     )
+
+
+def _some(samples: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(values[:_BATCH] for values in samples.values())
 
 
 def _load(module: torch.nn.Module, model: PublishedModel) -> None:

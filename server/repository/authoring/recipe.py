@@ -10,7 +10,7 @@ variant        the device computes                                   its weights
 ``fp32``       in floats                                             float32 in `weights.bin`
 ``int8``       in floats, the same values                            the published integers
 ``int8-qdq``   convolutions and linear layers in integers            the published integers
-``structured`` ``int8`` on fewer channels                            the published integers
+``structured`` ``int8`` on fewer channels, heads or layers           the published integers
 ============== ===================================================== ==========================
 
 A variant is a release of its own name: a device follows one of them.
@@ -31,6 +31,7 @@ from prunecast.common.files import cache_folder
 from prunecast.common.npz import NpzArchive
 from prunecast.compression.onnx.graph import ExportedGraph
 from prunecast.compression.onnx.lattice import STEPS, Steps
+from prunecast.compression.pruning.plan import Shares
 from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.release.manifest import ReleaseManifest
 from prunecast.compression.release.runtime import open_session
@@ -103,8 +104,11 @@ class ReleaseRecipe:
         samples: real inputs that activations and the distance from float32 are measured on.
         variant: one of `VARIANTS`; ``lattice`` is what ``int8`` was called.
         channels: share of the channels that remain of a module, with any variant.
-        removed: channels of the module that are gone already, as the weights were trained without
-            them.
+        heads: share of the heads of every attention layer that remain; likewise.
+        layers: share of the residual layers that remain, those of the greatest effect on `samples`,
+            or else on `selftest`; likewise.
+        removed: channels, heads and layers of the module that are gone already, as the weights were
+            trained without them.
         bits: 2 to 16, puts dense weights on a lattice; None leaves them as they are.
         steps: how its steps are chosen, see `prunecast.compression.onnx.lattice`.
         most_difference: of an ``.onnx`` file's outputs, relative; more is refused.
@@ -127,6 +131,8 @@ class ReleaseRecipe:
     samples: Samples | None = None
     variant: str = "int8"
     channels: float | None = None
+    heads: float | None = None
+    layers: float | None = None
     removed: ChannelPlan | None = None
     bits: int | None = None
     steps: Steps = "held"
@@ -153,26 +159,29 @@ class ReleaseRecipe:
                 "is needed, since the weights were trained without some of its channels: a graph "
                 "or an .onnx file has them all",
             )
-        if self.onnx is not None and self.share is not None:
-            raise RecipeError("channels", "are removed from a torch module: give that")
-        if self.graph is not None and self.share is not None:
-            has = self._share_of_graph
+        if self.module is None and self.shares is not None:
+            part = next((n for n in Shares._fields if getattr(self, n) is not None), "channels")
+            if self.onnx is not None:
+                raise RecipeError(part, "are removed from a torch module: give that")
+            has = self._shares_of_graph
             if has is None:
-                raise RecipeError("channels", "the graph has all channels: give the module")
-            if self.share != has:
-                raise RecipeError("channels", f"the graph has {has:.0%} of them")
+                raise RecipeError(part, f"the graph has all {part}: give the module")
+            if self.shares != has:
+                raise RecipeError(part, f"the graph has {has.text()}")
 
     @property
-    def share(self) -> float | None:
-        """Share of the channels that remain; None for all, or for as many as the graph has."""
-        structured = self.variant == "structured" and self.channels is None
-        return _HALF if structured else self.channels
+    def shares(self) -> Shares | None:
+        """What remains of channels, heads and layers; None for all, or for what the graph has."""
+        given = self.channels, self.heads, self.layers
+        if all(part is None for part in given):
+            return Shares(channels=_HALF) if self.variant == "structured" else None
+        return Shares(*(1.0 if part is None else part for part in given))
 
     @property
-    def _share_of_graph(self) -> float | None:
+    def _shares_of_graph(self) -> Shares | None:
         if isinstance(self.graph, GraphFile):
-            return self.graph.share
-        return self._plan.share if self._plan is not None else None
+            return self.graph.shares
+        return self._plan.shares if self._plan is not None else None
 
     @cached_property
     def _plan(self) -> ChannelPlan | None:
@@ -194,7 +203,7 @@ class ReleaseRecipe:
         Raises:
             RecipeError, ExportError: it cannot be exported.
         """
-        if self.module is None or self.share is not None:
+        if self.module is None or self.shares is not None:
             return self
         made = export_module(self._made, None, self._named_inputs(), cache=self._cache)
         return replace(self, module=None, removed=None, graph=made.graph)
@@ -226,7 +235,7 @@ class ReleaseRecipe:
 
             made = make_bounded(self, model, held)
         else:
-            narrow = self.module is not None and self.share is not None
+            narrow = self.module is not None and self.shares is not None
             made = self.make_here(model, held, newest.graph if newest and narrow else None)
         return replace(made, metrics={**made.metrics, **(metrics or {})}, licence=self.licence)
 
@@ -241,7 +250,7 @@ class ReleaseRecipe:
         Args:
             model: the weights; None where an ``.onnx`` file holds them.
             held: the newest live version of the same release.
-            held_graph: its `model.onnx`, where channels are removed from a module.
+            held_graph: its `model.onnx`, where channels, heads or layers of a module go.
         """
         if self.onnx is not None:
             return self._from_file(self.onnx, held)
@@ -312,7 +321,7 @@ class ReleaseRecipe:
                 model,
                 self._named_inputs(),
                 cache=self._cache,
-                share=self.share,
+                shares=self.shares,
                 held=plan_of(held) if held else None,
                 samples=self.samples.inputs if self.samples else None,
                 whole=self.measure,
@@ -322,9 +331,8 @@ class ReleaseRecipe:
         if plan is None:
             return Architecture(self.graph, model)
         notes = (
-            f"{plan.share:.0%} of the channels remain, as the graph says",
-            "numerics compare with the same channels in float32: give the module to compare with "
-            "all",
+            f"{plan.shares.text()} remain, as the graph says",
+            "numerics compare with what remains in float32: give the module to compare with all",
         )
         return Architecture(self.graph, plan.narrow(model), narrow=True, notes=notes)
 

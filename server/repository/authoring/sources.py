@@ -22,6 +22,7 @@ from prunecast.compression.onnx.compare import Difference, differ, draw_inputs, 
 from prunecast.compression.onnx.graph import ExportedGraph, is_self_contained, load_graph
 from prunecast.compression.onnx.lattice import Steps, snap
 from prunecast.compression.onnx.lift import LiftedModel, lift_model
+from prunecast.compression.pruning.plan import Shares
 from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.layout import WeightsLayout
 from prunecast.compression.release.manifest import ReleaseManifest
@@ -47,11 +48,11 @@ class GraphFile:
 
     Attributes:
         path: of the file.
-        share: of the channels that remain in it; None for all.
+        shares: of channels, heads and layers that remain in it; None for all.
     """
 
     path: Path
-    share: float | None = None
+    shares: Shares | None = None
 
     def load(self) -> ExportedGraph:
         """Read it in this process.
