@@ -1,6 +1,6 @@
 """How much to prune, found while training: the most that a metric of the published model bears.
 
-A search turns knobs, one after the other: the share of channels or weights that are removed, the
+A search turns knobs, one after the other: how much of channels, heads, layers or weights goes, the
 step of the lattice, or anything else that trades quality for bytes in levels. It goes up while the
 metric stays within a tolerance of the best that was measured, goes back where it does not, tries
 half the step, and ends at the highest level that holds. It knows neither models nor messages:
@@ -48,8 +48,10 @@ class Knob:
 
 
 KNOBS: dict[str, Knob] = {
-    # two levels are a halving of the channels that are kept; each asks for a plan of its own
+    # two levels are a halving of what is kept; each asks for a plan of its own
     "channels": Knob("channels", most=4.0, step=1.0, least=0.5, final=True),
+    "heads": Knob("heads", most=4.0, step=1.0, least=0.5, final=True),
+    "layers": Knob("layers", most=4.0, step=1.0, least=0.5, final=True),
     # levels are halvings of what is kept, so that a step asks for as much near the end as before
     "sparsity": Knob("sparsity", most=6.0, step=1.0, least=0.125),
     # doublings of the step, which keep lattices nested

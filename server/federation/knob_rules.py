@@ -144,7 +144,7 @@ def _steps(policy: Policy, fixed: float) -> Iterable[Rule]:
 
 def _channels(policy: Policy, treatments: Sequence[Treatment]) -> Iterable[Rule]:
     """Of channels that go, and of nodes that train a slice or are treated otherwise."""
-    lattice, down = policy.down == "lattice", key_of("down")
+    lattice, down, tried = policy.down == "lattice", key_of("down"), policy.tried_structures
     return (
         *_structures(policy),
         (
@@ -178,8 +178,9 @@ def _channels(policy: Policy, treatments: Sequence[Treatment]) -> Iterable[Rule]
         ),
         (
             "widths",
-            not (policy.widths and policy.tries_channels),
-            f"slices are of the whole model: leave channels out of {key_of('pruning_knobs')}",
+            not (policy.widths and tried),
+            f"slices are of the whole model: leave {' and '.join(tried)} out of "
+            f"{key_of('pruning_knobs')}",
         ),
         ("classes", lattice or not policy.classes, f"it needs {down} = 'lattice'"),
         (
@@ -195,18 +196,18 @@ def _channels(policy: Policy, treatments: Sequence[Treatment]) -> Iterable[Rule]
         (
             "classes",
             not any(one.dense for one in treatments)
-            or (policy.channels == 1 and not policy.widths and not policy.tries_channels),
+            or (policy.channels == 1 and not policy.widths and not tried),
             "a node that reads nothing but dense arrays is told no channels: keep them all",
         ),
         (
             "pruning_knobs",
-            not (policy.channels_at and policy.tries_channels),
-            f"channels go by {key_of('channels_at')} or are searched: leave out one of the two",
+            not (policy.channels_at and tried),
+            f"they go by {key_of('channels_at')} or are searched: leave out one of the two",
         ),
         (
             "pruning_knobs",
-            not policy.tries_channels or policy.pruning_knobs[0] == "channels",
-            "put channels first: what else is pruned is a part of what they leave",
+            policy.pruning_knobs[: len(tried)] == tried,
+            f"put {' and '.join(tried)} first: what else is pruned is a part of what is left",
         ),
     )
 

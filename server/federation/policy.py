@@ -18,7 +18,7 @@ from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.automatic import KNOBS, Search
 from prunecast.compression.pruning.criteria import CRITERIA
 from prunecast.compression.pruning.patterns import parse_pattern
-from prunecast.compression.pruning.plan import ChannelSchedule, PruningPlan
+from prunecast.compression.pruning.plan import ChannelSchedule, PruningPlan, Shares
 from prunecast.compression.pruning.schedules import (
     AUTOMATIC,
     HELD,
@@ -149,9 +149,10 @@ class Policy:
         return self.pruning_schedule == AUTOMATIC
 
     @property
-    def tries_channels(self) -> bool:
-        """Whether how many channels go is found while training."""
-        return self.is_automatic and "channels" in self.pruning_knobs
+    def tried_structures(self) -> tuple[str, ...]:
+        """Of channels, heads and layers those of which is found while training how many go."""
+        wanted = self.pruning_knobs if self.is_automatic else ()
+        return tuple(name for name in wanted if name in Shares._fields)
 
     def search(self) -> Search | None:
         """What finds it, at its beginning; None where a schedule says how much."""
@@ -290,7 +291,7 @@ class Policy:
         """
         _, end = self.bounds(rounds)
         reached = self.pruning(rounds).schedule(rounds + 1)  # of what the last round arrives at
-        if (self.target or self.tries_channels) and not end:
+        if (self.target or self.tried_structures) and not end:
             _say_once(
                 f"{rounds} rounds are too few to prune a model that is still to learn, so nothing "
                 f"will be: train {math.ceil((self.pruning_begin + _LEAST) / _PART)} or more, or "

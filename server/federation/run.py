@@ -230,7 +230,7 @@ class Run:
             arrays = self.grid.draw_initial(like, self.seed, key=self.key) if drawn else like
         schedule = self.grid.policy.pruning().channels
         recalibration = Recalibration(self.grid.policy, self.strategy)
-        tries = self.grid.policy.tries_channels
+        tries = self.grid.policy.tried_structures
         removals = Removals(schedule, self.choose_channels, passed, tries=tries)
         if self.releases is not None and (schedule.at or tries or removed is not None):
             self.releases.check_narrow()

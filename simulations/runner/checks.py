@@ -97,7 +97,7 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
 
     arms = {name: (arm, arm.grid_policy()) for name, arm in scenario.trained_arms().items()}
     pruned = {
-        n: (a, p) for n, (a, p) in arms.items() if p.target or p.channels_at or p.tries_channels
+        n: (a, p) for n, (a, p) in arms.items() if p.target or p.channels_at or p.tried_structures
     }
     if not pruned:
         return
@@ -112,7 +112,7 @@ def check_pruning(scenario: Scenario, data: PartitionedData) -> None:
             check_model(policy, arrays, scenario.rounds, frozen=frozen)
             schedule = policy.pruning(scenario.rounds).channels
             master = dense_arrays(set_apart(arrays)[0])
-            tries = policy.tries_channels
+            tries = policy.tried_structures
             check_channels(schedule, choose, master, scenario.rounds, tries=tries)
         except (FederationError, PlanError) as error:
             refused[name] = f"arms.{name}: {error}"

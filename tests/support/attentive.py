@@ -7,7 +7,7 @@ from torch import nn
 
 __all__ = ["Attentive", "make", "post_norm", "weights"]
 
-STEPS, WIDTH, CLASSES = 6, 16, 3
+STEPS, WIDTH, CLASSES = 6, 16, 4
 
 
 class Attentive(nn.Module):
@@ -26,7 +26,7 @@ class Attentive(nn.Module):
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (n, 3) of inputs (n, 6, 4)."""
+        """Logits (n, 4) of inputs (n, 6, 4)."""
         return torch.as_tensor(self.head(self.norm(self.layers(self.enter(x))).mean(1)))
 
 

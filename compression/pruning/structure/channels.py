@@ -94,6 +94,11 @@ class ChannelPlan:
         """What was to remain of each kind."""
         return Shares(self.share, self.heads_share, self.layers_share)
 
+    def of_shares(self, shares: Shares) -> ChannelPlan:
+        """The same plan under other shares, as where it stands for a level that leaves no less."""
+        part, heads, layers = shares
+        return replace(self, share=part, heads_share=heads, layers_share=layers)
+
     def loses(self, tensor: str) -> bool:
         """Whether a tensor goes altogether, as its layer does."""
         return bool(self.gone) and not self._gone.isdisjoint(layers_of(tensor))
@@ -122,10 +127,11 @@ class ChannelPlan:
         return PublishedModel(tensors, model.counter)
 
     def zeroed(self, model: PublishedModel) -> PublishedModel:
-        """A model of which what goes is zero and nothing is gone: how channels are tried.
+        """A model of which what goes is zero and nothing is gone: how a plan is tried.
 
-        Its layers then put out what those of the narrow model do, unless a layer counts how many
-        channels there are (`prunecast.compression.pruning.structure.narrowing.check_zeroed`).
+        Its layers then put out what those of the narrow model do, unless one counts how many
+        channels there are, or has a norm behind what it adds
+        (`prunecast.compression.pruning.structure.narrowing.check_zeroed`).
 
         Raises:
             PlanError: a tensor has another shape than the plan's.
@@ -151,7 +157,11 @@ class ChannelPlan:
         Raises:
             PlanError: it has another shape than the plan's.
         """
-        if name not in self.kept or is_statistic(name):
+        if is_statistic(name):
+            return array
+        if self.loses(name):
+            return np.zeros_like(array)
+        if name not in self.kept:
             return array
         left, places = np.zeros_like(array), self.places(name, array.shape)
         left[places] = array[places]

@@ -148,18 +148,18 @@ def made_with_inputs(
 
 
 def check_zeroed(module: nn.Module, example: tuple[torch.Tensor, ...], plan: ChannelPlan) -> None:
-    """Refuse a plan whose channels do not leave the same outputs where they are zero as when gone.
+    """Refuse a plan of which what is zero does not leave the same outputs as what is gone.
 
     So it is where a layer computes over all channels, how many there are included: GroupNorm,
-    LayerNorm, the scale of attention.
+    LayerNorm, the scale of attention; and where a residual layer has a norm behind what it adds.
 
     Args:
         module: with any weights; left as it was.
         example: positional inputs that it accepts.
-        plan: of its channels.
+        plan: of its channels, heads or layers.
 
     Raises:
-        PlanError: the outputs differ, or the module does not run with fewer channels.
+        PlanError: the outputs differ, or the module does not run with what remains.
     """
     zeroed, narrow = copied(module), fit_module(copied(module), plan)
     with torch.no_grad(), failing(module):
@@ -168,10 +168,15 @@ def check_zeroed(module: nn.Module, example: tuple[torch.Tensor, ...], plan: Cha
         pairs = list(zip(_outputs(zeroed(*example)), _outputs(narrow(*example)), strict=True))
     for one, other in pairs:
         if float((one - other).abs().max()) > _ALIKE * float(other.abs().max()):
+            what, why = "channels", "computes over all of them (GroupNorm, LayerNorm, attention)"
+            if plan.gone:
+                what, why = "layers", "has a norm behind what it adds"
+            elif plan.heads:
+                what, why = "heads", "computes over all of them"
             raise PlanError(
-                f"channels of {type(module).__name__} that are zero do not leave what removed ones "
-                "do, so they cannot be tried: a layer computes over all of them (GroupNorm, "
-                "LayerNorm, attention); say how many go, prunecast.channels and channels-at"
+                f"{what} of {type(module).__name__} that are zero do not leave what removed ones "
+                f"do, so they cannot be tried: a layer {why}; say how many go, prunecast.{what} "
+                "and channels-at"
             )
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from logging import INFO
 from typing import Any
 
 from numpy.typing import NDArray
 
 from prunecast.compression.flower.internals import log
-from prunecast.compression.pruning.plan import PlanError, PruningPlan
+from prunecast.compression.pruning.plan import PlanError, PruningPlan, Shares
 from prunecast.compression.pruning.structure.channels import ChannelChooser, ChannelPlan
 from prunecast.compression.versions import PublishedModel
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publishing.masks.pruner import Pruner
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.publishing.version_stream import VersionStream
+from prunecast.server.federation.shrinking.choosing import chosen
 
 __all__ = ["ChannelStream"]
 
@@ -35,7 +35,7 @@ class ChannelStream(VersionStream):
         self.pruner = Pruner(policy, plan)
         self.channels: ChannelPlan | None = None
         self.choose: ChannelChooser | None = None
-        self.tried: dict[float, ChannelPlan] = {}
+        self.tried: dict[Shares, ChannelPlan] = {}
         # what the last version has zeros of, and its master
         self._trial: tuple[ChannelPlan, Mapping[str, NDArray[Any]]] | None = None
         self._removals: list[ChannelPlan] = []
@@ -94,47 +94,84 @@ class ChannelStream(VersionStream):
 
     @property
     def settled(self) -> ChannelPlan | None:
-        """The channels that automatic pruning has found to be dispensable, and that are there."""
-        search = self.pruner.search
-        if search is None or not search.is_settled("channels"):
+        """What automatic pruning has found to be dispensable, and what is there."""
+        search, parts = self.pruner.search, self._parts()
+        going = [kind for kind in Shares._fields if getattr(parts, kind) < 1]
+        if search is None or not all(map(search.is_settled, going)):
             return None
-        found = self.tried.get(self._part())
-        return found if found is not None and found.kept else None
+        found = self.tried.get(parts)
+        return None if found is None or _is_empty(found) else found
 
-    def _part(self) -> float:
-        """Of the channels that are there, those that the search leaves."""
-        there = 1.0 if self.channels is None else self.channels.share
-        part = self.pruner.channels / there
-        return part if part < 1 - _NEAR else 1.0
+    @property
+    def _there(self) -> Shares:
+        return Shares() if self.channels is None else self.channels.shares
+
+    def _wanted(self) -> Shares:
+        """What the search leaves of the channels, heads and layers that are there."""
+        parts = [left / there for left, there in zip(self.pruner.left, self._there, strict=True)]
+        return Shares(*(part if part < 1 - _NEAR else 1.0 for part in parts))
+
+    def _parts(self) -> Shares:
+        """The same, but for what no plan could be made for: nothing of that goes.
+
+        One knob is turned at a time, and the next once what the last one found has gone: so it is
+        less than 1 of one kind at most.
+        """
+        search, wanted = self.pruner.search, self._wanted()
+        assert search is not None or min(wanted) == 1
+        none = {
+            kind: 1.0
+            for kind, part in zip(Shares._fields, wanted, strict=True)
+            if search is not None and search.is_settled(kind)
+            and _is_empty(self.tried.get(Shares()._replace(**{kind: part})))
+        }  # fmt: skip
+        return wanted._replace(**none)
 
     def _without_tried(
         self, model: PublishedModel, master: Mapping[str, NDArray[Any]]
     ) -> PublishedModel:
-        """A model in which the channels that are tried are zero; the master keeps them."""
-        part, self._trial = self._part(), None
+        """A model in which what is tried is zero; the master keeps it."""
+        parts, self._trial = self._parts(), None
         # what is gone back to is what held
-        self.tried = {share: plan for share, plan in self.tried.items() if share >= part}
-        if part == 1:
+        least = self._wanted()
+        self.tried = {
+            held: plan
+            for held, plan in self.tried.items()
+            if all(a >= b for a, b in zip(held, least, strict=True))
+        }
+        if min(parts) == 1:
             return model
-        if part not in self.tried:
+        if parts not in self.tried:
             assert self.choose is not None
+            there, left = self._there, self.pruner.left
+            wanted = Shares(
+                *(b if p < 1 else a for a, b, p in zip(there, left, parts, strict=True))
+            )
             try:
-                plan = self.choose(master, self.pruner.channels, self.channels)
+                plan = chosen(self.choose, master, wanted, self.channels)
             except PlanError as error:  # a layer has too few of them: as many go as before
-                log(INFO, "No further channels are tried: %s.", error)
-                plan = self.tried[min(self.tried)] if self.tried else _ALL
-            self.tried[part] = replace(plan, share=part)
-        self._trial = self.tried[part], master
-        return self.tried[part].zeroed(model)
+                log(INFO, "No more are tried: %s.", error)
+                kind = parts.index(min(parts))
+                before = [held for held in self.tried if held[kind] < 1]
+                plan = self.tried[min(before, key=min)] if before else _ALL
+            self.tried[parts] = plan.of_shares(parts)
+        self._trial = self.tried[parts], master
+        return self.tried[parts].zeroed(model)
 
     def _restored(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Arrays in which channels on trial are as they were: of them nodes saw zeros."""
+        """Arrays in which what is on trial is as it was: of it nodes saw zeros."""
         restored = dict(arrays)
         plan, before = self._trial or (_ALL, {})
-        for name in plan.kept.keys() & arrays.keys() & before.keys():
+        for name in arrays.keys() & before.keys():
             last, array = before[name], arrays[name]
-            if last.shape == array.shape:
-                places = plan.places(name, array.shape)
+            if last.shape == array.shape and (name in plan.kept or plan.loses(name)):
                 restored[name] = last.astype(array.dtype)
-                restored[name][places] = array[places]
+                if name in plan.kept:
+                    places = plan.places(name, array.shape)
+                    restored[name][places] = array[places]
         return restored
+
+
+def _is_empty(plan: ChannelPlan | None) -> bool:
+    """Whether a plan was made, of which nothing goes."""
+    return plan is not None and not (plan.kept or plan.gone)

@@ -70,8 +70,9 @@ class Publisher(ChannelStream):
         changes: of the master; where nodes may be lazy.
         clock: the pruning schedule's round of the last version, counted from 1.
         channels: which channels remain of the module that everybody's code makes; None for all.
-        choose: which channels go, where automatic pruning tries how many; None for nobody.
-        tried: plans of the channels that it tries, by the share of those there that they leave.
+        choose: which channels, heads and layers go, where automatic pruning tries how many; None
+            for nobody.
+        tried: plans that it tries, by the shares of what is there that they leave.
         history: versions that payloads may build on.
         holders: says which version every node holds.
         coarseness: says by how many doublings the next version's lattice is coarser.
@@ -123,7 +124,7 @@ class Publisher(ChannelStream):
         tried: Sequence[ChannelPlan] = (),
     ) -> None:
         """Go on where another publisher's `position` was, with the same master and channels."""
-        self.channels, self.tried = channels, {plan.share: plan for plan in tried}
+        self.channels, self.tried = channels, {plan.shares: plan for plan in tried}
         self._counter, self._lattices.steps = counter, dict(steps)
         self.clock = self._before_resume = max(0, clock - 1)  # until that master is published
         self.pruner.resume(progress, masks, searched)
@@ -252,9 +253,10 @@ class Publisher(ChannelStream):
     def _publish(
         self, master: Mapping[str, NDArray[Any]], statistics: Statistics | None, clock: int
     ) -> Version:
-        if self.policy.tries_channels and self.pruner.plan is not None and self.choose is None:
+        tried = self.policy.tried_structures
+        if tried and self.pruner.plan is not None and self.choose is None:
             raise FederationError(
-                "the policy tries how many channels can go, and nobody says which: "
+                f"the policy tries how many {' and '.join(tried)} can go, and nobody says which: "
                 "prunecast.server.Run(channels=...) does, or grid.try_channels(choose)"
             )
         self._check_finite(master)
@@ -265,7 +267,7 @@ class Publisher(ChannelStream):
         if self.policy.lazy:
             self.changes.observe(lattice)
         if self.pruner.plan is not None:
-            self.pruner.observe(lattice, clock)
+            self.pruner.observe(lattice, clock, waits=self.settled is not None)
             self.refine()
         first = self._counter == 1
         with self.mask_cost.measuring() if self.policy.target else nullcontext():

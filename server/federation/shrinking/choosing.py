@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FittedModule", "check_trial", "chosen", "module_chooser"]
 
-_FIRST = 0.5  # of the channels, by which is seen whether any can be tried
+_FIRST = 0.5  # of channels, heads or layers, by which is seen whether any can be tried
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -55,10 +55,17 @@ class _ModuleChooser:
         return choose_channels(module, inputs, share, removed, heads=heads, layers=layers)
 
     def check_trial(self, master: Arrays, plan: ChannelPlan) -> None:
-        """Refuse to try what removed channels would not come to; see `check_zeroed`."""
-        from prunecast.compression.pruning.structure.narrowing import check_zeroed
+        """Refuse to try what a removal would not come to; see `check_zeroed`.
 
-        check_zeroed(*self._module(master, None), plan)
+        Of layers all are checked, as any of them may be tried.
+        """
+        from prunecast.compression.pruning.structure.narrowing import check_zeroed
+        from prunecast.compression.pruning.structure.residual import residual_layers
+
+        module, inputs = self._module(master, None)
+        if plan.layers_share < 1:
+            plan = ChannelPlan({}, gone=tuple(residual_layers(module, inputs)))
+        check_zeroed(module, inputs, plan)
 
     def _module(
         self, master: Arrays, removed: ChannelPlan | None
@@ -120,12 +127,18 @@ def chosen(
     return choose(master, shares.channels, removed, **others)
 
 
-def check_trial(choose: ChannelChooser, master: Arrays) -> None:
-    """Refuse a model of which no channels can be tried at all.
+def check_trial(choose: ChannelChooser, master: Arrays, tries: Sequence[str]) -> None:
+    """Refuse a model of which some of what is to be tried cannot be.
+
+    Args:
+        choose: who chooses.
+        master: the weights.
+        tries: of channels, heads and layers those that are to be tried.
 
     Raises:
         PlanError: they cannot go, or zeros in their place would not come to what is left.
     """
-    plan = choose(master, _FIRST, None)
-    if isinstance(choose, _ModuleChooser):
-        choose.check_trial(master, plan)
+    for kind in tries:
+        plan = chosen(choose, master, Shares()._replace(**{kind: _FIRST}), None)
+        if isinstance(choose, _ModuleChooser):
+            choose.check_trial(master, plan)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from logging import INFO, WARNING
-from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -24,9 +23,6 @@ from prunecast.compression.pruning.plan import ChannelSchedule, Shares
 from prunecast.compression.pruning.structure.channels import ChannelChooser, ChannelPlan
 from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.exchange.grid import CompressedGrid
-
-if TYPE_CHECKING:
-    pass
 from prunecast.server.federation.shrinking.choosing import Arrays, check_trial, chosen
 from prunecast.server.federation.shrinking.strategies import (
     narrow_strategy,
@@ -63,7 +59,8 @@ class Removals:
         schedule: when channels go, and how many.
         choose: which; None where nobody says.
         passed: rounds before those of this run, where it goes on from a checkpoint.
-        tries: whether automatic pruning finds how many can go, in place of the schedule.
+        tries: of channels, heads and layers those of which automatic pruning finds how many can
+            go, in place of the schedule.
 
     Raises:
         FederationError: channels are to go and nobody chooses which.
@@ -75,7 +72,7 @@ class Removals:
         choose: ChannelChooser | None,
         passed: int = 0,
         *,
-        tries: bool = False,
+        tries: Sequence[str] = (),
     ) -> None:
         if (schedule.at or tries) and choose is None:
             raise FederationError(
@@ -116,7 +113,7 @@ class Removals:
                 )
             grid.try_channels(self._choose, key=key)
             if grid.channels(key=key) is None:
-                check_trial(self._choose, dense_arrays(set_apart(arrays)[0]))
+                check_trial(self._choose, dense_arrays(set_apart(arrays)[0]), self._tries)
                 say_what_is_not_reached(strategy)
             return
         if self._owed(self._passed + begun, grid, key):
@@ -153,8 +150,7 @@ class Removals:
         there = zip(wanted, self._shares(grid, key), strict=True)
         shares = Shares(*(now / before for now, before in there))
         if not np.allclose(plan.shares, shares, rtol=_NEAR, atol=0):  # what is owed is told from it
-            part, heads, layers = shares
-            plan = replace(plan, share=part, heads_share=heads, layers_share=layers)
+            plan = plan.of_shares(shares)
         before = {name: array.shape for name, array in dense_arrays(set_apart(arrays)[0]).items()}
         narrow = grid.remove_channels(arrays, plan, key=key)
         narrow_strategy(strategy, plan, before)
@@ -190,7 +186,8 @@ class Removals:
     def _said(self, shares: Shares, text: str = "{0:.0%} of the {1}") -> str:
         """Shares of what is to go, for people."""
         ends = self._schedule.share, self._schedule.heads, self._schedule.layers
-        going = [n for n, end in zip(Shares._fields, ends, strict=True) if end < 1] or ["channels"]
+        scheduled = [n for n, end in zip(Shares._fields, ends, strict=True) if end < 1]
+        going = scheduled or [n for n in self._tries if getattr(shares, n) < 1] or self._tries
         return " and ".join(text.format(getattr(shares, name), name) for name in going)
 
     def _owed(self, number: int, grid: CompressedGrid, key: str) -> bool:
@@ -205,8 +202,8 @@ class Removals:
         there = self._shares(grid, key)
         if self._tries:
             settled = grid.settled_channels(key=key)
-            part = 1.0 if settled is None else settled.share
-            return there._replace(channels=there.channels * part)
+            parts = Shares() if settled is None else settled.shares
+            return Shares(*(now * part for now, part in zip(there, parts, strict=True)))
         return Shares(*map(min, self._schedule.shares(number), there))
 
     def _shares(self, grid: CompressedGrid, key: str) -> Shares:
@@ -230,7 +227,7 @@ def check_channels(
     master: Arrays,
     rounds: int,
     *,
-    tries: bool = False,
+    tries: Sequence[str] = (),
 ) -> None:
     """Refuse channels that cannot go from a model that has all of them.
 
@@ -243,7 +240,7 @@ def check_channels(
         for at in _ends(schedule, schedule.at):
             chosen(choose, master, schedule.shares(at), None)
     if tries:
-        check_trial(choose, master)
+        check_trial(choose, master, tries)
 
 
 def _ends(schedule: ChannelSchedule, at: Sequence[int]) -> Sequence[int]:

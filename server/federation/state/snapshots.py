@@ -20,6 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from prunecast.compression.flower import is_codable_array
+from prunecast.compression.pruning.plan import Shares
 from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.versions import LatticeTensor, PublishedModel, RawTensor, Tensor
 
@@ -113,6 +114,8 @@ class Packer:
             return {"generator": self.pack(_plain(value.bit_generator.state))}
         if isinstance(value, np.random.RandomState):
             return {"randomstate": self.pack(value.get_state(legacy=True))}
+        if isinstance(value, Shares):  # a plain tuple is equal, and the same key
+            return self.pack(tuple(value))
         if isinstance(value, ChannelPlan):
             return {"channels": value.to_text()}
         if isinstance(value, PublishedModel):

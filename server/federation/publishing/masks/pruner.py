@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prunecast.compression.pruning.criteria import Knowledge
 from prunecast.compression.pruning.growing import readjusted
 from prunecast.compression.pruning.masks import Masks
-from prunecast.compression.pruning.plan import PlanError, PruningPlan, tied_weights
+from prunecast.compression.pruning.plan import PlanError, PruningPlan, Shares, tied_weights
 from prunecast.compression.pruning.schedules import StaticSchedule
 from prunecast.compression.pruning.statistics import Statistics, StatisticsMean, named
 from prunecast.compression.pruning.structure.channels import ChannelPlan
@@ -186,12 +186,15 @@ class Pruner:
         turn = math.cos(math.pi * min(1.0, clock / self._until))
         return float(f"{self.policy.pruning_regrow / 2 * (1 + turn):.4g}")  # as it is asked for
 
-    def observe(self, lattice: Mapping[str, NDArray[Any]], clock: int) -> None:
+    def observe(
+        self, lattice: Mapping[str, NDArray[Any]], clock: int, *, waits: bool = False
+    ) -> None:
         """Take in the weights of the next version, and what was measured of the last one.
 
         Args:
             lattice: the tensors of the master that lie on a lattice.
             clock: the round of the next version.
+            waits: whether nothing more may be tried, since something that is to go is still there.
         """
         if self.plan is None:
             return
@@ -203,14 +206,14 @@ class Pruner:
         begin, end = self.progress.begin, self.progress.end
         begun = clock > begin if self.policy.pruning_end else self.progress.has_begun
         before = self.levels
-        if clock >= end and "channels" in before and not self.search.is_settled("channels"):
+        if clock >= end and not all(map(self.search.is_settled, self.policy.tried_structures)):
             self.search.stop()  # so that rounds are left that train what remains
         if value is None:
             if begun and self.search.reference is None and not self._said_unmeasured:
                 self._said_unmeasured = True
                 say_unmeasured(self.policy)
             return
-        self.search.observe(value, may_rise=begun and begin < clock < end)
+        self.search.observe(value, may_rise=begun and begin < clock < end and not waits)
         if self.levels == before:
             return
         self._search_says()
@@ -229,9 +232,11 @@ class Pruner:
         return {k: search.level(k) for k in self.policy.pruning_knobs} if search is not None else {}
 
     @property
-    def channels(self) -> float:
-        """Share of all channels that the search leaves; 1 where it does not turn them."""
-        return 1.0 if self.search is None else 2.0 ** (-self.search.level("channels") / 2)
+    def left(self) -> Shares:
+        """What the search leaves of all channels, heads and layers; 1 of what it does not turn."""
+        if self.search is None:
+            return Shares()
+        return Shares(*(2.0 ** (-self.search.level(kind) / 2) for kind in Shares._fields))
 
     def take_events(self) -> list[dict[str, Any]]:
         """What happened to masks and levels since this was asked before."""

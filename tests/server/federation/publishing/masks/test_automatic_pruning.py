@@ -18,8 +18,9 @@ from torch import nn
 from prunecast.client.training import compression_mod
 from prunecast.client.training.client_app import LocalTraining, build_client_app
 from prunecast.client.training.trainer import TensorBatches, evaluate
-from prunecast.compression.pruning.plan import PlanError
+from prunecast.compression.pruning.plan import ChannelSchedule, PlanError, Shares
 from prunecast.compression.pruning.structure.channels import ChannelPlan
+from prunecast.compression.pruning.structure.narrowing import fit_module
 from prunecast.server.federation import (
     Checkpoint,
     CheckpointError,
@@ -31,7 +32,9 @@ from prunecast.server.federation import (
 )
 from prunecast.server.federation.publishing.publisher import Publisher
 from prunecast.server.federation.shrinking.choosing import module_chooser
+from prunecast.server.federation.shrinking.removals import check_channels
 from prunecast.simulations.runner.inprocess import InProcessGrid
+from support import attentive
 from support.federation import RUN_ID, initial_arrays, to_record
 
 AUTOMATIC = {
@@ -58,6 +61,15 @@ def counting() -> nn.Module:
     made = normalised()
     made[1] = nn.LayerNorm(64)
     return made
+
+
+def stacked() -> nn.Module:
+    """Of which little is needed: a linear layer would nearly do."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Linear(INPUTS, 24), nn.Unflatten(1, (6, 4)), attentive.Attentive(layers=3)
+        )
 
 
 def examples(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -411,6 +423,7 @@ def test_channels_that_cannot_be_tried_are_refused(trained: Any, federation: Any
     ("knobs", "said"),
     [
         ({"pruning_knobs": ("sparsity", "channels")}, "put channels first"),
+        ({"pruning_knobs": ("heads", "lattice", "layers")}, "put heads and layers first"),
         ({"channels": 0.5, "channels_at": (2,)}, "leave out one of the two"),
         ({"widths": {"small": 0.5}}, "leave channels out of prunecast.pruning-knobs"),
         ({"down": "dense", "up": "dense"}, "'lattice'"),
@@ -419,3 +432,169 @@ def test_channels_that_cannot_be_tried_are_refused(trained: Any, federation: Any
 def test_a_policy_that_cannot_try_channels_is_refused(knobs: dict[str, Any], said: str) -> None:
     with pytest.raises(PolicyError, match=said):
         Policy(**{**CHANNELS, **knobs})
+
+
+# -- heads and layers ----------------------------------------------------------------------------
+
+STRUCTURES = {
+    **AUTOMATIC, "pruning_knobs": ("layers", "heads", "sparsity"), "pruning_tolerance": 0.03,
+    "pruning_min_size": 20,
+}  # fmt: skip
+
+
+def residual(*, norm_first: bool = True) -> nn.Module:
+    return attentive.Attentive(norm_first=norm_first, layers=2)
+
+
+def residual_in_order(
+    master: Any, share: float, removed: ChannelPlan | None, **shares: float
+) -> Any:
+    """A chooser without a module: the last of four layers go, and the last of four heads."""
+    there = Shares() if removed is None else removed.shares
+    layers, heads = 4, np.arange(4) < round(4 * shares.get("heads", 1.0))
+    if heads.sum() < 1:
+        raise PlanError("no head would be left")
+    plan = ChannelPlan({})
+    if shares.get("layers", 1.0) < there.layers:
+        before = 0 if removed is None else len(removed.gone)
+        left = round(layers * shares["layers"])
+        gone = tuple(f"layers.{n}" for n in range(layers) if n >= left)
+        plan = ChannelPlan({}, gone=gone[: len(gone) - before])
+    if shares.get("heads", 1.0) < there.heads and not heads.all():
+        names = [n for n in master if n.endswith("out.weight") and not plan.loses(n)]
+        kept = {n: (None, np.repeat(heads, 2)) for n in names}
+        plan = ChannelPlan(kept, heads={n[:-11]: heads for n in names})
+    return plan
+
+
+def layered(count: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(5)
+    shapes = {
+        f"layers.{n}.{name}": shape
+        for n in range(4)
+        for name, shape in (("out.weight", (6, 8)), ("up.weight", (8, 6)), ("norm.bias", (6,)))
+    }
+    shapes |= {"layers.0.norm.running_var": (6,), "layers.3.norm.running_var": (6,)}
+    return [
+        {n: np.abs(rng.normal(size=shape)).astype("f4") + 1 for n, shape in shapes.items()}
+        for _ in range(count)
+    ]
+
+
+def test_layers_and_heads_are_tried_one_after_the_other_and_come_back_from_a_trial() -> None:
+    policy = Policy(**{**STRUCTURES, "pruning_begin": 1, "pruning_end": 40}, statistics_bits=0)
+    publisher = Publisher(policy, b"s", policy.pruning(60))
+    publisher.expect(60)
+    publisher.choose = residual_in_order
+    seen: list[tuple[int, int]] = []
+    removed: list[Shares] = []
+    last: Any = None
+    for master in layered(40):
+        given = dict(master if publisher.channels is None else publisher.channels.arrays(master))
+        trial, before = publisher._trial, last
+        if trial is not None:  # zeros and their statistics come back, where updates travel dense
+            zero = [n for n, a in last.model.arrays().items() if not a.any()]
+            given |= {n: np.zeros_like(given[n]) for n in zero}
+            given |= {n: np.full_like(a, 0.001) for n, a in given.items() if "running" in n}
+        settled = publisher.settled
+        if settled is not None:
+            removed.append(settled.shares)
+            publisher.remove(settled)
+            given = settled.arrays(given)
+        last = publisher.publish(given)
+        arrays = last.model.arrays()
+        lost = [] if trial is None else [n for n in given if trial[0].loses(n)]
+        for name in lost:  # the master keeps a layer on trial, its statistics included
+            assert (last.master[name] == before.master[name]).all()
+            if "running" in name:
+                assert (arrays[name] == before.model.arrays()[name]).all()
+        weights = {n: a for n, a in arrays.items() if n.endswith("out.weight")}
+        for n, a in arrays.items():  # all of a layer is zero, or nothing is
+            if "running" not in n and n not in weights:
+                assert a.any() == weights[n.rsplit(".", 2)[0] + ".out.weight"].any()
+        layers = sum(bool(a.any()) for a in weights.values())
+        heads = max(int(a.any(0).sum()) for a in weights.values()) // 2
+        if len(removed) < 2:
+            seen.append((layers, heads))
+        assert len(removed) == 2 or not last.model.masks()  # weights go last
+        bears = layers >= 2 and heads >= 3
+        publisher.pruner.measured.add(0.9 if bears else 0.5, held_out=True)
+    assert [(s.channels, round(4 * s.layers), round(4 * s.heads)) for s in removed] == [
+        (1, 2, 4), (1, 4, 3),
+    ]  # fmt: skip
+    assert seen[-1] == (2, 3)  # what was settled, the model before it was removed
+    assert {layers for layers, _ in seen} >= {4, 3, 2, 1}
+    assert min(heads for _, heads in seen) < 3
+    assert all(heads == 4 for layers, heads in seen if layers > 2)  # in turn
+    assert publisher.channels is not None
+    assert publisher.channels.gone == ("layers.2", "layers.3")
+    assert publisher.pruner.levels["sparsity"] > 0
+
+
+def test_where_no_layer_can_go_the_next_knob_is_turned() -> None:
+    policy = Policy(**{**STRUCTURES, "pruning_begin": 1, "pruning_end": 40})
+    publisher = Publisher(policy, b"s", policy.pruning(60))
+    publisher.expect(60)
+
+    def choose(master: Any, share: float, removed: Any, **shares: float) -> ChannelPlan:
+        if shares.get("layers", 1.0) < 1:
+            raise PlanError("no layer would be left")
+        return residual_in_order(master, share, removed, **shares)  # type: ignore[no-any-return]
+
+    publisher.choose = choose
+    found = None
+    for master in layered(20):
+        publisher.publish(master)
+        publisher.pruner.measured.add(0.9, held_out=True)
+        found = found or publisher.settled
+    assert publisher.pruner.levels["layers"] == 4
+    assert found is not None
+    assert found.gone == ()
+    assert found.shares == Shares(heads=0.25)
+    assert publisher.pruner.levels["sparsity"] == 0  # it waits until the heads are gone
+
+
+def test_layers_and_heads_that_can_go_are_found_and_gone(trained: Any, tmp_path: Path) -> None:
+    def inputs() -> torch.Tensor:
+        return examples(5, 40)[0]
+
+    chooser = module_chooser(stacked, inputs)
+    policy = Policy(**{**STRUCTURES, "pruning_begin": 2, "pruning_end": 16})
+    events = trained(policy, 18, by_server=False, factory=stacked, channels=chooser)
+    gone = removals(events)
+    assert 1 <= len(gone) <= 2
+    last = gone[-1]
+    assert last["layers"] < 1 or last["heads"] < 1
+    checkpoint = Checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")
+    assert checkpoint.channels is not None
+    assert checkpoint.channels.layers_share == pytest.approx(last["layers"])
+    assert checkpoint.channels.heads_share == pytest.approx(last["heads"])
+    fit_module(stacked(), checkpoint.channels).load_state_dict(
+        {n: torch.from_numpy(a.copy()) for n, a in checkpoint.arrays.items()}
+    )
+    rounds = rounds_of(events)
+    assert all(r["sparsity"] == 0 for r in rounds if r["round"] < last["round"])
+    score = [r["client_metrics"]["evaluate"]["eval-accuracy"] for r in rounds[1:]]
+    assert score[-1] >= max(score[:3]) - 0.03
+
+
+def test_layers_behind_whose_addition_there_is_a_norm_are_not_tried(trained: Any) -> None:
+    chooser = module_chooser(lambda: residual(norm_first=False), lambda: torch.randn(2, 6, 4))
+    master = {n: t.numpy() for n, t in residual(norm_first=False).state_dict().items()}
+    with pytest.raises(
+        PlanError, match=r"layers of Attentive.*norm behind what it adds.*prunecast"
+    ):
+        check_channels(ChannelSchedule(), chooser, master, 20, tries=("layers",))
+    check_channels(ChannelSchedule(), chooser, master, 20, tries=("heads",))
+    chooser = module_chooser(residual, lambda: torch.randn(2, 6, 4))
+    master = {n: t.numpy() for n, t in residual().state_dict().items()}
+    check_channels(ChannelSchedule(), chooser, master, 20, tries=("layers", "heads"))
+    with pytest.raises(PlanError, match=r"channels of Attentive.*LayerNorm"):
+        check_channels(ChannelSchedule(), chooser, master, 20, tries=("channels",))
+    plain = module_chooser(normalised, lambda: torch.ones(2, INPUTS))
+    master = {n: t.numpy() for n, t in normalised().state_dict().items()}
+    for kind, said in (("heads", "no attention"), ("layers", "no residual layer")):
+        with pytest.raises(PlanError, match=said):
+            check_channels(ChannelSchedule(), plain, master, 20, tries=(kind,))
+    with pytest.raises(PlanError, match="take module_chooser"):
+        check_channels(ChannelSchedule(), by_norm, masters(1)[0], 20, tries=("heads",))
