@@ -42,10 +42,3 @@ def train(message: Message, context: Context) -> Message:
         }
     )
     return Message(content, reply_to=message)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    size = sum(float(np.abs(a.numpy()).sum()) for a in message.content["arrays"].values())
-    metrics = MetricRecord({"size": size, "num-examples": 1})
-    return Message(RecordDict({"metrics": metrics}), reply_to=message)

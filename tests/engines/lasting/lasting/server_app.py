@@ -16,7 +16,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     nodes, folder = config["nodes"], Path(config["folder"])
-    options = {"min_train_nodes": nodes, "min_available_nodes": nodes, "min_evaluate_nodes": nodes}
+    options = {"min_train_nodes": nodes, "min_available_nodes": nodes, "fraction_evaluate": 0.0}
     if config["strategy"] == "fedadam":
         strategy = FedAdam(eta=0.05, beta_1=0.9, beta_2=0.99, **options)
     else:
