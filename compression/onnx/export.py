@@ -4,7 +4,8 @@ The exporter keeps parameter names when it does not optimise, and only then: its
 BatchNorm statistics into convolutions and would leave initialisers that no later weights can be
 bound to. onnxruntime performs the same fusions while loading, on the weights of the day, but only
 where a convolution's bias is a constant by then: the bias that the exporter computes for a layer
-without one is taken out.
+without one is taken out. GroupNorm, which it has no kernel for, is written in what it has
+(`prunecast.compression.onnx.norms`).
 
 Two checks make sure that later weights act. A parameter that the traced program reads must be an
 initialiser of the graph. And the graph is run in onnxruntime against the module twice, with the
@@ -35,13 +36,14 @@ from prunecast.compression.onnx.bind import bind_weights
 from prunecast.compression.onnx.compare import differ
 from prunecast.compression.onnx.folding import drop_zero_biases
 from prunecast.compression.onnx.graph import ExportedGraph, all_graphs, load_graph, save_graph
+from prunecast.compression.onnx.norms import spell_out_group_norms
 from prunecast.compression.release import ReleaseError
 from prunecast.compression.release.runtime import open_session
 from prunecast.compression.versions import PublishedModel, RawTensor
 
 __all__ = ["export_cached", "export_graph"]
 
-_EDITION = 2  # raised when the same module would be exported to another graph
+_EDITION = 3  # raised when the same module would be exported to another graph
 _LOWEST_OPSET = 21  # DequantizeLinear on int16
 _BATCH = "batch"
 
@@ -242,6 +244,7 @@ def _strip(program: Any, state: Mapping[str, torch.Tensor]) -> ExportedGraph:
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(constants)
     drop_zero_biases(proto.graph)
+    spell_out_group_norms(proto.graph, parameters)
     _anonymise(proto)
     return ExportedGraph(proto.SerializeToString(deterministic=True), parameters, aliases, unused)
 
