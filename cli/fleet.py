@@ -93,6 +93,7 @@ def serve(
     """
     # gRPC reads it when it is imported; its own default writes a line for each failed handshake
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    from prunecast.common.service_manager import ServiceManager
     from prunecast.server.control import ControlLimits, ControlServer
     from prunecast.server.fleet.service import FleetService
 
@@ -120,6 +121,7 @@ def serve(
             connections_per_client=connections_per_client,
         ),
         interval=interval,
+        manager=ServiceManager(),
     )
     server.run(ready)
 

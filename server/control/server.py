@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from prunecast.common.fleet_protocol import add_servicer
 from prunecast.common.listening import Admission, SparingLog, allow_descriptors, bind
+from prunecast.common.service_manager import ServiceManager
 from prunecast.server.control.authentication import server_credentials
 from prunecast.server.control.errors import Answering, Unbindable
 from prunecast.server.control.gate import Gate
@@ -54,6 +55,8 @@ class ControlServer:
         port: 0 lets the system choose; `port` tells which.
         limits: see `ControlLimits`.
         interval: seconds between looks at the fleet; how long a change takes to reach devices.
+        manager: told that the server is ready, and alive as long as its loop and the threads of the
+            database take their turns; None for nobody.
 
     Raises:
         FleetError: the database cannot be used.
@@ -73,13 +76,14 @@ class ControlServer:
         port: int = 0,
         limits: ControlLimits | None = None,
         interval: float = 1.0,
+        manager: ServiceManager | None = None,
     ) -> None:
         self._live = LiveReleases(repository)
         self._credentials = server_credentials(certificate, key, client_ca)
         self._certificates = client_ca is not None
         self.host, self.port = host, port
         self._repository, self._limits = repository, limits or ControlLimits()
-        self._interval = interval
+        self._interval, self._manager = interval, manager or ServiceManager({})
         self._service = FleetService(database, self._live)
         self._threads = 1 if database.startswith("sqlite") else _THREADS
         self._stop: Callable[[], None] = lambda: None
@@ -161,18 +165,23 @@ class ControlServer:
             server.add_secure_port(gate.target, self._credentials)
             await server.start()
             gate.open(bound)
-            follower = asyncio.create_task(watches.follow())
+            tasks = [
+                asyncio.create_task(watches.follow()),
+                asyncio.create_task(watches.feed(self._manager)),
+            ]
             try:
+                self._manager.tell(READY=1)
                 ready(self.address)
                 await over.wait()
             finally:
+                self._manager.tell(STOPPING=1)
                 gate.shut()
                 alive.end()
                 watches.close()
                 await server.stop(limits.drain)
-                follower.cancel()
-                with suppress(asyncio.CancelledError):
-                    await follower
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 log.close()
 
     def _bound(self) -> socket.socket:

@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 from functools import partial
 from typing import Literal, TypeVar
 
+from prunecast.common.service_manager import ServiceManager
 from prunecast.server.fleet.audit import AuditEntry
 from prunecast.server.fleet.model import Release
 from prunecast.server.fleet.service import FleetService
@@ -126,6 +127,16 @@ class WatchRegistry:
             except Exception as error:  # whatever it is, devices must not be left alone
                 _LOG.warning("the fleet cannot be read, trying again: %s", error)
             await asyncio.sleep(self._interval)
+
+    async def feed(self, manager: ServiceManager) -> None:
+        """Feed a watchdog four times in its interval, until cancelled.
+
+        It starves when the loop hangs, or all threads that wait for the database do.
+        """
+        while manager.watchdog_seconds > 0:
+            await self.call(lambda: None)
+            manager.tell(WATCHDOG=1)
+            await asyncio.sleep(manager.watchdog_seconds / 4)
 
     def _wake(self, devices: Iterable[str] | None) -> None:
         names = self._watchers if devices is None else devices

@@ -94,9 +94,9 @@ def test_services_come_back_whatever_their_exit_status(unit: str) -> None:
     assert settings(unit, "StartLimitIntervalSec") == ["0"]
     (line,) = settings(unit, "ExecStart")
     drains = re.search(r"--drain (\d+)", line)
+    assert settings(unit, "Type") == ["notify"]
+    assert settings(unit, "WatchdogSec")
     if "federation watch" in line:
-        assert settings(unit, "Type") == ["notify"]
-        assert settings(unit, "WatchdogSec")
         # the watch passes the signal on when it is time
         assert settings(unit, "KillMode") == ["mixed"]
         assert "AF_NETLINK" in settings(unit, "RestrictAddressFamilies")[0]

@@ -26,6 +26,7 @@ from benchmarks.loopback.engine import Engine, executable, wait_for
 from prunecast.common.liveness import status_of
 from prunecast.common.pulse import read_pulse
 from prunecast.common.watching import HUNG
+from prunecast.server.federation import read_events
 
 pytestmark = pytest.mark.engine
 
@@ -238,6 +239,16 @@ def test_a_run_of_the_documentation(deployed: Deployment) -> None:
     for node in (1, 2):
         store = deployed.folder / f"lib/prunecast-supernode/{node}/store"
         assert list(store.rglob("*.model"))
+
+
+def test_a_supervised_run_goes_on_where_the_one_before_ended(deployed: Deployment) -> None:
+    deployed.until_online(1, 2)
+    folder = deployed.folder / "lib/prunecast-superlink/runs/digits"
+    said = deployed.call(block("supervise"))
+    assert "is completed after" in said
+    assert "finished, round 4 of 4" in deployed.call(f"prunecast federation status {folder}")
+    whole = list(read_events(folder / "events.jsonl"))
+    assert [e["round"] for e in whole if e["event"] == "round-finished"] == [0, 1, 2, 3, 4]
 
 
 def test_operators_do_not_come_in_by_the_gate(deployed: Deployment) -> None:
