@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.automatic import KNOBS
 from prunecast.compression.pruning.criteria import CRITERIA
-from prunecast.compression.pruning.schedules import AUTOMATIC, SCHEDULES
+from prunecast.compression.pruning.schedules import AUTOMATIC, HELD, SCHEDULES
 from prunecast.compression.schemes.registry import SCHEMES
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
 from prunecast.server.federation.knobs import BUDGETS, GROWN_BY, WHOLE, key_of, refused
+from prunecast.server.federation.publishing.budgets import TURNED
 from prunecast.server.federation.publishing.classes import Treatment, parse_classes
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def rules(policy: Policy, fixed: float) -> list[Rule]:
         *_steps(policy, fixed),
         *_channels(policy, treatments),
         *_pruning(policy, fixed),
-        *_bytes(policy),
+        *_bytes(policy, fixed),
         *_choices(policy),
     ]
 
@@ -271,7 +272,7 @@ def _pruning(policy: Policy, fixed: float) -> Iterable[Rule]:
     )
 
 
-def _bytes(policy: Policy) -> Iterable[Rule]:
+def _bytes(policy: Policy, fixed: float) -> Iterable[Rule]:
     """Of statistics, budgets, lazy nodes and what is kept."""
     lattice, down = policy.down == "lattice", key_of("down")
     return (
@@ -298,6 +299,19 @@ def _bytes(policy: Policy) -> Iterable[Rule]:
                     f"both would move the lattice: leave it out of {key_of('pruning_knobs')}",
                 ),
             )
+        ),
+        (
+            "budget_knobs",
+            0 < len(policy.budget_knobs) == len(set(policy.budget_knobs) & set(TURNED)),
+            f"choose among {', '.join(map(repr, TURNED))}, each at most once",
+        ),
+        (
+            "budget_knobs",
+            not policy.thins
+            or not (fixed or policy.is_automatic or policy.pruning_schedule in HELD),
+            "a budget can say how much is pruned where nothing else does: set "
+            f"{key_of('pruning_schedule')} = 'cubic', and no {key_of('pruning_pattern')} that is a "
+            "share itself",
         ),
         ("lazy", 0 <= policy.lazy < math.inf, "give 0 or more, such as 1.5; 0: never"),
         (

@@ -112,6 +112,7 @@ class Policy:
     budget_round: int = 0  # bytes, both ways
     budget_node: int = 0
     budget_run: int = 0
+    budget_knobs: tuple[str, ...] = ("lattice",)
     finer_when_rare: bool = True
     lazy: float = 0.0  # times the norm of the model's change
     history: int = 16
@@ -138,7 +139,9 @@ class Policy:
 
     @property
     def target(self) -> float:
-        """The sparsity that pruning arrives at; under the automatic schedule, at most."""
+        """The sparsity that pruning arrives at; where it is found while training, at most."""
+        if self.thins:
+            return self.sparsity or _MOST
         if not self.is_automatic:
             return self._fixed or self.sparsity
         return (self.sparsity or _MOST) if "sparsity" in self.pruning_knobs else 0.0
@@ -147,6 +150,11 @@ class Policy:
     def is_automatic(self) -> bool:
         """Whether how much is pruned is found while training."""
         return self.pruning_schedule == AUTOMATIC
+
+    @property
+    def thins(self) -> bool:
+        """Whether a budget says how much is pruned."""
+        return bool(self.limits) and "sparsity" in self.budget_knobs
 
     @property
     def tried_structures(self) -> tuple[str, ...]:
@@ -213,8 +221,8 @@ class Policy:
         """
         begin, end = self.bounds(rounds)
         target = self.target if end else 0.0
-        make = SCHEDULES.get(self.pruning_schedule)
-        # what is automatic begins with nothing
+        make = None if self.thins else SCHEDULES.get(self.pruning_schedule)
+        # what is found while training begins with nothing
         schedule = make(target, begin, max(end, 1)) if make is not None else NEVER
         if isinstance(schedule, IterativeSchedule):
             schedule = dataclasses.replace(schedule, steps=self.pruning_steps)
@@ -297,7 +305,7 @@ class Policy:
                 f"will be: train {math.ceil((self.pruning_begin + _LEAST) / _PART)} or more, or "
                 f"set {key_of('pruning_end')} to the round by which pruning is over."
             )
-        elif reached < self.target and not self.is_automatic:
+        elif reached < self.target and not (self.is_automatic or self.thins):
             _say_once(
                 f"Pruning ends in round {end}, after the last of {rounds}: the model "
                 f"will have {reached:.0%} of zeros instead of {self.target:.0%}. Set "

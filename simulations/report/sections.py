@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prunecast.common.text import bytes_text, percent, ratio_text
+from prunecast.simulations.report.budgets import byte_budgets
 from prunecast.simulations.report.curves import (
     against_bytes,
     against_time,
@@ -48,6 +49,7 @@ def sections_of(study: Study, targets: Sequence[float] = ()) -> list[Section]:
         seconds_section(study),
         what_pruning_did(study),
         width_classes(study),
+        byte_budgets(study),
         _release(study),
         *detail_sections(study),
     ]

@@ -19,6 +19,7 @@ from prunecast.common.text import quiet
 from prunecast.simulations.kinds import ScenarioError, written
 from prunecast.simulations.network_profiles.results import add_simulated_time, entries_of
 from prunecast.simulations.runner import ResultError, SimulationError
+from prunecast.simulations.runner.budgets import budget_figures
 from prunecast.simulations.runner.engine import ENVIRONMENT, run_engine
 from prunecast.simulations.runner.metrics import pruning_figures
 from prunecast.simulations.runner.prepared import (
@@ -300,6 +301,7 @@ def build_arms(
             "nodes": [str(node) for node in outcome["nodes"]],
             "by_kind": _by_kind(tally),
             "widths": last.get("widths") if arm.trains else None,
+            "budget": budget_figures(rounds) if arm.trains else None,
             "rounds": rounds,
         }
     baseline = next((n for n, a in arms.items() if a["baseline"]), None)

@@ -13,6 +13,7 @@ from prunecast.compression.flower.internals import Measured
 from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.exchange.channels import ChannelExchange
+from prunecast.server.federation.exchange.outbound import say_exceeded
 from prunecast.server.federation.publishing.masks.progress import measured_in
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.notices import uncodable
@@ -226,7 +227,10 @@ class CompressedGrid(ChannelExchange):
     def budget(self) -> dict[str, Any] | None:
         """What the round may cost and has cost, see docs/run.md; None without a budget."""
         budget = self._streams.budget
-        return None if budget is None else budget.report(self.policy.down_step)
+        if budget is None:
+            return None
+        say_exceeded(budget)
+        return budget.report(self.policy.down_step)
 
     # -- secure aggregation -------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from logging import WARNING
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
@@ -21,7 +22,7 @@ from prunecast.compression.flower import (
     stated_round,
 )
 from prunecast.compression.flower.envelope import PACKED_RECORD
-from prunecast.compression.flower.internals import function_of, make_message, own_bytes
+from prunecast.compression.flower.internals import function_of, log, make_message, own_bytes
 from prunecast.compression.flower.secure import is_secure
 from prunecast.compression.versions import (
     NOTHING_SENT,
@@ -95,6 +96,13 @@ def within(budget: Budget, prepared: Sequence[Prepared], rate: float) -> None:
         plan = budget.plan(nodes, payloads, expected=rate, training=training)
         for item, most in zip(found, plan.most, strict=True):
             item.bound(most)
+    say_exceeded(budget)
+
+
+def say_exceeded(budget: Budget) -> None:
+    """Warn of limits that were exceeded, of each once."""
+    for complaint in budget.take_complaints():
+        log(WARNING, "%s", complaint)
 
 
 class Outbound:

@@ -1,10 +1,11 @@
 """Byte budgets: how coarse a federation has to be so that a round, a node, a run stays within one.
 
 A pure controller. It is told what a batch of messages is about to cost and what every message did
-cost, and says two things: by how many doublings the lattice of the model is coarser than the policy
-has it, and how many bytes the payloads of each reply may have. A node finds the finest steps that
-fit (`prunecast.client.training.sparing`), so the way up is within its budget by construction; what
-is forecast is the way down, and what surrounds a payload.
+cost, and says: by how many doublings the lattice of the model is coarser than the policy has it, by
+how many halvings it has fewer weights, where the policy allows that, and how many bytes the
+payloads of each reply may have. A node finds the finest steps that fit
+(`prunecast.client.training.sparing`), so the way up is within its budget by construction; what is
+forecast is the way down, and what surrounds a payload.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from typing import Any
 from prunecast.common.text import bytes_text, count_text
 from prunecast.server.federation.errors import BudgetError
 
-__all__ = ["COARSEST", "Budget", "Limits", "Plan"]
+__all__ = ["COARSEST", "TURNED", "Budget", "Coarseness", "Limits", "Plan", "Proposal"]
 
 COARSEST = 1.6
 """Standard deviations: the coarsest lattice that a budget may ask for; beyond, all is zero."""
+
+TURNED = ("lattice", "sparsity")
+"""What a budget may turn, by the names that the knob has."""
 
 _ENVELOPE = 450  # bytes around a payload, before any message told
 _NO_CHANGE = 120  # bytes of a payload that says "no change"
@@ -32,6 +36,7 @@ _COARSER, _FINER = (
     2.2,
 )  # times fewer bytes down by a coarser lattice; times more by a finer one
 _AT_ONCE = 2  # doublings from one version to the next: what is forecast of more is a guess
+_THINNER = 1.5  # times fewer bytes down by half of the weights
 _PAUSE = 4  # rounds between two refinements, each of which sends a bit for every weight
 _WEIGHT = 0.5  # of what was seen last in a mean
 _MARGIN = 24  # bytes by which envelopes vary
@@ -53,6 +58,37 @@ class Limits:
 
     def __bool__(self) -> bool:
         return bool(self.round or self.node or self.run)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the next version would be without a budget.
+
+    Attributes:
+        finer: doublings by which its lattice is finer than the one before: it follows learning.
+        bits: that a doubling takes for each node at once, one for every weight that is kept.
+        may_thin: whether the model has learned enough to lose weights.
+    """
+
+    finer: int = 0
+    bits: int = 0
+    may_thin: bool = False
+
+
+_AS_BEFORE = Proposal()
+
+
+@dataclass(frozen=True)
+class Coarseness:
+    """What the next version is to be.
+
+    Attributes:
+        doublings: by which its lattice's step is larger than learning and pruning have it.
+        halvings: of the weights that are kept.
+    """
+
+    doublings: int = 0
+    halvings: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +141,7 @@ class _Round:
     number: int
     nodes: int = 0
     spent: int = 0
+    down: int = 0
     promised: int = 0  # of replies that have not come
     evaluation: int = 0
     forecast: int = 0
@@ -118,20 +155,31 @@ class Budget:
 
     A round may spend the smallest of: its own limit, less a part of what earlier rounds overspent;
     an equal part of what is left of the run's; for every node an equal part of what is left of its
-    own. The model's lattice takes half of that at most, or gets coarser; nodes share the rest.
+    own. The model takes half of that at most, or gets coarser; nodes share the rest. A lattice that
+    is to be finer, because learning slows down, stays as it is until that fits.
 
     Args:
         limits: any of them.
         down_step: of the policy, in standard deviations.
+        turned: what may be turned, names of `TURNED`; the first one first.
+        sparsest: share of zeros that thinning comes to at most, below 1.
 
     Attributes:
         level: doublings of the lattice's step, 0 or more.
+        halvings: of the weights that are kept. They only rise: what went was not trained since.
     """
 
-    def __init__(self, limits: Limits, down_step: float) -> None:
-        self.limits = limits
+    def __init__(
+        self,
+        limits: Limits,
+        down_step: float,
+        turned: Sequence[str] = ("lattice",),
+        sparsest: float = 0.0,
+    ) -> None:
+        self.limits, self.turned = limits, tuple(turned)
         self.most_level = max(0, math.floor(math.log2(COARSEST / down_step) + 1e-9))
-        self.level = 0
+        self.most_halvings = math.ceil(-math.log2(1 - sparsest) - 1e-9)
+        self.level = self.halvings = 0
         self.rounds = 0
         self.spent = self.owed = 0
         self._nodes: dict[int, int] = {}
@@ -145,6 +193,8 @@ class Budget:
         self._of_version = 0  # payload bytes down since the last version
         self._trained, self._rate = 0, 1.0  # nodes in the last round, and their share of all
         self._checked = False
+        self._told: set[str] = set()  # limits of which it was said that they are exceeded
+        self._complaints: list[str] = []
 
     # -- what is asked ----------------------------------------------------------------------------
 
@@ -153,22 +203,26 @@ class Budget:
         self._fold()
         if number == self._round.number and self._begun:
             return
+        self._complain()
         self.owed, self._begun = self._owes(), self._begun + 1
         if self._round.nodes:
             self._trained = self._round.nodes
             self._evaluation.add(self._round.evaluation)
         self._round = _Round(number)
 
-    def next_level(self) -> int:
-        """By how many doublings the lattice of the next version is coarser than the policy's."""
+    def next_version(self, proposal: Proposal = _AS_BEFORE) -> Coarseness:
+        """How coarse the next version is to be."""
         self._fold()
         nodes = self._round.nodes or self._trained
         if nodes and self._of_version:
             if self._since:  # from one lattice to another it is more than it will be
                 self._down.add(self._of_version / nodes)
             self._of_version = 0
-            self._choose(nodes)
-        return self.level
+            self._since += 1
+            self._choose(nodes, proposal)
+        elif nodes and proposal.finer > 0:
+            self._choose(nodes, proposal)
+        return Coarseness(self.level, self.halvings)
 
     def plan(
         self,
@@ -228,6 +282,7 @@ class Budget:
         """Count a message to a node: all of its bytes, and those of its payloads."""
         self._count(node, size, training=training)
         self._of_version += payload
+        self._round.down += size
         self._around_down.add(size - payload)
 
     def received(self, node: int, size: int, *, training: bool = True) -> None:
@@ -333,43 +388,110 @@ class Budget:
                 )
         self._checked = True
 
-    def _choose(self, nodes: int) -> None:
-        """The lattice of the next version, from what the last round cost."""
-        self._since += 1
-        allowed = self._share(nodes)
-        if allowed is None or not self._down.seen:
+    def _choose(self, nodes: int, proposal: Proposal) -> None:
+        """The next version, from what the last round cost."""
+        shares = self._shares(nodes)
+        self.most_level = max(0, self.most_level + proposal.finer)
+        if not shares or not self._down.seen:
             return
+        allowed = max(1, min(share for share, _ in shares) - round(self._evaluation.value))
         down = (self._down.value + self._around_down.value) * nodes
         up = (self._up.value + self._around_up.value) * nodes
-        level, most = self.level, min(self.most_level, self.level + _AT_ONCE)
-        while down + up > allowed and down > _DOWN * allowed and level < most:
-            level, down = level + 1, down / _COARSER
-        if level == self.level and level and self._since >= _PAUSE:
-            finer = down * _FINER
-            if finer <= _DOWN * allowed or finer + up <= allowed:
-                level -= 1
-        if level != self.level:
-            self._since = 0
-            self._down.value *= _FINER if level < self.level else _COARSER ** (self.level - level)
-        self.level = level
+        # as it is, with what is to be finer held back; what gets coarser by itself takes less
+        level = now = min(self.level + max(0, proposal.finer), self.most_level)
+        down /= _COARSER ** max(0, -proposal.finer)
+        thinned, most = self.halvings, min(self.most_level, now + _AT_ONCE)
 
-    def _share(self, nodes: int) -> int | None:
-        """What the next round may spend on training, as far as one can tell; None for any."""
+        def needed() -> bool:
+            return down + up > allowed and down > _DOWN * allowed
+
+        for knob in self.turned:
+            if knob == "lattice":
+                while needed() and level < most:
+                    level, down = level + 1, down / _COARSER
+            elif proposal.may_thin and thinned < self.most_halvings and needed():
+                thinned, down = thinned + 1, down / _THINNER
+        if (
+            level == now
+            and thinned == self.halvings
+            and (proposal.finer > 0 or self._since >= _PAUSE)
+        ):
+            # that is a bit for every weight at once, and more from then on
+            once = nodes * proposal.bits / 8
+            for _ in range(max(1, proposal.finer)):
+                finer = down * _FINER
+                lasting = finer <= _DOWN * allowed or finer + up <= allowed
+                if not level or not lasting or not self._bears(shares, nodes, finer, once):
+                    break
+                level, down = level - 1, finer
+        if level != now or thinned != self.halvings:
+            self._since = 0
+            self._down.value *= _FINER ** max(0, now - level) / _COARSER ** max(0, level - now)
+            self._down.value /= _THINNER ** (thinned - self.halvings)
+        self.level, self.halvings = level, thinned
+
+    def _bears(
+        self, shares: Sequence[tuple[int, int]], nodes: int, down: float, once: float
+    ) -> bool:
+        """Whether a round that costs more than others stays within every limit.
+
+        Its replies may be squeezed: what they drop comes later.
+        """
+        least = nodes * (self._around_up.value + _NO_CHANGE) + self._evaluation.value
+        return all(down + once / rounds + least <= share for share, rounds in shares)
+
+    def _shares(self, nodes: int) -> list[tuple[int, int]]:
+        """What the next round may spend by each limit, and over how many rounds an exception is
+        spread; empty where nothing is known to bind."""
         found = []
         if self.limits.round:
             paid = min(self._owes(), round(_PAID_BACK * self.limits.round))
-            found.append(self.limits.round - paid)
+            found.append((self.limits.round - paid, 1))
         left = max(1, self.rounds - self._begun)
         if self.limits.run:
-            found.append((self.limits.run - self.spent) // left)
+            found.append(((self.limits.run - self.spent) // left, left))
         if self.limits.node and self._nodes:
             # what is beyond its limit is no further saved by what everybody else would lose
             within = [spent for spent in self._nodes.values() if spent < self.limits.node]
-            most = max(within, default=self.limits.node)
-            found.append(nodes * ((self.limits.node - most) // self._times(left)))
-        return max(1, min(found) - round(self._evaluation.value)) if found else None
+            most, times = max(within, default=self.limits.node), self._times(left)
+            found.append((nodes * ((self.limits.node - most) // times), times))
+        return found
 
     # -- what is said of it -----------------------------------------------------------------------
+
+    def above(self) -> dict[str, int]:
+        """Bytes by which limits are exceeded now, by name: of this round, of the worst node."""
+        limits = self.limits
+        spent = (self._round.spent, max(self._nodes.values(), default=0), self.spent)
+        over = {
+            name: used - limit
+            for used, (name, limit) in zip(spent, vars(limits).items(), strict=True)
+            if limit
+        }
+        return {name: size for name, size in over.items() if size > 0}
+
+    def _complain(self) -> None:
+        """Say of each limit once that it is exceeded."""
+        now = self._round
+        for name, over in self.above().items():
+            if name in self._told:
+                continue
+            self._told.add(name)
+            limit = getattr(self.limits, name)
+            took = {"round": f"Round {now.number}", "node": "A node", "run": "The run"}[name]
+            later = ", and the rounds after it save that" if name == "round" else ""
+            self._complaints.append(
+                f"{took} took {bytes_text(limit + over)}, which is above prunecast.budget-{name} = "
+                f"{bytes_text(limit)}: messages to nodes took {bytes_text(now.down)} of "
+                f"{bytes_text(now.spent)} in that round, and a version is what it is{later}. "
+                "Others are told in the events (budget.above)."
+            )
+
+    def take_complaints(self) -> list[str]:
+        """What is to be said of limits that were exceeded, since it was asked before."""
+        self._complain()
+        found, self._complaints = self._complaints, []
+        return found
 
     def report(self, down_step: float) -> dict[str, Any]:
         """The field ``budget`` of an event, see docs/run.md."""
@@ -386,7 +508,9 @@ class Budget:
                 "run": self.spent,
             },
             "forecast": now.forecast,
+            "above": self.above(),
             "owed": self.owed,
+            "thinned": 1 - 2.0**-self.halvings,
             "down_step": down_step * 2**self.level,
             "up_bytes": max(now.most, default=0),
             "up_coarser": 2 ** (coarser[len(coarser) // 2] / 4) if coarser else 1.0,

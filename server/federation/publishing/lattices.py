@@ -113,6 +113,10 @@ class Lattices:
             kept &= (before != 0) | (size > (cells + stays_within) * step)
         return LatticeTensor(q * kept, step, True, array.dtype)
 
+    def settles(self, early: bool) -> bool:
+        """Whether `refine` would halve the steps of large tensors because it is early no more."""
+        return self.early and not early and bool(self._vast)
+
     def refine(self, fineness: float, early: bool) -> None:
         """Make the lattices as fine as that; those that are fine in any case stay."""
         by, again = fineness / self.fineness, 0.5 if self.early and not early else 1.0

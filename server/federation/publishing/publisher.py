@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ from prunecast.compression.versions import (
 )
 from prunecast.server.federation.errors import FederationError, NonFiniteModel
 from prunecast.server.federation.policy import Policy
+from prunecast.server.federation.publishing.budgets import Coarseness, Proposal
 from prunecast.server.federation.publishing.channel_stream import ChannelStream
 from prunecast.server.federation.publishing.lattices import Lattices
 from prunecast.server.federation.publishing.masks.mask_state import MaskState
@@ -46,6 +48,7 @@ _NO_ROUND = (
     "grid.begin_round(number)."
 )
 _NONE_HELD = MaskState()
+_UNBOUND = Coarseness()
 
 
 class Publisher(ChannelStream):
@@ -75,7 +78,7 @@ class Publisher(ChannelStream):
         tried: plans that it tries, by the shares of what is there that they leave.
         history: versions that payloads may build on.
         holders: says which version every node holds.
-        coarseness: says by how many doublings the next version's lattice is coarser.
+        coarseness: says how coarse the next version is to be; by default as it is proposed.
         slices: what nodes of other width classes than the whole model's train; None for no classes.
     """
 
@@ -85,7 +88,8 @@ class Publisher(ChannelStream):
         self.changes = Changes()
         self._recent: OrderedDict[str, Version] = OrderedDict()
         self._lattices = Lattices(policy)
-        self.coarseness: Callable[[], int] = int
+        self.coarseness: Callable[[Proposal], Coarseness] = lambda proposal: _UNBOUND
+        self._fineness = 1.0  # part of its usual step that learning and pruning give the lattice
         self._counter = self.clock = 0
         self._before_resume = 0  # rounds of the run that is resumed, where this one's begin anew
         self._trained = 0  # the last round that a message stated to train
@@ -98,7 +102,22 @@ class Publisher(ChannelStream):
     def refine(self) -> None:
         """Make the lattices as fine as pruning and the budget have them."""
         part, early = self.pruner.fineness
-        self._lattices.refine(part * 0.5 ** -self.coarseness(), early)
+        finer = round(math.log2(self._fineness / part)) + self._lattices.settles(early)
+        self._fineness = part
+        proposal = Proposal(finer, self._refinement_bits(), self.pruner.may_thin)
+        chosen = self.coarseness(proposal)
+        self._lattices.refine(part * 2.0**chosen.doublings, early)
+        self.pruner.thin(chosen.halvings)
+
+    def _refinement_bits(self) -> int:
+        """Weights of the last version that half of its step says something new of."""
+        if self._latest is None:
+            return 0
+        return sum(
+            int(np.count_nonzero(tensor.q)) if tensor.pruned else tensor.q.size
+            for tensor in self._latest.tensors.values()
+            if isinstance(tensor, LatticeTensor)
+        )
 
     @property
     def position(
@@ -130,6 +149,7 @@ class Publisher(ChannelStream):
         self.pruner.resume(progress, masks, searched)
         if progress:
             self._lattices.fineness, self._lattices.early = self.pruner.fineness
+            self._fineness = self._lattices.fineness
 
     def remove(self, plan: ChannelPlan) -> None:
         """See `ChannelStream.remove`."""

@@ -90,7 +90,10 @@ class Streams:
         self.policy, self.round = policy, 0
         self.participation = Participation()
         limits = policy.limits
-        self.budget = Budget(limits, policy.down_step) if limits else None
+        sparsest = policy.target if policy.thins else 0.0
+        self.budget = (
+            Budget(limits, policy.down_step, policy.budget_knobs, sparsest) if limits else None
+        )
         self.job, self.attempt, self.saves = "", 0, False
         self._rounds = 0
         self._saved_before: dict[int, set[str]] = {}
@@ -182,7 +185,7 @@ class Streams:
             made = kind(self.policy, stream_id(self.job or run_id, key), plan)
             made.expect(self._rounds)
             if self.budget is not None and plan is not None:
-                made.coarseness = self.budget.next_level
+                made.coarseness = self.budget.next_version
             made.holders = partial(self._held_by_nodes, key)
             self._streams[run_id, key] = made
         return self._streams[run_id, key]

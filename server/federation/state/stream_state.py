@@ -57,7 +57,7 @@ _PRUNER = {
     *("_votes", "_rewound", "_grown", "_is_known"),
 }
 _PROGRESS = {"begin", "end"}
-_BUDGET = {"limits", "most_level", "rounds"}
+_BUDGET = {"limits", "turned", "most_halvings", "rounds"}
 _PARTS: dict[str, type] = {"able": Capabilities, "treatment": Treatment}  # of what nodes said
 
 
@@ -274,6 +274,7 @@ def _pruner_state(pruner: Pruner) -> dict[str, Any]:
 def _put_pruner(pruner: Pruner, state: Mapping[str, Any]) -> None:
     _put(pruner, state["fields"], _PRUNER)
     _put(pruner.progress, state["progress"], _PROGRESS)
+    pruner._thinned()
     pruner._state = MaskState(**state["masks"])
     pruner.statistics = StatisticsMean()
     pruner.statistics._means = state["statistics"]

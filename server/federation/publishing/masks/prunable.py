@@ -130,6 +130,8 @@ def _asked(policy: Policy) -> tuple[str, Any, Any]:
     """The key by which the policy asks for zeros, what it says, and what asks for none."""
     if policy.is_automatic:
         return "pruning-schedule", policy.pruning_schedule, "cubic"
+    if policy.thins:
+        return "budget-knobs", ", ".join(policy.budget_knobs), "lattice"
     if policy.sparsity:
         return "sparsity", policy.sparsity, 0.0
     return "pruning-pattern", policy.pruning_pattern, ""

@@ -58,6 +58,7 @@ class Pruner:
         statistics: what nodes contributed since the last version.
         measured: the policy's `pruning_metric` of the last version.
         search: what finds how much to prune; None where a schedule says it.
+        halvings: of the weights that are kept, where a budget says how much is pruned.
         holds: whether masks are held.
         pruned: whether the last version has less than the one before by a pruning event.
     """
@@ -68,6 +69,7 @@ class Pruner:
         self.holds, self.pruned = policy.mask_rule != "dpf", False
         self.progress = Progress(*policy.bounds())
         self.search = policy.search() if plan is not None else None
+        self.halvings = 0
         self._clock = 0  # of the last version
         self._at = 0.0  # where the schedule stands; the clock, unless it follows learning
         self._before: Mapping[str, NDArray[Any]] = {}
@@ -143,6 +145,7 @@ class Pruner:
             return
         if self.search is None:
             self.plan = replace(self.plan, schedule=self.policy.pruning(rounds).schedule)
+            self._thinned()
         self.progress.begin, self.progress.end = self.policy.bounds(rounds)
         self._until = self.policy.moving_until(rounds)
 
@@ -223,6 +226,23 @@ class Pruner:
     def _search_says(self) -> None:
         if self.search is not None and self.plan is not None:
             sparsity = min(1 - 2.0 ** -self.search.level("sparsity"), self.policy.target)
+            self.plan = replace(self.plan, schedule=StaticSchedule(sparsity))
+
+    @property
+    def may_thin(self) -> bool:
+        """Whether the model has learned enough to lose weights, and the policy lets a budget."""
+        return self.policy.thins and self.plan is not None and self.progress.has_begun
+
+    def thin(self, halvings: int) -> None:
+        """Keep half of the weights so many times over from the next version on."""
+        if halvings != self.halvings:
+            self.halvings = halvings
+            self._thinned()
+            self._events.append({"what": "raised", "levels": {"sparsity": float(halvings)}})
+
+    def _thinned(self) -> None:
+        if self.halvings and self.plan is not None:
+            sparsity = min(1 - 2.0**-self.halvings, self.policy.target)
             self.plan = replace(self.plan, schedule=StaticSchedule(sparsity))
 
     @property

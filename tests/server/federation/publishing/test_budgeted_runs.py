@@ -80,6 +80,21 @@ def test_rounds_stay_within_a_budget_that_half_suffices(federation, app, tmp_pat
     assert report["limits"] == {"round": limit}
 
 
+def test_a_budget_may_take_weights_instead_and_says_when_it_is_exceeded(federation, app, caplog):
+    free, _ = run(federation, app, rounds=3)
+    limit = free[-1] // 4
+    knobs = {"budget_knobs": ("sparsity", "lattice"), "sparsity": 0.75}
+    spent, grid = run(federation, app, rounds=12, budget_round=limit, **knobs)
+    model = grid._streams.stream(grid.run.run_id, "arrays").history.latest
+    assert grid.budget()["thinned"] == 0.75
+    zeros = float(np.mean(model.tensors["w"].dense() == 0))
+    assert 0.74 < zeros < 0.9  # and a coarse lattice has zeros of its own
+    assert model.tensors["w"].pruned
+    exceeded = [total for total in spent if total > limit]
+    said = [r.getMessage() for r in caplog.records if "above prunecast.budget-round" in r.message]
+    assert len(said) == min(1, len(exceeded))
+
+
 def test_a_run_stays_within_its_budget(federation, app):
     free, _ = run(federation, app, rounds=3)
     limit = free[-1] * 8 // 3
@@ -122,7 +137,8 @@ def test_events_and_ledger_tell_what_was_chosen(federation, app, tmp_path):
     events = list(read_events(tmp_path / "run" / "events.jsonl"))
     told = [e["budget"] for e in events if e["event"] == "round-finished"]
     assert [set(budget) for budget in told] == [
-        {"limits", "spent", "forecast", "owed", "down_step", "up_bytes", "up_coarser"}
+        {"limits", "spent", "above", "forecast", "owed", "down_step", "thinned", "up_bytes"}
+        | {"up_coarser"}
     ] * 5
     entries = list(Ledger.read(tmp_path / "run" / "ledger.jsonl"))
     for number, budget in enumerate(told[1:], start=1):
@@ -148,6 +164,15 @@ def test_without_a_budget_nothing_is_said_of_one(federation, app, tmp_path):
         ({"budget_round": "much"}, "'much' is no number of bytes"),
         ({"budget_round": -1}, "give bytes, such as '2 MB'"),
         ({"budget_run": 1.5}, "whole number"),
+        ({"budget_run": 10**6, "budget_knobs": ("width",)}, "choose among 'lattice', 'sparsity'"),
+        (
+            {
+                "budget_run": 10**6,
+                "budget_knobs": ("sparsity",),
+                "pruning_schedule": "automatic",
+            },
+            "where nothing else does",
+        ),
         ({"budget_run": "2 MB", "up": "stc"}, "it moves the steps"),
         ({"budget_node": "2 MB", "down": "dense", "up": "dense"}, "it moves the steps"),
         ({"budget_node": "2 MB", "up_step": 0.0}, "it moves the steps"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunecast.server.federation.errors import BudgetError
-from prunecast.server.federation.publishing.budgets import Budget, Limits
+from prunecast.server.federation.publishing.budgets import Budget, Limits, Proposal
 
 ENVELOPE, NOTHING = 450, 90  # bytes, of a message and of a payload that says "no change"
 
@@ -28,7 +28,7 @@ class World:
     def round(self, number: int, nodes: int, keyframes: int = 0) -> tuple[int, int, int]:
         """Bytes spent, of these down, and the bytes of the reply that was allowed least."""
         budget = self.budget
-        before, self.level = self.level, budget.next_level()
+        before, self.level = self.level, budget.next_version().doublings
         shift = 1.5 if self.level < before else 1.0
         delta = self.about(shift * self.down / 1.8**self.level)
         payloads = [delta] * nodes
@@ -173,7 +173,7 @@ def test_more_is_never_coarser(limits, down):
             budget.sent(node, down + ENVELOPE, down)
             budget.received(node, 9000 + ENVELOPE)
             budget.understood(9000 + ENVELOPE, 9000)
-        level = budget.next_level()
+        level = budget.next_version().doublings
         budget.begin(2)
         found.append((-level, budget.plan([1, 2, 3], [down] * 3).most[0]))
     assert [level for level, _ in found] == sorted(level for level, _ in found)
@@ -192,7 +192,7 @@ def told(order: tuple[int, ...], odd: tuple[int, int, int]) -> tuple[int, tuple[
     """What is decided after rounds of five nodes that answer in an order, one of them oddly."""
     budget, level = made(round=60_000), 0
     for number in range(1, 5):
-        level = budget.next_level()
+        level = budget.next_version().doublings
         budget.begin(number)
         plan = budget.plan([1, 2, 3, 4, 5], [3000] * 5)
         for node in range(1, 6):
@@ -221,7 +221,7 @@ def test_what_one_node_says_makes_nothing_coarser_for_the_others(odd):
 def test_a_node_beyond_its_budget_makes_nothing_coarser_for_the_others():
     budget = made(node=400_000)
     for number in range(1, 4):
-        assert budget.next_level() == 0
+        assert budget.next_version().doublings == 0
         budget.begin(number)
         budget.plan([1, 2, 3], [3000] * 3)
         for node in (1, 2, 3):
@@ -286,3 +286,79 @@ def test_what_is_spread_over_rounds_needs_their_number(kind):
     budget.begin(1)
     with pytest.raises(BudgetError, match=r"expect_rounds\(number\)"):
         budget.plan([1], [100])
+
+
+def seen(budget: Budget, *, down: int, up: int, nodes: int = 5, rounds: int = 6) -> None:
+    """Rounds in which each node was sent and sent so much."""
+    for number in range(1, rounds + 1):
+        budget.next_version()
+        budget.begin(number)
+        budget.plan(list(range(nodes)), [down] * nodes)
+        for node in range(nodes):
+            budget.sent(node, down + ENVELOPE, down)
+            budget.received(node, up + ENVELOPE)
+            budget.understood(up + ENVELOPE, up)
+
+
+@pytest.mark.parametrize(
+    ("limit", "level"),
+    [
+        (60_000, 1),  # neither the rounds that follow nor the one of the change
+        (90_000, 1),  # 2.2 times 20 kB and 10 kB would do, but not 40 kB more at once
+        (140_000, 0),
+    ],
+)
+def test_a_lattice_that_follows_learning_waits_until_the_budget_bears_it(limit, level):
+    budget = made(round=limit)
+    seen(budget, down=4000, up=2000)
+    assert budget.next_version(Proposal(finer=1, bits=8 * 8000)).doublings == level
+    assert budget.most_level == 5  # from 0.05 standard deviations on
+
+
+def test_what_was_held_back_comes_as_soon_as_it_fits():
+    budget = made(run=5_000_000, rounds=60)
+    seen(budget, down=9000, up=6000)
+    assert budget.next_version(Proposal(finer=2, bits=8 * 9000)).doublings == 2
+    chosen = []
+    for number in range(7, 40):
+        budget.begin(number)
+        for node in range(5):
+            budget.sent(node, 1000 + ENVELOPE, 1000)
+        chosen.append(budget.next_version(Proposal(bits=8 * 9000)).doublings)
+    assert chosen[0] == 2
+    assert chosen[-1] == 0
+    assert chosen == sorted(chosen, reverse=True)
+
+
+def test_a_limit_that_is_exceeded_is_named_once_and_told_in_every_report():
+    budget = made(round=60_000)
+    seen(budget, down=4000, up=2000, rounds=2)
+    assert budget.take_complaints() == []
+    assert budget.report(0.1)["above"] == {}
+    for number in (3, 4):
+        budget.begin(number)
+        for node in range(5):
+            budget.sent(node, 14_000, 13_500)
+        assert budget.report(0.1)["above"] == {"round": 10_000}
+    (said,) = budget.take_complaints()
+    assert said.startswith("Round 3 took 70.0 kB, which is above prunecast.budget-round = 60.0 kB")
+    budget.begin(5)
+    assert budget.take_complaints() == []
+
+
+def test_weights_go_first_where_the_policy_says_so_and_only_once_something_is_learned():
+    budget = Budget(Limits(round=30_000), 0.1, ("sparsity", "lattice"), sparsest=0.8)
+    budget.rounds = 60
+    seen(budget, down=40_000, up=4000)
+    before = budget.level
+    assert (before > 0, budget.halvings) == (True, 0)
+    found = []
+    for number in range(7, 20):
+        found.append(budget.next_version(Proposal(may_thin=True)))
+        budget.begin(number)
+        for node in range(5):
+            budget.sent(node, 40_000, 40_000)
+    assert found[0].halvings == 1
+    assert found[-1].halvings == 3  # 80 % are a little less than three halvings
+    assert found[-1].doublings == budget.most_level == 4
+    assert budget.report(0.1)["thinned"] == 1 - 2**-3
