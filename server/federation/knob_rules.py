@@ -14,7 +14,7 @@ from prunecast.compression.pruning.criteria import CRITERIA
 from prunecast.compression.pruning.schedules import AUTOMATIC, HELD, SCHEDULES
 from prunecast.compression.schemes.registry import SCHEMES
 from prunecast.compression.versions.statistics import MOST_STATISTICS_BITS
-from prunecast.server.federation.knobs import BUDGETS, GROWN_BY, WHOLE, key_of, refused
+from prunecast.server.federation.knobs import BUDGETS, GROWN_BY, OTHERS, WHOLE, key_of, refused
 from prunecast.server.federation.publishing.budgets import TURNED
 from prunecast.server.federation.publishing.classes import Treatment, parse_classes
 
@@ -186,8 +186,8 @@ def _channels(policy: Policy, treatments: Sequence[Treatment]) -> Iterable[Rule]
         ("classes", lattice or not policy.classes, f"it needs {down} = 'lattice'"),
         (
             "classes",
-            all(re.fullmatch(_CLASS, name) for name in policy.classes),
-            "name classes by a-z 0-9 _ -",
+            all(re.fullmatch(_CLASS, name) and name != OTHERS for name in policy.classes),
+            f"name classes by a-z 0-9 _ -, and none {OTHERS!r}: so are called the nodes of none",
         ),
         (
             "classes",

@@ -14,6 +14,7 @@ from prunecast.server.federation.errors import PolicyError
 __all__ = [
     "BUDGETS",
     "GROWN_BY",
+    "OTHERS",
     "PREFIX",
     "SIZES",
     "WHOLE",
@@ -36,6 +37,9 @@ SIZES = ("history_bytes", *BUDGETS)
 
 WHOLE = "whole"
 """What nodes are called together that state no width class: they train all of the model."""
+
+OTHERS = "others"
+"""What nodes of no capability class are called together."""
 
 GROWN_BY = {"rigl": GROWTH, "feddst": VOTES}
 """Ways in which masks move between pruning events, and the statistic that each asks nodes for."""

@@ -220,6 +220,7 @@ class Rounds(GridWrapper):
             pruning=pruning,
             sampled=run.grid.samples.take(),
             **({"widths": widths} if widths else {}),
+            **({"classes": classes} if (classes := run.grid.classes()) else {}),
             **({"budget": budget} if (budget := run.grid.budget()) else {}),
             nodes={
                 "asked": self._asked,

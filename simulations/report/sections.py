@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from prunecast.common.text import bytes_text, percent, ratio_text
 from prunecast.simulations.report.budgets import byte_budgets
+from prunecast.simulations.report.classes import capability_classes
 from prunecast.simulations.report.curves import (
     against_bytes,
     against_time,
@@ -49,6 +50,7 @@ def sections_of(study: Study, targets: Sequence[float] = ()) -> list[Section]:
         seconds_section(study),
         what_pruning_did(study),
         width_classes(study),
+        capability_classes(study),
         byte_budgets(study),
         _release(study),
         *detail_sections(study),

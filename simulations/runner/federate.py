@@ -263,7 +263,7 @@ def _run_arm(
                     name: {**found, **found.pop("metrics")}
                     for name, found in ((name, dict(entry)) for name, entry in widths.items())
                 }
-            row |= {"budget": event["budget"]} if event.get("budget") else {}
+            row |= {key: event[key] for key in ("classes", "budget") if event.get(key)}
             trained = event["client_metrics"].get("train", {})
             row |= {DISTILLED: trained[DISTILLED]} if DISTILLED in trained else {}
             if found := event["node_metrics"]:

@@ -301,6 +301,7 @@ def build_arms(
             "nodes": [str(node) for node in outcome["nodes"]],
             "by_kind": _by_kind(tally),
             "widths": last.get("widths") if arm.trains else None,
+            "classes": last.get("classes") if arm.trains else None,
             "budget": budget_figures(rounds) if arm.trains else None,
             "rounds": rounds,
         }

@@ -101,3 +101,36 @@ def test_a_node_trains_the_slice_of_the_class_that_its_config_states(
     assert spent["small"] < 0.4 * spent[""]
     losses = list(json.loads((tmp_path / "losses.json").read_text()).values())
     assert losses == sorted(losses, reverse=True)
+
+
+def test_nodes_of_other_memory_format_and_version_are_treated_by_their_class(
+    deployment: Any, tiny_app: Path, tmp_path: Path
+) -> None:
+    """The first says that it has 256 MB; the second is of an earlier package and format."""
+    classes = "poor=memory<512:keyframes+no-residual, other=foreign&version<0.1:dense"
+    run = deployment.run(
+        tiny_app,
+        *("--run-config", f'output="{tmp_path}" num-server-rounds={ROUNDS} fault="poor+foreign"'),
+        *("--run-config", f'prunecast.classes="{classes}"'),
+    )
+
+    entries = list(Ledger.read(tmp_path / "ledger.jsonl"))
+    assert {e.capability for e in entries} == {"poor", "other"}  # the first message, too
+    kinds = {
+        (name, way): [
+            e.kind
+            for e in entries
+            if (e.capability, e.direction, e.message_type) == (name, way, "train")
+        ]
+        for name in ("poor", "other")
+        for way in ("down", "up")
+    }
+    assert kinds["poor", "down"] == ["keyframe"] * ROUNDS
+    assert kinds["poor", "up"] == ["update"] * ROUNDS
+    # what it does not understand it is sent again as plain Flower sends it, in the same round
+    assert kinds["other", "down"] == ["keyframe", *["dense"] * ROUNDS]
+    assert kinds["other", "up"] == ["error", *["dense"] * ROUNDS]
+    kept = deployment.folder / "s0" / str(run.details["run-id"])
+    assert not [p for p in kept.rglob("*") if p.suffix in (".model", ".residual")]
+    losses = list(json.loads((tmp_path / "losses.json").read_text()).values())
+    assert losses == sorted(losses, reverse=True)

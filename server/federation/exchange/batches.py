@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prunecast.compression.flower import CONTROL_RECORD, stated, stream_id
 from prunecast.compression.flower.internals import Measured, Record, content_bytes, make_message
-from prunecast.compression.versions import TAG_BYTES, Instruction, SchemeRule, UpdateRule
+from prunecast.compression.versions import TAG_BYTES, Instruction, SchemeRule, UpdateRule, short
 from prunecast.server.federation.exchange.replies.lazy import largest_of
 from prunecast.server.federation.exchange.replies.overlap import Overlap
 from prunecast.server.federation.publishing.version import Version
@@ -49,8 +49,9 @@ class Prepared:
         entry: its line in the ledger, once it was sent.
         payload_bytes: of the payloads that it brings.
         instruction: what the node is told; None for nothing.
-        densely: whether versions went as plain Flower sends arrays.
+        densely: whether it is as plain Flower sends it, for a node that may have no mod.
         job: whose streams it is of: a name, or Flower's run id.
+        number: in the order of all messages that were sent; 0 before.
     """
 
     batch: Batch
@@ -76,6 +77,22 @@ class Prepared:
     instruction: Instruction | None = None
     densely: bool = False
     job: int | str = 0
+    number: int = 0
+
+    @property
+    def node(self) -> int:
+        """Id of the node that it goes to."""
+        return int(self.original.metadata.dst_node_id)
+
+    @property
+    def kept(self) -> dict[str, bytes]:
+        """Record key to short digest of the versions that the node holds once it has read this."""
+        if self.densely:
+            return {}
+        found = {key: short(version.model.digest) for key, version in self.versions.items()}
+        return {
+            key: digest for key, digest in found.items() if self.reuse.get(key) in (None, digest)
+        }
 
     def stream_of(self, key: str) -> bytes:
         """Identifier of the stream of one of its records."""

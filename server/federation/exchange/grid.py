@@ -14,6 +14,7 @@ from prunecast.compression.versions import MAX_MODEL_BYTES, PublishedModel
 from prunecast.server.federation.errors import CheckpointError, FederationError
 from prunecast.server.federation.exchange.channels import ChannelExchange
 from prunecast.server.federation.exchange.outbound import say_exceeded
+from prunecast.server.federation.knobs import OTHERS
 from prunecast.server.federation.publishing.masks.progress import measured_in
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.notices import uncodable
@@ -218,6 +219,19 @@ class CompressedGrid(ChannelExchange):
         if self.policy.down == "dense":
             return []
         return self._stream(key).pruner.take_events()
+
+    def classes(self) -> dict[str, dict[str, int]]:
+        """Of each capability class, and the nodes of none: how many, and their bytes so far."""
+        found = {}
+        for name in [*self.policy.classes, OTHERS] if self.policy.classes else []:
+            capability = "" if name == OTHERS else name
+            spent = self.ledger.totals(capability=capability)
+            found[name] = {
+                "nodes": self._streams.able_nodes(capability),
+                "bytes_down": spent.bytes_down,
+                "bytes_up": spent.bytes_up,
+            }
+        return found
 
     def mask_cost(self, *, key: str = "arrays") -> dict[str, float]:
         """What making masks took so far: ``seconds``, ``peak_bytes``, and how often (``made``)."""

@@ -90,10 +90,10 @@ class MessageExchange(GridWrapper):
         self._end = weakref.finalize(self, self._notices.sum_up)
         up = up_of(self.policy, verify=verify_replies)
         self._receiver = Receiver(self._streams, up, self._notices, verify=verify_replies)
-        self._rounds_checked = False
+        self._rounds_checked = self._foreseen = False
         self._sent: dict[str, Prepared] = {}
         self._retries: dict[str, str] = {}  # message id of a retry -> id the caller knows
-        self._late = LateReplies(self._grid, self._receiver)
+        self._late = LateReplies(self._grid, self._receiver, self._streams.in_flight)
         self.use_deadlines(deadlines or Deadlines())
 
     def use_deadlines(self, deadlines: Deadlines) -> None:
@@ -179,7 +179,7 @@ class MessageExchange(GridWrapper):
         kind = kinds.pop() if len(kinds) == 1 else ""
         aggregation = aggregation_above(sys._getframe(1), kind) if kind else None
         with self._lock:
-            pushed = self._push_batch(batch, self._late.fresh_seconds(kind))
+            pushed = self._push_batch(batch, self._late.fresh_seconds(kind), whole=True)
             sent = [message_id for message_id in pushed if message_id]
             present = next(filter(None, map(self._sent.get, sent)), None)
         waiting = dict.fromkeys(sent)
@@ -219,7 +219,10 @@ class MessageExchange(GridWrapper):
 
     # -- messages -----------------------------------------------------------------------------
 
-    def _push_batch(self, messages: Iterable[Message], fresh: float = 0.0) -> list[str]:
+    def _push_batch(
+        self, messages: Iterable[Message], fresh: float = 0.0, *, whole: bool = False
+    ) -> list[str]:
+        """Send messages; `whole` says that a round has no others of their type."""
         self.ledger.flush()
         self._attendance.sent()
         self._forget(self._expired())
@@ -236,6 +239,11 @@ class MessageExchange(GridWrapper):
         prepared = [self._outbound.prepare(batch, message) for message in batch.messages]
         if self._streams.budget is not None:
             within(self._streams.budget, prepared, self._streams.participation.rate)
+        known = whole or self._streams.participation.rounds > 1
+        if training and known and not self._foreseen and not dense:
+            self._foreseen = True
+            first = next(item for item in prepared if trains(item.original))
+            self._streams.foresee(first.original.metadata.run_id, first.versions)
         return self._push(prepared)
 
     def _pool(self, asked: int) -> int:
@@ -263,6 +271,10 @@ class MessageExchange(GridWrapper):
             if metadata.message_id not in pushed:
                 continue
             self._sent[metadata.message_id] = item
+            node = self._streams.node(metadata.dst_node_id)
+            # nobody knows whether a type that failed before the mod is read this time
+            kept = {} if metadata.message_type in node.unread else item.kept
+            item.number = self._streams.in_flight.sent(item.node, kept)
             self._notices.counted(records=len(item.kinds))
             for kind, key, cause in item.apart:
                 self._notices.apart(metadata.dst_node_id, "down", kind, key, cause)
@@ -278,7 +290,8 @@ class MessageExchange(GridWrapper):
                     encode_ms=item.encode_ms,
                     alternatives=alternatives,
                     objects=objects,
-                    width=self._streams.node(metadata.dst_node_id).width or "",
+                    width=node.width or "",
+                    capability=node.treatment.name,
                     seconds=self._pauses.since(metadata.dst_node_id),
                 )
             )
@@ -339,6 +352,7 @@ class MessageExchange(GridWrapper):
 
     def _answered(self, reply: Message, sent: Prepared) -> Entry:
         """The line of a reply in the ledger, of the kind "error" so far."""
+        self._streams.in_flight.over(sent.node, sent.number)
         size, alternatives, objects = measured_message(reply, self._alternatives)
         # an error reply made for a dead node names no useful source: the instruction does
         node = self._streams.node(sent.original.metadata.dst_node_id)
@@ -356,6 +370,7 @@ class MessageExchange(GridWrapper):
             alternatives=alternatives,
             objects=objects,
             width=node.width or "",
+            capability=node.treatment.name,
             seconds=self._pauses.since(sent.original.metadata.dst_node_id),
         )
         self.ledger.add(entry)
@@ -397,6 +412,7 @@ class MessageExchange(GridWrapper):
         gone |= {retry for retry, origin in self._retries.items() if origin in gone}
         for message_id in gone:
             if (sent := self._sent.pop(message_id, None)) is not None:
+                self._streams.in_flight.over(sent.node, sent.number)
                 self._receiver.give_up(sent)
             self._retries.pop(message_id, None)
 

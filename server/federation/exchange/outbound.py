@@ -58,6 +58,12 @@ _NOT_SECURE = (
     "what rounding to the lattice drops would be lost in every round: wrap the strategy in "
     "prunecast.server.SecureStrategy(strategy, grid), or choose the policy 'lossless'"
 )
+_SECURE_DENSE = (
+    "node {} is of the class {!r} of prunecast.classes, which is sent dense arrays and told no "
+    "masks: under secure aggregation nodes leave out what is pruned (shared_mask_mod), and its "
+    "vector could not be summed with theirs. Take 'dense' out of prunecast.classes, or prune "
+    "nothing"
+)
 _SECURE_WIDTHS = (
     "secure aggregation sums vectors of one length, and prunecast.widths gives nodes slices of "
     "several: set no widths"
@@ -143,6 +149,7 @@ class Outbound:
         job = self._streams.job or original.metadata.run_id
         number = stated_round(original.content)
         prepared = Prepared(batch, original, original, round=number, job=job)
+        prepared.densely = self._streams.node(prepared.node).treatment.dense
         content = RecordDict()
         for key, record in original.content.items():
             content[key] = record
@@ -227,7 +234,7 @@ class Outbound:
         node, asks = self._streams.node(metadata.dst_node_id), False
         secure = is_secure(prepared.original.content)
         if secure:
-            self._check_secure(version)
+            self._check_secure(version, node, metadata.dst_node_id)
             self.securely = version
         if node.treatment.dense:
             return self._as_dense_version(prepared, key, version, others)
@@ -237,6 +244,7 @@ class Outbound:
             asks = node.width is None
             version = stream.slice_of(version, node.width or "")
         held, digest = node.held.get(key), short(version.model.digest)
+        held = self._streams.in_flight.expected(metadata.dst_node_id).get(key, held)
         if node.treatment.keyframes:
             held = None
         prepared.versions[key] = version
@@ -270,13 +278,16 @@ class Outbound:
         """The values of a version as plain Flower sends them, in one record for all who need it."""
         if version.densely is None:
             version.densely = array_record(version.model.arrays())
-        prepared.versions[key], prepared.densely = version, True
+        prepared.versions[key] = version
         prepared.payload_bytes += prepared.dense[key]
         prepared.kinds.append("dense")
         return put_back(version.densely, others) if others else version.densely
 
-    def _check_secure(self, version: Version) -> None:
+    def _check_secure(self, version: Version, node: NodeState, node_id: int) -> None:
         """That what secure aggregation sums can become the next master weights."""
+        pruned = self._policy.target or version.model.masks()
+        if node.treatment.dense and pruned:
+            raise FederationError(_SECURE_DENSE.format(node_id, node.treatment.name))
         if self._policy.widths:
             raise FederationError(_SECURE_WIDTHS)
         on_lattice = any(isinstance(t, LatticeTensor) for t in version.model.tensors.values())

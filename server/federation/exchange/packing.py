@@ -43,6 +43,8 @@ def pack_together(prepared: Sequence[Prepared]) -> None:
     # by the payloads that they share with others, and by what becomes of their content
     found: dict[tuple[int, ...], dict[tuple[object, ...], _Packed]] = {}
     for item in prepared:
+        if item.densely:  # nobody would unpack it
+            continue
         content = pack(item.message.content)
         if content is item.message.content:
             continue

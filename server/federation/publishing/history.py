@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -101,6 +102,32 @@ class History:
         while self.coded_bytes > self._most:
             self._lose(self._coded.popitem(last=False)[0])
         return known
+
+    def foresee(self, nodes: int, asked: int, each: float, rounds: int = 0) -> None:
+        """Warn where nodes will come back more rarely than versions are kept; once.
+
+        Args:
+            nodes: how many there are.
+            asked: how many of them in a round.
+            each: bytes of a version as a keyframe.
+            rounds: of the run; 0 where nobody knows.
+        """
+        gap = math.ceil(nodes / asked)
+        older = min(gap, rounds or gap) - self._recent  # a version a round, each held by some node
+        if self._said or older * each <= self._most:
+            return
+        self._said = True
+        log(
+            WARNING,
+            "Of %s %d are asked in a round, so that one comes back after some %d rounds, and nodes "
+            "will hold about as many versions: %d of them are kept as they are, and older ones, "
+            "about %s each, within prunecast.history-bytes = %s. A node that comes back later will "
+            "be sent a keyframe. Raise prunecast.history-bytes to about %s, if this machine has as "
+            "much memory.",
+            count_text(nodes, "node"),
+            *(asked, gap, self._recent),
+            *(bytes_text(each), bytes_text(self._most), bytes_text(older * each)),
+        )
 
     def _compact(self, version: PublishedModel) -> Coded:
         nbytes = sum(spec.nbytes for spec in version.specs.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from logging import WARNING
@@ -14,8 +14,10 @@ from prunecast.server.federation.errors import FederationError
 from prunecast.server.federation.policy import Policy
 from prunecast.server.federation.publishing.budgets import Budget
 from prunecast.server.federation.publishing.classes import Treatment
+from prunecast.server.federation.publishing.in_flight import InFlight
 from prunecast.server.federation.publishing.participation import Participation
 from prunecast.server.federation.publishing.publisher import Publisher
+from prunecast.server.federation.publishing.version import Version
 
 __all__ = ["NodeState", "Streams"]
 
@@ -78,6 +80,7 @@ class Streams:
     Attributes:
         round: of messages that state none; 0 where nobody said.
         participation: of the nodes, in training.
+        in_flight: what nodes will hold.
         budget: of bytes; None for none.
         job: that the streams are of; "" for Flower's run alone.
         attempt: how often the job was resumed.
@@ -89,6 +92,7 @@ class Streams:
     def __init__(self, policy: Policy) -> None:
         self.policy, self.round = policy, 0
         self.participation = Participation()
+        self.in_flight = InFlight()
         limits = policy.limits
         sparsest = policy.target if policy.thins else 0.0
         self.budget = (
@@ -208,6 +212,11 @@ class Streams:
         """How many nodes state a class; "" for none."""
         return sum(node.width == width for node in self._nodes.values())
 
+    def able_nodes(self, capability: str) -> int:
+        """How many nodes said what they can do and are of a class; "" for none."""
+        known = (node for node in self._nodes.values() if node.able is not None)
+        return sum(node.treatment.name == capability for node in known)
+
     def expect(self, rounds: int) -> None:
         """Fit the pruning of every stream to a number of rounds; warn if it cannot arrive."""
         self._rounds = rounds
@@ -216,6 +225,20 @@ class Streams:
         self.policy.check_rounds(rounds)
         for stream in self._streams.values():
             stream.expect(rounds)
+
+    def foresee(self, run_id: int, versions: Mapping[str, Version]) -> None:
+        """Warn where nodes will come back more rarely than versions are kept.
+
+        Args:
+            run_id: Flower's.
+            versions: record key to the version that a message to a node brings.
+        """
+        known = self.participation
+        if self.policy.down_scheme is not None or not known.pool:
+            return
+        asked = max(1, round(known.rate * known.pool))
+        for key, version in versions.items():
+            self.stream(run_id, key).foresee(version, known.pool, asked, self._rounds)
 
     def held(self, digest: bytes) -> PublishedModel | None:
         """The version of a short digest in any stream, as long as payloads can build on it."""

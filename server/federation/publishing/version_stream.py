@@ -20,6 +20,7 @@ from prunecast.server.federation.publishing.widths import Slices
 
 __all__ = ["VersionStream"]
 
+_BITS = 3  # about, of a weight in the keyframe of a trained model
 _CLEARLY = 0.7  # of a keyframe: a smaller delta need not be compared with one
 _WORTH_IT = 0.95  # of a delta: as large as that, a keyframe saves nothing that is worth a surprise
 
@@ -65,6 +66,20 @@ class VersionStream:
         if key not in version.payloads:
             version.payloads[key] = self._smallest(version, bases.get(key))
         return version.payloads[key]
+
+    def foresee(self, version: Version, nodes: int, asked: int, rounds: int) -> None:
+        """Warn where nodes will come back more rarely than versions such as this one are kept.
+
+        Args:
+            version: that is being sent.
+            nodes: how many there are.
+            asked: how many of them in a round.
+            rounds: of the run; 0 where nobody knows.
+        """
+        weights = sum(spec.size for spec in version.model.specs.values())
+        drawn = version.seed is not None  # its own keyframe is the seed
+        each = weights * _BITS / 8 if drawn else len(self.payload(version, None).data)
+        self.history.foresee(nodes, asked, each, rounds)
 
     def held(self, digest: bytes) -> PublishedModel | None:
         """The version of a short digest, as long as payloads can build on it."""

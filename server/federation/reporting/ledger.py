@@ -19,7 +19,16 @@ from prunecast.server.federation.reporting.wire import Direction, wire_cost
 
 __all__ = ["Direction", "Entry", "Ledger", "Tally", "Totals"]
 
-_OFTEN_EMPTY = ("alternatives", "reason", "objects", "width", "seconds", "most", "coarser")
+_OFTEN_EMPTY = (
+    "alternatives",
+    "reason",
+    "objects",
+    "width",
+    "capability",
+    "seconds",
+    "most",
+    "coarser",
+)
 SCHEMA = 1
 """Grows when old readers would misread a ledger; new fields do not change it."""
 
@@ -46,6 +55,7 @@ class Entry:
         objects: how many of Flower's objects the message consists of, each of which is a request;
             0 in ledgers of before they were counted.
         width: the width class that the node states; "" for none.
+        capability: the capability class that the node is of; "" for none.
         seconds: on a SuperLink, since the message before between it and the node, which went the
             other way: how long the node took, or waited; 0.0 where that is not known.
         most: bytes that the payloads of a reply might have, under a budget; 0 for any.
@@ -65,6 +75,7 @@ class Entry:
     reason: str = ""
     objects: int = 0
     width: str = ""
+    capability: str = ""
     seconds: float = 0.0
     most: int = 0
     coarser: int = 0
@@ -157,14 +168,14 @@ class Tally:
     """Sums of entries per round, direction, kind and class; takes memory for these alone."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._sums: dict[tuple[int, Direction, str, str], Totals] = {}
+        self._sums: dict[tuple[int, Direction, str, str, str], Totals] = {}
         self._all = Totals()
         for entry in entries:
             self.add(entry)
 
     def add(self, entry: Entry) -> None:
         """Count a message."""
-        key = entry.round, entry.direction, entry.kind, entry.width
+        key = entry.round, entry.direction, entry.kind, entry.width, entry.capability
         size, dense = entry.payload_bytes, entry.dense_bytes
         bytes_ = (size, 0, dense, 0) if entry.direction == "up" else (0, size, 0, dense)
         wire: Iterable[int] = ()
@@ -182,6 +193,7 @@ class Tally:
         direction: Direction | None = None,
         kind: str | None = None,
         width: str | None = None,
+        capability: str | None = None,
     ) -> Totals:
         """Sums over all messages, or over those of some rounds, a direction, kind or class.
 
@@ -190,19 +202,21 @@ class Tally:
             direction: "down" or "up"; None for both.
             kind: see `Entry`; None for all.
             width: class of the nodes, "" for those that state none; None for all.
+            capability: likewise, by what they can do.
         """
-        if rounds is None and direction is None and kind is None and width is None:
+        of = direction, kind, width, capability
+        if rounds is None and of == (None, None, None, None):
             return self._all
         found = Totals()
-        for (number, way, what, whose), part in self._sums.items():
-            wanted = direction in (None, way) and kind in (None, what) and width in (None, whose)
+        for (number, *said), part in self._sums.items():
+            wanted = all(one in (None, its) for one, its in zip(of, said, strict=True))
             if wanted and (rounds is None or number in rounds):
                 found += part
         return found
 
     def kinds(self, direction: Direction) -> list[str]:
         """Kinds of message that were counted in a direction, in the order they came."""
-        return list(dict.fromkeys(kind for _, way, kind, _ in self._sums if way == direction))
+        return list(dict.fromkeys(kind for _, way, kind, *_ in self._sums if way == direction))
 
 
 class Ledger:
@@ -306,6 +320,7 @@ class Ledger:
         direction: Direction | None = None,
         kind: str | None = None,
         width: str | None = None,
+        capability: str | None = None,
     ) -> Totals:
         """Sums so far, as `Tally.totals` gives them."""
         wanted: dict[str, Any] = {
@@ -313,6 +328,7 @@ class Ledger:
             "direction": direction,
             "kind": kind,
             "width": width,
+            "capability": capability,
         }
         return self._tally.totals(**wanted) + Tally(self._pending).totals(**wanted)
 

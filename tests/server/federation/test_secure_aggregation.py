@@ -20,8 +20,10 @@ from prunecast.client.training import compression_mod, contribute_statistics
 from prunecast.compression.flower import STATISTICS_RECORD
 from prunecast.compression.flower.envelope import unpack
 from prunecast.compression.flower.secure import SECURE_RECORD, narrowed, widened
+from prunecast.compression.versions import INSTRUCTION_FORMAT, Capabilities
 from prunecast.server import SecureStrategy
 from prunecast.server.federation import FederationError, Policy
+from prunecast.server.federation.publishing.classes import class_of, parse_classes
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID
 
@@ -217,6 +219,28 @@ def test_width_classes_are_refused(federation, tmp_path):
     grid, _, _ = federation(Policy.preset("balanced", widths={"half": 0.5}), app=app)
     with pytest.raises(FederationError, match="sums vectors of one length"):
         ran(grid, keeping(), 1)
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_a_dense_class_is_refused_by_name_where_the_others_leave_out_what_is_pruned(
+    federation, tmp_path, pruned
+):
+    knobs = PRUNED if pruned else {"pruning_records": (KEY,)}
+    policy = Policy.preset("balanced", **knobs, classes={"poor": "memory<512:dense"})
+    apps = client(tmp_path / "store", secaggplus_mod, shared_mask_mod)
+    dense = client(None, secaggplus_mod, shared_mask_mod)
+    grid, _, _ = federation(policy, app={1: apps, 2: dense, 3: apps})
+    node = grid._streams.node(2)  # as it said in a run before
+    node.able = Capabilities(formats=(INSTRUCTION_FORMAT,) * 2, memory=256 * 10**6)
+    node.treatment = class_of(parse_classes(policy.classes), node.able)
+    if pruned:
+        with pytest.raises(FederationError, match=r"node 2 is of the class 'poor' .* Take 'dense'"):
+            ran(grid, keeping(), 2)
+        return
+    made = ran(grid, keeping(), 2)
+    assert error(made, expected(2)) < 0.2 * error(START, expected(2))
+    assert not [e for e in grid.ledger.entries if e.kind == "error"]
+    assert {e.kind for e in grid.ledger.entries if e.capability == "poor"} >= {"dense"}
 
 
 def test_masked_vectors_that_fit_no_four_bytes_are_as_they_were():

@@ -31,6 +31,7 @@ from prunecast.server.federation.exchange.batches import Batch, Prepared
 from prunecast.server.federation.exchange.deadlines import Deadlines, staleness_weight
 from prunecast.server.federation.exchange.replies.lazy import LazyArray
 from prunecast.server.federation.exchange.replies.receiving import Received, Receiver
+from prunecast.server.federation.publishing.in_flight import InFlight
 from prunecast.server.federation.publishing.participation import trains
 from prunecast.server.federation.publishing.version import Version
 from prunecast.server.federation.reporting.ledger import Entry
@@ -54,14 +55,15 @@ class LateReplies:
     Args:
         grid: that brings the replies.
         receiver: makes something of them.
+        in_flight: knows what nodes will hold; told which messages nobody will come to.
 
     Attributes:
         deadlines: of the run.
     """
 
-    def __init__(self, grid: Grid, receiver: Receiver) -> None:
+    def __init__(self, grid: Grid, receiver: Receiver, in_flight: InFlight) -> None:
         self.deadlines = Deadlines()
-        self._grid, self._receiver = grid, receiver
+        self._grid, self._receiver, self._in_flight = grid, receiver, in_flight
         self._pending: dict[str, Prepared] = {}  # by id of the message; the oldest first
         self._arrived: list[Received] = []
         self._paces: dict[str, deque[float]] = {}
@@ -119,6 +121,7 @@ class LateReplies:
         for message_id in [wanted for wanted in self._pending if wanted in come]:
             sent, reply = self._pending.pop(message_id), come[message_id]
             if reply.has_error() and reply.error.code in _GONE:
+                self._in_flight.over(sent.node, sent.number)
                 self._give_up(sent)
             else:
                 self._take(reply, sent, answered(reply, sent))
@@ -133,6 +136,7 @@ class LateReplies:
         for message_id, sent in list(self._pending.items()):
             metadata = sent.original.metadata
             if metadata.created_at + metadata.ttl < now or newest - sent.round >= _ROUNDS:
+                self._in_flight.over(sent.node, sent.number)
                 self._give_up(self._pending.pop(message_id))
 
     def _give_up(self, sent: Prepared) -> None:
@@ -185,6 +189,7 @@ def _slim(sent: Prepared) -> Prepared:
         rule=sent.rule,
         tag=sent.tag,
         told=sent.told,
+        number=sent.number,
     )
 
 

@@ -37,13 +37,16 @@ class NodeReports:
         """
         node = self._streams.node(entry.node)
         node.unread.discard(entry.message_type)
-        # of the versions it was sent alone: a node must not fill this side's memory
-        node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
-        if report.as_sent:
-            node.held.update({k: short(v.model.digest) for k, v in sent.versions.items()})
+        if report.missing:
+            self._streams.in_flight.missed(entry.node)
+        if self._streams.in_flight.is_news(entry.node, sent.number):
+            # of the versions it was sent alone: a node must not fill this side's memory
+            node.held.update({k: v for k, v in report.held.items() if k in sent.versions})
+            if report.as_sent:
+                node.held.update({k: short(v.model.digest) for k, v in sent.versions.items()})
         self._note_width(node, report.width, sent, entry)
         if report.able is not None:
-            self._note_able(node, entry.node, report.able)
+            self._note_able(node, report.able, sent, entry)
         if not report.unsettled:
             node.knows(sent.told)
         if report.trouble and not node.troubled:
@@ -67,9 +70,12 @@ class NodeReports:
         if sent.entry is not None:
             sent.entry.width = stated
 
-    def _note_able(self, node: NodeState, node_id: int, able: Capabilities) -> None:
-        """Know how a node is treated from now on."""
+    def _note_able(self, node: NodeState, able: Capabilities, sent: Prepared, entry: Entry) -> None:
+        """Know how a node is treated from now on, and whose bytes this exchange was."""
         node.able, node.foreign = able, foreign_format(able)
         node.treatment = class_of(parse_classes(self._streams.policy.classes), able)
         if node.foreign and not node.treatment.dense:
-            self._notices.left_out(node_id, node.foreign)
+            self._notices.left_out(entry.node, node.foreign)
+        entry.capability = node.treatment.name
+        if sent.entry is not None:
+            sent.entry.capability = node.treatment.name

@@ -7,10 +7,10 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 
 from prunecast.client.training import compression_mod
-from tiny.faults import fault_of, heal, of_another_version, strike
+from tiny.faults import fault_of, heal, of_another_kind, strike
 from tiny.task import step, target
 
-app = ClientApp(mods=[of_another_version, compression_mod()])
+app = ClientApp(mods=[of_another_kind, compression_mod()])
 
 
 def load(message: Message, context: Context):

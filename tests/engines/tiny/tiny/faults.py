@@ -51,12 +51,18 @@ def heal(store: Path) -> None:
     (store / FILLER).unlink(missing_ok=True)
 
 
-def of_another_version(message: Message, context: Context, call_next: Any) -> Message:
-    """A mod in front: the package of this node understands an earlier format only."""
-    known = control.INSTRUCTION_FORMAT
-    if fault_of(context) == "foreign":
+def of_another_kind(message: Message, context: Context, call_next: Any) -> Message:
+    """A mod in front: a node of an earlier package or format, or one with little memory."""
+    known = control.INSTRUCTION_FORMAT, stating._package, stating._memory
+    fault = fault_of(context)
+    if fault == "foreign":
         control.INSTRUCTION_FORMAT = stating.INSTRUCTION_FORMAT = 0
+    if fault in ("foreign", "old"):
+        stating._package = lambda: "0.0.1"
+    if fault == "poor":
+        stating._memory = lambda: 256 * 10**6
     try:
         return call_next(message, context)
     finally:
-        control.INSTRUCTION_FORMAT = stating.INSTRUCTION_FORMAT = known
+        control.INSTRUCTION_FORMAT = stating.INSTRUCTION_FORMAT = known[0]
+        stating._package, stating._memory = known[1:]

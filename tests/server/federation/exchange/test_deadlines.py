@@ -121,8 +121,8 @@ def test_a_node_does_not_train_on_a_stale_message_and_catches_up(
     store = NodeStore(tmp_path / "store", RUN_ID, 2)
     held = store.held("arrays")
     assert held is not None
-    # of the second it had not the base, and said so
-    assert held.digest == grid.published(to_record(initial_arrays(2))).digest
+    # the second built on the first, which it has kept without training on it
+    assert held.digest == grid.published(to_record(initial_arrays(3))).digest
     inner.busy.clear()
     assert nodes_of(round_of(grid, 4, seed=4)) == [1, 2, 3]
     assert kinds_of(grid, 2) == ["update", "stale", "stale", "update"]
@@ -253,6 +253,47 @@ def test_a_late_reply_is_looked_at_once_and_discarded(
     assert said == ["Node 2: a reply came after its round had ended, and was discarded"]
     grid.sum_up()
     assert "1 replies came late, and 0 of them were applied" in caplog.text
+
+
+@pytest.mark.parametrize("late", ["discard", "apply"])
+@pytest.mark.parametrize("policy", ["balanced", "lossless", "stc"])
+def test_what_a_node_is_sent_builds_on_what_is_under_way_to_it(
+    federation: Any, policy: str, late: Any
+) -> None:
+    """A node keeps the version of every message, in their order, and nobody has to say it twice."""
+    chosen: Any = Policy(down="stc", up="stc") if policy == "stc" else policy
+    grid, inner, seen = federation(chosen, deadlines=Deadlines(replies=2, late=late))
+    round_of(grid, 1)
+    inner.busy.add(2)
+    for number in (2, 3, 4):
+        round_of(grid, number, seed=number)
+    inner.serve(2)
+    inner.busy.clear()
+    round_of(grid, 5, seed=5)
+    if policy != "lossless":  # these models have nothing in common that a delta could leave out
+        coded = "scheme" if policy == "stc" else "delta"
+        assert kinds_of(grid, 2, "down") == ["keyframe", *[coded] * 4]
+    assert not {"base-missing", "error"} & set(kinds_of(grid, 2))
+    read = {n: {k: a.tobytes() for k, a in arrays.items()} for n, _, arrays in seen}
+    assert read[2] == read[1]  # the last that each of them got
+
+
+def test_a_node_that_lost_a_base_is_not_sent_what_builds_on_it(
+    federation: Any, tmp_path: Path
+) -> None:
+    grid, inner, _ = federation("balanced", deadlines=Deadlines(replies=2))
+    round_of(grid, 1)
+    inner.busy.add(2)
+    for number in (2, 3):
+        round_of(grid, number, seed=number)
+    for path in (tmp_path / "store" / str(RUN_ID) / "2").glob("*.model"):
+        path.unlink()
+    inner.serve(2)
+    inner.busy.clear()
+    assert nodes_of(round_of(grid, 4, seed=4)) == [1, 2, 3]
+    assert kinds_of(grid, 2, "down") == ["keyframe", "delta", "delta", "keyframe"]
+    assert nodes_of(round_of(grid, 5, seed=5)) == [1, 2, 3]
+    assert kinds_of(grid, 2, "down")[-1] == "delta"
 
 
 @pytest.mark.parametrize("late", ["discard", "apply"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, Context, Message
+from flwr.app import Array, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from numpy.lib import format as npy
@@ -128,6 +128,7 @@ def test_formats_say_which_side_is_to_be_updated() -> None:
         ({"classes": "thin=link<2:steps*0.5"}, "no treatment"),
         ({"classes": "it=foreign:keyframes"}, "nothing but what is dense"),
         ({"classes": "Thin=link<2:dense"}, "a-z 0-9"),
+        ({"classes": "others=link<2:dense"}, "none 'others'"),
         ({"classes": "a=link<2:dense", "down": "dense", "up": "dense"}, "down = 'lattice'"),
         ({"classes": "a=link<2:steps*2", "up": "stc"}, "up = 'lattice'"),
         ({"classes": "a=link<2:dense", "widths": "small=0.5"}, "keep them all"),
@@ -187,6 +188,7 @@ def test_without_classes_nothing_is_asked(tmp_path: Path) -> None:
     federation = Federation(tmp_path, "")
     federation.run()
     assert all(federation.grid._streams.node(n).able is None for n in (1, 2, 3))
+    assert federation.grid.classes() == {}
 
 
 def test_a_node_of_keyframes_without_residual_keeps_nothing(tmp_path: Path) -> None:
@@ -199,6 +201,12 @@ def test_a_node_of_keyframes_without_residual_keeps_nothing(tmp_path: Path) -> N
     assert federation.files(1)
     assert federation.files(2) == []
     assert federation.grid._streams.node(2).treatment.name == "poor"
+    told = federation.grid.classes()  # and whose every byte is
+    assert {name: part["nodes"] for name, part in told.items()} == {"poor": 1, "others": 2}
+    for way in ("down", "up"):
+        assert told["poor"][f"bytes_{way}"] == federation.bytes(2, way)
+        both = federation.bytes(1, way) + federation.bytes(3, way)
+        assert told["others"][f"bytes_{way}"] == both
     assert not federation.grid._streams.node(1).treatment.name
 
 
@@ -241,6 +249,25 @@ def test_dense_nodes_read_the_version_and_their_changes_count_as_those_of_others
             n: a.tobytes() for n, a in theirs.items()
         }
     assert not [e for e in federation.grid.ledger.entries if e.kind == "error"]
+
+
+def test_small_messages_to_a_dense_node_travel_as_they_are(tmp_path: Path) -> None:
+    """What is packed into one record only the mod opens."""
+    plain = ClientApp()
+
+    @plain.query()
+    def query(message: Message, context: Context) -> Message:
+        return Message(message.content, reply_to=message)
+
+    federation = Federation(tmp_path, "old=link<1:dense", second=plain)
+    node = federation.grid._streams.node(2)
+    node.able = ABLE
+    node.treatment = parse_classes(federation.grid.policy.classes)[0].treatment
+    said = _content({"a": ConfigRecord({"x": 1}), "b": ConfigRecord({"y": 2.0})})
+    message = federation.grid.create_message(said, "query", 2, "0")
+    (reply,) = federation.grid.send_and_receive([message])
+    assert not reply.has_error(), reply.error
+    assert reply.content == said
 
 
 def test_what_rounding_dropped_is_not_lost_by_a_dense_reply(tmp_path: Path) -> None:

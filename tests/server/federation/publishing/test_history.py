@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -105,6 +106,37 @@ def trained(grid, arrays, nodes, number):
         name: np.mean([a[name] for a in got], axis=0).astype(array.dtype)
         for name, array in arrays.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("asked", "knobs", "remedy"),
+    [
+        (2, {"history_bytes": 1000}, "16 rounds, .* 4 of them .* to about"),
+        (2, {"history_bytes": 0}, "within prunecast.history-bytes = 0 B"),
+        (2, {}, ""),  # 12 versions of a few kB
+        (8, {"history_bytes": 0}, ""),
+        (32, {"history_bytes": 0, "history": 1}, ""),
+    ],
+)
+def test_what_will_not_be_kept_is_said_with_the_first_messages(
+    federation, caplog, asked, knobs, remedy
+):
+    grid, _, _ = federation(Policy(**{"history": 4, **knobs}), nodes=32)
+    grid.expect_rounds(100)
+    with caplog.at_level(logging.WARNING, "flwr"):
+        trained(grid, initial_arrays(), range(1, asked + 1), 1)
+    said = [r.getMessage() for r in caplog.records if "Raise prunecast.history" in r.getMessage()]
+    assert len(said) == bool(remedy)
+    if said:
+        assert re.search(rf"Of 32 nodes {asked} are asked .*{remedy}", said[0])
+
+
+def test_in_a_short_run_as_many_versions_as_rounds_are_enough(federation, caplog):
+    grid, _, _ = federation(Policy(history=4, history_bytes=0), nodes=32)
+    grid.expect_rounds(4)
+    with caplog.at_level(logging.WARNING, "flwr"):
+        trained(grid, initial_arrays(), [1, 2], 1)
+    assert not [r for r in caplog.records if "history" in r.getMessage()]
 
 
 @pytest.mark.parametrize("preset", ["balanced", "small", "fine"])
