@@ -1,4 +1,4 @@
-"""Server and nodes under every order of losses, duplicates, restarts and lost stores.
+"""Server and nodes under every order of losses, duplicates, restarts, resumes and lost stores.
 
 A node that answers has trained from a published version, bit for bit; no update counts twice; what
 was trained is what the server got and what the node keeps, for as long as its disk is whole; and
@@ -10,12 +10,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -32,8 +33,9 @@ from numpy.typing import NDArray
 from prunecast.client.training import compression_mod
 from prunecast.client.training.store import NodeStore
 from prunecast.compression.flower.internals import make_message
+from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.versions import short
-from prunecast.server.federation import CompressedGrid, Deadlines, Ledger, Policy
+from prunecast.server.federation import Checkpoint, CompressedGrid, Deadlines, Ledger, Policy
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import RUN_ID, initial_arrays, local_step, to_arrays, to_record
 
@@ -85,28 +87,47 @@ class Mail(InProcessGrid):
             if message.metadata.dst_node_id == node:
                 del self._queued[message_id]
 
+    def forget(self) -> None:
+        """The run of Flower has failed: nothing of it is delivered any more."""
+        self._queued.clear()
+        self._replies.clear()
+        self._waiting.clear()
+        self._copies.clear()
+
     def restart(self, node: int) -> None:
         """The node's process is another one: Flower's state of it is gone."""
         old = self._contexts[node]
         self._contexts[node] = Context(RUN_ID, node, old.node_config, RecordDict(), old.run_config)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What was true when a checkpoint was written."""
+
+    model: Arrays
+    taken: set[tuple[int, int]]
+    lives: dict[int, int]
+    balance: dict[int, Arrays]
+
+
 class Federation(RuleBasedStateMachine):
     """One server, three nodes, and what happens to them."""
 
     preset = "balanced"
+    modes: tuple[str, ...] = ("discard", "apply")
 
-    @initialize(late=st.sampled_from(["discard", "apply"]), history=st.sampled_from([2, 16]))
-    def begin(self, late: Any, history: int) -> None:
+    @initialize(data=st.data(), history=st.sampled_from([2, 16]), saves=st.booleans())
+    def begin(self, data: st.DataObject, history: int, saves: bool) -> None:
+        late: Any = data.draw(st.sampled_from(self.modes))
         self.folder = Path(tempfile.mkdtemp())
         self.mail = Mail(self.app())
         self.mail.on_reply = self.on_reply
-        policy = Policy.preset(self.preset, history=history, **self.options())
-        deadlines = Deadlines(replies=1, late=late, late_exponent=0.0)
-        self.grid = CompressedGrid(
-            self.mail, policy, deadlines=deadlines, poll_interval=0.002, ledger=Ledger(keep=100_000)
-        )
+        self.policy = Policy.preset(self.preset, history=history, **self.options())
+        self.deadlines = Deadlines(replies=1, late=late, late_exponent=0.0)
+        self.grid = self.server()
         self.sums, self.late = self.preset == "balanced", late
+        self.slices: dict[int, Arrays] = {}
+        self.prepare()
         self.model = initial_arrays()
         self.number = 0
         self.published: dict[int, Arrays] = {}  # by number of the message
@@ -119,6 +140,14 @@ class Federation(RuleBasedStateMachine):
         self.lives = dict.fromkeys(NODES, 0)
         self.taken: set[tuple[int, int]] = set()
         self.zero()
+        self.saved: Saved | None = None
+        if saves:
+            self.saves()
+
+    def server(self) -> CompressedGrid:
+        """One that knows nothing yet."""
+        options: Any = {"poll_interval": 0.002, "ledger": Ledger(keep=100_000)}
+        return CompressedGrid(self.mail, self.policy, deadlines=self.deadlines, **options)
 
     def options(self) -> dict[str, Any]:
         """Of the policy."""
@@ -136,7 +165,7 @@ class Federation(RuleBasedStateMachine):
         def received(message: Message, context: Context) -> tuple[int, Arrays]:
             number = int(message.content["config"]["number"])
             arrays = to_arrays(message.content["arrays"])
-            for name, expected in self.published[number].items():
+            for name, expected in self.received_by(int(context.node_id), number).items():
                 assert arrays[name].tobytes() == expected.tobytes(), (context.node_id, number, name)
             return number, arrays
 
@@ -182,8 +211,16 @@ class Federation(RuleBasedStateMachine):
         content = RecordDict({"arrays": to_record(self.model), "config": config})
         self.sent[self.number] = {k: a.astype(np.float64) for k, a in self.model.items()}
         made = [Message(content, node, kind) for node in nodes]
-        self.published[self.number] = self.grid.published(content["arrays"]).arrays()
+        self.note_published(content["arrays"])
         return made
+
+    def note_published(self, arrays: ArrayRecord) -> None:
+        """Know what is to arrive of them."""
+        self.published[self.number] = self.grid.published(arrays).arrays()
+
+    def received_by(self, node: int, number: int) -> Arrays:
+        """What of a message's model arrives at a node."""
+        return self.published[number]
 
     def take(self, replies: Iterable[Message], now: int | None = None) -> list[int]:
         """Count what a strategy is given; in a round with the number of its messages.
@@ -204,7 +241,7 @@ class Federation(RuleBasedStateMachine):
             assert (node, number) not in self.taken, "an update counts twice"
             self.taken.add((node, number))
             life, change = self.trained[node, number]
-            if life != self.lives[node]:
+            if life != self.lives[node] or not self.sums:
                 continue  # what it dropped was lost with the disk
             base = self.sent[number if now is None else now]
             got = to_arrays(reply.content["arrays"])
@@ -239,7 +276,9 @@ class Federation(RuleBasedStateMachine):
     def is_known(self, node: int) -> bool:
         """Whether the server is right about what a node holds."""
         held = self.store(node).held("arrays")
-        believed = self.grid._streams.node(node).held.get("arrays")
+        streams = self.grid._streams
+        believed = streams.node(node).held.get("arrays")
+        believed = streams.in_flight.expected(node).get("arrays", believed)
         return believed is None or (held is not None and short(held.digest) == believed)
 
     @rule(seed=st.integers(0, 50))
@@ -278,6 +317,43 @@ class Federation(RuleBasedStateMachine):
             sent.original.metadata.ttl = 1e-6
         self.mail._waiting[current] = 0.0
         del self.waiting[message_id]
+
+    @precondition(lambda self: self.saved)
+    @rule()
+    def saves(self) -> None:
+        """A checkpoint; nodes are told afterwards which of their replies it has."""
+        record = to_record(self.model)
+        self.grid.published(record)
+        self.grid.checkpoint(record).save(self.folder / "checkpoint.safetensors")
+        self.grid.note_saved()
+        balance = {n: {k: a.copy() for k, a in b.items()} for n, b in self.balance.items()}
+        self.saved = Saved(dict(self.model), set(self.taken), dict(self.lives), balance)
+
+    @precondition(lambda self: self.saved)
+    @rule()
+    def resumes(self) -> None:
+        """The server was killed, and all since its checkpoint is as if it had never been."""
+        saved = self.saved
+        assert saved is not None
+        self.mail.forget()
+        self.waiting.clear()
+        self.grid = self.server()
+        self.prepare()
+        arrays = self.grid.go_on(Checkpoint.load(self.folder / "checkpoint.safetensors"))
+        self.model = to_arrays(arrays)
+        assert {n: a.tobytes() for n, a in self.model.items()} == {
+            n: a.tobytes() for n, a in saved.model.items()
+        }
+        self.taken = set(saved.taken)
+        lives, self.balance = self.lives, {}
+        self.zero()
+        for node, sums in saved.balance.items():
+            if lives[node] == saved.lives[node]:
+                self.balance[node] = {k: a.copy() for k, a in sums.items()}
+        self.saves()  # as `Run` does, so that one that is resumed again is another attempt
+
+    def prepare(self) -> None:
+        """What a server is told before its first message."""
 
     # -- what happens to nodes --------------------------------------------------------------------
 
@@ -375,6 +451,8 @@ class Federation(RuleBasedStateMachine):
         answered: list[int] = []
         for _ in range(3):
             self.go_on(self.number)
+            if self.saved:
+                self.saves()
             replies = self.grid.send_and_receive(self.messages(NODES, "train"), timeout=5.0)
             answered = self.take(replies, self.number)
         assert sorted(answered) == list(NODES)
@@ -393,7 +471,7 @@ class Federation(RuleBasedStateMachine):
         assert held is not None
         assert known.held["arrays"] == short(held.digest)
         assert {n: a.tobytes() for n, a in held.arrays().items()} == {
-            n: a.tobytes() for n, a in self.published[self.number].items()
+            n: a.tobytes() for n, a in self.received_by(node, self.number).items()
         }
         assert len(known.accepted) == 1
         assert not known.given_up
@@ -416,7 +494,44 @@ class Pruned(Federation):
         return {"pruning_begin": 1, "pruning_end": 8}
 
 
-@pytest.mark.parametrize(("machine", "examples"), [(Federation, 15), (Pruned, 6)])
+class Sliced(Federation):
+    """The third node trains a slice; the channels of its own are half of each layer's."""
+
+    modes = ("discard",)  # late updates of slices are not applied
+
+    def options(self) -> dict[str, Any]:
+        """A class for it."""
+        return {"widths": {"small": 0.5}}
+
+    def prepare(self) -> None:
+        """What the class trains; what slices' updates come to is tested with the widths."""
+        self.mail._contexts[NODES[-1]].node_config["prunecast-width"] = "small"
+        self.sums = False
+        half = {"conv": np.arange(16) < 8, "fc": np.arange(64) < 32}
+        kept = {
+            "conv.weight": (half["conv"], None, None, None),
+            "fc.weight": (half["fc"], None),
+            "fc.bias": (half["fc"],),
+            "bn.running_mean": (half["conv"],),
+            "bn.running_var": (half["conv"],),
+        }
+        self.grid.use_widths({"small": ChannelPlan(kept, share=0.5)})
+
+    def note_published(self, arrays: ArrayRecord) -> None:
+        """The slice, too."""
+        super().note_published(arrays)
+        self.slices[self.number] = self.grid.sliced(arrays, "small")[0].arrays()
+
+    def received_by(self, node: int, number: int) -> Arrays:
+        """The third one gets the slice."""
+        return self.slices[number] if node == NODES[-1] else self.published[number]
+
+    def is_known(self, node: int) -> bool:
+        """One that has not said its class yet is asked first."""
+        return self.grid._streams.node(node).width is not None and super().is_known(node)
+
+
+@pytest.mark.parametrize(("machine", "examples"), [(Federation, 15), (Pruned, 6), (Sliced, 8)])
 def test_nothing_is_lost_or_counted_twice(
     machine: type[Federation], examples: int, caplog: pytest.LogCaptureFixture
 ) -> None:
