@@ -7,7 +7,7 @@ from flwr.app import Array, ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
-from prunecast.server import Run
+from prunecast.server import Deadlines, Run
 
 app = ServerApp()
 
@@ -26,6 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     run = Run(
         grid, strategy, policy="balanced", folder=folder, seed=5, job="lasting", resume="auto",
         stop_on_failure=True,  # a round without one of its nodes would reach something else
+        deadlines=Deadlines.from_run_config(config),
     )  # fmt: skip
     result = run.start(
         ArrayRecord({name: Array(array) for name, array in first.items()}),

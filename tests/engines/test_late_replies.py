@@ -1,0 +1,69 @@
+"""A node that is two rounds late on the deployment engine: its updates count when they come."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks.loopback.engine import relayed, wait_for
+from prunecast.server.federation import Ledger, read_events
+
+pytestmark = pytest.mark.engine
+
+APP = Path(__file__).with_name("lasting")
+NODES, ROUNDS, SLOW, LATE = 3, 4, 0, (2, 3)
+SECONDS = 900  # on a machine that does much else
+
+
+def test_updates_of_a_slow_node_are_applied_and_cost_no_exchange_about_its_base(
+    tmp_path: Path,
+) -> None:
+    """It trains in round 2 for as long as the others take for two rounds, and then catches up."""
+    output = tmp_path / "output"
+    output.mkdir()
+    config = (
+        f'folder="{output}" signs="{output}" nodes={NODES} num-server-rounds={ROUNDS} '
+        'round-replies=2 late="apply" timeout=800.0'
+    )
+    gate = [output / f"stop-{ROUNDS}-{node}" for node in range(NODES)]
+    for sign in (output / f"stop-{LATE[0]}-{SLOW}", *gate):
+        sign.touch()
+    with relayed(tmp_path, NODES) as (engine, _), ThreadPoolExecutor(1) as pool:
+        run = pool.submit(engine.run, APP, "--run-config", config, seconds=SECONDS)
+
+        def reached(number: int, node: int) -> bool:
+            if run.done():
+                run.result()
+            return (output / f"reached-{number}-{node}").exists()
+
+        for node in range(NODES):
+            if node != SLOW:
+                told = f"node {node} to train the last round"
+                wait_for(lambda n=node: reached(ROUNDS, n), SECONDS, told)
+        assert not reached(ROUNDS, SLOW)
+        (output / f"stop-{LATE[0]}-{SLOW}").unlink()
+        # a node comes to its messages one after the other: the late ones are answered then
+        wait_for(lambda: reached(ROUNDS, SLOW), SECONDS, "the slow node to catch up")
+        for sign in gate:
+            sign.unlink()
+        run.result(SECONDS)
+
+    events = list(read_events(output / "events.jsonl"))
+    finished = [e["nodes"] for e in events if e["event"] == "round-finished" and e["round"]]
+    assert [nodes["failures"] for nodes in finished] == [0] * ROUNDS
+    # of the third round it may have come too late to be trained on, which the clock decides
+    *before, last = [nodes["late_applied"] for nodes in finished]
+    assert before == [0] * (ROUNDS - 1)
+    assert 1 <= last <= len(LATE)
+
+    entries = [e for e in Ledger.read(output / "ledger.jsonl") if e.message_type == "train"]
+    replies = [e for e in entries if e.direction == "up"]
+    slow = [e.node for e in replies if e.round == LATE[0]][-1]
+    mine = [e for e in entries if e.node == slow]
+    assert [e.kind for e in mine if e.direction == "down"][:4] == ["keyframe", *["delta"] * 3]
+    answered = [(e.round, e.kind) for e in replies if e.node == slow]
+    assert answered[:2] == [(1, "update"), (LATE[0], "update")]
+    assert answered[2] in [(LATE[1], "update"), (LATE[1], "stale")]
+    assert not {e.kind for e in entries} & {"base-missing", "error"}
