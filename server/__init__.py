@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prunecast.server.federation.reporting.metrics import MetricsServer, RunMetrics
     from prunecast.server.federation.run import Run
     from prunecast.server.federation.secure import SecureStrategy
+    from prunecast.server.federation.shrinking.choosing import module_chooser
     from prunecast.server.federation.state.checkpoints import Checkpoint
 
 __all__ = [

@@ -174,8 +174,9 @@ def test_top_folders_without_a_face_are_namespaces(folder: str) -> None:
         (
             "server",
             [
-                *("Checkpoint", "CompressedGrid", "Deadlines", "Ledger", "Policy", "Run"),
-                "SecureStrategy",
+                *("Checkpoint", "CompressedGrid", "Deadlines", "Ledger", "MetricsServer", "Policy"),
+                *("Run", "RunMetrics", "SecureStrategy", "leading_slices", "module_chooser"),
+                "staleness_weight",
             ],
         ),
         (
