@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from prunecast.compression.versions.errors import BadPayload
 
-__all__ = ["LEAST_COPY", "ByteEdits", "apply_edits", "find_edits"]
+__all__ = ["COPIES", "LEAST_COPY", "ByteEdits", "apply_edits", "find_edits"]
+
+COPIES = "\0copies"
+"""After a string's name: its copies, in a codec payload that has the literals under the name."""
 
 LEAST_COPY = 32
 """Bytes of the shortest copy: what a shorter one says takes as many bytes as it saves."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from prunecast.compression.codec import Context, Limits, Payload, TensorSpec, encode
 from prunecast.compression.versions import frame
 from prunecast.compression.versions.bodies import Q, check_size, coded_spec, open_body, read_body
-from prunecast.compression.versions.byte_strings import ByteEdits, apply_edits, find_edits
+from prunecast.compression.versions.byte_strings import COPIES, ByteEdits, apply_edits, find_edits
 from prunecast.compression.versions.differences import difference, restore
 from prunecast.compression.versions.errors import BadPayload, BaseMissing, InvalidModel
 from prunecast.compression.versions.frame import Kind, short
@@ -44,7 +44,7 @@ __all__ = ["OpenDelta", "encode_delta", "open_delta", "owner_of", "read_delta"]
 _ZEROS = 0.75  # share from which masks pay: they cost a byte or so a place, and eight a kept one
 _BACK = 1 / 16  # share of the places that may come back, beyond which a list is long
 _LEAST = 4096  # lattice integers of a model, below which a mask's own bytes are not saved again
-_PLACES, _VALUES, _COPIES = "\0places", "\0values", "\0copies"
+_PLACES, _VALUES = "\0places", "\0values"
 _FEW = 1 / 8  # of the bytes of a string that change in place, where that is no edit
 _Integers = NDArray[np.signedinteger]
 
@@ -73,7 +73,7 @@ def encode_delta(held: PublishedModel, model: PublishedModel, *, stream: bytes =
         held_values = known.get(name)
         if name in edits:
             values[name] = edits[name].literals
-            values[name + _COPIES] = edits[name].copies
+            values[name + COPIES] = edits[name].copies
             continue
         if not isinstance(tensor, LatticeTensor):
             values[name] = difference(tensor.values, held_values)
@@ -178,7 +178,7 @@ def read_delta(
         if name in delta.edits:
             assert held is not None
             before = np.asarray(held[name].dense(), np.uint8)
-            edit = ByteEdits(read_body(body, name), read_body(body, name + _COPIES))
+            edit = ByteEdits(read_body(body, name), read_body(body, name + COPIES))
             yield name, RawTensor(apply_edits(before, edit, head.spec.size))
             continue
         array = restore(read_body(body, name), delta.known.get(name))
@@ -194,7 +194,7 @@ def owner_of(name: str, heads: Mapping[str, TensorHead]) -> str:
     """The tensor that an entry of a delta's codec payload belongs to, such as a list of places."""
     if name in heads:
         return name
-    return name.removesuffix(_PLACES).removesuffix(_VALUES).removesuffix(_COPIES)
+    return name.removesuffix(_PLACES).removesuffix(_VALUES).removesuffix(COPIES)
 
 
 def _bring_back(body: Payload, name: str, array: NDArray[Any], mask: NDArray[np.bool_]) -> None:
@@ -263,7 +263,7 @@ def _context(
         if name in edits:
             literals, copies = edits[name]
             layout[name] = TensorSpec(np.dtype(np.uint8), (literals,))
-            layout[name + _COPIES] = TensorSpec(Q, (copies, 3))
+            layout[name + COPIES] = TensorSpec(Q, (copies, 3))
             continue
         layout[name] = coded_spec(head)
         if back.get(name):

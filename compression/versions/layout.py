@@ -18,10 +18,12 @@ from prunecast.compression.versions.model import LatticeTensor, Tensor
 __all__ = [
     "Changes",
     "Coding",
+    "Edited",
     "ReplyTensor",
     "TensorHead",
     "UpdateHead",
     "head_of",
+    "is_byte_vector",
     "is_bytes",
     "pack_changes",
     "pack_heads",
@@ -59,6 +61,7 @@ class Coding(IntEnum):
     VALUES = 3
     ZERO = 4
     VERBATIM = 5
+    EDITED = 6
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,28 @@ class ReplyTensor:
 
 
 @dataclass(frozen=True)
+class Edited:
+    """What a vector of bytes of a reply is edited from, and how many edits there are.
+
+    Attributes:
+        of: name of the version's vector of bytes.
+        literals: bytes that no copy has.
+        copies: how many.
+    """
+
+    of: str
+    literals: int
+    copies: int
+
+
+@dataclass(frozen=True)
 class UpdateHead:
     """Coding of one tensor of an update; `step` is 0.0 unless it is quantised."""
 
     coding: Coding
     step: float
     tensor: ReplyTensor
+    edited: Edited | None = None
 
 
 def head_of(tensor: Tensor) -> TensorHead:
@@ -175,7 +194,12 @@ def same_kind(new: TensorHead, old: TensorHead) -> bool:
 
 def is_bytes(head: TensorHead) -> bool:
     """Whether a tensor is a vector of bytes, which may be edited."""
-    return head.step is None and head.spec.dtype == np.uint8 and len(head.spec.shape) == 1
+    return head.step is None and is_byte_vector(head.spec)
+
+
+def is_byte_vector(spec: TensorSpec) -> bool:
+    """Whether arrays of a dtype and shape are vectors of bytes."""
+    return spec.dtype == np.uint8 and len(spec.shape) == 1
 
 
 def pack_changes(
@@ -294,7 +318,10 @@ def _pack_row(
         if spec is None:
             return row
         code, shape = _DTYPES.index(spec.dtype.name), spec.shape
-        return row + struct.pack(f"<BB{len(shape)}Q", code, len(shape), *shape)
+        row += struct.pack(f"<BB{len(shape)}Q", code, len(shape), *shape)
+        if (edit := head.edited) is not None:
+            row += struct.pack("<IQI", places[edit.of], edit.literals, edit.copies)
+        return row
     renamed, retyped = name != like, spec.dtype != base[like].dtype
     row = struct.pack("<BI", head.coding | _RENAMED * renamed | _RETYPED * retyped, places[like])
     row += named if renamed else b""
@@ -309,11 +336,14 @@ def unpack_update_heads(layout: bytes, base: Mapping[str, TensorSpec]) -> dict[s
     """
     reader = _Reader(layout)
     tensors: dict[str, tuple[int, ReplyTensor]] = {}
+    edits: dict[str, Edited] = {}
     if layout[:1] == bytes([_TABLE]):
         _, count = reader.unpack("<BI")
         names, taken = list(base), set[str | None]()
         for _ in range(count):
-            name, coding, tensor = _unpack_row(reader, names, base)
+            name, coding, tensor, edit = _unpack_row(reader, names, base)
+            if edit is not None:
+                edits[name] = edit
             if name in tensors:
                 raise BadPayload(f"tensor {name[:80]!r} is named twice")
             if tensor.like is not None and tensor.like in taken:
@@ -326,28 +356,33 @@ def unpack_update_heads(layout: bytes, base: Mapping[str, TensorSpec]) -> dict[s
             tensors[name] = coding, ReplyTensor(spec, name)
     heads: dict[str, UpdateHead] = {}
     for name, (code, tensor) in tensors.items():
-        if code > Coding.VERBATIM or (code == Coding.VERBATIM) != (tensor.spec is None):
+        known = code <= Coding.EDITED and (code == Coding.VERBATIM) == (tensor.spec is None)
+        if not known or (code == Coding.EDITED) != (name in edits):
             raise BadPayload(f"tensor {name[:80]!r}: unknown update coding {code}")
         coding = Coding(code)
         if coding in (Coding.UNCHANGED, Coding.QUANTISED) and tensor.like is None:
             raise BadPayload(f"tensor {name[:80]!r} is a change of nothing that was sent")
         stepped = coding in (Coding.QUANTISED, Coding.VALUES)
-        heads[name] = UpdateHead(coding, reader.step() if stepped else 0.0, tensor)
+        step = reader.step() if stepped else 0.0
+        heads[name] = UpdateHead(coding, step, tensor, edits.get(name))
     reader.end()
     return heads
 
 
 def _unpack_row(
     reader: _Reader, names: Sequence[str], base: Mapping[str, TensorSpec]
-) -> tuple[str, int, ReplyTensor]:
+) -> tuple[str, int, ReplyTensor, Edited | None]:
     (flags,) = reader.unpack("<B")
     coding = flags & _CODING
     if flags & _FOREIGN and not flags & (_RENAMED | _RETYPED):
         name = _unpack_name(reader)
         if coding == Coding.VERBATIM:
-            return name, coding, ReplyTensor(None)
+            return name, coding, ReplyTensor(None), None
         code, ndim = reader.unpack("<BB")
-        return name, coding, ReplyTensor(_spec_of(name, code, reader, ndim))
+        spec, edit = _spec_of(name, code, reader, ndim), None
+        if coding == Coding.EDITED:
+            edit = _unpack_edit(name, spec, reader, names, base)
+        return name, coding, ReplyTensor(spec), edit
     (place,) = reader.unpack("<I")
     if flags & ~(_CODING | _RENAMED | _RETYPED) or place >= len(names):
         raise BadPayload("layout section of an update refers to a tensor that was not sent")
@@ -357,7 +392,22 @@ def _unpack_row(
     if flags & _RETYPED:
         dtype = _spec_of(name, reader.unpack("<B")[0], reader, 0).dtype
         spec = TensorSpec(dtype, spec.shape)
-    return name, coding, ReplyTensor(spec, like)
+    return name, coding, ReplyTensor(spec, like), None
+
+
+def _unpack_edit(
+    name: str,
+    spec: TensorSpec,
+    reader: _Reader,
+    names: Sequence[str],
+    base: Mapping[str, TensorSpec],
+) -> Edited:
+    place, literals, copies = reader.unpack("<IQI")
+    if place >= len(names) or not (is_byte_vector(spec) and is_byte_vector(base[names[place]])):
+        raise BadPayload(f"tensor {name[:80]!r} is edited from what is no vector of bytes")
+    if literals + copies * LEAST_COPY > spec.size:
+        raise BadPayload(f"tensor {name[:80]!r} is edited to more than it has")
+    return Edited(names[place], literals, copies)
 
 
 def _spec_of(name: str, code: int, reader: _Reader, ndim: int) -> TensorSpec:

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunecast.compression.codec import CodecError, Payload, dequantise
+from prunecast.compression.versions.byte_strings import COPIES, ByteEdits, apply_edits
 from prunecast.compression.versions.differences import cast, restore
 from prunecast.compression.versions.errors import BadPayload
-from prunecast.compression.versions.layout import Coding, UpdateHead
+from prunecast.compression.versions.layout import Coding, Edited, UpdateHead
 from prunecast.compression.versions.model import LatticeTensor, narrowest
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Update:
         self._body: Payload | None = body
         self._changes: dict[str, Change] = {}
         self._exact: dict[str, tuple[NDArray[Any], NDArray[Any] | None]] = {}
-        self._left = set(body.specs)
+        self._left = heads.keys() & body.specs.keys()
 
     def change(self, name: str) -> Change | None:
         """What is quantised of a tensor; None when nothing is.
@@ -242,7 +243,9 @@ class Update:
             return
         head, spec = self._heads[name], self._body.specs[name]
         try:
-            if head.coding is not Coding.EXACT:
+            if head.edited is not None:
+                self._exact[name] = self._edited(name, head, head.edited, self._body), None
+            elif head.coding is not Coding.EXACT:
                 at, values = self._body.nonzeros(name)
                 kept = self._body.positions(name)
                 size = spec.size if kept is None else len(kept)
@@ -254,6 +257,14 @@ class Update:
         self._left.discard(name)
         if not self._left:
             self._body = None
+
+    def _edited(
+        self, name: str, head: UpdateHead, edited: Edited, body: Payload
+    ) -> NDArray[np.uint8]:
+        """A vector of bytes, from one that the version has."""
+        assert head.tensor.spec is not None
+        held = np.asarray(self._reader.held(edited.of), np.uint8)
+        return apply_edits(held, ByteEdits(body[name], body[name + COPIES]), head.tensor.spec.size)
 
     def _difference(
         self, name: str, coded: NDArray[Any]

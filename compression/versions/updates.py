@@ -24,13 +24,16 @@ from prunecast.compression.codec import (
 )
 from prunecast.compression.versions import frame
 from prunecast.compression.versions.bodies import model_limits
+from prunecast.compression.versions.byte_strings import COPIES, find_edits
 from prunecast.compression.versions.differences import cast, difference
 from prunecast.compression.versions.errors import BadPayload, BaseMissing, InvalidModel
 from prunecast.compression.versions.frame import Kind, short
 from prunecast.compression.versions.layout import (
     Coding,
+    Edited,
     ReplyTensor,
     UpdateHead,
+    is_byte_vector,
     pack_update_heads,
     unpack_update_heads,
 )
@@ -117,12 +120,53 @@ def encode_update(
         elif change is not None:
             held = None if tensor.like is None else base[tensor.like].dense()
             values[name] = difference(change, predicted(held, change.dtype))
+    alone = _packed(base, heads, values, stream)
+    edited = _edited(base, heads, values)
+    # an archiver's coding of the whole may be smaller than what is left of it
+    return min(alone, _packed(base, *edited, stream), key=len) if edited else alone
+
+
+def _packed(
+    base: PublishedModel,
+    heads: Mapping[str, UpdateHead],
+    values: Mapping[str, NDArray[np.generic]],
+    stream: bytes,
+) -> bytes:
     context = replace(UpdateReader(base).context(heads), derived=None)
     body = encode(values, context=context)
     layout = pack_update_heads(heads, base.specs)
     return frame.pack(
         Kind.UPDATE, stream, base.counter, base.digest, base=base.digest, layout=layout, body=body
     )
+
+
+def _edited(
+    base: PublishedModel,
+    heads: Mapping[str, UpdateHead],
+    values: Mapping[str, NDArray[np.generic]],
+) -> tuple[dict[str, UpdateHead], dict[str, NDArray[np.generic]]] | None:
+    """Vectors of bytes as edits of one that the version has; None where there are none."""
+    vectors = [name for name, spec in base.specs.items() if is_byte_vector(spec)]
+    if not vectors or any("\0" in name for name in heads):
+        return None
+    found: dict[str, UpdateHead] = {}
+    made: dict[str, NDArray[np.generic]] = {}
+    for name, head in heads.items():
+        found[name] = head
+        if name in values:
+            made[name] = values[name]
+        spec = head.tensor.spec
+        own = head.coding is Coding.EXACT and head.tensor.like is None
+        if not own or spec is None or not is_byte_vector(spec):
+            continue
+        of = name if name in vectors else vectors[0]
+        held, new = (np.asarray(a, np.uint8) for a in (base[of].dense(), values[name]))
+        if (edits := find_edits(held, new)) is None:
+            continue
+        edited = Edited(of, edits.literals.size, len(edits.copies))
+        found[name] = UpdateHead(Coding.EDITED, 0.0, head.tensor, edited)
+        made[name], made[name + COPIES] = edits.literals, edits.copies
+    return (found, made) if found != heads else None
 
 
 def exact_change(array: NDArray[Any], tensor: Tensor) -> NDArray[Any] | None:
@@ -191,7 +235,7 @@ class UpdateReader:
         self.base, self._stream, self._limits = base, stream, limits
         self._specs = base.specs
         self.sent = sum(s.nbytes for s in self._specs.values()) if sent is None else sent
-        self._contexts: dict[tuple[tuple[str, Coding, ReplyTensor], ...], Context] = {}
+        self._contexts: dict[tuple[object, ...], Context] = {}
         self._zeros: dict[TensorSpec, NDArray[Any]] = {}
         self._derived: dict[str, Any] = {}
         self._masks: dict[str, NDArray[np.bool_]] = {}
@@ -264,7 +308,7 @@ class UpdateReader:
 
     def context(self, heads: Mapping[str, UpdateHead]) -> Context:
         """What both sides know of an update with such heads."""
-        key = tuple((name, head.coding, head.tensor) for name, head in heads.items())
+        key = tuple((name, head.coding, head.tensor, head.edited) for name, head in heads.items())
         if key not in self._contexts:
             if len(self._contexts) >= _CONTEXTS:
                 self._contexts.clear()
@@ -290,6 +334,9 @@ class UpdateReader:
                     masks[name] = mask
             elif head.coding is Coding.VALUES:
                 layout[name] = TensorSpec(_Q, spec.shape)
+            elif head.edited is not None:
+                layout[name] = TensorSpec(np.dtype(np.uint8), (head.edited.literals,))
+                layout[name + COPIES] = TensorSpec(_Q, (head.edited.copies, 3))
             elif head.coding is Coding.EXACT:
                 layout[name] = spec
                 held = None if like is None else predicted(self.held(like), spec.dtype)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunecast.compression.codec import Limits, TensorSpec
+from prunecast.compression.codec import Limits, TensorSpec, encode
 from prunecast.compression.versions import (
     NOTHING_SENT,
     BadPayload,
@@ -28,6 +28,7 @@ from prunecast.compression.versions import (
 )
 from prunecast.compression.versions.frame import Kind, pack, unpack
 from prunecast.compression.versions.layout import (
+    Edited,
     UpdateHead,
     pack_update_heads,
     unpack_update_heads,
@@ -215,9 +216,88 @@ def test_limits_of_the_decoder_follow_from_what_was_sent(monkeypatch):
     assert asked[1].elements > 3 << 28
 
 
+# -- strings of bytes ---------------------------------------------------------------------------
+
+
+def trees(number):
+    """Text that no archiver makes much of, and a little more of it with every tree."""
+    rng = np.random.default_rng(5)
+    return np.frombuffer(b"[" + b",".join(rng.bytes(300) for _ in range(number)) + b"]", np.uint8)
+
+
+def bytes_of(*numbers):
+    return PublishedModel({f"{n}": RawTensor(trees(n)) for n in numbers}, 3)
+
+
+@pytest.mark.parametrize("name", ["8", "somebody's own"])
+def test_bytes_that_were_sent_are_not_sent_back(name):
+    """What was added to them is, under the same name or as a record of its own."""
+    base, grown = bytes_of(8), trees(10)
+    tensors = {name: ReplyTensor(TensorSpec(np.dtype("u1"), grown.shape))}
+    payload = encode_update(base, {name: grown}, tensors=tensors)
+    update = decode_update(payload, base)
+    assert update.coding(name) is Coding.EDITED
+    assert (
+        600 < len(payload) < 900 < len(encode_update(NOTHING_SENT, {name: grown}, tensors=tensors))
+    )
+    update.verify({})
+    assert update.apply(name, update.start(name, {})).tobytes() == grown.tobytes()
+
+
+@pytest.mark.parametrize("new", [np.zeros(4000, "u1"), np.arange(40, dtype="u1"), trees(0)])
+def test_where_edits_do_not_pay_bytes_are_coded_alone(new):
+    base = bytes_of(8)
+    tensors = {"8": ReplyTensor(TensorSpec(np.dtype("u1"), new.shape))}
+    payload = encode_update(base, {"8": new}, tensors=tensors)
+    update = decode_update(payload, base)
+    assert update.coding("8") is Coding.EXACT
+    assert update.apply("8", update.start("8", {})).tobytes() == new.tobytes()
+
+
+def test_of_several_each_is_edited_from_its_own():
+    base = bytes_of(6, 7)
+    changes = {"7": trees(9), "6": trees(8)}
+    tensors = {n: ReplyTensor(TensorSpec(np.dtype("u1"), a.shape)) for n, a in changes.items()}
+    update = decode_update(encode_update(base, changes, tensors=tensors), base)
+    assert [update.coding(name) for name in changes] == [Coding.EDITED] * 2
+    for name, array in changes.items():
+        assert update.apply(name, update.start(name, {})).tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("of", "spec", "literals", "copies", "says"),
+    [
+        ("w", beside("u1", 99), 10, 1, "no vector of bytes"),
+        ("8", beside("u1", 9, 9), 10, 1, "no vector of bytes"),
+        ("8", beside("i1", 99), 10, 1, "no vector of bytes"),
+        ("8", beside("u1", 99), 68, 1, "more than it has"),
+        ("8", beside("u1", 99), 2**63, 2**31, "more than it has"),
+        ("8", beside("u1", 2**30), 10, 1, "above the limits"),
+        ("8", beside("u1", 99), 10, 1, "cannot be decoded"),
+    ],
+)
+def test_edits_that_cannot_be_are_refused(of, spec, literals, copies, says):
+    base = PublishedModel({"w": RawTensor(np.zeros(99)), "8": RawTensor(trees(8))}, 3)
+    head = UpdateHead(Coding.EDITED, 0.0, spec, Edited(of, literals, copies))
+    with pytest.raises(BadPayload, match=says):
+        decode_update(forged({"x": head}, base), base)
+
+
+@pytest.mark.parametrize("copy", [(11, 0, 89), (0, 2420, 90), (0, -1, 90), (-1, 0, 90), (0, 0, 31)])
+def test_copies_of_what_is_not_there_are_refused(copy):
+    base = bytes_of(8)
+    head = UpdateHead(Coding.EDITED, 0.0, beside("u1", 100), Edited("8", 10, 1))
+    values = {"x": np.zeros(10, "u1"), "x\0copies": np.array([copy], np.int32)}
+    body = encode(values, context=UpdateReader(base).context({"x": head}))
+    update = decode_update(forged({"x": head}, base, body), base)
+    with pytest.raises(BadPayload, match="edits of a string"):
+        update.verify({})
+
+
 @pytest.mark.parametrize(
     ("heads", "says"),
     [
+        (b"\xff\1\0\0\0\6\0\0\0\0", "unknown update coding"),
         ({"w": UpdateHead(Coding.VALUES, 1.0, beside("i8", 3))}, "floating point"),
         ({"w": UpdateHead(Coding.QUANTISED, 1.0, like("n"))}, "losslessly"),
         ({"w": UpdateHead(Coding.UNCHANGED, 0.0, like("b", I8))}, "floating point"),
