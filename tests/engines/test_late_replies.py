@@ -64,7 +64,7 @@ def test_updates_of_a_slow_node_are_applied_and_cost_no_exchange_about_its_base(
     sent = [e.kind for e in entries if (e.node, e.direction) == (slow, "down")]
     # each builds on the one before, whatever the node had said by then that it held
     assert sent[0] == "keyframe"
-    assert set(sent[1:]) == {"delta", "reuse"}
+    assert set(sent[1:]) <= {"delta", "reuse"}
     assert not {e.kind for e in entries} & {"base-missing", "error"}
     answered = [(e.round, e.kind) for e in replies if e.node == slow]
     assert answered[:2] == [(1, "update"), (LATE[0], "update")]
