@@ -53,10 +53,9 @@ def test_updates_of_a_slow_node_are_applied_and_cost_no_exchange_about_its_base(
     events = list(read_events(output / "events.jsonl"))
     finished = [e["nodes"] for e in events if e["event"] == "round-finished" and e["round"]]
     assert [nodes["failures"] for nodes in finished] == [0] * ROUNDS
-    # of the third round it may have come too late to be trained on, which the clock decides
-    *before, last = [nodes["late_applied"] for nodes in finished]
-    assert before == [0] * (ROUNDS - 1)
-    assert 1 <= last <= len(LATE)
+    # other nodes may be late by one round: two replies close each; and of the third round this one
+    # may have come too late to be trained on, which the clock decides
+    assert finished[-1]["late_applied"] >= 1
 
     entries = list(Ledger.read(output / "ledger.jsonl"))
     replies = [e for e in entries if (e.direction, e.message_type) == ("up", "train")]
