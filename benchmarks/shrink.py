@@ -1,12 +1,16 @@
-"""What it is worth to remove channels while a federation trains: accuracy, bytes, latency.
+"""What it is worth to remove channels, heads and layers: accuracy, bytes, latency.
 
     python benchmarks/shrink.py [--folder RUN] [--repeat N] [--json FILE]
 
 Runs the packaged scenario ``shrink`` in this process (or takes ``--folder`` of a run of it): plain
 Flower, the preset ``small`` (single weights), half of the channels after round 2, and channels,
-then weights. Then a release of the whole network and the narrow one, as devices hold them, are
-measured by onnxruntime with one thread, by turns, an image at a time, after 50 runs that do not
-count: the median of 400 runs, ``--repeat`` times. Takes some minutes an arm on one idle core.
+then weights. Takes some minutes an arm on one idle core.
+
+Then four networks of drawn weights on 8 bits are released, whole and without half of their
+channels, half of their heads, or a third of their layers, and fetched by devices: what these
+downloaded, and what onnxruntime takes with one thread. All are measured by turns, an image at a
+time, after 50 runs that do not count: the least and the median of 400 runs, ``--repeat`` times.
+Ratios are of the least of all, which other work on the machine disturbs the least.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,63 +31,139 @@ if not __package__:  # started by its path: the repository's folder is not where
 _WARM, _RUNS = 50, 400
 
 
-def latencies(files: dict[str, Path], repeat: int) -> dict[str, Any]:
-    """Milliseconds of one image by model, and the narrow ones as a part of the whole one.
+@dataclass(frozen=True)
+class Structure:
+    """A network and what goes of it.
+
+    Attributes:
+        factory: makes the network, ``package.module:function``.
+        options: of the factory.
+        left: share that remains of its channels, heads or layers, by kind.
+    """
+
+    factory: str
+    left: dict[str, float]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_NETWORKS = "prunecast.simulations.networks"
+STRUCTURES = {
+    "channels": Structure(
+        f"{_NETWORKS}.residual:small_resnet_batch", {"channels": 0.5}, {"width": 32}
+    ),
+    "channels, GroupNorm": Structure(
+        f"{_NETWORKS}.residual:small_resnet_group", {"channels": 0.5}, {"width": 32}
+    ),
+    "heads": Structure(f"{_NETWORKS}.attention:Transformer", {"heads": 0.5}),
+    "layers": Structure(f"{_NETWORKS}.attention:Transformer", {"layers": 2 / 3}),
+}
+
+
+def measured(scratch: Path, repeat: int) -> dict[str, Any]:
+    """Bytes and milliseconds of every structure, and what remains as a part of the whole.
 
     Args:
-        files: ``.onnx`` files with their weights, by name; the first is what others compare with.
+        scratch: a folder for repositories and devices.
         repeat: measurements, each of new sessions.
     """
+    files: dict[str, tuple[Path, Path]] = {}
+    found: dict[str, Any] = {}
+    for name, structure in STRUCTURES.items():
+        folder = scratch / name
+        released = {part: _released(structure, part, folder) for part in ("whole", "narrow")}
+        files[name] = (released["whole"].pop("file"), released["narrow"].pop("file"))
+        found[name] = {"left": structure.left, **released}
+    for name, times in _latencies(files, repeat).items():
+        whole, narrow = times
+        for part, of in (("whole", whole), ("narrow", narrow)):
+            found[name][part] |= {
+                "least_ms": [round(min(run), 4) for run in of],
+                "median_ms": [round(statistics.median(run), 4) for run in of],
+            }
+        least = [min(map(min, of)) for of in times]
+        found[name]["of_whole"] = {
+            "milliseconds": round(least[1] / least[0], 3),
+            **{
+                key: round(found[name]["narrow"][key] / found[name]["whole"][key], 3)
+                for key in ("keyframe_bytes", "parameters", "macs")
+            },
+        }
+    return found
+
+
+def _released(structure: Structure, part: str, folder: Path) -> dict[str, Any]:
+    """A release of a network of drawn weights, as a device holds it that was sent it."""
     import numpy as np
-
-    from benchmarks.variants import session as open_session
-
-    found: dict[str, list[float]] = {name: [] for name in files}
-    for _ in range(repeat):
-        sessions = {name: open_session(file, False) for name, file in files.items()}
-        image = np.full((1, 1, 28, 28), 0.5, np.float32)
-        times: dict[str, list[float]] = {name: [] for name in files}
-        for number in range(_WARM + _RUNS):
-            for name, session in sessions.items():  # by turns: what disturbs one disturbs all
-                began = time.perf_counter()
-                session.run(None, {session.get_inputs()[0].name: image})
-                if number >= _WARM:
-                    times[name].append(1e3 * (time.perf_counter() - began))
-        for name, taken in times.items():
-            found[name].append(statistics.median(taken))
-    whole = next(iter(files))
-    ratios = {n: [a / b for a, b in zip(found[n], found[whole], strict=True)] for n in files}
-    return {"median_ms": found, "of_whole": {n: r for n, r in ratios.items() if n != whole}}
-
-
-def models(run: Path, scratch: Path) -> dict[str, Path]:
-    """The whole network and the narrow one, both as a device holds them that was sent a release."""
-    import numpy as np
+    import torch
 
     from prunecast.client.edge import Agent, AgentConfig
+    from prunecast.client.edge.state import read_status
+    from prunecast.common.references import load_callable
+    from prunecast.compression.onnx.counting import count_graph
     from prunecast.server.repository import KeyRing, Repository
     from prunecast.server.repository.authoring import ReleaseRecipe
     from prunecast.server.repository.authoring.sources import from_arrays
     from prunecast.server.repository.serving import ReleaseServer
-    from prunecast.simulations.scenarios import load_scenario
 
-    factory = load_scenario("shrink").model.network()
-    weights = {name: tensor.numpy() for name, tensor in factory().state_dict().items()}
-    images = np.zeros((2, 1, 28, 28), np.float32)
-    recipe = ReleaseRecipe(module=factory, selftest=images, cache=scratch / "graphs")
-    repository = Repository.create(scratch / "repository", KeyRing.create(scratch / "keys"))
-    recipe.release(repository, "whole", from_arrays(weights, bits=8))
+    make = load_callable(structure.factory)
+
+    def factory() -> Any:
+        torch.manual_seed(0)
+        return make(**structure.options)
+
+    rng = np.random.default_rng(0)
+    images = rng.random((8, 1, 28, 28), np.float32)
+    arrays = {name: tensor.numpy() for name, tensor in factory().state_dict().items()}
+    for name, array in arrays.items():  # torch's encoders begin with copies of one layer
+        if array.ndim > 1:
+            arrays[name] = array + rng.normal(0, array.std(), array.shape).astype(np.float32)
+    recipe = ReleaseRecipe(
+        module=factory,
+        selftest=images,
+        bits=8,
+        cache=folder / "graphs",
+        **(structure.left if part == "narrow" else {}),
+    )
+    repository = Repository.create(folder / f"{part}-repository", KeyRing.create(folder / part))
+    made = recipe.make(from_arrays(arrays))
+    published = repository.publish("network", made)
+    device = folder / f"{part}-device"
     with ReleaseServer(repository.path) as server:
         root = repository.trusted_root()
-        with Agent(AgentConfig(scratch / "device", server.url, "whole", root)) as agent:
+        with Agent(AgentConfig(device, server.url, "network", root)) as agent:
             agent.update_once()
-    return {"whole": _held(scratch / "device"), "narrow": _held(run / "device")}
+    counted = count_graph(made.graph, made.model, {"input": images[:1]})
+    return {
+        "file": device / "slots" / str(read_status(device)["active"]["slot"]) / "model.onnx",
+        "keyframe_bytes": published.manifest.keyframe.length,
+        "parameters": sum(int(np.prod(spec.shape)) for spec in made.graph.parameters.values()),
+        "macs": counted.macs,
+    }
 
 
-def _held(device: Path) -> Path:
-    from prunecast.client.edge.state import read_status
+def _latencies(
+    files: dict[str, tuple[Path, Path]], repeat: int
+) -> dict[str, tuple[list[list[float]], list[list[float]]]]:
+    """Milliseconds of single images by structure: of the whole and of what remains, by repeat."""
+    import numpy as np
 
-    return device / "slots" / str(read_status(device)["active"]["slot"]) / "model.onnx"
+    from benchmarks.variants import session as open_session
+
+    image = np.full((1, 1, 28, 28), 0.5, np.float32)
+    found: dict[str, tuple[list[list[float]], list[list[float]]]] = {n: ([], []) for n in files}
+    for _ in range(repeat):
+        for name, pair in files.items():
+            sessions = [open_session(file, False) for file in pair]
+            taken: tuple[list[float], list[float]] = ([], [])
+            for number in range(_WARM + _RUNS):
+                for session, times in zip(sessions, taken, strict=True):  # by turns
+                    began = time.perf_counter()
+                    session.run(None, {session.get_inputs()[0].name: image})
+                    if number >= _WARM:
+                        times.append(1e3 * (time.perf_counter() - began))
+            for times, all_of_them in zip(taken, found[name], strict=True):
+                all_of_them.append(times)
+    return found
 
 
 def train(folder: Path) -> None:
@@ -124,7 +204,7 @@ def main() -> None:
             "machine": machine(),
             "arms": {name: _figures(arm) for name, arm in result["arms"].items()},
             "gains": result["release"]["gains"],
-            "latency": latencies(models(run, Path(scratch)), arguments.repeat),
+            "structures": measured(Path(scratch), arguments.repeat),
         }
     text = json.dumps(found, indent=1) + "\n"
     print(text)

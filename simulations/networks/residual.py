@@ -80,9 +80,9 @@ class SmallResNet(nn.Module):
         return torch.as_tensor(self.head(x.mean((2, 3))))
 
 
-def small_resnet_group() -> nn.Module:
-    """`SmallResNet` with GroupNorm; 151,738 parameters."""
-    return SmallResNet(_group)
+def small_resnet_group(width: int = 16) -> nn.Module:
+    """`SmallResNet` with GroupNorm; of width 16 151,738 parameters."""
+    return SmallResNet(_group, width)
 
 
 def small_resnet_batch(width: int = 16) -> nn.Module:

@@ -531,6 +531,49 @@ def test_layers_and_heads_are_tried_one_after_the_other_and_come_back_from_a_tri
     assert publisher.pruner.levels["sparsity"] > 0
 
 
+@pytest.mark.parametrize("at", [4, 7, 11, 15, 19])
+def test_a_search_for_layers_and_heads_goes_on_after_a_resume_as_if_nothing_had_been(
+    at: int, federation: Any, tmp_path: Path
+) -> None:
+    policy = Policy(**{**STRUCTURES, "pruning_begin": 1, "pruning_end": 24}, hysteresis=0.5)
+    given = layered(22)
+
+    def publish(grid: Any, masters: Any, resumed: bool = False) -> list[Any]:
+        grid.try_channels(residual_in_order)
+        grid.expect_rounds(30)
+        found = []
+        for number, one in enumerate(masters):
+            again = resumed and not number  # was measured, and is narrow
+            left = grid.channels()
+            record = to_record(dict(one if again or left is None else left.arrays(one)))
+            if not again and (plan := grid.settled_channels()) is not None:
+                record = grid.remove_channels(record, plan)
+            model = grid.published(record)
+            found.append((record, model))
+            outs = [a for n, a in model.arrays().items() if n.endswith("out.weight") and a.any()]
+            bears = len(outs) >= 3 and max(int(a.any(0).sum()) for a in outs) >= 6
+            if not again:
+                grid.note_metrics({"accuracy": 0.9 if bears else 0.5})
+        return found
+
+    whole, _, _ = federation(policy)
+    expected = publish(whole, given)
+    assert whole.channels() is not None
+    assert whole.channels().gone == ("layers.3",)
+    assert whole.channels().heads
+    first, _, _ = federation(policy)
+    begun = publish(first, given[:at])
+    first.checkpoint(begun[-1][0]).save(tmp_path / "checkpoint.safetensors")
+    resumed, _, _ = federation(policy, run_id=77)
+    checkpoint = Checkpoint.load(tmp_path / "checkpoint.safetensors")
+    resumed.resume(checkpoint)
+    found = publish(resumed, [checkpoint.arrays, *given[at:]], resumed=True)
+    for (_, one), (_, other) in zip(found, expected[at - 1 :], strict=True):
+        assert one.arrays().keys() == other.arrays().keys()
+        assert all(np.array_equal(a, other.arrays()[n]) for n, a in one.arrays().items())
+    assert resumed.channels().shares == whole.channels().shares
+
+
 def test_where_no_layer_can_go_the_next_knob_is_turned() -> None:
     policy = Policy(**{**STRUCTURES, "pruning_begin": 1, "pruning_end": 40})
     publisher = Publisher(policy, b"s", policy.pruning(60))
