@@ -198,14 +198,16 @@ def test_nan_costs_the_message_that_says_so(history: History) -> None:
 
 def test_a_killed_node_is_not_waited_for_and_comes_back_by_a_delta(history: History) -> None:
     """Its reply is lost with its process; what it held is on disk, though nobody knows of it."""
-    down, up = history.kinds(1, "down"), history.kinds(1, "up")
-    assert down.count("keyframe") == 1
+    assert history.kinds(1, "down").count("keyframe") == 1
     assert history.answered(KILLED) == {0, 2}
     assert 1 in history.answered(BACK)
-    # it had kept the version of the round that it was killed in, and what it is sent builds on that
-    assert "base-missing" not in up
+    # it had kept the version of the round that it was killed in, and what it is sent builds on
+    # that, unless Flower has told by then that it missed its heartbeats: then it says so itself
+    missing = [e for e in history.of(1, "up") if e.kind == "base-missing"]
+    assert len(missing) <= 1
+    assert all(e.payload_bytes < 1000 for e in missing)
     again = history.of(1, "down")
-    assert len(again) == LAST
+    assert len(again) == LAST + len(missing)
     keyframe = again[0].payload_bytes
     assert sum(e.payload_bytes for e in again[1:]) < 0.5 * keyframe * LAST
 
