@@ -54,7 +54,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     ),
     "unknown knob": (
         {"arms": {"a": {**SMALL, "policy": {"up_stride": 3}}}}, {},
-        "arms.a: unknown knob 'up_stride'", "choose one of budget_node, budget_round, budget_run,",
+        "arms.a: unknown knob 'up_stride'", "choose one of budget_knobs, budget_node,",
     ),
     "missing file": (
         {"data": {"path": "none.npz"}}, {}, "data.path: cannot read the data", "name an .npz file"
