@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np
 
 from prunecast.compression.codec import TensorSpec
-from prunecast.compression.versions.byte_strings import LEAST_COPY
+from prunecast.compression.versions.byte_strings import COPIES, LEAST_COPY
 from prunecast.compression.versions.errors import BadPayload, InvalidModel
 from prunecast.compression.versions.model import LatticeTensor, Tensor
 
@@ -365,6 +365,11 @@ def unpack_update_heads(layout: bytes, base: Mapping[str, TensorSpec]) -> dict[s
         stepped = coding in (Coding.QUANTISED, Coding.VALUES)
         step = reader.step() if stepped else 0.0
         heads[name] = UpdateHead(coding, step, tensor, edits.get(name))
+    for name in edits:
+        if name + COPIES in heads:  # they would lie under one name in the body
+            raise BadPayload(
+                f"tensor {name[:80]!r} has a tensor of the name of its edits beside it"
+            )
     reader.end()
     return heads
 

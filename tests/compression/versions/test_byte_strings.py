@@ -29,6 +29,14 @@ from prunecast.compression.versions.byte_strings import (
     apply_edits,
     find_edits,
 )
+from prunecast.compression.versions.layout import (
+    Coding,
+    Edited,
+    ReplyTensor,
+    UpdateHead,
+    pack_update_heads,
+    unpack_update_heads,
+)
 
 
 def text(trees):
@@ -162,3 +170,18 @@ def test_a_layout_of_edits_allocates_no_more_than_the_limits_allow():
     numbers = model(1, a=np.zeros(100, np.int8))
     with pytest.raises(BadPayload, match="a delta cannot make this change"):
         decode_model(hostile(numbers, 100, 10, 2), held=numbers)
+
+
+def test_a_tensor_of_the_name_of_its_neighbours_edits_is_refused():
+    text = TensorSpec(np.dtype(np.uint8), (100,))
+    heads = {
+        "x": UpdateHead(Coding.EDITED, 0.0, ReplyTensor(text), Edited("model", 36, 1)),
+        "x\0copies": UpdateHead(
+            Coding.EXACT, 0.0, ReplyTensor(TensorSpec(np.dtype(np.float32), (2,)))
+        ),
+    }
+    base = {"model": text}
+    with pytest.raises(BadPayload, match="the name of its edits"):
+        unpack_update_heads(pack_update_heads(heads, base), base)
+    del heads["x\0copies"]
+    assert unpack_update_heads(pack_update_heads(heads, base), base) == heads
