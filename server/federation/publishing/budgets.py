@@ -31,10 +31,8 @@ _ENVELOPE = 450  # bytes around a payload, before any message told
 _NO_CHANGE = 120  # bytes of a payload that says "no change"
 _PAID_BACK = 0.5  # of a round's budget, at most, goes into what was overspent before
 _DOWN = 0.5  # of what may be spent, that the way down may take before its lattice gets coarser
-_COARSER, _FINER = (
-    1.6,
-    2.2,
-)  # times fewer bytes down by a coarser lattice; times more by a finer one
+_COARSER = 1.6  # times fewer bytes down by a lattice of twice the step
+_FINER = 2.2  # times more by one of half the step
 _AT_ONCE = 2  # doublings from one version to the next: what is forecast of more is a guess
 _THINNER = 1.5  # times fewer bytes down by half of the weights
 _PAUSE = 4  # rounds between two refinements, each of which sends a bit for every weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,19 +122,16 @@ def export_module(
     if shares is None:
         graph, found = export_cached(module, example, names, cache)
         return Architecture(graph, weights, notes=("the graph was exported before",) * found)
-    narrow = None
+    plan = narrow = None
     sizes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if held is not None and held.shares == shares and held.fits(sizes):
-        try:
-            narrow = narrow_module(module, example, held)
-        except PlanError:
-            held = None  # another architecture: choose anew
-    plan = held if narrow is not None else None
-    if plan is None:
+        with suppress(PlanError):  # of another architecture: choose anew
+            plan, narrow = held, narrow_module(module, example, held)
+    if plan is None or narrow is None:
         part, heads, layers = shares
         seen = example if samples is None else _some(_tensors(module, samples))
         plan = choose_channels(module, seen, part, heads=heads, layers=layers)
-    narrow = narrow or narrow_module(module, example, plan)
+        narrow = narrow_module(module, example, plan)
     graph, _ = export_cached(narrow, example, names, cache)
     everything = (export_cached(module, example, names, cache)[0], weights) if whole else None
     which = "as in the newest release" if plan is held else "chosen by these weights"
