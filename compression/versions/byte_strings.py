@@ -98,6 +98,8 @@ def apply_edits(held: Bytes, edits: ByteEdits, size: int) -> Bytes:
     Raises:
         BadPayload: they do not make a string of that size, or copy what is not there.
     """
+    if edits.copies.shape[1:] != (3,) or edits.copies.dtype.kind != "i":
+        raise BadPayload("edits of a string are no table of copies")
     before, moves, lengths = edits.copies.astype(np.int64).T
     sources = np.cumsum(moves + np.concatenate(([0], lengths[:-1]))) if len(moves) else moves
     if (

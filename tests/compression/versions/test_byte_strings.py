@@ -185,3 +185,11 @@ def test_a_tensor_of_the_name_of_its_neighbours_edits_is_refused():
         unpack_update_heads(pack_update_heads(heads, base), base)
     del heads["x\0copies"]
     assert unpack_update_heads(pack_update_heads(heads, base), base) == heads
+
+
+@pytest.mark.parametrize(
+    "copies", [np.zeros(3, np.int32), np.zeros((1, 2), np.int32), np.zeros((1, 3), np.float32)]
+)
+def test_what_is_no_table_of_copies_is_refused(copies):
+    with pytest.raises(BadPayload, match="no table of copies"):
+        apply_edits(np.zeros(100, np.uint8), ByteEdits(np.zeros(0, np.uint8), copies), 36)
