@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -39,3 +41,26 @@ def signals_end() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def two_machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of two machines with one processor and one pretended GPU each.
+
+    Ray writes down its newest cluster below its folder, and whatever starts without an address
+    joins that one: with the common folder, the simulations of other tests, which would die with it.
+    """
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: sockets lie in it
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        machine = {"num_cpus": 1, "num_gpus": 1}
+        cluster = Cluster(
+            initialize_head=True, head_node_args={**machine, "include_dashboard": False}
+        )
+        try:
+            cluster.add_node(**machine)
+            yield cluster
+        finally:
+            cluster.shutdown()

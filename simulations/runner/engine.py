@@ -165,7 +165,8 @@ def _start_ray(engine: EngineSpec) -> None:
 
     # of this process there is the path in the environment alone: see `run_engine`
     environment = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
-    chosen: dict[str, Any] = {"num_cpus": engine.concurrent * engine.cpus}
+    # "local": Ray would else join whatever cluster this machine has, or had, begun last
+    chosen: dict[str, Any] = {"address": "local", "num_cpus": engine.concurrent * engine.cpus}
     if engine.address:
         chosen = {"address": engine.address}
     host, _, port = engine.address.rpartition(":")

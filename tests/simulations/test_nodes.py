@@ -161,27 +161,16 @@ def test_a_bound_that_only_takes_useless_versions_changes_no_figure(tiny, tmp_pa
 
 
 @pytest.mark.engine
-def test_a_cluster_of_two_machines_gives_what_one_process_gives(tiny, tmp_path, monkeypatch):
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+def test_a_cluster_of_two_machines_gives_what_one_process_gives(tiny, tmp_path, two_machines):
     arms = {"prunecast": tiny["arms"]["prunecast"]}
     losses = {}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False},
-    )
-    try:
-        cluster.add_node(num_cpus=1, num_gpus=1)
-        engines = {"inline": {"backend": "inline"}}
-        engines["cluster"] = {"address": cluster.address, "gpus": 0.5}
-        for name, engine in engines.items():
-            mapping = {**tiny, "rounds": 1, "arms": arms, "engine": engine}
-            folder = new_run_folder(tmp_path, name)
-            result = run_scenario(scenario_from_mapping(mapping), folder)
-            losses[name] = [row["loss"] for row in result["arms"]["prunecast"]["rounds"]]
-    finally:
-        cluster.shutdown()
+    engines = {"inline": {"backend": "inline"}}
+    engines["cluster"] = {"address": two_machines.address, "gpus": 0.5}
+    for name, engine in engines.items():
+        mapping = {**tiny, "rounds": 1, "arms": arms, "engine": engine}
+        folder = new_run_folder(tmp_path, name)
+        result = run_scenario(scenario_from_mapping(mapping), folder)
+        losses[name] = [row["loss"] for row in result["arms"]["prunecast"]["rounds"]]
     assert losses["cluster"] == losses["inline"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,38 +32,28 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_two_machines_write_what_one_process_writes(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, two_machines: Any
 ) -> None:
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     source = open_checkpoint(checkpoint)
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-    )
-    try:
-        cluster.add_node(num_cpus=1)
-        with ray_cluster(cluster.address) as run:
-            for how in ({"allocation": "global"}, {"allocation": "lamp"}, {"pattern": "2:4"}):
-                given = Pruning(0.5, exclude=("w1", "w2", "w3") if "pattern" in how else (), **how)
-                files = []
-                for name, options in (("here", {}), ("there", {"run": run})):
-                    targets = default_targets(source, tmp_path / f"{name}.safetensors")
-                    prune_checkpoint(source, targets, given, **options)
-                    files.append([targets.files[source.path.name], targets.masks])
-                for here, there in zip(*files, strict=True):
-                    assert here.read_bytes() == there.read_bytes()
-            broken = tmp_path / "broken.safetensors"
-            write_tensors(broken, {"w": FileTensor(np.full((40, 40), np.nan, "f4"), "float32")})
-            with pytest.raises(CannotPrune, match="'w' holds NaN or an infinity"):
-                prune_checkpoint(
-                    open_checkpoint(broken),
-                    default_targets(open_checkpoint(broken)),
-                    Pruning(0.5),
-                    run=run,
-                )
-    finally:
-        cluster.shutdown()
+    with ray_cluster(two_machines.address) as run:
+        for how in ({"allocation": "global"}, {"allocation": "lamp"}, {"pattern": "2:4"}):
+            given = Pruning(0.5, exclude=("w1", "w2", "w3") if "pattern" in how else (), **how)
+            files = []
+            for name, options in (("here", {}), ("there", {"run": run})):
+                targets = default_targets(source, tmp_path / f"{name}.safetensors")
+                prune_checkpoint(source, targets, given, **options)
+                files.append([targets.files[source.path.name], targets.masks])
+            for here, there in zip(*files, strict=True):
+                assert here.read_bytes() == there.read_bytes()
+        broken = tmp_path / "broken.safetensors"
+        write_tensors(broken, {"w": FileTensor(np.full((40, 40), np.nan, "f4"), "float32")})
+        with pytest.raises(CannotPrune, match="'w' holds NaN or an infinity"):
+            prune_checkpoint(
+                open_checkpoint(broken),
+                default_targets(open_checkpoint(broken)),
+                Pruning(0.5),
+                run=run,
+            )
     assert not list(tmp_path.glob(".*"))
 
 
