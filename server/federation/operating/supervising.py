@@ -77,14 +77,29 @@ class FlowerCommand:
     def submit(self) -> str:
         """Submit the run; its id.
 
+        A SuperLink may have taken what it did not answer for, and two runs of one job would undo
+        each other's work: a run that has come up since is the one.
+
         Raises:
-            SuperviseError: Flower refused, or its answer has no id.
+            SuperviseError: Flower refused, or its answer has no id; or nobody knows which runs
+                there are.
         """
-        answer = _json(self._run)
+        before = self._runs()
+        try:
+            answer = _json(self._run)
+        except SuperviseError:
+            submitted = self._runs() - before
+            if len(submitted) != 1:  # of several, nobody knows which
+                raise
+            return submitted.pop()
         if not answer.get("run-id"):
             said = str(answer.get("error-message") or answer)
             raise SuperviseError(f"flwr run: {said[:_LONGEST]}")
         return str(answer["run-id"])
+
+    def _runs(self) -> set[str]:
+        """Ids of all runs."""
+        return {str(run.get("run-id", "")) for run in _json(self._list).get("runs") or []}
 
     def status(self, run_id: str) -> str:
         """What became of a run so far, as `SubmittedRun.status` has it.

@@ -128,10 +128,14 @@ def flower(folder: Path, *ends: str) -> Path:
         "        print(json.dumps({'success': False, 'error-message': 'no such app'}))\n"
         "        sys.exit(1)\n"
         "    (folder / f'run-{number}').touch()\n"
+        "    if ends[number] == 'unanswered':\n"
+        "        sys.exit('the connection was reset')\n"
         "    print('Loading project configuration...')\n"
         "    print(json.dumps({'success': True, 'run-id': str(10**18 + number)}))\n"
         "else:\n"
-        "    print(json.dumps({'runs': [{'status': 'finished:' + ends[number - 1]}]}))\n"
+        "    runs = [{'run-id': str(10**18 + at), 'status': 'finished:' + ends[at].replace(\n"
+        "        'unanswered', 'completed')} for at in range(number)]\n"
+        "    print(json.dumps({'runs': runs[-1:] if '--run-id' in sys.argv else runs}))\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return program
@@ -150,7 +154,17 @@ def test_the_command_asks_flower_and_exits_as_the_run_ends(tmp_path: Path) -> No
     assert [run["status"] for run in told["runs"]] == ["failed", "completed"]
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert [call for call in calls if call[0] == "run"] == [[*given, "--format", "json"]] * 2
-    assert calls[1] == ["list", "--format", "json", "site", "--run-id", str(10**18)]
+    assert calls[0] == ["list", "--format", "json", "site"]
+    assert calls[2] == ["list", "--format", "json", "site", "--run-id", str(10**18)]
+
+
+def test_a_run_that_was_taken_without_an_answer_is_not_submitted_twice(tmp_path: Path) -> None:
+    command = FlowerCommand([str(flower(tmp_path, "completed", "unanswered", "refused")), "run"])
+    assert command.submit() == str(10**18)
+    assert command.submit() == str(10**18 + 1)
+    assert command.status(str(10**18 + 1)) == "completed"
+    with pytest.raises(SuperviseError, match="no such app"):
+        command.submit()
 
 
 def test_the_command_exits_with_1_where_the_run_does_not_complete(tmp_path: Path) -> None:
