@@ -6,13 +6,14 @@
 
 Trains each task with three seeds at each sparsity under every way of pruning, one thread and one
 run after the other, and writes pruning.md, pruning.json and pruning.png into docs/results. The
-third task, cora, has one way only, beside the automatic one that finds its sparsity by itself. Each
-of the others takes about two hours on a core. Finished runs are kept in ``--cache``, so that a
-command that was interrupted goes on where it was: a dense run by its scenario, others by the code,
-too. Two commands, each with one of the ``--tasks``, may run at the same time; a third one without
-then writes both. A way is one of those of benchmarks/harness/pruning.py, or
-criterion:allocation:schedule by their names in a policy; a task also any packaged scenario whose
-metric is an accuracy. ``--smoke`` takes a minute or two and writes into runs/pruning-smoke.
+third task, cora, has one way only, beside the automatic one that finds its sparsity by itself, in
+1.3 times the rounds. Each of the others takes about two hours on a core. Finished runs are kept in
+``--cache``, so that a command that was interrupted goes on where it was: a dense run by its
+scenario, others by the code, too. Two commands, each with one of the ``--tasks``, may run at the
+same time; a third one without then writes both. A way is one of those of
+benchmarks/harness/pruning.py, or criterion:allocation:schedule by their names in a policy; a task
+also any packaged scenario whose metric is an accuracy. ``--smoke`` takes a minute or two and writes
+into runs/pruning-smoke.
 """
 
 from __future__ import annotations
@@ -64,19 +65,41 @@ def comparison_of(task: str, arguments: argparse.Namespace) -> Comparison:
     Raises:
         ScenarioError: there is no such task or way, or it cannot be a scenario.
     """
-    if task not in TASKS and task not in packaged_scenarios():
-        raise ScenarioError("tasks", f"is {task!r}", f"choose of {', '.join(_FULL['tasks'])}")
-    table = task_named(task)
-    rounds = arguments.rounds or table["rounds"]
+    rounds = _rounds(task, arguments)
     try:
         arms = harness.arms_of(_ways(task, arguments), arguments.sparsities, rounds)
     except ValueError as error:
         raise ScenarioError("ways", str(error), "correct it") from error
+    return _comparison(task, rounds, arms, arguments, arguments.cache / task)
+
+
+def automatic_of(task: str, arguments: argparse.Namespace) -> Comparison | None:
+    """The comparison of the automatic way; None without the sweep that it is held against.
+
+    Raises:
+        ScenarioError: as of `comparison_of`.
+    """
+    if harness.FIXED not in _ways(task, arguments):
+        return None
+    rounds, arms = harness.automatic_arms(_rounds(task, arguments))
+    return _comparison(task, rounds, arms, arguments, arguments.cache / f"{task}-automatic")
+
+
+def _rounds(task: str, arguments: argparse.Namespace) -> int:
+    if task not in TASKS and task not in packaged_scenarios():
+        raise ScenarioError("tasks", f"is {task!r}", f"choose of {', '.join(_FULL['tasks'])}")
+    rounds: int = arguments.rounds or task_named(task)["rounds"]
+    return rounds
+
+
+def _comparison(
+    task: str, rounds: int, arms: dict[str, Any], arguments: argparse.Namespace, folder: Path
+) -> Comparison:
     scenario = scenario_from_mapping(
         {
             "schema": 1,
             "name": task,
-            **table,
+            **task_named(task),
             "rounds": rounds,
             "engine": {"backend": "inline"},
             "strategy": {"name": "fedavg"},
@@ -87,23 +110,34 @@ def comparison_of(task: str, arguments: argparse.Namespace) -> Comparison:
         raise ScenarioError(
             "tasks", f"{task} measures {scenario.task.metric}", "choose one that has an accuracy"
         )
-    names, folder = list(arms), arguments.cache / task
-    return Comparison.of(scenario, names=names, seeds=arguments.seeds, folder=folder)
+    return Comparison.of(scenario, names=list(arms), seeds=arguments.seeds, folder=folder)
 
 
-def measured(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a task's comparison gave, with what is known to hold; trains what is not kept."""
-    name = comparison.scenario.name
-    document = comparison.run(teller(name))
+def _run(comparison: Comparison, told: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """Train what is not kept: the document, and what sparsity each arm reached, over seeds."""
+    document = comparison.run(teller(told))
     zeros: dict[str, list[float]] = {}
     for scenario, folder in comparison.runs():
         arm = next(iter(scenario.arms))
         if arm in document["left_out"]:
             continue
         zeros.setdefault(arm, []).append(read_result(folder)["arms"][arm]["sparsity"])
-    reached = {arm: statistics.fmean(values) for arm, values in zeros.items()}
-    rows = harness.rows_of(document, _ways(name, arguments), arguments.sparsities, reached)
-    metric = document["task"]["metric"]
+    return document, {arm: statistics.fmean(values) for arm, values in zeros.items()}
+
+
+def measured(
+    comparison: Comparison, automatic: Comparison | None, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """What a task's comparisons gave, with what is known to hold; trains what is not kept."""
+    name = comparison.scenario.name
+    document, zeros = _run(comparison, name)
+    rows = harness.rows_of(document, _ways(name, arguments), arguments.sparsities, zeros)
+    metric, left_out, found = document["task"]["metric"], dict(document["left_out"]), None
+    if automatic is not None:
+        longer, reached = _run(automatic, f"{name}, automatic")
+        rounds = automatic.scenario.rounds
+        found = harness.compare_automatic(longer, rounds, rows, reached)
+        left_out |= {f"{arm}, {rounds} rounds": why for arm, why in longer["left_out"].items()}
 
     def figures(arm: str) -> dict[str, Any]:
         found = document["arms"][arm]
@@ -119,8 +153,8 @@ def measured(comparison: Comparison, arguments: argparse.Namespace) -> dict[str,
         "rows": rows,
         "orderings": harness.compare_orderings(rows),
         "limits": harness.within_limits(rows),
-        "left_out": document["left_out"],
-        "automatic": harness.compare_automatic(document, rows, reached),
+        "left_out": left_out,
+        "automatic": found,
     }
 
 
@@ -148,10 +182,13 @@ def main(given: list[str] | None = None) -> int:
     given = sys.argv[1:] if given is None else given
     arguments = _arguments(given)
     try:
-        comparisons = [comparison_of(name, arguments) for name in arguments.tasks]
-        for comparison in comparisons:
+        pairs = [
+            (comparison_of(name, arguments), automatic_of(name, arguments))
+            for name in arguments.tasks
+        ]
+        for comparison in (found for pair in pairs for found in pair if found is not None):
             forget_stale(comparison)
-        tasks = [measured(comparison, arguments) for comparison in comparisons]
+        tasks = [measured(*pair, arguments) for pair in pairs]
     except (DataError, FederationError, ScenarioError, SimulationError) as error:
         raise SystemExit(f"pruning.py: {error}") from error
     command = " ".join(["python benchmarks/pruning.py", *given])

@@ -25,6 +25,7 @@ __all__ = [
     "WAYS",
     "Way",
     "arms_of",
+    "automatic_arms",
     "compare_automatic",
     "compare_orderings",
     "draw",
@@ -40,6 +41,7 @@ FIXED = "global"
 TOLERANCE = 0.005
 """What the automatic way may cost, of an accuracy between 0 and 1."""
 _SPARED = 0.02  # how much less than the best fixed sparsity the automatic one may reach
+_LONGER = 1.3  # times the rounds that a sweep has, in which the automatic way finds its sparsity
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 LIMITS = {0.9: 0.5, 0.95: 1.5, 0.98: 4.0}
 """Points of accuracy that a sparsity may cost at most."""
@@ -139,10 +141,7 @@ def _arm(name: str, sparsity: float) -> str:
 
 
 def arms_of(ways: Sequence[str], sparsities: Sequence[float], rounds: int) -> dict[str, Any]:
-    """The arms of a scenario: plain Flower, the policy that prunes nothing, and every way.
-
-    The automatic way is there as well where `FIXED` is, with which it is compared.
-    """
+    """The arms of a scenario: plain Flower, the policy that prunes nothing, and every way."""
     arms: dict[str, Any] = {
         DENSE: {"kind": "dense"},
         UNPRUNED: {"kind": "prunecast", "preset": "balanced"},
@@ -152,16 +151,26 @@ def arms_of(ways: Sequence[str], sparsities: Sequence[float], rounds: int) -> di
             policy = way_named(name).policy(sparsity, rounds)
             arm = {"kind": "prunecast", "preset": "balanced", "policy": policy}
             arms[_arm(name, sparsity)] = arm
-    if FIXED in ways:
-        policy = {
-            "pruning_criterion": WAYS[FIXED].criterion,
-            "pruning_scope": WAYS[FIXED].allocation,
-            "pruning_schedule": AUTOMATIC,
-            "pruning_begin": _BEGIN,
-            "pruning_tolerance": TOLERANCE,
-        }
-        arms[AUTOMATIC] = {"kind": "prunecast", "preset": "balanced", "policy": policy}
     return arms
+
+
+def automatic_arms(rounds: int) -> tuple[int, dict[str, Any]]:
+    """The automatic way beside the policy that prunes nothing, and the rounds that both have.
+
+    Args:
+        rounds: that the sweep has, with which the automatic way is compared.
+    """
+    policy = {
+        "pruning_criterion": WAYS[FIXED].criterion,
+        "pruning_scope": WAYS[FIXED].allocation,
+        "pruning_schedule": AUTOMATIC,
+        "pruning_begin": _BEGIN,
+        "pruning_tolerance": TOLERANCE,
+    }
+    return math.floor(_LONGER * rounds), {
+        UNPRUNED: {"kind": "prunecast", "preset": "balanced"},
+        AUTOMATIC: {"kind": "prunecast", "preset": "balanced", "policy": policy},
+    }
 
 
 # -- what was measured ----------------------------------------------------------------------------
@@ -255,22 +264,26 @@ def within_limits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compare_automatic(
-    document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], zeros: Mapping[str, float]
+    document: Mapping[str, Any],
+    rounds: int,
+    rows: Sequence[Mapping[str, Any]],
+    zeros: Mapping[str, float],
 ) -> dict[str, Any] | None:
     """The automatic way beside the sweep of fixed sparsities that differs in nothing else.
 
     Args:
-        document, zeros: as of `rows_of`.
+        document, zeros: as of `rows_of`, of `automatic_arms`.
+        rounds: that these had.
         rows: of all ways.
 
     Returns:
-        ``accuracy``, ``spread``, ``lost`` and ``lost_by_seed`` in points against the policy that
-        prunes nothing, ``zeros``, ``bytes``; ``fixed``, the highest sparsity of the sweep that lost
-        no more than the tolerance, 0.0 where none did; ``tolerated``, whether the automatic one
-        lost no more, and ``as_sparse``, whether it reached as much, less two points. None where
-        it was not trained.
+        ``rounds``; ``accuracy``, ``spread``, ``lost`` and ``lost_by_seed`` in points against the
+        policy that prunes nothing in as many; ``zeros``, ``bytes``; ``fixed``, the highest sparsity
+        of the sweep that lost no more than the tolerance, 0.0 where none did; ``tolerated``,
+        whether the automatic one lost no more, and ``as_sparse``, whether it reached as much, less
+        two points. None where it failed.
     """
-    if AUTOMATIC not in document["arms"]:
+    if AUTOMATIC not in document["arms"] or UNPRUNED not in document["arms"]:
         return None
     arm = document["arms"][AUTOMATIC]
     without = document["arms"][UNPRUNED]["by_seed"]
@@ -279,6 +292,7 @@ def compare_automatic(
     held = [row["sparsity"] for row in sweep if row["lost"] <= 100 * TOLERANCE]
     fixed = max(held, default=0.0)
     return {
+        "rounds": rounds,
         "accuracy": arm[document["task"]["metric"]],
         "spread": arm["spread"],
         "lost": statistics.fmean(lost),
@@ -369,10 +383,11 @@ def _automatic_line(found: Mapping[str, Any]) -> str:
     tolerated = "within" if found["tolerated"] else "MISSED"
     as_sparse = "met" if found["as_sparse"] else "MISSED"
     return (
-        f"- automatic, as many rounds: {100 * found['zeros']:.1f} % of zeros in "
-        f"{found['bytes'] / 1e6:.2f} MB, {found['lost']:+.2f} points lost ({told}), its tolerance "
-        f"{100 * TOLERANCE:g}: {tolerated}; the highest of the fixed sparsities of `{FIXED}` that "
-        f"lost no more is {100 * found['fixed']:g} %, no more than 2 points above: {as_sparse}"
+        f"- automatic, {found['rounds']} rounds: {100 * found['zeros']:.1f} % of zeros in "
+        f"{found['bytes'] / 1e6:.2f} MB, {found['lost']:+.2f} points lost ({told}) against no "
+        f"pruning in as many, its tolerance {100 * TOLERANCE:g}: {tolerated}; the highest of the "
+        f"fixed sparsities of `{FIXED}` that lost no more is {100 * found['fixed']:g} %, no more "
+        f"than 2 points above: {as_sparse}"
     )
 
 

@@ -43,9 +43,9 @@ def test_arms_are_policies_by_the_names_of_the_registries() -> None:
     assert (policy["sparsity"], policy["pruning_criterion"]) == (0.98, "taylor")
     assert (policy["pruning_scope"], policy["pruning_schedule"]) == ("lamp", "cubic")
     assert policy["pruning_begin"] < policy["pruning_end"] == 10  # rounds are left to recover
-    # the sweep that the automatic way is compared with brings that way along
-    assert list(harness.arms_of(["global"], [0.5], 20))[2:] == ["global-50", "automatic"]
-    automatic = harness.arms_of(["global"], [0.5], 20)["automatic"]["policy"]
+    rounds, beside = harness.automatic_arms(20)
+    assert (rounds, beside["unpruned"]) == (26, arms["unpruned"])
+    automatic = beside["automatic"]["policy"]
     assert automatic["pruning_schedule"] == "automatic"
     assert "sparsity" not in automatic
 
@@ -58,10 +58,14 @@ def test_every_way_and_task_can_be_run(tmp_path: Path) -> None:
     for task in arguments.tasks:
         chosen = command.comparison_of(task, arguments)
         assert chosen.scenario.engine.backend == "inline"
-        assert "automatic" in chosen.arms
         assert ("static-90" in chosen.arms) == (task != "cora")
-        for found in chosen.arms.values():
+        longer = command.automatic_of(task, arguments)
+        assert longer is not None
+        assert (longer.scenario.rounds, set(longer.arms)) == (39, {"unpruned", "automatic"})
+        for found in (*chosen.arms.values(), *longer.arms.values()):
             found.grid_policy()  # every name is in its registry
+    arguments = command._arguments(["--cache", str(tmp_path), "--ways", "uniform"])
+    assert command.automatic_of("fashion", arguments) is None  # nothing to be held against
     smoke = command._arguments(["--smoke"])
     assert smoke.out == Path("runs/pruning-smoke")  # never where results are
 
@@ -104,13 +108,13 @@ def test_the_automatic_way_is_judged_by_the_sweep(
     document: dict[str, Any] = {"task": {"metric": "accuracy"}, "arms": figures, "left_out": {}}
     reached = {**dict.fromkeys(figures, 0.5), "automatic": zeros}
     measured = harness.rows_of(document, ["global"], [0.8, 0.95, 0.98], reached)
-    found = harness.compare_automatic(document, measured, reached)
+    found = harness.compare_automatic(document, 39, measured, reached)
     assert found is not None
     assert (found["fixed"], found["tolerated"]) == (fixed, tolerated)
     assert found["as_sparse"] == as_sparse
     assert found["lost"] == pytest.approx(100 * lost)
     none_held = [row for row in measured if row["sparsity"] != 0.95]
-    other = harness.compare_automatic(document, none_held, reached)
+    other = harness.compare_automatic(document, 39, none_held, reached)
     assert other is not None
     assert other["fixed"] == 0
     figures.pop("automatic")
@@ -118,7 +122,7 @@ def test_the_automatic_way_is_judged_by_the_sweep(
     figures.pop("global-80")
     rest = harness.rows_of(document, ["global"], [0.8, 0.95, 0.98], reached)
     assert [row["sparsity"] for row in rest] == [0.95, 0.98]
-    assert harness.compare_automatic(document, measured, reached) is None
+    assert harness.compare_automatic(document, 39, measured, reached) is None
 
 
 def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
@@ -140,8 +144,9 @@ def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
         "limits": harness.within_limits(measured),
         "left_out": {"random-98": "seed 2: it diverged"},
         "automatic": {
-            "accuracy": 0.896, "lost": 0.4, "lost_by_seed": [0.3, 0.5], "zeros": 0.964,
-            "bytes": 1_500_000, "fixed": 0.95, "tolerated": True, "as_sparse": False,
+            "rounds": 31, "accuracy": 0.896, "lost": 0.4, "lost_by_seed": [0.3, 0.5],
+            "zeros": 0.964, "bytes": 1_500_000,
+            "fixed": 0.95, "tolerated": True, "as_sparse": False,
         },
     }  # fmt: skip
     text = "\n".join(harness.report_lines([task], "the command"))
@@ -153,8 +158,11 @@ def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
     assert "- two at 95 % (`b`, `c`): MISSED, -0.50 points" in text
     assert "- no more than 1.5 points lost at 95 %" in text
     assert "- `random-98` was left out: seed 2: it diverged." in text
-    assert "- automatic, as many rounds: 96.4 % of zeros in 1.50 MB, +0.40 points lost" in text
-    assert "(+0.30, +0.50), its tolerance 0.5: within; the highest" in text
+    assert "- automatic, 31 rounds: 96.4 % of zeros in 1.50 MB, +0.40 points lost" in text
+    assert (
+        "(+0.30, +0.50) against no pruning in as many, its tolerance 0.5: within; the highest"
+        in text
+    )
     assert "of `global` that lost no more is 95 %, no more than 2 points above: MISSED" in text
     harness.draw([task, {**task, "name": "activity", "automatic": None}], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
