@@ -190,11 +190,12 @@ def test_comparison_tells_changes_from_other_data(harness: SimpleNamespace, tmp_
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_resident_peak_sees_what_is_allocated_and_freed(harness: SimpleNamespace) -> None:
     def call() -> int:
-        return int(np.ones(4_000_000).sum())
+        # above 32 MiB the C library never takes what this process has freed before
+        return int(np.ones(8_000_000).sum())
 
     grown = harness.memory.peak_resident(call, lambda: None)
-    assert 32e6 <= grown < 40e6
-    assert 32e6 <= harness.memory.peak_traced(call) < 33e6
+    assert 64e6 <= grown < 72e6
+    assert 64e6 <= harness.memory.peak_traced(call) < 65e6
 
 
 def test_docstring_examples(harness: SimpleNamespace) -> None:
