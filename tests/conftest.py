@@ -14,6 +14,10 @@ import pytest
 # more threads than cores wait for each other, and those of OpenMP compute while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What a test writes need not outlive the machine: tests of power cuts say themselves what a disk
+# has kept. It takes milliseconds for every file, and every worker waits for those of all.
+os.fsync = lambda descriptor: None
+
 # They wait for what Flower takes its time for, such as to miss a node.
 LONGEST = (
     *("test_resume.py", "test_faults.py", "test_deploy_documentation.py"),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -306,66 +304,6 @@ def test_kill_between_any_two_steps(
     assert again.model.version == expected
     again.update_once()
     assert again.model.version == 2
-
-
-class _PowerCut(BaseException):
-    """Not an Exception: no handler in the code under test may swallow it."""
-
-
-def test_power_cut_before_every_single_write(
-    publish: Publish,
-    start: Start,
-    config: AgentConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    images: np.ndarray,
-) -> None:
-    """Every rename, fsync and removal of an update is once the last thing that happens."""
-    publish(1)
-    with start() as agent:
-        agent.update_once()
-    publish(2)
-    saved = {
-        p.relative_to(config.state): p.read_bytes() for p in config.state.rglob("*") if p.is_file()
-    }
-    outcomes = []
-    for moment in range(1000):
-        for path in sorted(config.state.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() or path.is_symlink() else path.rmdir()
-        for name, data in saved.items():
-            (config.state / name).parent.mkdir(parents=True, exist_ok=True)
-            (config.state / name).write_bytes(data)
-        agent = start()
-        with monkeypatch.context() as patched:
-            left = _countdown(patched, moment)
-            with suppress(_PowerCut):
-                agent.update_once()
-        assert open_model(config.state).infer({"input": images}).version in (1, 2)
-        again = start()
-        outcomes.append(again.model.version)
-        again.update_once()
-        assert again.model.version == 2
-        assert json.loads((config.state / "state.json").read_bytes())["active"]["version"] == 2
-        if left[0] > 0:  # the update ended before the cut
-            break
-    assert len(outcomes) > 20
-    assert outcomes == sorted(outcomes)  # old until one moment, new from then on
-    assert outcomes[0] == 1
-    assert outcomes[-1] == 2
-
-
-def _countdown(patched: pytest.MonkeyPatch, moment: int) -> list[int]:
-    left = [moment]
-    for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
-        real = getattr(os, name)
-
-        def cut(*args: object, _real: Callable[..., object] = real, **options: object) -> object:
-            left[0] -= 1
-            if left[0] < 0:
-                raise _PowerCut
-            return _real(*args, **options)
-
-        patched.setattr(os, name, cut)
-    return left
 
 
 def test_confirming_waits_for_service(start: Start, publish: Publish, config: AgentConfig) -> None:
