@@ -136,7 +136,8 @@ def measured(
     if automatic is not None:
         longer, reached = _run(automatic, f"{name}, automatic")
         rounds = automatic.scenario.rounds
-        found = harness.compare_automatic(longer, rounds, rows, reached)
+        without = document["arms"][harness.UNPRUNED]["by_seed"]
+        found = harness.compare_automatic(longer, rounds, without, rows, reached)
         left_out |= {f"{arm}, {rounds} rounds": why for arm, why in longer["left_out"].items()}
 
     def figures(arm: str) -> dict[str, Any]:

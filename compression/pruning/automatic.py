@@ -63,12 +63,13 @@ KNOBS: dict[str, Knob] = {
 class Search:
     """Turns knobs up as far as a metric bears it.
 
-    A level is tried by publishing a model with it. It holds as soon as the metric of such a model
-    is no further than the tolerance from the reference, and has failed when that was not so in
-    `patience` models in a row, which were trained to recover. After a failure the knob goes back to
-    the highest level that held, and once that holds again, half the step is tried; a level that
-    does not hold any more when it is gone back to falls by a step itself. When the step becomes
-    smaller than the knob's least, the next knob's turn comes. The last levels are watched on.
+    A level is tried by publishing models with it. One is good whose metric is no further than the
+    tolerance from the reference. The level holds as soon as half of `patience` models were good,
+    rounded up: one that is lucky says little of a metric that is noisy. It has failed when
+    `patience` were not, which were trained to recover. After a failure the knob goes back to the
+    highest level that held, and once that holds again, half the step is tried; a level that does
+    not hold any more when it is gone back to falls by a step itself. When the step becomes smaller
+    than the knob's least, the next knob's turn comes. The last levels are watched on.
 
     The reference is the best median of three metrics in a row: of the dense model to begin with,
     and better ones later, so that what training still gains is not given away. While it becomes
@@ -78,7 +79,7 @@ class Search:
     Args:
         knobs: in the order in which they are turned.
         tolerance: in units of the metric, 0 or above.
-        patience: models that a level gets, 1 or more.
+        patience: models that are not good, which a level gets; 1 or more.
         higher: whether more of the metric is better, as of an accuracy.
 
     Attributes:
@@ -108,7 +109,7 @@ class Search:
         self._turn = 0
         self._trial = 0.0  # level of the knob in turn; as held, while none is tried
         self._step = self._knobs[0].step if self._knobs else 0.0
-        self._failed = 0  # models in a row
+        self._good = self._failed = 0  # models since a level was tried, held or failed
         self._best = -math.inf  # as `reference`, more being better
         self._recent: list[float] = []
         self._bests: list[float] = []  # `_best` after each of the last models
@@ -136,7 +137,7 @@ class Search:
 
     def stop(self) -> None:
         """Turn no knob up any more; the one in turn goes back to what held."""
-        self._turn, self._failed = len(self._knobs), 0
+        self._turn, self._good, self._failed = len(self._knobs), 0, 0
 
     def observe(self, value: float, *, may_rise: bool = True) -> None:
         """Take in what was measured of a model with the present levels, and choose the next.
@@ -145,10 +146,13 @@ class Search:
             value: of the metric; what is not finite has failed.
             may_rise: whether a higher level may be tried now. Levels fall in any case.
         """
-        holds = self._holds(value)
-        self._failed = 0 if holds else self._failed + 1
+        is_good = self._is_good(value)
+        self._good, self._failed = self._good + is_good, self._failed + (not is_good)
+        holds, failed = 2 * self._good >= self._patience, self._failed >= self._patience
+        if holds or failed:
+            self._good = self._failed = 0
         if self.done:
-            if self._failed >= self._patience:
+            if failed:
                 self._give_way(len(self._knobs) - 1)
             return
         tried = self._trial > self._held[self._turn]
@@ -158,8 +162,7 @@ class Search:
             if may_rise and not (self.done or waits or self._learns()):
                 most = self._knobs[self._turn].most
                 self._trial = min(self._held[self._turn] + self._step, most)
-        elif self._failed >= self._patience:
-            self._failed = 0
+        elif failed:
             if tried:
                 self._trial = self._held[self._turn]
                 self._step /= 2
@@ -167,7 +170,7 @@ class Search:
             else:
                 self._give_way(self._turn)
 
-    def _holds(self, value: float) -> bool:
+    def _is_good(self, value: float) -> bool:
         if not math.isfinite(value):
             return False
         self._recent = [*self._recent, self._sign * value][-_WINDOW:]
@@ -196,7 +199,6 @@ class Search:
 
     def _give_way(self, last: int) -> None:
         """Lower what does not hold any more: the knob turned last that is not at 0."""
-        self._failed = 0
         for at in range(last, -1, -1):
             over = at < self._turn and self._knobs[at].final
             if self._held[at] > 0 and not over:
@@ -208,12 +210,13 @@ class Search:
 
     @property
     def position(self) -> tuple[float, ...]:
-        """Turn, trial, step, failures, numbers of recent values and bests, these, levels that held.
+        """Turn, trial, step, good and failed models, numbers of recent values and bests, these,
+        levels that held.
 
         A best is more for a better metric, also where less of that is better.
         """
         return (
-            *(float(self._turn), self._trial, self._step, float(self._failed)),
+            *(float(self._turn), self._trial, self._step, float(self._good), float(self._failed)),
             *(float(len(self._recent)), float(len(self._bests))),
             *self._recent,
             *self._bests,
@@ -227,14 +230,16 @@ class Search:
             ValueError: it is no position of such a search.
         """
         count = len(self._knobs)
-        if len(position) < 6 + count or not all(map(math.isfinite, position)):
+        if len(position) < 7 + count or not all(map(math.isfinite, position)):
             raise ValueError("the search for a sparsity is not what `Search.position` gives")
-        turn, trial, step, failed, recent, known = position[:6]
-        values, rest = list(position[6 : 6 + int(recent)]), list(position[6 + int(recent) :])
+        turn, trial, step, good, failed, recent, known = position[:7]
+        values, rest = list(position[7 : 7 + int(recent)]), list(position[7 + int(recent) :])
         bests, held = rest[: int(known)], rest[int(known) :]
         levels = [*held, trial] if turn < count else held
         if not (
             turn in range(count + 1)
+            and good in range(self._patience)
+            and 2 * good < self._patience
             and failed in range(self._patience)
             and recent in range(_WINDOW + 1)
             and known in range(_WINDOW + 2)
@@ -245,6 +250,7 @@ class Search:
             and all(level <= knob.most for level, knob in zip(held, self._knobs, strict=True))
         ):
             raise ValueError("the search for a sparsity is not what `Search.position` gives")
-        self._turn, self._trial, self._step, self._failed = int(turn), trial, step, int(failed)
+        self._turn, self._trial, self._step = int(turn), trial, step
+        self._good, self._failed = int(good), int(failed)
         self._recent, self._bests, self._held = values, bests, held
         self._best = bests[-1] if bests else -math.inf

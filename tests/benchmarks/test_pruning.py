@@ -108,13 +108,15 @@ def test_the_automatic_way_is_judged_by_the_sweep(
     document: dict[str, Any] = {"task": {"metric": "accuracy"}, "arms": figures, "left_out": {}}
     reached = {**dict.fromkeys(figures, 0.5), "automatic": zeros}
     measured = harness.rows_of(document, ["global"], [0.8, 0.95, 0.98], reached)
-    found = harness.compare_automatic(document, 39, measured, reached)
+    longer = {**document, "arms": {**figures, "unpruned": arm(0.92)}}
+    found = harness.compare_automatic(longer, 39, [0.9], measured, reached)
     assert found is not None
     assert (found["fixed"], found["tolerated"]) == (fixed, tolerated)
     assert found["as_sparse"] == as_sparse
     assert found["lost"] == pytest.approx(100 * lost)
+    assert found["lost_in_as_many"] == pytest.approx(100 * lost + 2)
     none_held = [row for row in measured if row["sparsity"] != 0.95]
-    other = harness.compare_automatic(document, 39, none_held, reached)
+    other = harness.compare_automatic(document, 39, [0.9], none_held, reached)
     assert other is not None
     assert other["fixed"] == 0
     figures.pop("automatic")
@@ -122,7 +124,7 @@ def test_the_automatic_way_is_judged_by_the_sweep(
     figures.pop("global-80")
     rest = harness.rows_of(document, ["global"], [0.8, 0.95, 0.98], reached)
     assert [row["sparsity"] for row in rest] == [0.95, 0.98]
-    assert harness.compare_automatic(document, 39, measured, reached) is None
+    assert harness.compare_automatic(document, 39, [0.9], measured, reached) is None
 
 
 def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
         "left_out": {"random-98": "seed 2: it diverged"},
         "automatic": {
             "rounds": 31, "accuracy": 0.896, "lost": 0.4, "lost_by_seed": [0.3, 0.5],
-            "zeros": 0.964, "bytes": 1_500_000,
+            "lost_in_as_many": 0.7, "zeros": 0.964, "bytes": 1_500_000,
             "fixed": 0.95, "tolerated": True, "as_sparse": False,
         },
     }  # fmt: skip
@@ -159,11 +161,9 @@ def test_the_page_says_what_was_met_and_what_was_missed(tmp_path: Path) -> None:
     assert "- no more than 1.5 points lost at 95 %" in text
     assert "- `random-98` was left out: seed 2: it diverged." in text
     assert "- automatic, 31 rounds: 96.4 % of zeros in 1.50 MB, +0.40 points lost" in text
-    assert (
-        "(+0.30, +0.50) against no pruning in as many, its tolerance 0.5: within; the highest"
-        in text
-    )
+    assert "(+0.30, +0.50), its tolerance 0.5: within; the highest" in text
     assert "of `global` that lost no more is 95 %, no more than 2 points above: MISSED" in text
+    assert "Against no pruning in as many rounds it lost +0.70" in text
     harness.draw([task, {**task, "name": "activity", "automatic": None}], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 

@@ -449,12 +449,12 @@ def test_automatic_pruning_stands_still_and_goes_back_while_the_loss_is_too_high
     found = sparsities(Publisher(policy, b"s", policy.pruning()), masters, losses)
     assert found == sorted(found)
     assert not any(found[:8])  # the loss still falls by more than that
-    assert 0 < found[10] == found[14] < found[15]
-    assert found[-1] == pytest.approx(0.98, abs=0.01)
-    spent = sparsities(Publisher(policy, b"s", policy.pruning()), masters, [0.4] * 7 + [0.5] * 20)
-    assert 0 < spent[7] == spent[11] > spent[12]  # its patience is over
-    assert spent[12:] == sorted(spent[12:], reverse=True)
-    assert spent[-1] < spent[12] < 0.98  # lower levels do not hold, either
+    assert 0 < found[9] == found[15] < found[16]
+    assert found[-1] > 0.9
+    spent = sparsities(Publisher(policy, b"s", policy.pruning()), masters, [0.4] * 10 + [0.5] * 20)
+    assert 0 < spent[9] == spent[14] > spent[15] > 0  # its patience is over
+    assert spent[15:] == sorted(spent[15:], reverse=True)
+    assert spent[-1] < spent[15]  # lower levels do not hold, either
 
 
 def test_losses_that_were_measured_on_held_out_examples_count_alone():
@@ -498,8 +498,9 @@ def test_bounds_follow_from_the_number_of_rounds(rounds, bounds):
 
 def test_a_search_within_fixed_bounds_begins_after_the_one_and_tries_no_more_at_the_other():
     policy = Policy(
-        pruning_schedule="automatic", pruning_begin=2, pruning_end=6, pruning_min_size=1
-    )
+        pruning_schedule="automatic", pruning_begin=2, pruning_end=6, pruning_min_size=1,
+        pruning_patience=1,
+    )  # fmt: skip
     publisher = Publisher(policy, b"s", policy.pruning())
     found = sparsities(publisher, steady(0.3, [0.3] * 11), [0.9] * 11)
     assert found[:2] == [0, 0]
