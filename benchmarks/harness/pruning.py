@@ -45,6 +45,7 @@ _LONGER = 1.3  # times the rounds that a sweep has, in which the automatic way f
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 LIMITS = {0.9: 0.5, 0.95: 1.5, 0.98: 4.0}
 """Points of accuracy that a sparsity may cost at most."""
+_QUARTER = 0.1  # of the step of `balanced`: what other criteria than magnitude have by themselves
 _BEGIN, _END = 2, 0.5  # last dense round of gradual pruning; part of the rounds by which it is over
 _COLUMNS = ("way", "sparsity", "accuracy", "points lost", "by seed", "zeros", "MB", "seconds")
 
@@ -94,6 +95,7 @@ WAYS: dict[str, Way] = {
     "erk": Way("magnitude", "erk", "cubic"),
     "global": Way("magnitude", "global", "cubic"),
     "taylor": Way("taylor", "erk", "cubic"),
+    "erk-fine": Way("magnitude", "erk", "cubic", {"down_step": _QUARTER}),
     "random": Way("random", "erk", "cubic"),
     "one-shot": Way("magnitude", "erk", "one-shot", late=True),
     "static": Way("magnitude", "erk", "static", {"pruning_masks": "held"}),
@@ -105,12 +107,15 @@ WAYS: dict[str, Way] = {
 """Those that are measured unless others are named.
 
 The one-shot way prunes when the gradual ones are over, so that all have as many rounds to recover;
-the two short ones leave few of them. Static, dynamic and growing ones are sparse from the first
-version on, and differ in that masks stay, follow the master, or drop and grow by clients' votes.
+the two short ones leave few of them. Lattices are four times finer where masks do not follow from
+sizes (Taylor, random), which costs bytes and is good for accuracy: so `erk-fine` has that without
+another criterion. Static, dynamic and growing ways are sparse from the first version on, and differ
+in that masks stay, follow the master, or drop and grow by clients' votes.
 """
 
 ORDERINGS = (
     ("ERK above uniform", "erk", "uniform"),
+    ("Taylor above magnitude on the same lattice", "taylor", "erk-fine"),
     ("dynamic above static", "dynamic", "static"),
     ("drop and grow above static", "growing", "static"),
     ("gradual above one-shot", "erk", "one-shot"),
