@@ -98,6 +98,7 @@ WAYS: dict[str, Way] = {
     "erk-fine": Way("magnitude", "erk", "cubic", {"down_step": _QUARTER}),
     "random": Way("random", "erk", "cubic"),
     "one-shot": Way("magnitude", "erk", "one-shot", late=True),
+    "one-shot-fine": Way("magnitude", "erk", "one-shot", {"down_step": _QUARTER}, late=True),
     "static": Way("magnitude", "erk", "static", {"pruning_masks": "held"}),
     "dynamic": Way("magnitude", "erk", "static", {"pruning_masks": "dpf"}),
     "growing": Way("magnitude", "erk", "static", {"pruning_masks": "feddst"}),
@@ -119,6 +120,7 @@ ORDERINGS = (
     ("dynamic above static", "dynamic", "static"),
     ("drop and grow above static", "growing", "static"),
     ("gradual above one-shot", "erk", "one-shot"),
+    ("gradual above one-shot on a fine lattice", "erk-fine", "one-shot-fine"),
     ("gradual above one-shot, little recovery", "short", "short-one-shot"),
 )
 """What is known to hold: its name, the better way and the worse one."""
