@@ -40,6 +40,7 @@ FIXED = "global"
 """The way that differs from the automatic one in nothing but that its sparsity is given."""
 TOLERANCE = 0.005
 """What the automatic way may cost, of an accuracy between 0 and 1."""
+_POINTS = 100 * TOLERANCE + 1e-9  # sums of differences of floats
 _SPARED = 0.02  # how much less than the best fixed sparsity the automatic one may reach
 _LONGER = 1.3  # times the rounds that a sweep has, in which the automatic way finds its sparsity
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
@@ -302,7 +303,7 @@ def compare_automatic(
 
     points = lost(without)
     sweep = [row for row in rows if row["way"] == FIXED]
-    held = [row["sparsity"] for row in sweep if row["lost"] <= 100 * TOLERANCE]
+    held = [row["sparsity"] for row in sweep if row["lost"] <= _POINTS]
     fixed = max(held, default=0.0)
     return {
         "rounds": rounds,
@@ -314,7 +315,7 @@ def compare_automatic(
         "zeros": zeros[AUTOMATIC],
         "bytes": arm["bytes_down"] + arm["bytes_up"],
         "fixed": fixed,
-        "tolerated": statistics.fmean(points) <= 100 * TOLERANCE,
+        "tolerated": statistics.fmean(points) <= _POINTS,
         "as_sparse": zeros[AUTOMATIC] >= fixed - _SPARED,
     }
 
