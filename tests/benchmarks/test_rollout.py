@@ -16,10 +16,10 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "rollout.py"
 
 def test_real_agents_go_up_stay_out_of_a_bad_release_and_go_down(tmp_path: Path) -> None:
     document = tmp_path / "figures.json"
-    options = {"agents": 4, "silent": 1, "deadline": 2, "limit": 90, "json": document}
+    options = {"agents": 4, "silent": 1, "deadline": 2, "limit": 240, "json": document}
     command = [f"--{name}={value}" for name, value in options.items()]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *command], capture_output=True, text=True, timeout=300
+        [sys.executable, str(SCRIPT), *command], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads(document.read_text())
