@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,22 +84,17 @@ class FlowerCommand:
             SuperviseError: Flower refused, or its answer has no id; or nobody knows which runs
                 there are.
         """
-        before = self._runs()
+        before = {run["run-id"] for run in self._runs()}
         try:
             answer = _json(self._run)
         except SuperviseError:
-            submitted = self._runs() - before
+            submitted = {run["run-id"] for run in self._runs()} - before
             if len(submitted) != 1:  # of several, nobody knows which
                 raise
             return submitted.pop()
         if not answer.get("run-id"):
-            said = str(answer.get("error-message") or answer)
-            raise SuperviseError(f"flwr run: {said[:_LONGEST]}")
+            raise _refusal("flwr run", answer)
         return str(answer["run-id"])
-
-    def _runs(self) -> set[str]:
-        """Ids of all runs."""
-        return {str(run.get("run-id", "")) for run in _json(self._list).get("runs") or []}
 
     def status(self, run_id: str) -> str:
         """What became of a run so far, as `SubmittedRun.status` has it.
@@ -107,11 +102,29 @@ class FlowerCommand:
         Raises:
             SuperviseError: the SuperLink does not answer, or knows no such run.
         """
-        runs = _json([*self._list, "--run-id", run_id]).get("runs") or [{}]
-        found = str(runs[0].get("status", ""))
-        if not found:
+        runs = self._runs("--run-id", run_id)
+        if not runs:
             raise SuperviseError(f"the SuperLink knows no run {run_id}")
+        found = runs[0]["status"]
         return found.partition(":")[2] if found.startswith("finished:") else found
+
+    def _runs(self, *which: str) -> list[dict[str, str]]:
+        """Ids and states of runs; of all, unless some are asked for.
+
+        Raises:
+            SuperviseError: nobody tells: no run is not the same as no answer.
+        """
+        answer = _json([*self._list, *which])
+        try:
+            return [{key: str(run[key]) for key in ("run-id", "status")} for run in answer["runs"]]
+        except (KeyError, TypeError):
+            raise _refusal("flwr list", answer) from None
+
+
+def _refusal(command: str, answer: Mapping[str, Any]) -> SuperviseError:
+    """Of an answer that does not have what was asked for."""
+    said = str(answer.get("error-message") or answer)
+    return SuperviseError(f"{command}: {said[:_LONGEST]}")
 
 
 def _json(command: Sequence[str]) -> dict[str, Any]:

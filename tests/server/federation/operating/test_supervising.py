@@ -167,6 +167,19 @@ def test_a_run_that_was_taken_without_an_answer_is_not_submitted_twice(tmp_path:
         command.submit()
 
 
+def test_without_a_list_of_runs_nothing_is_submitted(tmp_path: Path) -> None:
+    """An older run would be taken for the one that was submitted."""
+    program = flower(tmp_path, "completed", "unanswered")
+    command = FlowerCommand([str(program), "run"])
+    command.submit()
+    text = program.read_text()
+    program.write_text(text.replace("{'runs':", "{'error-message': 'busy', 'nothing':"))
+    for ask in (command.submit, lambda: command.status("1")):
+        with pytest.raises(SuperviseError, match="flwr list: busy"):
+            ask()
+    assert len(list(tmp_path.glob("run-*"))) == 1
+
+
 def test_the_command_exits_with_1_where_the_run_does_not_complete(tmp_path: Path) -> None:
     quick = ["federation", "supervise", "--wait", "0", "--every", "0.1", "--restarts", "0", "--"]
     for end, said in (("failed", "not submitted again"), ("stopped", "is stopped")):
