@@ -132,12 +132,12 @@ def measured(
     name = comparison.scenario.name
     document, zeros = _run(comparison, name)
     rows = harness.rows_of(document, _ways(name, arguments), arguments.sparsities, zeros)
-    metric, left_out, found = document["task"]["metric"], dict(document["left_out"]), None
+    metric, left_out, searched = document["task"]["metric"], dict(document["left_out"]), None
     if automatic is not None:
         longer, reached = _run(automatic, f"{name}, automatic")
         rounds = automatic.scenario.rounds
         without = document["arms"][harness.UNPRUNED]["by_seed"]
-        found = harness.compare_automatic(longer, rounds, without, rows, reached)
+        searched = harness.compare_automatic(longer, rounds, without, rows, reached)
         left_out |= {f"{arm}, {rounds} rounds": why for arm, why in longer["left_out"].items()}
 
     def figures(arm: str) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def measured(
         "orderings": harness.compare_orderings(rows),
         "limits": harness.within_limits(rows),
         "left_out": left_out,
-        "automatic": found,
+        "automatic": searched,
     }
 
 

@@ -184,6 +184,11 @@ def automatic_arms(rounds: int) -> tuple[int, dict[str, Any]]:
 # -- what was measured ----------------------------------------------------------------------------
 
 
+def _lost(without: Sequence[float], arm: Mapping[str, Any]) -> list[float]:
+    """Points by which an arm is below what was reached without pruning, by seed."""
+    return [100 * (a - b) for a, b in zip(without, arm["by_seed"], strict=True)]
+
+
 def rows_of(
     document: Mapping[str, Any],
     ways: Sequence[str],
@@ -206,7 +211,7 @@ def rows_of(
             if _arm(name, sparsity) in document["left_out"]:
                 continue
             arm = arms[_arm(name, sparsity)]
-            lost = [100 * (a - b) for a, b in zip(without, arm["by_seed"], strict=True)]
+            lost = _lost(without, arm)
             rows.append(
                 {
                     "way": name,
@@ -297,11 +302,7 @@ def compare_automatic(
     if AUTOMATIC not in document["arms"] or UNPRUNED not in document["arms"]:
         return None
     arm = document["arms"][AUTOMATIC]
-
-    def lost(base: Sequence[float]) -> list[float]:
-        return [100 * (a - b) for a, b in zip(base, arm["by_seed"], strict=True)]
-
-    points = lost(without)
+    lost = _lost(without, arm)
     sweep = [row for row in rows if row["way"] == FIXED]
     held = [row["sparsity"] for row in sweep if row["lost"] <= _POINTS]
     fixed = max(held, default=0.0)
@@ -309,13 +310,13 @@ def compare_automatic(
         "rounds": rounds,
         "accuracy": arm[document["task"]["metric"]],
         "spread": arm["spread"],
-        "lost": statistics.fmean(points),
-        "lost_by_seed": points,
-        "lost_in_as_many": statistics.fmean(lost(document["arms"][UNPRUNED]["by_seed"])),
+        "lost": statistics.fmean(lost),
+        "lost_by_seed": lost,
+        "lost_in_as_many": statistics.fmean(_lost(document["arms"][UNPRUNED]["by_seed"], arm)),
         "zeros": zeros[AUTOMATIC],
         "bytes": arm["bytes_down"] + arm["bytes_up"],
         "fixed": fixed,
-        "tolerated": statistics.fmean(points) <= _POINTS,
+        "tolerated": statistics.fmean(lost) <= _POINTS,
         "as_sparse": zeros[AUTOMATIC] >= fixed - _SPARED,
     }
 

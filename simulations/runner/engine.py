@@ -165,10 +165,9 @@ def _start_ray(engine: EngineSpec) -> None:
 
     # of this process there is the path in the environment alone: see `run_engine`
     environment = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
-    # "local": Ray would else join whatever cluster this machine has, or had, begun last
-    chosen: dict[str, Any] = {"address": "local", "num_cpus": engine.concurrent * engine.cpus}
-    if engine.address:
-        chosen = {"address": engine.address}
+    chosen: dict[str, Any] = {"address": engine.address}
+    if not engine.address:  # or Ray would join whatever cluster this machine has begun last
+        chosen = {"address": "local", "num_cpus": engine.concurrent * engine.cpus}
     host, _, port = engine.address.rpartition(":")
     try:
         if host:  # Ray goes on trying for minutes
