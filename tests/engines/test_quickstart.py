@@ -45,7 +45,7 @@ def test_a_federation_without_rounds_learns_and_prunes_by_models(simulation: Any
     assert {int(number) for number, _ in answers} == set(range(1, 7))
     (found,) = re.findall(r"accuracy ([0-9.]+) with (\d+)% zeros", run.log)
     assert float(found[0]) > 0.4, run.log
-    assert int(found[1]) >= 70, run.log  # beside what is pruned, what the lattice rounds away
+    assert 70 <= int(found[1]) <= 92, run.log  # 80 % of weights, and what the lattice rounds away
     (sent,) = re.findall(r"([0-9,]+) bytes on the wire, ([0-9,]+) without Prunecast", run.log)
     ours, dense = (int(number.replace(",", "")) for number in sent)
     assert ours * 15 < dense, run.log

@@ -151,15 +151,11 @@ def sized(
         yield engine, relay, listen(relay), tls
 
 
+@pytest.mark.parametrize("size", [2_000, 6_000_000])
 def test_the_ledger_estimates_the_wire_within_five_per_cent(
-    sized: tuple[Engine, Relay, Quiet, bool],
+    sized: tuple[Engine, Relay, Quiet, bool], size: int
 ) -> None:
-    """Small payloads, of which Flower's requests are most, through TLS; large ones without it.
-
-    `benchmarks/wire.py` measures every size both ways.
-    """
     engine, relay, quiet, tls = sized
-    size = 2_000 if tls else 6_000_000
     row = measure(engine, relay, quiet, size, tls=tls, rounds=2)
     assert row.messages == 2 * 2 * NODES
     assert min(row.ledger) > size * 2 * NODES * 0.9
