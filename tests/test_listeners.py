@@ -112,11 +112,13 @@ def listener(
 
 
 @pytest.fixture
-def held() -> Iterator[list[socket.socket]]:
+def held(listener: Listener) -> Iterator[list[socket.socket]]:
+    """Connections of strangers; whoever comes after the test finds their places free again."""
     made: list[socket.socket] = []
     yield made
     for connection in made:
         connection.close()
+    until(lambda: is_served(listener))
 
 
 @pytest.mark.parametrize("speaks", [False, True], ids=["silent", "begun"])
