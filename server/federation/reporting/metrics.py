@@ -244,7 +244,8 @@ class MetricsServer:
         self.port = int(self._socket.getsockname()[1])
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self.port}/metrics"
-        self._places = Admission(_CONNECTIONS, _CONNECTIONS)
+        patience = self._limits.patience
+        self._places = Admission(_CONNECTIONS, _CONNECTIONS, patience=patience)
         self._sparing = SparingLog(_log)
         self._counts = Metrics()  # of this listener nobody reads them
         self._tasks: set[asyncio.Task[None]] = set()

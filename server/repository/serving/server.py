@@ -119,7 +119,7 @@ class ReleaseServer:
             patience=self._limits.patience,
         )
         # whoever watches the server must reach it when it is full, too
-        self._watching = Admission(_WATCHING, _WATCHING)
+        self._watching = Admission(_WATCHING, _WATCHING, patience=self._limits.patience)
         self._sparing = SparingLog(_log)
         self._refusing = 0
         # a socket: the handshake is not over
