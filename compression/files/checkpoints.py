@@ -22,6 +22,7 @@ import numpy as np
 from prunecast.compression.files import FilesError, UnknownFormat, UnreadableFile, UnsafePath
 from prunecast.compression.files.contents import CONVERSIONS, content_hint
 from prunecast.compression.files.formats import open_tensors
+from prunecast.compression.files.onnx_axes import input_axes
 from prunecast.compression.files.onnx_files import TensorReader
 from prunecast.compression.files.tensors import MOST_DIMENSIONS, FileSpec
 from prunecast.compression.release import RuntimeFailure
@@ -33,7 +34,7 @@ __all__ = ["Checkpoint", "Extent", "open_checkpoint"]
 _INDEX = ".safetensors.index.json"
 _MOST_INDEX = 1 << 28  # bytes
 # numbers of fields in onnx.proto
-_GRAPH, _NODE, _INITIALIZER, _SPARSE = 7, 1, 5, 15
+_GRAPH, _INITIALIZER, _SPARSE = 7, 5, 15
 _DIMS, _TYPE, _FLOATS, _NAME, _RAW, _DOUBLES, _LOCATION = 1, 2, 4, 8, 9, 10, 14
 _FLOATING = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}  # TensorProto.DataType
 
@@ -47,7 +48,7 @@ class Extent:
         spec: dtype and shape.
         file: number of the file in `Checkpoint.files`.
         offset: of its first byte there.
-        inputs: axis of its input channels: 1, or 0 for a matrix that inputs are multiplied with.
+        inputs: axis of its input channels: 1, unless what uses it in an ``.onnx`` model says more.
     """
 
     name: str
@@ -211,14 +212,14 @@ def _onnx(path: Path) -> Checkpoint:
         beside = _beside(path, whole, reader)
         files = {path.name: path, **{span[0]: path.parent / span[0] for span in beside}}
         numbers = {name: number for number, name in enumerate(files)}
-        before = _multiplied(whole)
+        along = input_axes(whole)
         for raw in _repeated(whole, _INITIALIZER):
             name, found = _tensor(raw, whole, reader)
             if found is None:
                 left.append(name)
                 continue
             spec, home, offset = found
-            axis = 0 if name in before and len(spec.shape) == 2 else 1
+            axis = along.get(name, 1) % max(2, len(spec.shape))
             tensors.append(Extent(name, spec, numbers[home] if home else 0, offset, axis))
         for sparse in _repeated(whole, _SPARSE):
             for number, value in read_fields(sparse, FIELDS["SparseTensor"]):
@@ -283,26 +284,6 @@ def _repeated(model: memoryview, wanted: int) -> Iterator[memoryview]:
     for number, value in read_fields(graphs[0], FIELDS["Graph"]):
         if number == wanted and isinstance(value, memoryview):
             yield value
-
-
-def _multiplied(model: memoryview) -> set[str]:
-    """Names of matrices whose rows are input channels: of MatMul, and of Gemm as it stands."""
-    found: set[str] = set()
-    for node in _repeated(model, _NODE):
-        inputs, operator, transposed = [], "", False
-        for number, value in read_fields(node, FIELDS["Node"]):
-            if number == 1 and isinstance(value, memoryview):
-                inputs.append(str(value, "utf-8"))
-            elif number == 4 and isinstance(value, memoryview):
-                operator = str(value, "utf-8")
-            elif number == 5 and isinstance(value, memoryview):
-                fields = dict(read_fields(value, FIELDS["Attribute"]))
-                name = fields.get(1)
-                if isinstance(name, memoryview) and bytes(name) == b"transB":
-                    transposed = bool(fields.get(3))
-        if operator in ("MatMul", "Gemm") and len(inputs) > 1 and not transposed:
-            found.add(inputs[1])
-    return found
 
 
 def _tensor(

@@ -258,12 +258,12 @@ def _by_pattern(
                 f"and {settings.pattern} runs along other axes of them; leave out both with "
                 f"--exclude {twin!r} --exclude {tensor.name!r}"
             )
-        if misfit := pattern.misfit(shape if tensor.inputs == 1 else shape[1::-1]):
+        if misfit := pattern.misfit((0, shape[tensor.inputs])):
             raise CannotPrune(
                 f"{settings.pattern} does not divide {tensor.name!r} of shape {list(shape)}: "
                 f"{misfit}; leave it out with --exclude {tensor.name!r}"
             )
-        step = math.prod(shape[1:]) * 8 * (1 if tensor.inputs == 1 else pattern.of)
+        step = math.prod(shape[1:]) * 8 * (1 if tensor.inputs else pattern.of)
         parts = _parts(checkpoint, tensor, most, step, twin)
         memory = max(memory, _memory([tensor], settings, parts[0].chunk))
         ranking = _ranking([tensor], settings)

@@ -161,7 +161,7 @@ class Grouping:
     Attributes:
         pattern: N and M.
         row: shape of a tensor without its first axis.
-        inputs: axis of the input channels: 1, or 0 for a matrix that inputs are multiplied with.
+        inputs: axis of the input channels.
     """
 
     pattern: NOfM
@@ -178,13 +178,9 @@ class Grouping:
         """
         keys = ranking.keys(part, start, values)
         highest_key(part, ranking, start, keys)
-        scores = ranking.magnitudes(keys).reshape(-1, *self.row)
-        if self.inputs == 0:
-            scores = scores.swapaxes(0, 1)
+        scores = ranking.magnitudes(keys).reshape(-1, *self.row).swapaxes(1, self.inputs)
         kept = self.pattern.masks({"": scores}, 1.0, ALLOCATIONS["layer"])[""]
-        if self.inputs == 0:
-            kept = kept.swapaxes(0, 1)
-        return np.ascontiguousarray(kept).ravel()
+        return np.ascontiguousarray(kept.swapaxes(1, self.inputs)).ravel()
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,49 @@ def test_in_onnx_groups_run_along_what_is_multiplied(tmp_path: Path, criterion: 
             assert after[name].any(1).nonzero()[0].tolist() == stays.ravel().tolist()
 
 
+def test_what_uses_a_weight_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """Behind casts and transpositions, in inner graphs and functions, and of other operators."""
+    node, info = helper.make_node, helper.make_tensor_value_info
+    shapes = {
+        "same": (8, 6), "cast": (8, 6), "turned": (6, 8), "twice": (8, 6), "up": (8, 6, 3),
+        "inner": (8, 6), "shadowed": (6, 8), "called": (8, 6), "four": (1, 2, 8, 6),
+        "gates": (1, 6, 8), "again": (1, 6, 8), "left": (6, 8),
+    }  # fmt: skip
+    rng = np.random.default_rng(2)
+    arrays = {n: rng.normal(size=s).astype("f4") for n, s in shapes.items()}
+    arrays["cast"] = arrays["cast"].astype("f2")
+    own = numpy_helper.from_array(np.ones((6, 8), "f4"), "shadowed")
+    inside = [node("MatMul", ["x", "inner"], ["i"]), node("MatMul", ["x", "shadowed"], ["j"])]
+    then = helper.make_graph(inside, "then", [], [info("i", 1, None)], [own])
+    calls = [node("MatMul", ["a", "b"], ["c"])]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("f", 1)]
+    function = helper.make_function("f", "Linear", ["a", "b"], ["c"], calls, opsets[:1])
+    nodes = [
+        node("Identity", ["same"], ["same_"]),
+        node("MatMul", ["x", "same_"], ["y1"]),
+        node("Cast", ["cast"], ["cast_"], to=1),
+        node("MatMul", ["x", "cast_"], ["y2"]),
+        node("Transpose", ["turned"], ["turned_"], perm=[1, 0]),
+        node("MatMul", ["x", "turned_"], ["y3"]),
+        node("Transpose", ["twice"], ["twice_"]),
+        node("Gemm", ["x", "twice_"], ["y4"], transB=1),
+        node("ConvTranspose", ["x", "up"], ["y5"]),
+        node("If", ["x"], ["y6"], then_branch=then, else_branch=then),
+        node("Linear", ["x", "called"], ["y7"], domain="f"),
+        node("MatMul", ["x", "four"], ["y8"]),
+        node("LSTM", ["x", "gates", "again"], ["y9"], hidden_size=8),
+        node("MatMul", ["left", "x"], ["y10"]),
+    ]
+    tensors = [numpy_helper.from_array(a, n) for n, a in arrays.items()]
+    graph = helper.make_graph(nodes, "g", [], [], tensors)
+    model = helper.make_model(graph, functions=[function], opset_imports=opsets)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    prune(tmp_path / "m.onnx", pattern="2:4")
+    for name, array in arrays_of(tmp_path / "m.pruned.onnx").items():
+        groups = np.moveaxis(array != 0, shapes[name].index(8), -1).reshape(-1, 4)
+        assert (groups.sum(1) == 2).all(), name
+
+
 def test_every_other_byte_stays_and_so_does_the_metadata(tmp_path: Path) -> None:
     kinds = every_kind()
     finite = {n: t for n, t in kinds.items() if n not in ("bfloat16", "specials")}
