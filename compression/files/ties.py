@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from prunecast.compression.files import CannotPrune
 from prunecast.compression.files.checkpoints import Checkpoint, Extent
 from prunecast.compression.files.contents import reading
+from prunecast.compression.pruning.plan import is_named
 
 __all__ = ["refuse_apart", "refuse_shared", "tied_tensors"]
 
@@ -63,10 +63,9 @@ def refuse_apart(
     """
     held = {t.name for t in checkpoint.tensors}
     for copy, first in ties.items():
-        excluded = [
-            any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude) for name in (copy, first)
-        ]
-        if excluded[0] != excluded[1] and (first in chosen or copy in chosen or excluded[1]):
+        excluded = [is_named(name, exclude) for name in (copy, first)]
+        left_out = copy not in held and excluded[1]
+        if excluded[0] != excluded[1] and (first in chosen or copy in chosen or left_out):
             raise CannotPrune(
                 f"tied weights would be pruned apart: {first!r} and {copy!r} are the same, and "
                 "only one of them is excluded; exclude both or neither"

@@ -44,6 +44,8 @@ class Knowledge:
         model: all arrays of the model in their order, for a criterion that looks beside the
             weights; may be empty.
         seed: of whatever is drawn.
+        ties: name of a tensor to that of the one before it that it is, where that is known; None
+            where equal weights tell.
     """
 
     weights: Mapping[str, NDArray[np.floating]]
@@ -52,6 +54,7 @@ class Knowledge:
     accumulated: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
     model: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     seed: int = 0
+    ties: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)

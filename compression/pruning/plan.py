@@ -27,6 +27,8 @@ __all__ = [
     "PlanError",
     "PruningPlan",
     "Shares",
+    "is_named",
+    "is_weight",
     "low_rank_factors",
     "tied_weights",
 ]
@@ -100,6 +102,12 @@ class ChannelSchedule:
         return Shares(*(float(share**passed) for share in self._shares))
 
 
+# Biases, scales, and what weight_norm and quantisation multiply weights with.
+_NO_WEIGHT = re.compile(
+    r"(^|[^a-z])(bias|scales?|scales?_inv|absmax|zeros?|zero_?points?|weight_g)$"
+    r"|\bparametrizations\.[^.]+\.original0$",
+    re.IGNORECASE,
+)
 _ADAPTER = re.compile(
     r"(^|[._])(lora|loha|hada|lokr|ia3|oft|boft|vera|dora|adalora|adapters?|prompt_encoder"
     r"|prompt_embeddings?|prefix_encoder)([._0-9]|$)",
@@ -108,6 +116,33 @@ _ADAPTER = re.compile(
 _FACTORS = ({"a", "b"}, {"down", "up"}, {"left", "right"}, {"u", "v"})
 _NEAR = 1e-6
 _LOW_RANK = 4  # times smaller than the matrix's sides is the rank of its factors
+
+
+def is_weight(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix or a kernel, by its shape and, where that misleads, its name.
+
+    One value a channel is a vector whatever axes of length 1 it has besides, as a scale of a
+    residual branch or the token of a class; with two axes it may be a layer of one output. Biases
+    are none of any shape, nor are a causal mask that is called so and scales of normalised or
+    quantised weights, each of which stands for many.
+
+    Examples:
+        >>> is_weight("head.weight", (1, 512)), is_weight("block.layer_scale", (512, 1, 1))
+        (True, False)
+        >>> is_weight("h.0.attn.bias", (1, 1, 64, 64)), is_weight("q_proj.scales", (32, 512))
+        (False, False)
+    """
+    vector = len(shape) != 2 and sum(n != 1 for n in shape) <= 1
+    return len(shape) > 1 and not vector and not _NO_WEIGHT.search(name)
+
+
+def is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns (shell style) is a tensor's name, or matches it.
+
+    >>> is_named("blocks[0].weight", ["blocks[0].*"]), is_named("['kernel']", ["['kernel']"])
+    (False, True)
+    """
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def low_rank_factors(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
@@ -217,18 +252,25 @@ class PruningPlan:
         return {
             name: array
             for name, array in arrays.items()
-            if array.ndim >= 2
+            if is_weight(name, array.shape)
             and array.size >= self.min_size
             and name not in left
-            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+            and not is_named(name, self.exclude)
         }
 
-    def check(self, arrays: Mapping[str, NDArray[Any]], *, trained: bool = True) -> None:
+    def check(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        trained: bool = True,
+        ties: Mapping[str, str] | None = None,
+    ) -> None:
         """Refuse a model that cannot be pruned as the plan says.
 
         Args:
             arrays: all of the model.
             trained: whether equal weights are tied, not only not trained yet.
+            ties: as `Knowledge` has them.
 
         Raises:
             PlanError: nothing is prunable, the pattern does not divide a tensor or comes to another
@@ -241,7 +283,7 @@ class PruningPlan:
                 "the model has no tensor that may be pruned: none is a matrix or kernel of at "
                 f"least {self.min_size} elements that no pattern excludes, or all are adapters"
             )
-        ties = tied_weights(arrays)
+        ties = tied_weights(arrays) if ties is None else ties
         apart = [pair for pair in ties.items() if (pair[0] in weights) != (pair[1] in weights)]
         if apart and trained:
             raise PlanError(
@@ -296,7 +338,7 @@ class PruningPlan:
         if self.stage(version, len(known.weights)) <= 0 or not known.weights:
             return {}
         kept = kept or {}
-        ties = tied_weights(known.weights)
+        ties = tied_weights(known.weights) if known.ties is None else known.ties
         scores = {
             name: _among(score, kept.get(name))
             for name, score in self.criterion.scores(known).items()

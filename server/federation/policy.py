@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.automatic import KNOBS, Search
 from prunecast.compression.pruning.criteria import CRITERIA
 from prunecast.compression.pruning.patterns import parse_pattern
-from prunecast.compression.pruning.plan import ChannelSchedule, PruningPlan, Shares
+from prunecast.compression.pruning.plan import ChannelSchedule, PruningPlan, Shares, is_named
 from prunecast.compression.pruning.schedules import (
     AUTOMATIC,
     HELD,
@@ -273,13 +272,13 @@ class Policy:
 
         It travels exactly, or in the `mantissa_bits` of a running statistic.
         """
-        by_name = is_statistic(name) or _matches(name, self.lossless)
+        by_name = is_statistic(name) or is_named(name, self.lossless)
         return self.down_step == 0 or dtype.kind != "f" or size < 2 or by_name
 
     def mantissa_bits(self, name: str, dtype: np.dtype[Any], size: int) -> int:
         """Bits of mantissa that a tensor without a lattice is rounded to; 0 for exact."""
         exact = self.down_step == 0 or dtype.kind != "f" or size < 2
-        if exact or not is_statistic(name) or _matches(name, self.lossless):
+        if exact or not is_statistic(name) or is_named(name, self.lossless):
             return 0
         return self.statistics_bits
 
@@ -288,7 +287,7 @@ class Policy:
 
         So are floats that are no statistics: whatever else travels exactly may hold what it likes.
         """
-        by_name = is_statistic(name) or _matches(name, self.lossless)
+        by_name = is_statistic(name) or is_named(name, self.lossless)
         return dtype.kind == "f" and size >= 2 and not by_name
 
     def check_rounds(self, rounds: int) -> None:
@@ -374,7 +373,3 @@ class Policy:
 @cache
 def _say_once(message: str) -> None:
     log(WARNING, "%s", message)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Collection, Mapping
 from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,13 @@ from numpy.typing import NDArray
 from prunecast.compression.flower import dense_arrays, set_apart
 from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.masks import Masks
-from prunecast.compression.pruning.plan import PlanError, PruningPlan, low_rank_factors
+from prunecast.compression.pruning.plan import (
+    PlanError,
+    PruningPlan,
+    is_named,
+    is_weight,
+    low_rank_factors,
+)
 from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.policy import Policy
 
@@ -139,12 +144,12 @@ def _asked(policy: Policy) -> tuple[str, Any, Any]:
 
 def _why(plan: PruningPlan, lattice: Arrays, frozen: Collection[str]) -> str:
     """What keeps the largest matrix or kernel from being pruned, and how to change that."""
-    matrices = {name: array.size for name, array in lattice.items() if array.ndim >= 2}
+    matrices = {name: array.size for name, array in lattice.items() if is_weight(name, array.shape)}
     if not matrices:
         return "it has no matrix or kernel of floats; prune another record"
     name = max(matrices, key=lambda n: matrices[n])
     what = f"its largest matrix or kernel, {name!r},"
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in plan.exclude):
+    if is_named(name, plan.exclude):
         return f"{what} is named by prunecast.pruning-exclude; name less there"
     if matrices[name] < plan.min_size:
         return (
