@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,8 +116,10 @@ def prune(
     from prunecast.compression.pruning.patterns import parse_pattern
 
     if sparsity is None and pattern:
-        with suppress(ValueError):
+        try:
             sparsity = getattr(parse_pattern(pattern), "sparsity", None)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--pattern") from error
     if sparsity is None:
         raise typer.BadParameter("give --sparsity, such as 0.9, or --pattern, such as 2:4")
     if not 0 < sparsity < 1:

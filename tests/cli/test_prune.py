@@ -114,6 +114,7 @@ def test_a_pattern_says_its_sparsity_itself(run: Run, weights: Path) -> None:
         (["--sparsity", -1], 2, "removes nothing"),
         ([], 2, "give --sparsity"),
         (["--sparsity", 0.5, "--criterion", "fisher"], 1, "criterion 'fisher' looks at"),
+        (["--pattern", "4:4"], 2, "4:4 keeps nothing or everything"),
         (["--pattern", "2:5"], 1, "2:5 does not divide 'a.weight' of shape [40, 32]"),
         (["--sparsity", 0.5, "--exclude", "*"], 1, "has no tensor that may be pruned"),
         (["--sparsity", 0.5, "--out", "there.onnx"], 1, "name it so"),
