@@ -86,6 +86,7 @@ class HeldMasks:
         self._steps = [
             optimizer.register_step_pre_hook(lambda *_: self._gradients()),
             optimizer.register_step_post_hook(lambda *_: self._weights()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._loaded()),
         ]
 
     def update(self, masks: Mapping[str, AnyMask]) -> None:
@@ -116,13 +117,17 @@ class HeldMasks:
         for handle in self._watched:
             handle.remove()
         self._held = held
-        self._watched = [
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                self._gradient_of(index)
-            )
-            for index, (parameter, _) in enumerate(held)
-            if parameter.requires_grad and not self._dense
-        ]
+        self._watched = []
+        for index, (parameter, _) in enumerate(held if not self._dense else ()):
+            frozen = not parameter.requires_grad  # which may end before these masks do
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_()
+                self._watched.append(
+                    parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        self._gradient_of(index)
+                    )
+                )
+                parameter.requires_grad_(not frozen)
         self._forget()
         self._gradients()
         self._weights()
@@ -133,6 +138,7 @@ class HeldMasks:
         held: dict[int, tuple[nn.Parameter, Tensor]] = {}
         names: dict[int, str] = {}
         for name, mask in masks.items():
+            name = name.replace(_COMPILED, "")
             parameter = parameters.get(name)
             if parameter is None:
                 if name not in others:
@@ -143,7 +149,7 @@ class HeldMasks:
                     f"the mask of {name!r} is {list(mask.shape)}, "
                     f"the parameter {list(parameter.shape)}"
                 )
-            kept = torch.as_tensor(np.asarray(mask) if isinstance(mask, np.ndarray) else mask)
+            kept = torch.from_numpy(mask.copy()) if isinstance(mask, np.ndarray) else mask
             dropped = ~kept.to(parameter.device, torch.bool)
             earlier = held.setdefault(id(parameter), (parameter, dropped))[1]
             if earlier is not dropped and not torch.equal(earlier, dropped):
@@ -177,6 +183,11 @@ class HeldMasks:
             f"there is a mask for {name!r}, which the optimiser does not know by name: give the "
             "module too, hold_masks(optimizer, masks, module)"
         )
+
+    def _loaded(self) -> None:
+        """The weights are loaded beside the optimiser, mostly before it."""
+        self._forget()
+        self._weights()
 
     def _forget(self) -> None:
         """What the optimiser has gathered of pruned weights, such as momentum, becomes zero."""

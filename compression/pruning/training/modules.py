@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from prunecast.compression.pruning.counting import count_operations, parameter_count
 from prunecast.compression.pruning.criteria import Knowledge
+from prunecast.compression.pruning.masks import Masks
 from prunecast.compression.pruning.plan import PlanError, PruningPlan
 from prunecast.compression.pruning.schedules import AT_LAST
 from prunecast.compression.pruning.structure.channels import ChannelPlan
@@ -107,6 +109,9 @@ def prune_module(
         >>> int((net.weight == 0).sum()), pruned.report().removed
         (1536, 1536)
     """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta or nn.parameter.is_lazy(parameter):
+            raise PlanError(f"{name!r} has no values yet: load or initialise the module first")
     if every < 1 or batches < 1:
         raise PlanError(f"a version has at least one step and a batch, not {every} and {batches}")
     channels = _channels(module, plan, example)
@@ -145,6 +150,8 @@ class PrunedModule:
         measure: _Measure,
     ) -> None:
         self.module, self.channels = module, channels
+        wide, module = (getattr(m, "_orig_mod", m) for m in (wide, module))  # of torch.compile
+        self._eager: nn.Module = module
         self.masks: dict[str, NDArray[np.bool_]] = {}
         self._plan, self._example, self._measure, self._every = plan, example, measure, every
         self._wide = (parameter_count(wide), count_operations(wide, example).macs)
@@ -156,7 +163,8 @@ class PrunedModule:
         self._before: Arrays = {}
         if not plan.schedule(AT_LAST):
             return
-        plan.check(_arrays(module))
+        self._ties = _ties(module)
+        plan.check(_arrays(module), ties=self._ties)
         self._count = len(self._weights())
         self._last = plan.stage(AT_LAST, self._count)
         if plan.criterion.once:
@@ -175,14 +183,14 @@ class PrunedModule:
 
     def report(self) -> ModuleReport:
         """What was taken so far."""
-        parameters = dict(self.module.named_parameters())  # tied ones once
-        operations = count_operations(self.module, self._example)
+        parameters = dict(self._eager.named_parameters())  # tied ones once
+        operations = count_operations(self._eager, self._example)
         prunable = self._weights()
         return ModuleReport(
             {name: float(1 - mask.mean()) for name, mask in self.masks.items()},
             sum(parameters[name].numel() for name in prunable if name in parameters),
             sum(int((~mask).sum()) for name, mask in self.masks.items() if name in parameters),
-            (self._wide[0], parameter_count(self.module)),
+            (self._wide[0], parameter_count(self._eager)),
             (self._wide[1], operations.macs),
             operations.effective({name: int(mask.sum()) for name, mask in self.masks.items()}),
         )
@@ -223,25 +231,35 @@ class PrunedModule:
 
     def _prune(self, version: float, weights: Arrays, *, at_all: bool) -> None:
         criterion = self._plan.criterion
+        for name, values in weights.items() if at_all else ():
+            if not np.isfinite(values).all():
+                raise PlanError(
+                    f"{name!r} holds NaN or an infinity: begin from weights that are sound, or "
+                    "exclude it"
+                )
         update = {n: weights[n] - self._before[n] for n in weights if n in self._before}
         statistics = self._statistics
         needs_gradient = criterion.uses_update and not update and version >= AT_LAST
         if at_all and (needs_gradient or (criterion.statistics and not criterion.once)):
-            statistics, gradients = self._measure(self.module, criterion.statistics)
+            statistics, gradients = self._measure(self._eager, criterion.statistics)
             if needs_gradient:  # a step of plain gradient descent is the update that there is
                 update = {n: -gradients[n] for n in weights if n in gradients}
         model: Arrays = {}
         if at_all and criterion.uses_model:
-            model = {n: _array(t) for n, t in self.module.state_dict().items()}
-        known = Knowledge(weights, update, statistics, self._accumulated, model, self._plan.seed)
+            model = {n: _array(t) for n, t in self._eager.state_dict().items()}
+        known = Knowledge(
+            weights, update, statistics, self._accumulated, model, self._plan.seed, self._ties
+        )
         if criterion.accumulates is not None:
             for name, more in criterion.accumulates(known).items():
                 self._accumulated[name] = self._accumulated.get(name, 0) + more
         if at_all:
-            self.masks = self._plan.masks(version, known, self.masks)
+            masks = self._plan.masks(version, known, self.masks)
+            _refuse_lost(self._eager, masks)
+            self.masks = masks
 
     def _weights(self) -> Arrays:
-        return self._plan.prunable(_arrays(self.module))
+        return self._plan.prunable(_arrays(self._eager))
 
 
 def _channels(
@@ -264,6 +282,37 @@ def _channels(
     if channels == heads == layers == 1:
         return None
     return choose_channels(module, example, channels, heads=heads, layers=layers)
+
+
+def _refuse_lost(module: nn.Module, masks: Masks) -> None:
+    """Refuse masks whose zeros a parametrisation makes other values of, or NaN of whole rows."""
+    for prefix, part in module.named_modules():
+        held = {n for n, _ in part.named_parameters(prefix, recurse=False)} & masks.keys()
+        if not held or not isinstance(part, ParametrizationList):
+            continue
+        trial = copy.deepcopy(part).eval()
+        with torch.no_grad():
+            for name, parameter in trial.named_parameters(prefix, recurse=False):
+                if name in held:
+                    dropped = torch.from_numpy(~masks[name]).to(parameter.device)
+                    parameter.masked_fill_(dropped, 0)
+                    made = trial()
+                    what = f"{type(part[0]).__name__.lstrip('_')} makes"
+                    if not made.isfinite().all():
+                        raise PlanError(
+                            f"{what} NaN of a row of {name!r} without weights: lower the sparsity, "
+                            "or exclude it"
+                        )
+                    if made.shape == dropped.shape and made[dropped].any():
+                        raise PlanError(f"{what} other values of zeros in {name!r}: exclude it")
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Names of parameters that are one before them, and the name of that."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    pairs = ((name, first.setdefault(id(parameter), name)) for name, parameter in named)
+    return {name: other for name, other in pairs if name != other}
 
 
 def _arrays(module: nn.Module) -> Arrays:
@@ -320,4 +369,10 @@ class _Measure:
         if not count:
             raise PlanError("the loader is empty: the criterion has nothing to look at")
         gradients = {name: (total / count).float().cpu().numpy() for name, total in sums.items()}
+        for name, gradient in gradients.items():
+            if not np.isfinite(gradient).all():
+                raise PlanError(
+                    f"the gradient of {name!r} is NaN or infinite: look at the loader's batches "
+                    "and the loss_fn"
+                )
         return meter.found(), gradients
