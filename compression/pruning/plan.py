@@ -388,6 +388,7 @@ def _among(scores: NDArray[np.floating], kept: NDArray[np.bool_] | None) -> NDAr
     """Scores of which those that are not kept are the lowest: 0, below all others."""
     if kept is None or kept.shape != scores.shape:
         return scores
+    scores = scores.astype(np.result_type(scores, np.float32))  # float16 has weights below its tiny
     return np.where(kept, np.maximum(scores, np.finfo(scores.dtype).tiny), scores.dtype.type(0))
 
 

@@ -37,6 +37,7 @@ from prunecast.compression.pruning.training.measuring import (
 __all__ = ["ModuleReport", "PrunedModule", "prune_module"]
 
 Arrays = dict[str, NDArray[Any]]
+_NO_ROW = "{what} makes NaN of a row of {name!r} without weights: lower the sparsity, or exclude it"
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,11 @@ def _channels(
 
 def _refuse_lost(module: nn.Module, masks: Masks) -> None:
     """Refuse masks whose zeros a parametrisation makes other values of, or NaN of whole rows."""
+    lengths = {n for n, _ in module.named_parameters() if n.endswith("weight_g")}
+    for name, mask in masks.items():  # of nn.utils.weight_norm, which is a hook
+        rows = mask.reshape(len(mask), -1).any(1)
+        if name.endswith("weight_v") and f"{name[:-1]}g" in lengths and not rows.all():
+            raise PlanError(_NO_ROW.format(what="weight_norm", name=name))
     for prefix, part in module.named_modules():
         held = {n for n, _ in part.named_parameters(prefix, recurse=False)} & masks.keys()
         if not held or not isinstance(part, ParametrizationList):
@@ -297,14 +303,13 @@ def _refuse_lost(module: nn.Module, masks: Masks) -> None:
                     dropped = torch.from_numpy(~masks[name]).to(parameter.device)
                     parameter.masked_fill_(dropped, 0)
                     made = trial()
-                    what = f"{type(part[0]).__name__.lstrip('_')} makes"
+                    what = type(part[0]).__name__.lstrip("_")
                     if not made.isfinite().all():
-                        raise PlanError(
-                            f"{what} NaN of a row of {name!r} without weights: lower the sparsity, "
-                            "or exclude it"
-                        )
+                        raise PlanError(_NO_ROW.format(what=what, name=name))
                     if made.shape == dropped.shape and made[dropped].any():
-                        raise PlanError(f"{what} other values of zeros in {name!r}: exclude it")
+                        raise PlanError(
+                            f"{what} makes other values of zeros in {name!r}: exclude it"
+                        )
 
 
 def _ties(module: nn.Module) -> dict[str, str]:
@@ -350,6 +355,11 @@ class _Measure:
                 "the criterion looks at gradients or activations: give prune_module a loader (and "
                 "its loss_fn)"
             )
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise PlanError(
+                "the criterion looks at gradients or activations of what is trained, and every "
+                "parameter is frozen: choose magnitude, or let some be trained"
+            )
         work = copy.deepcopy(module).train()
         device = next(work.parameters()).device
         count = 0
@@ -367,7 +377,10 @@ class _Measure:
                     if parameter.grad is not None:
                         sums[name] = sums.get(name, 0) + parameter.grad
         if not count:
-            raise PlanError("the loader is empty: the criterion has nothing to look at")
+            raise PlanError(
+                "the loader is empty, so the criterion has nothing to look at: give one that can "
+                "be gone through again, as a DataLoader or a list, and no generator"
+            )
         gradients = {name: (total / count).float().cpu().numpy() for name, total in sums.items()}
         for name, gradient in gradients.items():
             if not np.isfinite(gradient).all():

@@ -30,6 +30,9 @@ def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> int:
         batches: yields (inputs, targets), of which the targets are not looked at; batches of a
             single example are passed over, as BatchNorm has no variance of them.
 
+    Raises:
+        Exception: whatever the batches or the module raise; the statistics stay as they were.
+
     Returns:
         Number of examples that were looked at; 0 where statistics stayed as they were.
 
@@ -42,6 +45,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> int:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
+    before = [{n: b.clone() for n, b in norm.named_buffers()} for norm in norms]
     modes = [(part, part.training) for part in module.modules()]
     momenta = [norm.momentum for norm in norms]
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -56,6 +60,12 @@ def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> int:
                     _begin(norms)
                 outputs_of(module, inputs, device)
                 examples += len(targets)
+    except BaseException:
+        with torch.no_grad():
+            for norm, buffers in zip(norms, before, strict=True):
+                for name, buffer in norm.named_buffers():
+                    buffer.copy_(buffers[name])
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -284,6 +284,15 @@ def test_low_rank_factors_are_left_alone_unless_asked(names, shapes, found):
     assert list(PruningPlan(min_size=1, adapters=True).prunable(dense)) == list(dense)
 
 
+def test_the_smallest_numbers_of_float16_rank_at_a_second_event_too():
+    ranks = np.random.default_rng(0).permutation(np.arange(1, 1025)).reshape(32, 32)
+    weights = (ranks * 6e-8).astype(np.float16)  # what is not normal among them ends at 6.1e-5
+    plan = PruningPlan(CubicSchedule(0.5, 1, 4))
+    first = plan.masks(2, Knowledge({"w": weights}))
+    second = plan.masks(9, Knowledge({"w": np.where(first["w"], weights, 0)}), first)
+    assert np.array_equal(second["w"], ranks > 512)
+
+
 def test_statistics_are_asked_for_while_they_decide():
     plan = PruningPlan(CubicSchedule(0.5, 2, 4), CRITERIA["fisher"])
     asked = [bool(plan.wanted(version, {})) for version in range(1, 7)]

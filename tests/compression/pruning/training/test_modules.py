@@ -370,6 +370,15 @@ def test_weights_and_gradients_that_are_not_finite_are_refused(
         prune_module(module, taylor, (torch.rand(1, 32),), loader=broken)
 
 
+def test_what_cannot_be_measured_is_said() -> None:
+    module, loader = rings()
+    how, example = plan(criterion=CRITERIA["snip"]), (torch.rand(1, 32),)
+    with pytest.raises(PlanError, match="give one that can be gone through again"):
+        prune_module(module, how, example, loader=iter(()))
+    with pytest.raises(PlanError, match="every parameter is frozen"):
+        prune_module(module.requires_grad_(False), how, example, loader=loader)
+
+
 def test_parameters_without_values_are_refused() -> None:
     for module in (nn.Linear(32, 8, device="meta"), nn.LazyLinear(8)):
         with pytest.raises(PlanError, match="'weight' has no values yet"):
@@ -388,6 +397,7 @@ def test_zeros_come_through_a_parametrisation_or_are_refused() -> None:
     rows = plan(0.5, criterion=CRITERIA["l2"])
     for made, how, why in (
         (parametrizations.weight_norm, rows, "WeightNorm makes NaN of a row"),
+        (nn.utils.weight_norm, rows, "weight_norm makes NaN of a row of 'weight_v'"),
         (parametrizations.orthogonal, plan(0.5), "other values of zeros"),
     ):
         layer = made(nn.Linear(32, 64))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from torch import nn
 
@@ -39,6 +42,17 @@ def test_statistics_are_those_of_the_weights_now_and_nothing_else_moves() -> Non
     assert norm.momentum == 0.3
     assert all(part.training for part in module.modules())
     assert all(p.grad is None for p in module.parameters())
+
+
+def test_a_batch_that_fails_leaves_the_statistics() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(4))
+    module(torch.rand(8, 4))
+    before = copy.deepcopy(module.state_dict())
+    for wrong in ([(torch.rand(8, 5), torch.zeros(8))], [(torch.rand(8, 4), torch.zeros(8)), None]):
+        with pytest.raises((RuntimeError, TypeError)):
+            recalibrate(module, wrong)
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, before[name])
 
 
 def test_what_has_nothing_to_estimate_is_left_alone() -> None:
