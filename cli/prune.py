@@ -114,6 +114,7 @@ def prune(
     )
     from prunecast.compression.files.workers import one_after_the_other, ray_cluster
     from prunecast.compression.pruning.patterns import parse_pattern
+    from prunecast.compression.pruning.plan import is_named
 
     if sparsity is None and pattern:
         try:
@@ -142,6 +143,10 @@ def prune(
     targets = default_targets(source, output)
     for path in targets.all:
         refuse_to_overwrite(path, force)
+    names = [*(t.name for t in source.tensors), *source.left, *source.aliases]
+    for wanted in settings.exclude:
+        if not any(is_named(name, [wanted]) for name in names):
+            typer.echo(f"note: --exclude {wanted!r} names no tensor of the checkpoint", err=True)
     with ExitStack() as opened:
         run = one_after_the_other if ray is None else opened.enter_context(ray_cluster(ray))
         progress = opened.enter_context(file_progress())

@@ -107,6 +107,12 @@ def test_a_pattern_says_its_sparsity_itself(run: Run, weights: Path) -> None:
     assert (document["pattern"], document["sparsity"]) == ("1:4", 0.75)
 
 
+def test_a_pattern_that_names_nothing_is_said(run: Run, weights: Path) -> None:
+    result = run(weights, "--sparsity", 0.5, "--exclude", "a.wieght", "--exclude", "a.*", "--json")
+    assert result.stderr == "note: --exclude 'a.wieght' names no tensor of the checkpoint\n"
+    assert json.loads(result.stdout)["tensors"][0]["removed"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
