@@ -230,49 +230,6 @@ def test_in_onnx_groups_run_along_what_is_multiplied(tmp_path: Path, criterion: 
             assert after[name].any(1).nonzero()[0].tolist() == stays.ravel().tolist()
 
 
-def test_what_uses_a_weight_is_found_wherever_it_is(tmp_path: Path) -> None:
-    """Behind casts and transpositions, in inner graphs and functions, and of other operators."""
-    node, info = helper.make_node, helper.make_tensor_value_info
-    shapes = {
-        "same": (8, 6), "cast": (8, 6), "turned": (6, 8), "twice": (8, 6), "up": (8, 6, 3),
-        "inner": (8, 6), "shadowed": (6, 8), "called": (8, 6), "four": (1, 2, 8, 6),
-        "gates": (1, 6, 8), "again": (1, 6, 8), "left": (6, 8),
-    }  # fmt: skip
-    rng = np.random.default_rng(2)
-    arrays = {n: rng.normal(size=s).astype("f4") for n, s in shapes.items()}
-    arrays["cast"] = arrays["cast"].astype("f2")
-    own = numpy_helper.from_array(np.ones((6, 8), "f4"), "shadowed")
-    inside = [node("MatMul", ["x", "inner"], ["i"]), node("MatMul", ["x", "shadowed"], ["j"])]
-    then = helper.make_graph(inside, "then", [], [info("i", 1, None)], [own])
-    calls = [node("MatMul", ["a", "b"], ["c"])]
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("f", 1)]
-    function = helper.make_function("f", "Linear", ["a", "b"], ["c"], calls, opsets[:1])
-    nodes = [
-        node("Identity", ["same"], ["same_"]),
-        node("MatMul", ["x", "same_"], ["y1"]),
-        node("Cast", ["cast"], ["cast_"], to=1),
-        node("MatMul", ["x", "cast_"], ["y2"]),
-        node("Transpose", ["turned"], ["turned_"], perm=[1, 0]),
-        node("MatMul", ["x", "turned_"], ["y3"]),
-        node("Transpose", ["twice"], ["twice_"]),
-        node("Gemm", ["x", "twice_"], ["y4"], transB=1),
-        node("ConvTranspose", ["x", "up"], ["y5"]),
-        node("If", ["x"], ["y6"], then_branch=then, else_branch=then),
-        node("Linear", ["x", "called"], ["y7"], domain="f"),
-        node("MatMul", ["x", "four"], ["y8"]),
-        node("LSTM", ["x", "gates", "again"], ["y9"], hidden_size=8),
-        node("MatMul", ["left", "x"], ["y10"]),
-    ]
-    tensors = [numpy_helper.from_array(a, n) for n, a in arrays.items()]
-    graph = helper.make_graph(nodes, "g", [], [], tensors)
-    model = helper.make_model(graph, functions=[function], opset_imports=opsets)
-    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    prune(tmp_path / "m.onnx", pattern="2:4")
-    for name, array in arrays_of(tmp_path / "m.pruned.onnx").items():
-        groups = np.moveaxis(array != 0, shapes[name].index(8), -1).reshape(-1, 4)
-        assert (groups.sum(1) == 2).all(), name
-
-
 def test_every_other_byte_stays_and_so_does_the_metadata(tmp_path: Path) -> None:
     kinds = every_kind()
     finite = {n: t for n, t in kinds.items() if n not in ("bfloat16", "specials")}
@@ -294,18 +251,14 @@ def test_norms_biases_small_tensors_and_adapters_are_left(tmp_path: Path) -> Non
     shapes = {
         "layer.weight": (64, 64), "layer.bias": (64,), "norm.weight": (2000,), "small": (4, 4),
         "q.lora_A.weight": (8, 256), "q.lora_B.weight": (256, 8), "head.weight": (64, 32),
-        "h.0.attn.bias": (1, 1, 40, 40), "block.layer_scale": (2000, 1, 1),
-        "class_token": (1, 1, 2000), "q_proj.scales": (32, 64), "conv.weight_g": (2000, 1),
-        "blocks[0].weight": (40, 40),
     }  # fmt: skip
     tensors = {n: weights(rng, shape, "float32", "none") for n, shape in shapes.items()}
     write_tensors(tmp_path / "m.safetensors", tensors)
-    exclude = ("head.*", "blocks[0].weight")
-    result = prune(tmp_path / "m.safetensors", min_size=1024, exclude=exclude)
+    result = prune(tmp_path / "m.safetensors", min_size=1024, exclude=("head.*",))
     assert [n for n, t in result.tensors.items() if t.removed] == ["layer.weight"]
     result = prune(tmp_path / "m.safetensors", min_size=1024, adapters=True)
     assert [n for n, t in result.tensors.items() if t.removed] == [
-        "blocks[0].weight", "head.weight", "layer.weight", "q.lora_A.weight", "q.lora_B.weight",
+        "head.weight", "layer.weight", "q.lora_A.weight", "q.lora_B.weight",
     ]  # fmt: skip
 
 
@@ -748,14 +701,6 @@ def test_tied_weights_count_once_and_share_a_mask(tmp_path: Path, allocation: st
     assert result.tensors["z2"].same_as == ""
     assert (result.prunable, result.removed) == (1000, 500)
     assert_masked(tmp_path / "m.pruned.safetensors", tensors, masks)
-
-
-def test_equal_integers_are_nobodys_tie(tmp_path: Path) -> None:
-    """Nothing of them is pruned, so a pattern may name one of two."""
-    ones = FileTensor(np.ones((20, 20), np.int32), "int32")
-    layer = weights(np.random.default_rng(5), (20, 20), "float32", "none")
-    write_tensors(tmp_path / "m.safetensors", {"a": ones, "b": ones, "layer": layer})
-    assert prune(tmp_path / "m.safetensors", exclude=("a",)).removed == 200
 
 
 @pytest.mark.parametrize("exclude", ["head", "tokens", "left_out", "layer"])
