@@ -13,13 +13,21 @@ from prunecast.client.training.encoding import (
     align,
     kept_whole,
 )
-from prunecast.compression.versions import PublishedModel, UpdateRule
+from prunecast.compression.versions import (
+    LatticeTensor,
+    PublishedModel,
+    Tensor,
+    UpdateRule,
+    exact_change,
+    is_statistic,
+)
 
 __all__ = ["MOST_COARSER", "Fitted", "coarser_rule", "fitted", "unsent"]
 
 MOST_COARSER = 48
 """Quarters of a doubling by which steps grow at most, for a number of bytes: 4,096 times."""
 
+_COUNTER = "num_batches_tracked"  # the end of its name, in BatchNorm
 _FIRST = 4  # quarters that are tried first
 
 Arrays = Mapping[str, NDArray[Any] | None]
@@ -83,11 +91,21 @@ def unsent(
         below: the norm that change and residual together must be below; infinity for any.
 
     Returns:
-        None where it is to be sent: it is above that, holds what is no change of the version, or
-        was dropped while it was values of its own.
+        None where it is to be sent: it is above that, holds what is no change of the version or
+        changes what has no residual, or was dropped while it was values of its own.
     """
     tensors = align(record, base.specs)
     if any(tensor.spec is None or tensor.like != name for name, tensor in tensors.items()):
         return None
+    if any(a is not None and _changes_exactly(n, a, base[n]) for n, a in record.items()):
+        return None
     kept = kept_whole(base, record, residual)
     return Coded(tensors, {}, kept[0]) if kept is not None and kept[1] < below else None
+
+
+def _changes_exactly(name: str, array: NDArray[Any], tensor: Tensor) -> bool:
+    """Whether what travels exactly has changed, but for what normalisation layers count."""
+    if is_statistic(name) or name.endswith(_COUNTER):
+        return False
+    on_lattice = isinstance(tensor, LatticeTensor) and array.dtype.kind == "f"
+    return not on_lattice and exact_change(array, tensor) is not None

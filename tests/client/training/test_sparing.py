@@ -127,3 +127,19 @@ def test_what_is_no_change_of_the_version_is_sent():
     assert unsent(base, arrays, {"w\0values": np.ones((60, 40))}, math.inf) is None
     with pytest.raises(NonFiniteUpdate):
         unsent(base, {**arrays, "w": np.full((60, 40), np.nan, np.float32)}, {}, math.inf)
+
+
+@pytest.mark.parametrize("name", ["head", "seen", "w"])
+def test_what_no_residual_could_keep_is_sent(name):
+    """A tensor that has no lattice, a counter of the app's own, integers in place of floats."""
+    exact = {
+        "head": RawTensor(np.ones(5, np.float32)),
+        "seen": RawTensor(np.zeros(3, np.int64)),
+        "bn.num_batches_tracked": RawTensor(np.array(7)),
+    }
+    base = PublishedModel({**model_of().tensors, **exact}, 1)
+    arrays = {**base.arrays(), "bn.num_batches_tracked": np.array(8)}
+    arrays["running_mean"] = arrays["running_mean"] + np.float32(1)
+    assert unsent(base, arrays, {}, math.inf) is not None
+    changed = np.rint(arrays[name]).astype(np.int64) if name == "w" else arrays[name] + 1
+    assert unsent(base, {**arrays, name: changed}, {}, math.inf) is None

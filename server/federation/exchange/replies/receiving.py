@@ -317,7 +317,7 @@ class Receiver:
     def is_update(self, item: Received) -> bool:
         """Whether a reply's arrays are those that were sent, trained, and surely no gradients."""
         scheme = self._streams.policy.scheme
-        trained = ["update", "update/verbatim", "dense"]
+        trained = ["update", "update/verbatim", "lazy", "dense"]
         trained += [] if scheme is None else [scheme.name]
         return all(kind in trained for kind in item.entry.kind.split("+"))
 

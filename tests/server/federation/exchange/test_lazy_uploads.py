@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from prunecast.client.training.store import NodeStore
-from prunecast.server.federation import Policy, PolicyError
+from prunecast.server.federation import Deadlines, Policy, PolicyError
 from support.federation import (
     RUN_ID,
     initial_arrays,
@@ -86,6 +86,30 @@ def test_a_lost_reply_that_said_nothing_loses_nothing(federation, tmp_path):
     store.settle(node.accepted, node.given_up)
     after = store.residual("arrays")
     assert {k: v.tobytes() for k, v in before.items()} == {k: v.tobytes() for k, v in after.items()}
+
+
+def test_a_late_reply_that_said_nothing_is_applied_and_keeps_what_it_kept_back(
+    federation, tmp_path
+):
+    deadlines = Deadlines(replies=1, late="apply")
+    grid, inner, seen = federation(Policy(lazy=1e6), nodes=2, deadlines=deadlines)
+    arrays = initial_arrays()
+    asked(grid, arrays, [1, 2], 1)
+    store = NodeStore(tmp_path / "store", RUN_ID, 2)
+    inner.busy = {2}
+    asked(grid, local_step(arrays, 2), [1, 2], 2)
+    inner.serve(2)
+    [late, _] = asked(grid, local_step(arrays, 3), [1], 3)
+    for name in LATTICE:  # an update of zero
+        np.testing.assert_array_equal(late[name], local_step(arrays, 3)[name])
+    assert kinds(grid, 2) == ["update", "lazy"]
+    before, node = next(a for n, _, a in reversed(seen) if n == 2), grid._streams.node(2)
+    earlier = store.residual("arrays")  # what the first reply dropped went with the late one
+    store.settle(node.accepted, node.given_up)
+    left, trained = store.residual("arrays"), local_step(before, 2002)
+    assert not earlier
+    for name in LATTICE:
+        assert np.linalg.norm(left[name]) > 0.9 * np.linalg.norm(trained[name] - before[name])
 
 
 def run(federation, strategy, rounds):
