@@ -169,7 +169,7 @@ class LateReplies:
             rounds = max(1, present.round - item.sent.round)
             weight = staleness_weight(rounds, self.deadlines.late_exponent)
             content = moved(item.message.content, item.sent, present, weight)
-            if content is None or not self._receiver.is_update(item):
+            if content is None or rounds > _ROUNDS or not self._receiver.is_update(item):
                 self._receiver.late(item, 0.0)
                 self._give_up(item.sent)
                 continue

@@ -296,6 +296,25 @@ def test_a_node_that_lost_a_base_is_not_sent_what_builds_on_it(
     assert kinds_of(grid, 2, "down")[-1] == "delta"
 
 
+@pytest.mark.parametrize(("rounds", "applied"), [(16, True), (17, False)])
+def test_what_answers_more_than_sixteen_rounds_ago_is_discarded(
+    federation: Any, tmp_path: Path, rounds: int, applied: bool
+) -> None:
+    """Also where its node has not been asked since, and nothing newer is waited for."""
+    grid, inner, _ = federation("balanced", deadlines=APPLY)
+    inner.busy.add(3)
+    round_of(grid, 1)
+    for number in range(2, 1 + rounds):
+        replies = list(grid.send_and_receive([message(node, number) for node in (1, 2)]))
+        assert nodes_of(replies) == [1, 2]
+    inner.serve(3)
+    last = [message(node, 1 + rounds) for node in (1, 2)]
+    found = nodes_of(list(grid.send_and_receive(last)))
+    assert found == ([3, 1, 2] if applied else [1, 2])
+    node = grid._streams.node(3)
+    assert [len(node.accepted), len(node.given_up)] == [applied, not applied]
+
+
 @pytest.mark.parametrize("late", ["discard", "apply"])
 def test_a_late_error_is_one(federation: Any, tmp_path: Path, late: Any) -> None:
     """With its reason in the ledger; and what the node holds is known."""
