@@ -207,13 +207,19 @@ def moved(content: RecordDict, sent: Prepared, now: Prepared, weight: float) -> 
         weight: above 0, 1 at most.
 
     Returns:
-        None where the reply is no update of an array record of both messages.
+        None where the reply is no update of an array record of both messages, or of one that each
+        node has of its own.
     """
     made = RecordDict(dict(content))
     for key, record in content.array_records.items():
         before, base = _master(sent, key), _master(now, key)
         if not len(record) or before.keys() != base.keys() or record.keys() != base.keys():
             return None
+        if not all(
+            item.batch.is_shared(key, item.original.content.array_records[key])
+            for item in (sent, now)
+        ):
+            return None  # a node's own arrays are no change of another's
         made[key] = placed = ArrayRecord()
         for name, array in record.items():
             shape = tuple(array.shape)

@@ -415,6 +415,37 @@ def test_residuals_of_late_updates_that_are_applied_count_once(
     assert not list(store._folder.glob("*.pending-*"))
 
 
+@pytest.mark.parametrize("up", ["dense", "stc"])
+def test_a_late_update_of_arrays_of_its_own_is_none_of_another_nodes(
+    federation: Any, tmp_path: Path, up: str
+) -> None:
+    app = ClientApp(mods=[compression_mod(tmp_path / "store")])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        records = message.content.array_records.items()
+        trained = {key: to_record(local_step(to_arrays(r), 1)) for key, r in records}
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(RecordDict({**trained, "metrics": metrics}), reply_to=message)
+
+    grid, inner, _ = federation(Policy(up=up), app=app, deadlines=APPLY)
+
+    def ask(number: int) -> list[Any]:
+        shared = to_record(initial_arrays(number))
+        own = {n: to_record({"head": np.full(40, 100.0 * n, np.float32)}) for n in (1, 2, 3)}
+        contents = {n: RecordDict({"arrays": shared, "own": own[n]}) for n in own}
+        return list(grid.send_and_receive([Message(c, n, "train") for n, c in contents.items()]))
+
+    inner.busy.add(3)
+    ask(1)
+    inner.serve(3)
+    inner.busy.clear()
+    replies = ask(2)
+    assert nodes_of(replies) == [1, 2, 3]
+    for number, reply in enumerate(replies, 1):
+        assert abs(float(reply.content["own"]["head"].numpy()[0]) - 100 * number) < 10 * number
+
+
 def test_what_can_be_no_update_of_what_is_sent_now_is_discarded(
     federation: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
