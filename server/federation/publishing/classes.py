@@ -194,5 +194,5 @@ def as_changes(
         trained = native(array)
         if trained.dtype.kind == "f" and trained.shape == base.shape and base.dtype.kind == "f":
             change = trained.astype(np.float64) - tensor.dense().astype(np.float64)
-            result[name] = Array((base + change).astype(base.dtype))
+            result[name] = Array(np.asarray(base + change, base.dtype))
     return result

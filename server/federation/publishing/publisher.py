@@ -330,7 +330,7 @@ class Publisher(ChannelStream):
             dtype = self._dtypes.get(name, array.dtype)
             if dtype.kind not in "biu" or array.dtype.kind != "f" or not np.isfinite(array).all():
                 continue
-            nearest = np.rint(array)
+            nearest = np.asarray(np.rint(array))  # of a single number it makes no array
             if dtype.kind != "b":
                 bounds = np.iinfo(dtype)
                 if array.size and not (bounds.min <= nearest.min() and nearest.max() <= bounds.max):

@@ -415,6 +415,27 @@ def test_residuals_of_late_updates_that_are_applied_count_once(
     assert not list(store._folder.glob("*.pending-*"))
 
 
+def test_a_late_update_of_a_counter_that_strategies_make_floats_of(federation: Any) -> None:
+    """As FedAdam does of BatchNorm's: it stays a whole number, and an array."""
+    grid, inner, _ = federation("balanced", deadlines=APPLY)
+
+    def ask(number: int, counter: Any) -> list[Any]:
+        arrays = {**initial_arrays(), "num_batches_tracked": np.asarray(counter)}
+        config = ConfigRecord({"server-round": number})
+        content = RecordDict({"arrays": to_record(arrays), "config": config})
+        return list(grid.send_and_receive([Message(content, n, "train") for n in (1, 2, 3)]))
+
+    ask(1, 3)
+    inner.busy.add(2)
+    ask(2, 3.2)
+    inner.serve(2)
+    inner.busy.clear()
+    replies = ask(3, 6.6)
+    assert nodes_of(replies) == [2, 1, 2, 3]
+    found = [reply.content["arrays"]["num_batches_tracked"].numpy() for reply in replies]
+    assert [(a.dtype, a.shape, int(a)) for a in found] == [(np.dtype("i8"), (), 7)] * 4
+
+
 @pytest.mark.parametrize("up", ["dense", "stc"])
 def test_a_late_update_of_arrays_of_its_own_is_none_of_another_nodes(
     federation: Any, tmp_path: Path, up: str

@@ -395,3 +395,16 @@ def test_where_no_node_is_left_that_is_said_instead_of_waiting(
     grid = CompressedGrid(inner, "balanced", poll_interval=0.01)
     with pytest.raises(FederationError, match=r"no node understands this server.*update the node"):
         FedAvg().start(grid=grid, initial_arrays=to_record(initial_arrays()), num_rounds=2)
+
+
+def test_a_single_number_that_a_dense_node_trained_counts_as_a_change(tmp_path: Path) -> None:
+    """A learned temperature, say: NumPy makes no array of what it adds to one."""
+    inner = InProcessGrid(make_app(tmp_path / "store"), 2, run_id=5)
+    grid = CompressedGrid(inner, Policy(classes={"all": "version>=0:dense"}))
+    arrays = {**initial_arrays(), "logit_scale": np.asarray(2.0, np.float32)}
+    result = FedAvg(fraction_evaluate=0.0).start(
+        grid=grid, initial_arrays=to_record(arrays), num_rounds=2
+    )
+    found = result.arrays["logit_scale"].numpy()
+    assert (found.shape, found.dtype) == ((), np.float32)
+    assert found != 2.0
