@@ -23,6 +23,7 @@ from prunecast.compression.pruning.structure.attention import Attention, attenti
 from prunecast.compression.pruning.structure.axes import Axes
 from prunecast.compression.pruning.structure.channel_texts import Steps
 from prunecast.compression.pruning.structure.channels import ChannelPlan
+from prunecast.compression.pruning.structure.comparing import outputs_of
 from prunecast.compression.pruning.structure.narrow_attention import NarrowAttention
 
 __all__ = ["choose_by_norm", "copied", "failing", "remove"]
@@ -53,14 +54,21 @@ def choose_by_norm(
     """
     tp = _library()
     module = copied(work)
+    for name, layer in work.named_modules():
+        if isinstance(layer, nn.RNNCellBase) or getattr(layer, "proj_size", 0) > 0:
+            raise PlanError(
+                f"channels before layer {name!r} ({type(layer).__name__}) cannot be followed: set "
+                "prunecast.channels = 1, or take nn.LSTM, GRU or RNN without proj_size"
+            )
     ignored = [part for one in _own(work) for part in one.projections()] if whole_heads else []
     with failing(module), _traceable(work, whole_heads), torch.enable_grad():
         graph = _graph(work, example)
-        heads = {
+        heads: dict[nn.Module, int] = {
             layer: layer.num_heads
             for layer in work.modules()
             if isinstance(layer, nn.MultiheadAttention) and not isinstance(layer, NarrowAttention)
         }  # each gives the same of its dimensions, and stays a head
+        heads |= {part: one.heads for one in _told(work) for part in one.projections()}
         pruner = tp.pruner.BasePruner(
             work,
             example,
@@ -68,6 +76,7 @@ def choose_by_norm(
             pruning_ratio=1 - share,
             ignored_layers=[*_last_layers(graph), *_recurrent(work), *ignored],
             customized_pruners=_customized(),
+            output_transform=outputs_of,
             in_channel_groups=dict(heads),
             out_channel_groups=dict(heads),
         )
@@ -107,8 +116,19 @@ def remove(
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy of a module, in evaluation mode."""
-    return copy.deepcopy(module).eval()
+    """A copy of a module, in evaluation mode.
+
+    Raises:
+        PlanError: a layer makes its weight of other tensors, or the module cannot be copied.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _LAYERS) and "weight" not in {**layer._parameters, **layer._buffers}:
+            raise PlanError(
+                f"layer {name!r} makes its weight of other tensors (parametrization, weight_norm, "
+                "spectral_norm or torch's own pruning): take that off first"
+            )
+    with failing(module):
+        return copy.deepcopy(module).eval()
 
 
 @contextmanager
@@ -147,7 +167,18 @@ def _kept(
         shape = tuple(state[name].shape)
         if name in places and tuple(tensor.shape) != shape:
             kept[name] = _axes(name, tensor.detach().numpy(), shape)
+    tied: dict[int, str] = {}
+    for name, one in module.state_dict(keep_vars=True).items():
+        first = tied.setdefault(id(one), name)
+        pairs = zip(kept.get(first, ()), kept.get(name, ()), strict=False)
+        if (first in kept) != (name in kept) or not all(map(_same, pairs)):
+            raise PlanError(f"{first!r} and {name!r} are one tensor, and would lose other channels")
     return kept
+
+
+def _same(pair: tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]) -> bool:
+    one, other = pair
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def _axes(name: str, places: NDArray[np.float64], shape: tuple[int, ...]) -> Axes:
@@ -165,10 +196,17 @@ def _axes(name: str, places: NDArray[np.float64], shape: tuple[int, ...]) -> Axe
 
 
 def _graph(module: nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
+    for parameter in module.parameters():  # it follows gradients, so frozen parts, too
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     return (
         _library()
         .DependencyGraph()
-        .build_dependency(module, example_inputs=example, customized_pruners=_customized())
+        .build_dependency(
+            module,
+            example_inputs=example,
+            output_transform=outputs_of,
+            customized_pruners=_customized(),
+        )
     )
 
 
@@ -212,6 +250,14 @@ def _traceable(module: nn.Module, own: bool = False) -> Iterator[None]:
 
 def _own(module: nn.Module) -> list[Attention]:
     return [one for one in attentions(module) if not one.is_torchs]
+
+
+def _told(module: nn.Module) -> list[Attention]:
+    """Attention of one's own whose heads can be told; it is tried whether others go on."""
+    try:
+        return [one for one in _own(module) if len(one.projections()) > 1]
+    except PlanError:
+        return []
 
 
 def _customized() -> dict[type[nn.Module], Any]:
@@ -262,7 +308,8 @@ def _count_from_before(pruner: Any, removed: ChannelPlan) -> None:
         root = group[0][0].source.module
         name = pruner.DG._module2name[root]
         axes = removed.kept.get(f"{name}.weight" if name else "weight")
-        mask = None if axes is None else axes[1 if getattr(root, "transposed", False) else 0]
+        outer = getattr(root, "transposed", False) and root.groups == 1
+        mask = None if axes is None else axes[1 if outer else 0]
         if mask is not None:  # as torch-pruning 1.6 counts when it prunes step by step
             parts = pruner._get_channel_groups(group)
             pruner._scope_initial_channels[name] = mask.size // parts

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunecast.common.text import first_line
 from prunecast.compression.pruning.plan import PlanError, Shares
 from prunecast.compression.pruning.structure.attention import set_heads
 from prunecast.compression.pruning.structure.channels import ChannelPlan
-from prunecast.compression.pruning.structure.dependencies import (
-    choose_by_norm,
-    copied,
-    failing,
-    remove,
+from prunecast.compression.pruning.structure.comparing import (
+    check_outputs,
+    check_values,
+    outputs_of,
+    zero_what_goes,
 )
+from prunecast.compression.pruning.structure.dependencies import choose_by_norm, copied, failing
 from prunecast.compression.pruning.structure.heads import choose_heads
 from prunecast.compression.pruning.structure.narrow_attention import (
     NarrowAttention,
@@ -74,7 +74,7 @@ def choose_channels(
         if not 0 < part <= 1 or min(wanted) == 1:
             raise PlanError(f"the share of {what} that remain lies between 0 and 1, not {part}")
     if heads == layers == 1:
-        return choose_by_norm(copied(module), example, share, removed, leading)
+        return _by_norm(module, example, share, removed, leading)
     work, plan = copied(module), ChannelPlan({})
 
     def go_on(part: ChannelPlan) -> None:
@@ -91,8 +91,28 @@ def choose_channels(
             go_on(choose_heads(work, example, heads, removed))
     if share < before.channels * (1 - _NEAR):
         gone = plan if removed is None else removed.then(plan)
-        go_on(choose_by_norm(copied(work), example, share, gone, leading, whole_heads=heads < 1))
-    _compare_outputs(module, example, work)
+        go_on(_by_norm(work, example, share, gone, leading, whole_heads=heads < 1))
+    check_outputs(copied(module), work, example)
+    return plan
+
+
+def _by_norm(
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    share: float,
+    removed: ChannelPlan | None,
+    leading: bool,
+    whole_heads: bool = False,
+) -> ChannelPlan:
+    """A choice of channels that has been tried: fitted as nodes fit it, the module goes on."""
+    plan = choose_by_norm(copied(module), example, share, removed, leading, whole_heads)
+    check_outputs(copied(module), fit_module(copied(module), plan), example)
+    check_values(copied(module), example, plan, fit_module)
+    try:
+        check_outputs(copied(module).train(), copied(module).train(), example)
+    except PlanError:  # as BatchNorm does of one example
+        return plan
+    check_outputs(copied(module).train(), fit_module(copied(module), plan).train(), example)
     return plan
 
 
@@ -106,30 +126,9 @@ def narrow_module(
     Raises:
         PlanError: the plan does not fit, or the narrow module gives outputs of another shape.
     """
-    work, replays = copied(module), bool(plan.steps) and plan.shares == (plan.share, 1, 1)
-    if replays:
-        with failing(module):
-            remove(work, example, plan.steps)
-    else:
-        fit_module(work, plan)
-    _compare_outputs(module, example, work)
+    work = fit_module(copied(module), plan)
+    check_outputs(copied(module), work, example)
     return work
-
-
-def _compare_outputs(
-    module: nn.Module, example: tuple[torch.Tensor, ...], narrow: nn.Module
-) -> None:
-    with torch.no_grad():
-        wanted, found = copied(module)(*example), None
-        try:
-            found = narrow(*example)
-        except RuntimeError as error:
-            raise PlanError(
-                f"{type(module).__name__} does not run with fewer channels: {first_line(error)}; "
-                "it probably names a number of channels in forward(): use flatten or x.shape"
-            ) from error
-    if _shapes(wanted) != _shapes(found):
-        raise PlanError(f"without these channels the outputs are {_shapes(found)}")
 
 
 def made_with_inputs(
@@ -163,9 +162,8 @@ def check_zeroed(module: nn.Module, example: tuple[torch.Tensor, ...], plan: Cha
     """
     zeroed, narrow = copied(module), fit_module(copied(module), plan)
     with torch.no_grad(), failing(module):
-        for name, tensor in zeroed.state_dict().items():
-            tensor.copy_(torch.from_numpy(plan.zeroed_array(name, tensor.numpy())))
-        pairs = list(zip(_outputs(zeroed(*example)), _outputs(narrow(*example)), strict=True))
+        zero_what_goes(zeroed, plan)
+        pairs = list(zip(outputs_of(zeroed(*example)), outputs_of(narrow(*example)), strict=True))
     for one, other in pairs:
         if float((one - other).abs().max()) > _ALIKE * float(other.abs().max()):
             what, why = "channels", "computes over all of them (GroupNorm, LayerNorm, attention)"
@@ -204,11 +202,15 @@ def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
         index = plan.array(name, np.arange(state[name].numel()).reshape(shapes[name]))
         parts[name] = state[name].detach().reshape(-1)[torch.from_numpy(np.array(index))]
     for name, part in parts.items():  # tied tensors once more, with the same part
-        state[name].data = part
+        state[name].data, state[name].grad = part, None
     for name, layer in module.named_modules():
         own = [f"{name}.{n}" if name else n for n, _ in _tensors_of(layer)]
         if any(n in plan.kept for n in own):
             _resize(name, layer)
+    for layer in module.modules():
+        last = layer.decoder.norm if isinstance(layer, nn.Transformer) else None
+        if isinstance(layer, nn.Transformer) and isinstance(last, nn.LayerNorm):
+            layer.d_model = last.normalized_shape[-1]  # which it compares with what comes in
     for layer in module.modules():  # nested tensors are for the fast path of its layers alone
         if isinstance(layer, nn.TransformerEncoder):
             narrow = any(isinstance(p, NarrowAttention | PassThrough) for p in layer.modules())
@@ -248,7 +250,7 @@ def _resize(name: str, layer: nn.Module) -> None:
             at.num_channels = size[0]
             if size[0] % at.num_groups:
                 raise PlanError(f"layer {name!r}: {size[0]} channels are no {at.num_groups} groups")
-        case nn.LayerNorm():
+        case nn.LayerNorm() | nn.RMSNorm():
             at.normalized_shape = size
         case nn.PReLU():
             at.num_parameters = size[0]
@@ -265,17 +267,9 @@ def _resize_convolution(name: str, layer: Any) -> None:
     first, second = layer.weight.shape[:2]
     inner, outer = ("out_channels", "in_channels") if layer.transposed else (
         "in_channels", "out_channels")  # fmt: skip
-    if layer.groups > 1 and layer.groups == layer.in_channels and second == 1:
-        layer.groups = first * layer.groups // getattr(layer, outer)  # each channel by itself
+    if 1 < layer.groups == layer.in_channels == layer.out_channels:
+        layer.groups = first  # each channel by itself
     if first % layer.groups:
         raise PlanError(f"layer {name!r}: {first} channels are no {layer.groups} groups")
     setattr(layer, outer, first)
     setattr(layer, inner, second * layer.groups)
-
-
-def _outputs(outputs: Any) -> list[torch.Tensor]:
-    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
-
-
-def _shapes(outputs: Any) -> list[list[int]]:
-    return [list(tensor.shape) for tensor in _outputs(outputs)]

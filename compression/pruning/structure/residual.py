@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.pruning.structure.channels import ChannelPlan
+from prunecast.compression.pruning.structure.comparing import outputs_of
 
 __all__ = ["PassThrough", "choose_layers", "pass_through", "residual_layers"]
 
@@ -154,8 +155,7 @@ def choose_layers(
 
 
 def _joined(outputs: Any) -> Tensor:
-    parts = outputs if isinstance(outputs, tuple | list) else [outputs]
-    return torch.cat([part.double().flatten() for part in parts])
+    return torch.cat([part.double().flatten() for part in outputs_of(outputs)])
 
 
 @contextmanager

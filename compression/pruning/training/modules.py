@@ -123,7 +123,10 @@ def prune_module(
         )
     narrow = module
     if channels is not None:
-        narrow = narrow_module(module, example, channels).train(module.training)
+        modes = {n: p.training for n, p in module.named_modules(remove_duplicate=False)}
+        narrow = narrow_module(module, example, channels)
+        for name, part in narrow.named_modules():
+            part.training = modes[name]
     weights = plan if isinstance(plan, PruningPlan) else PruningPlan()
     measure = _Measure(loader, loss_fn, batches)
     return PrunedModule(module, narrow, weights, channels, example, optimizer, every, measure)
