@@ -12,7 +12,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from prunecast.common.files import StorageError, replacing
+from prunecast.common.files import StorageError, replacing, replacing_all
 
 __all__ = ["back_up", "restore"]
 
@@ -31,8 +31,11 @@ def back_up(database: Path, file: Path) -> int:
         Bytes of the copy.
 
     Raises:
-        StorageError: the database is missing, damaged or locked, or the copy cannot be written.
+        StorageError: the database is missing, damaged or locked, or the copy cannot be written, or
+            would replace a database that is in use.
     """
+    if file.exists():
+        _see_that_nobody_uses(file, "name another file for the copy")
     with replacing(file) as temporary:
         os.chmod(temporary, 0o600)
         try:
@@ -54,7 +57,8 @@ def restore(file: Path, database: Path) -> None:
 
     Args:
         file: that `back_up` wrote.
-        database: the SuperLink's, which need not be there; its log goes with it.
+        database: the SuperLink's, which need not be there; its log goes with it. Restored by root,
+            it belongs to whom it belonged, or to the owner of its folder.
 
     Raises:
         StorageError: the backup is missing or damaged, the database is in use, or the file system
@@ -62,15 +66,18 @@ def restore(file: Path, database: Path) -> None:
     """
     _check(file, file)
     if database.exists():
-        _see_that_nobody_uses(database)
-    with replacing(database) as temporary:
+        _see_that_nobody_uses(database, "stop the SuperLink first")
+    # the old one's log, which SQLite would play into the new one
+    logs = [database.with_name(database.name + suffix) for suffix in ("-wal", "-shm")]
+    with replacing_all([database], outdated=logs) as (temporary,):
         os.chmod(temporary, 0o600)
         temporary.write_bytes(file.read_bytes())
-        for suffix in ("-wal", "-shm"):  # of the old one; SQLite would play it into the new one
-            database.with_name(database.name + suffix).unlink(missing_ok=True)
+        if os.geteuid() == 0:  # the SuperLink has a user of its own, who must be able to open it
+            owner = (database if database.exists() else database.parent).stat()
+            os.chown(temporary, owner.st_uid, owner.st_gid)
 
 
-def _see_that_nobody_uses(database: Path) -> None:
+def _see_that_nobody_uses(database: Path, remedy: str) -> None:
     try:
         with closing(sqlite3.connect(database, timeout=0.1)) as found:
             # with a log, whoever has the database open shares a lock on it
@@ -78,13 +85,17 @@ def _see_that_nobody_uses(database: Path) -> None:
             found.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise StorageError(f"{database} is in use: stop the SuperLink first") from error
+            raise StorageError(f"{database} is in use: {remedy}") from error
     except sqlite3.DatabaseError:
         pass  # damaged, which is what a backup is for
 
 
 def _open(database: Path) -> sqlite3.Connection:
-    if not database.is_file():
+    try:
+        there = database.is_file()
+    except OSError as error:  # of its folder, which may be closed to others
+        raise StorageError(f"cannot read {database}: {error.strerror}") from error
+    if not there:
         raise StorageError(f"there is no database {database}: see --database of the SuperLink")
     return sqlite3.connect(f"{database.resolve().as_uri()}?mode=rw", uri=True, timeout=_WAITS)
 

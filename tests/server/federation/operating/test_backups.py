@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import stat
 from contextlib import closing
@@ -70,6 +71,46 @@ def test_a_copy_comes_back_without_the_log_of_what_it_replaces(tmp_path: Path) -
     path.unlink()
     restore(copy, path)
     assert names_in(path) == ["a"]
+
+
+def test_a_copy_never_takes_the_place_of_a_database_that_is_in_use(tmp_path: Path) -> None:
+    path, copy = tmp_path / "state.db", tmp_path / "state.backup"
+    with closing(opened(path)) as database:
+        put(database, "a")
+        back_up(path, copy)
+        for source in (path, copy):  # onto itself, and the two files the wrong way round
+            with pytest.raises(StorageError, match=r"state\.db is in use: name another file"):
+                back_up(source, path)
+        put(database, "b")
+    assert names_in(path) == ["a", "b"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives files away")
+def test_what_root_restores_stays_its_owners(tmp_path: Path) -> None:
+    path, copy = tmp_path / "lib" / "state.db", tmp_path / "state.backup"
+    path.parent.mkdir()
+    with closing(opened(path)) as database:
+        put(database, "a")
+        back_up(path, copy)
+    os.chown(path, 12345, 12346)
+    restore(copy, path)
+    assert (path.stat().st_uid, path.stat().st_gid) == (12345, 12346)
+    path.unlink()
+    os.chown(path.parent, 12347, 12348)
+    restore(copy, path)
+    assert (path.stat().st_uid, path.stat().st_gid) == (12347, 12348)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_database_in_a_folder_that_is_closed_to_others_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(StorageError, match=r"cannot read \S+state\.db: Permission denied"):
+        back_up(tmp_path / "state.db", tmp_path / "state.backup")
 
 
 def test_what_is_missing_or_damaged_replaces_nothing(tmp_path: Path) -> None:
