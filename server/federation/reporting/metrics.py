@@ -16,6 +16,7 @@ import asyncio
 import logging
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
@@ -97,9 +98,11 @@ class RunMetrics(Collector):
         self._last = at
 
     def _note_nodes(self, status: Mapping[str, Any]) -> None:
-        for node in status.get("nodes", ()):
-            if node["state"] in self._failures:
-                self._failures[node["state"]] += 1
+        named = status.get("nodes", ())
+        failures = status.get("failures") or Counter(node["state"] for node in named)  # of before
+        for state in self._failures:
+            self._failures[state] += failures.get(state, 0)
+        for node in named:
             if self._nodes is not None:
                 self._nodes[node["node"]] = node
                 if len(self._nodes) > self._most_nodes:

@@ -48,6 +48,7 @@ class NodeStates:
         self._nodes: dict[int, _Node] = {}
         self._connected: frozenset[int] | None = None
         self._touched: dict[int, None] = {}
+        self._failed: dict[int, str] = {}  # in this round, whatever the node answered after that
 
     def connected(self, ids: Iterable[int]) -> list[int]:
         """Note which nodes the SuperLink lists; returns them."""
@@ -86,7 +87,9 @@ class NodeStates:
                 known.reason = node_reason(str(reply.error.reason))[:_LONGEST]
             else:
                 known.state, known.seen = "answered", now
-            known.errors += known.state in ("failed", "silent")
+            if known.state in ("failed", "silent"):
+                known.errors += 1
+                self._failed.setdefault(node, known.state)
         while len(self._nodes) > _MOST:
             self._nodes.pop(next(iter(self._nodes)))
 
@@ -103,12 +106,15 @@ class NodeStates:
         if self._connected is not None:
             states["new"] += len(self._connected - self._nodes.keys())
         touched = [number for number in self._touched if number in self._nodes]
-        touched.sort(key=lambda number: self._nodes[number].state == "answered")  # the others first
-        self._touched = {}
+        # the others first, and of these the failed ones
+        touched.sort(key=lambda n: (n not in self._failed, self._nodes[n].state == "answered"))
+        failures = Counter(self._failed.values())
+        self._touched, self._failed = {}, {}
         return {
             "version": version,
             "connected": None if self._connected is None else len(self._connected),
             "states": {name: states[name] for name in STATES if states[name]},
+            "failures": dict(failures),
             "nodes": [self._told(number) for number in touched[:_NAMED]],
             "others": len(touched[_NAMED:]),
         }

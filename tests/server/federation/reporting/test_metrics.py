@@ -15,13 +15,14 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
-from flwr.app import Context, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from prunecast.cli.main import app
+from prunecast.client import compression_mod
 from prunecast.common.files import lock_open
 from prunecast.server.federation import (
     Deadlines,
@@ -232,6 +233,36 @@ def test_events_name_a_bounded_number_of_nodes(tmp_path: Path) -> None:
     assert (len(status["nodes"]), status["others"]) == (100, 20)
     assert status["states"] == {"answered": 120}
     assert len(json.dumps(status)) < 20_000
+
+
+def test_a_node_that_failed_in_a_round_counts_however_many_did_and_whatever_it_answered_then(
+    tmp_path: Path,
+) -> None:
+    store = tmp_path / "store"
+    trains, fails = make_app(store), ClientApp(mods=[compression_mod(store)])
+
+    @fails.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        content = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
+        return Message(content, reply_to=message)
+
+    apps = {node: trains if node < 3 else fails for node in range(1, 121)}
+    heard: list[Any] = []
+    metrics = RunMetrics()
+
+    def listen(event: Any) -> None:
+        heard.append(event)
+        metrics(event)
+
+    run = Run(InProcessGrid(apps, 120, run_id=RUN_ID), FedAvg(), on_event=listen)
+    run.start(to_record(initial_arrays()), num_rounds=2, timeout=60)
+    last = [event for event in heard if event["event"] == "round-finished"][-1]
+    assert last["nodes"]["failures"] == 118
+    assert last["status"]["states"] == {"answered": 120}  # its last message, of the evaluation
+    named = {node["node"] for node in last["status"]["nodes"]}
+    assert not {"1", "2"} & named  # who failed is first
+    found = samples(metrics.text().decode())
+    assert found["prunecast_run_node_failures_total", ("failed",)] == 2 * 118
 
 
 @pytest.mark.parametrize(
