@@ -180,7 +180,7 @@ def deployed(
         if nginx is not None:
             _start_nginx(made, nginx)
         (folder / "flower").mkdir(exist_ok=True)
-        config = block("config").replace("keys/ca.crt", f"{folder}/keys/ca.crt")
+        config = block("config").replace("/home/me", str(folder))
         (folder / "flower/config.toml").write_text(made.changed(config))
         for line in block("run").splitlines()[:2]:
             assert line.startswith("flwr supernode register")
