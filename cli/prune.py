@@ -184,9 +184,16 @@ def _coded(paths: Iterable[Path]) -> int:
     from prunecast.compression.files.formats import open_tensors
     from prunecast.compression.files.inspection import inspect_tensors
 
-    read = [path for path in paths if path.suffix.lower() in (".safetensors", ".onnx")]
     with file_progress() as progress:
-        return sum(inspect_tensors(open_tensors(p), on_progress=progress).nbytes for p in read)
+        return sum(
+            inspect_tensors(open_tensors(p), on_progress=progress).nbytes
+            for p in _compressible(paths)
+        )
+
+
+def _compressible(paths: Iterable[Path]) -> list[Path]:
+    """Those of a checkpoint's files that `prunecast compress` takes: no index, no external data."""
+    return [path for path in paths if path.suffix.lower() in (".safetensors", ".onnx")]
 
 
 def _peak_memory() -> int:
@@ -228,12 +235,14 @@ def _show(targets: Targets, result: PruningResult, report: dict[str, Any]) -> No
     ]  # fmt: skip
     print_table(make_console(), columns, rows, total=total)
     whole = len(result.tensors) - len(rows)
+    first, *others = _compressible(targets.files.values())
+    further = f", and of {count_text(len(others), 'other file')} likewise," if others else ""
     say(
         f"{report['output']}: {result.removed:,} of {result.parameters:,} weights are zero "
         f"({percent(report['sparsity_of_all'])}); {count_text(whole, 'tensor')} left whole.",
         f"{targets.masks}: {bytes_text(report['mask_bytes'])}. {targets.report}: every tensor.",
-        f"The file is as large as before ({bytes_text(report['pruned_file_bytes'])}): prunecast "
-        f"compress {report['output']} makes the zeros pay"
+        f"It is as large as before ({bytes_text(report['pruned_file_bytes'])}): prunecast "
+        f"compress {first}{further} makes the zeros pay"
         + (
             f", {bytes_text(report['pruned_coded_bytes'])} instead of "
             f"{bytes_text(report['coded_bytes'])}."

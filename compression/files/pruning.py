@@ -224,14 +224,15 @@ def _memory(single: Sequence[Extent], settings: Pruning, chunk: int) -> int:
         CannotPrune: they are more than is allowed.
     """
     memory, largest = _PROGRAM + _A_WEIGHT * chunk, max(single, key=lambda t: t.spec.size)
+    remedy = "allow more with --memory"
     if settings.allocation in SHARED:
+        remedy += ", or choose the allocation layer, global or erk"
         itemsize = raw_dtype(_ranking([largest], settings).dtype).itemsize
         memory += 2 * 8 * MOST_GATHERED + itemsize * largest.spec.size
     if memory > settings.memory:
         raise CannotPrune(
             f"tensor {largest.name!r} of shape {list(largest.spec.shape)} takes "
-            f"{bytes_text(memory)} of memory, more than {bytes_text(settings.memory)}: allow more "
-            "with --memory, or choose the allocation layer, global or erk"
+            f"{bytes_text(memory)} of memory, more than {bytes_text(settings.memory)}: {remedy}"
         )
     return memory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,9 @@ def test_a_pattern_that_names_nothing_is_said(run: Run, weights: Path) -> None:
         ([], 2, "give --sparsity"),
         (["--sparsity", 0.5, "--criterion", "fisher"], 1, "criterion 'fisher' looks at"),
         (["--pattern", "4:4"], 2, "4:4 keeps nothing or everything"),
+        (["--pattern", "4:2"], 2, "4:2 keeps nothing or everything: give N:M with 1 <= N < M"),
+        (["--pattern", "2-4"], 2, "'2-4' is no pattern"),
+        (["--sparsity", 0.5, "--memory", 1], 1, "more than 1 B: allow more with --memory"),
         (["--pattern", "2:5"], 1, "2:5 does not divide 'a.weight' of shape [40, 32]"),
         (["--sparsity", 0.5, "--exclude", "*"], 1, "has no tensor that may be pruned"),
         (["--sparsity", 0.5, "--out", "there.onnx"], 1, "name it so"),
@@ -133,10 +137,31 @@ def test_refusals_are_one_line(
     assert result.exit_code == code, result.output
     text = " ".join(result.output.replace("│", " ").split())
     assert said in text
+    assert "or choose the allocation layer" not in text  # which it is
     if code == 1:
         assert result.output.startswith("error: ")
         assert result.output.count("\n") == 1
     assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_the_advice_on_compressing_can_be_followed(run: Run, weights: Path) -> None:
+    folder = weights.parent / "parts"
+    folder.mkdir()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    where = {}
+    for name, tensor in zip(names, ("a.weight", "b.weight"), strict=True):
+        values = np.ones((40, 32), "f4")
+        write_tensors(folder / name, {tensor: FileTensor(values, "float32")}, {})
+        where[tensor] = name
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for source, others in ((weights, ""), (folder, ", and of 1 other file likewise,")):
+        said = " ".join(run(source, "--sparsity", 0.5).output.split())
+        found = re.search(r"prunecast (compress \S+?\.safetensors)(.*) makes the zeros pay\.", said)
+        assert found is not None, said
+        assert found[2] == others
+        result = CliRunner().invoke(app, found[1].split())
+        assert result.exit_code == 0, result.output
 
 
 def test_a_pickle_is_refused_with_the_remedy(run: Run, tmp_path: Path) -> None:
