@@ -109,6 +109,11 @@ def simulate(
     if "" not in sys.path:  # a model of the current folder, as `python -m` finds it
         sys.path.insert(0, "")
     if resume:
+        if check or (seed, rounds, output) != (None, None, None):
+            raise typer.BadParameter(
+                "goes on with the run as it was begun, without --check, --seed, --rounds, --output",
+                param_hint="--resume",
+            )
         _go_on(Path(scenario), as_json, log or ())
         return
     chosen = _load(scenario, seed, rounds, output)
@@ -188,6 +193,8 @@ def _go_on(folder: Path, as_json: bool, log: Sequence[str]) -> None:
     from prunecast.simulations.runner.run import SCENARIO
     from prunecast.simulations.scenarios import load_scenario
 
+    if not (folder / SCENARIO).is_file():
+        raise typer.BadParameter(f"{folder} is no folder of a run", param_hint="--resume")
     _run_and_show(load_scenario(str(folder / SCENARIO)), as_json, log, folder)
 
 

@@ -87,9 +87,21 @@ def test_a_folder_without_anything_to_go_on_from_is_said(
     folder = new_run_folder(tmp_path, "tiny")
     with pytest.raises(SimulationError, match="nothing to go on from"):
         run_scenario(scenario, folder, resume=True)
-    done = CliRunner().invoke(app, ["simulate", str(tmp_path / "none"), "--resume"])
-    assert done.exit_code != 0
-    assert "none" in done.output
+    for name in ("none", "tiny.toml"):
+        done = CliRunner().invoke(app, ["simulate", str(tmp_path / name), "--resume"])
+        assert (done.exit_code, "is no folder of a run" in in_a_row(done.output)) == (2, True)
+
+
+@pytest.mark.parametrize("more", [["--check"], ["--rounds", "9"], ["--seed", "0"]])
+def test_what_a_resumed_run_would_not_heed_is_refused(tmp_path: Path, more: list[str]) -> None:
+    done = CliRunner().invoke(app, ["simulate", str(tmp_path), "--resume", *more])
+    assert done.exit_code == 2
+    assert "goes on with the run as it was begun" in in_a_row(done.output)
+
+
+def in_a_row(text: str) -> str:
+    """Without the frame and the line ends that messages get in a terminal."""
+    return " ".join(text.replace("│", " ").split())
 
 
 @pytest.mark.engine
