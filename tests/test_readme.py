@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.common.config import flatten_dict
 
 from prunecast.compression.pruning.masks import holding
 from prunecast.server.federation import PRESETS, Policy
@@ -74,6 +75,25 @@ def test_diff_is_the_difference_of_the_examples() -> None:
         expected += [line for line in difference if not line.startswith("@@")]
     (shown,) = blocks("diff")
     assert shown.splitlines() == [line for line in expected if line.strip("+-")]
+
+
+@pytest.mark.parametrize(
+    ("page", "app"),
+    [
+        ("examples/README.md", "quickstart-prunecast"),
+        ("docs/run.md", "ready-apps"),
+        ("docs/deploy.md", "ready-apps"),
+    ],
+)
+def test_run_configs_have_keys_that_the_app_lists(page: str, app: str) -> None:
+    """Flower refuses others."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "examples" / app / "pyproject.toml").read_text())
+    listed = set(flatten_dict(project["tool"]["flwr"]["app"]["config"]))
+    given = re.findall(r"--run-config (['\"])(.+?)\1(?=\s)", text)
+    assert given
+    keys = {word.partition("=")[0] for _, words in given for word in shlex.split(words)}
+    assert keys | set(re.findall(r"`(metrics-[a-z]+)=", text)) <= listed
 
 
 def test_knob_table_is_complete_and_states_the_defaults() -> None:

@@ -123,7 +123,9 @@ class FlowerCommand:
 
 def _refusal(command: str, answer: Mapping[str, Any]) -> SuperviseError:
     """Of an answer that does not have what was asked for."""
-    said = str(answer.get("error-message") or answer)
+    said = " ".join(str(answer.get("error-message") or answer).split())
+    if "Invalid run configuration" in said:
+        said += " Flower takes keys alone that [tool.flwr.app.config] of the app has."
     return SuperviseError(f"{command}: {said[:_LONGEST]}")
 
 

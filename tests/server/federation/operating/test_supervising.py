@@ -167,6 +167,18 @@ def test_a_run_that_was_taken_without_an_answer_is_not_submitted_twice(tmp_path:
         command.submit()
 
 
+def test_a_key_that_the_app_does_not_list_is_told_in_one_line_with_the_remedy(
+    tmp_path: Path,
+) -> None:
+    program = flower(tmp_path, "refused")
+    said = "Using SuperLink: local\\n\\n[code: 15] Invalid run configuration."
+    program.write_text(program.read_text().replace("no such app", said))
+    with pytest.raises(SuperviseError) as refused:
+        FlowerCommand([str(program), "run"]).submit()
+    assert "\n" not in str(refused.value)
+    assert "run configuration. Flower takes keys alone that [tool" in str(refused.value)
+
+
 def test_without_a_list_of_runs_nothing_is_submitted(tmp_path: Path) -> None:
     """An older run would be taken for the one that was submitted."""
     program = flower(tmp_path, "completed", "unanswered")
