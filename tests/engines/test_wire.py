@@ -159,8 +159,9 @@ def test_the_ledger_estimates_the_wire_within_five_per_cent(
     row = measure(engine, relay, quiet, size, tls=tls, rounds=2)
     assert row.messages == 2 * 2 * NODES
     assert min(row.ledger) > size * 2 * NODES * 0.9
-    # what is equal, such as the metrics of two nodes, is uploaded once
-    assert row.requests - 2 * NODES <= row.relay_requests <= row.requests
+    # what is equal, such as the metrics of two nodes, is uploaded once; a busy machine's nodes may
+    # have to ask again
+    assert row.requests - 2 * NODES <= row.relay_requests <= row.requests + NODES
     assert bool(row.handshakes) == tls
     # a sign of life may have opened a connection that an exchange then used, or not
     handshakes = (597, 1216) if tls else (0, 0)
