@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import random
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,17 +50,29 @@ class Disk:
         """What was visible in the folder itself."""
         return sorted(self.seen.folders[self.root])
 
-    def restore(self, target: Path, variant: str, seed: int = 0) -> str:
-        """Write what a cut at this moment may leave into an empty folder; returns a fingerprint."""
+    def restore(self, target: Path, variant: str, seed: int = 0) -> None:
+        """Write what a cut at this moment may leave into an empty folder."""
+        target.mkdir(exist_ok=True)
+        for path, what in self.left(variant, seed).items():
+            if what is None:
+                (target / path).mkdir()
+            elif isinstance(what, str):
+                os.symlink(what, target / path)
+            else:
+                (target / path).write_bytes(what)
+
+    def left(self, variant: str, seed: int = 0) -> dict[str, bytes | str | None]:
+        """What a cut at this moment may leave, by path.
+
+        A file is its bytes, a link is where it leads, and a folder is None; it precedes what is in
+        it.
+        """
         rng = random.Random(f"{variant} {seed}")
-        made: list[str] = []
-        self._folder(self.root, target, variant, rng, made)
-        return "\n".join(made)
+        return dict(self._folder(self.root, "", variant, rng))
 
     def _folder(
-        self, node: Node, path: Path, variant: str, rng: random.Random, made: list[str]
-    ) -> None:
-        path.mkdir(exist_ok=True)
+        self, node: Node, path: str, variant: str, rng: random.Random
+    ) -> Iterator[tuple[str, bytes | str | None]]:
         old, new = self.durable.folders.get(node, {}), self.seen.folders.get(node, {})
         for name in sorted({*old, *new}):
             if variant in ("durable", "data"):
@@ -71,15 +83,13 @@ class Disk:
                 chosen = rng.choice((old, new)).get(name)
             if chosen is None:
                 continue
-            made.append(str(path.name) + "/" + name)
             if chosen in self.seen.folders or chosen in self.durable.folders:
-                self._folder(chosen, path / name, variant, rng, made)
+                yield path + name, None
+                yield from self._folder(chosen, f"{path}{name}/", variant, rng)
             elif chosen in self.seen.links:
-                os.symlink(self.seen.links[chosen], path / name)
+                yield path + name, self.seen.links[chosen]
             else:
-                data = self._content(chosen, variant, rng)
-                made.append(data.hex())
-                (path / name).write_bytes(data)
+                yield path + name, self._content(chosen, variant, rng)
 
     def _content(self, node: Node, variant: str, rng: random.Random) -> bytes:
         old = self.durable.files.get(node, b"")
