@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from prunecast.simulations.data import DATA, DataError
 from prunecast.simulations.runner.delivery import deliver
 from prunecast.simulations.runner.federate import run_arms, simulated_client
 from prunecast.simulations.runner.inprocess import InProcessGrid
-from prunecast.simulations.runner.prepared import prepare
+from prunecast.simulations.runner.prepared import PreparedRun, prepare
 from prunecast.simulations.runner.run import build_arms, check_scenario
 from prunecast.simulations.scenarios import (
     ScenarioError,
@@ -39,6 +42,7 @@ SYNTHETIC = {
     "logistic": {"count": 700, "held_out": 100},
     "mlp": {"count": 700, "held_out": 100},
 }
+DELIVERED = ("autoencoder", "graph", "lora", "lstm", "ratings", "sensors", "transformer")
 
 
 def shrunken(name, digits):
@@ -61,6 +65,21 @@ def shrunken(name, digits):
     return mapping
 
 
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory) -> Callable[[str], tuple[PreparedRun, list[dict[str, Any]]]]:
+    """A function: the name of a family -> its run, and what its arms gave; made once."""
+
+    @cache
+    def trained(name):
+        release = {"release": {"name": name}} if name in DELIVERED else {}
+        scenario = scenario_from_mapping(shrunken(name, digits) | release)
+        prepared = prepare(scenario, tmp_path_factory.mktemp(name), check_scenario(scenario))
+        grid = InProcessGrid(simulated_client(prepared), CLIENTS, run_id=RUN_ID)
+        return prepared, run_arms(grid, prepared, lambda event: None)
+
+    return trained
+
+
 def test_every_family_has_a_scenario():
     assert {*IMAGES, *SYNTHETIC} <= set(packaged_scenarios())
     for name in (*IMAGES, *SYNTHETIC):
@@ -68,13 +87,9 @@ def test_every_family_has_a_scenario():
 
 
 @pytest.mark.parametrize("name", [*IMAGES, *SYNTHETIC])
-def test_a_family_trains_and_travels(name, digits, tmp_path):
-    scenario = scenario_from_mapping(shrunken(name, digits))
-    prepared = prepare(scenario, tmp_path, check_scenario(scenario))
-    grid = InProcessGrid(simulated_client(prepared), CLIENTS, run_id=RUN_ID)
-    dense, small = run_arms(grid, prepared, lambda event: None)
-
-    task = scenario.task
+def test_a_family_trains_and_travels(name, trained):
+    prepared, (dense, small) = trained(name)
+    task = prepared.scenario.task
     for arm in (dense, small):
         assert [row["round"] for row in arm["rounds"]] == list(range(ROUNDS + 1))
         figures = [row[key] for row in arm["rounds"] for key in (task.metric, "loss")]
@@ -107,17 +122,10 @@ def test_a_family_trains_and_travels(name, digits, tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "name", ["autoencoder", "graph", "lora", "lstm", "ratings", "sensors", "transformer"]
-)
-def test_a_device_answers_what_the_server_does(name, digits, tmp_path):
-    mapping = shrunken(name, digits) | {"release": {"name": name}}
-    del mapping["arms"]["dense"]
-    scenario = scenario_from_mapping(mapping)
-    prepared = prepare(scenario, tmp_path, check_scenario(scenario))
-    grid = InProcessGrid(simulated_client(prepared), CLIENTS, run_id=RUN_ID)
-    run_arms(grid, prepared, lambda event: None)
-    release = deliver(prepared)
+@pytest.mark.parametrize("name", DELIVERED)
+def test_a_device_answers_what_the_server_does(name, trained):
+    prepared, _ = trained(name)
+    scenario, release = prepared.scenario, deliver(prepared)
     assert release["identical_examples"] == release["examples"] == scenario.data.held_out
     metric = scenario.task.metric
     assert release[f"device_{metric}"] == pytest.approx(release[f"published_{metric}"], rel=1e-4)
