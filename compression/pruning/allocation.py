@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prunecast.compression.pruning.criteria import Scores
 
-__all__ = ["ALLOCATIONS", "Allocation", "keep_highest", "kernel_numbers"]
+__all__ = ["ALLOCATIONS", "Allocation", "keep_highest", "kernel_numbers", "of_the_rest"]
 
 Allocation = Callable[[Scores, float], dict[str, NDArray[np.bool_]]]
 """From scores of 0 or above and a sparsity, 0 <= sparsity < 1, to a mask per tensor.
@@ -54,6 +54,24 @@ def _removed(size: int, sparsity: float, tensors: int) -> int:
             "layer would vanish: lower it, or exclude tensors"
         )
     return remove
+
+
+def of_the_rest(
+    scores: Scores, kept: Mapping[str, NDArray[np.bool_]], sparsity: float, unit: int = 1
+) -> tuple[Scores, float]:
+    """Scores of tensors that have no mask yet, and their sparsity for that of all to be exact.
+
+    Args:
+        scores: of all tensors.
+        kept: masks of some of them, which stay.
+        sparsity: of all tensors.
+        unit: how many weights stay or go as one.
+    """
+    rest = {name: score for name, score in scores.items() if name not in kept}
+    size = sum(score.size for score in rest.values()) // unit
+    gone = sum(np.count_nonzero(~kept[name]) for name in scores if name in kept) // unit
+    remove = int(sparsity * (sum(score.size for score in scores.values()) // unit)) - gone
+    return rest, (min(max(0, remove), size - len(rest)) + 0.5) / size if size else 0.0
 
 
 # -- the same share ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prunecast.compression.pruning.allocation import ALLOCATIONS, Allocation
+from prunecast.compression.pruning.allocation import ALLOCATIONS, Allocation, of_the_rest
 from prunecast.compression.pruning.criteria import CRITERIA, Criterion, Knowledge
 from prunecast.compression.pruning.masks import Masks
 from prunecast.compression.pruning.patterns import Pattern
@@ -339,11 +339,11 @@ class PruningPlan:
             return {}
         kept = kept or {}
         ties = tied_weights(known.weights) if known.ties is None else known.ties
-        scores = {
-            name: _among(score, kept.get(name))
-            for name, score in self.criterion.scores(known).items()
-            if name not in ties
-        }
+        scores = self.criterion.scores(known)
+        scores = {n: _among(score, kept.get(n)) for n, score in scores.items() if n not in ties}
+        if layered is not None and self.allocation is not ALLOCATIONS["layer"]:
+            unit = 1 if self.pattern is None else self.pattern.unit
+            scores, sparsity = of_the_rest(scores, kept, sparsity, unit)
         try:
             if self.pattern is None:
                 masks = self.allocation(scores, sparsity)
@@ -353,7 +353,7 @@ class PruningPlan:
             raise PlanError(str(error)) from error
         if layered is not None:
             due = list(known.weights)[: layered.due(version, len(known.weights))]
-            masks = {name: kept.get(name, masks[name]) for name in due if name in masks}
+            masks = {name: mask for name, mask in {**masks, **kept}.items() if name in due}
         return {
             name: masks[first] for name in known.weights if (first := ties.get(name, name)) in masks
         }
@@ -369,16 +369,16 @@ class PruningPlan:
             return self.schedule.due(version, tensors) if self.schedule.final else 0
         return self.schedule(version)
 
-    def wanted(self, version: float, known: Mapping[str, Any]) -> tuple[str, ...]:
+    def wanted(self, version: float, known: Mapping[str, Any], ahead: float = 1) -> tuple[str, ...]:
         """Names of the statistics to ask of the nodes that train from a version.
 
-        They cost bytes: only while the version to come prunes more than this one, or prunes by
-        what is not `known` yet. A criterion that asks once does so as long as it knows nothing.
+        They cost bytes: only while the version to come, at most so far `ahead`, may prune more, or
+        prunes by what is not `known` yet. One that asks once does so as long as it knows nothing.
         """
         if self.criterion.once:
             asked = self.criterion.statistics if self.schedule(AT_LAST) > 0 else ()
             return tuple(name for name in asked if name not in known)
-        now, then = self.schedule(version), self.schedule(version + 1)
+        now, then = self.schedule(version), self.schedule(version + ahead)
         return tuple(
             s for s in self.criterion.statistics if then > now or (then and s not in known)
         )
@@ -388,8 +388,9 @@ def _among(scores: NDArray[np.floating], kept: NDArray[np.bool_] | None) -> NDAr
     """Scores of which those that are not kept are the lowest: 0, below all others."""
     if kept is None or kept.shape != scores.shape:
         return scores
-    scores = scores.astype(np.result_type(scores, np.float32))  # float16 has weights below its tiny
-    return np.where(kept, np.maximum(scores, np.finfo(scores.dtype).tiny), scores.dtype.type(0))
+    scores = scores.astype(np.result_type(scores, np.float32))  # float16 has weights below that
+    least = np.finfo(np.float32).tiny  # allocations square it in float64
+    return np.where(kept, np.maximum(scores, least), scores.dtype.type(0))
 
 
 def _few(names: Iterable[str]) -> str:

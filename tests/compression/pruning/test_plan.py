@@ -335,3 +335,19 @@ def test_channels_go_in_rounds_by_the_same_factor_each_time():
 def test_a_schedule_of_channels_that_cannot_be_is_refused(share, at, said):
     with pytest.raises(PlanError, match=said):
         ChannelSchedule(share, at)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_what_is_removed_stays_so_where_kept_weights_score_zero(allocation):
+    """As of inputs that are never anything else, which more and more weights get."""
+    rng = np.random.default_rng(0)
+    weights = {"w": np.ones((30, 30), np.float32)}
+    plan = PruningPlan(
+        lambda version: version, CRITERIA["fisher"], ALLOCATIONS[allocation], min_size=1
+    )
+    first = rng.random((30, 30)) * (rng.random((30, 30)) > 0.25)
+    second = first * (rng.random((30, 30)) > 0.9)
+    kept = plan.masks(0.2, Knowledge(weights, statistics={"gradient": {"w": first}}))
+    later = plan.masks(0.4, Knowledge(weights, statistics={"gradient": {"w": second}}), kept)
+    assert not (later["w"] & ~kept["w"]).any()
+    assert int((~later["w"]).sum()) == 360
