@@ -32,6 +32,7 @@ def measured_in(metrics: Mapping[str, Any], ending: str) -> list[float]:
 
 SUMS = 4
 """Numbers in a position of `Measurements`."""
+_LOST = (1.0, 0.0)  # sum and weight where all that was measured is not finite
 
 
 class Measurements:
@@ -46,18 +47,23 @@ class Measurements:
     def add(self, value: float, weight: float = 1.0, *, held_out: bool) -> None:
         """Count what was measured.
 
-        What is not finite, or of no weight, is passed over, and what would make the sum infinite.
+        What is not finite counts only where nothing else was measured; what is of no weight, or
+        would make the sum infinite, is passed over.
 
         Args:
             value: mean over some examples.
             weight: their number.
             held_out: whether nobody trains on them.
         """
-        if math.isfinite(value) and math.isfinite(weight) and weight > 0:
-            total, of = self._sums.get(held_out, (0.0, 0.0))
-            total, of = total + value * weight, of + weight
-            if math.isfinite(total) and math.isfinite(of):
-                self._sums[held_out] = total, of
+        if not (math.isfinite(weight) and weight > 0):
+            return
+        if not math.isfinite(value):
+            self._sums.setdefault(held_out, _LOST)
+            return
+        total, of = self._sums.get(held_out, _LOST)
+        total, of = (total if of else 0.0) + value * weight, of + weight
+        if math.isfinite(total) and math.isfinite(of):
+            self._sums[held_out] = total, of
 
     @property
     def position(self) -> tuple[float, ...]:
@@ -79,14 +85,17 @@ class Measurements:
         self._sums = {
             is_held_out: (total, weight)
             for is_held_out, (total, weight) in ((True, position[:2]), (False, position[2:]))
-            if weight > 0
+            if weight > 0 or (total, weight) == _LOST
         }
 
     def take(self) -> float | None:
-        """The mean so far, None for nothing; begins anew."""
-        total, of = self._sums.get(True) or self._sums.get(False) or (0.0, 0.0)
+        """The mean so far, None for nothing, NaN where nothing was finite; begins anew."""
+        found = self._sums.get(True) or self._sums.get(False)
         self._sums.clear()
-        return total / of if of else None
+        if found is None:
+            return None
+        total, of = found
+        return total / of if of else math.nan
 
 
 class Progress:
@@ -179,17 +188,27 @@ class Progress:
         """
         self._before = plan.arrays(self._before)
 
+    @property
+    def _shortest(self) -> int:
+        """Rounds that pruning takes at least."""
+        length = self.end - self.begin
+        return min(max(_SHORTEST, round(_SLOWLY * length)), length)
+
+    @property
+    def stride(self) -> float:
+        """How far the schedule's round is at most from one version to the next."""
+        return (self.end - self.begin) / max(1, self._shortest)
+
     def clock(self, number: int) -> float:
         """The schedule's round, `begin` to `end`, at which the weights observed are published.
 
         Args:
             number: their round.
         """
-        length = self.end - self.begin
+        length, shortest = self.end - self.begin, self._shortest
         if not length:
             self.early = self.early and self._pace > _LITTLE
             return self.begin
-        shortest = min(max(_SHORTEST, round(_SLOWLY * length)), length)
         wanted = min(self._done + 1 / shortest, (_HALF - self._pace) / (_HALF - _LITTLE))
         due = (number - (self.end - shortest)) / shortest
         if number > self.begin:

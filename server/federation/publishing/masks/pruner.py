@@ -170,8 +170,9 @@ class Pruner:
         if self.plan is None:
             return ()
         if self.search is not None and not self.search.done:  # every next model may have less
-            return self.plan.criterion.statistics if self.progress.has_begun else ()
-        names = self.plan.wanted(self._at, self._known)
+            return self.plan.criterion.statistics if self._begun(self._clock + 1) else ()
+        ahead = 1 if self.policy.pruning_end else self.progress.stride
+        names = self.plan.wanted(self._at, self._known, ahead)
         if self._moves(self._clock + 1):
             share = self._share(self._clock + 1)
             names = (*names, named(GROWN_BY[self.policy.mask_rule], share))
@@ -207,7 +208,7 @@ class Pruner:
             return
         value = self.measured.take()
         begin, end = self.progress.begin, self.progress.end
-        begun = clock > begin if self.policy.pruning_end else self.progress.has_begun
+        begun = self._begun(clock)
         before = self.levels
         if clock >= end and not all(map(self.search.is_settled, self.policy.tried_structures)):
             self.search.stop()  # so that rounds are left that train what remains
@@ -222,6 +223,10 @@ class Pruner:
         self._search_says()
         rises = any(self.levels[name] > level for name, level in before.items())
         self._note("raised" if rises else "lowered", metric=value, reference=self.search.reference)
+
+    def _begun(self, clock: int) -> bool:
+        """Whether the search may turn up what the version of a round has."""
+        return clock > self.progress.begin if self.policy.pruning_end else self.progress.has_begun
 
     def _search_says(self) -> None:
         if self.search is not None and self.plan is not None:
@@ -297,10 +302,8 @@ class Pruner:
         self._known = self._with(statistics)
         self._versions += 1
         weights = self.plan.prunable(lattice)
-        self._at = clock
         learned = self.progress.clock(clock)
-        if not self.policy.pruning_end:
-            self._at = learned
+        self._at = clock if self.policy.pruning_end else learned
         if first or (weights and self._versions <= 2):
             # again for ties, once weights that were only copied differ
             check_prunable(self.policy, self.plan, lattice, trained=self._versions == 2)
@@ -344,17 +347,14 @@ class Pruner:
         early, self._rewound = self._rewound, None
         if early is not None and _shapes(early) == _shapes(master):
             self.progress.jump(early)
-            return early
-        grown, self._grown = self._grown, {}
-        if not grown:
-            return master
-        small = {
-            name: np.where(
-                directions, directions * np.finfo(master[name].dtype).tiny, master[name]
-            ).astype(master[name].dtype)
-            for name, directions in grown.items()
-        }
-        return {**master, **small}
+            master = early
+        for name, up in self._grown.items():
+            array = master[name]
+            small = np.where(up, up * np.finfo(array.dtype).tiny, array).astype(array.dtype)
+            master = {**master, name: small}
+        self._grown = {}
+        self._before = {name: master[name] for name in self._before}  # what nodes train from
+        return master
 
     def _held(self, known: Knowledge) -> dict[str, NDArray[np.bool_]]:
         plan, weights = self.plan, known.weights

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
 
+from prunecast.compression.pruning.criteria import CRITERIA, Criterion, Knowledge
 from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.pruning.statistics import pack_statistics, statistic_shape
 from prunecast.compression.pruning.structure.channels import ChannelPlan
@@ -142,6 +144,58 @@ def test_layers_are_pruned_one_after_the_other() -> None:
     assert found == [{}, {"in": 50}, {"in": 50}, *[{"in": 50, "out": 50}] * 3]
 
 
+@pytest.mark.parametrize("pattern", ["", "2x5"])
+@pytest.mark.parametrize("scope", ["global", "lamp", "erk", "sensitivity"])
+def test_layers_that_are_held_one_after_the_other_come_to_the_sparsity_of_the_model(
+    scope: str, pattern: str
+) -> None:
+    """Though each was chosen among weights that have moved since."""
+    policy = Policy(
+        sparsity=0.83, pruning_schedule="layer-by-layer", pruning_masks="held", pruning_begin=1,
+        pruning_end=5, pruning_min_size=1, pruning_scope=scope, pruning_pattern=pattern,
+    )  # fmt: skip
+    publisher = Publisher(policy, b"s", policy.pruning())
+    rng = np.random.default_rng(0)
+    before: dict[str, np.ndarray] = {}
+    for version in range(7):
+        shapes = {"in": (10, 40), "mid": (20, 20), "tall": (60, 5), "out": (8, 50)}
+        sizes = enumerate(shapes.items(), start=1)
+        master = {
+            n: (rng.normal(size=s) ** (1 + (i + version) % 3)).astype(np.float32)
+            for i, (n, s) in sizes
+        }
+        masks = publisher.publish(master).model.masks()
+        assert all((masks[name] == mask).all() for name, mask in before.items())
+        before = masks
+    unit = 10 if pattern else 1
+    removed = sum(int((~mask).sum()) for mask in before.values())
+    assert removed == int(0.83 * 1500 / unit) * unit
+
+
+@pytest.mark.parametrize("rounds", [30, 50, 100])
+def test_nodes_are_asked_before_every_event_of_a_clock_that_follows_learning(rounds: int) -> None:
+    """It goes on by more than a round at a time where there are many."""
+    policy = Policy(
+        sparsity=0.9, pruning_schedule="iterative", pruning_steps=7, pruning_criterion="fisher",
+        pruning_min_size=1,
+    )  # fmt: skip
+    publisher = Publisher(policy, b"s", policy.pruning())
+    publisher.expect(rounds)
+    rng = np.random.default_rng(1)
+    weight, asked, events, waits = rng.normal(size=(20, 30)), (), 0, 0
+    for version in range(1, rounds + 1):
+        gradient = {"gradient": {"w": rng.random((20, 30)).astype(np.float32)}} if asked else {}
+        publisher.publish({"w": weight.astype(np.float32)}, gradient)
+        if publisher.pruner.pruned:
+            events += 1
+            assert asked == ("gradient",)
+        asked = publisher.wanted
+        waits += not asked
+        weight = weight + rng.normal(size=weight.shape) * 0.3 / (1 + version / 3)
+    assert events == 7
+    assert waits > rounds / 3  # it is not asked all the time either
+
+
 # -- rewinding -----------------------------------------------------------------------------------
 
 REWOUND = {**SMALL, "pruning_schedule": "iterative", "pruning_steps": 2, "pruning_rewind": 2}
@@ -159,6 +213,31 @@ def test_every_event_rewinds_what_it_keeps_to_the_early_version() -> None:
         mask = kept(made.model)
         step = made.model.tensors["w"].step
         assert np.abs(made.model.arrays()["w"] - early["w"])[mask].max() <= step
+
+
+def test_a_jump_of_the_server_is_no_update_of_the_nodes() -> None:
+    """Neither of a model that was rewound nor of a weight that was grown."""
+    for knobs in (REWOUND, {**SMALL, "pruning_masks": "rigl", "pruning_interval": 1}):
+        policy = Policy(**{**knobs, "pruning_end": 20, "sparsity": 0.5})
+        seen: list[Knowledge] = []
+
+        def note(known: Knowledge, seen: list[Knowledge] = seen) -> Any:
+            seen.append(known)
+            return {}
+
+        scores = CRITERIA["magnitude"].scores
+        criterion = Criterion(scores, uses_update=True, accumulates=note)
+        plan = replace(policy.pruning(), criterion=criterion)
+        publisher = Publisher(policy, b"s", plan)
+        rng = np.random.default_rng(0)
+        weight, moves = rng.normal(size=(40, 50)), rng.normal(size=(26, 40, 50))
+        votes: Any = {}
+        for version in range(26):
+            made = publisher.publish({"w": weight.astype(np.float32)}, {"growth": votes})
+            if version:
+                np.testing.assert_allclose(seen[-1].update["w"], moves[version - 1], atol=1e-5)
+            votes = {"w": rng.normal(size=weight.shape).astype(np.float32)}
+            weight = made.master["w"] + moves[version]
 
 
 @pytest.mark.parametrize(
