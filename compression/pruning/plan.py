@@ -104,7 +104,7 @@ class ChannelSchedule:
 
 # Biases, scales, and what weight_norm and quantisation multiply weights with.
 _NO_WEIGHT = re.compile(
-    r"(^|[^a-z])(bias|scales?|scales?_inv|absmax|zeros?|zero_?points?|weight_g)$"
+    r"(^|[^a-z])(bias|scales?|scales?_inv|absmax|zeros?|zero_?points?|weight\w*_g)$"
     r"|\bparametrizations\.[^.]+\.original0$",
     re.IGNORECASE,
 )

@@ -290,10 +290,10 @@ def _channels(
 
 def _refuse_lost(module: nn.Module, masks: Masks) -> None:
     """Refuse masks whose zeros a parametrisation makes other values of, or NaN of whole rows."""
-    lengths = {n for n, _ in module.named_parameters() if n.endswith("weight_g")}
+    lengths = {n for n, _ in module.named_parameters() if n.endswith("_g")}
     for name, mask in masks.items():  # of nn.utils.weight_norm, which is a hook
         rows = mask.reshape(len(mask), -1).any(1)
-        if name.endswith("weight_v") and f"{name[:-1]}g" in lengths and not rows.all():
+        if name.endswith("_v") and f"{name[:-1]}g" in lengths and not rows.all():
             raise PlanError(_NO_ROW.format(what="weight_norm", name=name))
     for prefix, part in module.named_modules():
         held = {n for n, _ in part.named_parameters(prefix, recurse=False)} & masks.keys()

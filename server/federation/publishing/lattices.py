@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class Lattices:
         steps: by name of the tensor.
         fineness: part of their ideal step that all but the fine ones have, a power of two.
         weights: of the whole model.
+        lengths: shapes of what tensors are multiplied with that weight_norm divides by their norm
+            first (Salimans & Kingma 2016), by the name of these directions.
         early: whether the large tensors of a large model have twice that: while it learns from
             scratch and is not pruned yet, most of a run's bytes are theirs; the bit left out costs
             little later, when few of their weights are left. Small models learn visibly worse.
@@ -47,8 +50,19 @@ class Lattices:
         self.policy = policy
         self.steps: dict[str, float] = {}
         self.fineness, self.early, self.weights = 1.0, False, 0
+        self.lengths: dict[str, tuple[int, ...]] = {}
         self._fine: set[str] = set()
         self._vast: set[str] = set()
+
+    def look(self, master: Mapping[str, NDArray[Any]]) -> None:
+        """Take note of what the whole model says of its tensors."""
+        self.weights = sum(array.size for array in master.values())
+        found = {_direction(name): array.shape for name, array in master.items()}
+        self.lengths = {
+            name: shape
+            for name, shape in found.items()
+            if name in master and sum(side != 1 for side in shape) < 2
+        }
 
     def tensor(
         self,
@@ -62,6 +76,9 @@ class Lattices:
         held: bool = False,
     ) -> LatticeTensor:
         """The integers of one tensor.
+
+        A direction of weight_norm that would be zero, and NaN once it is divided by its norm, keeps
+        its largest value.
 
         Args:
             name: of the tensor.
@@ -78,6 +95,22 @@ class Lattices:
         Raises:
             QuantiseError: the values do not lie on any lattice of 32-bit integers.
         """
+        made = self._tensor(name, array, mask, last, fine, aligned, held)
+        if name not in self.lengths:
+            return made
+        q = _directed(made.q, array, self.lengths[name])
+        return LatticeTensor(q, made.step, made.pruned, array.dtype)
+
+    def _tensor(
+        self,
+        name: str,
+        array: NDArray[Any],
+        mask: NDArray[np.bool_] | None,
+        last: Tensor | None,
+        fine: bool,
+        aligned: bool,
+        held: bool,
+    ) -> LatticeTensor:
         step = self._step(name, array, fine)
         q = quantise(array, step, name=name)
         large = is_large(array.size, self.weights)
@@ -164,6 +197,23 @@ def _edge(cell: NDArray[np.integer], below: int, wanted: int) -> tuple[int, floa
     missed = {e: max(n / (wanted + 1), (wanted + 1) / n) for e, n in kept.items()}
     nearest = min(missed, key=missed.__getitem__)
     return nearest, missed[nearest]
+
+
+def _direction(length: str) -> str:
+    """What torch's weight_norm multiplies with a length, by the names that it gives; or ""."""
+    of, is_new = length[:-1], "parametrizations." in length and length.endswith(".original0")
+    return f"{of}1" if is_new else f"{of}v" if length.endswith("_g") else ""
+
+
+def _directed(
+    q: NDArray[np.integer], array: NDArray[Any], lengths: tuple[int, ...]
+) -> NDArray[np.integer]:
+    """Integers in which every direction has its largest value at least."""
+    single = lengths if len(lengths) == q.ndim else (1,) * q.ndim
+    axes = tuple(axis for axis, length in enumerate(single) if length == 1)
+    size = np.abs(array)
+    lost = ~q.any(axes, keepdims=True) & (size == size.max(axes, keepdims=True, initial=0))
+    return np.where(lost & (size > 0), np.where(array < 0, -1, 1), q)
 
 
 def _within(

@@ -391,7 +391,7 @@ class Publisher(ChannelStream):
         holds = self.pruner.holds
         aligned = self.policy.pruning_align and self.pruner.by_size and not holds
         factors = low_rank_factors({name: array.shape for name, array in master.items()})
-        self._lattices.weights = sum(array.size for array in master.values())
+        self._lattices.look(master)
         for name, array in master.items():
             if not self._is_exact(name, array):
                 last = self._latest.tensors.get(name) if self._latest is not None else None

@@ -50,7 +50,7 @@ _PUBLISHER = {
     *("pruner", "_lattices", "_latest", "history", "slices", "_recent", "_state", "_links"),
     *("changes", "holders", "_occasion", "_seeded"),
 }
-_LATTICES = {"policy", "weights"}
+_LATTICES = {"policy", "weights", "lengths"}
 _PRUNER = {
     *("policy", "plan", "holds", "_votes_by", "_until"),
     *("statistics", "measured", "progress", "search", "_state"),
