@@ -16,6 +16,7 @@ import asyncio
 import logging
 import socket
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -150,7 +151,7 @@ class RunMetrics(Collector):
         for place, found in places.items():
             for name, value in list((found or {}).items())[:_NAMES]:
                 if isinstance(value, int | float):
-                    metric.add_metric((place, str(name)[:100]), value)
+                    metric.add_metric((place, _label(str(name))), value)
         yield metric
         sums = {
             (direction, kind): part
@@ -195,6 +196,13 @@ class RunMetrics(Collector):
 
 
 _CLIENT = ("train", "evaluate")
+_LONGEST = 100  # characters of a label
+
+
+def _label(name: str) -> str:
+    """A name, cut where it is long so that no two become one: Prometheus refuses those whole."""
+    digest = f"~{zlib.crc32(name.encode()):08x}"
+    return name if len(name) <= _LONGEST else name[: _LONGEST - len(digest)] + digest
 
 
 def _gauge(name: str, said: str, value: float) -> Metric:
