@@ -210,7 +210,8 @@ def _snip(known: Knowledge) -> Scores:
     typical = _root_mean_square(found)
     if not typical or not size:
         return scores
-    return {name: found.get(name, score * (typical / size)) for name, score in scores.items()}
+    factor = np.float64(typical / size)  # float16 times it may be all zeros
+    return {name: found.get(name, score * factor) for name, score in scores.items()}
 
 
 def _weighted(

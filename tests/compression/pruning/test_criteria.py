@@ -83,6 +83,16 @@ def test_activations_multiply_magnitudes_by_input_channel():
     assert scores("activation").tolist() == np.abs(KNOWN.weights["w"]).tolist()
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_snip_ranks_tensors_of_float16_that_nobody_measured(size):
+    """However far sensitivities are from the weights of the others."""
+    weights = {name: conv((4, 3), at).astype(np.float16) for at, name in enumerate("wv")}
+    measured = {"sensitivity": {"w": (size * conv((4, 3))).astype(np.float32)}}
+    found = CRITERIA["snip"].scores(Knowledge(weights, statistics=measured))["v"].ravel()
+    assert np.argsort(found).tolist() == np.argsort(np.abs(weights["v"]).ravel()).tolist()
+    assert len(set(found.tolist())) == len(set(np.abs(weights["v"]).ravel().tolist()))
+
+
 def test_snip_ranks_by_what_nodes_measured_and_not_by_todays_weights():
     measured = {"sensitivity": {"w": np.array([[-5.0, 1.0], [2.0, -3.0], [0.0, 0.5]])}}
     known = replace(KNOWN, statistics=measured)
