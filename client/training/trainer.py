@@ -233,9 +233,15 @@ def _divergence(outputs: Tensor, known: Tensor, temperature: float) -> Tensor:
 
     The factor keeps gradients as large as those of the targets (Hinton et al. 2015, section 2).
     """
-    if outputs.ndim < 2 or outputs.shape[1] < 2:
+    is_tensor = isinstance(outputs, Tensor) and isinstance(known, Tensor)
+    if not is_tensor or outputs.ndim < 2 or outputs.shape[1] < 2 or outputs.shape != known.shape:
+        told_apart = [
+            f"shape {list(o.shape)}" if isinstance(o, Tensor) else f"type {type(o).__name__}"
+            for o in (outputs, known)
+        ]
         raise TrainerError(
-            f"outputs of shape {list(outputs.shape)} are no classes to distil: set distillation = 0"
+            f"outputs of {told_apart[0]} are no classes to distil from a teacher's of "
+            f"{told_apart[1]}: set distillation = 0"
         )
     learnt = nn.functional.log_softmax(outputs.float() / temperature, dim=1)
     told = nn.functional.log_softmax(known.float() / temperature, dim=1)

@@ -88,7 +88,7 @@ class StatisticsMeter:
         for name, parameter in self._trained.items():
             if parameter.grad is None:
                 continue
-            gradient = parameter.grad
+            gradient = parameter.grad.to_dense()  # of an embedding it may hold a few rows
             if name in self._squares:  # float16 overflows
                 self._squares[name] += gradient.square().nan_to_num_(0.0, posinf=0.0)
             if name in self._sums:

@@ -378,7 +378,7 @@ class _Measure:
                 count += 1
                 for name, parameter in work.named_parameters():
                     if parameter.grad is not None:
-                        sums[name] = sums.get(name, 0) + parameter.grad
+                        sums[name] = sums.get(name, 0) + parameter.grad.to_dense()
         if not count:
             raise PlanError(
                 "the loader is empty, so the criterion has nothing to look at: give one that can "

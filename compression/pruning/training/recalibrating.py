@@ -9,6 +9,7 @@ what its inputs no longer are. Forward passes repair that, without labels or gra
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import compress
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> int:
 
     Each becomes the mean over the batches, every batch counting once. Nothing else changes: other
     layers run in evaluation mode, nothing is trained, and momentum and training mode are put back.
+    A layer that does not run then, as a head for training alone, keeps the statistics that it has.
 
     Args:
         module: on any device; a module without BatchNorm is left alone and no batch is drawn.
@@ -61,17 +63,24 @@ def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> int:
                 outputs_of(module, inputs, device)
                 examples += len(targets)
     except BaseException:
-        with torch.no_grad():
-            for norm, buffers in zip(norms, before, strict=True):
-                for name, buffer in norm.named_buffers():
-                    buffer.copy_(buffers[name])
+        _put_back(norms, before)
         raise
+    else:
+        idle = [bool(norm.num_batches_tracked == 0) for norm in norms]
+        _put_back(compress(norms, idle), compress(before, idle))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for part, training in modes:
             part.training = training
     return examples
+
+
+def _put_back(norms: Iterable[_BatchNorm], before: Iterable[dict[str, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for norm, buffers in zip(norms, before, strict=True):
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 def _begin(norms: Iterable[_BatchNorm]) -> None:

@@ -122,3 +122,16 @@ def test_zeros_come_through_a_parametrisation_or_are_refused() -> None:
             prune_module(layer, how, example)
         for name, tensor in layer.state_dict().items():
             assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "snip"])
+def test_embeddings_with_sparse_gradients_are_measured(criterion: str) -> None:
+    words = torch.randint(0, 9, (20, 4))
+    batches = [(words, torch.randint(0, 3, (20,)))]
+    module = nn.Sequential(nn.EmbeddingBag(50, 16, sparse=True), nn.Linear(16, 3))
+    how = plan(schedule=StaticSchedule(0.9), criterion=CRITERIA[criterion])
+    pruned = prune_module(
+        module, how, (words,), loader=batches, loss_fn=nn.functional.cross_entropy
+    )
+    assert not pruned.masks["0.weight"][9:].any()  # words that no batch has
+    assert pruned.masks["0.weight"].sum() == 80

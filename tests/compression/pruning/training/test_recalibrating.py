@@ -63,3 +63,25 @@ def test_what_has_nothing_to_estimate_is_left_alone() -> None:
     assert recalibrate(normed, batches((1, 1))) == 0
     assert all(torch.equal(t, before[n]) for n, t in normed.state_dict().items())
     assert not normed.training
+
+
+class Auxiliary(nn.Module):
+    """Which has a second head while it trains, as Inception and GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.aside = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        aside = self.aside(inputs) if self.training else 0
+        return self.main(inputs) + aside
+
+
+def test_a_layer_that_runs_in_training_alone_keeps_its_statistics() -> None:
+    module = Auxiliary()
+    module(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert recalibrate(module, [(torch.tensor([[5.0, 6.0], [7.0, 8.0]]), torch.zeros(2))]) == 2
+    assert module.main.running_mean.tolist() == [6.0, 7.0]
+    for name, tensor in module.aside.state_dict().items():
+        assert tensor.tolist() == before[f"aside.{name}"].tolist()
