@@ -206,15 +206,26 @@ def kept_in(root: Path) -> list[Kept]:
 
 def _folders(root: Path) -> Iterator[Path]:
     for job in filter(_is_job, _entries(root)):
-        yield from filter(_is_node, _entries(job))
+        yield from _nodes(job)
+
+
+def _nodes(job: Path) -> list[Path]:
+    """The folders of a job's nodes; none where the job is another user's, who keeps it closed."""
+    with suppress(OSError):
+        return list(filter(_is_node, _entries(job)))
+    return []
+
+
+# nobody here makes a link: what one leads to is not the store's to count or remove
 
 
 def _is_job(path: Path) -> bool:
-    return path.name.isdigit() or path.name.startswith("job-")
+    named = path.name.isdigit() or path.name.startswith("job-")
+    return named and not path.is_symlink()
 
 
 def _is_node(path: Path) -> bool:
-    return path.name.isdigit() and path.is_dir()
+    return path.name.isdigit() and path.is_dir() and not path.is_symlink()
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -297,8 +308,8 @@ def _lock_alone(handle: int, kept: Kept) -> bool:
 
 def _remove_if_empty(job: Path) -> None:
     """Remove a job's folder once none of its nodes keeps anything."""
-    if all(path.name == NAME for path in _entries(job)):
-        with suppress(OSError):
+    with suppress(OSError):
+        if all(path.name == NAME for path in _entries(job)):
             (job / NAME).unlink(missing_ok=True)
             job.rmdir()
 
@@ -317,7 +328,7 @@ def tidy(root: Path, keep: Path) -> None:
             remove_abandoned(job)
             if job == keep:
                 continue
-            for folder in filter(_is_node, _entries(job)):
+            for folder in _nodes(job):
                 kept = _look(folder) if _may_be_left(folder) else None
                 if kept is not None and kept.is_left():
                     remove(kept)
@@ -352,8 +363,8 @@ def make_room(root: Path, keep: Path, most: int, more: int) -> bool:
     """
     try:
         everything = kept_in(root)
-    except OSError:
-        return True  # the write will say what is wrong
+    except OSError:  # what others keep cannot be known, nor removed
+        everything = [kept for kept in map(_look, _nodes(keep)) if kept is not None]
     total = sum(kept.size for kept in everything) + more
     for kept in sorted(everything, key=lambda kept: (not kept.finished, kept.used)):
         if total <= most:

@@ -104,6 +104,65 @@ def test_what_was_used_since_it_was_looked_at_stays(tmp_path: Path) -> None:
     assert jobs(tmp_path) == {"1"}
 
 
+def test_a_link_is_not_followed_by_who_removes(tmp_path: Path) -> None:
+    """One store may be of several users: each could have another's folders removed."""
+    store, outside = tmp_path / "store", tmp_path / "books" / "2019"
+    outside.mkdir(parents=True)
+    (outside / "january").write_text("kept for ten years")
+    store.mkdir()
+    (store / "555").symlink_to(outside.parent)
+    (store / "666").mkdir()
+    (store / "666" / "9").symlink_to(outside)
+    age(outside)
+    NodeStore(store, 1, 1)
+    assert jobs(store) == {"1"}
+    assert (outside / "january").exists()
+
+
+@pytest.mark.parametrize("closed", ["unreadable", "loop"])
+def test_a_job_that_cannot_be_read_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    """In a store of several users: the others' jobs may be theirs alone."""
+    age(keep(tmp_path, 10))
+    theirs = tmp_path / "1"
+    if closed == "loop":
+        theirs.symlink_to(theirs)
+    else:  # root, who may run this, reads everything
+        theirs.mkdir()
+        iterdir = Path.iterdir
+
+        def refuse(folder: Path) -> Any:
+            if folder == theirs:
+                raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+            return iterdir(folder)
+
+        monkeypatch.setattr(Path, "iterdir", refuse)
+        os.utime(theirs, (0, 0))
+    assert jobs(tmp_path) == {"10"}
+    assert not make_room(tmp_path, tmp_path / "20", most=100, more=200)
+    assert jobs(tmp_path) == set(), "it made room"
+    age(keep(tmp_path, 10))
+    NodeStore(tmp_path, 20, 1)
+    assert jobs(tmp_path) == {"20"}
+
+
+def test_a_quota_holds_where_nobody_may_list_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = keep(tmp_path, 1)
+    iterdir = Path.iterdir
+
+    def refuse(path: Path) -> Any:
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert make_room(tmp_path, folder.parent, most=20_000, more=100)
+    assert not make_room(tmp_path, folder.parent, most=20_000, more=10_000)
+
+
 def test_temporaries_of_killed_processes_go_with_the_next_job(tmp_path: Path) -> None:
     folder = keep(tmp_path, "digits")
     half = folder.parent / ".gone-0123456789abcdef"
