@@ -25,15 +25,16 @@ def back_up(database: Path, file: Path) -> int:
 
     Args:
         database: the SuperLink's.
-        file: replaced whole or not at all, of mode 0600.
+        file: replaced whole or not at all, of mode 0600; where it is a link, what that leads to.
 
     Returns:
         Bytes of the copy.
 
     Raises:
-        StorageError: the database is missing, damaged or locked, or the copy cannot be written, or
-            would replace a database that is in use.
+        StorageError: the database is missing, empty, damaged or locked, or the copy cannot be
+            written, or would replace a database that is in use.
     """
+    file = Path(os.path.realpath(file))
     if file.exists():
         _see_that_nobody_uses(file, "name another file for the copy")
     with replacing(file) as temporary:
@@ -57,14 +58,16 @@ def restore(file: Path, database: Path) -> None:
 
     Args:
         file: that `back_up` wrote.
-        database: the SuperLink's, which need not be there; its log goes with it. Restored by root,
-            it belongs to whom it belonged, or to the owner of its folder.
+        database: the SuperLink's, which need not be there; its log goes with it. Where it is a
+            link, what that leads to. Restored by root, it belongs to whom it belonged, or to the
+            owner of its folder.
 
     Raises:
-        StorageError: the backup is missing or damaged, the database is in use, or the file system
-            refuses; the database is as it was.
+        StorageError: the backup is missing, empty or damaged, the database is in use, or the file
+            system refuses; the database is as it was.
     """
     _check(file, file)
+    database = Path(os.path.realpath(database))
     if database.exists():
         _see_that_nobody_uses(database, "stop the SuperLink first")
     # the old one's log, which SQLite would play into the new one
@@ -104,10 +107,13 @@ def _check(file: Path, named: Path) -> None:
     try:
         with closing(_open(file)) as found:
             (said,) = found.execute("PRAGMA integrity_check(1)").fetchone()
+            (tables,) = found.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.Error as error:
         raise _failed(named, error) from error
     if said != "ok":
         raise StorageError(f"{named} is damaged ({said}): take an earlier backup")
+    if not tables:  # as a full disk leaves it, which SQLite takes for a sound one
+        raise StorageError(f"{named} is empty, not a SuperLink's: take an earlier backup")
 
 
 def _failed(database: Path, error: sqlite3.Error) -> StorageError:

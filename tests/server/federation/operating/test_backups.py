@@ -132,6 +132,39 @@ def test_what_is_missing_or_damaged_replaces_nothing(tmp_path: Path) -> None:
     assert names_in(path) == list("abcdef")
 
 
+def test_an_empty_file_replaces_neither_a_database_nor_a_backup(tmp_path: Path) -> None:
+    """What `cp` leaves on a full disk is a sound database to SQLite: one without tables."""
+    path, copy, empty = (tmp_path / name for name in ("state.db", "state.backup", "empty"))
+    with closing(opened(path)) as database:
+        put(database, "a")
+    back_up(path, copy)
+    empty.touch()
+    for action in (lambda: restore(empty, path), lambda: back_up(empty, copy)):
+        with pytest.raises(
+            StorageError, match="empty is empty, not a SuperLink's: take an earlier"
+        ):
+            action()
+    assert names_in(path) == names_in(copy) == ["a"]
+
+
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path: Path) -> None:
+    path, volume = tmp_path / "state.db", tmp_path / "volume"
+    volume.mkdir()
+    path.symlink_to(volume / "state.db")
+    with closing(opened(path)) as database:
+        put(database, "a")
+    copy = tmp_path / "latest.backup"
+    copy.symlink_to(volume / "monday.backup")
+    back_up(path, copy)
+    assert names_in(volume / "monday.backup") == ["a"]
+    with closing(opened(path)) as database:
+        put(database, "b")
+    restore(copy, path)
+    assert names_in(volume / "state.db") == ["a"]
+    assert path.is_symlink()
+    assert copy.is_symlink()
+
+
 def test_the_commands(tmp_path: Path) -> None:
     path, copy = tmp_path / "state.db", tmp_path / "state.backup"
     with closing(opened(path)) as database:
