@@ -142,6 +142,11 @@ def _authority(
             raise CredentialsError(f"{key_path} is not there to sign with: bring it back first")
         found = _certificate(path)
         return Credential(path, "kept", found.not_valid_after_utc), found, None
+    elif (old := folder / "server.crt").exists():
+        raise CredentialsError(
+            f"{path} is not there, by whose key {old} was signed: bring it back, or take another "
+            "folder for an authority that every node is to be told of"
+        )
     else:
         key, state = ec.generate_private_key(ec.SECP384R1()), "made"
     until = now + timedelta(days=_AUTHORITY_DAYS)
@@ -178,7 +183,12 @@ def _server(
         raise CredentialsError(
             f"{folder / 'ca.key'} is not there to sign with: bring it back first"
         )
+    if authority.not_valid_after_utc <= now:
+        expired = f"{authority.not_valid_after_utc:%F}"
+        raise CredentialsError(f"{folder / 'ca.crt'} expired on {expired}: give --renew")
     key = ec.generate_private_key(ec.SECP256R1())
+    if key_path.exists() and not renew:
+        key = _private(key_path)
     until = min(now + timedelta(days=days), authority.not_valid_after_utc)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Prunecast SuperLink")])
     made = _signed(subject, key.public_key(), authority.subject, signs, now, until, names=names)

@@ -114,6 +114,16 @@ def test_once_more_makes_what_is_missing_and_touches_nothing_else(tmp_path: Path
     make_credentials(tmp_path, hosts=["a.example"])
 
 
+def test_the_key_of_a_server_without_a_certificate_is_kept(tmp_path: Path) -> None:
+    make_credentials(tmp_path, hosts=["a.example"])
+    before = bytes_of(tmp_path)
+    (tmp_path / "server.crt").unlink()
+    assert make_credentials(tmp_path, hosts=["b.example"])[1].state == "made"
+    after = bytes_of(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"server.crt"}
+    assert shaken_hands(tmp_path, tmp_path / "ca.crt", "b.example") == "b.example"
+
+
 def test_renewing_replaces_the_server_and_whoever_has_the_old_authority_goes_on(
     tmp_path: Path,
 ) -> None:
@@ -155,6 +165,16 @@ def test_the_authority_key_may_be_kept_elsewhere(tmp_path: Path) -> None:
         (lambda folder: None, {"hosts": ["b.example"]}, r"not for b\.example: give --renew"),
         (lambda folder: None, {"now": NOW + timedelta(days=400)}, "expired on .*: give --renew"),
         (lambda folder: (folder / "server.key").unlink(), {}, "not of .*: give --renew"),
+        (
+            lambda folder: (folder / "server.crt").unlink(),
+            {"now": NOW + timedelta(days=3651)},
+            r"ca\.crt expired on .*: give --renew",
+        ),
+        (
+            lambda folder: [(folder / name).unlink() for name in ("ca.key", "ca.crt")],
+            {"renew": True},
+            r"ca\.crt is not there, by whose key .*: bring it back",
+        ),
         (lambda folder: (folder / "server.crt").write_text("x"), {}, "is no certificate"),
         (lambda folder: (folder / "ca.key").write_text("x"), {}, "is no private key"),
         (
