@@ -14,9 +14,12 @@ from typing import Any, Literal
 
 from prunecast.common.documents import read_document
 
-__all__ = ["Limits", "Observation", "Pulse", "read_pulse"]
+__all__ = ["SCHEMA", "Limits", "Observation", "Pulse", "read_pulse"]
 
 State = Literal["starting", "healthy", "unreachable", "hung"]
+
+SCHEMA = 1
+"""Of the file that `read_pulse` reads."""
 
 _LEAST_CPU = 2.0  # seconds in `Limits.stalled`: the heartbeats of a ClientApp alone take less
 _STALE = 30.0  # seconds beyond a few intervals
@@ -164,14 +167,21 @@ def read_pulse(file: Path, *, reachable: bool = False, now: float | None = None)
     now = time.time() if now is None else now
     try:
         found = read_document(file)
+        if found.get("schema", SCHEMA) != SCHEMA:
+            raise ValueError("another version of Prunecast watches: restart it, or ask that one")
+        for name in ("answered", "exchanged"):
+            found[name] = None if found.get(name) is None else float(found[name])
         age, often = now - float(found["at"]), float(found["interval"])
         state, problems = str(found["state"]), [str(one) for one in found["problems"]]
     except FileNotFoundError:
         return {"well": False, "problems": [f"nobody watches: there is no {file}"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         return {"well": False, "problems": [f"{file} cannot be read: {error}"]}
     if abs(age) > 4 * often + _STALE:
-        problems = [f"the watch itself has written nothing for {_for(age)}", *problems]
+        late = f"has written nothing for {_for(age)}"
+        if age < 0:
+            late = f"has last written {_for(-age)} from now, by a clock that was wrong or is now"
+        problems = [f"the watch itself {late}", *problems]
         return {**found, "well": False, "problems": problems}
     well = state == "healthy" or (state == "unreachable" and not reachable)
     if state == "starting":

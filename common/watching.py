@@ -30,7 +30,7 @@ from prunecast.common.liveness import (
     main_thread_switches,
     seconds_since_received,
 )
-from prunecast.common.pulse import Limits, Observation, Pulse
+from prunecast.common.pulse import SCHEMA, Limits, Observation, Pulse
 from prunecast.common.service_manager import ServiceManager
 
 __all__ = ["HUNG", "Target", "Watch", "target_of"]
@@ -40,7 +40,6 @@ HUNG = 75
 
 _CLIENT_APP = "flwr-clientapp"
 _AT_REST = 5.0  # seconds without a ClientApp after which a node counts as drained
-_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ class Watch:
             return None if moment is None else round(wall - (mono - moment), 1)
 
         document = {
-            "schema": _SCHEMA,
+            "schema": SCHEMA,
             "at": wall,
             "interval": self._interval,
             "pid": pid,
