@@ -29,7 +29,10 @@ from prunecast.compression.release import RuntimeFailure
 from prunecast.compression.release.externals import FIELDS, external_tensors
 from prunecast.compression.release.protobuf import ProtobufError, read_fields, read_varint
 
-__all__ = ["Checkpoint", "Extent", "open_checkpoint"]
+__all__ = ["MASKS", "Checkpoint", "Extent", "open_checkpoint"]
+
+MASKS = ".masks.safetensors"
+"""Ends the name of what `prunecast prune` writes beside a checkpoint, and is none."""
 
 _INDEX = ".safetensors.index.json"
 _MOST_INDEX = 1 << 28  # bytes
@@ -118,7 +121,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open(path: Path) -> Checkpoint:
     path = Path(path)
     if os.path.isdir(path):
-        found = sorted(path.glob(f"*{_INDEX}")) or sorted(path.glob("*.safetensors"))
+        tensors = [p for p in path.glob("*.safetensors") if not p.name.endswith(MASKS)]
+        found = sorted(path.glob(f"*{_INDEX}")) or tensors
         if len(found) != 1:
             raise UnknownFormat(
                 f"{path} is a folder with {len(found) or 'no'} checkpoints: name the file in it"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from prunecast.common.files import StorageError, remove_abandoned, replacing_all
 from prunecast.common.text import bytes_text
 from prunecast.compression.files import CannotPrune, UnreadableFile
-from prunecast.compression.files.checkpoints import Checkpoint, Extent
+from prunecast.compression.files.checkpoints import MASKS, Checkpoint, Extent
 from prunecast.compression.files.mask_files import MaskFile
 from prunecast.compression.files.selection import (
     Cut,
@@ -83,7 +83,7 @@ def default_targets(checkpoint: Checkpoint, output: Path | None = None) -> Targe
         if whole.suffix.lower() != path.suffix.lower():
             raise CannotPrune(f"{whole}: a pruned {path.suffix} file is one again, name it so")
         files = {path.name: whole}
-        masks, report = (whole.with_suffix(s) for s in (".masks.safetensors", ".report.json"))
+        masks, report = (whole.with_suffix(s) for s in (MASKS, ".report.json"))
     else:
         folder = output or path.parent / "pruned"
         if folder.suffix.lower() in (".safetensors", ".onnx", ".json"):
@@ -92,7 +92,7 @@ def default_targets(checkpoint: Checkpoint, output: Path | None = None) -> Targe
                 "names: give a folder"
             )
         files = {name: folder / name for name in checkpoint.files}
-        masks, report = folder / "pruning.masks.safetensors", folder / "pruning.report.json"
+        masks, report = folder / f"pruning{MASKS}", folder / "pruning.report.json"
     own = {p.resolve() for p in checkpoint.files.values()}
     targets = Targets(files, masks, report)
     seen: set[Path] = set()

@@ -72,6 +72,19 @@ def test_a_checkpoint_its_masks_and_its_report(run: Run, weights: Path, tmp_path
     assert document == json.loads((tmp_path / "net.pruned.report.json").read_text())
 
 
+def test_masks_are_no_checkpoint_of_their_folder(run: Run, weights: Path, tmp_path: Path) -> None:
+    """As they lie beside an .onnx model that was pruned, or where the rest was moved away."""
+    assert run(weights, "--sparsity", 0.9).exit_code == 0
+    weights.unlink()
+    (tmp_path / "net.pruned.safetensors").rename(tmp_path / "net.safetensors")
+    assert run(tmp_path, "--sparsity", 0.95, "--force").exit_code == 0
+    for path in (weights, tmp_path / "net.pruned.safetensors"):
+        path.unlink()
+    shown = run(tmp_path, "--sparsity", 0.9)
+    assert shown.exit_code == 1
+    assert "is a folder with no checkpoints: name the file in it" in " ".join(shown.output.split())
+
+
 def test_what_compressing_makes_of_it_is_measured(run: Run, weights: Path, tmp_path: Path) -> None:
     report = json.loads(run(weights, "--sparsity", 0.9, "--coded", "--json").stdout)
     for key, file in (("coded_bytes", weights), ("pruned_coded_bytes", report["output"])):
