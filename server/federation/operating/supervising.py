@@ -7,6 +7,7 @@ as failed. A run that resumes (``resume = "auto"``) goes on where it was when it
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +52,7 @@ class FlowerCommand:
         command: of ``flwr run``, as a shell has split it.
 
     Raises:
-        SuperviseError: it is another command, or one whose output cannot be read.
+        SuperviseError: it is another command, not there, or one whose output cannot be read.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -71,6 +72,8 @@ class FlowerCommand:
                 raise SuperviseError("leave --stream out: follow the run with `flwr log RUN_ID`")
             elif not word.startswith("-"):
                 places.append(word)
+        if shutil.which(program) is None:
+            raise SuperviseError(f"there is no program {program} here: give the path of flwr")
         self._run = [*command, "--format", "json"]
         self._list = [program, "list", "--format", "json", *places[1:2]]
 
@@ -99,12 +102,17 @@ class FlowerCommand:
     def status(self, run_id: str) -> str:
         """What became of a run so far, as `SubmittedRun.status` has it.
 
+        It has failed, too, where the SuperLink was started again without what it knew of it.
+
         Raises:
-            SuperviseError: the SuperLink does not answer, or knows no such run.
+            SuperviseError: the SuperLink does not answer.
         """
-        runs = self._runs("--run-id", run_id)
+        try:
+            runs = self._runs("--run-id", run_id)
+        except SuperviseError:  # so does Flower answer of a run that is unknown
+            runs = [run for run in self._runs() if run["run-id"] == run_id]
         if not runs:
-            raise SuperviseError(f"the SuperLink knows no run {run_id}")
+            return "failed"
         found = runs[0]["status"]
         return found.partition(":")[2] if found.startswith("finished:") else found
 
@@ -132,7 +140,12 @@ def _refusal(command: str, answer: Mapping[str, Any]) -> SuperviseError:
 def _json(command: Sequence[str]) -> dict[str, Any]:
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SuperviseError(f"{' '.join(command[:2])}: {error}"[:_LONGEST]) from error

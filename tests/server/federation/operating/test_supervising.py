@@ -106,6 +106,7 @@ def test_silence_is_borne_for_a_while() -> None:
         ([], "give `flwr run"),
         (["flwr", "run", ".", "--stream"], "flwr log"),
         (["flwr", "run", ".", "--format", "json"], "leave --format out"),
+        (["/nowhere/flwr", "run", "."], "there is no program /nowhere/flwr here"),
     ],
 )
 def test_only_what_can_be_followed_is_supervised(command: list[str], told: str) -> None:
@@ -190,6 +191,33 @@ def test_without_a_list_of_runs_nothing_is_submitted(tmp_path: Path) -> None:
         with pytest.raises(SuperviseError, match="flwr list: busy"):
             ask()
     assert len(list(tmp_path.glob("run-*"))) == 1
+
+
+def test_a_run_that_a_new_superlink_knows_no_more_has_failed(tmp_path: Path) -> None:
+    """Without a database it has no runs when it is started again, and Flower answers so."""
+    program = flower(tmp_path, "completed", "completed")
+    command = FlowerCommand([str(program), "run"])
+    run = command.submit()
+    program.write_text(
+        program.read_text().replace(
+            "    print(json.dumps({'runs':",
+            "    if '--run-id' in sys.argv:\n"
+            "        print(json.dumps({'success': False, 'error-message': 'Run ID not found.'}))\n"
+            "        sys.exit()\n"
+            "    print(json.dumps({'runs':",
+        )
+    )
+    assert command.status(run) == "completed", "which is in the list of all"
+    (tmp_path / "run-0").unlink()
+    assert command.status(run) == "failed"
+
+
+def test_an_answer_in_another_encoding_is_an_answer(tmp_path: Path) -> None:
+    program = flower(tmp_path, "completed")
+    said = "sys.stdout.buffer.write(b'gr\\xfcezi {')\nsys.exit(1)\n"
+    program.write_text(program.read_text().replace("number = ", said + "number = ", 1))
+    with pytest.raises(SuperviseError, match=r"gr.ezi"):
+        FlowerCommand([str(program), "run"]).submit()
 
 
 def test_the_command_exits_with_1_where_the_run_does_not_complete(tmp_path: Path) -> None:
