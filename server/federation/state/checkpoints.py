@@ -210,8 +210,11 @@ def save_newest(checkpoint: Checkpoint, path: Path, keep: int, *, instead: bool 
         instead: take the place of the newest one, which is then no older one.
 
     Raises:
-        StorageError: the file system refuses; the old files are there.
+        StorageError: the file system refuses; the old files are there, but for the oldest, which
+            makes room for a next try.
     """
+    with suppress(OSError):  # the last try made that room; a link to the same file moves nothing
+        instead = instead or path.samefile(earlier_checkpoint(path, 1))
     for number in range(keep - 1, 0, -1) if not instead else ():
         source = earlier_checkpoint(path, number - 1)
         beside = path.with_name(f".{path.name}.before")

@@ -7,6 +7,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from prunecast.common.files import StorageError
 from prunecast.server.federation import Checkpoint, CheckpointError, Policy
+from prunecast.server.federation.state.checkpoints import save_newest
 from support.federation import initial_arrays, to_record
 
 SMALL = Policy.preset("small", pruning_begin=1, pruning_end=8)
@@ -110,3 +111,23 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert Checkpoint.load(path).counter == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_however_often_a_disk_is_full_one_earlier_checkpoint_makes_room(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.safetensors"
+    for number in (1, 2, 3):
+        save_newest(Checkpoint({"w": np.ones(4, np.float32)}, number, {"w": 0.1}), path, 3)
+
+    def refuse(checkpoint, path):
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as full:
+        full.setattr(Checkpoint, "save", refuse)
+        for number in (4, 5, 6):
+            with pytest.raises(StorageError, match="full"):
+                save_newest(Checkpoint({"w": np.ones(4, np.float32)}, number, {"w": 0.1}), path, 3)
+    names = ["checkpoint-1.safetensors", "checkpoint-2.safetensors", "checkpoint.safetensors"]
+    assert sorted(found.name for found in tmp_path.iterdir()) == names
+    assert [Checkpoint.load(tmp_path / name).counter for name in names] == [3, 2, 3]
+    save_newest(Checkpoint({"w": np.ones(4, np.float32)}, 7, {"w": 0.1}), path, 3)
+    assert [Checkpoint.load(tmp_path / name).counter for name in names] == [3, 2, 7]
