@@ -93,8 +93,10 @@ class Pulse:
         if seen.answered:
             self.answered = now
         elif seen.answered is False:
-            since = self.begun + limits.start if self.answered is None else self.answered
-            if now - since > (0.0 if self.answered is None else limits.silence):
+            since, most = self.answered, limits.silence
+            if since is None:
+                since, most = self.begun, limits.start
+            if now - since > most:
                 self.problems.append(f"it has not answered for {_for(now - since)}")
         self._take_thread(now, seen)
         unreachable = self._take_exchange(now, seen)

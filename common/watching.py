@@ -127,7 +127,7 @@ class Watch:
         self._drain, self._patience = drain, patience
         self._manager = manager or ServiceManager()
         self._asked = threading.Event()
-        self._ready = False
+        self._ready, self._written = False, True
 
     def run(self, say: Callable[[str], None] = print) -> int:
         """Start the command and stay until it is over; SIGTERM and SIGINT end it, SIGHUP it gets.
@@ -161,14 +161,15 @@ class Watch:
                 signal.signal(number, handler)
             self._manager.tell(STOPPING=1)
             if self._file is not None:
-                self._file.unlink(missing_ok=True)
+                with suppress(OSError):  # the exit status is the command's all the same
+                    self._file.unlink(missing_ok=True)
 
     def _stay(self, process: subprocess.Popen[bytes], say: Callable[[str], None]) -> int:
         pulse = Pulse(self._limits, time.monotonic())
         told: tuple[str, ...] = ()
         while process.poll() is None and not self._asked.is_set():
             state = pulse.take(time.monotonic(), self._look(process.pid))
-            self._tell(process.pid, pulse)
+            self._tell(process.pid, pulse, say)
             if told != (told := (state, *(p.partition(" for ")[0] for p in pulse.problems))):
                 say(f"{state}" + "".join(f": {problem}" for problem in pulse.problems))
             if state == "hung":
@@ -225,7 +226,7 @@ class Watch:
             return None
         return answers(self._target.health, authority=self._target.authority)
 
-    def _tell(self, pid: int, pulse: Pulse) -> None:
+    def _tell(self, pid: int, pulse: Pulse, say: Callable[[str], None]) -> None:
         state = "; ".join([pulse.state, *pulse.problems])
         if pulse.state == "healthy" and not self._ready:
             self._ready = True
@@ -252,8 +253,13 @@ class Watch:
             "client_app": pulse.client_app,
             "limits": asdict(self._limits),
         }
-        with suppress(StorageError):  # whoever reads it will find it stale
+        try:
             write_atomically(self._file, json.dumps(document).encode())
+            self._written = True
+        except StorageError as error:  # whoever reads it will find it stale
+            if self._written:
+                say(f"no pulse: {error}")
+            self._written = False
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Leave nothing of it behind: a SuperNode's processes are sessions of their own."""

@@ -26,6 +26,7 @@ def test_it_may_take_its_time_to_start() -> None:
     pulse = Pulse(LIMITS, 0.0)
     assert pulse.take(99.0, Observation(answered=False)) == "starting"
     assert pulse.take(101.0, Observation(answered=False)) == "hung"
+    assert pulse.problems == ["it has not answered for 101 s"]
     pulse = Pulse(LIMITS, 0.0)
     assert pulse.take(50.0, healthy()) == "healthy"
     assert pulse.take(110.0, Observation(answered=False)) == "healthy"

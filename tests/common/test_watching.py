@@ -200,6 +200,15 @@ def test_the_exit_status_is_the_commands(tmp_path: Path, program: str, code: int
     assert not (tmp_path / "pulse.json").exists()
 
 
+def test_a_pulse_that_cannot_be_written_is_said_once_and_changes_no_status(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    program = "import time; time.sleep(0.5); raise SystemExit(5)"
+    assert watched(tmp_path, "-c", program, file=tmp_path / "file" / "pulse").run(said.append) == 5
+    assert [one.partition(":")[0] for one in said] == ["no pulse", "healthy"]
+    assert "cannot write" in said[0]
+
+
 def test_a_command_that_hangs_is_ended_with_everything_below_it(tmp_path: Path) -> None:
     where = port()
     below = (
