@@ -158,8 +158,11 @@ def nodes_state(nodes: Mapping[int, NodeState]) -> dict[int, dict[str, Any]]:
 
 
 def nodes_from(state: Mapping[int, Mapping[str, Any]]) -> dict[int, NodeState]:
-    """Inverse of `nodes_state`."""
-    return {
+    """Inverse of `nodes_state`; but nodes that were left out are asked anew.
+
+    They, or this server, may have been updated since, as they were told.
+    """
+    nodes = {
         number: NodeState(
             **{
                 name: _PARTS[name](**value) if name in _PARTS and value is not None else value
@@ -168,6 +171,10 @@ def nodes_from(state: Mapping[int, Mapping[str, Any]]) -> dict[int, NodeState]:
         )
         for number, found in state.items()
     }
+    for node in nodes.values():
+        if node.foreign and not node.treatment.dense:
+            node.foreign, node.able = "", None
+    return nodes
 
 
 def _by_name(owner: Any) -> dict[str, Any]:

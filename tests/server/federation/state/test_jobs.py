@@ -8,16 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Context, Message
 from flwr.serverapp.strategy import FedAvg
 
+from prunecast.client.training import capabilities as stating
 from prunecast.client.training.store import ModError, NodeStore, StoreError
 from prunecast.compression.flower import job_id, stream_id
 from prunecast.compression.flower.envelope import unpack
-from prunecast.compression.versions import BadPayload, Instruction, PublishedModel, UpdateRule
+from prunecast.compression.versions import (
+    BadPayload,
+    Instruction,
+    PublishedModel,
+    UpdateRule,
+    control,
+)
 from prunecast.compression.versions.frame import stream_tag
 from prunecast.compression.versions.model import RawTensor
-from prunecast.server.federation import CompressedGrid, FederationError, Ledger
+from prunecast.server.federation import CompressedGrid, FederationError, Ledger, Run
 from prunecast.simulations.runner.inprocess import InProcessGrid
 from support.federation import initial_arrays, make_app, reason_of, to_record
 
@@ -193,3 +200,26 @@ def test_what_an_earlier_attempt_has_under_way_leaves_nothing(tmp_path: Path) ->
     assert old.residual("arrays")["w"].tobytes() == DROPPED["w"].tobytes()
     with pytest.raises(ModError, match="attempt 1, and 2 goes on"):
         NodeStore(tmp_path, "digits", 1).go_on(1)
+
+
+def test_a_node_that_was_updated_as_it_was_told_takes_part_when_the_run_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(tmp_path / "store")
+
+    def earlier(message: Message, context: Context) -> Message:
+        with monkeypatch.context() as patch:
+            patch.setattr(control, "INSTRUCTION_FORMAT", 0)
+            patch.setattr(stating, "INSTRUCTION_FORMAT", 0)
+            return app(message, context)
+
+    def trained(second: Any, rounds: int) -> set[int]:
+        inner = InProcessGrid({1: app, 2: second, 3: app}, 3, run_id=rounds)
+        run = Run(inner, FedAvg(min_available_nodes=2), folder=tmp_path / "run", resume="auto")
+        run.start(to_record(initial_arrays()), num_rounds=rounds)
+        entries = Ledger.read(tmp_path / "run" / "ledger.jsonl", whole=False)
+        return {entry.node for entry in entries if entry.kind == "update"}
+
+    assert trained(earlier, 2) == {1, 3}
+    assert trained(earlier, 3) == {1, 3}
+    assert trained(app, 4) == {1, 2, 3}
