@@ -78,10 +78,15 @@ def contribute_statistics(name: str, arrays: Mapping[str, NDArray[Any]]) -> None
     Args:
         name: of the statistic, see `wanted_statistics`.
         arrays: tensor name to one finite value per weight, in the tensor's shape; the server
-            refuses the reply otherwise. Tensors may be left out.
+            refuses the reply otherwise. Tensors may be left out; torch's count as arrays.
     """
     if name in wanted_statistics():
-        _current.get().contributed[name] = dict(arrays)
+        _current.get().contributed[name] = {n: _array(values) for n, values in arrays.items()}
+
+
+def _array(values: Any) -> NDArray[Any]:
+    """Of what torch has on any device, with or without a gradient, in any of its dtypes, too."""
+    return np.asarray(values.detach().cpu().float() if hasattr(values, "detach") else values)
 
 
 @contextmanager

@@ -165,7 +165,8 @@ def _read(content: RecordDict, statistics: Arrays) -> tuple[dict[str, NDArray[np
         return {}, 0.0
     found = {name: known[name].astype(np.float64) for name in statistics}
     sound = all(
-        np.isfinite(a).all() and (not n.endswith(("var", "variance")) or (a >= 0).all())
+        (np.abs(a) < np.finfo(np.float32).max).all()
+        and (not n.endswith(("var", "variance")) or (a >= 0).all())
         for n, a in found.items()
     )
     weight = float(weights[0])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -154,3 +155,13 @@ def test_a_bias_has_no_activations():
             mean.add(payload, ("activation",), shapes)
     mean.add(pack_statistics({"activation": {"w": np.ones((1, 2))}}), ("activation",), shapes)
     assert mean.take()["activation"].keys() == {"w"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_of_torch_are_contributed_as_they_are(dtype):
+    gradient = torch.tensor([[1.0, -2.0]], dtype=dtype, requires_grad=True)
+    with holding({}, ("gradient",)) as contributed:
+        contribute_statistics("gradient", {"w": gradient})
+    mean = StatisticsMean()
+    mean.add(pack_statistics(contributed), ("gradient",), {"w": (1, 2)})
+    assert mean.take()["gradient"]["w"].tolist() == [[1.0, -2.0]]

@@ -176,6 +176,9 @@ def own_app(tmp_path: Path, answer: Any = None) -> ClientApp:
 
 HOSTILE = {
     "not finite": lambda state: state["1.running_mean"].fill_(float("nan")),
+    "too large": lambda state: state.update(
+        {"1.running_mean": torch.full_like(state["1.running_mean"], 1e300, dtype=torch.float64)}
+    ),
     "below zero": lambda state: state["1.running_var"].fill_(-1.0),
     "another shape": lambda state: state.update({"1.running_mean": torch.zeros(3)}),
     "missing": lambda state: state.pop("1.running_var"),

@@ -421,16 +421,3 @@ def test_metrics_of_a_folder_are_served_between_runs(tmp_path: Path) -> None:
     assert (before["prunecast_run_round", ()], before["prunecast_run_state", ()]) == (2, 2)
     assert (after["prunecast_run_round", ()], after["prunecast_run_rounds", ()]) == (1, 1)
     assert process.returncode == 128 + signal.SIGTERM
-
-
-def test_long_names_that_begin_alike_are_told_apart() -> None:
-    """Two samples of one name and labels make Prometheus refuse all of them."""
-    metrics, long = RunMetrics(), "accuracy of the validation examples " * 4
-    metrics(STARTED)
-    finished = {"event": "round-finished", "time": STARTED["time"], "round": 1, "seconds": 1.0}
-    finished |= {"dense_bytes_down": 0, "dense_bytes_up": 0}
-    metrics({**finished, "metrics": {f"{long}{end}": float(end) for end in range(3)}})
-    text = metrics.text().decode()
-    found = {labels: v for (name, labels), v in samples(text).items() if "run_metric" in name}
-    assert sorted(found.values()) == [0.0, 1.0, 2.0]
-    assert all(len(label) <= 100 for labels in found for label in labels)
