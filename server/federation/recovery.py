@@ -63,16 +63,17 @@ class Recoveries:
         Returns:
             ``begun``, ``ended``: its first and last round; ``last``: of the rounds up to the next;
             ``before``, ``pruned`` and ``after``: metrics before it, right after it, and in `last`;
-            ``recovery_ratio``: loss before ÷ after, where there is one loss: 1 and above means that
-            nothing is left of what pruning cost.
+            ``recovery_ratio``: loss before ÷ after, of the only loss or else the one that is called
+            just that: 1 and above means that nothing is left of what pruning cost.
         """
         return [{**one, **_ratio(one["before"], one["after"])} for one in self._found]
 
 
 def _ratio(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    losses = [
-        (before[name], after[name])
+    losses = {
+        name.lower(): before[name] / after[name]
         for name in before
         if name in after and name.lower().endswith("loss") and after[name] > 0
-    ]
-    return {"recovery_ratio": losses[0][0] / losses[0][1]} if len(losses) == 1 else {}
+    }
+    name = next(iter(losses)) if len(losses) == 1 else "loss"
+    return {"recovery_ratio": losses[name]} if name in losses else {}
