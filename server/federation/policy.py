@@ -32,6 +32,7 @@ from prunecast.compression.versions import UpdateRule, is_statistic
 from prunecast.server.federation.errors import PolicyError
 from prunecast.server.federation.knob_rules import rules
 from prunecast.server.federation.knobs import (
+    GROWN_BY,
     PREFIX,
     SIZES,
     check_type,
@@ -310,6 +311,15 @@ class Policy:
                 f"will have {reached:.0%} of zeros instead of {self.target:.0%}. Set "
                 f"{key_of('pruning_end')} to {max(rounds, 1)} or less and "
                 f"{key_of('pruning_begin')} below that, or train longer."
+            )
+        free = (*HELD, "layer-by-layer", AUTOMATIC)  # between whose steps weights move
+        rises = self.pruning_schedule not in free and not self.thins and end == self.pruning_end
+        full = self.pruning(rounds).schedule(end - 1) >= self.target
+        if self.mask_rule in GROWN_BY and rises and end and not full:
+            _say_once(
+                f"{key_of('pruning_masks')} = {self.mask_rule!r} will move no weights: they move "
+                f"once the sparsity rises no more, and only before {key_of('pruning_end')} = "
+                f"{end}. Set {key_of('pruning_schedule')} = 'static' or 'one-shot'."
             )
 
     @classmethod
