@@ -206,14 +206,16 @@ def _direction(length: str) -> str:
 
 
 def _directed(
-    q: NDArray[np.integer], array: NDArray[Any], lengths: tuple[int, ...]
-) -> NDArray[np.integer]:
+    q: NDArray[np.signedinteger], array: NDArray[Any], lengths: tuple[int, ...]
+) -> NDArray[np.signedinteger]:
     """Integers in which every direction has its largest value at least."""
     single = lengths if len(lengths) == q.ndim else (1,) * q.ndim
     axes = tuple(axis for axis, length in enumerate(single) if length == 1)
     size = np.abs(array)
     lost = ~q.any(axes, keepdims=True) & (size == size.max(axes, keepdims=True, initial=0))
-    return np.where(lost & (size > 0), np.where(array < 0, -1, 1), q)
+    directed = q.copy()
+    np.copyto(directed, np.where(array < 0, -1, 1).astype(q.dtype), where=lost & (size > 0))
+    return directed
 
 
 def _within(
