@@ -115,9 +115,9 @@ def status(folder: RunFolder, run: Run = None, as_json: AsJson = False) -> None:
         columns = [*map(Column, names), Column("last error", long=True)]
         rows = [
             [
-                *(node["node"], node["state"], node["seen"] or "never"),
+                *map(str, (node["node"], node["state"], node["seen"] or "never")),
                 *(_or_dash(node[name]) for name in ("version", "behind")),
-                *(str(node["errors"]), node.get("reason", "")),
+                *map(str, (node["errors"], node.get("reason", ""))),
             ]
             for node in found["nodes"]
         ]

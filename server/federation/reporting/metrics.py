@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 _PREFIX = "prunecast_run_"
 _NAMES = 32  # metrics of an evaluation, of each place that measures
 _CONNECTIONS = 32
+_ODD = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # of an event that is none
 
 
 class RunMetrics(Collector):
@@ -66,14 +67,14 @@ class RunMetrics(Collector):
         self._failures = {"failed": 0, "silent": 0}
         self._finished: Mapping[str, Any] = {}
         self._nodes: dict[str, Mapping[str, Any]] | None = {}
-        self._rounds, self._seconds, self._took = 0, 0.0, 0.0
+        self._rounds = self._seconds = self._took = 0.0
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Take an event of a run; one that is not known, or not as expected, changes nothing."""
         with self._lock:
             try:
                 self._take(event)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except _ODD as error:
                 _log.warning("an event could not be counted: %s: %s", type(error).__name__, error)
 
     def _take(self, event: Mapping[str, Any]) -> None:
@@ -82,7 +83,7 @@ class RunMetrics(Collector):
             self._forget()
             names = ("run", "name", "strategy")
             self._info = {name: str(event.get(name, ""))[:200] for name in names}
-            self._rounds, self._state = int(event["rounds"]), 1.0
+            self._rounds, self._state = float(event["rounds"]), 1.0
         elif kind == "round-begun":
             self._asked, self._round_began = int(event["nodes"]), at
         elif kind == "round-finished":
@@ -111,7 +112,13 @@ class RunMetrics(Collector):
 
     def text(self) -> bytes:
         """Everything, as Prometheus reads it."""
-        return generate_latest(self._registry)
+        try:
+            return generate_latest(self._registry)
+        except _ODD as error:  # a file that is damaged, or of another version
+            with self._lock:
+                self._finished, self._nodes = {}, {}
+            _log.warning("a round could not be told: %s: %s", type(error).__name__, error)
+            return generate_latest(self._registry)
 
     def describe(self) -> list[Metric]:
         """Nothing: what there is depends on the run."""

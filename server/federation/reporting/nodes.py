@@ -15,6 +15,7 @@ from typing import Any
 
 from flwr.app import Message
 
+from prunecast.common.files import StorageError
 from prunecast.compression.flower import node_reason
 
 __all__ = ["STATES", "NodeStates", "status_of"]
@@ -23,6 +24,7 @@ STATES = ("answered", "failed", "silent", "late", "new", "gone")
 """Of a node: its last message was answered; with an error; not in time; or not waited for. It is
 connected and was never asked; it was asked once and is not connected any more."""
 
+_SHOWN = ("state", "seen", "version", "errors")  # of a node, in every event
 _NAMED, _LONGEST = 100, 300  # nodes in an event, and characters of a reason
 _MOST = 100_000  # nodes that are remembered; a node without a key has a new id after each start
 
@@ -140,7 +142,22 @@ def status_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         ``connected`` as of the last round, ``states`` (nodes by state), ``reason`` of a failure,
         and ``nodes``: the last of each node that was named, with ``behind``: how many versions
         there have been since the one that it holds.
+
+    Raises:
+        StorageError: an event is not as it is written here.
     """
+    try:
+        return _status_of(events)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"an event of the run is damaged, or of another version of Prunecast "
+            f"({type(error).__name__}: {error}): ask that version, or name another --run"
+        ) from error
+
+
+def _status_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     status: dict[str, Any] = {
         "run": "", "name": "", "state": "running", "round": None, "rounds": None, "metrics": {},
         "last_event": None, "version": None, "connected": None, "states": {}, "reason": "",
@@ -156,11 +173,12 @@ def status_of(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         elif kind == "run-finished":
             status["state"] = "finished"
         elif kind == "round-finished":
-            status |= {name: event.get(name) for name in ("round", "metrics")}
+            status |= {"round": event.get("round"), "metrics": dict(event.get("metrics") or {})}
             told = event.get("status") or {}  # runs of before have none
             status |= {name: told[name] for name in ("version", "connected", "states") if told}
+            status["states"] = dict(status["states"])
             for node in told.get("nodes", ()):
-                nodes[node["node"]] = dict(node)
+                nodes[node["node"]] = {name: node[name] for name in _SHOWN} | dict(node)
     for node in nodes.values():
         known = node["version"] is not None and status["version"] is not None
         node["behind"] = status["version"] - node["version"] if known else None
