@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,6 +23,10 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _ALIKE = 1e-3  # of the largest value: what sums in another order differ by, and more
 _TINY = 1e-12
 _MEANS = frozenset(("mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min"))
+_POOLS = {f"adaptive_{kind}_pool{n}d": n for kind in ("avg", "max") for n in (1, 2, 3)}
+_SCALES = frozenset(
+    ("add", "sub", "mul", "div", "pow", "rsub", "rmul", "rdiv", "rpow", "true_divide", "tensor")
+)
 Fit = Callable[[nn.Module, ChannelPlan], nn.Module]
 
 
@@ -39,7 +43,7 @@ def zero_what_goes(module: nn.Module, plan: ChannelPlan) -> None:
     """Let what a plan removes be zero, in place; running statistics are as they were."""
     for name, tensor in module.state_dict().items():
         kept = plan.zeroed_array(name, np.ones(tuple(tensor.shape), np.bool_))
-        tensor.masked_fill_(~torch.from_numpy(np.array(kept)), 0)
+        tensor.masked_fill_(~torch.from_numpy(np.array(kept)).to(tensor.device), 0)
 
 
 def check_outputs(wide: nn.Module, narrow: nn.Module, example: tuple[Tensor, ...]) -> None:
@@ -51,10 +55,12 @@ def check_outputs(wide: nn.Module, narrow: nn.Module, example: tuple[Tensor, ...
         PlanError: with the name of the layer that fails.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         try:
             wanted, _ = _run(wide, example)
         except _Failed as error:
             raise PlanError(f"{type(wide).__name__} does not take the example: {error}") from error
+        torch.manual_seed(0)  # as what is drawn may decide shapes
         try:
             found, _ = _run(narrow, example)
         except _Failed as error:
@@ -72,8 +78,9 @@ def check_values(wide: nn.Module, example: tuple[Tensor, ...], plan: ChannelPlan
     """Refuse a plan under which channels would meet weights that are of others.
 
     Weights are drawn, since those there are may be zero or alike. What counts channels (norms,
-    softmax, the scale of attention) does not in the comparison, as it does go along with them.
-    Where means over channels are taken otherwise, or outputs are drawn, nothing is compared.
+    softmax, the scale of attention, other numbers that are computed with) does not in the
+    comparison, as it does go along with them. Where means over channels are taken otherwise, or
+    outputs are drawn, nothing is compared.
 
     Args:
         wide: a copy, in evaluation mode.
@@ -90,17 +97,18 @@ def check_values(wide: nn.Module, example: tuple[Tensor, ...], plan: ChannelPlan
     for part in (*wide.modules(), *narrow.modules()):
         if isinstance(part, nn.MultiheadAttention):
             become(part, NarrowAttention)
-    runs, modes = [], []
+    runs: list[Any] = []
+    modes: list[_Uncounted] = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for seed, module in enumerate((wide, wide, narrow)):
             torch.manual_seed(seed)
-            modes.append(_Uncounted())
+            modes.append(_Uncounted(modes[-1].numbers if modes else ()))
             try:
                 runs.append(_run(module, example, modes[-1]))
             except _Failed:  # by what it takes for a norm of torch's
                 return
     (wanted, inside), (again, _), (found, left) = runs
-    if not all(map(_alike, wanted, again)) or modes[1].means != modes[2].means:
+    if not all(map(_alike, wanted, again)) or modes[1].counted != modes[2].counted:
         return
     if all(map(_alike, found, wanted)):
         return
@@ -112,14 +120,15 @@ def check_values(wide: nn.Module, example: tuple[Tensor, ...], plan: ChannelPlan
             mask, whole = axes[1 if getattr(layer, "transposed", False) else 0], inside[name]
             if mask is not None:
                 axis = 1 - layer.weight.dim()
-                whole = whole.index_select(axis, torch.from_numpy(np.flatnonzero(mask)))
+                left_over = torch.from_numpy(np.flatnonzero(mask)).to(whole.device)
+                whole = whole.index_select(axis, left_over)
             if not _alike(output, whole):
                 at = f"layer {name!r} of {at}"
                 break
     raise PlanError(
         f"{at} would not put out what it does of the channels that remain: they come to it in an "
-        "order that fewer do not keep (flattened, shuffled or picked by number); set "
-        "prunecast.channels = 1"
+        "order that fewer do not keep (flattened, shuffled or picked by number), or are counted "
+        "otherwise than by a norm or a mean; set prunecast.channels = 1"
     )
 
 
@@ -128,11 +137,30 @@ class _Failed(Exception):
 
 
 class _Uncounted(TorchFunctionMode):
-    """Lets norms, softmax and attention compute without counting zeros; notes means."""
+    """Lets norms, softmax and attention compute without counting zeros; notes means.
 
-    def __init__(self) -> None:
+    Args:
+        numbers: of the run that is compared with, which scale what they did there: they may be
+            made of how many channels there are.
+    """
+
+    def __init__(self, numbers: Sequence[float]) -> None:
         super().__init__()
         self.means: list[tuple[int, ...]] = []
+        self.numbers: list[float] = []
+        self._given = numbers
+
+    @property
+    def counted(self) -> tuple[list[tuple[int, ...]], int]:
+        """Sizes that means were taken over, and how many numbers there were."""
+        return self.means, len(self.numbers)
+
+    def _number(self, value: Any) -> Any:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return value
+        self.numbers.append(value)
+        at = len(self.numbers)
+        return self._given[at - 1] if at <= len(self._given) else value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, by = getattr(func, "__name__", ""), kwargs or {}
@@ -141,7 +169,7 @@ class _Uncounted(TorchFunctionMode):
             return by.get(key, args[at] if at < len(args) else default)
 
         match name:
-            case "softmax" | "log_softmax":
+            case "softmax" | "log_softmax" | "softmin":
                 dim = given(1, "dim", -1)
                 return _parts(given(0, "input"), -1 if dim is None else dim)
             case "layer_norm" | "rms_norm":
@@ -167,7 +195,16 @@ class _Uncounted(TorchFunctionMode):
             x, dim = given(0, "input"), given(1, "dim")
             dims = range(x.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
             self.means.append(tuple(x.shape[d] for d in dims))
+        elif name in _POOLS:
+            self.means.append(tuple(given(0, "input").shape[-_POOLS[name] :]))
+        elif name.strip("_") in _SCALES and _scales(args):
+            args = tuple(map(self._number, args))
         return func(*args, **by)
+
+
+def _scales(args: Any) -> bool:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return all(tensor.is_floating_point() for tensor in tensors)
 
 
 def _affine(x: Tensor, axes: tuple[int, ...], weight: Any, bias: Any) -> Tensor:
@@ -224,7 +261,7 @@ def _run(
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or not other.is_floating_point():
+    if one.shape != other.shape or not other.is_floating_point() or not other.numel():
         return one.shape == other.shape
     bound = max(_ALIKE, 8 * torch.finfo(other.dtype).eps)
     return not float((one - other).abs().max()) > bound * float(other.abs().max())

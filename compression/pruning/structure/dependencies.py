@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from prunecast.common.text import first_line
 from prunecast.compression.pruning.plan import PlanError
@@ -26,7 +27,14 @@ from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.pruning.structure.comparing import outputs_of
 from prunecast.compression.pruning.structure.narrow_attention import NarrowAttention
 
-__all__ = ["choose_by_norm", "copied", "failing", "remove"]
+__all__ = [
+    "check_weights",
+    "choose_by_norm",
+    "copied",
+    "failing",
+    "naming_what_is_not_followed",
+    "remove",
+]
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -53,13 +61,8 @@ def choose_by_norm(
         PlanError: no channels can be removed.
     """
     tp = _library()
+    check_weights(work)
     module = copied(work)
-    for name, layer in work.named_modules():
-        if isinstance(layer, nn.RNNCellBase) or getattr(layer, "proj_size", 0) > 0:
-            raise PlanError(
-                f"channels before layer {name!r} ({type(layer).__name__}) cannot be followed: set "
-                "prunecast.channels = 1, or take nn.LSTM, GRU or RNN without proj_size"
-            )
     ignored = [part for one in _own(work) for part in one.projections()] if whole_heads else []
     with failing(module), _traceable(work, whole_heads), torch.enable_grad():
         graph = _graph(work, example)
@@ -119,16 +122,54 @@ def copied(module: nn.Module) -> nn.Module:
     """A copy of a module, in evaluation mode.
 
     Raises:
-        PlanError: a layer makes its weight of other tensors, or the module cannot be copied.
+        PlanError: it cannot be copied.
     """
-    for name, layer in module.named_modules():
+    try:
+        return copy.deepcopy(module).eval()
+    except Exception as error:
+        check_weights(module)
+        raise PlanError(f"{type(module).__name__} cannot be copied: {first_line(error)}") from error
+
+
+def check_weights(module: nn.Module, prefix: str = "") -> None:
+    """Refuse layers whose weights are no tensors of their own.
+
+    Args:
+        module: whose layers these are.
+        prefix: its name, where it is a part of another.
+    """
+    for name, layer in module.named_modules(prefix=prefix):
         if isinstance(layer, _LAYERS) and "weight" not in {**layer._parameters, **layer._buffers}:
             raise PlanError(
                 f"layer {name!r} makes its weight of other tensors (parametrization, weight_norm, "
                 "spectral_norm or torch's own pruning): take that off first"
             )
-    with failing(module):
-        return copy.deepcopy(module).eval()
+
+
+@contextmanager
+def naming_what_is_not_followed(module: nn.Module) -> Iterator[None]:
+    """Add to errors the first layer in which torch-pruning 1.6 loses its way."""
+    try:
+        yield
+    except PlanError as error:
+        for name, layer in module.named_modules():
+            if remedy := _in_place_of(layer):
+                raise PlanError(
+                    f"{error}; channels before layer {name!r} ({type(layer).__name__}) cannot be "
+                    f"followed: set prunecast.channels = 1, or take {remedy}"
+                ) from error
+        raise
+
+
+def _in_place_of(layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.RNNCellBase | nn.GRU) or getattr(layer, "proj_size", 0) > 0:
+        return "nn.LSTM without proj_size"
+    if isinstance(layer, _LAYERS) and "weight" in layer._non_persistent_buffers_set:
+        return "one whose weight is in the state"
+    torchs = isinstance(layer, nn.MultiheadAttention)
+    if torchs and (layer.in_proj_weight is None or layer.add_zero_attn):
+        return "nn.MultiheadAttention without kdim, vdim and add_zero_attn"
+    return None
 
 
 @contextmanager
@@ -142,8 +183,21 @@ def failing(module: nn.Module) -> Iterator[None]:
         if isinstance(error, PlanError):
             raise
         raise PlanError(
-            f"channels of {type(module).__name__} cannot be removed: {first_line(error)}"
+            f"channels of {type(module).__name__} cannot be removed{_place(error, module)}: "
+            f"{first_line(error)}"
         ) from error
+
+
+def _place(error: Exception, module: nn.Module) -> str:
+    """The last layer of a module that torch-pruning had in hand, as its errors name none."""
+    at, trace, layers = "", error.__traceback__, dict(module.named_modules())
+    while trace is not None:
+        held = trace.tb_frame.f_locals
+        for node in held.get("root_node"), getattr(held.get("dep"), "target", None):
+            name = str(getattr(node, "name", "")).partition(" (")[0]
+            at = f" at layer {name!r}" if name and name in layers else at
+        trace = trace.tb_next
+    return at
 
 
 def _kept(
@@ -215,6 +269,7 @@ def _traceable(module: nn.Module, own: bool = False) -> Iterator[None]:
     """Let attention whose heads keep their width only say which channels go along with which.
 
     torch-pruning would follow the heads inside it to channels that they have nothing to do with.
+    What it cannot follow at all, and may try to for ever, ends its way.
 
     Args:
         module: whose layers are changed for the time being.
@@ -227,7 +282,11 @@ def _traceable(module: nn.Module, own: bool = False) -> Iterator[None]:
     layers: list[Any] = [part for part in module.modules() if isinstance(part, NarrowAttention)]
     if any(layer.in_proj_weight is None for layer in layers):
         raise PlanError("attention that has keys of another width than queries keeps its channels")
-    hooks = []
+    hooks = [
+        layer.register_forward_hook(lambda _, x, y: tree_map_only(torch.Tensor, torch.detach, y))
+        for layer in module.modules()
+        if _in_place_of(layer) and not isinstance(layer, NarrowAttention)
+    ]
     for one in _own(module) if own else []:
         made: list[torch.Tensor] = []
         for part in one.projections():

@@ -17,6 +17,7 @@ from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.pruning.structure.attention import Attention, attentions, set_heads
 from prunecast.compression.pruning.structure.axes import Axes
 from prunecast.compression.pruning.structure.channels import ChannelPlan
+from prunecast.compression.pruning.structure.dependencies import check_weights
 
 __all__ = ["choose_heads"]
 
@@ -48,6 +49,7 @@ def choose_heads(
     heads: dict[str, NDArray[np.bool_]] = {}
     masks: dict[int, tuple[int, NDArray[np.bool_]]] = {}
     for one in found:
+        check_weights(one.layer, one.name)
         before = None if removed is None else removed.heads.get(one.name)
         whole = one.heads if before is None else before.size
         wanted = math.floor(share * whole + 0.5)

@@ -18,7 +18,12 @@ from prunecast.compression.pruning.structure.comparing import (
     outputs_of,
     zero_what_goes,
 )
-from prunecast.compression.pruning.structure.dependencies import choose_by_norm, copied, failing
+from prunecast.compression.pruning.structure.dependencies import (
+    choose_by_norm,
+    copied,
+    failing,
+    naming_what_is_not_followed,
+)
 from prunecast.compression.pruning.structure.heads import choose_heads
 from prunecast.compression.pruning.structure.narrow_attention import (
     NarrowAttention,
@@ -105,9 +110,10 @@ def _by_norm(
     whole_heads: bool = False,
 ) -> ChannelPlan:
     """A choice of channels that has been tried: fitted as nodes fit it, the module goes on."""
-    plan = choose_by_norm(copied(module), example, share, removed, leading, whole_heads)
-    check_outputs(copied(module), fit_module(copied(module), plan), example)
-    check_values(copied(module), example, plan, fit_module)
+    with naming_what_is_not_followed(module):
+        plan = choose_by_norm(copied(module), example, share, removed, leading, whole_heads)
+        check_outputs(copied(module), fit_module(copied(module), plan), example)
+        check_values(copied(module), example, plan, fit_module)
     try:
         check_outputs(copied(module).train(), copied(module).train(), example)
     except PlanError:  # as BatchNorm does of one example
@@ -196,6 +202,9 @@ def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
     for name in plan.gone:
         pass_through(_part(module, name))
     for name, mask in plan.heads.items():
+        inside = f"{name}." if name else ""
+        if not mask.all() and not any(tensor.startswith(inside) for tensor in plan.kept):
+            raise PlanError(f"the plan takes heads of layer {name!r} and nothing of its tensors")
         set_heads(name, _part(module, name), mask)
     parts: dict[str, torch.Tensor] = {}
     for name in plan.kept:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -222,6 +223,27 @@ REFUSED: list[tuple[Callable[[], nn.Module], tuple[Tensor, ...], str]] = [
         FEATURES,
         r"channels before layer 'cell' \(GRUCell\) cannot be followed",
     ),
+    (
+        lambda: Made(
+            lambda its, x: its.leave(its.cell(its.enter(x))[0]),
+            **_encoder(cell=nn.GRU(16, 16)),
+        ),
+        FEATURES,
+        r"channels before layer 'cell' \(GRU\) cannot be followed.*nn.LSTM",
+    ),
+    (
+        lambda: Made(
+            lambda its, x: its.leave(its.cell(y := its.enter(x), y, y)[0]),
+            **_encoder(cell=nn.MultiheadAttention(16, 4, add_zero_attn=True)),
+        ),
+        FEATURES,
+        r"channels before layer 'cell' \(MultiheadAttention\) cannot be followed.*add_zero_attn",
+    ),
+    (
+        lambda: nn.Sequential(_conv(3, 8), nn.PixelShuffle(2), _conv(2, 4)),
+        IMAGE,
+        "cannot be removed at layer '2'",
+    ),
 ]
 
 
@@ -250,6 +272,98 @@ def test_what_would_not_is_refused_before_anything_goes(
 def test_what_counts_channels_or_draws_is_not_refused(module: nn.Module) -> None:
     example = (FEATURES[0].to(next(module.parameters()).dtype),)
     assert choose_channels(module, example, 0.5).kept
+
+
+def _attended(weigh: Callable[[Tensor], Tensor]) -> nn.Module:
+    def forward(its: Any, x: Tensor) -> Tensor:
+        x = its.enter(x)
+        q, k, v = its.q(x), its.k(x), its.v(x)
+        found: Tensor = its.leave(weigh(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5) @ v)
+        return found
+
+    return Made(forward, **_encoder(**{name: nn.Linear(16, 16) for name in "qkv"}))
+
+
+def _softmax(x: Tensor) -> Tensor:
+    x = torch.exp(x - x.amax(-1, keepdim=True))
+    return x / x.sum(-1, keepdim=True)
+
+
+def _of(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    return Made(lambda its, x: its.leave(function(its.enter(x))), **_encoder())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        _attended(_softmax),
+        _attended(torch.sigmoid),
+        _of(lambda x: x * x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True)),
+        _of(lambda x: x - x.sum(-1, keepdim=True) / x.size(-1)),
+        _of(lambda x: x * torch.sigmoid(functional.adaptive_avg_pool1d(x, 1))),
+        _of(lambda x: functional.softmin(x, dim=-1)),
+        Made(lambda its, x: (its.leave(its.enter(x)), x[:0]), **_encoder()),
+    ],
+)
+def test_numbers_of_channels_in_a_forward_are_not_taken_for_another_order(
+    module: nn.Module,
+) -> None:
+    assert choose_channels(module, FEATURES, 0.5).kept
+
+
+def test_another_order_is_seen_beside_numbers_of_channels() -> None:
+    module = _of(lambda x: x.roll(1, -1) / x.shape[-1] ** 0.5)
+    with pytest.raises(PlanError, match="layer 'leave' of Made would not put out"):
+        choose_channels(module, FEATURES, 0.5)
+
+
+def test_what_is_drawn_in_training_may_decide_shapes() -> None:
+    def forward(its: Any, x: Tensor) -> Tensor:
+        x = its.leave(its.enter(x))
+        return x[:, : int(torch.randint(1, 6, ()))] if its.training else x
+
+    for _ in range(4):
+        assert choose_channels(Made(forward, **_encoder()), FEATURES, 0.5).kept
+
+
+def _outside_of_the_state() -> nn.Module:
+    layer = nn.Linear(6, 12)
+    for name, tensor in dict(layer.named_parameters()).items():
+        delattr(layer, name)
+        layer.register_buffer(name, tensor.detach(), persistent=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        _outside_of_the_state(),
+        nn.GRUCell(6, 12),
+        Made(lambda its, x: its.layer(x)[0], layer=nn.GRU(6, 12)),
+        Made(lambda its, x: its.layer(x)[0], layer=nn.LSTM(6, 14, proj_size=12)),
+    ],
+)
+def test_channels_behind_what_cannot_be_followed_go(first: nn.Module) -> None:
+    module = nn.Sequential(first, nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    example = (torch.randn(5, 6),)
+    assert set(choose_channels(module, example, 0.5).kept) == {"1.weight", "1.bias", "3.weight"}
+
+
+def test_heads_go_beside_a_layer_that_makes_its_weight_of_others() -> None:
+    attention = Made(_heads, num_heads=4, **{name: nn.Linear(16, 16) for name in "qkvo"})
+    module = nn.Sequential(
+        nn.Linear(6, 16), attention, nn.utils.parametrizations.weight_norm(nn.Linear(16, 4))
+    )
+    assert set(choose_channels(module, FEATURES, 1.0, heads=0.5).heads) == {"1"}
+    nn.utils.parametrizations.weight_norm(attention.q)
+    with pytest.raises(PlanError, match=r"layer '1\.q' makes its weight of other tensors"):
+        choose_channels(module, FEATURES, 1.0, heads=0.5)
+
+
+def test_a_plan_of_heads_without_their_tensors_is_refused() -> None:
+    plan = ChannelPlan({}, heads={"0": np.array([True, False])})
+    with pytest.raises(PlanError, match="heads of layer '0' and nothing of its tensors"):
+        fit_module(nn.Sequential(nn.MultiheadAttention(16, 2)), plan)
 
 
 def test_gradients_of_what_went_do_not_stay() -> None:
