@@ -50,8 +50,10 @@ def leading_slices(
             choose_channels,
             made_with_inputs,
         )
+        from prunecast.server.federation.shrinking.choosing import saying_how_long
 
-        return choose_channels(*made_with_inputs(factory, example), share, leading=True)
+        with saying_how_long():
+            return choose_channels(*made_with_inputs(factory, example), share, leading=True)
 
     return choose
 

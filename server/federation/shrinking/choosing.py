@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import WARNING
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prunecast.compression.flower.internals import log
 from prunecast.compression.pruning.plan import PlanError, Shares
 from prunecast.compression.pruning.structure.channels import ChannelChooser, ChannelPlan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["FittedModule", "check_trial", "chosen", "module_chooser"]
+__all__ = ["FittedModule", "check_trial", "chosen", "module_chooser", "saying_how_long"]
 
 _FIRST = 0.5  # of channels, heads or layers, by which is seen whether any can be tried
+_PATIENCE = 30.0  # s until it is said that a choice takes long
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -124,7 +129,30 @@ def chosen(
         raise PlanError(
             "heads or layers go, and who chooses knows of channels alone: take module_chooser"
         ) from error
-    return choose(master, shares.channels, removed, **others)
+    with saying_how_long():
+        return choose(master, shares.channels, removed, **others)
+
+
+@contextmanager
+def saying_how_long() -> Iterator[None]:
+    """Warn once if a choice of channels takes long, as it is silent and nothing can go on."""
+    timer = Timer(
+        _PATIENCE,
+        log,
+        (
+            WARNING,
+            "Channels are still being chosen after %g s: how they hang together takes "
+            "torch-pruning minutes, or for ever, in models that reshape or split much. Without "
+            "them (prunecast.channels = 1) heads and layers can go.",
+            _PATIENCE,
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_trial(choose: ChannelChooser, master: Arrays, tries: Sequence[str]) -> None:
