@@ -102,7 +102,7 @@ def _release_1_runs(agent: Agent, images: np.ndarray) -> None:
         (lambda data: pack_file(data + bytes(9)), "damaged"),  # more than was signed
         (lambda data: pack_file(data), "not the one that was signed"),
         (lambda data: encode({"other": np.zeros(9, np.uint8)}), "not the one that was signed"),
-        (lambda data: encode({"file": np.zeros(1 << 28, np.uint8)}), "damaged"),
+        (lambda data: encode({"file": np.zeros(1 << 24, np.uint8)}), "damaged"),
     ],
 )
 def test_packed_files_that_are_not_the_signed_ones(
