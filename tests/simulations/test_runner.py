@@ -247,7 +247,7 @@ def test_a_run_from_data_to_device(tiny, tmp_path):
 def test_flowers_engine_gives_what_the_inline_grid_gives(tiny, tmp_path):
     losses = {}
     for backend in ("inline", "ray"):
-        mapping = {**tiny, "rounds": 2, "engine": {"backend": backend}}
+        mapping = {**tiny, "rounds": 2, "engine": {"backend": backend, "concurrent": 1}}
         folder = new_run_folder(tmp_path, backend)
         result = run_scenario(scenario_from_mapping(mapping), folder)
         losses[backend] = {n: [r["loss"] for r in a["rounds"]] for n, a in result["arms"].items()}
