@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,10 @@ class Engine:
         left = max(deadline - time.monotonic(), 1)
         what = f"run {run_id} to finish, which had {seconds:.0f} s"
         details = wait_for(finished, left, what, every=3)
-        log = self.flwr("log", run_id, "--show")
+        run = FinishedRun(details, self)
         if details["status"] != "finished:completed":
-            raise EngineProblem(f"{details}\n{log}")
-        return FinishedRun(details, log)
+            raise EngineProblem(f"{details}\n{run.log}")
+        return run
 
     def stop(self) -> None:
         """Ask every process to end, then end what is left."""
@@ -174,10 +175,15 @@ class Engine:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run: what `flwr list` says about it, and its log."""
+    """A finished run, and what `flwr list` says about it."""
 
     details: dict[str, Any]
-    log: str
+    engine: Engine = field(repr=False)
+
+    @cached_property
+    def log(self) -> str:
+        """Asked for when it is first read, while the engine runs."""
+        return self.engine.flwr("log", self.details["run-id"], "--show")
 
 
 def _exists(pid: int) -> bool:

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.engine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROUNDS = 3
+ONE_PROCESS = "client-resources-num-cpus=1 init-args-num-cpus=1"
 
 
 def ran(simulation: Any, name: str, metric: str, *config: str) -> tuple[list[float], float]:
@@ -19,7 +20,7 @@ def ran(simulation: Any, name: str, metric: str, *config: str) -> tuple[list[flo
     run = simulation.run(
         EXAMPLES / name,
         *("--run-config", " ".join((f"num-server-rounds={ROUNDS}", *config))),
-        *("--federation-config", "num-supernodes=2 client-resources-num-cpus=1"),
+        *("--federation-config", f"num-supernodes=2 {ONE_PROCESS}"),
         seconds=900,
     )
     told = [float(value) for value in re.findall(rf"Record: {{.*'{metric}': ([0-9.]+)", run.log)]

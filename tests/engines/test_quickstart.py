@@ -14,6 +14,7 @@ from prunecast.server.federation import Checkpoint, read_events
 pytestmark = pytest.mark.engine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+ONE_PROCESS = "client-resources-num-cpus=1 init-args-num-cpus=1"
 
 
 @pytest.mark.parametrize("name", ["quickstart-prunecast"])
@@ -21,7 +22,7 @@ def test_quickstart_learns(simulation: Any, name: str) -> None:
     run = simulation.run(
         EXAMPLES / name,
         *("--run-config", "num-server-rounds=3"),
-        *("--federation-config", "client-resources-num-cpus=1"),
+        *("--federation-config", ONE_PROCESS),
     )
     accuracies = [float(a) for a in re.findall(r"'eval_acc': ([0-9.]+)", run.log)]
     assert max(accuracies) > 0.8, run.log
@@ -37,7 +38,7 @@ def test_a_federation_without_rounds_learns_and_prunes_by_models(simulation: Any
         EXAMPLES / "async",
         "--run-config",
         "models=6 buffer=2 learning-rate=0.1 prunecast.pruning-end=5",
-        *("--federation-config", "client-resources-num-cpus=1"),
+        *("--federation-config", ONE_PROCESS),
         seconds=900,
     )
     answers = re.findall(r"model (\d+): node \d+ answers (\d+) behind", run.log)
@@ -58,7 +59,7 @@ def test_ready_apps_need_a_model_and_data_only(simulation: Any, tmp_path: Path) 
         "--run-config",
         f'num-server-rounds=2 output="{tmp_path / "digits.model"}" '
         f'ledger="{tmp_path / "ledger.jsonl"}" folder="{tmp_path / "run"}" learning-rate=0.1',
-        *("--federation-config", "client-resources-num-cpus=1"),
+        *("--federation-config", ONE_PROCESS),
     )
     model = load_model(tmp_path / "digits.model")
     assert model.arrays()["0.weight"].shape == (16, 1, 3, 3)

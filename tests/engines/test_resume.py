@@ -77,7 +77,7 @@ class Deployment:
             told = json.loads(self.engine.flwr("supernode", "list", "--format", "json"))
             return sum(one["status"] == "online" for one in told["nodes"]) < NODES
 
-        wait_for(missed, SECONDS, f"the SuperLink to miss node {node}", every=10)
+        wait_for(missed, SECONDS, f"the SuperLink to miss node {node}", every=20)
         self.start_node(node)
 
     def kill(self, name: str) -> None:
@@ -106,7 +106,7 @@ class Deployment:
             f"num-server-rounds={ROUNDS}"
         )
         command = ("prunecast.cli", "federation", "supervise")
-        supervisor = (*command, "--wait", "1", "--every", "5", "--json", "--")
+        supervisor = (*command, "--wait", "1", "--every", "20", "--json", "--")
         program = str(Path(sys.executable).with_name("flwr"))
         with (folder / "supervise.log").open("w") as log:
             return subprocess.Popen(

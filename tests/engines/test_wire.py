@@ -16,13 +16,14 @@ from prunecast.server.federation import Entry, Ledger
 
 pytestmark = pytest.mark.engine
 
-ROUNDS, NODES = 3, 2
+ROUNDS, NODES = 2, 2
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Relay]]:
     """A SuperLink without TLS, and two SuperNodes that reach it by a relay."""
-    with relayed(tmp_path_factory.mktemp("wire"), NODES) as started:
+    with relayed(tmp_path_factory.mktemp("wire"), NODES, PYTHONPATH=str(ROOT)) as started:
         yield started
 
 
@@ -145,10 +146,13 @@ def sized(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Engine, Relay, Quiet, bool]]:
     """The same without TLS and with it, and what passes the relay when there is nothing to do."""
-    tls, root = request.param == "TLS", Path(__file__).parents[2]
+    if request.param == "HTTP":
+        engine, relay = request.getfixturevalue("link")
+        yield engine, relay, listen(relay), False
+        return
     folder = tmp_path_factory.mktemp("sized")
-    with relayed(folder, NODES, tls=tls, PYTHONPATH=str(root)) as (engine, relay):
-        yield engine, relay, listen(relay), tls
+    with relayed(folder, NODES, tls=True, PYTHONPATH=str(ROOT)) as (engine, relay):
+        yield engine, relay, listen(relay), True
 
 
 @pytest.mark.parametrize("size", [2_000, 6_000_000])
