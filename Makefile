@@ -8,7 +8,7 @@ PACKAGES := common compression server client simulations cli
 
 # Processes that share the tests, file by file: more than cores, as those of engines mostly wait.
 # Files are begun in the order of tests/conftest.py.
-WORKERS ?= 5
+WORKERS ?= 4
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The first interpreter that is new enough and can make virtual environments.

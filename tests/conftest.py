@@ -1,4 +1,4 @@
-"""What holds for every test: threads, signals, and in which order files are begun."""
+"""What holds for every test: threads, signals, and which files are begun first."""
 
 from __future__ import annotations
 
@@ -27,20 +27,14 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let others compute while files wait for other processes; those that wait longest are first.
-
-    The rest of the files that wait are spread over three quarters of those that compute, so that
-    short ones are left for the end, when workers run out of files.
-    """
+    """Begin with the files that wait for other processes longest: others compute meanwhile."""
     waiting = {item.path for item in items if item.get_closest_marker("engine")}
-    files = list(dict.fromkeys(item.path for item in items))
-    place = {name: number - len(LONGEST) for number, name in enumerate(LONGEST)}
-    computing = [path for path in files if path not in waiting]
-    others = [path for path in files if path in waiting and path.name not in place]
-    at = {path: float(place.get(path.name, 0)) for path in waiting}
-    at |= {path: n * 0.75 * len(computing) / len(others) for n, path in enumerate(others)}
-    at |= {path: float(n) for n, path in enumerate(computing)}
-    items.sort(key=lambda item: (at[item.path], item.path))
+    place = {name: number for number, name in enumerate(LONGEST)}
+
+    def key(item: pytest.Item) -> tuple[bool, int]:
+        return item.path not in waiting, place.get(item.path.name, len(place))
+
+    items.sort(key=key)
 
 
 @pytest.fixture
