@@ -149,12 +149,12 @@ def measure(profile: str, chosen: argparse.Namespace, data: Path) -> list[dict[s
 def page(document: Mapping[str, Any]) -> Iterator[str]:
     """Lines of Markdown, without the picture."""
     about, target = document["machine"], document["target"]
-    low, high = document["load"]
+    low, high = sorted(document["load"])
     yield "# Time to an accuracy on slow links"
     yield ""
-    yield f"`{document['command']}`; {about['cpu']}, {about['cores']} cores, of which other work"
-    yield f"took its share (load {low:.0f} to {high:.0f}: starting ClientApps takes longer then,"
-    yield f"for every arm alike); {about['date']}, prunecast {about['prunecast']}."
+    yield f"`{document['command']}`; {about['cpu']}, {about['cores']} cores, load {low:.0f} to"
+    yield f"{high:.0f} (above the number of cores ClientApps take longer to start, for every arm"
+    yield f"alike); {about['date']}, prunecast {about['prunecast']}."
     yield ""
     yield f"{NODES} SuperNodes, {'TLS' if document['tls'] else 'HTTP'}, each behind a link of its"
     yield "own; a perceptron of 407,050 weights on digits of MNIST, uneven between nodes, until the"
