@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from prunecast.compression.files.parts import (
     restore,
 )
 from prunecast.compression.files.tensors import FileSpec, FileTensor, TensorFile
+from prunecast.compression.pruning.plan import is_named
 
 __all__ = [
     "KEPT",
@@ -82,8 +82,7 @@ class Lossy:
 
     def takes(self, name: str, spec: FileSpec) -> bool:
         """Whether a tensor is quantised: large enough, floating, and not to be kept."""
-        patterns = (*KEPT, *self.kept)
-        kept = any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+        kept = is_named(name, (*KEPT, *self.kept))
         return spec.floating and spec.size >= _SMALLEST and not kept
 
 

@@ -1,4 +1,4 @@
-"""Factories of networks for 28 x 28 images, some of which are of no use."""
+"""Factories of networks for 28 x 28 images, some of which are of no use, and one of tokens."""
 
 from __future__ import annotations
 
@@ -61,3 +61,16 @@ def frozen() -> nn.Module:
     layer = nn.Linear(784, 10)
     layer.weight.requires_grad_(False)
     return nn.Sequential(nn.Flatten(), layer)
+
+
+class Tied(nn.Module):
+    """Tokens, of which the head has the same weight as the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(40, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.tokens(x))

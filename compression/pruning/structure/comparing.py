@@ -17,9 +17,11 @@ from prunecast.compression.pruning.plan import PlanError
 from prunecast.compression.pruning.structure.channels import ChannelPlan
 from prunecast.compression.pruning.structure.narrow_attention import NarrowAttention, become
 
-__all__ = ["check_outputs", "check_values", "outputs_of", "zero_what_goes"]
+__all__ = ["LAYERS", "check_outputs", "check_values", "outputs_of", "zero_what_goes"]
 
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+"""Whose outputs are channels, by the first axis of a weight (the second, if transposed)."""
+
 _ALIKE = 1e-3  # of the largest value: what sums in another order differ by, and more
 _TINY = 1e-12
 _MEANS = frozenset(("mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min"))
@@ -115,7 +117,7 @@ def check_values(wide: nn.Module, example: tuple[Tensor, ...], plan: ChannelPlan
     layers, at = dict(narrow.named_modules()), type(narrow).__name__
     for name, output in left.items():
         layer = layers[name]
-        if isinstance(layer, _LAYERS) and name in inside:
+        if isinstance(layer, LAYERS) and name in inside:
             axes = plan.kept.get(f"{name}.weight" if name else "weight", (None, None))
             mask, whole = axes[1 if getattr(layer, "transposed", False) else 0], inside[name]
             if mask is not None:

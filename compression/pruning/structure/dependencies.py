@@ -24,7 +24,7 @@ from prunecast.compression.pruning.structure.attention import Attention, attenti
 from prunecast.compression.pruning.structure.axes import Axes
 from prunecast.compression.pruning.structure.channel_texts import Steps
 from prunecast.compression.pruning.structure.channels import ChannelPlan
-from prunecast.compression.pruning.structure.comparing import outputs_of
+from prunecast.compression.pruning.structure.comparing import LAYERS, outputs_of
 from prunecast.compression.pruning.structure.narrow_attention import NarrowAttention
 
 __all__ = [
@@ -33,10 +33,7 @@ __all__ = [
     "copied",
     "failing",
     "naming_what_is_not_followed",
-    "remove",
 ]
-
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def choose_by_norm(
@@ -94,30 +91,6 @@ def choose_by_norm(
     return ChannelPlan(_kept(module, example, steps, whole_heads), steps, left)
 
 
-def remove(
-    module: nn.Module,
-    example: tuple[torch.Tensor, ...],
-    steps: Steps,
-    values: dict[str, torch.Tensor] | None = None,
-    whole_heads: bool = False,
-) -> None:
-    """Remove channels in place.
-
-    Args:
-        module: changed.
-        example: positional inputs that it accepts.
-        steps: of a plan.
-        values: what the tensors hold from when the groups are known; None for what they did.
-        whole_heads: attention keeps its own channels.
-    """
-    with _traceable(module, whole_heads), torch.enable_grad():
-        graph = _graph(module, example)
-    state = module.state_dict(keep_vars=True)
-    for name, tensor in (values or {}).items():
-        state[name].data = tensor
-    graph.load_pruning_history([[name, out, list(gone)] for name, out, gone in steps])
-
-
 def copied(module: nn.Module) -> nn.Module:
     """A copy of a module, in evaluation mode.
 
@@ -139,7 +112,7 @@ def check_weights(module: nn.Module, prefix: str = "") -> None:
         prefix: its name, where it is a part of another.
     """
     for name, layer in module.named_modules(prefix=prefix):
-        if isinstance(layer, _LAYERS) and "weight" not in {**layer._parameters, **layer._buffers}:
+        if isinstance(layer, LAYERS) and "weight" not in {**layer._parameters, **layer._buffers}:
             raise PlanError(
                 f"layer {name!r} makes its weight of other tensors (parametrization, weight_norm, "
                 "spectral_norm or torch's own pruning): take that off first"
@@ -164,7 +137,7 @@ def naming_what_is_not_followed(module: nn.Module) -> Iterator[None]:
 def _in_place_of(layer: nn.Module) -> str | None:
     if isinstance(layer, nn.RNNCellBase | nn.GRU) or getattr(layer, "proj_size", 0) > 0:
         return "nn.LSTM without proj_size"
-    if isinstance(layer, _LAYERS) and "weight" in layer._non_persistent_buffers_set:
+    if isinstance(layer, LAYERS) and "weight" in layer._non_persistent_buffers_set:
         return "one whose weight is in the state"
     torchs = isinstance(layer, nn.MultiheadAttention)
     if torchs and (layer.in_proj_weight is None or layer.add_zero_attn):
@@ -215,7 +188,12 @@ def _kept(
         if tensor.is_floating_point() and tensor.dim()
     }
     with failing(module):
-        remove(work, example, steps, places, whole_heads)
+        with _traceable(work, whole_heads), torch.enable_grad():
+            graph = _graph(work, example)
+        held = work.state_dict(keep_vars=True)
+        for name, tensor in places.items():  # now that the groups are known
+            held[name].data = tensor
+        graph.load_pruning_history([[name, out, list(gone)] for name, out, gone in steps])
     kept: dict[str, Axes] = {}
     for name, tensor in work.state_dict().items():
         shape = tuple(state[name].shape)
@@ -389,7 +367,7 @@ def _last_layers(graph: Any) -> list[nn.Module]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        if isinstance(node.module, _LAYERS):
+        if isinstance(node.module, LAYERS):
             last.append(node.module)
         else:
             waiting += node.inputs

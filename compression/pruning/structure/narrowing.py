@@ -112,13 +112,14 @@ def _by_norm(
     """A choice of channels that has been tried: fitted as nodes fit it, the module goes on."""
     with naming_what_is_not_followed(module):
         plan = choose_by_norm(copied(module), example, share, removed, leading, whole_heads)
-        check_outputs(copied(module), fit_module(copied(module), plan), example)
+        wide, narrow = copied(module), fit_module(copied(module), plan)
+        check_outputs(wide, narrow, example)
         check_values(copied(module), example, plan, fit_module)
     try:
-        check_outputs(copied(module).train(), copied(module).train(), example)
+        check_outputs(wide.train(), wide, example)
     except PlanError:  # as BatchNorm does of one example
         return plan
-    check_outputs(copied(module).train(), fit_module(copied(module), plan).train(), example)
+    check_outputs(wide, narrow.train(), example)
     return plan
 
 
@@ -217,11 +218,11 @@ def fit_module(module: nn.Module, plan: ChannelPlan) -> nn.Module:
         if any(n in plan.kept for n in own):
             _resize(name, layer)
     for layer in module.modules():
-        last = layer.decoder.norm if isinstance(layer, nn.Transformer) else None
-        if isinstance(layer, nn.Transformer) and isinstance(last, nn.LayerNorm):
-            layer.d_model = last.normalized_shape[-1]  # which it compares with what comes in
-    for layer in module.modules():  # nested tensors are for the fast path of its layers alone
+        if isinstance(layer, nn.Transformer) and isinstance(layer.decoder.norm, nn.LayerNorm):
+            # which it compares with what comes in
+            layer.d_model = layer.decoder.norm.normalized_shape[-1]
         if isinstance(layer, nn.TransformerEncoder):
+            # nested tensors are for the fast path of its layers alone
             narrow = any(isinstance(p, NarrowAttention | PassThrough) for p in layer.modules())
             layer.use_nested_tensor = layer.use_nested_tensor and not narrow
     return module

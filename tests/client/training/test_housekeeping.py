@@ -60,6 +60,18 @@ def jobs(root: Path) -> set[str]:
 # -- age ------------------------------------------------------------------------------------------
 
 
+def closes(closed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody list a folder, not even root, who may run these tests."""
+    iterdir = Path.iterdir
+
+    def refuse(folder: Path) -> Any:
+        if folder == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return iterdir(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+
+
 def test_a_run_that_goes_on_for_a_month_keeps_its_files(tmp_path: Path) -> None:
     """Its folders are old, and so are the files where messages only name what is held."""
     folders = [keep(tmp_path, job) for job in (1, 2)]
@@ -128,16 +140,9 @@ def test_a_job_that_cannot_be_read_hides_no_other(
     theirs = tmp_path / "1"
     if closed == "loop":
         theirs.symlink_to(theirs)
-    else:  # root, who may run this, reads everything
+    else:
         theirs.mkdir()
-        iterdir = Path.iterdir
-
-        def refuse(folder: Path) -> Any:
-            if folder == theirs:
-                raise PermissionError(errno.EACCES, "Permission denied", str(folder))
-            return iterdir(folder)
-
-        monkeypatch.setattr(Path, "iterdir", refuse)
+        closes(theirs, monkeypatch)
         os.utime(theirs, (0, 0))
     assert jobs(tmp_path) == {"10"}
     assert not make_room(tmp_path, tmp_path / "20", most=100, more=200)
@@ -151,14 +156,7 @@ def test_a_quota_holds_where_nobody_may_list_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = keep(tmp_path, 1)
-    iterdir = Path.iterdir
-
-    def refuse(path: Path) -> Any:
-        if path == tmp_path:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return iterdir(path)
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    closes(tmp_path, monkeypatch)
     assert make_room(tmp_path, folder.parent, most=20_000, more=100)
     assert not make_room(tmp_path, folder.parent, most=20_000, more=10_000)
 

@@ -33,6 +33,7 @@ from prunecast.simulations.networks import (
     recurrent,
     residual,
 )
+from support.networks import Tied
 
 IMAGE = (torch.rand(2, 1, 28, 28),)
 FAMILIES: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
@@ -298,17 +299,6 @@ def test_whole_heads_go_beside_channels_and_weights() -> None:
     # one that came from elsewhere, without the steps of its choice
     told = ChannelPlan.from_bytes(pruned.channels.coded)
     assert prune_module(module, told, example).module.state_dict().keys() == state.keys()
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(40, 16)
-        self.head = nn.Linear(16, 40, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.tokens(x))
 
 
 def test_tied_weights_are_pruned_once_or_not_at_all() -> None:

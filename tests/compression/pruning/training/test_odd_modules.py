@@ -15,6 +15,7 @@ from prunecast.compression.pruning.allocation import ALLOCATIONS
 from prunecast.compression.pruning.criteria import CRITERIA
 from prunecast.compression.pruning.plan import PlanError, PruningPlan
 from prunecast.compression.pruning.schedules import OneShotSchedule, StaticSchedule
+from support.networks import Tied
 
 
 def plan(final: float = 0.9, **how: Any) -> PruningPlan:
@@ -26,17 +27,6 @@ def rings() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     layers = (nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 3))
     return nn.Sequential(*layers), [(torch.randn(8, 32), torch.randint(0, 3, (8,)))]
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(40, 16)
-        self.head = nn.Linear(16, 40, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.tokens(x))
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
