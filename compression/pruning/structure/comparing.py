@@ -231,6 +231,9 @@ def _draw(module: nn.Module) -> None:
             elif name.endswith("weight"):
                 drawn = 0.5 + torch.rand(parameter.shape, generator=generator)
             tensor.copy_(drawn)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_var"):  # a server's noise or moments may have made it negative
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
 
 
 def _run(

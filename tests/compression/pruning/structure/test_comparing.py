@@ -388,3 +388,17 @@ def test_an_example_that_the_module_does_not_take_is_said() -> None:
     plan = choose_channels(module, FEATURES, 0.5)
     with pytest.raises(PlanError, match="does not take the example: layer '0'"):
         narrow_module(module, (torch.ones(2, 7),), plan)
+
+
+def test_a_variance_that_noise_made_negative_is_no_other_order() -> None:
+    """As noise for privacy does on a server: what BatchNorm makes of it is NaN, in any order."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)),
+    )
+    least = module[0].weight.detach().abs().sum((1, 2, 3)).argmin()  # goes
+    with torch.no_grad():
+        module[1].running_var[least] = -0.7
+    assert choose_channels(module, (torch.randn(2, 1, 8, 8),), 0.5).kept
